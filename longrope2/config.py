@@ -1,0 +1,157 @@
+"""Configuration glue: typed Hydra schemas in, one checked object out. Only this module and the mains know Hydra.
+
+A root schema (``PackConfig``, ``TrainRoot``, ...) stands beside the code it configures. ``compose`` registers it, merges
+the YAML of ``conf/`` and the user's overrides into it, and turns every fault into a ``ConfigError`` that names the key.
+The resolved configuration is written into the run folder; ranks read that file and never compose.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longrope2.artifacts import write_text
+from longrope2.errors import ConfigError
+
+__all__ = [
+    "CONF_FOLDER",
+    "MISSING",
+    "ModelConfig",
+    "RunConfig",
+    "StageConfig",
+    "compose",
+    "dump",
+    "load",
+    "to_plain",
+]
+
+CONF_FOLDER = Path(__file__).parent.parent / "conf"
+Root = TypeVar("Root")
+
+
+@dataclass
+class RunConfig:
+    """Where the products of a run stand."""
+
+    name: str = MISSING
+    """Folder name under ``root``, may contain slashes; every stage of one extension shares it."""
+    root: str = "runs"
+    """Folder of all runs."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.root) / self.name
+
+
+@dataclass
+class ModelConfig:
+    """The pre-trained model to extend."""
+
+    name: str = MISSING
+    """Short name, used in run names and reports."""
+    path: str = MISSING
+    """Folder or hub id of a Hugging Face model."""
+    original_len: int = MISSING
+    """L0: pre-trained window in tokens. A setting of ours, never guessed from config.json."""
+    from_scratch: bool = False
+    """Initialise the weights at random instead of loading them (pre-training a miniature)."""
+
+
+@dataclass
+class StageConfig:
+    """What every stage's configuration holds."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target_len: int = MISSING
+    """L: target window in tokens, a multiple of ``model.original_len``."""
+    seed: int = 0
+    """Seed of everything random in the stage."""
+    dry_run: bool = False
+    """Compose, check and print the plan, then stop without writing anything."""
+
+
+def compose(root: type[Root], config_name: str, overrides: Sequence[str]) -> Root:
+    """Compose ``conf/<config_name>.yaml`` with ``overrides`` into an object of the schema ``root``.
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing value, or unknown group member; names the key.
+    """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=root)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base="1.3"):
+            composed = hydra_compose(config_name=config_name, overrides=list(overrides))
+        return _to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_explain(error)]) from None
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write a configuration object as YAML, atomically."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load(root: type[Root], path: Path) -> Root:
+    """Read a ``config.yaml`` that ``dump`` wrote back into an object of ``root``.
+
+    Raises:
+        ConfigError: the file is missing or does not fit the schema.
+    """
+    if not path.is_file():
+        raise ConfigError([f"--config {path}: no such file; run the stage once without --config to write it"])
+    try:
+        return _to_object(OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {_explain(error)}"]) from None
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration object as plain JSON values, for manifests."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _to_object(composed: Any) -> Any:
+    """Structured config -> dataclass instance, refusing missing values first."""
+    assert isinstance(composed, DictConfig)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError([f"{key} is not set; give it as {key}=VALUE" for key in missing])
+    return OmegaConf.to_object(composed)
+
+
+def _explain(error: Exception) -> str:
+    """One line for a user from a Hydra or OmegaConf error: the key, what was given, what is allowed."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", "\n".join(lines))
+    if unknown:
+        return _explain_unknown_key(lines, unknown.group(1), getattr(cause, "full_key", None), cause)
+    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "In '", "You may be able"))]
+    return " ".join(dict.fromkeys(kept))
+
+
+def _explain_unknown_key(lines: list[str], key: str, full_key: str | None, cause: BaseException) -> str:
+    """Name the unknown key in full and list its neighbours when the schema is known."""
+    named = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), full_key or key)
+    schema = getattr(cause, "object_type", None)
+    text = f"unknown key {named}"
+    if isinstance(schema, type) and dataclasses.is_dataclass(schema):
+        allowed = ", ".join(f.name for f in dataclasses.fields(schema))
+        text += f"; keys beside it: {allowed}"
+    return text

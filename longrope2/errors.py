@@ -1,0 +1,34 @@
+"""Errors meant for users: each says what was given, what is allowed, and which key to change.
+
+Every command turns a ``UserError`` into one message on stderr and exit code 2, without a traceback. Anything
+else is a fault of this project and keeps its traceback.
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["ArtifactError", "ConfigError", "DataError", "FactorsError", "UserError"]
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the text says what to change."""
+
+
+class ConfigError(UserError):
+    """One or more configuration faults, reported together, each naming its key."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"the configuration has {len(self.faults)} fault(s):\n{lines}")
+
+
+class ArtifactError(UserError):
+    """A file or folder that a stage reads is missing, damaged, or belongs to something else."""
+
+
+class FactorsError(UserError):
+    """Rescale factors that cannot be right; names the index and the value."""
+
+
+class DataError(UserError):
+    """Text, tokens or a corpus that cannot be used as asked."""
