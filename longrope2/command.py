@@ -1,0 +1,20 @@
+"""How every command ends: user errors become one message and exit code 2, everything else keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+from longrope2.errors import UserError
+
+__all__ = ["run_command"]
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run ``main``; on a ``UserError`` print ``error: <text>`` to stderr and exit with code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
