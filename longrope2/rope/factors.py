@@ -1,0 +1,199 @@
+"""``RescaleFactors``: the rescaled RoPE of both windows as one validated, immutable value.
+
+theta'_i = theta_i / lambda_i [LongRoPE2, arXiv 2502.20082, sec. 2]. The long window uses ``factors``; the short window
+uses the original RoPE (factors 1, attention scale 1) unless ``short_factors`` says otherwise, as some published first
+generation LongRoPE models do.
+
+Shape letters: I = cosine indices.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrope2.errors import FactorsError
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import longrope_keys, read_longrope_keys
+
+__all__ = ["RescaleFactors", "Window"]
+
+JSON_KIND = "rescale_factors"
+JSON_VERSION = 1
+
+
+class Window(StrEnum):
+    """Which RoPE a sequence is computed with: the original one (short) or the rescaled one (long)."""
+
+    SHORT = "short"
+    LONG = "long"
+
+
+@dataclass(frozen=True)
+class RescaleFactors:
+    """One rescale factor per cosine index, with everything needed to apply, store and compare it.
+
+    No monotony and no lower bound of 1 is asked for: published arrays have ties and values below 1.
+
+    Attributes:
+        factors: lambda_i of the long window, dimensionless, finite, > 0.
+        geometry: Rotary geometry of the pre-trained model.
+        target_len: L, target window in tokens, at least ``geometry.original_len``.
+        method: How the factors were made, e.g. ``yarn`` or ``longrope2``.
+        critical_index: c, the critical dimension the factors were made with; None where the method has none.
+        short_factors: lambda_i of the short window; None means all exactly 1.
+        short_attention_scale: Multiplier on cos and sin in the short window.
+        long_attention_scale: The same in the long window.
+        provenance: Where the factors come from, free text by name.
+
+    Raises:
+        FactorsError: wrong count, or a value outside its range; names the index and the value.
+    """
+
+    factors: tuple[float, ...]
+    geometry: RopeGeometry
+    target_len: int
+    method: str
+    critical_index: int | None = None
+    short_factors: tuple[float, ...] | None = None
+    short_attention_scale: float = 1.0
+    long_attention_scale: float = 1.0
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_list("factors", self.factors, self.geometry)
+        if self.short_factors is not None:
+            _check_list("short_factors", self.short_factors, self.geometry)
+        if self.target_len < self.geometry.original_len:
+            raise FactorsError(
+                f"target_len={self.target_len} is below original_len={self.geometry.original_len}; "
+                "give a target of at least the pre-trained window"
+            )
+        last = self.geometry.num_frequencies - 1
+        if self.critical_index is not None and not 0 <= self.critical_index <= last:
+            raise FactorsError(f"critical_index={self.critical_index}: must be a cosine index, 0 .. {last}")
+        for name in ("short_attention_scale", "long_attention_scale"):
+            if not _positive(value := getattr(self, name)):
+                raise FactorsError(f"{name}={value}: must be a finite number above 0")
+
+    @property
+    def scale(self) -> float:
+        """Target length over original length, the s of the paper."""
+        return self.target_len / self.geometry.original_len
+
+    def window_factors(self, window: Window) -> tuple[float, ...]:
+        """lambda_i of one window; the short window's default is all exactly 1."""
+        if window is Window.LONG:
+            return self.factors
+        return self.short_factors or (1.0,) * self.geometry.num_frequencies
+
+    def inverse_frequencies(self, window: Window) -> Tensor:
+        """theta_i / lambda_i of one window, shape [I], float32, radians per token, on the CPU.
+
+        Rounded in float32 in the order transformers rounds its ``longrope`` (and, with factors 1, its default RoPE),
+        so that the short window is bit for bit the pre-trained model's and an export is bit for bit ours. Float64
+        followed by a cast would be closer to the formula and differ from both by up to one unit in the last place.
+        """
+        factors_I = torch.tensor(self.window_factors(window), dtype=torch.float32)
+        rotary_dim = self.geometry.rotary_dim
+        exponents_I = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        return 1.0 / (factors_I * self.geometry.rope_base**exponents_I)
+
+    def attention_scale(self, window: Window) -> float:
+        """Multiplier on cos and sin in one window."""
+        return self.long_attention_scale if window is Window.LONG else self.short_attention_scale
+
+    def to_json(self) -> str:
+        """JSON text that ``from_json`` turns back into an equal value (floats are written exactly)."""
+        return json.dumps({"kind": JSON_KIND, "version": JSON_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RescaleFactors":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            FactorsError: not JSON, not a factors file of this version, a field missing or unknown, or a bad value.
+        """
+        fields = _parse_json(text)
+        try:
+            fields["geometry"] = RopeGeometry(**fields["geometry"])
+            fields["factors"] = tuple(float(value) for value in fields["factors"])
+            if fields.get("short_factors") is not None:
+                fields["short_factors"] = tuple(float(value) for value in fields["short_factors"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FactorsError(f"the factors file has a missing, unknown or ill-typed field: {error}") from None
+
+    def to_hf_config(self, head_dim: int | None = None) -> dict[str, Any]:
+        """Keys to merge into a Hugging Face config.json so that plain transformers applies these factors.
+
+        Args:
+            head_dim: Channels of a head; give it where only a part of them is rotated (Phi-4-mini), so that
+                ``partial_rotary_factor`` is written too.
+
+        Raises:
+            FactorsError: the attention scale of the two windows differs: Hugging Face's longrope holds one only.
+        """
+        if self.short_attention_scale != self.long_attention_scale:
+            raise FactorsError(
+                f"attention scale is {self.short_attention_scale} in the short window and {self.long_attention_scale} "
+                "in the long one; a Hugging Face longrope config holds a single attention_factor for both. Use factors "
+                "with one attention scale (longrope2 has 1 in both)"
+            )
+        return longrope_keys(
+            short_factors=self.window_factors(Window.SHORT),
+            long_factors=self.factors,
+            geometry=self.geometry,
+            target_len=self.target_len,
+            attention_scale=self.long_attention_scale,
+            head_dim=head_dim,
+        )
+
+    @classmethod
+    def from_hf_config(
+        cls, config: dict[str, Any], original_len: int | None = None, target_len: int | None = None
+    ) -> "RescaleFactors":
+        """Read the factors of a Hugging Face config.json, either layout (``rope_parameters`` or ``rope_scaling``).
+
+        Args:
+            config: Parsed config.json.
+            original_len: L0 in tokens; None takes ``original_max_position_embeddings`` of the config.
+            target_len: L in tokens; None takes ``max_position_embeddings`` of the config.
+
+        Raises:
+            FactorsError: a key is missing, or the RoPE type is neither longrope nor unscaled.
+        """
+        return cls(**read_longrope_keys(config, original_len, target_len))
+
+
+def _positive(value: float) -> bool:
+    """Finite and above zero."""
+    return math.isfinite(value) and value > 0
+
+
+def _check_list(name: str, values: tuple[float, ...], geometry: RopeGeometry) -> None:
+    """One finite positive factor per cosine index."""
+    if len(values) != geometry.num_frequencies:
+        raise FactorsError(
+            f"{name} has {len(values)} values; rotary_dim={geometry.rotary_dim} needs {geometry.num_frequencies}"
+        )
+    for index, value in enumerate(values):
+        if not _positive(value):
+            raise FactorsError(f"{name}[{index}]={value}: a rescale factor must be a finite number above 0")
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    """The fields of a factors file, without its kind and version."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FactorsError(f"not a factors file: {error}") from None
+    if not isinstance(fields, dict) or fields.pop("kind", None) != JSON_KIND:
+        raise FactorsError(f"not a factors file: its kind is not {JSON_KIND!r}")
+    if (version := fields.pop("version", None)) != JSON_VERSION:
+        raise FactorsError(f"the factors file has version {version}, this program reads {JSON_VERSION}; make it again")
+    return fields
