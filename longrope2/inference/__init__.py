@@ -1,0 +1,6 @@
+"""Generation with the factor switch."""
+
+from longrope2.inference.generation import GeneratedToken, generate_tokens, window_for_length
+from longrope2.inference.streaming import TextStream
+
+__all__ = ["GeneratedToken", "TextStream", "generate_tokens", "window_for_length"]
