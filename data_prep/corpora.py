@@ -1,0 +1,145 @@
+"""Corpora: where documents come from, behind one interface.
+
+A corpus yields ``Document`` values with ids that are stable between runs and machines. Which split a document belongs
+to depends on its id alone, so text used to evaluate or to search is never trained on, whatever the seed.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from longrope2.config import MISSING
+from longrope2.errors import ConfigError, DataError
+
+__all__ = [
+    "RETRIEVAL_SOURCE",
+    "BucketQuota",
+    "Corpus",
+    "CorpusConfig",
+    "CorpusKind",
+    "Document",
+    "Split",
+    "build_corpus",
+    "heldout_texts",
+    "split_of",
+    "stable_fraction",
+]
+
+RETRIEVAL_SOURCE = "retrieval"
+HELDOUT_FRACTION = 0.05
+
+
+class Split(str, Enum):
+    """``train`` documents are packed; ``heldout`` documents serve search and evaluation only."""
+
+    train = "train"
+    heldout = "heldout"
+
+
+class CorpusKind(str, Enum):
+    """Which adapter reads the corpus."""
+
+    sample = "sample"
+    folder = "folder"
+
+
+@dataclass
+class BucketQuota:
+    """Tokens (BOS and EOS included) wanted from one source; ``null`` means all there is, 0 means none."""
+
+    short: int | None = 0
+    """Tokens in short segments: documents of at most ``model.original_len`` tokens."""
+    long: int | None = 0
+    """Tokens in long segments: documents longer than ``model.original_len``."""
+
+
+@dataclass
+class CorpusConfig:
+    """Which documents to read, and how many tokens of each source to pack."""
+
+    name: str = MISSING
+    """Name used in manifests and reports."""
+    kind: CorpusKind = MISSING
+    """Adapter: ``sample`` (the Python standard library, offline) or ``folder`` (your own files)."""
+    folder: str | None = None
+    """Folder of .txt, .jsonl, .jsonl.gz or .parquet files; needed by kind ``folder``."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    quotas: dict[str, BucketQuota] = field(default_factory=dict)
+    """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        doc_id: Stable identifier, unique within the corpus.
+        text: The text, never empty.
+        source: Name that quotas refer to.
+        domain: Finer label inside the source, recorded only.
+    """
+
+    doc_id: str
+    text: str
+    source: str
+    domain: str
+
+
+class Corpus(Protocol):
+    """What every adapter offers."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources it can yield."""
+        ...
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Documents of one split, in a stable order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, with hashes, for the manifest; plain JSON values."""
+        ...
+
+
+def stable_fraction(*parts: str | int) -> float:
+    """Number in [0, 1) that depends on ``parts`` only: the same on every machine and in every process."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(doc_id: str) -> Split:
+    """Split of a document, by its id alone; about 5 % are held out."""
+    return Split.heldout if stable_fraction("split", doc_id) < HELDOUT_FRACTION else Split.train
+
+
+def build_corpus(config: CorpusConfig) -> Corpus:
+    """The corpus that ``config`` describes.
+
+    Raises:
+        ConfigError: a key the adapter needs is missing, or the folder does not exist or holds no usable file.
+    """
+    if config.kind is CorpusKind.sample:
+        from data_prep.sample_corpus import SampleCorpus
+
+        return SampleCorpus()
+    if config.folder is None:
+        raise ConfigError(["corpus.folder is not set; corpus=folder needs corpus.folder=PATH"])
+    from data_prep.folder_corpus import FolderCorpus
+
+    return FolderCorpus(config.folder, text_field=config.text_field)
+
+
+def heldout_texts(config: CorpusConfig) -> list[str]:
+    """Texts of the held-out split, for needle samples and perplexity.
+
+    Raises:
+        DataError: the held-out split is empty.
+    """
+    texts = [document.text for document in build_corpus(config).documents(Split.heldout)]
+    if not texts:
+        raise DataError(f"corpus.name={config.name}: no document fell into the held-out split; use a larger corpus")
+    return texts

@@ -1,0 +1,182 @@
+"""Needle samples: a short fact hidden in a long text, then asked for.
+
+The wording of the needle and of the answer prefix is that of method section 6 (LongRoPE2, arXiv 2502.20082, sec. 3.2);
+instruction and question are our own and short, so that a whole sample fits in a window of 128 tokens. All parts are
+tokenized separately and joined as ids, so a sample is exact to the token, holds one BOS, and nothing of the question
+or the value is ever cut:
+
+    [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value
+
+Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.needle_words import ADJECTIVES, NOUNS
+from data_prep.tokenization import DocumentTokenizer
+from longrope2.errors import DataError
+from longrope2.segments.needle_set import NeedleSample, NeedleSet
+
+__all__ = [
+    "INSTRUCTION",
+    "NeedleWording",
+    "build_needle_sample",
+    "build_needle_set",
+    "draw_key",
+    "draw_value",
+    "needle_wording",
+]
+
+INSTRUCTION = "Remember the magic numbers in this text.\n"
+VALUE_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class NeedleWording:
+    """The texts of one needle; joined as they stand, no spaces are added between them."""
+
+    needle: str
+    question: str
+    answer_prefix: str
+    answer: str
+
+
+def needle_wording(key: str, value: str) -> NeedleWording:
+    """Texts for one key and value."""
+    return NeedleWording(
+        needle=f"\nOne of the special magic numbers for {key} is: {value}.\n",
+        question=f"\nWhich number belongs to {key}?\n",
+        answer_prefix=f"The special magic number for {key} mentioned in the provided text is",
+        answer=f" {value}",
+    )
+
+
+def draw_key(rng: random.Random) -> str:
+    """An adjective-noun key."""
+    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def draw_value(rng: random.Random) -> str:
+    """A value of seven digits, the first not zero."""
+    return str(rng.randrange(10 ** (VALUE_DIGITS - 1), 10**VALUE_DIGITS))
+
+
+def build_needle_sample(
+    encoder: DocumentTokenizer,
+    haystack_ids: np.ndarray,
+    *,
+    length: int,
+    depth: float,
+    key: str,
+    value: str,
+    with_needle: bool = True,
+) -> NeedleSample:
+    """One sample of exactly ``length`` tokens, BOS and value included.
+
+    Args:
+        encoder: Tokenizer of the model.
+        haystack_ids: Token ids to hide the needle in, at least as many as the sample needs; the first are used.
+        length: Tokens of the sample.
+        depth: Where the needle stands in the haystack: 0 at its start (the paper), 1 at its end.
+        key: Adjective-noun key.
+        value: Digits to retrieve.
+        with_needle: False builds the control sample: the same length and question, haystack in place of the needle.
+
+    Raises:
+        DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, or too little haystack.
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise DataError(f"depth={depth} is outside [0, 1]")
+    wording = needle_wording(key, value)
+    head = [encoder.bos_id, *encoder.encode(INSTRUCTION)]
+    needle = encoder.encode(wording.needle) if with_needle else []
+    tail = encoder.encode(wording.question) + encoder.encode(wording.answer_prefix)
+    answer = encoder.encode(wording.answer)
+    num_haystack = length - len(head) - len(needle) - len(tail) - len(answer)
+    if num_haystack < 0:
+        raise DataError(f"length={length} tokens is too short for a needle sample; at least {length - num_haystack}")
+    if len(haystack_ids) < num_haystack:
+        raise DataError(f"length={length} needs {num_haystack} haystack tokens, only {len(haystack_ids)} were given")
+    used = np.asarray(haystack_ids[:num_haystack])
+    cut = round(depth * num_haystack)
+    tokens = np.concatenate([head, used[:cut], needle, used[cut:], tail, answer]).astype(np.int64)
+    record = {
+        "instruction": INSTRUCTION, "needle": wording.needle if with_needle else "", "question": wording.question,
+        "answer_prefix": wording.answer_prefix, "answer": wording.answer, "needle_start": len(head) + cut,
+        "num_needle_tokens": len(needle), "num_haystack_tokens": num_haystack,
+        "haystack_sha256": hashlib.sha256(used.astype("<u4").tobytes()).hexdigest(),
+    }  # fmt: skip
+    return NeedleSample(
+        tokens=tokens, value_start=length - len(answer), key=key, value=value, depth=depth, record=record
+    )
+
+
+def build_needle_set(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_texts: Sequence[str],
+    *,
+    length: int,
+    depths: Sequence[float],
+    num_samples: int,
+    seed: int,
+    with_needle: bool = True,
+) -> NeedleSet:
+    """``num_samples`` samples of exactly ``length`` tokens; depths are used in turn.
+
+    Texts are taken in an order drawn from ``seed``, each sample starting with another text (the released code drew all
+    its samples from one book). A text that is too short is joined with the following ones; ``record["texts"]`` says
+    which were used (indices into ``haystack_texts``). The control set (``with_needle=False``) has the same keys,
+    values and haystacks.
+
+    Raises:
+        DataError: no depths, no texts, texts too short in all, or a length that cannot hold a sample.
+    """
+    if not depths or not haystack_texts or num_samples < 1:
+        raise DataError(
+            f"a needle set needs depths, haystack texts and samples; got {len(depths)}, {len(haystack_texts)} and "
+            f"num_samples={num_samples}"
+        )
+    encoder = DocumentTokenizer(tokenizer)
+    order = list(range(len(haystack_texts)))
+    random.Random(f"order/{seed}").shuffle(order)
+
+    @lru_cache(maxsize=256)
+    def ids_of(index: int) -> np.ndarray:
+        return np.asarray(encoder.encode(haystack_texts[index]), dtype=np.int64)
+
+    samples = []
+    for number in range(num_samples):
+        rng = random.Random(f"needle/{seed}/{number}")
+        key, value, start = draw_key(rng), draw_value(rng), rng.random()
+        haystack, texts = _joined_haystack(ids_of, order, number, length, start)
+        sample = build_needle_sample(
+            encoder, haystack, length=length, depth=depths[number % len(depths)], key=key, value=value,
+            with_needle=with_needle,
+        )  # fmt: skip
+        sample.record["texts"] = ",".join(map(str, texts))
+        samples.append(sample)
+    return NeedleSet(samples=samples, length=length)
+
+
+def _joined_haystack(ids_of, order: list[int], first: int, length: int, start: float) -> tuple[np.ndarray, list[int]]:
+    """At least ``length`` ids: one text from a random place if it is long enough, else several texts in a row."""
+    used, parts, total = [], [], 0
+    for step in range(len(order)):
+        index = order[(first + step) % len(order)]
+        ids = ids_of(index)
+        if not parts and len(ids) > length:
+            begin = int(start * (len(ids) - length))
+            ids = ids[begin : begin + length]
+        used.append(index)
+        parts.append(ids)
+        total += len(ids)
+        if total >= length:
+            break
+    return np.concatenate(parts), used

@@ -1,0 +1,102 @@
+"""Needle samples on disk: the tokens of each sample and where its value starts."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from longrope2.artifacts import atomic_path
+from longrope2.errors import ArtifactError
+
+__all__ = ["NeedleSample", "NeedleSet"]
+
+SCHEMA = pa.schema([
+    ("tokens", pa.list_(pa.int64())),
+    ("value_start", pa.int64()),
+    ("key", pa.string()),
+    ("value", pa.string()),
+    ("depth", pa.float64()),
+    ("record", pa.string()),
+])  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleSample:
+    """One sample: prompt and value as ids.
+
+    Attributes:
+        tokens: Ids, shape [length], int64; BOS first, the value last.
+        value_start: Index of the first token of the value; the value reaches to the end.
+        key: What was asked for.
+        value: The digits to retrieve.
+        depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
+        record: Texts used, position of the needle, hash of the haystack.
+    """
+
+    tokens: np.ndarray
+    value_start: int
+    key: str
+    value: str
+    depth: float
+    record: dict[str, str | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleSet:
+    """Samples of one length.
+
+    Attributes:
+        samples: The samples.
+        length: Tokens of every sample.
+    """
+
+    samples: list[NeedleSample]
+    length: int
+
+    def __post_init__(self) -> None:
+        for number, sample in enumerate(self.samples):
+            if len(sample.tokens) != self.length:
+                raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, the set says {self.length}")
+            if not 0 < sample.value_start < self.length:
+                raise ArtifactError(f"needle sample {number} has its value at {sample.value_start} of {self.length}")
+
+    def save(self, path: Path) -> None:
+        """Write the set as one Arrow file, atomically."""
+        columns = [
+            [sample.tokens for sample in self.samples],
+            [sample.value_start for sample in self.samples],
+            [sample.key for sample in self.samples],
+            [sample.value for sample in self.samples],
+            [float(sample.depth) for sample in self.samples],
+            [json.dumps(sample.record, sort_keys=True) for sample in self.samples],
+        ]
+        schema = SCHEMA.with_metadata({"needle_length": str(self.length)})
+        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema)
+        with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+            with pa.ipc.new_stream(sink, schema) as writer:
+                writer.write_table(table)
+
+    @classmethod
+    def load(cls, path: Path) -> "NeedleSet":
+        """Read a set that ``save`` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, or no needle set.
+        """
+        try:
+            with pa.OSFile(str(path), "rb") as source:
+                table = pa.ipc.open_stream(source).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"{path} is not a needle set: {error}") from None
+        if not table.schema.equals(SCHEMA) or b"needle_length" not in (table.schema.metadata or {}):
+            raise ArtifactError(f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}")
+        samples = [
+            NeedleSample(
+                tokens=np.asarray(row["tokens"], dtype=np.int64), value_start=row["value_start"], key=row["key"],
+                value=row["value"], depth=row["depth"], record=json.loads(row["record"]),
+            )
+            for row in table.to_pylist()
+        ]  # fmt: skip
+        return cls(samples=samples, length=int(table.schema.metadata[b"needle_length"]))
