@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "StageConfig",
+    "claim_folder",
     "compose",
     "dump",
     "load",
@@ -115,6 +116,38 @@ def load(root: type[Root], path: Path) -> Root:
         return _to_object(OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{path}: {_explain(error)}"]) from None
+
+
+def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> None:
+    """Write ``config.yaml`` into a product folder, unless another configuration already made the product there.
+
+    Args:
+        folder: Product folder.
+        config: Configuration object of the stage.
+        changeable: Dotted keys (or their parents) that may differ from the configuration found.
+
+    Raises:
+        ConfigError: the folder holds a product of another configuration; names each key that differs.
+    """
+    path = folder / "config.yaml"
+    if path.is_file():
+        found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
+        wanted = _flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+        faults = [
+            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key)}"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key) and not any(f"{key}.".startswith(f"{c}.") for c in changeable)
+        ]
+        if faults:
+            raise ConfigError([*faults, f"use another run.name, or remove {folder} to make it again"])
+    dump(config, path)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested containers -> dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix.removesuffix("."): node}
+    return {k: v for name, child in node.items() for k, v in _flatten(child, f"{prefix}{name}.").items()}
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""The attention that a segment's layout asks for, as a function of transformers' attention registry.
+
+Registered under ``ATTENTION_NAME``; transformers builds no mask for a name it does not know, so the layout, passed to the
+model as the keyword ``layout``, is the only source of structure. Without a layout the row is plain causal, which also
+serves cached decoding.
+
+Shape legend: B = rows, H = query heads, K = key/value heads, T = query tokens, C = key tokens, D = head dim,
+N = documents of a bucket, S = padded length of a bucket.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from longrope2.attention.exchange import heads_to_tokens, tokens_to_heads
+from longrope2.attention.layout import SegmentLayout
+
+__all__ = ["ATTENTION_NAME", "causal_attention", "document_attention", "register_attention", "windowed_attention"]
+
+ATTENTION_NAME = "longrope2_windowed"
+
+
+def register_attention() -> None:
+    """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _registry_entry)
+
+
+def windowed_attention(
+    q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, layout: SegmentLayout | None, scaling: float
+) -> Tensor:
+    """Attention of one layer on one rank.
+
+    Args:
+        q_BHTD: Rotated queries of the rank's tokens.
+        k_BKCD: Rotated keys; C > T only with a cache, which excludes a layout.
+        v_BKCD: Values.
+        layout: Segment structure, or None for plain causal rows.
+        scaling: Multiplier on q.k, usually D ** -0.5.
+
+    Returns:
+        [B, T, H, D].
+    """
+    if layout is None:
+        return causal_attention(q_BHTD, k_BKCD, v_BKCD, scaling).transpose(1, 2)
+    group = layout.exchange_group
+    if group is not None:
+        q_BHTD, k_BKCD, v_BKCD = tokens_to_heads(q_BHTD, k_BKCD, v_BKCD, group)
+    if layout.buckets is None:
+        out_BHTD = causal_attention(q_BHTD, k_BKCD, v_BKCD, scaling)
+    else:
+        out_BHTD = document_attention(q_BHTD, k_BKCD, v_BKCD, layout, scaling)
+    out_BTHD = out_BHTD.transpose(1, 2)
+    return out_BTHD if group is None else heads_to_tokens(out_BTHD, group)
+
+
+def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: float) -> Tensor:
+    """Causal attention; with more keys than queries, the queries are the last ones (cached decoding)."""
+    num_queries, num_keys = q_BHTD.shape[2], k_BKCD.shape[2]
+    grouped = q_BHTD.shape[1] != k_BKCD.shape[1]
+    mask_TC = None
+    if 1 < num_queries < num_keys:
+        mask_TC = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTD.device)
+        mask_TC = mask_TC.tril(diagonal=num_keys - num_queries)
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKCD, v_BKCD, attn_mask=mask_TC, is_causal=num_queries == num_keys, scale=scaling, enable_gqa=grouped
+    )
+
+
+def document_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float
+) -> Tensor:
+    """Causal attention inside each document of a single row (B = 1), one batched call per length bucket."""
+    assert q_BHTD.shape[0] == 1 and layout.buckets is not None and layout.restore_T is not None
+    outputs_THD = []
+    for bucket in layout.buckets:
+        rows = [x[0][:, bucket.token_index_NS].transpose(0, 1) for x in (q_BHTD, k_BKTD, v_BKTD)]
+        out_NHSD = causal_attention(*rows, scaling)
+        outputs_THD.append(out_NHSD.transpose(1, 2).flatten(0, 1)[bucket.slot_index_T])
+    return torch.cat(outputs_THD)[layout.restore_T].transpose(0, 1)[None]
+
+
+def _registry_entry(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: SegmentLayout | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Adapter to the signature transformers calls; ``unused`` holds what other attention kinds read."""
+    if attention_mask is not None or dropout:
+        raise ValueError("windowed attention takes its structure from the layout: no attention_mask, no dropout")
+    return windowed_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None

@@ -1,0 +1,16 @@
+"""The on-disk contract between packing and everything that reads tokens: segments, their order, needle sets."""
+
+from longrope2.segments.format import Segment, SegmentStore, segment_schema, token_type
+from longrope2.segments.needle_set import NeedleSample, NeedleSet
+from longrope2.segments.schedule import MicroStep, StepSchedule
+
+__all__ = [
+    "MicroStep",
+    "NeedleSample",
+    "NeedleSet",
+    "Segment",
+    "SegmentStore",
+    "StepSchedule",
+    "segment_schema",
+    "token_type",
+]

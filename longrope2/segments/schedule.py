@@ -1,0 +1,88 @@
+"""Which segments a step trains on: a pure function of the step, so that the training cursor is one integer.
+
+ZeRO-3 makes all data-parallel groups advance together, so a micro-step costs as much as its most expensive segment. Each
+micro-step therefore draws segments of one window kind only. The kinds follow the exact short/long ratio at every
+point of the run (error diffusion), and the segments of a kind are visited in a seeded random order, each once an epoch.
+
+The unit of the schedule is a *group* of ``group_size`` segments of one kind. It does not depend on the number of
+processes: any data-parallel size that divides ``group_size`` sees the same segments in the same optimizer step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from longrope2.rope import Window
+
+__all__ = ["MicroStep", "StepSchedule"]
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What every data-parallel rank works on at the same time."""
+
+    window: Window
+    segment_ids: tuple[int, ...]
+    """One segment per data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """The whole run's order.
+
+    Attributes:
+        short_ids: Segments tagged short.
+        long_ids: Segments tagged long.
+        segments_per_step: Segments of one optimizer step (global batch / target length).
+        group_size: Segments in a row that share the window kind; must divide ``segments_per_step``.
+        seed: Seed of the order.
+    """
+
+    short_ids: tuple[int, ...]
+    long_ids: tuple[int, ...]
+    segments_per_step: int
+    group_size: int
+    seed: int
+
+    @property
+    def groups_per_epoch(self) -> int:
+        """Groups in one pass over the data."""
+        return len(self.short_ids) // self.group_size + len(self.long_ids) // self.group_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimizer steps in one pass; what is left over begins the next pass."""
+        return self.groups_per_epoch * self.group_size // self.segments_per_step
+
+    @property
+    def unused_per_epoch(self) -> dict[str, int]:
+        """Segments of each kind that do not fill a group and are left out of a pass."""
+        return {w.value: len(self._ids(w)) % self.group_size for w in Window}
+
+    def micro_steps(self, step: int, data_size: int) -> list[MicroStep]:
+        """The micro-steps of optimizer step ``step`` (0-based) for ``data_size`` data-parallel groups."""
+        assert self.group_size % data_size == 0 and self.segments_per_step % self.group_size == 0
+        groups_per_step = self.segments_per_step // self.group_size
+        steps = []
+        for group in range(step * groups_per_step, (step + 1) * groups_per_step):
+            window, ids = self._group(group)
+            steps += [
+                MicroStep(window, ids[first : first + data_size]) for first in range(0, self.group_size, data_size)
+            ]
+        return steps
+
+    def _group(self, index: int) -> tuple[Window, tuple[int, ...]]:
+        """Kind and segments of one group of the endless sequence of groups."""
+        epoch, place = divmod(index, self.groups_per_epoch)
+        num_long = len(self.long_ids) // self.group_size
+        # Exact error diffusion in integers: the long groups are spread evenly over the epoch.
+        long_before = place * num_long // self.groups_per_epoch
+        is_long = (place + 1) * num_long // self.groups_per_epoch > long_before
+        window, number = (Window.LONG, long_before) if is_long else (Window.SHORT, place - long_before)
+        order = np.random.default_rng([self.seed, epoch, int(is_long)]).permutation(self._ids(window))
+        chosen = order[number * self.group_size : (number + 1) * self.group_size]
+        return window, tuple(int(i) for i in chosen)
+
+    def _ids(self, window: Window) -> tuple[int, ...]:
+        """Segment ids of one kind."""
+        return self.long_ids if window is Window.LONG else self.short_ids

@@ -1,0 +1,123 @@
+"""Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
+
+The file is the record: one line per ``log`` call, appended and flushed, so a killed run keeps its history and a resumed
+one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+__all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics"]
+
+METRICS_FILE = "metrics.jsonl"
+METRIC_GROUPS = ("train", "perf", "search", "pack", "eval")
+
+
+class WandbMode(Enum):
+    """When W&B is used."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the JSON-lines file."""
+
+    wandb: WandbMode = WandbMode.auto
+    """``auto`` is online when logged in and offline otherwise."""
+    project: str = "longrope2"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null for the login's default."""
+
+
+class MetricsLog:
+    """Open on one rank only; close it (or use ``with``) so that W&B flushes."""
+
+    def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._wandb = _start_wandb(folder, tracking, run_name, stage, config)
+
+    def log(self, values: Mapping[str, float | int], **position: int) -> None:
+        """Record ``values`` (design names) at a position such as ``step=12``."""
+        record = {"time": round(time.time(), 3), **position, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(values))
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a folder's metrics file, oldest first; a torn last line is left out. Empty when there is none."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]) -> Any:
+    """Start or continue the W&B run of this stage; None when disabled."""
+    mode = _resolve_mode(tracking.wandb)
+    if mode is WandbMode.disabled:
+        return None
+    import wandb
+
+    run_id = f"{run_name}-{stage}".replace("/", "-")
+    run = wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        group=run_name,
+        job_type=stage,
+        name=f"{run_name}/{stage}",
+        id=run_id,
+        resume="allow" if mode is WandbMode.online else None,
+        dir=str(folder),
+        mode=mode.value,  # type: ignore[arg-type]
+        config=config,
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True),
+    )
+    run.define_metric("train/tokens")
+    for group in METRIC_GROUPS:
+        run.define_metric(f"{group}/*", step_metric="train/tokens" if group in ("train", "perf") else None)
+    return run
+
+
+def _resolve_mode(mode: WandbMode) -> WandbMode:
+    """``auto`` -> online when a key is configured (environment or ~/.netrc), else offline."""
+    if mode is not WandbMode.auto:
+        return mode
+    if os.environ.get("WANDB_MODE"):
+        return WandbMode(os.environ["WANDB_MODE"])
+    if os.environ.get("WANDB_API_KEY"):
+        return WandbMode.online
+    netrc = Path.home() / ".netrc"
+    logged_in = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+    return WandbMode.online if logged_in else WandbMode.offline

@@ -1,0 +1,170 @@
+"""Settings of a training run, and the checks that cross their fields."""
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from longrope2.artifacts import resolve_model_folder
+from longrope2.config import StageConfig
+from longrope2.errors import ConfigError
+from longrope2.model import RopeConfig
+from longrope2.parallel import ParallelConfig, head_faults
+from longrope2.tracking import TrackingConfig
+
+__all__ = ["Precision", "Recompute", "TrainRoot", "TrainingConfig", "check"]
+
+
+class Precision(Enum):
+    """Number format of the forward and backward pass; the master weights are always float32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    """Which activations are computed again in the backward pass."""
+
+    none = "none"
+    full = "full"
+
+
+@dataclass
+class TrainingConfig:
+    """Mixed-window training (paper, section 3.3 and appendix); defaults are the paper's."""
+
+    tokens: int | None = None
+    """Token budget; null trains one pass over the segments. Rounded down to whole steps."""
+    global_batch_tokens: int = 8_388_608
+    """Tokens of one optimizer step over all processes: a multiple of ``target_len`` * ``same_kind_segments``."""
+    same_kind_segments: int = 8
+    """Segments in a row that share the window kind; a multiple of the data-parallel size, so that ranks wait for none."""
+    mixed: bool = True
+    """False trains every segment with the rescaled RoPE and full attention (the paper's ablation)."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    min_learning_rate_ratio: float = 0.1
+    """Floor of the cosine, as a share of the peak."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.95
+    """AdamW's second decay rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and embeddings decay only with ``decay_norms_and_embeddings``."""
+    decay_norms_and_embeddings: bool = False
+    """Decay every parameter alike."""
+    gradient_clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    precision: Precision = Precision.auto
+    """``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    recompute: Recompute = Recompute.none
+    """``full`` keeps only layer inputs and recomputes the rest."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_steps: int = 1
+    """Steps between metric records."""
+    stop_after_step: int | None = None
+    """Stop with a checkpoint after this many steps; the same command goes on from there."""
+
+
+@dataclass
+class TrainRoot(StageConfig):
+    """Configuration of ``launch.train``."""
+
+    segments: str | None = None
+    """Folder of packed segments; null is the run's own ``1_segments``."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check(config: TrainRoot, world_size: int) -> Path:
+    """Every rule that crosses fields or files of a training run, before anything is written.
+
+    Returns:
+        The model's local folder.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+        ArtifactError: the model cannot be found.
+    """
+    folder = resolve_model_folder(config.model.path)
+    faults = _range_faults(config.training) + _window_faults(config) + _parallel_faults(config, folder, world_size)
+    if faults:
+        raise ConfigError(faults)
+    return folder
+
+
+def _range_faults(training: TrainingConfig) -> list[str]:
+    """Values outside their range."""
+    above_zero = ("global_batch_tokens", "same_kind_segments", "learning_rate", "gradient_clip", "checkpoint_steps",
+                  "keep_checkpoints", "log_steps")  # fmt: skip
+    faults = [
+        f"training.{name}={getattr(training, name)} must be above 0" for name in above_zero if getattr(training, name) <= 0
+    ]
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            faults.append(f"training.{name}={getattr(training, name)} must be in [0, 1)")
+    if not 0 <= training.min_learning_rate_ratio <= 1:
+        faults.append(f"training.min_learning_rate_ratio={training.min_learning_rate_ratio} must be in [0, 1]")
+    for name in ("weight_decay", "warmup_steps"):
+        if getattr(training, name) < 0:
+            faults.append(f"training.{name}={getattr(training, name)} must not be negative")
+    for name in ("tokens", "stop_after_step"):
+        value = getattr(training, name)
+        if value is not None and value <= 0:
+            faults.append(f"training.{name}={value} must be above 0, or null")
+    return faults
+
+
+def _window_faults(config: TrainRoot) -> list[str]:
+    """Window lengths and batch sizes that do not fit each other."""
+    target, original, training = config.target_len, config.model.original_len, config.training
+    faults = []
+    if original < 1 or target < original or target % original:
+        faults.append(
+            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
+        )
+    group_tokens = max(1, target * training.same_kind_segments)
+    if training.global_batch_tokens % group_tokens:
+        faults.append(
+            f"training.global_batch_tokens={training.global_batch_tokens} must be a multiple of target_len * "
+            f"training.same_kind_segments = {group_tokens}"
+        )
+    elif training.tokens is not None and 0 < training.tokens < training.global_batch_tokens:
+        faults.append(
+            f"training.tokens={training.tokens} is less than one step of "
+            f"training.global_batch_tokens={training.global_batch_tokens}"
+        )
+    return faults
+
+
+def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[str]:
+    """Process counts that do not fit the model, the segments or the batch."""
+    parallel, training = config.parallel, config.training
+    faults = []
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        faults.append(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3")
+    if parallel.sequence < 1 or world_size % parallel.sequence:
+        allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        return [*faults, f"parallel.sequence={parallel.sequence} does not divide {world_size} processes; use {allowed}"]
+    if config.target_len % parallel.sequence:
+        faults.append(
+            f"target_len={config.target_len} must be a multiple of parallel.sequence={parallel.sequence}, "
+            "so that every rank holds an equal share of a segment"
+        )
+    data = world_size // parallel.sequence
+    if training.same_kind_segments > 0 and training.same_kind_segments % data:
+        faults.append(
+            f"training.same_kind_segments={training.same_kind_segments} must be a multiple of the data-parallel size "
+            f"{data} ({world_size} processes / parallel.sequence={parallel.sequence})"
+        )
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = model["num_attention_heads"]
+    return faults + head_faults(parallel.sequence, heads, model.get("num_key_value_heads", heads))

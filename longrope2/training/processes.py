@@ -1,0 +1,63 @@
+"""Start and end of one training process: device, process group, grid."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from longrope2.parallel import ParallelConfig, ParallelDims, make_groups
+
+__all__ = ["Processes", "join_processes", "leave_processes", "world_size_from_environment"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    dims: ParallelDims
+    device: torch.device
+    sequence_group: ProcessGroup | None
+    mpu: ModuleType | None
+
+    @property
+    def is_main(self) -> bool:
+        """The process that writes."""
+        return self.dims.rank == 0
+
+
+def world_size_from_environment() -> int | None:
+    """Processes started by torchrun, or None outside it."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+
+
+def join_processes(parallel: ParallelConfig) -> Processes:
+    """Join torchrun's process group, or make one of this process alone; NCCL on GPUs, gloo on CPUs."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=parallel.timeout_seconds),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    dims = ParallelDims.from_world(dist.get_world_size(), parallel.sequence, dist.get_rank())
+    sequence_group, mpu = make_groups(dims)
+    return Processes(dims, device, sequence_group, mpu)
+
+
+def leave_processes() -> None:
+    """Leave the process group; without it gloo and NCCL warn at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,85 @@
+"""One optimizer step: micro-steps, one exact loss normaliser, gradients, update, and what is reported of it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longrope2.parallel import ParallelDims
+from longrope2.rope import Window
+from longrope2.training.batch import RankBatch
+
+__all__ = ["StepReport", "gradient_scale", "run_step"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, summed over all ranks; losses are means per target token, nan where there was none."""
+
+    loss: float
+    loss_by_window: dict[Window, float]
+    targets_by_window: dict[Window, int]
+    gradient_norm: float
+    seconds: float
+    micro_step_seconds: dict[Window, float]
+    """Mean on this rank, for the kinds that occurred."""
+
+
+def gradient_scale(dims: ParallelDims, zero_stage: int, micro_steps: int, num_targets: int) -> float:
+    """Factor from a rank's summed token loss to the loss it hands to DeepSpeed.
+
+    The gradient wanted is that of (sum of all token losses of the step) / ``num_targets``. DeepSpeed divides by the
+    micro-steps, and then by the whole world under ZeRO-3's reduce-scatter, but by world / sequence under stages 0 to 2.
+    """
+    averaged_over = dims.world_size if zero_stage == 3 else dims.data
+    return averaged_over * micro_steps / max(1, num_targets)
+
+
+def run_step(engine: Any, batches: Sequence[RankBatch], dims: ParallelDims, zero_stage: int, lr: float) -> StepReport:
+    """Forward and backward over the rank's micro-steps, then the update at learning rate ``lr``.
+
+    Args:
+        engine: DeepSpeed engine around a ``WindowedModel``.
+        batches: The rank's micro-steps of this step.
+        dims: This process's place on the grid.
+        zero_stage: ZeRO stage of the engine; decides how DeepSpeed averages gradients.
+        lr: Learning rate of this step.
+    """
+    began = time.perf_counter()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    targets = _sum_over_ranks([sum(b.num_targets for b in batches if b.window is w) for w in Window], engine.device)
+    scale = gradient_scale(dims, zero_stage, len(batches), int(sum(targets)))
+    loss_sums = dict.fromkeys(Window, 0.0)
+    seconds: dict[Window, list[float]] = {window: [] for window in Window}
+    for batch in batches:
+        micro_began = time.perf_counter()
+        loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
+        engine.backward(loss_sum * scale)
+        engine.step()
+        loss_sums[batch.window] += loss_sum.detach().double().item()
+        seconds[batch.window].append(time.perf_counter() - micro_began)
+    sums = _sum_over_ranks([loss_sums[window] for window in Window], engine.device)
+    return StepReport(
+        loss=_ratio(sum(sums), sum(targets)),
+        loss_by_window={w: _ratio(s, n) for w, s, n in zip(Window, sums, targets, strict=True)},
+        targets_by_window={w: int(n) for w, n in zip(Window, targets, strict=True)},
+        gradient_norm=float(engine.get_global_grad_norm()),
+        seconds=time.perf_counter() - began,
+        micro_step_seconds={w: sum(times) / len(times) for w, times in seconds.items() if times},
+    )
+
+
+def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:
+    """All ranks' sum of a few numbers, in float64."""
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def _ratio(total: float, count: float) -> float:
+    """Mean, or nan of nothing."""
+    return total / count if count else float("nan")
