@@ -20,6 +20,7 @@ __all__ = [
     "CorpusConfig",
     "CorpusKind",
     "Document",
+    "ShortOverlong",
     "Split",
     "build_corpus",
     "heldout_texts",
@@ -45,6 +46,13 @@ class CorpusKind(str, Enum):
     folder = "folder"
 
 
+class ShortOverlong(str, Enum):
+    """What the short bucket does with documents that are longer than the short window."""
+
+    drop = "drop"
+    split = "split"
+
+
 @dataclass
 class BucketQuota:
     """Tokens (BOS and EOS included) wanted from one source; ``null`` means all there is, 0 means none."""
@@ -67,6 +75,9 @@ class CorpusConfig:
     """Folder of .txt, .jsonl, .jsonl.gz or .parquet files; needed by kind ``folder``."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
+    short_overlong: ShortOverlong = ShortOverlong.drop
+    """What the short bucket does with documents longer than L0: ``drop`` leaves them out (of that bucket), ``split`` cuts
+    some of them into windows of L0 tokens with BOS and EOS (for miniatures, whose window few natural documents fit)."""
     quotas: dict[str, BucketQuota] = field(default_factory=dict)
     """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
 

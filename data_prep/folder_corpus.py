@@ -1,0 +1,92 @@
+"""A folder of your own files: .txt (a document each), .jsonl, .jsonl.gz and .parquet (a document per record)."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpora import Document, Split, split_of
+from longrope2.artifacts import sha256_of_file
+from longrope2.errors import ConfigError, DataError
+
+__all__ = ["FolderCorpus"]
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SOURCE = "folder"
+
+
+class FolderCorpus:
+    """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
+
+    The id of a document is the file's path below the folder, and the record's number where a file holds several.
+
+    Args:
+        folder: The folder.
+        text_field: Field that holds the text in .jsonl and .parquet records.
+
+    Raises:
+        ConfigError: the folder does not exist or holds no file of a known kind.
+    """
+
+    sources = (SOURCE,)
+
+    def __init__(self, folder: str, *, text_field: str) -> None:
+        self._folder = Path(folder)
+        self._text_field = text_field
+        if not self._folder.is_dir():
+            raise ConfigError([f"corpus.folder={folder} is not a folder"])
+        self._files = sorted(p for p in self._folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        if not self._files:
+            raise ConfigError([f"corpus.folder={folder} holds no file ending in {', '.join(SUFFIXES)}"])
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Documents of one split, file by file.
+
+        Raises:
+            DataError: a file cannot be read, or a record has no text field; names file and record.
+        """
+        for path in self._files:
+            name = path.relative_to(self._folder).as_posix()
+            domain = name.split("/")[0] if "/" in name else "files"
+            for suffix, text in self._texts(path):
+                doc_id = f"{SOURCE}/{name}{suffix}"
+                if split_of(doc_id) is split and text.strip():
+                    yield Document(doc_id, text, SOURCE, domain)
+
+    def describe(self) -> dict[str, Any]:
+        """Folder and SHA-256 of every file."""
+        files = {path.relative_to(self._folder).as_posix(): sha256_of_file(path) for path in self._files}
+        return {"folder": str(self._folder), "files": files}
+
+    def _texts(self, path: Path) -> Iterator[tuple[str, str]]:
+        """Every text of a file with the suffix of its id."""
+        try:
+            if path.suffix == ".txt":
+                yield "", path.read_text(encoding="utf-8")
+            else:
+                for number, record in enumerate(_records(path, self._text_field)):
+                    text = record.get(self._text_field) if isinstance(record, dict) else None
+                    if not isinstance(text, str):
+                        raise DataError(
+                            f"{path}: record {number} has no text in field {self._text_field!r}; set corpus.text_field"
+                        )
+                    yield f":{number}", text
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _records(path: Path, text_field: str) -> Iterator[Any]:
+    """Records of a .jsonl, .jsonl.gz or .parquet file, one at a time."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column {text_field!r}; set corpus.text_field")
+        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+            yield from batch.to_pylist()
+        return
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as handle:
+        yield from (json.loads(line) for line in handle if line.strip())

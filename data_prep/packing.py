@@ -1,0 +1,203 @@
+"""Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted for.
+
+Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k tokens so that no document
+crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding.
+
+Long segments are never padded. Departure from the paper, which concatenates documents and cuts every L tokens:
+documents that fit in L are kept whole (best-fit-decreasing, after "Fewer Truncations Improve Language Modeling",
+arXiv 2404.10830), and documents longer than L, which must be cut anyway, fill the remaining gaps exactly: their slices
+continue in other segments without a new BOS. When no such document is left, the documents of the emptiest segments are
+cut instead. What remains at the end and fills no segment is returned and counted.
+"""
+
+import random
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from data_prep.quotas import TokenizedDocument
+from longrope2.rope import Window
+
+__all__ = ["DraftSegment", "LongPacking", "Piece", "best_fit_decreasing", "pack_long", "pack_short"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a document; ``document=None`` is padding of that many tokens."""
+
+    document: TokenizedDocument | None
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class DraftSegment:
+    """A segment before it is written: its pieces in order, L tokens together."""
+
+    window: Window
+    pieces: tuple[Piece, ...]
+
+
+@dataclass
+class LongPacking:
+    """Result of packing long documents.
+
+    Attributes:
+        segments: Full segments.
+        rest: Pieces that fill no segment, fewer than L tokens together.
+        num_cut_documents: Documents of at most L tokens that stand in more than one piece.
+    """
+
+    segments: list[DraftSegment] = field(default_factory=list)
+    rest: list[Piece] = field(default_factory=list)
+    num_cut_documents: int = 0
+
+
+def best_fit_decreasing(
+    documents: Iterable[TokenizedDocument], capacity: int
+) -> list[tuple[int, list[TokenizedDocument]]]:
+    """Put documents into bins: longest first, each into the fullest bin that still has room.
+
+    Documents of equal length keep their order, and of equally full bins the oldest is taken.
+
+    Args:
+        documents: Each at most ``capacity`` tokens.
+        capacity: Tokens of a bin.
+
+    Returns:
+        (room left, documents) of every bin, in the order in which the bins were opened.
+    """
+    rooms: list[int] = []  # distinct rooms left, ascending
+    bins_by_room: dict[int, deque[int]] = defaultdict(deque)
+    bins: list[list[TokenizedDocument]] = []
+    room_of: list[int] = []
+    for document in sorted(documents, key=len, reverse=True):
+        assert len(document) <= capacity
+        place = bisect_left(rooms, len(document))
+        if place < len(rooms):
+            room = rooms[place]
+            index = bins_by_room[room].popleft()
+            if not bins_by_room[room]:
+                rooms.pop(place)
+        else:
+            room, index = capacity, len(bins)
+            bins.append([])
+            room_of.append(capacity)
+        bins[index].append(document)
+        room_of[index] = left = room - len(document)
+        if not bins_by_room[left]:
+            insort(rooms, left)
+        bins_by_room[left].append(index)
+    return list(zip(room_of, bins, strict=True))
+
+
+def pack_short(
+    documents: Sequence[TokenizedDocument], *, target_len: int, alignment: int, seed: int
+) -> list[DraftSegment]:
+    """Pack whole documents so that none crosses a multiple of ``target_len / alignment``.
+
+    Args:
+        documents: Each at most ``target_len / alignment`` tokens.
+        target_len: L in tokens, divisible by ``alignment``.
+        alignment: Chunks per segment.
+        seed: Seed of the order of chunks, and of documents inside a chunk.
+    """
+    capacity = target_len // alignment
+    rng = random.Random(f"short/{seed}")
+    chunks = []
+    for room, members in best_fit_decreasing(documents, capacity):
+        rng.shuffle(members)
+        chunks.append([*map(_whole, members), *_padding(room)])
+    rng.shuffle(chunks)
+    while len(chunks) % alignment:
+        chunks.append(_padding(capacity))
+    groups = (chunks[first : first + alignment] for first in range(0, len(chunks), alignment))
+    return [DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk)) for group in groups]
+
+
+def pack_long(documents: Sequence[TokenizedDocument], *, target_len: int, seed: int) -> LongPacking:
+    """Pack documents into full segments without padding, cutting as few as possible.
+
+    Args:
+        documents: Documents of any length, in the order in which they are to be used.
+        target_len: L in tokens.
+        seed: Seed of the order of segments.
+    """
+    fillers = _Stream(document for document in documents if len(document) > target_len)
+    bins = best_fit_decreasing((d for d in documents if len(d) <= target_len), target_len)
+    waiting = deque(sorted(bins, key=lambda room_and_members: room_and_members[0]))  # fullest first
+    packed: list[tuple[Piece, ...]] = []
+    while waiting:
+        room, members = waiting[0]
+        while fillers.num_tokens < room:
+            _, dissolved = waiting.pop()  # the emptiest; in the end it is the one to be filled itself
+            fillers.extend(dissolved)
+            if not waiting:
+                break
+        else:
+            waiting.popleft()
+            packed.append(_arranged(members, fillers.take(room)))
+    while fillers.num_tokens >= target_len:
+        packed.append(_arranged([], fillers.take(target_len)))
+    rest = fillers.take(fillers.num_tokens)
+    random.Random(f"long/{seed}").shuffle(packed)
+    segments = [DraftSegment(Window.LONG, pieces) for pieces in packed]
+    return LongPacking(segments, rest, _num_cut(packed, target_len))
+
+
+class _Stream:
+    """Documents end to end, handed out in slices."""
+
+    def __init__(self, documents: Iterable[TokenizedDocument]) -> None:
+        self._queue: deque[Piece] = deque()
+        self.num_tokens = 0
+        self.extend(documents)
+
+    def extend(self, documents: Iterable[TokenizedDocument]) -> None:
+        """Append documents."""
+        for document in documents:
+            self._queue.append(_whole(document))
+            self.num_tokens += len(document)
+
+    def take(self, num_tokens: int) -> list[Piece]:
+        """The next ``num_tokens`` tokens as pieces; the last document may be cut."""
+        assert num_tokens <= self.num_tokens
+        taken = []
+        self.num_tokens -= num_tokens
+        while num_tokens:
+            piece = self._queue.popleft()
+            cut = min(piece.stop, piece.start + num_tokens)
+            taken.append(Piece(piece.document, piece.start, cut))
+            if cut < piece.stop:
+                self._queue.appendleft(Piece(piece.document, cut, piece.stop))
+            num_tokens -= cut - piece.start
+        return taken
+
+
+def _arranged(members: list[TokenizedDocument], slices: list[Piece]) -> tuple[Piece, ...]:
+    """Order in a segment: a continued slice first (it has no BOS), a slice that is cut off last."""
+    continued = [piece for piece in slices if piece.start > 0]
+    begun = [piece for piece in slices if piece.start == 0]
+    assert len(continued) <= 1
+    return (*continued, *map(_whole, members), *begun)
+
+
+def _whole(document: TokenizedDocument) -> Piece:
+    """The whole document as a piece."""
+    return Piece(document, 0, len(document))
+
+
+def _padding(num_tokens: int) -> list[Piece]:
+    """Padding as a piece of its own, none if nothing is to be filled."""
+    return [Piece(None, 0, num_tokens)] if num_tokens else []
+
+
+def _num_cut(segments: Iterable[tuple[Piece, ...]], target_len: int) -> int:
+    """Documents that would fit in a segment but were cut."""
+    pieces = (piece for segment in segments for piece in segment if piece.document is not None)
+    cut = {p.document.doc_id for p in pieces if len(p) < len(p.document) <= target_len}  # type: ignore[union-attr,arg-type]
+    return len(cut)
