@@ -1,0 +1,169 @@
+"""Settings of an evaluation: who is compared, at which lengths, on how much."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from longrope2.artifacts import resolve_model_folder
+from longrope2.config import MISSING, StageConfig
+from longrope2.errors import ConfigError
+from longrope2.model import RopeConfig
+from longrope2.tracking import TrackingConfig
+
+__all__ = [
+    "EvaluateRoot",
+    "EvaluationConfig",
+    "NeedleConfig",
+    "PerplexityConfig",
+    "RetentionConfig",
+    "SubjectConfig",
+    "check",
+    "evaluated_lengths",
+]
+
+SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass
+class SubjectConfig:
+    """One model to evaluate: the base weights with some RoPE rescaling, or a trained checkpoint."""
+
+    name: str = MISSING
+    """Row of the tables; letters, digits and ``_ . + -``."""
+    rope: RopeConfig | None = None
+    """Rescaling of the base model, untrained. Exactly one of ``rope`` and ``checkpoint`` is given."""
+    checkpoint: str | None = None
+    """Folder of a finished checkpoint (``.../3_checkpoints/final``), which brings its own factors."""
+
+
+@dataclass
+class NeedleConfig:
+    """Retrieval of a needle: exact match and perplexity of its value, by length and depth."""
+
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where the needle stands: 0 is the start of the document, 1 its end."""
+    samples_per_depth: int = 10
+    """Samples of every length and depth (the paper's heat map has 10)."""
+    seed: int = 7001
+    """Seed of keys, values and haystacks; must differ from the search's."""
+
+
+@dataclass
+class PerplexityConfig:
+    """Perplexity of held-out text by the length of the context; all lengths score the same tokens."""
+
+    num_windows: int = 16
+    """Places in the text; each is scored at every length."""
+    scored_tokens: int = 64
+    """Tokens scored at each place, at the end of the window."""
+
+
+@dataclass
+class RetentionConfig:
+    """Perplexity of held-out text inside the original window, against the base model's."""
+
+    num_windows: int = 128
+    """Windows of at most ``model.original_len`` tokens."""
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, and of whom."""
+
+    subjects: list[SubjectConfig] = field(default_factory=list)
+    """Models to compare, in the order of the tables."""
+    reference: str = "base"
+    """Subject that retention is relative to: the unscaled base model."""
+    lengths: list[int] | None = None
+    """Lengths in tokens; null is ``model.original_len`` doubled up to ``target_len``."""
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    batch_tokens: int = 8192
+    """Tokens of one forward pass; a longer sample goes alone. Changes speed and memory only."""
+
+
+@dataclass
+class EvaluateRoot(StageConfig):
+    """Configuration of ``launch.evaluate``, without the corpus, which the command adds."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def evaluated_lengths(config: EvaluateRoot) -> list[int]:
+    """Lengths in tokens, ascending: those given, or L0, 2 L0, 4 L0, ... up to and including L."""
+    if config.evaluation.lengths is not None:
+        return sorted(config.evaluation.lengths)
+    lengths = [config.model.original_len]
+    while lengths[-1] * 2 < config.target_len:
+        lengths.append(lengths[-1] * 2)
+    return [*lengths, config.target_len] if config.target_len > lengths[-1] else lengths
+
+
+def check(config: EvaluateRoot) -> Path:
+    """Every rule that crosses fields of an evaluation, before anything is read or written.
+
+    Returns:
+        The base model's local folder.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+        ArtifactError: the base model cannot be found.
+    """
+    faults = _subject_faults(config.evaluation) + _range_faults(config.evaluation) + _length_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return resolve_model_folder(config.model.path)
+
+
+def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
+    """Subjects that are missing, doubled, or name no model or two."""
+    names = [subject.name for subject in evaluation.subjects]
+    faults = []
+    if not names:
+        faults.append("evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}")
+    elif evaluation.reference not in names:
+        faults.append(f"evaluation.reference={evaluation.reference} is not among the subjects: {', '.join(names)}")
+    for index, subject in enumerate(evaluation.subjects):
+        key = f"evaluation.subjects[{index}]"
+        if not SUBJECT_NAME.fullmatch(subject.name):
+            faults.append(f"{key}.name={subject.name!r} may hold letters, digits and _ . + - only")
+        if subject.name in names[:index]:
+            faults.append(f"{key}.name={subject.name} is used twice; give every subject its own name")
+        if (subject.rope is None) == (subject.checkpoint is None):
+            given = "both rope and checkpoint" if subject.rope else "neither rope nor checkpoint"
+            faults.append(f"{key} ({subject.name}) has {given}; give exactly one of them")
+    return faults
+
+
+def _range_faults(evaluation: EvaluationConfig) -> list[str]:
+    """Values outside their range."""
+    positive = {
+        "needle.samples_per_depth": evaluation.needle.samples_per_depth,
+        "perplexity.num_windows": evaluation.perplexity.num_windows,
+        "perplexity.scored_tokens": evaluation.perplexity.scored_tokens,
+        "retention.num_windows": evaluation.retention.num_windows,
+        "batch_tokens": evaluation.batch_tokens,
+    }
+    faults = [f"evaluation.{key}={value} must be at least 1" for key, value in positive.items() if value < 1]
+    depths = evaluation.needle.depths
+    if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
+        faults.append(f"evaluation.needle.depths={depths} must be distinct numbers from 0 to 1, at least one")
+    return faults
+
+
+def _length_faults(config: EvaluateRoot) -> list[str]:
+    """Windows and lengths that do not fit each other."""
+    original, target = config.model.original_len, config.target_len
+    if original < 1 or target < original or target % original:
+        return [f"target_len={target} must be a multiple of model.original_len={original}, and not below it"]
+    lengths, scored = evaluated_lengths(config), config.evaluation.perplexity.scored_tokens
+    faults = []
+    if not lengths or len(set(lengths)) < len(lengths) or any(not 2 <= length <= target for length in lengths):
+        faults.append(f"evaluation.lengths={lengths} must be distinct lengths from 2 to target_len={target}")
+    elif scored >= lengths[0]:
+        faults.append(
+            f"evaluation.perplexity.scored_tokens={scored} must be below the shortest length evaluated, {lengths[0]}"
+        )
+    return faults

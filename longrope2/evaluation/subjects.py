@@ -1,0 +1,130 @@
+"""Subjects of an evaluation: weights plus rescale factors, each checked against the base model before anything runs."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longrope2.artifacts import describe_input, model_identity, product_folder, read_manifest, sha256_of_file
+from longrope2.errors import ArtifactError, FactorsError
+from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
+from longrope2.model import FACTORS_FILE, RopeConfig, resolve_factors, rope_geometry
+from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window
+
+__all__ = ["Subject", "check_same_model", "read_checkpoint_factors", "resolve_subjects"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison."""
+
+    name: str
+    folder: Path
+    """Hugging Face folder of its weights: the base model's or a checkpoint's."""
+    factors: RescaleFactors
+    weights_sha256: str
+    trained: bool
+    source: dict[str, Any]
+    """Input record for the manifest."""
+
+    def table_identity(self, window: Window) -> str:
+        """Hash of all that decides the model's RoPE in one window; equal for subjects that share it."""
+        frequencies = self.factors.inverse_frequencies(window).numpy().tobytes()
+        scale = repr(self.factors.attention_scale(window)).encode()
+        return hashlib.sha256(frequencies + scale).hexdigest()
+
+
+def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
+    """All subjects of the configuration, in its order.
+
+    Raises:
+        ArtifactError: a checkpoint or factors file is missing, damaged, or was made for another model or target;
+            names the subject's key and the path.
+    """
+    geometry = rope_geometry(base_folder, config.model.original_len)
+    base_weights = _weights_sha256(base_folder)
+    subjects = []
+    for index, subject in enumerate(config.evaluation.subjects):
+        try:
+            if subject.checkpoint is not None:
+                subjects.append(_trained(subject, Path(subject.checkpoint), base_folder, geometry, config.target_len))
+            else:
+                factors, source = _base_factors(subject.rope or RopeConfig(), config, base_folder, geometry)
+                subjects.append(Subject(subject.name, base_folder, factors, base_weights, False, source))
+        except (ArtifactError, FactorsError) as error:
+            raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
+    return subjects
+
+
+def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
+    """The factors that stand beside a checkpoint's weights.
+
+    Raises:
+        ArtifactError: the checkpoint is unfinished, has no factors, or was trained for other lengths.
+    """
+    read_manifest(folder, "checkpoint")
+    path = folder / FACTORS_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; a checkpoint of launch.train has one")
+    factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
+    for key, found, wanted in (
+        ("model.original_len", factors.geometry.original_len, original_len),
+        ("target_len", factors.target_len, target_len),
+    ):
+        if found != wanted:
+            raise ArtifactError(f"{path} is for {key}={found}, but {key}={wanted} is set; set {key}={found}")
+    return factors
+
+
+def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
+    """Refuse an artifact made for another architecture or tokenizer.
+
+    Args:
+        key: What the artifact is called in the message.
+        found: Its ``model_identity``.
+        base_folder: Folder of ``model.path``.
+
+    Raises:
+        ArtifactError: names the fields that differ.
+    """
+    wanted = model_identity(base_folder)
+    different = [name.removesuffix("_sha256") for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        raise ArtifactError(
+            f"{key} belongs to another model than model.path={base_folder} (other {' and '.join(different)})"
+        )
+
+
+def _trained(
+    subject: SubjectConfig, folder: Path, base_folder: Path, geometry: RopeGeometry, target_len: int
+) -> Subject:
+    """A checkpoint with its own factors."""
+    if not folder.is_dir():
+        raise ArtifactError(f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out")
+    factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
+    check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
+    return Subject(subject.name, folder, factors, _weights_sha256(folder), True, {"checkpoint": describe_input(folder)})
+
+
+def _base_factors(
+    rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
+) -> tuple[RescaleFactors, dict[str, Any]]:
+    """Factors for the base weights; searched ones must have been searched on this model."""
+    factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
+    if rope.method is RopeMethod.searched and rope.factors is None:
+        folder = product_folder(config.run.folder, "factors")
+        searched_on = read_manifest(folder, "factors").inputs.get("model", {})
+        check_same_model(str(folder / FACTORS_FILE), searched_on, base_folder)
+        return factors, {"factors": describe_input(folder / FACTORS_FILE)}
+    if rope.factors is not None:
+        return factors, {"factors": describe_input(Path(rope.factors))}
+    return factors, {"method": rope.method.value}
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Hash over all weight files of a folder."""
+    files: Sequence[Path] = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ArtifactError(f"{folder} holds no *.safetensors weights")
+    return hashlib.sha256("".join(sha256_of_file(file) for file in files).encode()).hexdigest()

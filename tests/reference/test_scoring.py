@@ -1,0 +1,118 @@
+"""Scores against real greedy generation and against plain transformers in float64."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longrope2.errors import DataError
+from longrope2.evaluation.scoring import score_values, score_windows
+from longrope2.inference import generate_tokens
+from longrope2.model import WindowedModel
+from longrope2.rope import RescaleFactors, RopeGeometry
+from longrope2.segments.needle_set import NeedleSample, NeedleSet
+
+ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
+FACTORS = RescaleFactors(
+    factors=tuple(1.0 + 0.6 * i for i in range(8)),
+    geometry=RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN),
+    target_len=TARGET_LEN,
+    method="longrope2",
+)
+
+
+def random_llama(**rope_config):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.3, **rope_config,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def windowed_model():
+    return WindowedModel(random_llama(max_position_embeddings=ORIGINAL_LEN), FACTORS)
+
+
+@pytest.fixture(scope="module")
+def plain_model():
+    """Transformers' own longrope, which chooses the window by length, in float64."""
+    return random_llama(**FACTORS.to_hf_config()).double()
+
+
+def sample_of(prompt_ids, value_ids):
+    return NeedleSample(
+        tokens=np.array([*prompt_ids, *value_ids]), value_start=len(prompt_ids), key="k", value="v", depth=0.0
+    )
+
+
+def samples_around_greedy(model, length):
+    """Values of 3 to 5 tokens: the model's own greedy continuation, and the same with one token changed."""
+    rng = np.random.default_rng(length)
+    samples = []
+    for number in range(12):
+        num_value = 3 + number % 3
+        prompt_ids = rng.integers(VOCAB_SIZE, size=length - num_value).tolist()
+        value_ids = [t.token_id for t in generate_tokens(model, prompt_ids, max_new_tokens=num_value)]
+        if number % 2:
+            changed = number % num_value
+            value_ids[changed] = (value_ids[changed] + 1) % VOCAB_SIZE
+        samples.append(sample_of(prompt_ids, value_ids))
+    return NeedleSet(samples=samples, length=length)
+
+
+@pytest.mark.parametrize("length", [ORIGINAL_LEN, 3 * ORIGINAL_LEN])
+def test_exact_match_equals_real_greedy_generation(windowed_model, length):
+    needle_set = samples_around_greedy(windowed_model, length)
+    found = [score.exact for score in score_values(windowed_model, needle_set, batch_tokens=5 * length)]
+    generated = []
+    for sample in needle_set.samples:
+        ids, start = sample.tokens.tolist(), sample.value_start
+        prompt_ids, value_ids = ids[:start], ids[start:]
+        tokens = generate_tokens(windowed_model, prompt_ids, max_new_tokens=len(value_ids))
+        generated.append([token.token_id for token in tokens] == value_ids)
+    assert found == generated == [True, False] * 6
+
+
+@torch.inference_mode()
+def token_nlls(plain_model, tokens):
+    """Negative log-likelihood of every token but the first."""
+    tokens_T = torch.tensor(tokens.astype(np.int64))
+    logits_TV = plain_model(input_ids=tokens_T[None]).logits[0, :-1]
+    return -torch.log_softmax(logits_TV, -1)[torch.arange(len(tokens) - 1), tokens_T[1:]].numpy()
+
+
+@pytest.mark.parametrize("length", [ORIGINAL_LEN, ORIGINAL_LEN + 8, TARGET_LEN])
+def test_value_likelihood_equals_transformers(windowed_model, plain_model, length):
+    needle_set = samples_around_greedy(windowed_model, length)
+    scores = score_values(windowed_model, needle_set, batch_tokens=1)
+    for sample, score in zip(needle_set.samples, scores, strict=True):
+        expected = token_nlls(plain_model, sample.tokens)[sample.value_start - 1 :]
+        assert score.num_tokens == len(expected)
+        assert score.nll == pytest.approx(expected.sum(), rel=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(windowed_model):
+    needle_set = samples_around_greedy(windowed_model, TARGET_LEN)
+    alone, together = (score_values(windowed_model, needle_set, batch_tokens=n) for n in (1, 100_000))
+    assert [s.exact for s in alone] == [s.exact for s in together]
+    assert [s.nll for s in alone] == pytest.approx([s.nll for s in together], rel=1e-4)
+
+
+def test_a_value_across_the_window_border_is_refused(windowed_model):
+    needle_set = NeedleSet(samples=[sample_of(range(ORIGINAL_LEN), [1, 2])], length=ORIGINAL_LEN + 2)
+    with pytest.raises(DataError, match=r"evaluation\.lengths: .* 18 tokens .* original window \(16 tokens\)"):
+        score_values(windowed_model, needle_set, batch_tokens=64)
+
+
+@pytest.mark.parametrize("num_scored", [None, 5])
+def test_window_likelihood_equals_transformers(windowed_model, plain_model, num_scored):
+    rng = np.random.default_rng(0)
+    lengths = [ORIGINAL_LEN, 40, 4, ORIGINAL_LEN + 1, 40, ORIGINAL_LEN]
+    windows = [rng.integers(VOCAB_SIZE, size=length).astype(np.uint16) for length in lengths]
+    scores = score_windows(windowed_model, windows, num_scored=num_scored, batch_tokens=80)
+    for tokens, score in zip(windows, scores, strict=True):
+        expected = token_nlls(plain_model, tokens)[-(num_scored or len(tokens)) :]
+        assert score.num_tokens == len(expected)
+        assert score.nll == pytest.approx(expected.sum(), rel=1e-4)
