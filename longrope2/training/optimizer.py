@@ -50,12 +50,14 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's dictionary; one segment per micro-step and process group.
 
-    ``reduce_scatter`` stays on: with it ZeRO-3 divides gradients by the whole world, which ``gradient_scale`` relies on.
+    ``reduce_scatter`` stays on: with it ZeRO-3 divides gradients by the whole world, as ``gradient_scale`` assumes.
+    Without ZeRO and in float32 DeepSpeed clips but does not report the norm: there ``run_step`` clips instead.
     """
+    clips_itself = parallel.zero_stage > 0 or bf16
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": training.gradient_clip,
+        "gradient_clipping": training.gradient_clip if clips_itself else 0.0,
         "bf16": {"enabled": bf16},
         "zero_optimization": {
             "stage": parallel.zero_stage,

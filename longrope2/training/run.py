@@ -105,7 +105,14 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> None:
         for step in range(first, last):
             batches = list(_batches(step, store, plan, config, processes))
             lr = learning_rate(step, plan.total_steps, config.training)
-            report = run_step(engine, batches, processes.dims, config.parallel.zero_stage, lr)
+            report = run_step(
+                engine,
+                batches,
+                processes.dims,
+                zero_stage=config.parallel.zero_stage,
+                learning_rate=lr,
+                gradient_clip=config.training.gradient_clip,
+            )
             _stop_on_nan(report, step)
             done = step + 1
             if observer is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from longrope2.parallel import ParallelDims
 from longrope2.rope import Window
@@ -38,27 +39,39 @@ def gradient_scale(dims: ParallelDims, zero_stage: int, micro_steps: int, num_ta
     return averaged_over * micro_steps / max(1, num_targets)
 
 
-def run_step(engine: Any, batches: Sequence[RankBatch], dims: ParallelDims, zero_stage: int, lr: float) -> StepReport:
-    """Forward and backward over the rank's micro-steps, then the update at learning rate ``lr``.
+def run_step(
+    engine: Any,
+    batches: Sequence[RankBatch],
+    dims: ParallelDims,
+    *,
+    zero_stage: int,
+    learning_rate: float,
+    gradient_clip: float,
+) -> StepReport:
+    """Forward and backward over the rank's micro-steps, then the update at ``learning_rate``.
 
     Args:
         engine: DeepSpeed engine around a ``WindowedModel``.
         batches: The rank's micro-steps of this step.
         dims: This process's place on the grid.
         zero_stage: ZeRO stage of the engine; decides how DeepSpeed averages gradients.
-        lr: Learning rate of this step.
+        learning_rate: Learning rate of this step.
+        gradient_clip: Largest global gradient norm; used here only where DeepSpeed neither clips nor reports the norm.
     """
     began = time.perf_counter()
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate
     targets = _sum_over_ranks([sum(b.num_targets for b in batches if b.window is w) for w in Window], engine.device)
     scale = gradient_scale(dims, zero_stage, len(batches), int(sum(targets)))
     loss_sums = dict.fromkeys(Window, 0.0)
     seconds: dict[Window, list[float]] = {window: [] for window in Window}
+    own_norm: Tensor | None = None
     for batch in batches:
         micro_began = time.perf_counter()
         loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
         engine.backward(loss_sum * scale)
+        if batch is batches[-1] and engine.gradient_clipping() == 0:
+            own_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), gradient_clip)
         engine.step()
         loss_sums[batch.window] += loss_sum.detach().double().item()
         seconds[batch.window].append(time.perf_counter() - micro_began)
@@ -67,7 +80,7 @@ def run_step(engine: Any, batches: Sequence[RankBatch], dims: ParallelDims, zero
         loss=_ratio(sum(sums), sum(targets)),
         loss_by_window={w: _ratio(s, n) for w, s, n in zip(Window, sums, targets, strict=True)},
         targets_by_window={w: int(n) for w, n in zip(Window, targets, strict=True)},
-        gradient_norm=float(engine.get_global_grad_norm()),
+        gradient_norm=float(engine.get_global_grad_norm() if own_norm is None else own_norm),
         seconds=time.perf_counter() - began,
         micro_step_seconds={w: sum(times) / len(times) for w, times in seconds.items() if times},
     )
