@@ -1,13 +1,17 @@
 """From a corpus to draft segments: select by quota, generate retrieval documents, pack, and account for every token."""
 
+import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import track
+
 from data_prep.corpora import RETRIEVAL_SOURCE, BucketQuota, Corpus, Document, ShortOverlong, Split, stable_fraction
 from data_prep.packing import DraftSegment, LongPacking, pack_long, pack_short
-from data_prep.quotas import BUCKETS, Selection, select_documents
+from data_prep.quotas import BUCKETS, Selection, TokenizedDocument, select_documents
 from data_prep.retrieval_corpus import RetrievalDocuments
 from data_prep.tokenization import DocumentTokenizer, load_document_tokenizer
 from data_prep.verification import SegmentRules
@@ -47,8 +51,8 @@ def build_segments(config: "PackConfig", model_folder: Path, corpus: Corpus) -> 
     drafts = [*short, *long.segments]
     if not drafts:
         raise DataError(
-            f"corpus.name={config.corpus.name} gave {sum(selection.tokens.values())} tokens, not enough for one segment "
-            f"of target_len={config.target_len}; raise corpus.quotas or use a larger corpus"
+            f"corpus.name={config.corpus.name} gave {sum(selection.tokens.values())} tokens, not enough for one "
+            f"segment of target_len={config.target_len}; raise corpus.quotas or use a larger corpus"
         )
     rules = SegmentRules(
         config.target_len, config.model.original_len, config.align, encoder.vocab_size, encoder.bos_id, encoder.eos_id
@@ -67,7 +71,8 @@ def _select(config: "PackConfig", encoder: DocumentTokenizer, corpus: Corpus) ->
     for document in corpus.documents(Split.train):
         by_source[document.source].append(document)
     selection = Selection()
-    for source, quota in sorted(config.corpus.quotas.items()):
+    plan = sorted(config.corpus.quotas.items())
+    for source, quota in track(plan, "sources", disable=not sys.stderr.isatty(), transient=True):
         if source == RETRIEVAL_SOURCE:
             documents = _retrieval_documents(config, encoder, quota, [d for ds in by_source.values() for d in ds])
         else:
@@ -103,7 +108,7 @@ def _retrieval_documents(
     ]
 
 
-def _shuffled_order(seed: int):
+def _shuffled_order(seed: int) -> Callable[[TokenizedDocument], tuple[float, str]]:
     """Sort key that mixes the sources."""
     return lambda document: (stable_fraction("mix", seed, document.doc_id), document.doc_id)
 

@@ -32,21 +32,21 @@ RETRIEVAL_SOURCE = "retrieval"
 HELDOUT_FRACTION = 0.05
 
 
-class Split(str, Enum):
+class Split(Enum):
     """``train`` documents are packed; ``heldout`` documents serve search and evaluation only."""
 
     train = "train"
     heldout = "heldout"
 
 
-class CorpusKind(str, Enum):
+class CorpusKind(Enum):
     """Which adapter reads the corpus."""
 
     sample = "sample"
     folder = "folder"
 
 
-class ShortOverlong(str, Enum):
+class ShortOverlong(Enum):
     """What the short bucket does with documents that are longer than the short window."""
 
     drop = "drop"
@@ -76,8 +76,8 @@ class CorpusConfig:
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
     short_overlong: ShortOverlong = ShortOverlong.drop
-    """What the short bucket does with documents longer than L0: ``drop`` leaves them out (of that bucket), ``split`` cuts
-    some of them into windows of L0 tokens with BOS and EOS (for miniatures, whose window few natural documents fit)."""
+    """What the short bucket does with documents longer than L0: ``drop`` leaves them out (of that bucket), ``split``
+    cuts some into windows of L0 tokens with BOS and EOS (for miniatures, whose window few natural documents fit)."""
     quotas: dict[str, BucketQuota] = field(default_factory=dict)
     """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
 

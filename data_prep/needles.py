@@ -12,7 +12,7 @@ Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 80
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -165,7 +165,9 @@ def build_needle_set(
     return NeedleSet(samples=samples, length=length)
 
 
-def _joined_haystack(ids_of, order: list[int], first: int, length: int, start: float) -> tuple[np.ndarray, list[int]]:
+def _joined_haystack(
+    ids_of: Callable[[int], np.ndarray], order: list[int], first: int, length: int, start: float
+) -> tuple[np.ndarray, list[int]]:
     """At least ``length`` ids: one text from a random place if it is long enough, else several texts in a row."""
     used, parts, total = [], [], 0
     for step in range(len(order)):

@@ -40,7 +40,8 @@ class PackConfig(StageConfig):
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     align: int = 1
-    """k: no document of a short segment crosses a multiple of L/k, so k sequence-parallel ranks need no exchange there."""
+    """k: no document of a short segment crosses a multiple of L/k, so k sequence-parallel ranks need no
+    exchange there."""
     tokens_per_shard: int = 2**26
     """Tokens of a shard file, at least ``target_len``."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -200,6 +201,9 @@ def _print_plan(config: PackConfig, corpus: Corpus) -> None:
     for source, quota in sorted(config.corpus.quotas.items()):
         cells = ["all" if tokens is None else f"{tokens:,}" for tokens in (quota.short, quota.long)]
         print(f"  {source:<20}{cells[0]:>16}{cells[1]:>16}")
+    known = [t for quota in config.corpus.quotas.values() for t in (quota.short, quota.long) if t is not None]
+    more = " and all of the sources marked so" if len(known) < 2 * len(config.corpus.quotas) else ""
+    print(f"  about {sum(known) // config.target_len:,} segments{more}; 2 bytes a token up to 65,536 ids, else 4")
 
 
 def _print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted for.
 
-Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k tokens so that no document
-crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding.
+Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k tokens so that no
+document crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding.
 
 Long segments are never padded. Departure from the paper, which concatenates documents and cuts every L tokens:
 documents that fit in L are kept whole (best-fit-decreasing, after "Fewer Truncations Improve Language Modeling",

@@ -5,7 +5,7 @@ corpus is read. A document is used in one bucket: short pieces of a text never r
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,7 +127,9 @@ def _belongs_to_long(doc_id: str, quota: BucketQuota, short_overlong: ShortOverl
     return stable_fraction("bucket", seed, doc_id) < share
 
 
-def _add(bucket: str, pieces, room: dict[str, int | None], selection: Selection) -> None:
+def _add(
+    bucket: str, pieces: Iterable[TokenizedDocument], room: dict[str, int | None], selection: Selection
+) -> None:
     """Add pieces while the bucket has room; the piece that meets the quota still counts."""
     for piece in pieces:
         left = room[bucket]

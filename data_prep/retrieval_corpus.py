@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.corpora import RETRIEVAL_SOURCE, Document
-from data_prep.needles import INSTRUCTION, draw_key, draw_value, needle_wording
+from data_prep.needles import INSTRUCTION, NeedleWording, draw_key, draw_value, needle_wording
 from data_prep.tokenization import DocumentTokenizer, batches_by_characters
 from longrope2.errors import DataError
 
@@ -150,7 +150,8 @@ class RetrievalDocuments:
         """Texts whose token counts hit their targets.
 
         Tokens can merge differently where pieces meet, so counts are measured and the haystack is trimmed or grown by
-        the difference until the count is right; what still misses after a few rounds only has to fit the window.
+        the difference until the count is right; after a few rounds it only has to fit the window. A draft that does not
+        even do that (none has been seen) is not generated; the quota report would show the shortfall.
         """
         texts = [self._text(draft) for draft in drafts]
         open_numbers = list(range(len(drafts)))
@@ -188,6 +189,6 @@ class RetrievalDocuments:
         return INSTRUCTION + body + pieces[-1] + draft.tail
 
 
-def _asked(wording) -> str:
+def _asked(wording: NeedleWording) -> str:
     """Question and answer of one needle, as training text."""
     return wording.question + wording.answer_prefix + wording.answer

@@ -59,7 +59,7 @@ class DocumentTokenizer:
         documents = [np.asarray([self.bos_id, *e.ids, self.eos_id], dtype=self.dtype) for e in encodings]
         for text, ids in zip(texts, documents, strict=True):
             if np.isin(ids[1:-1], self._control_ids).any():
-                raise DataError(f"text that starts {text[:60]!r} produced a BOS or EOS id; mark those tokens as special")
+                raise DataError(f"text {text[:60]!r}... produced a BOS or EOS id; mark those tokens as special")
         return documents
 
     def token_spans(self, texts: Sequence[str]) -> list[np.ndarray]:

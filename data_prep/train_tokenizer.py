@@ -1,8 +1,9 @@
 """Train the miniature's tokenizer: SentencePiece BPE on the sample corpus, also written for Hugging Face.
 
-``python -m data_prep.train_tokenizer --output models/tiny`` writes ``tokenizer.model`` (SentencePiece), ``tokenizer.json``
-and ``tokenizer_config.json``. Both forms give the same ids: identity normalisation, every space kept, no space added in
-front, digits one by one, unknown characters as bytes. The same Python version gives the same files.
+``python -m data_prep.train_tokenizer --output models/tiny`` writes ``tokenizer.model`` (SentencePiece),
+``tokenizer.json`` and ``tokenizer_config.json``. Both forms give the same ids: identity normalisation, every space
+kept, no space added in front, digits one by one, unknown characters as bytes. The same Python version gives the same
+files.
 """
 
 import argparse
@@ -11,11 +12,15 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.corpora import Split
 from data_prep.needles import draw_key, draw_value, needle_wording
 from data_prep.sample_corpus import SampleCorpus
 from longrope2.artifacts import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 __all__ = ["hugging_face_tokenizer_json", "main", "train_sentencepiece"]
 
@@ -95,7 +100,7 @@ def _training_lines() -> Iterator[str]:
             yield text.strip("\n")
 
 
-def _merges(processor, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(processor: "SentencePieceProcessor", vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Merge rules in the order in which SentencePiece applies them (best score of the merged piece first)."""
     merges = []
     for piece, index in vocabulary.items():

@@ -1,5 +1,7 @@
-"""Verification: does a segment keep the rules of the format? Used on every segment before it is written, and to audit a
-finished folder (``verify_folder``)."""
+"""Verification: does a segment keep the rules of the format?
+
+Used on every segment before it is written, and to audit a finished folder (``verify_folder``).
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +81,16 @@ def _fault(segment: Segment, rules: SegmentRules) -> str | None:
     is_padding = np.asarray(segment.doc_is_padding)
     if int(lengths[is_padding].sum()) != segment.num_padding:
         return f"num_padding is {segment.num_padding}, padding documents hold {int(lengths[is_padding].sum())}"
-    window_fault = _short_fault if segment.window is Window.SHORT else _long_fault
-    return window_fault(segment, rules, ends, lengths, is_padding) or _boundary_fault(segment, rules, ends, is_padding)
+    if segment.window is Window.SHORT:
+        fault = _short_fault(segment, rules, ends, lengths, is_padding)
+    else:
+        fault = "padding in a long segment" if is_padding.any() else None
+    return fault or _boundary_fault(segment, rules, ends, is_padding)
 
 
-def _short_fault(segment: Segment, rules: SegmentRules, ends, lengths, is_padding) -> str | None:
+def _short_fault(
+    segment: Segment, rules: SegmentRules, ends: np.ndarray, lengths: np.ndarray, is_padding: np.ndarray
+) -> str | None:
     """Rules of short segments only."""
     longest = int(lengths[~is_padding].max(initial=0))
     if longest > rules.original_len:
@@ -96,32 +103,22 @@ def _short_fault(segment: Segment, rules: SegmentRules, ends, lengths, is_paddin
     return None
 
 
-def _long_fault(segment: Segment, rules: SegmentRules, ends, lengths, is_padding) -> str | None:
-    """Rules of long segments only."""
-    return "padding in a long segment" if is_padding.any() else None
-
-
 def _boundary_fault(segment: Segment, rules: SegmentRules, ends: np.ndarray, is_padding: np.ndarray) -> str | None:
-    """BOS and EOS stand at document ends and nowhere else; only the first and the last document may be cut."""
+    """BOS and EOS stand at document ends and nowhere else; only a continued or a cut-off document may lack one."""
     starts = np.concatenate([[0], ends[:-1]])[~is_padding]
     lasts = ends[~is_padding] - 1
-    positions = np.arange(len(segment.tokens))
-    inside = ~np.isin(positions, _padding_positions(ends, is_padding))
-    bos_at = positions[(segment.tokens == rules.bos_id) & inside]
-    eos_at = positions[(segment.tokens == rules.eos_id) & inside]
-    expected_bos = starts[1:] if segment.starts_mid_document else starts
-    if not np.array_equal(bos_at, expected_bos):
-        return "BOS does not stand exactly at the start of each document"
-    cut_allowed = segment.window is Window.LONG
-    if not (np.array_equal(eos_at, lasts) or (cut_allowed and _only_cut_ends_lack_eos(eos_at, lasts))):
-        return "EOS does not stand exactly at the end of each document"
+    begun = starts[1:] if segment.starts_mid_document else starts
+    # A long segment cuts its last document, and a continued slice at its start may end before its document does.
+    may_lack_eos = {int(lasts[0]), int(lasts[-1])} if segment.window is Window.LONG and len(lasts) else set()
+    found = np.isin(segment.tokens, [rules.bos_id, rules.eos_id])
+    found[_padding_positions(ends, is_padding)] = False
+    if not (segment.tokens[begun] == rules.bos_id).all():
+        return "a document does not start with BOS"
+    if set(lasts[segment.tokens[lasts] != rules.eos_id].tolist()) - may_lack_eos:
+        return "a document does not end with EOS"
+    if set(np.flatnonzero(found).tolist()) - set(begun.tolist()) - set(lasts.tolist()):
+        return "BOS or EOS stands inside a document"
     return None
-
-
-def _only_cut_ends_lack_eos(eos_at: np.ndarray, lasts: np.ndarray) -> bool:
-    """Only the document at the end of a segment, or a continued slice at its start, may end without EOS."""
-    missing = np.setdiff1d(lasts, eos_at)
-    return len(np.setdiff1d(eos_at, lasts)) == 0 and set(missing) <= {lasts[0], lasts[-1]}
 
 
 def _padding_positions(ends: np.ndarray, is_padding: np.ndarray) -> np.ndarray:

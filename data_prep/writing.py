@@ -16,7 +16,9 @@ __all__ = ["remove_unfinished", "segment_from_draft", "write_shards"]
 TOKENS_PER_BATCH = 2**20
 
 
-def write_shards(folder: Path, drafts: Sequence[DraftSegment], rules: SegmentRules, *, tokens_per_shard: int) -> dict[str, str]:
+def write_shards(
+    folder: Path, drafts: Sequence[DraftSegment], rules: SegmentRules, *, tokens_per_shard: int
+) -> dict[str, str]:
     """Check and write all segments; returns shard name -> SHA-256.
 
     Raises:

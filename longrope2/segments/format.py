@@ -169,7 +169,8 @@ class SegmentStore:
             raise ArtifactError(f"{path} cannot be read ({error}); the manifest lists it, pack again") from None
         if not schema.equals(self._schema):
             different = [f.name for f in self._schema if f.name not in schema.names or schema.field(f.name) != f]
-            raise ArtifactError(f"{path}: column {', '.join(different) or 'order'} does not fit the manifest; pack again")
+            named = ", ".join(different) or "order"
+            raise ArtifactError(f"{path}: column {named} does not fit the manifest; pack again")
         return [batch for batch in batches if batch.num_rows]
 
     def _check_counts(self) -> None:

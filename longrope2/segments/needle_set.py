@@ -58,7 +58,7 @@ class NeedleSet:
     def __post_init__(self) -> None:
         for number, sample in enumerate(self.samples):
             if len(sample.tokens) != self.length:
-                raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, the set says {self.length}")
+                raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, not {self.length}")
             if not 0 < sample.value_start < self.length:
                 raise ArtifactError(f"needle sample {number} has its value at {sample.value_start} of {self.length}")
 
