@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -168,6 +168,9 @@ def _to_object(composed: Any) -> Any:
 
 def _explain(error: Exception) -> str:
     """One line for a user from a Hydra or OmegaConf error: the key, what was given, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice} does not exist; choose {group}= one of {', '.join(sorted(error.options))}"
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -1,0 +1,118 @@
+"""Products on disk: atomic writes, manifests, model identity."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longrope2.artifacts import (
+    Manifest,
+    atomic_path,
+    describe_input,
+    model_identity,
+    read_manifest,
+    resolve_model_folder,
+    sha256_of_file,
+    write_manifest,
+    write_text,
+)
+from longrope2.command import run_command
+from longrope2.errors import ArtifactError, ConfigError
+
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "product.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["product.txt"]
+
+
+def test_known_hash(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256_of_file(tmp_path / "empty") == EMPTY_SHA256
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = Manifest("segments", counts={"tokens": 3}, seeds={"seed": 1}, files={"a": "b"})
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path, "segments") == manifest
+    assert describe_input(tmp_path)["sha256"] == sha256_of_file(tmp_path / "manifest.json")
+
+
+def test_unfinished_product(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no finished segments: manifest.json is missing"):
+        read_manifest(tmp_path, "segments")
+
+
+@pytest.mark.parametrize("text", ["{", '{"kind": "segments", "colour": 1}', "[]"])
+def test_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match="is not a manifest of this project"):
+        read_manifest(tmp_path, "segments")
+
+
+def test_manifest_of_another_kind_or_version(tmp_path: Path) -> None:
+    write_manifest(tmp_path, Manifest("factors"))
+    with pytest.raises(ArtifactError, match="kind is 'factors', expected 'segments'"):
+        read_manifest(tmp_path, "segments")
+    write_manifest(tmp_path, Manifest("segments", schema_version=99))
+    with pytest.raises(ArtifactError, match="schema_version is 99, this version reads 1; make it again"):
+        read_manifest(tmp_path, "segments")
+
+
+def model_folder(folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    config = {"hidden_size": 8, "rope_theta": 1e4, "max_position_embeddings": 64, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_identity_ignores_rope_scaling_and_sees_architecture_and_tokenizer(tmp_path: Path) -> None:
+    base = model_identity(model_folder(tmp_path / "base"))
+    scaled = model_folder(tmp_path / "scaled", rope_scaling={"rope_type": "yarn"}, max_position_embeddings=4096)
+    assert model_identity(scaled) == base
+    wider = model_identity(model_folder(tmp_path / "wider", hidden_size=16))
+    assert wider["architecture_sha256"] != base["architecture_sha256"]
+    (scaled / "tokenizer.json").write_text('{"a": 1}')
+    assert model_identity(scaled)["tokenizer_sha256"] != base["tokenizer_sha256"]
+
+
+def test_identity_needs_a_tokenizer(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
+        model_identity(folder)
+
+
+def test_model_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no config\.json"):
+        resolve_model_folder(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ArtifactError, match="neither a folder nor a hub id that can be reached"):
+        resolve_model_folder(str(tmp_path / "nowhere" / "at" / "all"))
+
+
+def test_user_errors_end_in_one_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise ConfigError(["a=1 must be 2", "b=3 must be 4"])
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(fails)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the configuration has 2 fault(s):\n  - a=1 must be 2\n  - b=3 must be 4\n"
+    )
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(fails)
