@@ -5,7 +5,7 @@ from longrope2.evaluation.results import RESULTS_FILE, Measurement, ResultsLog
 from longrope2.evaluation.subjects import Subject, check_same_model, read_checkpoint_factors, resolve_subjects
 from longrope2.evaluation.summary import metric_values, summarize
 from longrope2.evaluation.table import comparison_table
-from longrope2.evaluation.tasks import Task, measure_all, needle_task, perplexity_task, retention_task
+from longrope2.evaluation.tasks import Task, device_and_dtype, measure_all, needle_task, perplexity_task, retention_task
 from longrope2.evaluation.texts import context_windows, short_windows
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_same_model",
     "comparison_table",
     "context_windows",
+    "device_and_dtype",
     "evaluated_lengths",
     "measure_all",
     "metric_values",

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from longrope2.errors import DataError
 from longrope2.inference import window_for_length
-from longrope2.model import WindowedModel, token_loss_sum
+from longrope2.model import WindowedModel
+from longrope2.search import token_nll
 from longrope2.segments.needle_set import NeedleSet
 
 __all__ = ["ValueScore", "WindowScore", "score_values", "score_windows"]
@@ -85,7 +85,6 @@ def score_values(model: WindowedModel, needle_set: NeedleSet, batch_tokens: int)
     return scores
 
 
-@torch.inference_mode()
 def score_windows(
     model: WindowedModel, windows: Sequence[np.ndarray], *, num_scored: int | None, batch_tokens: int
 ) -> list[WindowScore]:
@@ -105,21 +104,14 @@ def score_windows(
         by_length.setdefault(len(window_tokens), []).append(index)
     scores: dict[int, WindowScore] = {}
     for length, indices in by_length.items():
+        window = window_for_length(length, model.factors.geometry.original_len)
         num_targets = length - 1 if num_scored is None else min(num_scored, length - 1)
         for batch in _batches(indices, length, batch_tokens):
             tokens_BT = torch.from_numpy(np.stack([windows[index] for index in batch]).astype(np.int64))
-            nlls = _last_token_nlls(model, tokens_BT.to(model.hf.device), num_targets)
-            scores.update({index: WindowScore(nll, num_targets) for index, nll in zip(batch, nlls, strict=True)})
+            nll_BK = token_nll(model, tokens_BT.to(model.hf.device), window, first_scored=length - num_targets)
+            sums = nll_BK.double().sum(dim=1).tolist()
+            scores.update({index: WindowScore(nll, num_targets) for index, nll in zip(batch, sums, strict=True)})
     return [scores[index] for index in range(len(windows))]
-
-
-def _last_token_nlls(model: WindowedModel, tokens_BT: Tensor, num_targets: int) -> list[float]:
-    """Summed negative log-likelihood of each row's last ``num_targets`` tokens."""
-    window = window_for_length(tokens_BT.shape[1], model.factors.geometry.original_len)
-    hidden_BKH = model.hidden_states(tokens_BT, window)[:, -num_targets - 1 : -1]
-    head_VH = model.hf.get_output_embeddings().weight
-    targets_BK = tokens_BT[:, -num_targets:]
-    return [float(token_loss_sum(h_KH, head_VH, t_K)) for h_KH, t_K in zip(hidden_BKH, targets_BK, strict=True)]
 
 
 def _batches(items: Sequence[Item], length: int, batch_tokens: int) -> Iterator[Sequence[Item]]:

@@ -1,16 +1,10 @@
-"""Numbers from counts: perplexity and binomial intervals."""
+"""Intervals of measured shares."""
 
 import math
 
-__all__ = ["perplexity", "wilson_interval"]
+__all__ = ["wilson_interval"]
 
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-
-
-def perplexity(nll_sum: float, num_tokens: int) -> float:
-    """exp(mean negative log-likelihood), dimensionless; infinite where it exceeds the range of a float."""
-    mean_nll = nll_sum / num_tokens
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:

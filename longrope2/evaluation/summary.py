@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from longrope2.evaluation.results import Measurement
-from longrope2.evaluation.statistics import perplexity, wilson_interval
+from longrope2.evaluation.statistics import wilson_interval
 from longrope2.evaluation.subjects import Subject
 from longrope2.inference import window_for_length
+from longrope2.search import perplexity
 
 __all__ = ["metric_values", "summarize"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation import Measurement, ResultsLog, context_windows, metric_values, short_windows, summarize
-from longrope2.evaluation.statistics import perplexity, wilson_interval
+from longrope2.evaluation.statistics import wilson_interval
 from longrope2.evaluation.subjects import Subject
 from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
 
@@ -30,11 +30,6 @@ def test_wilson_interval_inverts_the_score_test(num_correct, num_samples):
 def test_wilson_interval_reaches_but_never_leaves_the_unit_interval():
     assert wilson_interval(0, 8)[0] == 0.0
     assert wilson_interval(8, 8)[1] == 1.0
-
-
-def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
-    assert perplexity(12 * math.log(2048), 12) == pytest.approx(2048)
-    assert perplexity(1e6, 1) == math.inf
 
 
 BOS, EOS = 1, 2

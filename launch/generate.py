@@ -1,0 +1,96 @@
+"""``python -m launch.generate``: continue a text with a trained model, across the end of its original window.
+
+The text goes to standard output as it comes; where the RoPE switched is said once, on standard error.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.tokenization import DocumentTokenizer
+from longrope2.artifacts import model_identity, product_folder, resolve_model_folder
+from longrope2.config import compose
+from longrope2.errors import ArtifactError, DataError
+from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
+from longrope2.inference import GenerateRoot, TextStream, check, generate_tokens, window_for_length
+from longrope2.model import WindowedModel, load_tokenizer, load_windowed_model
+from longrope2.rope import RescaleFactors, Window
+
+
+def main() -> None:
+    """Compose, check, load, generate."""
+    config = compose(GenerateRoot, "generate", sys.argv[1:])
+    check(config)
+    prompt = read_prompt(config.generate.prompt_file)
+    checkpoint, factors = find_checkpoint(config)
+    if config.dry_run:
+        print(f"checkpoint {checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}")
+        print(f"prompt     {config.generate.prompt_file}: {len(prompt)} characters")
+        return
+    device, dtype = device_and_dtype()
+    model = load_windowed_model(checkpoint, factors, device=device, dtype=dtype).eval()
+    stream_text(model, load_tokenizer(checkpoint), prompt, config)
+
+
+def find_checkpoint(config: GenerateRoot) -> tuple[Path, RescaleFactors]:
+    """The checkpoint to use and its factors.
+
+    Raises:
+        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
+    """
+    own = product_folder(config.run.folder, "checkpoints") / "final"
+    checkpoint = Path(config.generate.checkpoint) if config.generate.checkpoint else own
+    if not checkpoint.is_dir():
+        raise ArtifactError(f"generate.checkpoint={checkpoint} does not exist; run launch.train first")
+    factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
+    base_folder = resolve_model_folder(config.model.path)
+    check_same_model(f"generate.checkpoint={checkpoint}", model_identity(checkpoint), base_folder)
+    return checkpoint, factors
+
+
+def stream_text(model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateRoot) -> None:
+    """Print the continuation of ``prompt`` as it comes; say on standard error where the rescaled RoPE begins."""
+    generate, original_len = config.generate, model.factors.geometry.original_len
+    encoder = DocumentTokenizer(tokenizer)
+    prompt_ids = [encoder.bos_id, *encoder.encode(prompt)]
+    text = TextStream(tokenizer, prompt_ids)
+    tokens = generate_tokens(
+        model,
+        prompt_ids,
+        max_new_tokens=generate.max_new_tokens,
+        stop_ids={encoder.eos_id},
+        temperature=generate.temperature,
+        seed=config.seed,
+    )
+    window = window_for_length(len(prompt_ids), original_len)
+    if window is Window.LONG:
+        _say(f"the prompt has {len(prompt_ids)} tokens, more than {original_len}: rescaled RoPE from the start")
+    for number, token in enumerate(tokens):
+        if token.window is not window:
+            window = token.window
+            _say(f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: the whole text was read again")
+        print(text.push(token.token_id), end="", flush=True)
+    print(text.finish())
+
+
+def _say(message: str) -> None:
+    """One line on standard error, apart from the text."""
+    print(f"\n[{message}]", file=sys.stderr, flush=True)
+
+
+def read_prompt(path: str) -> str:
+    """Text of the prompt file.
+
+    Raises:
+        DataError: it is missing, empty, or not UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"generate.prompt_file={path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"generate.prompt_file={path} is not UTF-8 text") from None
+    if not text:
+        raise DataError(f"generate.prompt_file={path} is empty; write the text to continue into it")
+    return text

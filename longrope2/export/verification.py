@@ -1,0 +1,93 @@
+"""Proof that an exported folder is the trained model: plain transformers against our windowed model, both windows.
+
+Shape legend: T = tokens, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from longrope2.errors import ArtifactError
+from longrope2.evaluation import device_and_dtype
+from longrope2.inference import window_for_length
+from longrope2.model import load_windowed_model
+from longrope2.rope import RescaleFactors
+
+__all__ = ["LOGIT_TOLERANCE", "verify_export"]
+
+LOGIT_TOLERANCE = 1e-4  # of the largest logit, float32: two attention kernels differ by rounding, no more
+COMPARED_TOKENS = 64  # last positions compared; the logits of a whole long window do not fit in memory
+
+
+def verify_export(
+    checkpoint: Path, factors: RescaleFactors, folder: Path, dtype: torch.dtype, lengths: Sequence[int]
+) -> dict[int, float]:
+    """Compare logits on random tokens, computed in float32 from weights rounded to the exported format.
+
+    Args:
+        checkpoint: What was exported, run by our own windowed model, which is told the window.
+        factors: The checkpoint's factors.
+        folder: The exported folder, run by plain transformers, which finds the window by itself.
+        dtype: Format the exported weights were rounded to.
+        lengths: Tokens of each comparison; take them from both windows.
+
+    Returns:
+        Length -> largest absolute difference over the largest absolute logit.
+
+    Raises:
+        ArtifactError: a difference above ``LOGIT_TOLERANCE``.
+    """
+    device, _ = device_and_dtype()
+    # One model at a time: two copies of a large one in float32 may not fit.
+    ours = _our_logits(checkpoint, factors, dtype, lengths, device)
+    theirs = _transformers_logits(folder, lengths, device)
+    differences = {}
+    for length in lengths:
+        largest = float(ours[length].abs().max())
+        differences[length] = float((ours[length] - theirs[length]).abs().max()) / largest
+        if not differences[length] <= LOGIT_TOLERANCE:
+            raise ArtifactError(
+                f"{folder}: at {length} tokens plain transformers gives logits that differ from the checkpoint's by "
+                f"{differences[length]:.2g} of the largest logit (allowed: {LOGIT_TOLERANCE:g}); nothing was exported. "
+                "Is the transformers version one that this project is tested with?"
+            )
+    return differences
+
+
+@torch.inference_mode()
+def _our_logits(
+    checkpoint: Path, factors: RescaleFactors, dtype: torch.dtype, lengths: Sequence[int], device: torch.device
+) -> dict[int, Tensor]:
+    """Last logits [T, V] of the checkpoint at each length."""
+    model = load_windowed_model(checkpoint, factors, device=device, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    vocab_size = model.hf.config.vocab_size
+    logits = {}
+    for length in lengths:
+        window = window_for_length(length, factors.geometry.original_len)
+        tokens_BT = _random_tokens(length, vocab_size).to(device)
+        logits[length] = model.logits(tokens_BT, window, keep=slice(-COMPARED_TOKENS, None))[0].cpu()
+    return logits
+
+
+@torch.inference_mode()
+def _transformers_logits(folder: Path, lengths: Sequence[int], device: torch.device) -> dict[int, Tensor]:
+    """Last logits [T, V] of the exported model at each length."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device).eval()
+    return {
+        length: model(
+            input_ids=_random_tokens(length, model.config.vocab_size).to(device), logits_to_keep=COMPARED_TOKENS
+        ).logits[0].cpu()
+        for length in lengths
+    }  # fmt: skip
+
+
+def _random_tokens(length: int, vocab_size: int) -> Tensor:
+    """One row of token ids, the same for both models."""
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(length))

@@ -1,0 +1,147 @@
+"""Exported folders, loaded by plain transformers, against our windowed model in both windows."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from longrope2.errors import ArtifactError, FactorsError
+from longrope2.export import LOGIT_TOLERANCE, verify_export, write_hugging_face_folder
+from longrope2.model import load_windowed_model
+from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+
+ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
+GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=50_000.0, original_len=ORIGINAL_LEN)
+
+
+def factors_with(**changes):
+    factors = tuple(4.0 ** (i / 5) if i < 5 else 4.0 + 0.3 * i for i in range(8))
+    return RescaleFactors(factors, GEOMETRY, TARGET_LEN, "longrope2", critical_index=5, **changes)
+
+
+def save_checkpoint(folder, model_class=LlamaForCausalLM, config_class=LlamaConfig):
+    torch.manual_seed(1)
+    config = config_class(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=ORIGINAL_LEN, rope_theta=50_000.0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model_class(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": ORIGINAL_LEN, "bos_token": "<s>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@torch.inference_mode()
+def logits_at(checkpoint, exported, factors, length):
+    tokens_BT = torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(length))
+    ours = load_windowed_model(checkpoint, factors).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    window = Window.SHORT if length <= ORIGINAL_LEN else Window.LONG
+    other = Window.LONG if window is Window.SHORT else Window.SHORT
+    return ours.logits(tokens_BT, window), ours.logits(tokens_BT, other), theirs(input_ids=tokens_BT).logits
+
+
+@pytest.mark.parametrize("length", [ORIGINAL_LEN - 1, ORIGINAL_LEN, ORIGINAL_LEN + 1, 2 * ORIGINAL_LEN])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        factors_with(),
+        factors_with(short_attention_scale=1.2, long_attention_scale=1.2),
+        factors_with(short_factors=tuple(1 + 0.1 * i for i in range(8))),
+    ],
+    ids=["longrope2", "attention_scale", "short_factors"],
+)
+def test_logits_equal_ours_on_both_sides_of_the_switch(checkpoint, tmp_path, factors, length):
+    write_hugging_face_folder(checkpoint, factors, tmp_path / "export", torch.float32)
+    ours, other_window, theirs = logits_at(checkpoint, tmp_path / "export", factors, length)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (other_window - theirs).abs().max() > 1e-2
+
+
+def test_another_model_class_with_grouped_heads(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "qwen", Qwen2ForCausalLM, Qwen2Config)
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path / "export", torch.float32)
+    for length in (ORIGINAL_LEN, ORIGINAL_LEN + 1):
+        ours, _, theirs = logits_at(checkpoint, tmp_path / "export", factors_with(), length)
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_verification_accepts_both_number_formats(checkpoint, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        write_hugging_face_folder(checkpoint, factors_with(), folder, dtype)
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        differences = verify_export(checkpoint, factors_with(), folder, dtype, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+        assert differences.keys() == {ORIGINAL_LEN, ORIGINAL_LEN + 1}
+        assert all(0 <= difference <= LOGIT_TOLERANCE for difference in differences.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "length"),
+    [("attention_factor", 1.01, 16), ("long_factor", [1.0] * 8, 17), ("short_factor", [2.0] * 8, 16)],
+)
+def test_verification_finds_a_wrong_config(checkpoint, tmp_path, key, value, length):
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_scaling"][key] = config["rope_parameters"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = rf"at {length} tokens plain transformers gives logits that differ .* nothing was exported"
+    with pytest.raises(ArtifactError, match=expected):
+        verify_export(checkpoint, factors_with(), tmp_path, torch.float32, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+
+
+def test_config_says_the_same_in_both_layouts(checkpoint, tmp_path):
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert RescaleFactors.from_hf_config(config).factors == factors_with().factors
+    assert config["max_position_embeddings"] == TARGET_LEN
+    assert config["original_max_position_embeddings"] == ORIGINAL_LEN
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50_000.0
+    assert config["rope_scaling"]["attention_factor"] == config["rope_parameters"]["attention_factor"] == 1.0
+    base = json.loads((checkpoint / "config.json").read_text())
+    changed = {key for key in base.keys() | config.keys() if base.get(key) != config.get(key)}
+    assert changed == {
+        "max_position_embeddings", "original_max_position_embeddings", "rope_scaling", "rope_parameters", "rope_theta",
+        "torch_dtype",
+    }  # fmt: skip
+    tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert tokenizer_config == {"model_max_length": TARGET_LEN, "bos_token": "<s>"}
+
+
+def test_factors_and_card_stand_beside_the_weights(checkpoint, tmp_path):
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
+    assert RescaleFactors.from_json((tmp_path / "factors.json").read_text()) == factors_with()
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        "# LlamaForCausalLM, window extended from 16 to 64 tokens", "| critical dimension (cosine index) | 5 |",
+        "1, 1.32, 1.741,", "| attention factor, both windows | 1 |", "**for the whole batch**",
+        "keeps the key/value cache", "1.2247",  # sqrt(1 + ln 4 / ln 16)
+    ):  # fmt: skip
+        assert part in card
+    assert "{" not in card
+
+
+def test_two_attention_scales_cannot_be_exported(checkpoint, tmp_path):
+    yarn = closed_form_factors(RopeMethod.yarn, GEOMETRY, TARGET_LEN)
+    with pytest.raises(FactorsError, match="attention scale is 1.0 in the short window and 1.1386"):
+        write_hugging_face_folder(checkpoint, yarn, tmp_path, torch.float32)
+
+
+def test_sharded_weights_keep_their_index(checkpoint, tmp_path):
+    sharded = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    write_hugging_face_folder(sharded, factors_with(), tmp_path / "export", torch.bfloat16)
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * sum(parameter.numel() for parameter in model.parameters())
+    verify_export(checkpoint, factors_with(), tmp_path / "export", torch.bfloat16, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
