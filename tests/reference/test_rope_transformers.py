@@ -37,6 +37,7 @@ MODELS = [
     Model("qwen2_7b", 128, 1.0, 1e6, 32768, 131072),
     Model("smollm2_135m", 64, 1.0, 1e5, 8192, 65536),
     Model("tiny", 32, 1.0, 1e4, 128, 2048),
+    Model("every_dimension_trained", 128, 1.0, 1e4, 131072, 262144),  # YaRN's ramp is clipped at both ends
 ]
 RELATIVE = 1e-6
 
@@ -139,7 +140,7 @@ def test_default_attention_factor_of_an_imported_config() -> None:
 
 
 def test_rotary_module_switches_between_our_two_tables() -> None:
-    model = MODELS[-1]
+    model = MODELS[6]
     ours = searched_like(model, 1.0)
     config = LlamaConfig(hidden_size=128, num_attention_heads=4, head_dim=32, **ours.to_hf_config())
     rotary = LlamaRotaryEmbedding(config)

@@ -1,0 +1,79 @@
+"""Settings of the factor search, and the rules that need nothing else to be checked."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["Objective", "SearchConfig", "SearchedDims", "search_faults"]
+
+
+class Objective(StrEnum):
+    """What a candidate is judged by."""
+
+    needle = "needle"
+    """Perplexity of the value tokens of needle samples [LongRoPE2, sec. 3.2]."""
+    perplexity = "perplexity"
+    """Perplexity of every token of long documents: the paper's ablation, and the first-generation objective."""
+
+
+class SearchedDims(StrEnum):
+    """Which factors the search chooses freely."""
+
+    tail = "tail"
+    """From the critical index up; below it NTK scaling follows from the factor at the critical index."""
+    all = "all"
+    """Every factor: the paper's ablation."""
+
+
+@dataclass
+class SearchConfig:
+    """The evolutionary search of LongRoPE2 [arXiv 2502.20082, Algorithms 1 and 2]."""
+
+    objective: Objective = Objective.needle
+    """``needle`` (the method) or ``perplexity`` (ablation)."""
+    dims: SearchedDims = SearchedDims.tail
+    """``tail`` (the method) or ``all`` (ablation)."""
+    critical: int | None = None
+    """Critical dimension as a cosine index; null searches it between the ten-period and the theoretical index."""
+    population: int = 64
+    """Distinct candidates before the first mutation, >= 1."""
+    iterations: int = 40
+    """Rounds of mutation after the first population, >= 0."""
+    parents: int = 32
+    """Best candidates kept in each round, each of which gives one new candidate; 1 .. population."""
+    mutation_probability: float = 0.3
+    """Chance of each free factor to change in a mutation, in (0, 1]."""
+    grid: float = 0.01
+    """Step between the factors that can be chosen; 1 / grid must be a whole number."""
+    num_samples: int = 10
+    """Samples of the target length that every candidate is judged by, >= 1."""
+    depths: list[float] = field(default_factory=lambda: [0.0])
+    """Where the needle stands, used in turn: 0 is the start of the document (the paper), 1 its end."""
+    batch_size: int = 1
+    """Samples in one forward pass, >= 1."""
+    early_termination: bool = True
+    """Drop a candidate as soon as it cannot be kept any more. The result is the same, only sooner."""
+    max_needle_ppl_at_original: float = 3.0
+    """Refuse a needle search when the needle perplexity inside the original window is above this (10 is guessing)."""
+    min_needle_loss_gain: float = 0.5
+    """Refuse a needle search when the needle lowers the loss of the value by less than this, nats per token."""
+
+
+def search_faults(config: SearchConfig) -> list[str]:
+    """Faults of the settings by themselves, each naming its key and what is allowed."""
+    at_least = {"population": 1, "iterations": 0, "parents": 1, "num_samples": 1, "batch_size": 1}
+    faults = [
+        f"search.{key}={value}: must be at least {least}"
+        for key, least in at_least.items()
+        if (value := getattr(config, key)) < least
+    ]
+    if config.parents > config.population:
+        faults.append(f"search.parents={config.parents}: must be at most search.population={config.population}")
+    if not 0 < config.mutation_probability <= 1:
+        faults.append(f"search.mutation_probability={config.mutation_probability}: must be above 0 and at most 1")
+    if not 0 < config.grid <= 1 or abs(1 / config.grid - round(1 / config.grid)) > 1e-6:
+        faults.append(f"search.grid={config.grid}: 1 / grid must be a whole number, e.g. 0.01 or 0.1")
+    if not config.depths or not all(0 <= depth <= 1 for depth in config.depths):
+        faults.append(f"search.depths={list(config.depths)}: give one or more numbers from 0 to 1")
+    if not config.max_needle_ppl_at_original > 1:
+        faults.append(f"search.max_needle_ppl_at_original={config.max_needle_ppl_at_original}: must be above 1")
+    return faults

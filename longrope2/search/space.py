@@ -1,0 +1,147 @@
+"""The search space: a critical index and the factors from it upwards [LongRoPE2, arXiv 2502.20082, sec. 3.2].
+
+Every factor at or above the critical index c lies in [s, 2s] (out-of-distribution bound), factors never decrease with
+the index, and those below c follow from the one at c by NTK scaling. With ``dims=all`` the factors below c are chosen
+freely too, between 1 and the next one.
+
+Free factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+from longrope2.errors import FactorsError
+from longrope2.rope import (
+    RescaleFactors,
+    RopeGeometry,
+    RopeMethod,
+    closed_form_factors,
+    ntk_part,
+    ten_period_index,
+    theoretical_critical_index,
+)
+from longrope2.search.config import SearchConfig, SearchedDims
+
+__all__ = ["Candidate", "SearchSpace"]
+
+SEED_METHODS = (RopeMethod.pi, RopeMethod.ntk, RopeMethod.ntk_aware, RopeMethod.yarn, RopeMethod.llama3)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space.
+
+    Attributes:
+        critical_index: c, cosine index.
+        steps: Freely chosen factors in grid steps, non-decreasing: those from c upwards, or all with ``dims=all``.
+    """
+
+    critical_index: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Bounds of a search and the translation of its candidates into rescale factors.
+
+    Attributes:
+        geometry: Rotary geometry of the pre-trained model.
+        target_len: L in tokens.
+        critical_indices: Allowed critical indices, ascending.
+        dims: Which factors are free.
+        steps_per_unit: Grid steps in a factor of 1.
+    """
+
+    geometry: RopeGeometry
+    target_len: int
+    critical_indices: tuple[int, ...]
+    dims: SearchedDims
+    steps_per_unit: int
+
+    @classmethod
+    def from_config(cls, config: SearchConfig, geometry: RopeGeometry, target_len: int) -> "SearchSpace":
+        """The space that the settings ask for.
+
+        Raises:
+            FactorsError: ``search.critical`` is no cosine index of the model, or every dimension turns ten times in the
+                pre-trained window.
+        """
+        last = geometry.num_frequencies - 1
+        if config.critical is not None:
+            if not 0 <= config.critical <= last:
+                raise FactorsError(f"search.critical={config.critical}: must be null or a cosine index, 0 .. {last}")
+            indices = (config.critical,)
+        else:
+            indices = tuple(range(ten_period_index(geometry), min(theoretical_critical_index(geometry), last) + 1))
+        if not indices:
+            raise FactorsError(
+                f"every dimension turns ten times or more in original_len={geometry.original_len}: no critical "
+                f"dimension to search; check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
+            )
+        return cls(geometry, target_len, indices, config.dims, round(1 / config.grid))
+
+    @property
+    def lowest_step(self) -> int:
+        """s, rounded up to the grid."""
+        return math.ceil(self.target_len * self.steps_per_unit / self.geometry.original_len)
+
+    @property
+    def highest_step(self) -> int:
+        """2s, rounded down to the grid, but never below s rounded up."""
+        return max(2 * self.target_len * self.steps_per_unit // self.geometry.original_len, self.lowest_step)
+
+    def first_free(self, critical_index: int) -> int:
+        """Cosine index of the first freely chosen factor."""
+        return critical_index if self.dims is SearchedDims.tail else 0
+
+    def least_step(self, index: int, critical_index: int) -> int:
+        """Smallest value of the factor at a cosine index: s from the critical index up, 1 below."""
+        return self.lowest_step if index >= critical_index else self.steps_per_unit
+
+    def candidate(self, critical_index: int, factors: tuple[float, ...]) -> Candidate | None:
+        """The candidate on the grid with these factors (one per cosine index), or None if they leave the space."""
+        steps = tuple(round(factor * self.steps_per_unit) for factor in factors[self.first_free(critical_index) :])
+        candidate = Candidate(critical_index, steps)
+        return candidate if self.contains(candidate) else None
+
+    def contains(self, candidate: Candidate) -> bool:
+        """Whether a candidate keeps every rule of the space."""
+        first, critical = self.first_free(candidate.critical_index), candidate.critical_index
+        return (
+            critical in self.critical_indices
+            and len(candidate.steps) == self.geometry.num_frequencies - first
+            and all(a <= b for a, b in zip(candidate.steps, candidate.steps[1:], strict=False))
+            and all(step >= self.least_step(first + n, critical) for n, step in enumerate(candidate.steps))
+            and candidate.steps[-1] <= self.highest_step
+        )
+
+    def flat(self, critical_index: int, step: int) -> Candidate:
+        """One factor from c upwards and NTK scaling below: the form of every candidate of Algorithm 1."""
+        factor = step / self.steps_per_unit
+        tail = (factor,) * (self.geometry.num_frequencies - critical_index)
+        candidate = self.candidate(critical_index, ntk_part(critical_index, factor) + tail)
+        assert candidate is not None
+        return candidate
+
+    def closed_form_seeds(self) -> list[Candidate]:
+        """Closed-form methods that lie in the space at the largest critical index."""
+        critical_index = self.critical_indices[-1]
+        seeds = []
+        for method in SEED_METHODS:
+            factors = closed_form_factors(method, self.geometry, self.target_len).factors
+            if (candidate := self.candidate(critical_index, factors)) is not None:
+                seeds.append(candidate)
+        return seeds
+
+    def to_factors(self, candidate: Candidate, method: str = "longrope2", **provenance: str) -> RescaleFactors:
+        """The rescale factors of a candidate; attention scale 1 in both windows."""
+        free = tuple(step / self.steps_per_unit for step in candidate.steps)
+        below = ntk_part(self.first_free(candidate.critical_index), free[0])
+        return RescaleFactors(
+            factors=below + free,
+            geometry=self.geometry,
+            target_len=self.target_len,
+            method=method,
+            critical_index=candidate.critical_index,
+            provenance=provenance,
+        )
