@@ -9,7 +9,8 @@ from longrope2.segments import NeedleSample, NeedleSet
 
 
 def sample(length=6, value_start=4):
-    return NeedleSample(np.arange(length), value_start, "red-lamp", "1234567", 0.25, {"texts": "3,4", "needle_start": 2})
+    record: dict[str, str | int] = {"texts": "3,4", "needle_start": 2}
+    return NeedleSample(np.arange(length), value_start, "red-lamp", "1234567", 0.25, record)
 
 
 def test_a_set_comes_back(tmp_path):

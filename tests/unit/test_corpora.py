@@ -1,0 +1,104 @@
+"""Corpora: stable ids, disjoint splits, files read as they are, faults named."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.corpora import CorpusConfig, CorpusKind, Split, build_corpus, heldout_texts, split_of
+from data_prep.folder_corpus import FolderCorpus
+from data_prep.sample_corpus import SampleCorpus
+from longrope2.errors import ConfigError, DataError
+
+
+def test_splits_are_disjoint_and_about_five_percent():
+    ids = [f"doc{n}" for n in range(20_000)]
+    heldout = [i for i in ids if split_of(i) is Split.heldout]
+    assert 0.045 < len(heldout) / len(ids) < 0.055
+    assert heldout == [i for i in ids if split_of(i) is Split.heldout]
+
+
+def test_sample_corpus():
+    corpus = SampleCorpus()
+    train, heldout = list(corpus.documents(Split.train)), list(corpus.documents(Split.heldout))
+    ids = [d.doc_id for d in train + heldout]
+    assert len(set(ids)) == len(ids) > 300
+    assert {d.source for d in train} == {d.source for d in heldout} == set(corpus.sources)
+    assert not {d.text for d in train} & {d.text for d in heldout}
+    assert all(split_of(d.doc_id) is Split.train for d in train)
+    assert "stdlib_modules/json/decoder.py" in ids
+    assert not any("/test" in i or "site-packages" in i for i in ids)
+    assert corpus.describe() == SampleCorpus().describe()
+    assert corpus.describe()["num_documents"] == len(ids)
+
+
+def test_sample_texts_are_the_files():
+    import json.decoder
+    import pathlib
+
+    documents = {d.doc_id: d.text for split in Split for d in SampleCorpus().documents(split)}
+    assert json.decoder.__file__ is not None
+    assert documents["stdlib_modules/json/decoder.py"] == pathlib.Path(json.decoder.__file__).read_text("utf-8")
+
+
+def folder_texts(folder, text_field="text"):
+    corpus = FolderCorpus(str(folder), text_field=text_field)
+    return {d.doc_id: d.text for split in Split for d in corpus.documents(split)}
+
+
+def test_folder_corpus_reads_every_kind(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("a\r\n text\n", newline="")
+    lines = [json.dumps({"text": text}) for text in ("one", "two", " ")]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as handle:
+        handle.write(lines[0] + "\n")
+    pq.write_table(pa.table({"text": ["p", "q"], "other": [1, 2]}), tmp_path / "d.parquet")
+    (tmp_path / "ignored.bin").write_bytes(b"\0")
+    assert folder_texts(tmp_path) == {
+        "folder/sub/a.txt": "a\n text\n", "folder/b.jsonl:0": "one", "folder/b.jsonl:1": "two",
+        "folder/c.jsonl.gz:0": "one", "folder/d.parquet:0": "p", "folder/d.parquet:1": "q",
+    }  # fmt: skip
+    described = FolderCorpus(str(tmp_path), text_field="text").describe()
+    assert set(described["files"]) == {"sub/a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"}
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.jsonl", b'{"body": "x"}\n', "a.jsonl: record 0 has no text in field 'text'; set corpus.text_field"),
+    ("a.jsonl", b'{"text": "x"\n', "a.jsonl cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-9], "a.jsonl.gz cannot be read"),
+    ("a.txt", b"\xff\xfe\xff", "a.txt cannot be read"),
+    ("a.parquet", b"nonsense", "a.parquet cannot be read"),
+])  # fmt: skip
+def test_folder_faults(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        folder_texts(tmp_path)
+
+
+def test_parquet_without_the_field(tmp_path):
+    pq.write_table(pa.table({"body": ["p"]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="has no column 'text'; set corpus.text_field"):
+        folder_texts(tmp_path)
+    assert folder_texts(tmp_path, "body") == {"folder/d.parquet:0": "p"}
+
+
+def test_folder_that_cannot_be_used(tmp_path):
+    with pytest.raises(ConfigError, match="corpus.folder=/no/such is not a folder"):
+        FolderCorpus("/no/such", text_field="text")
+    with pytest.raises(ConfigError, match=r"holds no file ending in \.txt, \.jsonl"):
+        FolderCorpus(str(tmp_path), text_field="text")
+    with pytest.raises(ConfigError, match="corpus.folder is not set"):
+        build_corpus(CorpusConfig(name="folder", kind=CorpusKind.folder))
+
+
+def test_heldout_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("only one")
+    config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path))
+    assert split_of("folder/a.txt") is Split.train
+    with pytest.raises(DataError, match="no document fell into the held-out split"):
+        heldout_texts(config)
+    sample = heldout_texts(CorpusConfig(name="sample", kind=CorpusKind.sample))
+    assert sample == [d.text for d in SampleCorpus().documents(Split.heldout)]

@@ -1,0 +1,234 @@
+"""The pack command end to end on small folders: tokens come back as the text, reruns, crashes, and bad input."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import pack as pack_module
+from data_prep.corpora import BucketQuota, Split
+from data_prep.folder_corpus import FolderCorpus
+from data_prep.pack import PackConfig, check
+from data_prep.tokenization import load_document_tokenizer
+from data_prep.verification import verify_folder
+from longrope2.artifacts import sha256_of_file
+from longrope2.config import compose
+from longrope2.errors import ConfigError
+from longrope2.segments import SegmentStore
+
+WORDS = "alpha beta gamma </s> <s> delta\tx  \n epsilon 42 é 日本 ".split(" ")
+
+
+@pytest.fixture(scope="module")
+def texts_folder(tmp_path_factory):
+    """Files from a few to thousands of tokens."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for number in range(60):
+        count = rng.choice([5, 20, 60, 200, 1200])
+        (folder / f"{number:02d}.txt").write_text(" ".join(rng.choices(WORDS, k=count)), encoding="utf-8")
+    return folder
+
+
+def run(*arguments):
+    """Exit code of the command in this process; 0 when it returns."""
+    try:
+        pack_module.main([*arguments])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def folder_arguments(texts_folder, root, *more):
+    return (
+        "--target", "512", "--corpus", "folder", f"corpus.folder={texts_folder}", f"run.root={root}", "run.name=x",
+        *more,
+    )  # fmt: skip
+
+
+def unpacked(store):
+    """Document id -> token runs, in the order of the document where the order is known (whole ones and windows)."""
+    runs = defaultdict(list)
+    for index in range(len(store)):
+        segment = store.segment(index)
+        starts = np.concatenate([[0], segment.doc_ends[:-1]])
+        documents = zip(starts, segment.doc_ends, segment.doc_ids, segment.doc_is_padding, strict=True)
+        for start, end, doc_id, is_padding in documents:
+            if not is_padding:
+                runs[doc_id].append(segment.tokens[start:end].tolist())
+    return runs
+
+
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_every_document_comes_back_as_its_text(texts_folder, tmp_path, align, overlong):
+    more = (f"align={align}", f"corpus.short_overlong={overlong}", "tokens_per_shard=2048")
+    assert run(*folder_arguments(texts_folder, tmp_path, *more)) == 0
+    folder = tmp_path / "x" / "1_segments"
+    verify_folder(folder)
+    store = SegmentStore(folder)
+    encoder = load_document_tokenizer(Path("models/tiny"))
+    runs, rest = unpacked(store), store.manifest.counts["long_rest_tokens"]
+    corpus = FolderCorpus(str(texts_folder), text_field="text")
+    missing = 0
+    for document in corpus.documents(Split.train):
+        ids = encoder.encode_documents([document.text])[0].tolist()
+        windows = [runs[key] for key in sorted((k for k in runs if k.startswith(f"{document.doc_id}#")), key=number_of)]
+        if windows:
+            assert overlong == "split" and all(len(w) == 1 and len(w[0]) <= 128 for w in windows)
+            assert "".join(encoder.decode(w[0][1:-1]) for w in windows) == document.text or "é" in document.text
+            assert [i for w in windows for i in w[0][1:-1]] == ids[1:-1]
+        else:
+            missing += len(ids) - sum(map(len, runs[document.doc_id]))
+            assert assembled(ids, runs[document.doc_id])
+    assert missing == rest < 512
+    packed = sum(t for buckets in store.manifest.counts["tokens"].values() for t in buckets.values())
+    assert packed + store.manifest.counts["padding_tokens"] == len(store) * 512
+    assert not any(d.doc_id in key for d in corpus.documents(Split.heldout) for key in runs)
+
+
+def number_of(window_id):
+    return int(window_id.split("#")[1])
+
+
+def assembled(ids, runs):
+    """Whether the runs are disjoint parts of ``ids`` that cover it but for a tail that was left over."""
+    by_start = sorted((ids_position(ids, run), run) for run in runs)
+    place = 0
+    for start, run in by_start:
+        if start != place:
+            return False
+        place += len(run)
+    return True
+
+
+def ids_position(ids, run):
+    """First place of ``run`` in ``ids``; the runs here are long enough or start the document."""
+    return next(p for p in range(len(ids)) if ids[p : p + len(run)] == run)
+
+
+def test_rerun_finds_the_work_done_and_another_configuration_is_refused(texts_folder, tmp_path, capsys):
+    arguments = folder_arguments(texts_folder, tmp_path)
+    assert run(*arguments) == 0
+    folder = tmp_path / "x" / "1_segments"
+    before = {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    assert set(before) == {"config.yaml", "manifest.json", "segments-00000-of-00001.arrow"}
+    assert run(*arguments) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert run(*arguments, "seed=3", "corpus.quotas.folder.long=100") == 2
+    message = capsys.readouterr().err
+    assert "seed was 0, now 3" in message and "corpus.quotas.folder.long was None, now 100" in message
+    assert "Choose another run.name, or delete that folder" in message
+    assert {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+
+
+def test_the_same_command_gives_the_same_bytes(texts_folder, tmp_path):
+    hashes = []
+    for name in ("a", "b"):
+        assert run(*folder_arguments(texts_folder, tmp_path / name, "tokens_per_shard=2048")) == 0
+        hashes.append(SegmentStore(tmp_path / name / "x" / "1_segments").manifest.files)
+    assert hashes[0] == hashes[1] and len(hashes[0]) > 2
+
+
+def test_killed_while_writing_then_run_again(texts_folder, tmp_path):
+    arguments = folder_arguments(texts_folder, tmp_path / "killed", "tokens_per_shard=2048")
+    script = (
+        "import os, signal, sys\n"
+        "import data_prep.writing as writing, data_prep.pack as pack\n"
+        "original, calls = writing._record_batch, []\n"
+        "def killing(*a):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(*a)\n"
+        "writing._record_batch = killing\n"
+        "pack.main(sys.argv[1:])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=120)
+    assert killed.returncode == -9
+    folder = tmp_path / "killed" / "x" / "1_segments"
+    left = {p.name for p in folder.iterdir()}
+    assert "manifest.json" not in left and any(name.endswith(".tmp") for name in left)
+    assert run(*arguments) == 0
+    assert run(*folder_arguments(texts_folder, tmp_path / "whole", "tokens_per_shard=2048")) == 0
+    whole = tmp_path / "whole" / "x" / "1_segments"
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+    for path in whole.glob("*.arrow"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_manifest_names_what_it_was_made_from(texts_folder, tmp_path):
+    assert run(*folder_arguments(texts_folder, tmp_path)) == 0
+    manifest = json.loads((tmp_path / "x" / "1_segments" / "manifest.json").read_text())
+    assert manifest["inputs"]["model"]["tokenizer_sha256"] == sha256_of_file(Path("models/tiny/tokenizer.json"))
+    assert set(manifest["inputs"]["corpus"]["files"]) == {f"{n:02d}.txt" for n in range(60)}
+    assert manifest["details"] == {
+        "target_len": 512, "original_len": 128, "alignment": 1, "vocab_size": 2048, "bos_id": 1, "eos_id": 2,
+        "model_name": "tiny",
+    }  # fmt: skip
+    assert manifest["counts"]["shortfalls"] == []
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, capsys):
+    assert run(*folder_arguments(texts_folder, tmp_path / "root", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "segments of 512 tokens, short window 128" in printed and "dry run: nothing was written" in printed
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--target", "512"], ["'corpus'", "folder", "sample"]),
+    (["--target", "512", "--corpus", "nope"], ["corpus=nope", "folder", "sample"]),
+    (["--target", "512", "--corpus", "sample", "nokey=1"], ["unknown key nokey"]),
+    (["--target", "500", "--corpus", "sample", "align=3", "retrieval.max_needles=0", "model.path=/no/such",
+      "corpus.quotas.stdlib_topics.short=-1", "corpus.quotas.retrieval.long=null", "tokens_per_shard=1"],
+     ["7 fault(s)", "target_len=500 is not a multiple of model.original_len=128; use for example 512",
+      "align=3 does not divide target_len=500", "retrieval.max_needles=0 must be at least 1",
+      "model.path=/no/such", "corpus.quotas.stdlib_topics.short=-1 must be tokens",
+      "corpus.quotas.retrieval.long=null: these documents are generated", "tokens_per_shard=1 must be at least"]),
+    (["--target", "512", "--corpus", "sample", "align=8"], ["align=8 leaves chunks of 64 tokens", "use at most 4"]),
+    (["--target", "64", "--corpus", "sample"], ["target_len=64 is not a multiple", "use for example 128"]),
+    (["--target", "512", "--corpus", "sample", "model.original_len=4"], ["model.original_len=4 is not a window"]),
+    (["--target", "512", "--corpus", "folder"], ["corpus.folder is not set"]),
+    (["--target", "512", "--corpus", "folder", "corpus.folder=/no/such"], ["corpus.folder=/no/such is not a folder"]),
+    (["--target", "512", "--corpus", "folder", "corpus.folder=tests/fixtures"],
+     ["holds no file ending in .txt"]),
+    (["--target", "512", "--corpus", "sample", "corpus.quotas={stdlib_topics:{short:0,long:0}}",
+      "corpus.quotas.stdlib_modules.short=0", "corpus.quotas.stdlib_modules.long=0",
+      "corpus.quotas.retrieval.short=0", "corpus.quotas.retrieval.long=0"],
+     ["corpus.quotas asks for no tokens at all"]),
+])  # fmt: skip
+def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, capsys, arguments, words):
+    assert run(*arguments, f"run.root={tmp_path / 'root'}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    for word in words:
+        assert word in message, message
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_quota_for_an_unknown_source():
+    config = compose(PackConfig, "pack", ["target_len=512", "corpus=sample"])
+    config.corpus.quotas["books"] = BucketQuota(short=0, long=5)
+    with pytest.raises(ConfigError, match="corpus.quotas.books: the corpus has no such source; it has stdlib_modules"):
+        check(config)
+
+
+def test_a_corpus_that_fills_no_segment(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one two three " * 60)
+    arguments = folder_arguments(tmp_path / "texts", tmp_path / "root", "corpus.quotas.folder.short=0")
+    assert run(*arguments) == 2
+    assert "not enough for one segment of target_len=512" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+
+
+def test_shortfalls_are_reported(texts_folder, tmp_path, capsys):
+    assert run(*folder_arguments(texts_folder, tmp_path, "corpus.quotas.folder.long=9000000")) == 0
+    assert "shortfall: folder/long:" in capsys.readouterr().out
+    counts = SegmentStore(tmp_path / "x" / "1_segments").manifest.counts
+    assert counts["shortfalls"][0].endswith("of 9,000,000 tokens")
