@@ -1,0 +1,209 @@
+"""``launch.search`` from its overrides to its product, on a random miniature: what is written, reused and refused."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch import search as command
+from longrope2.artifacts import read_manifest
+from longrope2.errors import ArtifactError, ConfigError, DataError
+from longrope2.model import RopeConfig, resolve_factors
+from longrope2.rope import RopeGeometry
+from longrope2.segments.needle_set import NeedleSet
+
+TOKENIZER_FOLDER = Path(__file__).parents[2] / "models" / "tiny"
+GEOMETRY = RopeGeometry(16, 1e4, 128)
+SearchRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with the miniature's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in TOKENIZER_FOLDER.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough files for some to be held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(80):
+        words = " ".join(f"word{number}x{place}" for place in range(60))
+        (folder / f"text{number}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture
+def search(
+    tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> SearchRun:
+    """Run the command with overrides; returns the product folder."""
+
+    def run(*overrides: str) -> Path:
+        settings = [
+            f"model.path={model_folder}", "target_len=256", "corpus=folder", f"corpus.folder={corpus_folder}",
+            f"run.root={tmp_path}", "run.name=test", "tracking.wandb=disabled", "search.population=5",
+            "search.iterations=2", "search.parents=2", "search.num_samples=2",
+            "search.max_needle_ppl_at_original=1e30", "search.min_needle_loss_gain=-1e9",
+        ]  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["launch.search", *settings, *overrides])
+        command.main()
+        return tmp_path / "test" / "2_factors"
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything that must not depend on how often a search was interrupted."""
+    return {name: (folder / name).read_bytes() for name in ("factors.json", "history.json", "journal.jsonl")}
+
+
+def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = search()
+    factors = resolve_factors(RopeConfig(), GEOMETRY, 256, tmp_path / "test")
+    history = json.loads((folder / "history.json").read_text())
+    manifest = read_manifest(folder, "factors")
+    assert factors.factors == tuple(history["kept"][0]["factors"])
+    assert factors.critical_index == history["critical_index"]
+    assert set(history["baselines"]) == {"none", "pi", "ntk", "yarn"}
+    assert history["best_value"] <= history["baselines"]["pi"]
+    assert [entry["iteration"] for entry in history["rounds"]] == [0, 1, 2]
+    assert manifest.counts["num_candidates"] == history["rounds"][-1]["num_candidates"] == 9
+    assert set(manifest.files) == {"factors.json", "history.json", "needles.arrow"}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["search/best_needle_ppl"] for record in metrics] == [r["best_value"] for r in history["rounds"]]
+    assert {"search/critical_index", "search/evaluations"} <= metrics[-1].keys()
+    text = capsys.readouterr().out
+    assert "budget     at most 9 candidates, 4,608 forward tokens" in text
+    assert re.search(r"longrope2 \(searched\) +│ +[0-9.e+]+", text)
+    assert f"critical index {factors.critical_index} (theoretical 3); 9 candidates" in text
+
+
+def test_finished_search_is_not_repeated(
+    search: SearchRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(search())
+    monkeypatch.setattr(command, "run_search", None)
+    capsys.readouterr()
+    assert contents(search("tracking.project=other")) == before
+    text = capsys.readouterr().out
+    assert "already complete: " in text
+    assert "longrope2 (searched)" in text
+
+
+def test_killed_search_is_resumed(search: SearchRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = contents(search("run.name=whole").parents[1] / "whole" / "2_factors")
+    from longrope2.search import SampleLosses
+
+    original, calls = SampleLosses._batch_losses, []
+
+    def killed(self: SampleLosses, batch: object) -> list[float]:
+        calls.append(1)
+        if len(calls) == 24:
+            raise KeyboardInterrupt
+        return original(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SampleLosses, "_batch_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert not (tmp_path / "test" / "2_factors" / "factors.json").exists()
+    folder = search()
+    assert contents(folder) == whole
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in metrics] == [0, 1, 2]
+
+
+def test_frozen_needles_are_used_again(search: SearchRun) -> None:
+    folder = search()
+    needles = NeedleSet.load(folder / "needles.arrow")
+    frozen = (folder / "needles.arrow").read_bytes()
+    assert (needles.length, len(needles.samples)) == (256, 2)
+    (folder / "manifest.json").unlink()
+    samples = needles.samples[::-1]  # a set that could not be drawn again
+    NeedleSet(samples, 256).save(folder / "needles.arrow")
+    with pytest.raises(ArtifactError, match="journal.jsonl belongs to another search: samples_sha256 was"):
+        search()
+    (folder / "journal.jsonl").unlink()
+    search()
+    assert (folder / "needles.arrow").read_bytes() != frozen
+
+
+def test_plain_perplexity_objective(search: SearchRun) -> None:
+    folder = search("search.objective=perplexity", "search.dims=all")
+    history = json.loads((folder / "history.json").read_text())
+    assert (history["value_name"], history["needle_ppl_at_original"]) == ("ppl", None)
+    assert not (folder / "needles.arrow").exists()
+    assert "search/best_ppl" in (folder / "metrics.jsonl").read_text()
+
+
+def test_dry_run_writes_nothing(search: SearchRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not search("dry_run=true").exists()
+    assert "space      critical index 1, 2, 3; factors 2 .. 4 from it up; dims=tail" in capsys.readouterr().out
+
+
+def test_other_configuration_is_refused(search: SearchRun) -> None:
+    before = contents(folder := search())
+    with pytest.raises(ConfigError, match=r"(?s)search.population is 6, but .* made with 5.*use another run.name"):
+        search("search.population=6")
+    assert contents(folder) == before
+
+
+def test_other_weights_are_refused(search: SearchRun, model_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    folder = search(f"model.path={copy}")
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match="was searched with another model: weights_sha256 was"):
+        search(f"model.path={copy}")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="journal.jsonl belongs to another search: weights_sha256 was"):
+        search(f"model.path={copy}")
+
+
+def test_model_that_cannot_retrieve_is_refused(search: SearchRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needle perplexity at 128 tokens.*use search.objective=perplexity"):
+        search("search.max_needle_ppl_at_original=3")
+    assert not (tmp_path / "test").exists()
+
+
+def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        search("target_len=200", "search.grid=0.7", "corpus.folder=nowhere", f"model.path={tmp_path}")
+    faults = "\n".join(error.value.faults)
+    assert len(error.value.faults) == 4
+    assert "target_len=200: must be a multiple, 2 or more, of model.original_len=128" in faults
+    assert "search.grid=0.7" in faults
+    assert "corpus.folder=nowhere" in faults
+    assert f"model.path={tmp_path} holds no config.json" in faults
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("target_len=128", "target_len=128: must be a multiple, 2 or more, of model.original_len=128"),
+        ("search.critical=8", "search.critical=8: must be null or a cosine index, 0 .. 7"),
+        ("search.objectve=needle", "search.objectve"),
+        ("search.objective=needles", "needles.*needle, perplexity"),
+    ],
+)
+def test_single_faults(search: SearchRun, override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        search(override)

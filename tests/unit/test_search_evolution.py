@@ -1,0 +1,246 @@
+"""The search finds a planted optimum; termination, resumption and journals never change its result."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from longrope2.errors import ArtifactError, FactorsError
+from longrope2.rope import RescaleFactors, RopeGeometry
+from longrope2.search import (
+    Candidate,
+    Evaluator,
+    Evolution,
+    Journal,
+    Objective,
+    SearchConfig,
+    SearchedDims,
+    SearchSpace,
+    best_factors,
+    search_history,
+)
+
+GEOMETRY = RopeGeometry(32, 1e4, 128)
+PLANTED = Candidate(4, (1650, 1650, 1700, 1820, 1900, 1900, 2050, 2100, 2200, 2250, 2300, 2600))
+NUM_SAMPLES = 4
+HEADER = {"model": "synthetic"}
+
+
+class PlantedLosses:
+    """Losses that grow with the distance in log frequency from planted factors; counts what is computed."""
+
+    def __init__(self, batch_size: int = 1, broken: frozenset[int] = frozenset()) -> None:
+        self.best = SearchSpace.from_config(SearchConfig(), GEOMETRY, 2048).to_factors(PLANTED).factors
+        self.batch_size = batch_size
+        self.broken = broken
+        self.num_computed = 0
+        self.calls: list[tuple[float, ...]] = []
+
+    def __call__(self, factors: RescaleFactors, first_sample: int) -> Iterator[list[float]]:
+        self.calls.append(factors.factors)
+        distance = sum(abs(math.log(a / b)) for a, b in zip(factors.factors, self.best, strict=True))
+        for start in range(first_sample, NUM_SAMPLES, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, NUM_SAMPLES))
+            self.num_computed += len(numbers)
+            is_broken = factors.factors[-1] > 28 and not self.broken.isdisjoint(numbers)
+            yield [math.nan if is_broken else (NUM_SAMPLES - number) * distance + 0.01 for number in numbers]
+
+
+def config_of(**changes: object) -> SearchConfig:
+    settings = {"population": 24, "iterations": 12, "parents": 8, "num_samples": NUM_SAMPLES} | changes
+    return SearchConfig(**settings)  # type: ignore[arg-type]
+
+
+def search(
+    folder: Path,
+    config: SearchConfig,
+    losses: PlantedLosses | None = None,
+    stop_after: int | None = None,
+    seed: int = 0,
+) -> tuple[Evolution, Evaluator, PlantedLosses]:
+    space = SearchSpace.from_config(config, GEOMETRY, 2048)
+    losses = losses or PlantedLosses(config.batch_size)
+    with Journal(folder / "journal.jsonl", HEADER) as journal:
+        evaluator = Evaluator(
+            losses, journal, num_samples=NUM_SAMPLES, num_scored_tokens=NUM_SAMPLES,
+            early_termination=config.early_termination,
+        )  # fmt: skip
+        evolution = Evolution(space, config, evaluator, seed)
+        for number, _ in enumerate(evolution.steps(), start=1):
+            if number == stop_after:
+                break
+    return evolution, evaluator, losses
+
+
+def outcome(evolution: Evolution) -> list[tuple[float, Candidate]]:
+    return [(ranked.loss_sum, ranked.candidate) for ranked in evolution.kept]
+
+
+def account(evolution: Evolution) -> list[tuple[int, float, int, float, int]]:
+    return [
+        (r.iteration, r.best_value, r.best_critical_index, r.worst_kept_value, r.num_candidates)
+        for r in evolution.rounds
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
+    evolution, evaluator, _ = search(tmp_path, config_of(population=64, iterations=60, parents=32), seed=seed)
+    assert evolution.best.critical_index == PLANTED.critical_index
+    found = evolution.best.steps
+    assert all(abs(a - b) <= 60 for a, b in zip(found, PLANTED.steps, strict=True)), found
+    values = [finished.best_value for finished in evolution.rounds]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == evaluator.value(evolution.best.loss_sum) < values[0] / 3
+    assert len(evolution.rounds) == 61
+
+
+def test_perplexity_is_over_all_scored_tokens(tmp_path: Path) -> None:
+    evolution, evaluator, _ = search(tmp_path, config_of(iterations=0))
+    assert evaluator.value(evolution.best.loss_sum) == math.exp(evolution.best.loss_sum / NUM_SAMPLES)
+    assert evaluator.value(math.inf) == evaluator.value(1e9) == math.inf
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("dims", list(SearchedDims))
+def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_size: int, dims: SearchedDims) -> None:
+    full, _, all_losses = search(
+        tmp_path / "full", config_of(early_termination=False, batch_size=batch_size, dims=dims)
+    )
+    short, evaluator, fewer_losses = search(tmp_path / "short", config_of(batch_size=batch_size, dims=dims))
+    assert outcome(short) == outcome(full)
+    assert account(short) == account(full)
+    assert evaluator.num_terminated > 0
+    assert fewer_losses.num_computed < all_losses.num_computed - evaluator.num_terminated // 2
+    assert all_losses.num_computed == NUM_SAMPLES * full.num_candidates
+
+
+def test_kept_candidates_are_the_best_of_all_by_brute_force(tmp_path: Path) -> None:
+    evolution, _, losses = search(tmp_path, config_of())
+    sums = sorted(sum(sum(batch) for batch in losses(_factors(call), 0)) for call in list(dict.fromkeys(losses.calls)))
+    assert [ranked.loss_sum for ranked in evolution.kept] == pytest.approx(sums[:8], rel=1e-12)
+
+
+def _factors(values: tuple[float, ...]) -> RescaleFactors:
+    return RescaleFactors(factors=values, geometry=GEOMETRY, target_len=2048, method="test")
+
+
+@pytest.mark.parametrize("stop_after", [1, 17, 24, 25, 60])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_resume_repeats_nothing_and_ends_the_same(tmp_path: Path, stop_after: int, batch_size: int) -> None:
+    config = config_of(batch_size=batch_size)
+    whole, _, whole_losses = search(tmp_path / "whole", config)
+    _, _, first = search(tmp_path / "cut", config, stop_after=stop_after)
+    resumed, _, second = search(tmp_path / "cut", config)
+    assert outcome(resumed) == outcome(whole)
+    assert resumed.rounds == whole.rounds
+    assert first.num_computed + second.num_computed == whole_losses.num_computed
+    again, evaluator, third = search(tmp_path / "cut", config)
+    assert third.num_computed == evaluator.num_losses_computed == 0
+    assert again.rounds == whole.rounds
+
+
+def test_a_journal_cut_anywhere_is_resumed(tmp_path: Path) -> None:
+    whole, _, _ = search(tmp_path / "whole", config_of(iterations=2))
+    written = (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    for cut in (0, 5, len(written) // 3, len(written) // 2, len(written) - 1):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(written[:cut])
+        resumed, _, _ = search(folder, config_of(iterations=2))
+        assert resumed.rounds == whole.rounds
+        assert (folder / "journal.jsonl").read_bytes() == written
+
+
+def test_no_candidate_is_evaluated_twice(tmp_path: Path) -> None:
+    evolution, _, losses = search(tmp_path, config_of())
+    assert len(losses.calls) == len(set(losses.calls)) == evolution.num_candidates
+
+
+def test_a_wider_search_reuses_the_journal(tmp_path: Path) -> None:
+    search(tmp_path, config_of(iterations=3))
+    _, evaluator, losses = search(tmp_path, config_of(iterations=6))
+    _, _, alone = search(tmp_path / "alone", config_of(iterations=6))
+    assert 0 < losses.num_computed < alone.num_computed
+
+
+def test_nan_counts_as_worst_and_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of()
+    space = SearchSpace.from_config(config, GEOMETRY, 2048)
+    evolution, _, _ = search(tmp_path, config, PlantedLosses(broken=frozenset({0})))
+    assert "gave a loss that is not finite; they count as worst" in caplog.text
+    assert all(space.to_factors(ranked.candidate).factors[-1] <= 28 for ranked in evolution.kept)
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert any(json.loads(line).get("losses") == [None] for line in lines)
+    assert "NaN" not in "".join(lines)
+    assert "Infinity" not in "".join(lines)
+    again, _, losses = search(tmp_path, config, PlantedLosses(broken=frozenset({0})))
+    assert again.rounds == evolution.rounds
+    assert losses.num_computed == 0
+
+
+def test_no_finite_candidate(tmp_path: Path) -> None:
+    def broken(factors: RescaleFactors, first_sample: int) -> Iterator[list[float]]:
+        yield [math.inf]
+
+    config = config_of()
+    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
+        evaluator = Evaluator(broken, journal, num_samples=NUM_SAMPLES, num_scored_tokens=NUM_SAMPLES)
+        evolution = Evolution(SearchSpace.from_config(config, GEOMETRY, 2048), config, evaluator, 0)
+        with pytest.raises(FactorsError, match="none of 24 candidates gave a finite loss"):
+            list(evolution.steps())
+
+
+def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
+    config = config_of()
+    space = SearchSpace.from_config(config, GEOMETRY, 2048)
+    evolution, evaluator, _ = search(tmp_path, config)
+    factors = best_factors(evolution, evaluator, space, config, model="tiny")
+    assert RescaleFactors.from_json(factors.to_json()) == factors
+    assert factors.factors == space.to_factors(evolution.best.candidate).factors
+    assert factors.provenance["objective"] == Objective.needle.value
+    history = search_history(evolution, evaluator, space, config, baselines={"pi": 3.0}, guidance=None)
+    assert json.loads(json.dumps(history)) == history
+    assert float(factors.provenance["needle_ppl"]) == history["best_value"] == history["kept"][0]["value"]
+    assert history["kept"][0]["factors"] == list(factors.factors)
+    assert (history["theoretical_critical_index"], history["ten_period_index"]) == (6, 2)
+    assert [entry["num_candidates"] for entry in history["rounds"]][-1] == evolution.num_candidates
+
+
+def test_journal_of_another_search_is_refused(tmp_path: Path) -> None:
+    search(tmp_path, config_of(iterations=0))
+    text = "belongs to another search: samples was None, now it is other; use another run.name, or remove"
+    with pytest.raises(ArtifactError, match=text):
+        Journal(tmp_path / "journal.jsonl", {**HEADER, "samples": "other"})
+
+
+def test_journal_in_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, HEADER):
+        with pytest.raises(ArtifactError, match="is in use by another search; wait for it, or end it"):
+            Journal(path, HEADER)
+    Journal(path, HEADER).__exit__()
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (1, b"{}\n"),
+        (1, b"[1]\n"),
+        (3, b"not json\n"),
+        (3, b'{"factors": "abc"}\n'),
+        (3, b'{"factors": "abc", "first_sample": 2, "losses": [1.0]}\n'),
+        (3, b'{"factors": "abc", "first_sample": 0, "losses": ["x"]}\n'),
+    ],
+)
+def test_damaged_journal_is_refused(tmp_path: Path, number: int, line: bytes) -> None:
+    search(tmp_path, config_of(iterations=0))
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = line
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ArtifactError, match=f"is damaged at line {number}; remove that line and all after it"):
+        Journal(path, HEADER)
+    assert path.read_bytes() == b"".join(lines)

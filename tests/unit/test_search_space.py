@@ -1,0 +1,186 @@
+"""The search space and its random moves: invariants, determinism, and every error text."""
+
+import itertools
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from longrope2.errors import FactorsError
+from longrope2.rope import RopeGeometry, satisfies_bound
+from longrope2.search import Candidate, SearchConfig, SearchedDims, SearchSpace, search_faults
+from longrope2.search.mutation import children, first_population, mutate
+
+TINY = RopeGeometry(32, 1e4, 128)
+PHI3 = RopeGeometry(96, 1e4, 2048)
+TARGET_LEN = 2048
+
+
+def space_of(
+    config: SearchConfig | None = None, geometry: RopeGeometry = TINY, target_len: int = TARGET_LEN
+) -> SearchSpace:
+    return SearchSpace.from_config(config or SearchConfig(), geometry, target_len)
+
+
+def assert_in_space(space: SearchSpace, candidate: Candidate) -> None:
+    """The rules, checked on the rescale factors themselves."""
+    factors = space.to_factors(candidate)
+    values, scale, c = factors.factors, factors.scale, candidate.critical_index
+    assert len(values) == space.geometry.num_frequencies
+    assert c in space.critical_indices
+    assert all(a <= b for a, b in itertools.pairwise(values))
+    assert satisfies_bound(factors, c)
+    assert values[-1] <= 2 * scale
+    first = c if space.dims is SearchedDims.tail else 0
+    assert all(round(value * 100) == pytest.approx(value * 100, abs=1e-9) for value in values[first:])
+    if space.dims is SearchedDims.tail:
+        assert values[:c] == pytest.approx([values[c] ** (i / c) for i in range(c)], rel=1e-12)
+    else:
+        assert values[0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("geometry", "target_len", "indices"),
+    [
+        (TINY, 2048, (2, 3, 4, 5, 6)),
+        (PHI3, 131072, tuple(range(19, 32))),
+        (RopeGeometry(128, 5e5, 8192), 131072, tuple(range(24, 36))),
+        (RopeGeometry(128, 1e4, 65536), 131072, tuple(range(49, 64))),  # theoretically every dimension is trained
+    ],
+)
+def test_critical_indices(geometry: RopeGeometry, target_len: int, indices: tuple[int, ...]) -> None:
+    assert space_of(geometry=geometry, target_len=target_len).critical_indices == indices
+
+
+def test_fixed_critical_index() -> None:
+    assert space_of(SearchConfig(critical=9)).critical_indices == (9,)
+
+
+def test_factors_of_a_candidate() -> None:
+    steps = (1700, 1700, 1999, 2000, 2100, 2200, 2300, 2400, 2500, 2600, 2700, 3200)
+    factors = space_of().to_factors(Candidate(4, steps), note="x")
+    assert factors.factors[4:] == (17.0, 17.0, 19.99, 20.0, 21.0, 22.0, 23.0, 24.0, 25.0, 26.0, 27.0, 32.0)
+    assert factors.factors[:4] == pytest.approx((1.0, 17**0.25, 17**0.5, 17**0.75), rel=1e-12)
+    assert (factors.critical_index, factors.method, factors.provenance) == (4, "longrope2", {"note": "x"})
+    assert (factors.short_attention_scale, factors.long_attention_scale, factors.short_factors) == (1.0, 1.0, None)
+
+
+def test_scale_off_the_grid_is_rounded_inwards() -> None:
+    space = space_of(SearchConfig(grid=0.1), RopeGeometry(32, 1e4, 300), 1000)
+    assert (space.lowest_step, space.highest_step) == (34, 66)
+
+
+@pytest.mark.parametrize("dims", list(SearchedDims))
+@pytest.mark.parametrize("critical", [None, 3])
+def test_first_population_and_children_stay_in_space(dims: SearchedDims, critical: int | None) -> None:
+    space = space_of(SearchConfig(dims=dims, critical=critical))
+    population = first_population(space, 64, 0.3, seed=1)
+    assert len(set(population)) == 64
+    assert {candidate.critical_index for candidate in population} == set(space.critical_indices)
+    fresh = children(space, population, 0.3, seed=1, iteration=1, seen=set(population))
+    assert len(set(fresh)) == len(fresh) == 64
+    assert not set(fresh) & set(population)
+    for candidate in (*population, *fresh):
+        assert_in_space(space, candidate)
+        assert space.contains(candidate)
+
+
+def test_first_lap_of_the_population_is_algorithm_1() -> None:
+    space = space_of()
+    seed_candidate, *lap = first_population(space, 6, 0.3, seed=5)
+    assert seed_candidate == Candidate(6, (1600,) * 10)  # PI, YaRN and Llama 3 agree from the theoretical index up
+    assert [candidate.critical_index for candidate in lap] == [2, 3, 4, 5, 6]
+    assert all(len(set(candidate.steps)) == 1 for candidate in lap)
+    assert len({candidate.steps[0] for candidate in lap}) == 5
+
+
+def test_draws_depend_on_seed_round_and_parent_only() -> None:
+    space = space_of()
+    population = first_population(space, 20, 0.3, seed=1)
+    assert first_population(space, 20, 0.3, seed=1) == population
+    assert first_population(space, 12, 0.3, seed=1) == population[:12]
+    assert first_population(space, 20, 0.3, seed=2) != population
+    fresh = children(space, population[:4], 0.3, seed=1, iteration=3, seen=set())
+    assert children(space, population[:2], 0.3, seed=1, iteration=3, seen=set()) == fresh[:2]
+    assert children(space, population[:4], 0.3, seed=1, iteration=4, seen=set()) != fresh
+
+
+def test_children_avoid_what_was_seen() -> None:
+    space = space_of()
+    parent = first_population(space, 3, 0.3, seed=0)[-1]
+    first = children(space, [parent], 0.3, seed=0, iteration=1, seen=set())
+    second = children(space, [parent], 0.3, seed=0, iteration=1, seen=set(first))
+    assert len(second) == 1
+    assert second != first
+
+
+def test_mutation_keeps_unchanged_factors_and_changes_the_asked_share() -> None:
+    space = space_of()
+    parent = Candidate(2, tuple(range(1600, 3000, 100)))
+    changed = [0] * 14
+    for number in range(2000):
+        child = mutate(space, parent, 0.3, random.Random(number))
+        for place, (before, after) in enumerate(zip(parent.steps, child.steps, strict=True)):
+            changed[place] += before != after
+    assert all(share / 2000 == pytest.approx(0.3, abs=0.05) for share in changed)
+
+
+def test_mutation_reaches_both_ends_of_every_range() -> None:
+    space = space_of(SearchConfig(grid=1.0))
+    children_seen = {mutate(space, Candidate(6, (24,) * 10), 1.0, random.Random(n)).steps for n in range(4000)}
+    assert {steps[0] for steps in children_seen} >= {16, 20}
+    assert {steps[-1] for steps in children_seen} >= {28, 32}
+
+
+def test_an_exhausted_parent_gives_no_child() -> None:
+    space = replace(space_of(SearchConfig(grid=1.0)), target_len=128)  # s = 1: factors 1 or 2
+    parent = Candidate(6, (1,) * 10)
+    every = {Candidate(6, (1,) * n + (2,) * (10 - n)) for n in range(11)}
+    assert children(space, [parent], 0.3, seed=0, iteration=0, seen=every) == []
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(7, (1600,) * 9),  # critical index not allowed
+        Candidate(6, (1600,) * 9),  # too few
+        Candidate(6, (1599,) + (1600,) * 9),  # below s
+        Candidate(6, (1600,) * 9 + (3201,)),  # above 2s
+        Candidate(6, (1700,) + (1600,) * 9),  # decreasing
+    ],
+)
+def test_what_the_space_does_not_contain(candidate: Candidate) -> None:
+    assert not space_of().contains(candidate)
+
+
+def test_space_errors() -> None:
+    with pytest.raises(FactorsError, match="search.critical=16: must be null or a cosine index, 0 .. 15"):
+        space_of(SearchConfig(critical=16))
+    with pytest.raises(FactorsError, match="every dimension turns ten times or more in original_len=8192: no critical"):
+        space_of(geometry=RopeGeometry(8, 10.0, 8192), target_len=16384)
+    small = replace(space_of(SearchConfig(grid=1.0, critical=6)), target_len=128)
+    with pytest.raises(FactorsError, match=r"search.population=64: the space holds too few distinct candidates \(11 f"):
+        first_population(small, 64, 0.3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (SearchConfig(population=0, parents=0), "search.population=0: must be at least 1"),
+        (SearchConfig(iterations=-1), "search.iterations=-1: must be at least 0"),
+        (SearchConfig(parents=0), "search.parents=0: must be at least 1"),
+        (SearchConfig(num_samples=0), "search.num_samples=0: must be at least 1"),
+        (SearchConfig(batch_size=0), "search.batch_size=0: must be at least 1"),
+        (SearchConfig(parents=65), "search.parents=65: must be at most search.population=64"),
+        (SearchConfig(mutation_probability=0.0), "search.mutation_probability=0.0: must be above 0 and at most 1"),
+        (SearchConfig(grid=0.03), "search.grid=0.03: 1 / grid must be a whole number, e.g. 0.01 or 0.1"),
+        (SearchConfig(depths=[]), r"search.depths=\[\]: give one or more numbers from 0 to 1"),
+        (SearchConfig(depths=[0.0, 1.5]), "search.depths="),
+        (SearchConfig(max_needle_ppl_at_original=1.0), "search.max_needle_ppl_at_original=1.0: must be above 1"),
+    ],
+)
+def test_setting_faults(config: SearchConfig, text: str) -> None:
+    faults = search_faults(config)
+    assert any(re.match(text, fault) for fault in faults), faults
+    assert search_faults(SearchConfig()) == []
