@@ -117,6 +117,28 @@ def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_si
     assert all_losses.num_computed == NUM_SAMPLES * full.num_candidates
 
 
+@pytest.mark.parametrize(
+    ("losses", "bound", "loss_sum", "is_complete", "num_computed"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 10.0, 10.0, True, 4),  # equal to the bound may still be kept, by its tie-break
+        ([1.0, 2.0, 3.0, 4.0], 5.5, 6.0, False, 3),
+        ([1.0, 2.0, 3.0, 4.0], 0.5, 1.0, False, 1),
+        ([1.0, math.nan, 3.0, 4.0], math.inf, math.inf, True, 2),  # no further sample can mend it
+    ],
+)
+def test_where_an_evaluation_stops(
+    tmp_path: Path, losses: list[float], bound: float, loss_sum: float, is_complete: bool, num_computed: int
+) -> None:
+    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
+        evaluator = Evaluator(
+            lambda factors, first: ([loss] for loss in losses[first:]), journal, num_samples=4, num_scored_tokens=4
+        )
+        score = evaluator.evaluate(_factors((16.0,) * 16), bound)
+    assert (score.loss_sum, score.is_complete) == (loss_sum, is_complete)
+    assert (evaluator.num_losses_computed, evaluator.num_losses_used) == (num_computed, num_computed)
+    assert evaluator.num_terminated == (not is_complete)
+
+
 def test_kept_candidates_are_the_best_of_all_by_brute_force(tmp_path: Path) -> None:
     evolution, _, losses = search(tmp_path, config_of())
     sums = sorted(sum(sum(batch) for batch in losses(_factors(call), 0)) for call in list(dict.fromkeys(losses.calls)))

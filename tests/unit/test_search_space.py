@@ -133,6 +133,17 @@ def test_mutation_reaches_both_ends_of_every_range() -> None:
     assert {steps[-1] for steps in children_seen} >= {28, 32}
 
 
+def test_a_factor_moves_freely_between_its_unchanged_neighbours() -> None:
+    parent = Candidate(6, (16, 18, 21, 24, 24, 24, 26, 28, 30, 32))
+    space = space_of(SearchConfig(grid=1.0))
+    drawn = set()
+    for number in range(4000):
+        steps = mutate(space, parent, 0.1, random.Random(number)).steps
+        if steps[:2] == parent.steps[:2] and steps[3:] == parent.steps[3:]:
+            drawn.add(steps[2])
+    assert drawn == {18, 19, 20, 21, 22, 23, 24}
+
+
 def test_an_exhausted_parent_gives_no_child() -> None:
     space = replace(space_of(SearchConfig(grid=1.0)), target_len=128)  # s = 1: factors 1 or 2
     parent = Candidate(6, (1,) * 10)
