@@ -19,10 +19,13 @@ from longrope2.rope import Window
 
 __all__ = ["DocumentBucket", "SegmentLayout", "build_layout", "chunk_bounds"]
 
+# Measured on a CPU (benchmarks/attention.py): below about 100 tokens one call per document is slower than a padded batch.
+BATCHED_BELOW_TOKENS = 96
+
 
 @dataclass(frozen=True)
 class DocumentBucket:
-    """Documents of similar length, padded on the right to one length and attended in one batched call.
+    """Small documents of similar length, padded on the right to one length and attended in one batched call.
 
     Right padding is exact under a causal mask: no real query sees a later key. Lengths inside a bucket differ by less
     than a factor of two, so at most half of the work is padding.
@@ -41,10 +44,12 @@ class SegmentLayout:
     window: Window
     positions_BT: Tensor
     """RoPE positions of the rank's own tokens, int64, [1, local tokens]: restart per document in a short window."""
-    buckets: tuple[DocumentBucket, ...] | None
-    """Documents to attend within, or None for causal attention over everything."""
+    buckets: tuple[DocumentBucket, ...]
+    """Small documents, batched by length."""
+    spans: tuple[tuple[int, int], ...]
+    """First and one-past-last token of every other document, attended one by one."""
     restore_T: Tensor | None
-    """Puts the buckets' outputs, laid end to end, back into token order."""
+    """Puts the outputs of buckets and spans, laid end to end, back into token order; None when they are in it."""
     exchange_group: ProcessGroup | None
     """Sequence-parallel group when heads must be exchanged for tokens, else None."""
 
@@ -79,7 +84,7 @@ def build_layout(
     if window is Window.LONG:
         positions_T = torch.arange(start, stop, device=device)
         exchange = sequence_group if sequence_size > 1 else None
-        return SegmentLayout(window, positions_T[None], None, None, exchange)
+        return SegmentLayout(window, positions_T[None], (), ((0, length),), None, exchange)
     bounds = [0, *doc_ends]
     chunk = length // sequence_size
     aligned = all(border in set(bounds) for border in range(chunk, length, chunk))
@@ -87,20 +92,25 @@ def build_layout(
     positions_T = torch.cat([torch.arange(b - a, device=device) for a, b in spans])[start:stop]
     if aligned and sequence_size > 1:
         spans = [(a - start, b - start) for a, b in spans if start <= a < stop]
-    buckets, restore_T = _bucket_documents(spans, device)
+    small = [(a, b) for a, b in spans if b - a < BATCHED_BELOW_TOKENS]
+    large = tuple((a, b) for a, b in spans if b - a >= BATCHED_BELOW_TOKENS)
+    buckets, order = _bucket_documents(small, device)
+    restore_T = None
+    if buckets:
+        restore_T = torch.argsort(torch.cat([*order, *(torch.arange(a, b, device=device) for a, b in large)]))
     exchange = None if aligned else sequence_group
-    return SegmentLayout(window, positions_T[None], buckets, restore_T, exchange)
+    return SegmentLayout(window, positions_T[None], buckets, large, restore_T, exchange)
 
 
 def _bucket_documents(
     spans: Sequence[tuple[int, int]], device: torch.device | str
-) -> tuple[tuple[DocumentBucket, ...], Tensor]:
-    """Group documents by the power of two above their length."""
+) -> tuple[tuple[DocumentBucket, ...], list[Tensor]]:
+    """Group documents by the power of two above their length; also the tokens of each bucket in its order."""
     by_width: dict[int, list[tuple[int, int]]] = {}
     for a, b in spans:
         by_width.setdefault((b - a - 1).bit_length(), []).append((a, b))
-    buckets = []
-    order = []
+    buckets: list[DocumentBucket] = []
+    order: list[Tensor] = []
     for _, members in sorted(by_width.items()):
         starts_N = torch.tensor([a for a, _ in members], device=device)
         lengths_N = torch.tensor([b - a for a, b in members], device=device)
@@ -109,4 +119,4 @@ def _bucket_documents(
         token_index_NS = starts_N[:, None] + torch.minimum(slots_S, lengths_N[:, None] - 1)
         buckets.append(DocumentBucket(token_index_NS, real_NS.flatten().nonzero().squeeze(1)))
         order.append(token_index_NS[real_NS])
-    return tuple(buckets), torch.argsort(torch.cat(order))
+    return tuple(buckets), order

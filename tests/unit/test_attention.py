@@ -37,6 +37,17 @@ def test_short_window_stays_inside_documents(doc_ends: tuple[int, ...], kv_heads
     torch.testing.assert_close(found.double(), brute_force(q, k, v, allowed), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("doc_ends", [(120, 240, 256), (20, 140, 150, 256), (256,)])
+def test_large_documents_beside_small_ones(doc_ends: tuple[int, ...]) -> None:
+    q, k, v = random_qkv(256, 2)
+    document = torch.searchsorted(torch.tensor(doc_ends), torch.arange(256), right=True)
+    allowed = torch.ones(256, 256, dtype=torch.bool).tril() & (document[:, None] == document[None, :])
+    layout = build_layout(Window.SHORT, doc_ends)
+    assert len(layout.spans) == sum(b - a >= 96 for a, b in zip((0, *doc_ends), doc_ends, strict=False))
+    found = windowed_attention(q, k, v, layout, HEAD_DIM**-0.5)
+    torch.testing.assert_close(found.double(), brute_force(q, k, v, allowed), rtol=0, atol=2e-6)
+
+
 def test_long_window_spans_documents() -> None:
     q, k, v = random_qkv(64, 2)
     allowed = torch.ones(64, 64, dtype=torch.bool).tril()
@@ -73,6 +84,5 @@ def test_padding_work_is_bounded() -> None:
     """Lengths of one bucket differ by less than two, so at most half of the slots are padding."""
     ends = tuple(torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).cumsum(0).tolist())
     layout = build_layout(Window.SHORT, ends)
-    assert layout.buckets is not None
     slots = sum(bucket.token_index_NS.numel() for bucket in layout.buckets)
     assert ends[-1] <= slots < 2 * ends[-1]

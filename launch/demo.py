@@ -1,0 +1,119 @@
+"""``python -m launch.demo`` (``make demo``): the whole flow on the miniature, with the commands a user would type.
+
+Every stage is the real command in a process of its own; finished stages are reused. ``--fresh`` starts over.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from longrope2.command import run_command
+from longrope2.errors import UserError
+
+RUNS = Path("runs")
+NAME = "demo"
+TARGET_LEN = 2048
+BASELINES = ("yarn", "ntk")
+PROMPT_FILE = "prompt.txt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the flow and what it is for."""
+
+    title: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """As a user would type it."""
+        return shlex.join(["python", "-m", *self.arguments])
+
+
+def stages(run_folder: Path) -> list[Stage]:
+    """The flow, in order."""
+    segments = f"segments={run_folder}/1_segments"
+    run = f"run.name={NAME}"
+    trainings = [
+        Stage(
+            f"train the baseline {method}: the same segments and steps",
+            ("launch.train", "experiment=tiny_extend", f"run.name={NAME}_{method}", segments, f"rope={method}"),
+        )
+        for method in BASELINES
+    ]
+    return [
+        Stage("pack the sample corpus into 2,048-token segments, tagged short or long",
+              ("data_prep.pack", "--target", "2048", "--corpus", "sample", "--model", "tiny", "--align", "2", run)),
+        Stage("search the rescale factors and the critical dimension with needle-driven perplexity",
+              ("launch.search", "model=tiny", "target_len=2048", "corpus=sample", "search=quick", run)),
+        Stage("train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
+              ("launch.train", "experiment=tiny_extend", run)),
+        *trainings,
+        Stage("evaluate the base model, the baselines and the result",
+              ("launch.evaluate", "model=tiny", "target_len=2048", "evaluation=miniature", run)),
+        Stage("export a Hugging Face folder and check it against plain transformers",
+              ("launch.export", "model=tiny", "target_len=2048", run)),
+        Stage("generate across the window: the prompt is far longer than the base model's 128 tokens",
+              ("launch.generate", "model=tiny", "target_len=2048", run,
+               f"generate.prompt_file={run_folder / PROMPT_FILE}", "generate.max_new_tokens=8")),
+        Stage("write the report", ("launch.report", str(run_folder))),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Run the flow and end with where to look and what to try next."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="remove the demo's runs first")
+    arguments = parser.parse_args()
+    run_folder = RUNS / NAME
+    if arguments.fresh:
+        for name in (NAME, *(f"{NAME}_{method}" for method in BASELINES)):
+            shutil.rmtree(RUNS / name, ignore_errors=True)
+    console = Console(highlight=False)
+    began = time.monotonic()
+    planned = stages(run_folder)
+    for number, stage in enumerate(planned, 1):
+        console.print(f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]\n$ {stage.command}", soft_wrap=True)
+        if "launch.generate" in stage.arguments:
+            write_prompt(run_folder)
+        run_stage(stage)
+    minutes = (time.monotonic() - began) / 60
+    console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]")
+    console.print(
+        f"Next: a longer search, python -m launch.search model=tiny target_len=2048 corpus=sample "
+        f"run.name=longer search.iterations=12 search.population=32",
+        soft_wrap=True,
+    )
+
+
+def run_stage(stage: Stage) -> None:
+    """Run one stage in a process of its own.
+
+    Raises:
+        UserError: the stage failed; its own message stands above.
+    """
+    ended = subprocess.run([sys.executable, "-m", *stage.arguments], check=False)
+    if ended.returncode != 0:
+        raise UserError(f"the demo stopped: {stage.command} ended with code {ended.returncode}; its message is above")
+
+
+def write_prompt(run_folder: Path) -> None:
+    """The first held-out needle sample of the evaluation at the target length, as text, without its answer."""
+    from longrope2.model import load_tokenizer
+    from longrope2.segments import NeedleSet
+
+    sample = NeedleSet.load(run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow").samples[0]
+    tokens = list(sample.tokens[1 : sample.value_start])
+    text = load_tokenizer(Path("models/tiny")).decode(tokens)
+    (run_folder / PROMPT_FILE).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,111 @@
+"""Stopping, killing and damaging a run of ``launch.train``: what follows is the undisturbed run, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.pack import main as pack_main
+from longrope2.artifacts import sha256_of_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 6
+TRAIN = [
+    sys.executable, "-m", "launch.train", "experiment=tiny_extend", "rope=yarn", "target_len=256",
+    "model.from_scratch=true", "training.global_batch_tokens=512", f"training.tokens={512 * STEPS}",
+    "training.warmup_steps=2", "training.checkpoint_steps=2", "tracking.wandb=disabled", "parallel.replicate_below=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with packed segments in ``packed/1_segments``."""
+    folder = tmp_path_factory.mktemp("runs")
+    pack_main([
+        "--target", "256", "--corpus", "sample", "--model", "tiny", "--align", "2", "run.name=packed",
+        f"run.root={folder}", "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
+        "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 0, long: 0}",
+    ])  # fmt: skip
+    return folder
+
+
+def command(runs: Path, name: str, *overrides: str) -> list[str]:
+    return [*TRAIN, f"run.root={runs}", f"run.name={name}", f"segments={runs}/packed/1_segments", *overrides]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-5000:]
+    return ended
+
+
+def losses(runs: Path, name: str) -> dict[int, tuple[float, float]]:
+    """Step -> loss and gradient norm; a step repeated after a kill must repeat its numbers exactly."""
+    found: dict[int, tuple[float, float]] = {}
+    for line in (runs / name / "3_checkpoints" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        values = (record["train/loss"], record["train/grad_norm"])
+        assert found.setdefault(record["step"], values) == values
+    return found
+
+
+def weights_hash(runs: Path, name: str) -> str:
+    return sha256_of_file(runs / name / "3_checkpoints" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Path) -> tuple[dict[int, tuple[float, float]], str]:
+    run(command(runs, "undisturbed"))
+    found = losses(runs, "undisturbed")
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found, weights_hash(runs, "undisturbed")
+
+
+def test_stopped_and_continued(runs: Path, undisturbed: tuple) -> None:
+    run(command(runs, "stopped", "training.stop_after_step=3"))
+    assert not (runs / "stopped" / "3_checkpoints" / "final").exists()
+    run(command(runs, "stopped"))
+    assert (losses(runs, "stopped"), weights_hash(runs, "stopped")) == undisturbed
+    assert "already complete" in run(command(runs, "stopped")).stdout
+    kept = sorted(p.name for p in (runs / "stopped" / "3_checkpoints").glob("step_*"))
+    assert kept == ["step_00000004", "step_00000006"]
+
+
+def test_killed_rank(runs: Path, undisturbed: tuple) -> None:
+    process = subprocess.Popen(command(runs, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = runs / "killed" / "3_checkpoints" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    run(command(runs, "killed"))
+    assert (losses(runs, "killed"), weights_hash(runs, "killed")) == undisturbed
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes torchrun started under our command."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()[2:]
+    parent_of = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
+    torchrun = [child for child, parent in parent_of.items() if parent == pid]
+    return [child for child, parent in parent_of.items() if parent in torchrun]
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(runs: Path, undisturbed: tuple) -> None:
+    run(command(runs, "damaged", "training.stop_after_step=4"))
+    newest = runs / "damaged" / "3_checkpoints" / "step_00000004"
+    state = max(newest.iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    ended = run(command(runs, "damaged"))
+    assert "skipping a damaged checkpoint" in ended.stdout + ended.stderr
+    assert (losses(runs, "damaged"), weights_hash(runs, "damaged")) == undisturbed
