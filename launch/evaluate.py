@@ -15,9 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep.corpora import CorpusConfig, build_corpus, heldout_texts
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
-from longrope2.artifacts import Manifest, model_identity, product_folder, write_manifest, write_text
+from longrope2.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    model_identity,
+    product_folder,
+    read_manifest,
+    write_manifest,
+    write_text,
+)
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, to_plain
+from longrope2.errors import ConfigError
 from longrope2.evaluation import (
     RESULTS_FILE,
     EvaluateRoot,
@@ -58,6 +67,7 @@ def main() -> None:
     """Compose, check, plan, measure, summarise."""
     config = compose(EvaluateCommand, "evaluate", sys.argv[1:])
     base_folder = check(config)
+    check_seed(config)
     subjects = resolve_subjects(config, base_folder)
     print(describe(config, subjects))
     if config.dry_run:
@@ -73,6 +83,22 @@ def main() -> None:
     _write_manifest(config, base_folder, subjects, measurements, folder)
     Console().print(comparison_table(summary))
     print(f"evaluations in {folder}")
+
+
+def check_seed(config: EvaluateCommand) -> None:
+    """Refuse to evaluate on the keys and values that the run's factors were fitted to.
+
+    Raises:
+        ConfigError: the needle seed is the search's.
+    """
+    factors_folder = product_folder(config.run.folder, "factors")
+    if not (factors_folder / MANIFEST_NAME).is_file():
+        return
+    if read_manifest(factors_folder, "factors").seeds.get("seed") == config.evaluation.needle.seed:
+        raise ConfigError([
+            f"evaluation.needle.seed={config.evaluation.needle.seed} is the seed of the needles that the factors in "
+            f"{factors_folder} were searched on; give another one"
+        ])  # fmt: skip
 
 
 def describe(config: EvaluateCommand, subjects: list[Subject]) -> str:

@@ -1,7 +1,8 @@
-"""The comparison as a terminal table: one row per subject."""
+"""The comparison as a terminal table of 80 columns: one row per subject."""
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 __all__ = ["comparison_table"]
@@ -19,31 +20,27 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     lengths = sorted({length for _, length in needle})
     longest = lengths[-1]
     table = Table(
-        title=f"Window {summary['original_len']} -> {summary['target_len']} tokens; "
-        f"{next(iter(needle.values()))['num_samples']} needle samples per length",
-        caption=f"needle: values retrieved exactly, in % (95 % interval at {longest}); ppl: perplexity at {longest}; "
-        f"short ppl: held-out text inside {summary['original_len']} tokens, change against {summary['reference']}",
+        title=f"Window {summary['original_len']} -> {summary['target_len']} tokens",
+        caption=f"{', '.join(map(str, lengths))}: needles retrieved exactly at that many tokens, in % of "
+        f"{next(iter(needle.values()))['num_samples']}; the 95 % interval is that at {longest}. Needle ppl, text ppl: "
+        f"perplexity of needle values and of held-out text at {longest} tokens. Short: change of the perplexity "
+        f"inside {summary['original_len']} tokens against {summary['reference']}.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("model")
-    for length in lengths:
-        table.add_column(f"needle {length}", justify="right", overflow="fold")
-    for title in ("needle ppl", "text ppl", "short ppl"):
+    table.add_column("model", no_wrap=True)
+    for title in (*map(str, lengths), "95 %", "needle ppl", "text ppl", "short"):
         table.add_column(title, justify="right")
     for subject in summary["subjects"]:
         name = subject["name"]
-        accuracies = [_percent(needle[name, length], with_interval=length == longest) for length in lengths]
+        low, high = needle[name, longest]["accuracy_interval"]
         table.add_row(
             name,
-            *accuracies,
-            f"{needle[name, longest]['perplexity']:.2f}",
-            f"{text[name, longest]['perplexity']:.2f}",
-            f"{retention[name]['perplexity']:.2f} ({100 * (retention[name]['ratio'] - 1):+.1f} %)",
+            *(f"{100 * needle[name, length]['accuracy']:.0f}" for length in lengths),
+            f"{100 * low:.0f}-{100 * high:.0f}",
+            f"{needle[name, longest]['perplexity']:.4g}",
+            f"{text[name, longest]['perplexity']:.4g}",
+            f"{100 * (retention[name]['ratio'] - 1):+.1f} %",
         )
     return table
-
-
-def _percent(row: dict[str, Any], *, with_interval: bool) -> str:
-    """An accuracy in percent, e.g. ``38 (26-51)``."""
-    low, high = row["accuracy_interval"]
-    interval = f" ({100 * low:.0f}-{100 * high:.0f})" if with_interval else ""
-    return f"{100 * row['accuracy']:.0f}{interval}"

@@ -1,0 +1,149 @@
+"""Figures of the report, as inline SVG that needs no network and scales with the page."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors, theoretical_critical_index
+
+__all__ = ["factors_figure", "lengths_figure", "losses_figure", "search_figure", "svg_data_uri"]
+
+# Narrow on purpose: shown at 390 px the letters still have about ten pixels.
+FIGURE_INCHES = (5.0, 3.4)
+OURS_COLOR = "#0b6e69"
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8.5, "svg.hashsalt": "longrope2",
+}  # fmt: skip
+SUBJECT_COLORS = ("#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67")
+
+
+@rc_context(STYLE)
+def factors_figure(factors: RescaleFactors) -> Figure:
+    """Factors by dimension: ours, NTK, YaRN and PI against the bound s, with both critical dimensions marked."""
+    figure, axes = _figure()
+    indices = range(factors.geometry.num_frequencies)
+    for method, color, style in (
+        (RopeMethod.pi, "#b8952b", ":"), (RopeMethod.ntk, "#8a5fb0", "-"), (RopeMethod.yarn, "#c8622d", "-")
+    ):  # fmt: skip
+        values = closed_form_factors(method, factors.geometry, factors.target_len).factors
+        axes.plot(indices, values, style, color=color, label=_method_label(method), linewidth=1.3)
+    axes.plot(indices, factors.factors, "o-", color=OURS_COLOR, label=factors.method, linewidth=1.8, markersize=3.5)
+    theoretical = theoretical_critical_index(factors.geometry)
+    bound_from = theoretical if factors.critical_index is None else factors.critical_index
+    axes.hlines(
+        factors.scale, bound_from, indices[-1], color="#444444", linestyle="--", linewidth=1,
+        label=f"bound s = {factors.scale:g}",
+    )  # fmt: skip
+    if theoretical <= indices[-1]:
+        axes.axvline(theoretical, color="#999999", linewidth=1, label=f"theoretical critical dimension {theoretical}")
+    if factors.critical_index is not None:
+        axes.axvline(
+            factors.critical_index, color=OURS_COLOR, linewidth=1, linestyle=(0, (6, 3)),
+            label=f"real critical dimension {factors.critical_index}",
+        )  # fmt: skip
+    axes.set(yscale="log", xlabel="cosine index i (low frequency to the right)", ylabel="rescale factor $\\lambda_i$")
+    _plain_log_ticks(axes, "y", [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+    axes.legend()
+    return figure
+
+
+@rc_context(STYLE)
+def search_figure(history: dict[str, Any]) -> Figure:
+    """Best and worst kept objective by number of candidates; closed forms on the same samples as levels."""
+    figure, axes = _figure()
+    rounds = history["rounds"]
+    evaluated = [finished["num_candidates"] for finished in rounds]
+    best, worst = ([finished[key] for finished in rounds] for key in ("best_value", "worst_kept_value"))
+    axes.fill_between(evaluated, best, worst, color=OURS_COLOR, alpha=0.15, linewidth=0, label="kept candidates")
+    axes.plot(evaluated, best, "o-", color=OURS_COLOR, markersize=3.5, label="best so far")
+    levels = [(name, value) for name, value in history["baselines"].items() if value < 100 * max(best)]
+    for (name, value), color in zip(levels, SUBJECT_COLORS, strict=False):
+        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name}: {value:.4g}")
+    axes.set(yscale="log", xlabel="candidates evaluated", ylabel=_objective_label(history["value_name"]))
+    _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000])
+    axes.legend()
+    return figure
+
+
+@rc_context(STYLE)
+def losses_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """Training loss of each window by tokens trained."""
+    figure, axes = _figure()
+    for window, color in (("short", "#7a7a7a"), ("long", OURS_COLOR)):
+        key = f"train/loss_{window}"
+        points = [(record["train/tokens"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=f"{window} window")
+    axes.set(xlabel="tokens trained", ylabel="loss, nats per token")
+    axes.legend()
+    return figure
+
+
+@rc_context(STYLE)
+def lengths_figure(rows: Sequence[dict[str, Any]], subjects: Sequence[str], key: str, label: str) -> Figure:
+    """One line per subject over the length.
+
+    Args:
+        rows: With ``subject``, ``length`` and ``key``.
+        subjects: In drawing order; the last one is drawn strongest.
+        key: What is drawn; an accuracy gets a linear axis, a perplexity a logarithmic one.
+        label: Of the vertical axis.
+    """
+    figure, axes = _figure()
+    lengths = sorted({row["length"] for row in rows})
+    for number, subject in enumerate(subjects):
+        points = sorted((row["length"], row[key]) for row in rows if row["subject"] == subject)
+        last = number == len(subjects) - 1
+        color = OURS_COLOR if last else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
+        width = 2.2 if last else 1.3
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=width, label=subject)
+    axes.set(xscale="log", xlabel="length, tokens", ylabel=label)
+    _plain_log_ticks(axes, "x", lengths)
+    if key == "accuracy":
+        axes.set_ylim(-0.03, 1.03)
+    else:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000])
+    axes.legend()
+    return figure
+
+
+@rc_context(STYLE)
+def svg_data_uri(figure: Figure) -> str:
+    """The figure as the ``src`` of an image; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _figure() -> tuple[Figure, Axes]:
+    """An empty figure."""
+    figure = Figure(figsize=FIGURE_INCHES)
+    return figure, figure.subplots()
+
+
+def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None:
+    """Plain numbers instead of powers of ten, those that lie in view."""
+    low, high = getattr(axes, f"get_{axis}lim")()
+    ticks = [tick for tick in candidates if low <= tick <= high]
+    chosen = getattr(axes, f"{axis}axis")
+    chosen.set_major_locator(FixedLocator(ticks))
+    chosen.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    chosen.set_minor_locator(NullLocator())
+
+
+def _method_label(method: RopeMethod) -> str:
+    """Name of a closed form as papers write it."""
+    return {RopeMethod.pi: "PI", RopeMethod.ntk: "NTK", RopeMethod.yarn: "YaRN"}[method]
+
+
+def _objective_label(value_name: str) -> str:
+    """What the search minimised."""
+    return "needle perplexity" if value_name == "needle_ppl" else "perplexity"

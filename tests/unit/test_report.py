@@ -1,0 +1,267 @@
+"""The report of synthetic runs: every figure and number in it, what is missing, and what it says about limits."""
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+from launch.report import run_folder
+from longrope2.artifacts import Manifest, product_folder, write_manifest
+from longrope2.errors import ArtifactError, ConfigError
+from longrope2.evaluation.report import write_report
+from longrope2.evaluation.report_data import load_run
+from longrope2.evaluation.report_plots import factors_figure, lengths_figure, losses_figure, search_figure
+from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors, ntk_part
+
+GEOMETRY = RopeGeometry(rotary_dim=32, rope_base=10_000.0, original_len=128)
+FACTORS = RescaleFactors(
+    factors=(*ntk_part(5, 17.0), *(17.0 + 0.5 * i for i in range(11))),
+    geometry=GEOMETRY, target_len=2048, method="longrope2", critical_index=5,
+)  # fmt: skip
+SUBJECTS = ("base", "pi", "yarn<b>", "longrope2-trained")
+LENGTHS = (128, 512, 2048)
+ACCURACIES = dict(zip(SUBJECTS, ((0.95, 0.1, 0.0), (0.95, 0.0, 0.0), (0.95, 0.2, 0.1), (0.9, 0.8, 0.6)), strict=True))
+
+
+def needle_row(subject, length, accuracy):
+    cell = {"num_samples": 8, "num_correct": round(8 * accuracy), "accuracy": accuracy, "accuracy_interval": [0.1, 0.7]}
+    return {
+        "subject": subject, "length": length, "window": "long", **cell, "num_samples": 16,
+        "perplexity": 9 - 8 * accuracy,
+        "depths": [{"depth": depth, **cell, "perplexity": 2.5} for depth in (0.0, 0.5)],
+    }  # fmt: skip
+
+
+def evaluation_summary():
+    return {
+        "original_len": 128, "target_len": 2048, "reference": "base",
+        "subjects": [
+            {"name": name, "trained": name.endswith("trained"), "method": "m", "critical_index": None,
+             "source": {"checkpoint": {"path": "runs/elsewhere/3_checkpoints/final"}}}
+            for name in SUBJECTS
+        ],
+        "needle": [needle_row(name, n, a) for name in SUBJECTS for n, a in zip(LENGTHS, ACCURACIES[name], strict=True)],
+        "perplexity": [
+            {"subject": name, "length": n, "window": "long", "num_windows": 4, "num_tokens": 256, "perplexity": 7.5}
+            for name in SUBJECTS for n in LENGTHS
+        ],
+        "retention": [
+            {"subject": name, "length": 128, "num_windows": 9, "num_tokens": 1143,
+             "perplexity": 8 * ratio, "ratio": ratio}
+            for name, ratio in zip(SUBJECTS, (1.0, 1.0, 1.0, 1.0123), strict=True)
+        ],
+    }  # fmt: skip
+
+
+def search_history():
+    rounds = [
+        {"iteration": i, "best_value": 9 - i, "best_critical_index": 5, "worst_kept_value": 12 - i,
+         "num_candidates": 64 + 32 * i, "num_terminated": 9 * i, "num_losses": 500}
+        for i in range(4)
+    ]  # fmt: skip
+    return {
+        "objective": "needle", "value_name": "needle_ppl", "best_value": 6.0, "critical_index": 5,
+        "theoretical_critical_index": 6, "ten_period_index": 2, "original_len": 128, "target_len": 2048,
+        "baselines": {"none": 7700.0, "pi": 50.0, "ntk": 30.0}, "rounds": rounds, "kept": [],
+    }  # fmt: skip
+
+
+def training_records():
+    return [
+        {"step": step, "train/tokens": 4096 * step, "train/loss": 3.0, f"train/loss_{window}": 4.0 - step / 10}
+        for step, window in zip(range(1, 9), ("short", "long") * 4, strict=True)
+    ]
+
+
+def finish(run, product, **manifest):
+    folder = product_folder(run, product)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, Manifest(product, config={"note": "a<b"}, commit="abc123", **manifest))
+    return folder
+
+
+@pytest.fixture
+def full_run(tmp_path):
+    run = tmp_path / "demo"
+    tokens = {"retrieval": {"short": 100, "long": 250}, "books": {"short": 300, "long": 750}}
+    finish(run, "segments", counts={"tokens": tokens, "num_long_segments": 1234}, seeds={"seed": 3})
+    factors = finish(run, "factors", seeds={"seed": 11})
+    (factors / "factors.json").write_text(FACTORS.to_json())
+    (factors / "history.json").write_text(json.dumps(search_history()))
+    checkpoints = finish(run, "checkpoints")
+    (checkpoints / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in training_records()))
+    evaluations = finish(run, "evaluations", seeds={"needle": 7001})
+    (evaluations / "evaluations.json").write_text(json.dumps(evaluation_summary()))
+    finish(run, "exports")
+    return run
+
+
+class PageText(HTMLParser):
+    """Collects visible text, table rows and images; fails on a tag closed out of order."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self):
+        super().__init__()
+        self.open_tags, self.rows, self.images, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open_tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open_tags:
+            self.text += data
+        if self.open_tags and self.open_tags[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def read_page(path):
+    page = PageText()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.open_tags == []
+    return page
+
+
+def test_report_holds_the_numbers_of_the_run(full_run):
+    path = write_report(full_run)
+    assert path == full_run / "report.html"
+    page = read_page(path)
+    head = ["model", "128", "512", "2,048", "95 % interval at 2,048", "needle ppl", "text ppl", "short window"]
+    assert head in page.rows
+    assert ["yarn<b>", "95 %", "20 %", "10 %", "10-70 %", "8.2", "7.5", "+0.0 %"] in page.rows
+    assert ["longrope2-trained", "90 %", "80 %", "60 %", "10-70 %", "4.2", "7.5", "+1.2 %"] in page.rows
+    assert ["longrope2-trained", "8.0984", "1.0123", "+1.2 %"] in page.rows
+    assert page.rows.count(["0 %", "90", "80", "60"]) == page.rows.count(["50 %", "90", "80", "60"]) == 1
+    assert ["best of 160 candidates", "6"] in page.rows and ["none", "7700"] in page.rows
+    assert "longrope2-trained retrieves 60 % of the needles (10-70 %), base 0 %" in page.text
+    assert "its perplexity changes by +1.2 %" in page.text
+    assert "Found critical dimension 5; theory says 6" in page.text
+    assert "8 records, 32,768 tokens." in page.text
+    assert page.text.count("abc123") == 5 and '"note": "a<b"' in page.text
+    assert "tokens.books.short 300, tokens.retrieval.long 250" in page.text and "num_long_segments 1,234" in page.text
+
+
+def test_report_states_its_limits(full_run):
+    text = read_page(write_report(full_run)).text
+    assert "The long training segments contain retrieval documents in the wording of the needles: 250 of 1,000" in text
+    assert "The short training segments contain retrieval documents in the wording of the needles: 100 of 400" in text
+    assert "16 needle samples per length: near 50 % the 95 % interval is about 24 points either way" in text
+    assert "untrained models (pi, yarn<b>) are the base model by construction" in text
+    assert "(seeds 11 and 7001)" in text
+    assert "Trained in other runs, whose configuration stands there: longrope2-trained (runs/elsewhere/" in text
+
+
+def test_no_claim_of_retrieval_documents_where_there_are_none(full_run):
+    finish(full_run, "segments", counts={"tokens": {"books": {"short": 300, "long": 750}}})
+    assert "retrieval documents" not in read_page(write_report(full_run)).text
+
+
+def test_report_is_self_contained_and_its_figures_are_whole(full_run):
+    path = write_report(full_run)
+    page = read_page(path)
+    assert len(page.images) == 6
+    for image in page.images:
+        assert image["alt"]
+        svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+    content = path.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=(?![\"']?data:)|@import|url\(|<script", content)
+    first = path.read_bytes()
+    assert write_report(full_run).read_bytes() == first
+
+
+def test_missing_stages_are_said_to_be_missing(tmp_path):
+    run = tmp_path / "young"
+    product_folder(run, "segments").mkdir(parents=True)
+    (product_folder(run, "segments") / "config.yaml").write_text("a: 1\n")
+    text = read_page(write_report(run)).text
+    assert "Nothing has been evaluated yet." in text
+    assert text.count("This stage has not been run: python -m launch.evaluate run.name=young") == 3
+    assert text.count("This stage has not been run: python -m launch.search run.name=young") == 2
+    assert "This stage has not been run: python -m launch.train run.name=young" in text
+    assert "1_segments: unfinished" in text and "5_exports: missing" in text
+
+
+def test_a_training_in_progress_is_shown_as_unfinished(full_run):
+    (product_folder(full_run, "checkpoints") / "manifest.json").unlink()
+    page = read_page(write_report(full_run))
+    assert "The training is not finished." in page.text and "3_checkpoints: unfinished" in page.text
+    assert len(page.images) == 6
+
+
+def test_a_step_repeated_after_a_resume_counts_once(full_run):
+    path = product_folder(full_run, "checkpoints") / "metrics.jsonl"
+    repeated = [{**record, "train/loss": 1.5} for record in training_records()[4:6]]
+    path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in repeated) + '{"torn')
+    records = load_run(full_run).training_metrics
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["train/loss"] for record in records] == [3.0] * 4 + [1.5] * 2 + [3.0] * 2
+
+
+def test_folders_and_files_that_are_no_run(tmp_path, full_run):
+    with pytest.raises(ArtifactError, match=r"nowhere does not exist; give the run folder, or run\.name=NAME"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match=r"empty holds no product of a run \(1_segments, 2_factors"):
+        write_report(tmp_path / "empty")
+    assert not (tmp_path / "empty" / "report.html").exists()
+    (product_folder(full_run, "evaluations") / "evaluations.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"evaluations\.json is damaged .* run its stage again"):
+        write_report(full_run)
+
+
+def test_the_command_takes_a_folder_or_a_name():
+    assert str(run_folder(["runs/demo"])) == "runs/demo"
+    assert str(run_folder(["run.name=demo", "run.root=elsewhere"])) == "elsewhere/demo"
+    with pytest.raises(ConfigError, match=r"give one run folder, or run\.name=NAME; got runs/a runs/b"):
+        run_folder(["runs/a", "runs/b"])
+    with pytest.raises(ConfigError, match=r"run\.name is not set"):
+        run_folder([])
+
+
+def lines_of(figure):
+    return {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+
+
+def test_factors_figure_shows_methods_bound_and_both_critical_dimensions():
+    figure = factors_figure(FACTORS)
+    lines = lines_of(figure)
+    assert lines["longrope2"] == list(FACTORS.factors)
+    for label, method in (("PI", RopeMethod.pi), ("NTK", RopeMethod.ntk), ("YaRN", RopeMethod.yarn)):
+        assert lines[label] == list(closed_form_factors(method, GEOMETRY, 2048).factors)
+    marks = {line.get_label(): set(line.get_xdata()) for line in figure.axes[0].lines if "critical" in line.get_label()}
+    assert marks == {"theoretical critical dimension 6": {6}, "real critical dimension 5": {5}}
+    (bound,) = figure.axes[0].collections
+    assert bound.get_label() == "bound s = 16" and bound.get_segments()[0].tolist() == [[5, 16], [15, 16]]
+
+
+def test_search_figure_shows_progress_and_levels_in_reach():
+    lines = lines_of(search_figure(search_history()))
+    assert lines["best so far"] == [9, 8, 7, 6]
+    assert {label for label in lines if ":" in label} == {"pi: 50", "ntk: 30"}
+
+
+def test_losses_figure_has_a_line_per_window():
+    lines = lines_of(losses_figure(training_records()))
+    assert lines["short window"] == pytest.approx([3.9, 3.7, 3.5, 3.3])
+    assert lines["long window"] == pytest.approx([3.8, 3.6, 3.4, 3.2])
+    assert set(lines_of(losses_figure(training_records()[:1]))) == {"short window"}
+
+
+def test_lengths_figure_has_a_line_per_subject():
+    rows = evaluation_summary()["needle"]
+    lines = lines_of(lengths_figure(rows, SUBJECTS, "accuracy", "needles retrieved"))
+    assert lines == {name: list(ACCURACIES[name]) for name in SUBJECTS}
