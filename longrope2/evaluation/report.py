@@ -95,7 +95,7 @@ def _comparison(record: RunRecord) -> str:
     rows = [
         [
             html.escape(name),
-            *(percent(needle[name, length]["accuracy"]) for length in lengths),
+            *(f"{100 * needle[name, length]['accuracy']:.0f}" for length in lengths),
             interval(needle[name, longest]),
             f"{needle[name, longest]['perplexity']:.4g}",
             f"{text[name, longest]['perplexity']:.4g}",
@@ -107,7 +107,7 @@ def _comparison(record: RunRecord) -> str:
             "short window"]  # fmt: skip
     num_samples = needle[rows[0][0], longest]["num_samples"]
     note = (
-        f"Numbers on top: share of {num_samples} needles whose value is retrieved exactly, at that many tokens. Needle "
+        f"Numbers on top: needles whose value is retrieved exactly at that many tokens, in % of {num_samples}. Needle "
         f"ppl and text ppl: perplexity of the needles' values and of held-out text at {longest:,} tokens. Short "
         f"window: change of the perplexity of held-out text inside {summary['original_len']:,} tokens against "
         f"{html.escape(summary['reference'])}. Up to {summary['original_len']:,} tokens every model runs on its "
@@ -241,7 +241,7 @@ def _flat_items(values: dict[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _flat_items(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name} {value:,}" if isinstance(value, int) else f"{prefix}{name} {value}"
+            yield f"{prefix}{name} {value}"
 
 
 def _missing(record: RunRecord, product: str) -> str:

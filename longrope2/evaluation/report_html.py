@@ -38,6 +38,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
   white-space: nowrap; }
 .numbers th { color: var(--soft); font-size: .82rem; font-weight: 600; vertical-align: bottom; white-space: normal; }
 .numbers th:first-child, .numbers td:first-child { position: sticky; left: 0; background: #fff; text-align: left; }
+@media (max-width: 600px) {
+  .numbers th, .numbers td { padding: .3rem .35rem; font-size: .8rem; }
+  .numbers td:first-child { white-space: normal; }
+}
 .facts td { padding: .15rem .8rem .15rem 0; vertical-align: top; font-size: .88rem; overflow-wrap: anywhere; }
 .facts td:first-child { color: var(--soft); white-space: nowrap; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }

@@ -75,18 +75,20 @@ def _retrieval_in_training(record: RunRecord) -> list[str]:
     if manifest is None:
         return []
     tokens = manifest.counts.get("tokens", {})
-    statements = []
+    shares = []
     for window in ("long", "short"):
         total = sum(by_window.get(window, 0) for by_window in tokens.values())
         retrieval = tokens.get(RETRIEVAL_SOURCE, {}).get(window, 0)
         if retrieval:
-            statements.append(
-                f"The {window} training segments contain retrieval documents in the wording of the needles: "
-                f"{retrieval:,} of {total:,} tokens ({100 * retrieval / total:.0f} %), with keys, values and texts "
-                "drawn separately. The needle test is thus a task the trained models have practised: it shows reach "
-                "across the window, not general skill."
-            )
-    return statements
+            share = f"{100 * retrieval / total:.0f} %"
+            shares.append(f"{retrieval:,} of {total:,} tokens of the {window} segments ({share})")
+    if not shares:
+        return []
+    return [
+        f"The training data contain retrieval documents in the wording of the needles: {', '.join(shares)}. Keys, "
+        "values and texts are drawn separately, but the needle test is a task the trained models have practised: it "
+        "shows reach across the window, not general skill."
+    ]
 
 
 def _shared_text(record: RunRecord) -> list[str]:

@@ -8,14 +8,14 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors, theoretical_critical_index
 
 __all__ = ["factors_figure", "lengths_figure", "losses_figure", "search_figure", "svg_data_uri"]
 
 # Narrow on purpose: shown at 390 px the letters still have about ten pixels.
-FIGURE_INCHES = (5.0, 3.4)
+FIGURE_INCHES = (5.0, 3.2)
 OURS_COLOR = "#0b6e69"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e3",
@@ -50,7 +50,7 @@ def factors_figure(factors: RescaleFactors) -> Figure:
         )  # fmt: skip
     axes.set(yscale="log", xlabel="cosine index i (low frequency to the right)", ylabel="rescale factor $\\lambda_i$")
     _plain_log_ticks(axes, "y", [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
-    axes.legend()
+    _legend_below(axes)
     return figure
 
 
@@ -68,7 +68,7 @@ def search_figure(history: dict[str, Any]) -> Figure:
         axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name}: {value:.4g}")
     axes.set(yscale="log", xlabel="candidates evaluated", ylabel=_objective_label(history["value_name"]))
     _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000])
-    axes.legend()
+    _legend_below(axes)
     return figure
 
 
@@ -82,7 +82,9 @@ def losses_figure(records: Sequence[dict[str, Any]]) -> Figure:
         if points:
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=f"{window} window")
     axes.set(xlabel="tokens trained", ylabel="loss, nats per token")
-    axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_below(axes)
     return figure
 
 
@@ -111,7 +113,7 @@ def lengths_figure(rows: Sequence[dict[str, Any]], subjects: Sequence[str], key:
     else:
         axes.set_yscale("log")
         _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000])
-    axes.legend()
+    _legend_below(axes)
     return figure
 
 
@@ -127,6 +129,11 @@ def _figure() -> tuple[Figure, Axes]:
     """An empty figure."""
     figure = Figure(figsize=FIGURE_INCHES)
     return figure, figure.subplots()
+
+
+def _legend_below(axes: Axes) -> None:
+    """Names under the figure, where they hide no line."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, handlelength=1.6, columnspacing=1.2)
 
 
 def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None:
