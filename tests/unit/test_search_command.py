@@ -1,6 +1,7 @@
 """``launch.search`` from its overrides to its product, on a random miniature: what is written, reused and refused."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from data_prep.corpora import CorpusConfig, CorpusKind, heldout_texts
+from data_prep.needles import build_needle_set
 from launch import search as command
 from longrope2.artifacts import read_manifest
 from longrope2.errors import ArtifactError, ConfigError, DataError
-from longrope2.model import RopeConfig, resolve_factors
+from longrope2.model import RopeConfig, load_tokenizer, resolve_factors
 from longrope2.rope import RopeGeometry
 from longrope2.segments.needle_set import NeedleSet
 
@@ -95,6 +98,27 @@ def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"critical index {factors.critical_index} (theoretical 3); 9 candidates" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "with_needle"), [("needle_ppl_at_original", True), ("control_ppl_at_original", False)]
+)
+def test_self_test_runs_inside_the_original_window(
+    search: SearchRun, model_folder: Path, corpus_folder: Path, name: str, with_needle: bool
+) -> None:
+    history = json.loads((search() / "history.json").read_text())
+    texts = heldout_texts(CorpusConfig(name="folder", kind=CorpusKind.folder, folder=str(corpus_folder)))
+    needles = build_needle_set(
+        load_tokenizer(model_folder), texts, length=128, depths=[0.0], num_samples=2, seed=0, with_needle=with_needle
+    )
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    losses = []
+    for sample in needles.samples:
+        labels_BT = torch.from_numpy(sample.tokens)[None].clone()
+        labels_BT[:, : sample.value_start] = -100
+        with torch.no_grad():
+            losses.append(plain(torch.from_numpy(sample.tokens)[None], labels=labels_BT).loss.item())
+    assert history[name] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
+
+
 def test_finished_search_is_not_repeated(
     search: SearchRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,15 +139,17 @@ def test_killed_search_is_resumed(search: SearchRun, tmp_path: Path, monkeypatch
 
     def killed(self: SampleLosses, batch: object) -> list[float]:
         calls.append(1)
-        if len(calls) == 24:
+        if len(calls) == 27:
             raise KeyboardInterrupt
         return original(self, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SampleLosses, "_batch_losses", killed)
     with pytest.raises(KeyboardInterrupt):
         search()
-    assert not (tmp_path / "test" / "2_factors" / "factors.json").exists()
-    folder = search()
+    folder = tmp_path / "test" / "2_factors"
+    assert not (folder / "factors.json").exists()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    search()
     assert contents(folder) == whole
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in metrics] == [0, 1, 2]

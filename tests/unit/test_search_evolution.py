@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,22 @@ def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
     assert history["kept"][0]["factors"] == list(factors.factors)
     assert (history["theoretical_critical_index"], history["ten_period_index"]) == (6, 2)
     assert [entry["num_candidates"] for entry in history["rounds"]][-1] == evolution.num_candidates
+
+
+def test_journal_is_on_disk_after_every_batch(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
+        journal.add(_factors((16.0,) * 16), [1.5, 2.5])
+        last = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])
+    assert (last["first_sample"], last["losses"]) == (0, [1.5, 2.5])
+
+
+def test_losses_are_known_by_all_that_shapes_the_long_window(tmp_path: Path) -> None:
+    factors = _factors((16.0,) * 16)
+    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
+        journal.add(factors, [1.5])
+        assert journal.losses(replace(factors, method="other", provenance={"a": "b"})) == [1.5]
+        assert journal.losses(replace(factors, long_attention_scale=1.1)) == []
+        assert journal.losses(_factors((16.0,) * 15 + (16.01,))) == []
 
 
 def test_journal_of_another_search_is_refused(tmp_path: Path) -> None:
