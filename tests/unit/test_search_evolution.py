@@ -121,7 +121,8 @@ def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_si
 @pytest.mark.parametrize(
     ("losses", "bound", "loss_sum", "is_complete", "num_computed"),
     [
-        ([1.0, 2.0, 3.0, 4.0], 10.0, 10.0, True, 4),  # equal to the bound may still be kept, by its tie-break
+        ([1.0, 2.0, 3.0, 0.0], 6.0, 6.0, True, 4),  # equal to the bound may still be kept, by its tie-break
+        ([1.0, 2.0, 6.5, 0.25], 10.0, 9.75, True, 4),
         ([1.0, 2.0, 3.0, 4.0], 5.5, 6.0, False, 3),
         ([1.0, 2.0, 3.0, 4.0], 0.5, 1.0, False, 1),
         ([1.0, math.nan, 3.0, 4.0], math.inf, math.inf, True, 2),  # no further sample can mend it
