@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.tokenization import DocumentTokenizer
 from longrope2.artifacts import model_identity, product_folder, resolve_model_folder
+from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
@@ -94,3 +95,7 @@ def read_prompt(path: str) -> str:
     if not text:
         raise DataError(f"generate.prompt_file={path} is empty; write the text to continue into it")
     return text
+
+
+if __name__ == "__main__":
+    run_command(main)
