@@ -1,0 +1,247 @@
+"""The commands evaluate, export, generate and report, as ``python -m`` runs them, on the miniature."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from longrope2.artifacts import Manifest, product_folder, read_manifest, sha256_of_file, write_manifest
+from longrope2.evaluation import tasks
+from longrope2.model import rope_geometry
+from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
+from longrope2.segments import NeedleSet
+
+MODEL = Path(__file__).parent.parent.parent / "models" / "tiny"
+SUBJECTS = "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
+SMALL = (
+    "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]", "evaluation.needle.samples_per_depth=2",
+    "evaluation.perplexity.num_windows=2", "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
+)  # fmt: skip
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
+
+    def run(verb, *arguments):
+        places = (f"model.path={MODEL}", f"run.root={tmp_path}", "run.name=r")
+        given = arguments if verb == "report" else (*places, *arguments)
+        monkeypatch.setattr(sys, "argv", [verb, *given])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_module(f"launch.{verb}", run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "r"
+
+
+def make_checkpoint(folder, method=RopeMethod.ntk, target_len=2048):
+    folder.mkdir(parents=True)
+    for file in MODEL.iterdir():
+        if file.is_file():
+            shutil.copy(file, folder)
+    factors = closed_form_factors(method, rope_geometry(MODEL, 128), target_len)
+    (folder / "factors.json").write_text(factors.to_json())
+    write_manifest(folder, Manifest("checkpoint"))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run_folder):
+    return make_checkpoint(run_folder / "3_checkpoints" / "final")
+
+
+def tree(folder):
+    """Every file below a folder with its hash."""
+    return {str(p.relative_to(folder)): sha256_of_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_folder, monkeypatch):
+    code, out, _ = command("evaluate", SUBJECTS, *SMALL, "dry_run=true")
+    assert code == 0 and "lengths    128, 256" in out and "subject    ntk: ntk" in out
+    assert not run_folder.exists()
+    code, out, err = command("evaluate", SUBJECTS, *SMALL)
+    assert code == 0, err
+    folder = product_folder(run_folder, "evaluations")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    expected = [(s, suite, n) for s in ("base", "ntk") for suite in ("needle", "perplexity") for n in (128, 256)]
+    expected += [("base", "retention", 128), ("ntk", "retention", 128)]
+    assert sorted((line["subject"], line["suite"], line["length"]) for line in lines) == sorted(expected)
+    summary = json.loads((folder / "evaluations.json").read_text())
+    assert [row["num_samples"] for row in summary["needle"]] == [4] * 4
+    assert [row["ratio"] for row in summary["retention"]] == [1.0, 1.0]
+    for row in summary["perplexity"]:
+        assert f"{row['perplexity']:.4g}" in out or row["length"] == 128
+    manifest = read_manifest(folder, "evaluations")
+    assert manifest.seeds == {"seed": 0, "needle": 7001} and set(manifest.inputs["subjects"]) == {"base", "ntk"}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    accuracies = {f"eval/needle_accuracy/{s}/{n}" for s in ("base", "ntk") for n in (128, 256)}
+    assert accuracies <= {key for record in metrics for key in record}
+    assert NeedleSet.load(folder / "needles" / "256.arrow").length == 256
+    before = {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"}
+    monkeypatch.setattr(tasks, "load_windowed_model", None)  # a second measurement would call it
+    assert command("evaluate", SUBJECTS, *SMALL)[0] == 0
+    assert {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"} == before
+
+
+def test_needles_of_the_search_are_not_evaluated_on(command, run_folder):
+    write_manifest(product_folder(run_folder, "factors"), Manifest("factors", seeds={"seed": 7001}))
+    code, out, err = command("evaluate", SUBJECTS, *SMALL)
+    assert (code, out) == (2, "")
+    assert "evaluation.needle.seed=7001 is the seed of the needles that the factors in" in err
+    assert not product_folder(run_folder, "evaluations").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluation=training_free",), r"rope.method=searched needs a factors file, but "),
+        (("evaluation=comparison",), "2_factors/factors.json does not exist; run launch.search first"),
+        ((SUBJECTS, "evaluation.needles=3"), "unknown key evaluation.needles"),
+        ((SUBJECTS, "target_len=2000"), "target_len=2000 must be a multiple of model.original_len=128"),
+        (
+            (SUBJECTS, "evaluation.lengths=[20,128]", "evaluation.perplexity.scored_tokens=8"),
+            "length=20 tokens is too short",
+        ),
+    ],
+)
+def test_bad_input_to_evaluate_is_one_message_and_writes_nothing(command, run_folder, arguments, message):
+    code, _, err = command("evaluate", *arguments)
+    assert code == 2
+    assert err.count("error: ") == 1 and message in err and "Traceback" not in err
+    assert not run_folder.exists()
+
+
+def test_factors_searched_on_another_model_stop_the_evaluation(command, run_folder):
+    folder = product_folder(run_folder, "factors")
+    folder.mkdir(parents=True)
+    (folder / "factors.json").write_text(closed_form_factors(RopeMethod.pi, rope_geometry(MODEL, 128), 2048).to_json())
+    other = {"architecture_sha256": "0", "tokenizer_sha256": "0"}
+    write_manifest(folder, Manifest("factors", inputs={"model": other}, seeds={"seed": 0}))
+    code, _, err = command("evaluate", "evaluation=training_free", *SMALL)
+    assert code == 2 and "factors.json belongs to another model than model.path=" in err
+    assert "evaluation.subjects[4] (longrope2-searched)" in err
+    assert not product_folder(run_folder, "evaluations").exists()
+
+
+def test_export_is_verified_published_and_not_repeated(command, run_folder, checkpoint):
+    assert command("export", "dry_run=true")[0] == 0
+    folder = product_folder(run_folder, "exports")
+    assert not folder.exists()
+    code, out, err = command("export")
+    assert code == 0, err
+    assert "verified   at 128 tokens" in out and "verified   at 129 tokens" in out
+    manifest = read_manifest(folder, "exports")
+    assert manifest.inputs["checkpoint"]["sha256"] == sha256_of_file(checkpoint / "manifest.json")
+    assert manifest.details["dtype"] == "fp32"
+    assert set(manifest.details["largest_relative_logit_difference"]) == {"128", "129"}
+    assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
+    config = json.loads((folder / "hugging_face" / "config.json").read_text())
+    assert RescaleFactors.from_hf_config(config).factors[-1] > 100
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hugging_face", "manifest.json"]
+    before = tree(folder)
+    code, out, _ = command("export")
+    assert code == 0 and f"already complete: {folder / 'hugging_face'}" in out and tree(folder) == before
+    code, out, _ = command("export", "export.dtype=bf16")
+    assert code == 0 and "verified" in out and read_manifest(folder, "exports").details["dtype"] == "bf16"
+
+
+def test_an_export_that_does_not_verify_leaves_nothing(command, run_folder, checkpoint, monkeypatch):
+    from longrope2.export import hugging_face
+
+    def wrong(*arguments):
+        config = original(*arguments)
+        config["rope_scaling"]["attention_factor"] = config["rope_parameters"]["attention_factor"] = 1.1
+        return config
+
+    original = hugging_face.merged_config
+    monkeypatch.setattr(hugging_face, "merged_config", wrong)
+    code, _, err = command("export")
+    assert code == 2 and "at 128 tokens plain transformers gives logits that differ" in err
+    assert sorted(p.name for p in product_folder(run_folder, "exports").iterdir()) == ["config.yaml"]
+
+
+def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path):
+    code, _, err = command("export")
+    assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
+    yarn = make_checkpoint(tmp_path / "yarn", RopeMethod.yarn)
+    code, _, err = command("export", f"export.checkpoint={yarn}")
+    assert code == 2 and "a Hugging Face longrope config holds a single attention_factor for both" in err
+    longer = make_checkpoint(tmp_path / "longer", target_len=4096)
+    code, _, err = command("export", f"export.checkpoint={longer}")
+    assert code == 2 and "is for target_len=4096, but target_len=2048 is set; set target_len=4096" in err
+    other = make_checkpoint(tmp_path / "other")
+    (other / "tokenizer.json").write_text("{}")
+    code, _, err = command("export", f"export.checkpoint={other}")
+    assert code == 2 and f"export.checkpoint={other} belongs to another model" in err and "(other tokenizer)" in err
+    assert not run_folder.exists()
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    def write(text):
+        path = tmp_path / "prompt.txt"
+        path.write_text(text, encoding="utf-8")
+        return f"generate.prompt_file={path}"
+
+    return write
+
+
+def test_generate_streams_text_and_says_once_where_it_switched(command, checkpoint, prompt):
+    """Sampled almost uniformly, so that no end-of-text token ends the text before token 128."""
+    text = prompt("def read(path):\n" * 12)
+    options = ("generate.max_new_tokens=70", "generate.temperature=50", "seed=1")
+    code, out, err = command("generate", text, *options)
+    assert code == 0 and len(out) > 70
+    assert err.count("switched to the rescaled RoPE at 129 tokens: the whole text was read again") == 1
+    assert "from the start" not in err
+    assert command("generate", text, *options)[1] == out
+
+
+def test_generate_says_that_a_long_prompt_is_long_from_the_start(command, checkpoint, prompt):
+    code, _, err = command("generate", prompt("def read(path):\n" * 40), "generate.max_new_tokens=4")
+    assert code == 0
+    assert "tokens, more than 128: rescaled RoPE from the start" in err and "switched" not in err
+
+
+def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
+    good = prompt("text")
+    code, _, err = command("generate", good)
+    assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
+    code, _, err = command("generate", good, "generate.max_new_tokens=0", "generate.temperature=-1")
+    assert code == 2 and "2 fault(s)" in err
+    assert "generate.max_new_tokens=0 must be at least 1" in err
+    assert "generate.temperature=-1.0 must be 0 or more" in err
+    code, _, err = command("generate", "generate.prompt_file=/nowhere.txt")
+    assert code == 2 and "generate.prompt_file=/nowhere.txt cannot be read: No such file" in err
+    code, _, err = command("generate", prompt(""))
+    assert code == 2 and "is empty; write the text to continue into it" in err
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    code, _, err = command("generate", f"generate.prompt_file={tmp_path / 'latin1.txt'}")
+    assert code == 2 and "is not UTF-8 text" in err
+    code, _, err = command("generate")
+    assert code == 2 and "generate.prompt_file is not set; give it as generate.prompt_file=VALUE" in err
+
+
+def test_generate_refuses_a_prompt_beyond_the_target(command, checkpoint, prompt):
+    code, _, err = command("generate", prompt("def read(path):\n" * 700))
+    assert code == 2 and "exceed the extended window of 2048 tokens; shorten the prompt" in err
+
+
+def test_report_takes_the_run_folder(command, run_folder, checkpoint):
+    code, out, _ = command("report", str(run_folder))
+    assert (code, out) == (0, f"report: {run_folder / 'report.html'}\n")
+    code, _, err = command("report", str(run_folder / "nothing"))
+    assert code == 2 and "nothing does not exist" in err
