@@ -94,7 +94,9 @@ def check(config: SearchCommand) -> tuple[Path, SearchSpace]:
     faults = search_faults(config.search)
     original_len = config.model.original_len
     if config.target_len <= original_len or config.target_len % original_len:
-        faults.append(f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}")
+        faults.append(
+            f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}"
+        )
     try:
         build_corpus(config.corpus)
     except ConfigError as error:
