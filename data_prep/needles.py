@@ -5,7 +5,10 @@ instruction and question are our own and short, so that a whole sample fits in a
 tokenized separately and joined as ids, so a sample is exact to the token, holds one BOS, and nothing of the question
 or the value is ever cut:
 
-    [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value
+    [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
+
+A sample is a document of its length like any other, closing EOS included, so that the value stands where training
+documents have it: a model whose documents all end inside the window has only ever seen EOS at its last position.
 
 Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for.
 """
@@ -78,7 +81,7 @@ def build_needle_sample(
     value: str,
     with_needle: bool = True,
 ) -> NeedleSample:
-    """One sample of exactly ``length`` tokens, BOS and value included.
+    """One sample of exactly ``length`` tokens, BOS, value and EOS included.
 
     Args:
         encoder: Tokenizer of the model.
@@ -99,14 +102,14 @@ def build_needle_sample(
     needle = encoder.encode(wording.needle) if with_needle else []
     tail = encoder.encode(wording.question) + encoder.encode(wording.answer_prefix)
     answer = encoder.encode(wording.answer)
-    num_haystack = length - len(head) - len(needle) - len(tail) - len(answer)
+    num_haystack = length - len(head) - len(needle) - len(tail) - len(answer) - 1
     if num_haystack < 0:
         raise DataError(f"length={length} tokens is too short for a needle sample; at least {length - num_haystack}")
     if len(haystack_ids) < num_haystack:
         raise DataError(f"length={length} needs {num_haystack} haystack tokens, only {len(haystack_ids)} were given")
     used = np.asarray(haystack_ids[:num_haystack])
     cut = round(depth * num_haystack)
-    tokens = np.concatenate([head, used[:cut], needle, used[cut:], tail, answer]).astype(np.int64)
+    tokens = np.concatenate([head, used[:cut], needle, used[cut:], tail, answer, [encoder.eos_id]]).astype(np.int64)
     record = {
         "instruction": INSTRUCTION, "needle": wording.needle if with_needle else "", "question": wording.question,
         "answer_prefix": wording.answer_prefix, "answer": wording.answer, "needle_start": len(head) + cut,
@@ -114,7 +117,7 @@ def build_needle_sample(
         "haystack_sha256": hashlib.sha256(used.astype("<u4").tobytes()).hexdigest(),
     }  # fmt: skip
     return NeedleSample(
-        tokens=tokens, value_start=length - len(answer), key=key, value=value, depth=depth, record=record
+        tokens=tokens, value_start=length - len(answer) - 1, key=key, value=value, depth=depth, record=record
     )
 
 

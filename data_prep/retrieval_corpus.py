@@ -32,13 +32,16 @@ class RetrievalConfig:
     start_share: float = 0.5
     """Share of documents whose first needle stands in the first 5 % of the text, in [0, 1], so that the distance to its
     question covers the window."""
+    single_needle_share: float = 0.25
+    """Share of documents with one needle only, in [0, 1]; the others draw 2 .. ``max_needles`` of them. Copying is
+    learned from single needles first, choosing among several by key afterwards."""
     max_needles: int = 4
     """Most needles (and questions) in a document, at least 1; fewer where they do not fit."""
 
     def faults(self) -> list[str]:
         """What is wrong with the values."""
         found = []
-        for name in ("full_length_share", "start_share"):
+        for name in ("full_length_share", "start_share", "single_needle_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 found.append(f"retrieval.{name}={getattr(self, name)} is outside [0, 1]")
         if self.max_needles < 1:
@@ -129,7 +132,8 @@ class RetrievalDocuments:
         full = rng.random() < self._config.full_length_share
         target = up_to if full else rng.randint(lowest, up_to)
         room = (target - self._head_tokens) // self._tokens_per_needle
-        count = rng.randint(1, max(1, min(room, self._config.max_needles)))
+        most = max(1, min(room, self._config.max_needles))
+        count = 1 if most == 1 or rng.random() < self._config.single_needle_share else rng.randint(2, most)
         keys: list[str] = []
         while len(keys) < count:
             key = draw_key(rng)

@@ -55,7 +55,7 @@ class PerplexityConfig:
     num_windows: int = 16
     """Places in the text; each is scored at every length."""
     scored_tokens: int = 64
-    """Tokens scored at each place, at the end of the window."""
+    """Tokens scored at each place, at the end of the window; at least two below the shortest length."""
 
 
 @dataclass
@@ -162,8 +162,9 @@ def _length_faults(config: EvaluateRoot) -> list[str]:
     faults = []
     if not lengths or len(set(lengths)) < len(lengths) or any(not 2 <= length <= target for length in lengths):
         faults.append(f"evaluation.lengths={lengths} must be distinct lengths from 2 to target_len={target}")
-    elif scored >= lengths[0]:
+    elif scored > lengths[0] - 2:
         faults.append(
-            f"evaluation.perplexity.scored_tokens={scored} must be below the shortest length evaluated, {lengths[0]}"
+            f"evaluation.perplexity.scored_tokens={scored} must be at least 2 below the shortest length evaluated, "
+            f"{lengths[0]}"
         )
     return faults

@@ -161,7 +161,7 @@ def _retention(record: RunRecord) -> str:
     ]
     first = record.evaluation["retention"][0]
     note = (
-        f"{first['num_windows']} windows of held-out text of at most {first['length']:,} tokens, "
+        f"{first['num_windows']} windows of held-out text, closing token included at most {first['length']:,} tokens, "
         f"{first['num_tokens']:,} tokens scored, read with each model's short-window RoPE."
     )
     head = ["model", "perplexity", f"against {html.escape(record.evaluation['reference'])}", "change"]

@@ -72,7 +72,7 @@ def score_values(model: WindowedModel, needle_set: NeedleSet, batch_tokens: int)
             )
     scores = []
     for batch in _batches(needle_set.samples, needle_set.length, batch_tokens):
-        tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in batch])).to(model.hf.device)
+        tokens_BT = torch.from_numpy(np.stack([sample.through_value for sample in batch])).to(model.hf.device)
         first = min(sample.value_start for sample in batch)
         logits_BKV = model.logits(tokens_BT, window, keep=slice(first - 1, -1))
         targets_BK = tokens_BT[:, first:]
@@ -81,7 +81,7 @@ def score_values(model: WindowedModel, needle_set: NeedleSet, batch_tokens: int)
         for row, sample in enumerate(batch):
             skipped = sample.value_start - first
             exact, nll = bool(hits_BK[row, skipped:].all()), float(nll_BK[row, skipped:].sum())
-            scores.append(ValueScore(exact, nll, needle_set.length - sample.value_start))
+            scores.append(ValueScore(exact, nll, len(sample.through_value) - sample.value_start))
     return scores
 
 

@@ -60,7 +60,7 @@ def perplexity_task(windows: Sequence[np.ndarray], num_scored: int, original_len
     def measure(model: WindowedModel) -> dict[str, Any]:
         return _window_values(score_windows(model, windows, num_scored=num_scored, batch_tokens=batch_tokens))
 
-    length = len(windows[0])
+    length = len(windows[0]) + 1  # a window leaves the place of a closing EOS empty
     data_sha256 = _data_sha256([*windows, np.array([num_scored])])
     return Task("perplexity", length, window_for_length(length, original_len), data_sha256, measure)
 

@@ -1,7 +1,9 @@
 """Windows of held-out text: the same ones for every subject, drawn from a seed.
 
 A document is its token ids with BOS in front and EOS behind. Windows that start inside a document get a BOS of their
-own, so every window begins the way the model expects.
+own, so every window begins the way the model expects. A window of T tokens is a document of T tokens without its closing
+EOS: the last place stays empty, because a model whose training documents all end inside the window has seen nothing
+but EOS there. Needle samples are cut the same way.
 """
 
 import random
@@ -19,7 +21,7 @@ def context_windows(
 ) -> dict[int, list[np.ndarray]]:
     """Windows of every length that end at the same places, so that all lengths score the same tokens.
 
-    A place is the end of ``num_scored`` tokens of a document; the window of length T shows the model the T - 1 tokens
+    A place is the end of ``num_scored`` tokens of a document; the window of length T shows the model the T - 2 tokens
     up to there behind a BOS. Perplexity then differs between lengths only by what more context does. Places are spread
     over the documents in turn and the scored tokens never overlap.
 
@@ -31,7 +33,7 @@ def context_windows(
         seed: Seed of the choice of places.
 
     Returns:
-        Length -> ``num_windows`` windows of exactly that many tokens.
+        Length -> ``num_windows`` windows of one token less.
 
     Raises:
         DataError: the documents that are long enough hold too few places.
@@ -40,8 +42,8 @@ def context_windows(
     rng = random.Random(f"context windows/{seed}")
     ends_by_document = []
     for number, document in enumerate(documents):
-        # The BOS stands at index 0 of the document and of the window: the shortest possible end is ``longest``.
-        ends = list(range(longest, len(document) + 1, num_scored))
+        # The document's own BOS, at index 0, is not part of its text.
+        ends = list(range(longest - 1, len(document) + 1, num_scored))
         rng.shuffle(ends)
         ends_by_document.append([(number, end) for end in ends])
     rng.shuffle(ends_by_document)
@@ -49,7 +51,7 @@ def context_windows(
     in_turn = [ends[turn] for turn in range(deepest) for ends in ends_by_document if turn < len(ends)]
     if len(in_turn) < num_windows:
         raise DataError(
-            f"evaluation.perplexity.num_windows={num_windows}: the held-out documents of at least {longest} tokens "
+            f"evaluation.perplexity.num_windows={num_windows}: the held-out documents of at least {longest - 1} tokens "
             f"have room for {len(in_turn)} windows (the longest has {max(map(len, documents), default=0)} tokens); use "
             "fewer windows, shorter evaluation.lengths, or a corpus with longer documents"
         )
@@ -60,7 +62,7 @@ def context_windows(
 def short_windows(
     documents: Sequence[np.ndarray], original_len: int, *, num_windows: int, seed: int
 ) -> list[np.ndarray]:
-    """Pieces of held-out documents that fit the original window, each behind a BOS, at most ``original_len`` tokens.
+    """Pieces of held-out documents that fit the original window, each behind a BOS, below ``original_len`` tokens.
 
     Every document is cut into consecutive pieces (a short one is one piece), and a seeded choice of them is taken.
 
@@ -71,8 +73,8 @@ def short_windows(
     for document in documents:
         bos, body = document[:1], document[1:]
         pieces += [
-            np.concatenate([bos, body[first : first + original_len - 1]])
-            for first in range(0, len(body), original_len - 1)
+            np.concatenate([bos, body[first : first + original_len - 2]])
+            for first in range(0, len(body), original_len - 2)
         ]
     if len(pieces) < num_windows:
         raise DataError(
@@ -83,5 +85,5 @@ def short_windows(
 
 
 def _window(document: np.ndarray, end: int, length: int) -> np.ndarray:
-    """BOS and the ``length`` - 1 tokens before ``end``."""
-    return np.concatenate([document[:1], document[end - length + 1 : end]])
+    """BOS and the ``length`` - 2 tokens before ``end``."""
+    return np.concatenate([document[:1], document[end - length + 2 : end]])

@@ -54,7 +54,7 @@ class ScoredSample:
 
 def needle_samples(needles: NeedleSet) -> list[ScoredSample]:
     """Needle samples, scored on their value."""
-    return [ScoredSample(sample.tokens, sample.value_start) for sample in needles.samples]
+    return [ScoredSample(sample.through_value, sample.value_start) for sample in needles.samples]
 
 
 def cut_documents(documents: Iterable[Sequence[int]], bos_id: int, length: int, num_samples: int) -> list[ScoredSample]:

@@ -47,7 +47,7 @@ def check_needle_labels(
             raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, target_len is {length}")
         if sample.tokens[0] != bos_id or np.count_nonzero(sample.tokens == bos_id) != 1:
             raise ArtifactError(f"needle sample {number} does not hold exactly one BOS ({bos_id}), at its front")
-        scored = decode(sample.tokens[sample.value_start :]).strip()
+        scored = decode(sample.through_value[sample.value_start :]).strip()
         if scored != sample.value:
             raise ArtifactError(f"needle sample {number}: the scored tokens read {scored!r}, not {sample.value!r}")
 

@@ -27,8 +27,8 @@ class NeedleSample:
     """One sample: prompt and value as ids.
 
     Attributes:
-        tokens: Ids, shape [length], int64; BOS first, the value last.
-        value_start: Index of the first token of the value; the value reaches to the end.
+        tokens: Ids, shape [length], int64; BOS first, EOS last, the value just before EOS.
+        value_start: Index of the first token of the value.
         key: What was asked for.
         value: The digits to retrieve.
         depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
@@ -41,6 +41,11 @@ class NeedleSample:
     value: str
     depth: float
     record: dict[str, str | int] = field(default_factory=dict)
+
+    @property
+    def through_value(self) -> np.ndarray:
+        """Ids up to the end of the value, shape [length - 1]: what is read and scored; the closing EOS is neither."""
+        return self.tokens[:-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +64,7 @@ class NeedleSet:
         for number, sample in enumerate(self.samples):
             if len(sample.tokens) != self.length:
                 raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, not {self.length}")
-            if not 0 < sample.value_start < self.length:
+            if not 0 < sample.value_start < self.length - 1:
                 raise ArtifactError(f"needle sample {number} has its value at {sample.value_start} of {self.length}")
 
     def save(self, path: Path) -> None:

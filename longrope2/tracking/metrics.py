@@ -60,7 +60,7 @@ class MetricsLog:
         """Flush both."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -41,23 +41,31 @@ def plain_model():
     return random_llama(**FACTORS.to_hf_config()).double()
 
 
+EOS = 0  # closes the sample; never read, whatever it is
+
+
 def sample_of(prompt_ids, value_ids):
     return NeedleSample(
-        tokens=np.array([*prompt_ids, *value_ids]), value_start=len(prompt_ids), key="k", value="v", depth=0.0
+        tokens=np.array([*prompt_ids, *value_ids, EOS]), value_start=len(prompt_ids), key="k", value="v", depth=0.0
     )
 
 
+def greedy(model, ids, num_tokens):
+    return [token.token_id for token in generate_tokens(model, ids, max_new_tokens=num_tokens)]
+
+
 def samples_around_greedy(model, length):
-    """Values of 3 to 5 tokens: the model's own greedy continuation, and the same with one token changed."""
+    """Values of 3 to 5 tokens: the model's own greedy continuation, for every second sample wrong in one token only."""
     rng = np.random.default_rng(length)
     samples = []
     for number in range(12):
         num_value = 3 + number % 3
-        prompt_ids = rng.integers(VOCAB_SIZE, size=length - num_value).tolist()
-        value_ids = [t.token_id for t in generate_tokens(model, prompt_ids, max_new_tokens=num_value)]
+        prompt_ids = rng.integers(VOCAB_SIZE, size=length - num_value - 1).tolist()
+        value_ids = greedy(model, prompt_ids, num_value)
         if number % 2:
-            changed = number % num_value
-            value_ids[changed] = (value_ids[changed] + 1) % VOCAB_SIZE
+            kept, wrong = value_ids[: number % num_value], (value_ids[number % num_value] + 1) % VOCAB_SIZE
+            value_ids = [*kept, wrong]
+            value_ids += greedy(model, [*prompt_ids, *value_ids], num_value - len(value_ids))
         samples.append(sample_of(prompt_ids, value_ids))
     return NeedleSet(samples=samples, length=length)
 
@@ -68,10 +76,9 @@ def test_exact_match_equals_real_greedy_generation(windowed_model, length):
     found = [score.exact for score in score_values(windowed_model, needle_set, batch_tokens=5 * length)]
     generated = []
     for sample in needle_set.samples:
-        ids, start = sample.tokens.tolist(), sample.value_start
+        ids, start = sample.through_value.tolist(), sample.value_start
         prompt_ids, value_ids = ids[:start], ids[start:]
-        tokens = generate_tokens(windowed_model, prompt_ids, max_new_tokens=len(value_ids))
-        generated.append([token.token_id for token in tokens] == value_ids)
+        generated.append(greedy(windowed_model, prompt_ids, len(value_ids)) == value_ids)
     assert found == generated == [True, False] * 6
 
 
@@ -88,7 +95,7 @@ def test_value_likelihood_equals_transformers(windowed_model, plain_model, lengt
     needle_set = samples_around_greedy(windowed_model, length)
     scores = score_values(windowed_model, needle_set, batch_tokens=1)
     for sample, score in zip(needle_set.samples, scores, strict=True):
-        expected = token_nlls(plain_model, sample.tokens)[sample.value_start - 1 :]
+        expected = token_nlls(plain_model, sample.through_value)[sample.value_start - 1 :]
         assert score.num_tokens == len(expected)
         assert score.nll == pytest.approx(expected.sum(), rel=1e-4)
 
@@ -101,7 +108,7 @@ def test_scores_do_not_depend_on_the_batch(windowed_model):
 
 
 def test_a_value_across_the_window_border_is_refused(windowed_model):
-    needle_set = NeedleSet(samples=[sample_of(range(ORIGINAL_LEN), [1, 2])], length=ORIGINAL_LEN + 2)
+    needle_set = NeedleSet(samples=[sample_of(range(ORIGINAL_LEN), [1])], length=ORIGINAL_LEN + 2)
     with pytest.raises(DataError, match=r"evaluation\.lengths: .* 18 tokens .* original window \(16 tokens\)"):
         score_values(windowed_model, needle_set, batch_tokens=64)
 

@@ -47,38 +47,38 @@ def documents_of(*num_tokens):
 def test_windows_of_all_lengths_score_the_same_distinct_tokens():
     documents = documents_of(90, 300, 64, 40)
     windows = context_windows(documents, [16, 64], num_windows=12, num_scored=8, seed=0)
-    assert {length: [len(w) for w in found] for length, found in windows.items()} == {16: [16] * 12, 64: [64] * 12}
+    assert {length: [len(w) for w in found] for length, found in windows.items()} == {16: [15] * 12, 64: [63] * 12}
     scored = [tuple(w[-8:]) for w in windows[64]]
     assert scored == [tuple(w[-8:]) for w in windows[16]]
     assert len({token for place in scored for token in place}) == 12 * 8
-    text = {tuple(d[i : i + 63]) for d in documents for i in range(1, len(d) - 62)}
+    text = {tuple(d[i : i + 62]) for d in documents for i in range(1, len(d) - 61)}
     for short, long in zip(windows[16], windows[64], strict=True):
         assert short[0] == long[0] == BOS
-        assert tuple(short[1:]) == tuple(long[-15:])
+        assert tuple(short[1:]) == tuple(long[-14:])
         assert tuple(long[1:]) in text
 
 
 def test_windows_are_spread_over_all_documents_that_are_long_enough():
-    documents = documents_of(64, 64, 64, 63, 400)
+    documents = documents_of(63, 63, 63, 62, 400)
     windows = context_windows(documents, [64], num_windows=4, num_scored=8, seed=3)[64]
     owners = sorted(next(i for i, d in enumerate(documents) if w[20] in d) for w in windows)
     assert owners == [0, 1, 2, 4]
 
 
 def test_too_little_long_text_is_an_error_that_says_how_much_there_is():
-    expected = r"num_windows=5: .* at least 64 tokens have room for 3 .* longest has 80 tokens"
+    expected = r"num_windows=5: .* at least 63 tokens have room for 3 .* longest has 79 tokens"
     with pytest.raises(DataError, match=expected):
-        context_windows(documents_of(80, 63), [16, 64], num_windows=5, num_scored=8, seed=0)
+        context_windows(documents_of(79, 62), [16, 64], num_windows=5, num_scored=8, seed=0)
 
 
 def test_short_windows_cut_documents_without_losing_a_token():
     documents = documents_of(40, 16, 17, 5)
-    pieces = short_windows(documents, 16, num_windows=7, seed=0)
-    assert all(len(piece) <= 16 and piece[0] == BOS for piece in pieces)
+    pieces = short_windows(documents, 16, num_windows=8, seed=0)
+    assert all(len(piece) <= 15 and piece[0] == BOS for piece in pieces)
     found = sorted(token for piece in pieces for token in piece[1:])
     assert found == sorted(token for document in documents for token in document[1:])
-    with pytest.raises(DataError, match=r"evaluation\.retention\.num_windows=8: the held-out text has 7 windows of 16"):
-        short_windows(documents, 16, num_windows=8, seed=0)
+    with pytest.raises(DataError, match=r"evaluation\.retention\.num_windows=9: the held-out text has 8 windows of 16"):
+        short_windows(documents, 16, num_windows=9, seed=0)
 
 
 def test_short_windows_depend_on_the_seed_only():

@@ -108,7 +108,7 @@ def test_subjects_windows_and_scored_tokens_must_fit(make_config):
         "evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}",
         "target_len=50 must be a multiple of model.original_len=16, and not below it",
     )
-    with pytest.raises(ConfigError, match=r"scored_tokens=64 must be below the shortest length evaluated, 16"):
+    with pytest.raises(ConfigError, match=r"scored_tokens=64 must be at least 2 below the shortest length evaluated, 16"):
         check(make_config(BASE))
 
 
@@ -203,13 +203,13 @@ def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, 
     trained = save_checkpoint(tmp_path / "trained", searched_factors(), seed=1)
     config = make_config(BASE, PI, SubjectConfig("trained", checkpoint=str(trained)))
     rng = np.random.default_rng(0)
-    texts = [[rng.integers(61, size=length) for _ in range(3)] for length in (16, 64)]
+    texts = [[rng.integers(61, size=length - 1) for _ in range(3)] for length in (16, 64)]
     tasks = [perplexity_task(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64) for windows in texts]
     measured = []
     original = tasks_module.score_windows
 
     def counted(model, windows, **options):
-        measured.append(len(windows[0]))
+        measured.append(len(windows[0]) + 1)
         return original(model, windows, **options)
 
     monkeypatch.setattr(tasks_module, "score_windows", counted)

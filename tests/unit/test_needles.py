@@ -49,8 +49,9 @@ def test_a_sample_is_exact(encoder, length, depth):
     wording = needle_wording("red-lamp", "7654321")
     assert len(sample.tokens) == length
     assert sample.tokens[0] == encoder.bos_id and (sample.tokens == encoder.bos_id).sum() == 1
-    assert encoder.decode(sample.tokens[sample.value_start :]) == " 7654321"
-    text = encoder.decode(sample.tokens[1:])
+    assert encoder.decode(sample.through_value[sample.value_start :]) == " 7654321"
+    assert sample.tokens[-1] == encoder.eos_id and (sample.tokens == encoder.eos_id).sum() == 1
+    text = encoder.decode(sample.through_value[1:])
     assert text.startswith(INSTRUCTION) and text.endswith(wording.question + wording.answer_prefix + wording.answer)
     assert text.count(wording.needle) == 1
     start, count = sample.record["needle_start"], sample.record["num_needle_tokens"]
@@ -78,8 +79,8 @@ def test_digits_are_single_tokens(encoder):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"depth": 1.5}, r"depth=1.5 is outside \[0, 1\]"),
-    ({"length": 40}, "length=40 tokens is too short for a needle sample; at least 66"),
-    ({"length": 4000}, "length=4000 needs 3934 haystack tokens"),
+    ({"length": 40}, "length=40 tokens is too short for a needle sample; at least 67"),
+    ({"length": 4000}, "length=4000 needs 3933 haystack tokens"),
 ])  # fmt: skip
 def test_impossible_samples_are_refused(encoder, options, words):
     with pytest.raises(DataError, match=words):

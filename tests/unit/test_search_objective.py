@@ -128,9 +128,9 @@ def test_perplexity() -> None:
 
 
 def needle_set(**changes: object) -> NeedleSet:
-    ids = np.array([1, 20, 21, 22, 5, 5, 7])
+    ids = np.array([1, 20, 21, 22, 5, 5, 7, 2])
     sample = NeedleSample(tokens=ids, value_start=4, key="k", value="557", depth=0.0)
-    return NeedleSet([replace(sample, **changes)], length=7)  # type: ignore[arg-type]
+    return NeedleSet([replace(sample, **changes)], length=8)  # type: ignore[arg-type]
 
 
 def decode(ids: np.ndarray) -> str:
@@ -139,19 +139,19 @@ def decode(ids: np.ndarray) -> str:
 
 def test_needle_samples_are_scored_on_the_value() -> None:
     needles = needle_set()
-    check_needle_labels(needles, 7, 1, decode)
+    check_needle_labels(needles, 8, 1, decode)
     assert [(s.first_scored, s.num_scored) for s in needle_samples(needles)] == [(4, 3)]
 
 
 @pytest.mark.parametrize(
     ("needles", "length", "text"),
     [
-        (NeedleSet([], 7), 7, "the needle set holds no samples"),
-        (needle_set(), 8, "needle sample 0 has 7 tokens, target_len is 8"),
-        (needle_set(tokens=np.array([1, 1, 21, 22, 5, 5, 7])), 7, r"not hold exactly one BOS \(1\), at its front"),
-        (needle_set(tokens=np.array([20, 1, 21, 22, 5, 5, 7])), 7, r"not hold exactly one BOS \(1\), at its front"),
-        (needle_set(tokens=np.array([1, 20, 21, 22, 23, 5, 5])), 7, "the scored tokens read '2355', not '557'"),
-        (needle_set(value_start=5), 7, "needle sample 0: the scored tokens read '57', not '557'"),
+        (NeedleSet([], 8), 8, "the needle set holds no samples"),
+        (needle_set(), 9, "needle sample 0 has 8 tokens, target_len is 9"),
+        (needle_set(tokens=np.array([1, 1, 21, 22, 5, 5, 7, 2])), 8, r"not hold exactly one BOS \(1\), at its front"),
+        (needle_set(tokens=np.array([20, 1, 21, 22, 5, 5, 7, 2])), 8, r"not hold exactly one BOS \(1\), at its front"),
+        (needle_set(tokens=np.array([1, 20, 21, 22, 23, 5, 5, 2])), 8, "the scored tokens read '2355', not '557'"),
+        (needle_set(value_start=5), 8, "needle sample 0: the scored tokens read '57', not '557'"),
     ],
 )
 def test_label_errors(needles: NeedleSet, length: int, text: str) -> None:
