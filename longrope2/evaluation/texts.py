@@ -1,9 +1,9 @@
 """Windows of held-out text: the same ones for every subject, drawn from a seed.
 
 A document is its token ids with BOS in front and EOS behind. Windows that start inside a document get a BOS of their
-own, so every window begins the way the model expects. A window of T tokens is a document of T tokens without its closing
-EOS: the last place stays empty, because a model whose training documents all end inside the window has seen nothing
-but EOS there. Needle samples are cut the same way.
+own, so every window begins the way the model expects. A window of T tokens is a document of T tokens without its
+closing EOS: the last place stays empty, because a model whose training documents all end inside the window has seen
+nothing but EOS there. Needle samples are cut the same way.
 """
 
 import random
