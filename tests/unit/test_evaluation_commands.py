@@ -1,4 +1,7 @@
-"""The commands evaluate, export, generate and report, as ``python -m`` runs them, on the miniature."""
+"""The commands evaluate, export, generate and report, as ``python -m`` runs them.
+
+The model is the miniature's architecture with random weights and its own tokenizer: what is tested is not its quality.
+"""
 
 import json
 import runpy
@@ -7,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope2.artifacts import Manifest, product_folder, read_manifest, sha256_of_file, write_manifest
 from longrope2.evaluation import tasks
@@ -14,7 +20,7 @@ from longrope2.model import rope_geometry
 from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
 from longrope2.segments import NeedleSet
 
-MODEL = Path(__file__).parent.parent.parent / "models" / "tiny"
+MINIATURE = Path(__file__).parent.parent.parent / "models" / "tiny"
 SUBJECTS = "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
 SMALL = (
     "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]", "evaluation.needle.samples_per_depth=2",
@@ -22,12 +28,23 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MINIATURE))
+    save_file({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINIATURE / name, folder)
+    return folder
+
+
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, model_folder, monkeypatch, capsys):
     """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
 
     def run(verb, *arguments):
-        places = (f"model.path={MODEL}", f"run.root={tmp_path}", "run.name=r")
+        places = (f"model.path={model_folder}", f"run.root={tmp_path}", "run.name=r")
         given = arguments if verb == "report" else (*places, *arguments)
         monkeypatch.setattr(sys, "argv", [verb, *given])
         capsys.readouterr()
@@ -47,19 +64,20 @@ def run_folder(tmp_path):
     return tmp_path / "r"
 
 
-def make_checkpoint(folder, method=RopeMethod.ntk, target_len=2048):
-    folder.mkdir(parents=True)
-    for file in MODEL.iterdir():
-        if file.is_file():
-            shutil.copy(file, folder)
-    factors = closed_form_factors(method, rope_geometry(MODEL, 128), target_len)
-    (folder / "factors.json").write_text(factors.to_json())
-    write_manifest(folder, Manifest("checkpoint"))
-    return folder
+@pytest.fixture
+def make_checkpoint(model_folder):
+    def make(folder, method=RopeMethod.ntk, target_len=2048):
+        shutil.copytree(model_folder, folder)
+        factors = closed_form_factors(method, rope_geometry(model_folder, 128), target_len)
+        (folder / "factors.json").write_text(factors.to_json())
+        write_manifest(folder, Manifest("checkpoint"))
+        return folder
+
+    return make
 
 
 @pytest.fixture
-def checkpoint(run_folder):
+def checkpoint(run_folder, make_checkpoint):
     return make_checkpoint(run_folder / "3_checkpoints" / "final")
 
 
@@ -124,10 +142,11 @@ def test_bad_input_to_evaluate_is_one_message_and_writes_nothing(command, run_fo
     assert not run_folder.exists()
 
 
-def test_factors_searched_on_another_model_stop_the_evaluation(command, run_folder):
+def test_factors_searched_on_another_model_stop_the_evaluation(command, run_folder, model_folder):
     folder = product_folder(run_folder, "factors")
     folder.mkdir(parents=True)
-    (folder / "factors.json").write_text(closed_form_factors(RopeMethod.pi, rope_geometry(MODEL, 128), 2048).to_json())
+    factors = closed_form_factors(RopeMethod.pi, rope_geometry(model_folder, 128), 2048)
+    (folder / "factors.json").write_text(factors.to_json())
     other = {"architecture_sha256": "0", "tokenizer_sha256": "0"}
     write_manifest(folder, Manifest("factors", inputs={"model": other}, seeds={"seed": 0}))
     code, _, err = command("evaluate", "evaluation=training_free", *SMALL)
@@ -173,7 +192,7 @@ def test_an_export_that_does_not_verify_leaves_nothing(command, run_folder, chec
     assert sorted(p.name for p in product_folder(run_folder, "exports").iterdir()) == ["config.yaml"]
 
 
-def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path):
+def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path, make_checkpoint):
     code, _, err = command("export")
     assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
     yarn = make_checkpoint(tmp_path / "yarn", RopeMethod.yarn)
