@@ -113,9 +113,7 @@ def _shuffled_order(seed: int) -> Callable[[TokenizedDocument], tuple[float, str
     return lambda document: (stable_fraction("mix", seed, document.doc_id), document.doc_id)
 
 
-def _counts(
-    config: "PackConfig", selection: Selection, short: list[DraftSegment], long: LongPacking
-) -> dict[str, Any]:
+def _counts(config: "PackConfig", selection: Selection, short: list[DraftSegment], long: LongPacking) -> dict[str, Any]:
     """The account for the manifest: what was packed, per source and bucket, and everything that was not."""
     tokens: Counter[tuple[str, str]] = Counter()
     documents: Counter[tuple[str, str]] = Counter()

@@ -127,9 +127,7 @@ def _belongs_to_long(doc_id: str, quota: BucketQuota, short_overlong: ShortOverl
     return stable_fraction("bucket", seed, doc_id) < share
 
 
-def _add(
-    bucket: str, pieces: Iterable[TokenizedDocument], room: dict[str, int | None], selection: Selection
-) -> None:
+def _add(bucket: str, pieces: Iterable[TokenizedDocument], room: dict[str, int | None], selection: Selection) -> None:
     """Add pieces while the bucket has room; the piece that meets the quota still counts."""
     for piece in pieces:
         left = room[bucket]

@@ -93,9 +93,7 @@ class RetrievalDocuments:
         seed: Seed of everything drawn.
     """
 
-    def __init__(
-        self, encoder: DocumentTokenizer, texts: Sequence[str], config: RetrievalConfig, *, seed: int
-    ) -> None:
+    def __init__(self, encoder: DocumentTokenizer, texts: Sequence[str], config: RetrievalConfig, *, seed: int) -> None:
         self._encoder = encoder
         self._config = config
         self._seed = seed

@@ -87,8 +87,8 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]")
     console.print(
-        f"Next: a longer search, python -m launch.search model=tiny target_len=2048 corpus=sample "
-        f"run.name=longer search.iterations=12 search.population=32",
+        "Next: a longer search, python -m launch.search model=tiny target_len=2048 corpus=sample "
+        "run.name=longer search.iterations=12 search.population=32",
         soft_wrap=True,
     )
 

@@ -139,9 +139,7 @@ def build_tasks(config: EvaluateCommand, base_folder: Path) -> tuple[list[Task],
     )
     short = short_windows(documents, original_len, num_windows=evaluation.retention.num_windows, seed=config.seed)
     tasks = [needle_task(needle_set, original_len, batch_tokens) for needle_set in needle_sets]
-    tasks += [
-        perplexity_task(windows[length], text.scored_tokens, original_len, batch_tokens) for length in lengths
-    ]
+    tasks += [perplexity_task(windows[length], text.scored_tokens, original_len, batch_tokens) for length in lengths]
     return [*tasks, retention_task(short, original_len, batch_tokens)], needle_sets
 
 

@@ -93,9 +93,7 @@ def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[int, fl
     shutil.rmtree(unverified, ignore_errors=True)
     try:
         write_hugging_face_folder(plan.checkpoint, plan.factors, unverified, dtype)
-        differences = verify_export(
-            plan.checkpoint, plan.factors, unverified, dtype, (original_len, original_len + 1)
-        )
+        differences = verify_export(plan.checkpoint, plan.factors, unverified, dtype, (original_len, original_len + 1))
         (folder / "manifest.json").unlink(missing_ok=True)
         if final.exists():
             shutil.rmtree(final)

@@ -50,7 +50,9 @@ def main() -> None:
 def _config_of_rank(arguments: list[str]) -> TrainRoot:
     """The configuration that the composing process wrote."""
     if len(arguments) != 2:
-        raise ConfigError([f"{CONFIG_FLAG} takes one path and no overrides; got {' '.join(arguments[1:]) or 'nothing'}"])
+        raise ConfigError(
+            [f"{CONFIG_FLAG} takes one path and no overrides; got {' '.join(arguments[1:]) or 'nothing'}"]
+        )
     return load(TrainRoot, Path(arguments[1]))
 
 

@@ -45,7 +45,8 @@ PRODUCT_FOLDERS = {
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 # RoPE scaling is what the project changes; the rest of config.json says which model it is.
 SCALING_KEYS = ("rope_scaling", "rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
-BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "rope_theta")
+BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "rope_theta",
+                    "initializer_range")  # fmt: skip
 
 
 @dataclass
@@ -131,7 +132,9 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise ArtifactError(f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; run the stage that makes it")
+        raise ArtifactError(
+            f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; run the stage that makes it"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**fields)
@@ -193,7 +196,10 @@ def _code_commit() -> str:
         ).stdout.strip()
         changed = subprocess.run(
             ["git", "-C", str(root), "status", "--porcelain", "-uno"],
-            capture_output=True, text=True, check=True, timeout=20,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

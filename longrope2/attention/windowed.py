@@ -65,19 +65,17 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
     )
 
 
-def document_attention(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float
-) -> Tensor:
+def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:
     """Causal attention inside each document of a single row (B = 1); a long window is one document."""
     assert q_BHTD.shape[0] == 1, "packed segments have one row"
     outputs_THD = []
     for bucket in layout.buckets:
-        rows = [_gather_documents(x, bucket) for x in (q_BHTD, k_BKTD, v_BKTD)]
-        out_NHSD = causal_attention(*rows, scaling)
+        q_NHSD, k_NKSD, v_NKSD = (_gather_documents(x, bucket) for x in (q_BHTD, k_BKTD, v_BKTD))
+        out_NHSD = causal_attention(q_NHSD, k_NKSD, v_NKSD, scaling)
         outputs_THD.append(out_NHSD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slot_index_T))
     for start, stop in layout.spans:
-        rows = [x[:, :, start:stop] for x in (q_BHTD, k_BKTD, v_BKTD)]
-        outputs_THD.append(causal_attention(*rows, scaling)[0].transpose(0, 1))
+        q_BHSD, k_BKSD, v_BKSD = (x[:, :, start:stop] for x in (q_BHTD, k_BKTD, v_BKTD))
+        outputs_THD.append(causal_attention(q_BHSD, k_BKSD, v_BKSD, scaling)[0].transpose(0, 1))
     out_THD = outputs_THD[0] if len(outputs_THD) == 1 else torch.cat(outputs_THD)
     if layout.restore_T is not None:
         out_THD = out_THD.index_select(0, layout.restore_T)

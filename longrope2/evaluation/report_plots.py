@@ -137,9 +137,11 @@ def _legend_below(axes: Axes) -> None:
 
 
 def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None:
-    """Plain numbers instead of powers of ten, those that lie in view."""
+    """Plain numbers instead of powers of ten, those in view; where they do not cover the view, powers of ten stay."""
     low, high = getattr(axes, f"get_{axis}lim")()
     ticks = [tick for tick in candidates if low <= tick <= high]
+    if len(ticks) < 2 or high > 3 * candidates[-1]:
+        return
     chosen = getattr(axes, f"{axis}axis")
     chosen.set_major_locator(FixedLocator(ticks))
     chosen.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))

@@ -26,7 +26,7 @@ def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tens
         head_VH: Output embedding.
         labels_T: Next-token ids, int64.
     """
-    if torch.__version__ >= (2, 13) and hidden_TH.shape[0] >= hidden_TH.shape[1]:
+    if hasattr(F, "linear_cross_entropy") and hidden_TH.shape[0] >= hidden_TH.shape[1]:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS, acc_dtype=torch.float32)
         return F.linear_cross_entropy(
             hidden_TH, head_VH, labels_T, reduction="sum", ignore_index=IGNORED_LABEL, options=options

@@ -91,4 +91,6 @@ def make_groups(dims: ParallelDims) -> tuple[ProcessGroup | None, ModuleType | N
     from deepspeed.runtime.sequence_parallel import parallel_state_sp  # loads for seconds
 
     parallel_state_sp.initialize_sequence_parallel(dims.sequence)
-    return parallel_state_sp.get_sequence_parallel_group(), parallel_state_sp
+    group = parallel_state_sp.get_sequence_parallel_group()
+    assert isinstance(group, ProcessGroup)
+    return group, parallel_state_sp

@@ -43,7 +43,9 @@ class TrackingConfig:
 class MetricsLog:
     """Open on one rank only; close it (or use ``with``) so that W&B flushes."""
 
-    def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, tracking, run_name, stage, config)

@@ -106,7 +106,9 @@ def _range_faults(training: TrainingConfig) -> list[str]:
     above_zero = ("global_batch_tokens", "same_kind_segments", "learning_rate", "gradient_clip", "checkpoint_steps",
                   "keep_checkpoints", "log_steps")  # fmt: skip
     faults = [
-        f"training.{name}={getattr(training, name)} must be above 0" for name in above_zero if getattr(training, name) <= 0
+        f"training.{name}={getattr(training, name)} must be above 0"
+        for name in above_zero
+        if getattr(training, name) <= 0
     ]
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(training, name) < 1:
@@ -128,9 +130,7 @@ def _window_faults(config: TrainRoot) -> list[str]:
     target, original, training = config.target_len, config.model.original_len, config.training
     faults = []
     if original < 1 or target < original or target % original:
-        faults.append(
-            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
-        )
+        faults.append(f"target_len={target} must be a multiple of model.original_len={original}, and not below it")
     group_tokens = max(1, target * training.same_kind_segments)
     if training.global_batch_tokens % group_tokens:
         faults.append(

@@ -57,7 +57,9 @@ def tiny_llama(kv_heads: int) -> nn.Module:
 
 
 def factors() -> RescaleFactors:
-    return closed_form_factors(RopeMethod.yarn, RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=64), LENGTH)
+    return closed_form_factors(
+        RopeMethod.yarn, RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=64), LENGTH
+    )
 
 
 def train_case(case: str) -> dict:
@@ -65,13 +67,17 @@ def train_case(case: str) -> dict:
 
     zero_stage, sequence, kv_heads, kinds = case.split(":")
     parallel = ParallelConfig(sequence=int(sequence), zero_stage=int(zero_stage), replicate_below=0)
-    dims = ParallelDims.from_world(int(os.environ.get("WORLD_SIZE", "1")), parallel.sequence, torch.distributed.get_rank())
+    dims = ParallelDims.from_world(
+        int(os.environ.get("WORLD_SIZE", "1")), parallel.sequence, torch.distributed.get_rank()
+    )
     group, mpu = make_groups(dims)
     training = TrainingConfig(learning_rate=1e-2, weight_decay=0.1, gradient_clip=0.5)
     model = WindowedModel(tiny_llama(int(kv_heads)), factors())
     store = SegmentsInMemory(kinds)
     # Consecutive segments of one kind form the micro-steps, dims.data at a time.
-    micro = [MicroStep(store.segment(i).window, tuple(range(i, i + dims.data))) for i in range(0, len(kinds), dims.data)]
+    micro = [
+        MicroStep(store.segment(i).window, tuple(range(i, i + dims.data))) for i in range(0, len(kinds), dims.data)
+    ]
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, training),

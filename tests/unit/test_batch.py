@@ -36,7 +36,7 @@ def test_padding_is_never_a_target(window: Window) -> None:
     assert labels.tolist() == [101, 102, X, X, X, 106, 107, X]
 
 
-class OneSegment:
+class OneSegment:  # stands in for the store on disk
     def segment(self, index: int) -> Segment:
         assert index == 7
         return segment(Window.SHORT, (4, 8), (False, False))

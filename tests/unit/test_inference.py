@@ -67,9 +67,7 @@ def test_sampling_follows_the_tempered_distribution(model):
 
 
 def test_the_same_seed_samples_the_same_text(model):
-    first, again, other = (
-        token_ids(model, [1], max_new_tokens=30, temperature=1.5, seed=seed) for seed in (4, 4, 5)
-    )
+    first, again, other = (token_ids(model, [1], max_new_tokens=30, temperature=1.5, seed=seed) for seed in (4, 4, 5))
     assert first == again != other
 
 

@@ -266,3 +266,14 @@ def test_lengths_figure_has_a_line_per_subject():
     rows = evaluation_summary()["needle"]
     lines = lines_of(lengths_figure(rows, SUBJECTS, "accuracy", "needles retrieved"))
     assert lines == {name: list(ACCURACIES[name]) for name in SUBJECTS}
+
+
+@pytest.mark.parametrize("perplexities", [(1.001, 1.002, 1.004), (2.0, 30.0, 900.0), (20.0, 3e5, 1.6e8)])
+def test_every_range_of_perplexities_has_labelled_ticks(perplexities):
+    rows = [{"subject": "a", "length": n, "perplexity": p} for n, p in zip(LENGTHS, perplexities, strict=True)]
+    figure = lengths_figure(rows, ["a"], "perplexity", "text perplexity")
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    low, high = figure.axes[0].get_ylim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    assert sum(low <= tick.get_loc() <= high and tick.label1.get_text() != "" for tick in ticks) >= 2

@@ -53,9 +53,7 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def search(
-    tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> SearchRun:
+def search(tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SearchRun:
     """Run the command with overrides; returns the product folder."""
 
     def run(*overrides: str) -> Path:
