@@ -17,7 +17,6 @@ from rich.console import Console
 from longrope2.command import run_command
 from longrope2.errors import UserError
 
-RUNS = Path("runs")
 NAME = "demo"
 TARGET_LEN = 2048
 BASELINES = ("yarn", "ntk")
@@ -37,48 +36,62 @@ class Stage:
         return shlex.join(["python", "-m", *self.arguments])
 
 
-def stages(run_folder: Path) -> list[Stage]:
-    """The flow, in order."""
+def stages(root: Path) -> list[Stage]:
+    """The flow, in order, for runs under ``root``."""
+    run_folder = root / NAME
     segments = f"segments={run_folder}/1_segments"
-    run = f"run.name={NAME}"
+    run = (f"run.name={NAME}", *place(root))
     trainings = [
         Stage(
             f"train the baseline {method}: the same segments and steps",
-            ("launch.train", "experiment=tiny_extend", f"run.name={NAME}_{method}", segments, f"rope={method}"),
+            (
+                "launch.train",
+                "experiment=tiny_extend",
+                f"run.name={NAME}_{method}",
+                *place(root),
+                segments,
+                f"rope={method}",
+            ),
         )
         for method in BASELINES
     ]
     return [
         Stage("pack the sample corpus into 2,048-token segments, tagged short or long",
-              ("data_prep.pack", "--target", "2048", "--corpus", "sample", "--model", "tiny", "--align", "2", run)),
+              ("data_prep.pack", "--target", "2048", "--corpus", "sample", "--model", "tiny", "--align", "2", *run)),
         Stage("search the rescale factors and the critical dimension with needle-driven perplexity",
-              ("launch.search", "model=tiny", "target_len=2048", "corpus=sample", "search=quick", run)),
+              ("launch.search", "model=tiny", "target_len=2048", "corpus=sample", "search=quick", *run)),
         Stage("train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
-              ("launch.train", "experiment=tiny_extend", run)),
+              ("launch.train", "experiment=tiny_extend", *run)),
         *trainings,
         Stage("evaluate the base model, the baselines and the result",
-              ("launch.evaluate", "model=tiny", "target_len=2048", "evaluation=miniature", run)),
+              ("launch.evaluate", "model=tiny", "target_len=2048", "evaluation=miniature", *run)),
         Stage("export a Hugging Face folder and check it against plain transformers",
-              ("launch.export", "model=tiny", "target_len=2048", run)),
+              ("launch.export", "model=tiny", "target_len=2048", *run)),
         Stage("generate across the window: the prompt is far longer than the base model's 128 tokens",
-              ("launch.generate", "model=tiny", "target_len=2048", run,
+              ("launch.generate", "model=tiny", "target_len=2048", *run,
                f"generate.prompt_file={run_folder / PROMPT_FILE}", "generate.max_new_tokens=8")),
         Stage("write the report", ("launch.report", str(run_folder))),
     ]  # fmt: skip
+
+
+def place(root: Path) -> tuple[str, ...]:
+    """The override that puts runs under ``root``, where it is not the default."""
+    return () if root == Path("runs") else (f"run.root={root}",)
 
 
 def main() -> None:
     """Run the flow and end with where to look and what to try next."""
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove the demo's runs first")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of all runs")
     arguments = parser.parse_args()
-    run_folder = RUNS / NAME
+    run_folder = arguments.root / NAME
     if arguments.fresh:
         for name in (NAME, *(f"{NAME}_{method}" for method in BASELINES)):
-            shutil.rmtree(RUNS / name, ignore_errors=True)
+            shutil.rmtree(arguments.root / name, ignore_errors=True)
     console = Console(highlight=False)
     began = time.monotonic()
-    planned = stages(run_folder)
+    planned = stages(arguments.root)
     for number, stage in enumerate(planned, 1):
         console.print(f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]\n$ {stage.command}", soft_wrap=True)
         if "launch.generate" in stage.arguments:

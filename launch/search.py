@@ -24,8 +24,7 @@ from longrope2.artifacts import (
     product_folder,
     read_manifest,
     resolve_model_folder,
-    sha256_of_bytes,
-    sha256_of_file,
+    weights_sha256,
 )
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
@@ -126,12 +125,6 @@ def describe(config: SearchCommand, space: SearchSpace) -> str:
         f"held out of corpus {config.corpus.name}",
         f"budget     at most {num_candidates:,} candidates, {num_tokens:,} forward tokens",
     ])  # fmt: skip
-
-
-def weights_sha256(model_folder: Path) -> str:
-    """One hash over the weight files of a model folder."""
-    files = sorted(model_folder.glob("*.safetensors"))
-    return sha256_of_bytes(" ".join(f"{file.name} {sha256_of_file(file)}" for file in files).encode())
 
 
 def refuse_other_model(folder: Path, model: dict[str, str]) -> None:

@@ -60,6 +60,7 @@ def _start_processes(config_path: Path, processes: int) -> None:
     """Run the ranks under torchrun on this machine and end as they end."""
     environment = os.environ.copy()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # DeepSpeed uses torch names that are deprecated
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", "launch.train", CONFIG_FLAG, str(config_path)]  # fmt: skip
     ended = subprocess.run(command, env=environment, check=False).returncode

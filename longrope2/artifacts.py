@@ -29,6 +29,7 @@ __all__ = [
     "resolve_model_folder",
     "sha256_of_bytes",
     "sha256_of_file",
+    "weights_sha256",
     "write_manifest",
     "write_text",
 ]
@@ -185,6 +186,18 @@ def model_identity(folder: Path) -> dict[str, str]:
     if not tokenizer_files:
         raise ArtifactError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
     return {"architecture_sha256": sha256_of_bytes(canonical), "tokenizer_sha256": sha256_of_file(tokenizer_files[0])}
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the weight files (``*.safetensors``) of a model folder.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ArtifactError(f"{folder} holds no *.safetensors weights; check model.path or the checkpoint")
+    return sha256_of_bytes(" ".join(f"{file.name} {sha256_of_file(file)}" for file in files).encode())
 
 
 def _code_commit() -> str:

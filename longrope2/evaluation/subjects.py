@@ -1,12 +1,11 @@
 """Subjects of an evaluation: weights plus rescale factors, each checked against the base model before anything runs."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrope2.artifacts import describe_input, model_identity, product_folder, read_manifest, sha256_of_file
+from longrope2.artifacts import describe_input, model_identity, product_folder, read_manifest, weights_sha256
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
 from longrope2.model import FACTORS_FILE, RopeConfig, resolve_factors, rope_geometry
@@ -43,7 +42,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
             names the subject's key and the path.
     """
     geometry = rope_geometry(base_folder, config.model.original_len)
-    base_weights = _weights_sha256(base_folder)
+    base_weights = weights_sha256(base_folder)
     subjects = []
     for index, subject in enumerate(config.evaluation.subjects):
         try:
@@ -104,7 +103,7 @@ def _trained(
         raise ArtifactError(f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out")
     factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
-    return Subject(subject.name, folder, factors, _weights_sha256(folder), True, {"checkpoint": describe_input(folder)})
+    return Subject(subject.name, folder, factors, weights_sha256(folder), True, {"checkpoint": describe_input(folder)})
 
 
 def _base_factors(
@@ -120,11 +119,3 @@ def _base_factors(
     if rope.factors is not None:
         return factors, {"factors": describe_input(Path(rope.factors))}
     return factors, {"method": rope.method.value}
-
-
-def _weights_sha256(folder: Path) -> str:
-    """Hash over all weight files of a folder."""
-    files: Sequence[Path] = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ArtifactError(f"{folder} holds no *.safetensors weights")
-    return hashlib.sha256("".join(sha256_of_file(file) for file in files).encode()).hexdigest()

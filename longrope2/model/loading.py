@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError
 from longrope2.model.windowed import WindowedModel
@@ -54,6 +55,7 @@ def load_windowed_model(
     found = rope_geometry(folder, factors.geometry.original_len)
     if found != factors.geometry:
         raise ArtifactError(f"the factors are for {factors.geometry}, the model in {folder} has {found}")
+    transformers_logging.disable_progress_bar()  # its bars would tear ours
     if from_scratch:
         hf: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     else:
