@@ -19,7 +19,7 @@ from longrope2.errors import UserError
 
 NAME = "demo"
 TARGET_LEN = 2048
-BASELINES = ("yarn", "ntk")
+BASELINES = ("yarn",)
 PROMPT_FILE = "prompt.txt"
 
 
