@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parent.parent.parent
-SUBJECTS = ("base", "pi", "ntk", "yarn", "longrope2-searched", "yarn-trained", "longrope2-trained")
+SUBJECTS = ("base", "pi", "ntk", "yarn", "longrope2-searched", "longrope2-trained")
 
 
 @pytest.fixture(scope="module")
@@ -56,5 +56,5 @@ def test_a_second_run_reuses_everything(runs: tuple[Path, str]) -> None:
     root, _ = runs
     before = {p: p.stat().st_mtime_ns for p in root.glob("demo*/3_checkpoints/final/*")}
     again = run_demo(root)
-    assert again.count("already complete") >= 4
+    assert again.count("already complete") >= 3
     assert {p: p.stat().st_mtime_ns for p in root.glob("demo*/3_checkpoints/final/*")} == before
