@@ -94,8 +94,8 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]")
     console.print(
-        "Next: a longer search, python -m launch.search model=tiny target_len=2048 corpus=sample "
-        "run.name=longer search.iterations=12 search.population=32",
+        "Next: the same with YaRN trained beside it (on this miniature it retrieves more, see LAB_NOTES.md):\n"
+        "make demo BASELINE=1",
         soft_wrap=True,
     )
 
