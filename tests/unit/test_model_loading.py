@@ -1,0 +1,61 @@
+"""What a model folder must hold, and how its RoPE geometry is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longrope2.errors import ArtifactError
+from longrope2.model import load_windowed_model, rope_geometry
+from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+
+BASE = {"hidden_size": 96, "num_attention_heads": 4, "rope_theta": 5e5}
+
+
+def folder(tmp_path: Path, config: dict) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "rotary_dim", "rope_base"),
+    [
+        (BASE, 24, 5e5),
+        ({**BASE, "head_dim": 32}, 32, 5e5),
+        ({**BASE, "head_dim": 128, "partial_rotary_factor": 0.75}, 96, 5e5),
+        ({"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, 16, 1e4),
+        ({"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, 8, 1e4),
+    ],
+)
+def test_geometry(tmp_path: Path, config: dict, rotary_dim: int, rope_base: float) -> None:
+    assert rope_geometry(folder(tmp_path, config), 64) == RopeGeometry(rotary_dim, rope_base, 64)
+
+
+def test_a_model_without_rope(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no rope_theta: only RoPE models can be extended"):
+        rope_geometry(folder(tmp_path, {"hidden_size": 96, "num_attention_heads": 4}), 64)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3"}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "longrope"}},
+    ],
+)
+def test_a_model_that_is_already_scaled(tmp_path: Path, scaling: dict) -> None:
+    with pytest.raises(ArtifactError, match="already has RoPE scaling '(yarn|llama3|longrope)'"):
+        rope_geometry(folder(tmp_path, {**BASE, **scaling}), 64)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(24, 5e5, 64), 128)
+    with pytest.raises(ArtifactError, match=r"holds no \*\.safetensors weights; check model\.path or the checkpoint"):
+        load_windowed_model(folder(tmp_path, BASE), factors)
+
+
+def test_factors_of_another_geometry(tmp_path: Path) -> None:
+    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 5e5, 64), 128)
+    with pytest.raises(ArtifactError, match=r"the factors are for RopeGeometry\(rotary_dim=32.*has RopeGeometry\("):
+        load_windowed_model(folder(tmp_path, BASE), factors)

@@ -1,0 +1,121 @@
+"""Bad input to ``launch.train``: one message that names what to change, exit code 2, no traceback, nothing written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.pack import main as pack_main
+from launch.train import main
+from longrope2.command import run_command
+from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    pack_main([
+        "--target", "256", "--corpus", "sample", "--model", "tiny", "run.name=packed", f"run.root={folder}",
+        "corpus.quotas.stdlib_modules={short: 3000, long: 3000}", "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+        "corpus.quotas.retrieval={short: 0, long: 0}",
+    ])  # fmt: skip
+    return folder / "packed" / "1_segments"
+
+
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> str:
+    """The message of a refused command; checks the exit code and that the run folder was not made."""
+    runs = tmp_path / "runs"
+    fixed = ["experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048"]
+    monkeypatch.setattr(sys, "argv", ["launch.train", *fixed, f"run.root={runs}", "run.name=bad", *overrides])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2
+    assert not runs.exists()
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    return message
+
+
+def test_unknown_key(tmp_path, monkeypatch, capsys) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, "training.learning_rat=1")
+    assert "unknown key training.learning_rat" in message
+
+
+def test_windows_that_do_not_fit(tmp_path, monkeypatch, capsys) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, "target_len=300")
+    assert "target_len=300 must be a multiple of model.original_len=128" in message
+
+
+def test_missing_segments(tmp_path, monkeypatch, capsys) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, "rope=yarn")
+    assert "1_segments holds no finished segments" in message
+
+
+def test_missing_factors(tmp_path, monkeypatch, capsys, packed) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}")
+    assert "rope.method=searched needs a factors file, but" in message and "rope.factors=FILE" in message
+
+
+@pytest.mark.parametrize(
+    ("geometry", "target_len", "words"),
+    [
+        (RopeGeometry(64, 10_000.0, 128), 256, "(rope.factors) is for RopeGeometry(rotary_dim=64"),
+        (RopeGeometry(32, 10_000.0, 128), 512, "(rope.factors) is for target_len=512, not 256"),
+    ],
+)
+def test_factors_of_another_model_or_target(tmp_path, monkeypatch, capsys, packed, geometry, target_len, words) -> None:
+    file = tmp_path / "factors.json"
+    file.write_text(closed_form_factors(RopeMethod.pi, geometry, target_len).to_json())
+    overrides = (f"segments={packed}", "rope=from_file", f"rope.factors={file}")
+    assert words in refused(tmp_path, monkeypatch, capsys, *overrides)
+
+
+def test_segments_of_another_model(tmp_path, monkeypatch, capsys, packed) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in packed.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["inputs"]["model"]["tokenizer_sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(tmp_path, monkeypatch, capsys, f"segments={copy}", "rope=yarn")
+    assert "was packed with another model's tokenizer than model.path=models/tiny" in message
+
+
+def test_segments_of_another_target(tmp_path, monkeypatch, capsys, packed) -> None:
+    message = refused(
+        tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "target_len=512",
+        "training.global_batch_tokens=1024",
+    )  # fmt: skip
+    assert "target_len is 256, this run has 512; pack again" in message
+
+
+def test_target_that_the_parallelism_cannot_share(tmp_path, monkeypatch, capsys) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, "parallel.processes=3", "parallel.sequence=3")
+    assert "target_len=256 must be a multiple of parallel.sequence=3" in message
+    assert "parallel.sequence=3 cannot share 4 query and 4 key/value heads" in message
+
+
+def test_too_few_segments_for_a_step(tmp_path, monkeypatch, capsys, packed) -> None:
+    message = refused(
+        tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "training.same_kind_segments=64",
+        "training.global_batch_tokens=16384", "training.tokens=null",
+    )  # fmt: skip
+    assert "too few for one step of training.global_batch_tokens=16384" in message
+
+
+def test_under_torchrun_only_a_written_configuration_is_taken(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "under torchrun, give --config" in refused(tmp_path, monkeypatch, capsys)
+
+
+def test_config_flag_takes_no_overrides(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.train", "--config", "a.yaml", "training.tokens=1"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2
+    assert "--config takes one path and no overrides" in capsys.readouterr().err
