@@ -43,7 +43,8 @@ class TrainingPlan:
         schedule, batch = self.schedule, config.training.global_batch_tokens
         return "\n".join([
             f"model      {config.model.name}: {self.model_folder}, window {config.model.original_len} -> {config.target_len}",
-            f"segments   {self.segments_folder}: {len(schedule.short_ids)} short, {len(schedule.long_ids)} long",
+            f"segments   {self.segments_folder}: {len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
+                f"a pass leaves out {sum(schedule.unused_per_epoch.values())} that fill no group",
             f"rope       {self.factors.method}, mixed windows {'on' if config.training.mixed else 'off'}",
             f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
             f"sequence, ZeRO stage {config.parallel.zero_stage}",
