@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ArtifactError
+from longrope2.gguf_model import GGUF_PREFIX, converted_folder
 
 __all__ = [
     "PRODUCT_FOLDERS",
@@ -151,11 +152,14 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 
 def resolve_model_folder(path: str) -> Path:
-    """Local folder of a model given as a folder or a Hugging Face hub id.
+    """Local folder of a model given as a folder, a Hugging Face hub id, or ``gguf://PACKAGE/FILE``.
 
     Raises:
-        ArtifactError: neither a folder with config.json nor a hub id that can be reached.
+        ArtifactError: neither a folder with config.json nor a hub id that can be reached, or a packaged GGUF file that
+            is not there or cannot be converted.
     """
+    if path.startswith(GGUF_PREFIX):
+        return converted_folder(path)
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder

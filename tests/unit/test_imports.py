@@ -11,7 +11,10 @@ LAYERS = {
     "rope": 1, "segments": 2, "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "search": 5, "training": 5,
     "inference": 6, "evaluation": 7, "export": 8,
 }  # fmt: skip
-SHARED = {"errors": set(), "artifacts": {"errors"}, "config": {"errors", "artifacts"}, "command": {"errors"}}
+SHARED = {
+    "errors": set(), "gguf_model": {"errors"}, "artifacts": {"errors", "gguf_model"},
+    "config": {"errors", "artifacts"}, "command": {"errors"},
+}  # fmt: skip
 DATA_PREP_MAY = {"segments", "rope", *SHARED}
 HYDRA_ONLY_IN = {"longrope2/config.py"}
 FILES = [p for top in ("longrope2", "data_prep", "launch") for p in sorted((ROOT / top).rglob("*.py"))]

