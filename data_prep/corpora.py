@@ -5,7 +5,8 @@ to depends on its id alone, so text used to evaluate or to search is never train
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -22,8 +23,10 @@ __all__ = [
     "Document",
     "ShortOverlong",
     "Split",
+    "Unit",
     "build_corpus",
     "heldout_texts",
+    "split_documents",
     "split_of",
     "stable_fraction",
 ]
@@ -83,37 +86,83 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """An independently readable piece of a corpus: a file, a listing entry, a group of files.
+
+    Attributes:
+        name: Unique within the corpus, for example ``redpajama_v1/arxiv/arxiv_023827cd.jsonl``.
+        source: Name that quotas refer to.
+        size_bytes: Stored (compressed) size where it is known, for progress and sampling.
+    """
+
+    name: str
+    source: str
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Document:
     """One text of a corpus.
 
     Attributes:
-        doc_id: Stable identifier, unique within the corpus.
-        text: The text, never empty.
+        doc_id: Stable identifier, unique within the corpus: the file's name and the row, or the corpus' own id.
+        text: The text, never empty, always encodable as UTF-8.
         source: Name that quotas refer to.
-        domain: Finer label inside the source, recorded only.
+        domain: Finer label inside the source; plans can keep the mix of domains.
+        size_hint: Characters as the corpus itself records them beside the text, where it does.
     """
 
     doc_id: str
     text: str
     source: str
     domain: str
+    size_hint: int | None = None
 
 
 class Corpus(Protocol):
-    """What every adapter offers."""
+    """What every adapter offers. A corpus can be pickled: it holds names, and opens files only while it reads."""
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the sources it can yield."""
         ...
 
+    def units(self) -> Sequence[Unit]:
+        """All units, in an order that is the same on every machine."""
+        ...
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one unit, in a stable order, of both splits, in bounded memory (a line or a row batch).
+
+        A faulty record never stops the reading: it is left out and counted.
+
+        Args:
+            unit: One of ``units()``.
+            skipped: Gets the number of records left out by reason ("empty text", "bad json", "truncated file", ...).
+                A reason that ends in "(kept)" tells of a document that was kept and is counted for information.
+
+        Raises:
+            DataError: a remote file stopped answering, after retries. Nothing is wrong with the file, so leaving its
+                rest out would make the result depend on the network; the unit can be read again.
+        """
+        ...
+
     def documents(self, split: Split) -> Iterator[Document]:
-        """Documents of one split, in a stable order."""
+        """Documents of one split, unit by unit."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What was read, with hashes, for the manifest; plain JSON values."""
+        """What was read, with hashes or a pinned revision, for the manifest; plain JSON values."""
         ...
+
+
+def split_documents(corpus: Corpus, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    """Documents of one split of all units of ``corpus``; ``skipped`` gets what ``Corpus.read`` counts."""
+    skipped = Counter() if skipped is None else skipped
+    for unit in corpus.units():
+        for document in corpus.read(unit, skipped):
+            if split_of(document.doc_id) is split:
+                yield document
 
 
 def stable_fraction(*parts: str | int) -> float:

@@ -2,11 +2,12 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import Document, Split, split_of
+from data_prep.corpora import Document, Split, Unit, split_documents
 from longrope2.artifacts import sha256_of_file
 from longrope2.errors import ConfigError, DataError
 
@@ -40,24 +41,35 @@ class FolderCorpus:
         if not self._files:
             raise ConfigError([f"corpus.folder={folder} holds no file ending in {', '.join(SUFFIXES)}"])
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        """Documents of one split, file by file.
+    def units(self) -> Sequence[Unit]:
+        """A unit per file, sorted by path."""
+        return [Unit(self._name(path), SOURCE, path.stat().st_size) for path in self._files]
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one file.
 
         Raises:
             DataError: a file cannot be read, or a record has no text field; names file and record.
         """
-        for path in self._files:
-            name = path.relative_to(self._folder).as_posix()
-            domain = name.split("/")[0] if "/" in name else "files"
-            for suffix, text in self._texts(path):
-                doc_id = f"{SOURCE}/{name}{suffix}"
-                if split_of(doc_id) is split and text.strip():
-                    yield Document(doc_id, text, SOURCE, domain)
+        domain = unit.name.split("/")[0] if "/" in unit.name else "files"
+        for suffix, text in self._texts(self._folder / unit.name):
+            if text.strip():
+                yield Document(f"{SOURCE}/{unit.name}{suffix}", text, SOURCE, domain)
+            else:
+                skipped["empty text"] += 1
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Documents of one split, file by file."""
+        return split_documents(self, split)
 
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
-        files = {path.relative_to(self._folder).as_posix(): sha256_of_file(path) for path in self._files}
+        files = {self._name(path): sha256_of_file(path) for path in self._files}
         return {"folder": str(self._folder), "files": files}
+
+    def _name(self, path: Path) -> str:
+        """Path below the folder."""
+        return path.relative_to(self._folder).as_posix()
 
     def _texts(self, path: Path) -> Iterator[tuple[str, str]]:
         """Every text of a file with the suffix of its id."""
