@@ -15,6 +15,7 @@ from longrope2.config import MISSING
 from longrope2.errors import ConfigError, DataError
 
 __all__ = [
+    "HELDOUT_FRACTION",
     "RETRIEVAL_SOURCE",
     "BucketQuota",
     "Corpus",
@@ -81,6 +82,9 @@ class CorpusConfig:
     short_overlong: ShortOverlong = ShortOverlong.drop
     """What the short bucket does with documents longer than L0: ``drop`` leaves them out (of that bucket), ``split``
     cuts some into windows of L0 tokens with BOS and EOS (for miniatures, whose window few natural documents fit)."""
+    heldout_fraction: float = HELDOUT_FRACTION
+    """Share of documents kept from packing, for search and evaluation, 0 to 1, drawn by id; 1.0: all of them, for a
+    folder of books that only serve search or evaluation. Keep it the same for all stages that read the corpus."""
     quotas: dict[str, BucketQuota] = field(default_factory=dict)
     """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
 
@@ -127,6 +131,11 @@ class Corpus(Protocol):
         """Names of the sources it can yield."""
         ...
 
+    @property
+    def heldout_fraction(self) -> float:
+        """``corpus.heldout_fraction``: what ``split_of`` needs beside a document's id."""
+        ...
+
     def units(self) -> Sequence[Unit]:
         """All units, in an order that is the same on every machine."""
         ...
@@ -161,7 +170,7 @@ def split_documents(corpus: Corpus, split: Split, skipped: Counter[str] | None =
     skipped = Counter() if skipped is None else skipped
     for unit in corpus.units():
         for document in corpus.read(unit, skipped):
-            if split_of(document.doc_id) is split:
+            if split_of(document.doc_id, corpus.heldout_fraction) is split:
                 yield document
 
 
@@ -171,9 +180,9 @@ def stable_fraction(*parts: str | int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def split_of(doc_id: str) -> Split:
-    """Split of a document, by its id alone; about 5 % are held out."""
-    return Split.heldout if stable_fraction("split", doc_id) < HELDOUT_FRACTION else Split.train
+def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
+    """Split of a document, by its id alone; about ``heldout_fraction`` of all are held out."""
+    return Split.heldout if stable_fraction("split", doc_id) < heldout_fraction else Split.train
 
 
 def build_corpus(config: CorpusConfig) -> Corpus:
@@ -182,15 +191,17 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     Raises:
         ConfigError: a key the adapter needs is missing, or the folder does not exist or holds no usable file.
     """
+    if not 0.0 <= config.heldout_fraction <= 1.0:
+        raise ConfigError([f"corpus.heldout_fraction={config.heldout_fraction} must be from 0 to 1"])
     if config.kind is CorpusKind.sample:
         from data_prep.sample_corpus import SampleCorpus
 
-        return SampleCorpus()
+        return SampleCorpus(heldout_fraction=config.heldout_fraction)
     if config.folder is None:
         raise ConfigError(["corpus.folder is not set; corpus=folder needs corpus.folder=PATH"])
     from data_prep.folder_corpus import FolderCorpus
 
-    return FolderCorpus(config.folder, text_field=config.text_field)
+    return FolderCorpus(config.folder, text_field=config.text_field, heldout_fraction=config.heldout_fraction)
 
 
 def heldout_texts(config: CorpusConfig) -> list[str]:
@@ -201,5 +212,9 @@ def heldout_texts(config: CorpusConfig) -> list[str]:
     """
     texts = [document.text for document in build_corpus(config).documents(Split.heldout)]
     if not texts:
-        raise DataError(f"corpus.name={config.name}: no document fell into the held-out split; use a larger corpus")
+        raise DataError(
+            f"corpus.name={config.name}: no document fell into the held-out split "
+            f"(corpus.heldout_fraction={config.heldout_fraction}); use a larger corpus, or a larger fraction: "
+            "1.0 holds out all documents of a folder that only serves search or evaluation"
+        )
     return texts

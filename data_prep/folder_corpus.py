@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import Document, Split, Unit, split_documents
+from data_prep.corpora import HELDOUT_FRACTION, Document, Split, Unit, split_documents
 from longrope2.artifacts import sha256_of_file
 from longrope2.errors import ConfigError, DataError
 
@@ -25,6 +25,7 @@ class FolderCorpus:
     Args:
         folder: The folder.
         text_field: Field that holds the text in .jsonl and .parquet records.
+        heldout_fraction: Share of documents held out, 0 to 1.
 
     Raises:
         ConfigError: the folder does not exist or holds no file of a known kind.
@@ -32,7 +33,8 @@ class FolderCorpus:
 
     sources = (SOURCE,)
 
-    def __init__(self, folder: str, *, text_field: str) -> None:
+    def __init__(self, folder: str, *, text_field: str, heldout_fraction: float = HELDOUT_FRACTION) -> None:
+        self.heldout_fraction = heldout_fraction
         self._folder = Path(folder)
         self._text_field = text_field
         if not self._folder.is_dir():

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import Document, Split, Unit, split_documents
+from data_prep.corpora import HELDOUT_FRACTION, Document, Split, Unit, split_documents
 
 __all__ = ["SampleCorpus"]
 
@@ -31,9 +31,16 @@ SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercust
 
 
 class SampleCorpus:
-    """Standard-library modules and documentation topics (``corpus=sample``)."""
+    """Standard-library modules and documentation topics (``corpus=sample``).
+
+    Args:
+        heldout_fraction: Share of documents held out, 0 to 1.
+    """
 
     sources = (MODULES_SOURCE, TOPICS_SOURCE)
+
+    def __init__(self, *, heldout_fraction: float = HELDOUT_FRACTION) -> None:
+        self.heldout_fraction = heldout_fraction
 
     def units(self) -> Sequence[Unit]:
         """Groups of ``NAMES_PER_UNIT`` names, sorted."""
