@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrope2.artifacts import describe_input, model_identity, product_folder, read_manifest, weights_sha256
+from longrope2.artifacts import describe_input, model_identity, read_manifest, weights_sha256
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
-from longrope2.model import FACTORS_FILE, RopeConfig, resolve_factors, rope_geometry
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window
+from longrope2.model import FACTORS_FILE, RopeConfig, factors_path, resolve_factors, rope_geometry
+from longrope2.rope import RescaleFactors, RopeGeometry, Window
 
 __all__ = ["Subject", "check_same_model", "read_checkpoint_factors", "resolve_subjects"]
 
@@ -109,13 +109,12 @@ def _trained(
 def _base_factors(
     rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
-    """Factors for the base weights; searched ones must have been searched on this model."""
+    """Factors for the base weights; those of the run's search must have been searched on this model."""
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
-    if rope.method is RopeMethod.searched and rope.factors is None:
-        folder = product_folder(config.run.folder, "factors")
-        searched_on = read_manifest(folder, "factors").inputs.get("model", {})
-        check_same_model(str(folder / FACTORS_FILE), searched_on, base_folder)
-        return factors, {"factors": describe_input(folder / FACTORS_FILE)}
-    if rope.factors is not None:
-        return factors, {"factors": describe_input(Path(rope.factors))}
-    return factors, {"method": rope.method.value}
+    path = factors_path(rope, config.run.folder)
+    if path is None:
+        return factors, {"method": rope.method.value}
+    if rope.factors is None:
+        searched_on = read_manifest(path.parent, "factors").inputs.get("model", {})
+        check_same_model(str(path), searched_on, base_folder)
+    return factors, {"factors": describe_input(path)}

@@ -1,13 +1,22 @@
-"""Where a run's rescale factors come from: a closed form, the run's search, or a file."""
+"""Where a run's rescale factors come from: a closed form, the run's search, a file, or a published config."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from longrope2.artifacts import product_folder
-from longrope2.errors import ArtifactError
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.errors import ArtifactError, FactorsError
+from longrope2.model.hf_files import CONFIG_FILE, find_config_file, read_model_config
+from longrope2.rope import (
+    CLOSED_FORMS,
+    CRITICAL_INDEX_METHODS,
+    RescaleFactors,
+    RopeGeometry,
+    RopeMethod,
+    closed_form_factors,
+    critical_index_factors,
+)
 
-__all__ = ["FACTORS_FILE", "RopeConfig", "factors_path", "resolve_factors"]
+__all__ = ["FACTORS_FILE", "RopeConfig", "factors_path", "read_factors", "resolve_factors"]
 
 FACTORS_FILE = "factors.json"
 
@@ -17,25 +26,34 @@ class RopeConfig:
     """Which RoPE rescaling the long window uses."""
 
     method: RopeMethod = RopeMethod.searched
-    """``searched`` reads the run's own search result, ``from_file`` reads ``factors``, the rest are closed forms."""
+    """``searched`` reads the run's own search result; ``yarn_rcd`` and ``ntk_rcd`` read its critical index; ``from_file``
+    and ``from_hf`` read ``factors``; the rest are closed forms."""
     factors: str | None = None
-    """Factors JSON for ``from_file``; overrides the run's own file for ``searched``."""
+    """Factors JSON or CSV for ``from_file``; model folder, config.json or hub id for ``from_hf``; for ``searched``,
+    ``yarn_rcd`` and ``ntk_rcd``, a factors JSON instead of the run's own."""
 
 
 def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
-    """The file the factors are read from, or None for a closed form."""
-    if rope.method is RopeMethod.searched:
-        return Path(rope.factors) if rope.factors else product_folder(run_folder, "factors") / FACTORS_FILE
+    """The file the factors are read from, or None for a closed form.
+
+    Raises:
+        ArtifactError: ``from_file`` or ``from_hf`` without ``rope.factors``, or a published config that is not found.
+    """
+    if rope.method in CLOSED_FORMS:
+        return None
+    if rope.method is RopeMethod.from_hf:
+        return find_config_file(_given(rope, "a model folder, a config.json or a hub id"), "rope.factors")
     if rope.method is RopeMethod.from_file:
-        return Path(rope.factors or "")
-    return None
+        return Path(_given(rope, "a factors file, .json or .csv"))
+    return Path(rope.factors) if rope.factors else product_folder(run_folder, "factors") / FACTORS_FILE
 
 
 def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path) -> RescaleFactors:
     """The factors for this model and target.
 
     Raises:
-        ArtifactError: the file is missing, or its factors are for another model or target; names the key.
+        ArtifactError: the file is missing or damaged, or its factors are for another model or target; names the key.
+        FactorsError: a closed form that does not exist for this geometry.
     """
     path = factors_path(rope, run_folder)
     if path is None:
@@ -45,9 +63,64 @@ def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, r
             f"rope.method={rope.method.value} needs a factors file, but {path} does not exist; "
             "run launch.search first, or give rope.factors=FILE"
         )
-    factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
+    if rope.method is RopeMethod.from_hf:
+        return _read_published(path, geometry, target_len)
+    factors = read_factors(path, geometry, target_len)
+    if rope.method not in CRITICAL_INDEX_METHODS:
+        return factors
+    if factors.critical_index is None:
+        raise ArtifactError(
+            f"{path} (rope.factors) has no critical_index, which rope.method={rope.method.value} needs; "
+            "give the factors.json of a finished longrope2 search"
+        )
+    return critical_index_factors(rope.method, geometry, target_len, factors.critical_index)
+
+
+def read_factors(path: Path, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
+    """Factors from a JSON or CSV file, or from a model folder or its config.json, for this model and target.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or for another model or target; names the path.
+    """
+    if path.is_dir() or path.name == CONFIG_FILE:
+        return _read_published(find_config_file(str(path), "rope.factors"), geometry, target_len)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".csv":
+            return RescaleFactors.from_csv(text, geometry, target_len, provenance={"source": path.name})
+        factors = RescaleFactors.from_json(text)
+    except (OSError, UnicodeDecodeError, FactorsError) as error:
+        raise ArtifactError(f"{path} (rope.factors): {error}") from None
     if factors.geometry != geometry:
         raise ArtifactError(f"{path} (rope.factors) is for {factors.geometry}, this model has {geometry}")
     if factors.target_len != target_len:
         raise ArtifactError(f"{path} (rope.factors) is for target_len={factors.target_len}, not {target_len}")
+    return factors
+
+
+def _given(rope: RopeConfig, what: str) -> str:
+    """``rope.factors``, which the method needs."""
+    if not rope.factors:
+        raise ArtifactError(f"rope.method={rope.method.value} needs rope.factors={what}")
+    return rope.factors
+
+
+def _read_published(path: Path, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
+    """Factors of a published config.json, which must reach at least this far.
+
+    Its own pre-trained window may differ from ours: public Phi-3 configs say 4096 where the paper's window is 2048.
+    """
+    try:
+        config = read_model_config(path)
+        published = RescaleFactors.from_hf_config(config, geometry.original_len)
+        factors = RescaleFactors.from_hf_config(config, geometry.original_len, target_len)
+    except FactorsError as error:
+        raise ArtifactError(f"{path} (rope.factors): {error}") from None
+    if factors.geometry != geometry:
+        raise ArtifactError(f"{path} (rope.factors) is for {factors.geometry}, this model has {geometry}")
+    if published.target_len < target_len:
+        raise ArtifactError(
+            f"{path} (rope.factors) reaches {published.target_len} tokens, not target_len={target_len}; "
+            f"set target_len={published.target_len}, or give a config made for more"
+        )
     return factors

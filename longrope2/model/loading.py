@@ -1,6 +1,5 @@
 """Load a Hugging Face model folder, its tokenizer and its RoPE geometry."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, FactorsError
+from longrope2.model.hf_files import CONFIG_FILE, read_model_config
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope import RescaleFactors, RopeGeometry
+from longrope2.rope import UNSCALED_TYPE, RescaleFactors, RopeGeometry, config_geometry, config_rope_type
 
 __all__ = ["load_tokenizer", "load_windowed_model", "rope_geometry"]
 
@@ -18,25 +18,25 @@ __all__ = ["load_tokenizer", "load_windowed_model", "rope_geometry"]
 def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
     """Rotary dimension and base from config.json, with the original window from our own settings.
 
-    Honours ``head_dim`` and ``partial_rotary_factor``, and reads the base from either config layout.
+    Honours ``head_dim`` and ``partial_rotary_factor``, reads either config layout, and takes what config.json leaves out
+    from the model class.
 
     Raises:
         ArtifactError: the model has no RoPE base, or already carries a RoPE scaling that would be rescaled twice.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parameters = config.get("rope_parameters") or {}
-    rope_base = parameters.get("rope_theta", config.get("rope_theta"))
-    if rope_base is None:
-        raise ArtifactError(f"{folder}/config.json has no rope_theta: only RoPE models can be extended")
-    scaling = config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise ArtifactError(
-            f"{folder}/config.json already has RoPE scaling {kind!r}; give model.path of the model before extension"
-        )
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    return RopeGeometry(rotary_dim=int(head_dim * partial), rope_base=float(rope_base), original_len=original_len)
+    path = folder / CONFIG_FILE
+    config = read_model_config(path)
+    try:
+        kind = config_rope_type(config)
+        if kind != UNSCALED_TYPE:
+            raise ArtifactError(
+                f"{path} already has RoPE scaling {kind!r}; give model.path of the model before extension"
+            )
+        if not (config.get("rope_parameters") or {}).get("rope_theta") and not config.get("rope_theta"):
+            raise ArtifactError(f"{path} has no rope_theta: only RoPE models can be extended")
+        return config_geometry(config, original_len)
+    except FactorsError as error:
+        raise ArtifactError(f"{path}: {error}") from None
 
 
 def load_windowed_model(

@@ -12,14 +12,27 @@ from longrope2.rope.frequencies import (
     ten_period_index,
     theoretical_critical_index,
 )
-from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.rope.hf_reading import UNSCALED_TYPE, config_geometry, config_rope_type
+from longrope2.rope.methods import (
+    CLOSED_FORMS,
+    CRITICAL_INDEX_METHODS,
+    RopeMethod,
+    closed_form_factors,
+    critical_index_factors,
+)
 
 __all__ = [
+    "CLOSED_FORMS",
+    "CRITICAL_INDEX_METHODS",
+    "UNSCALED_TYPE",
     "RescaleFactors",
     "RopeGeometry",
     "RopeMethod",
     "Window",
     "closed_form_factors",
+    "config_geometry",
+    "config_rope_type",
+    "critical_index_factors",
     "inverse_frequencies",
     "ntk_part",
     "periods",

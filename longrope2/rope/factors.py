@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from longrope2.errors import FactorsError
+from longrope2.rope.factors_text import JSON_HEADER, format_factors_csv, parse_factors_csv, parse_factors_json
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.hf_config import longrope_keys, read_longrope_keys
+from longrope2.rope.hf_config import longrope_keys
+from longrope2.rope.hf_reading import read_factor_fields
 
 __all__ = ["RescaleFactors", "Window"]
-
-JSON_KIND = "rescale_factors"
-JSON_VERSION = 1
 
 
 class Window(StrEnum):
@@ -109,16 +108,19 @@ class RescaleFactors:
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` turns back into an equal value (floats are written exactly)."""
-        return json.dumps({"kind": JSON_KIND, "version": JSON_VERSION, **asdict(self)}, indent=2) + "\n"
+        return json.dumps({**JSON_HEADER, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "RescaleFactors":
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote, or a published array with its setting beside it.
+
+        Such an array is one flat object: ``factors``, ``rotary_dim``, ``rope_base``, ``original_len``, ``target_len``,
+        ``method`` and, where known, ``critical_index``, ``attention_scale`` (of both windows), ``model``, ``source``.
 
         Raises:
             FactorsError: not JSON, not a factors file of this version, a field missing or unknown, or a bad value.
         """
-        fields = _parse_json(text)
+        fields = parse_factors_json(text)
         try:
             fields["geometry"] = RopeGeometry(**fields["geometry"])
             fields["factors"] = tuple(float(value) for value in fields["factors"])
@@ -127,6 +129,44 @@ class RescaleFactors:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise FactorsError(f"the factors file has a missing, unknown or ill-typed field: {error}") from None
+
+    def to_csv(self) -> str:
+        """The long window's factors, one per line, each written exactly; everything else about them is left out."""
+        return format_factors_csv(self.factors)
+
+    @classmethod
+    def from_csv(
+        cls,
+        text: str,
+        geometry: RopeGeometry,
+        target_len: int,
+        *,
+        critical_index: int | None = None,
+        long_attention_scale: float = 1.0,
+        provenance: dict[str, str] | None = None,
+    ) -> "RescaleFactors":
+        """Read factors as the released LongRoPE searches write them: one per line, or equal rows.
+
+        Args:
+            text: Numbers, with blank lines and one header line allowed.
+            geometry: Rotary geometry of the model they were searched for; the file does not say.
+            target_len: L in tokens they were searched for.
+            critical_index: c, where known.
+            long_attention_scale: Multiplier on cos and sin they were searched with.
+            provenance: Where the file comes from.
+
+        Raises:
+            FactorsError: a line that is not numbers (named), factors that differ by layer, a wrong count, or a bad value.
+        """
+        return cls(
+            factors=parse_factors_csv(text),
+            geometry=geometry,
+            target_len=target_len,
+            method="from_file",
+            critical_index=critical_index,
+            long_attention_scale=long_attention_scale,
+            provenance=provenance or {},
+        )
 
     def to_hf_config(self, head_dim: int | None = None) -> dict[str, Any]:
         """Keys to merge into a Hugging Face config.json so that plain transformers applies these factors.
@@ -157,17 +197,21 @@ class RescaleFactors:
     def from_hf_config(
         cls, config: dict[str, Any], original_len: int | None = None, target_len: int | None = None
     ) -> "RescaleFactors":
-        """Read the factors of a Hugging Face config.json, either layout (``rope_parameters`` or ``rope_scaling``).
+        """Read the factors of a Hugging Face config.json as transformers would apply them, either layout.
+
+        Types: ``longrope`` (and its first name ``su``), ``linear``, ``dynamic``, ``yarn``, ``llama3``, unscaled. The
+        static ones rescale the short window too, so ``short_factors`` is set; ``dynamic`` is read at the target length.
 
         Args:
             config: Parsed config.json.
-            original_len: L0 in tokens; None takes ``original_max_position_embeddings`` of the config.
-            target_len: L in tokens; None takes ``max_position_embeddings`` of the config.
+            original_len: L0 in tokens; None takes the config's own, which ``linear`` does not have.
+            target_len: L in tokens; None takes the config's own: ``max_position_embeddings``, or factor times L0 where
+                that is more.
 
         Raises:
-            FactorsError: a key is missing, or the RoPE type is neither longrope nor unscaled.
+            FactorsError: a key is missing or out of range, or the RoPE type is another one.
         """
-        return cls(**read_longrope_keys(config, original_len, target_len))
+        return cls(**read_factor_fields(config, original_len, target_len))
 
 
 def _positive(value: float) -> bool:
@@ -184,16 +228,3 @@ def _check_list(name: str, values: tuple[float, ...], geometry: RopeGeometry) ->
     for index, value in enumerate(values):
         if not _positive(value):
             raise FactorsError(f"{name}[{index}]={value}: a rescale factor must be a finite number above 0")
-
-
-def _parse_json(text: str) -> dict[str, Any]:
-    """The fields of a factors file, without its kind and version."""
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FactorsError(f"not a factors file: {error}") from None
-    if not isinstance(fields, dict) or fields.pop("kind", None) != JSON_KIND:
-        raise FactorsError(f"not a factors file: its kind is not {JSON_KIND!r}")
-    if (version := fields.pop("version", None)) != JSON_VERSION:
-        raise FactorsError(f"the factors file has version {version}, this program reads {JSON_VERSION}; make it again")
-    return fields

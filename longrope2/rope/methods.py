@@ -1,24 +1,28 @@
-"""Closed-form rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
+"""Rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
 
-Each is written as lambda_i so that theta'_i = theta_i / lambda_i; the reference for every one that exists there is
-``transformers`` (tests/reference), since well-known codebases disagree, most of all on YaRN's ramp.
+Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in ``closed_forms.py``; here are the
+methods' names and the constants they are known with.
 
-Symbols: s = L / L0, d = rotary dimension, b = RoPE base, turns_i = L0 / T_i (turns of dimension i inside L0).
+Symbols: s = L / L0, c = critical index.
 """
 
-import math
 from enum import StrEnum
 
 from longrope2.errors import FactorsError
+from longrope2.rope.closed_forms import (
+    base_change,
+    llama3_bands,
+    ntk_at_index,
+    ntk_aware,
+    ntk_base_ratio,
+    yarn_attention_scale,
+    yarn_ramp,
+    yarn_ramp_to_index,
+)
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 
-__all__ = ["RopeMethod", "closed_form_factors"]
-
-YARN_BETA_FAST = 32  # turns in L0 above which YaRN leaves a dimension alone
-YARN_BETA_SLOW = 1  # turns in L0 below which YaRN interpolates fully
-LLAMA3_LOW_FREQUENCY_TURNS = 1  # Llama 3.1: fewer turns in L0 are interpolated fully
-LLAMA3_HIGH_FREQUENCY_TURNS = 4  # Llama 3.1: more turns in L0 are left alone
+__all__ = ["CLOSED_FORMS", "CRITICAL_INDEX_METHODS", "RopeMethod", "closed_form_factors", "critical_index_factors"]
 
 
 class RopeMethod(StrEnum):
@@ -38,29 +42,42 @@ class RopeMethod(StrEnum):
     """Ramp by turns between 1 and s, attention scale 0.1 ln s + 1 in the long window."""
     llama3 = "llama3"
     """Wavelength bands of Llama 3.1 with factor s."""
+    yarn_rcd = "yarn_rcd"
+    """YaRN with the real critical dimension that a search found."""
+    ntk_rcd = "ntk_rcd"
+    """NTK with the real critical dimension that a search found."""
     searched = "searched"
     """Factors that this run's search found; resolved by the loader."""
     from_file = "from_file"
-    """Factors read from a file; resolved by the loader."""
+    """Factors read from a JSON or CSV file; resolved by the loader."""
+    from_hf = "from_hf"
+    """Factors read from a Hugging Face config; resolved by the loader."""
+
+
+CLOSED_FORMS = (
+    RopeMethod.none,
+    RopeMethod.pi,
+    RopeMethod.ntk,
+    RopeMethod.ntk_aware,
+    RopeMethod.dynamic_ntk,
+    RopeMethod.yarn,
+    RopeMethod.llama3,
+)
+CRITICAL_INDEX_METHODS = (RopeMethod.yarn_rcd, RopeMethod.ntk_rcd)
 
 
 def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
     """Rescale factors of a method that needs no search.
 
     Args:
-        method: Any method but ``searched`` and ``from_file``.
+        method: One of ``CLOSED_FORMS``.
         geometry: Rotary geometry of the pre-trained model.
         target_len: L, target window in tokens, at least L0.
 
     Raises:
         FactorsError: the method has no closed form, or ``target_len`` is below L0.
     """
-    if target_len < geometry.original_len:
-        raise FactorsError(
-            f"target_len={target_len} is below original_len={geometry.original_len}; "
-            "give a target of at least the pre-trained window"
-        )
-    scale = target_len / geometry.original_len
+    scale = _scale(geometry, target_len)
     attention_scale = 1.0
     match method:
         case RopeMethod.none:
@@ -68,20 +85,20 @@ def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: 
         case RopeMethod.pi:
             factors = (scale,) * geometry.num_frequencies
         case RopeMethod.ntk:
-            factors = _base_change(geometry, _ntk_base_ratio(geometry, target_len))
+            factors = base_change(geometry, ntk_base_ratio(geometry, target_len))
         case RopeMethod.ntk_aware:
-            factors = _base_change(geometry, scale ** _ntk_aware_exponent(geometry))
+            factors = ntk_aware(geometry, scale)
         case RopeMethod.dynamic_ntk:
             # transformers: (factor * L / L0 - (factor - 1)) in place of s, here with factor = s
-            factors = _base_change(geometry, (scale * scale - (scale - 1)) ** _ntk_aware_exponent(geometry))
+            factors = ntk_aware(geometry, scale * scale - (scale - 1))
         case RopeMethod.yarn:
-            factors = _yarn(geometry, scale)
-            attention_scale = 0.1 * math.log(scale) + 1.0
+            factors = yarn_ramp(geometry, scale)
+            attention_scale = yarn_attention_scale(scale)
         case RopeMethod.llama3:
-            factors = _llama3(geometry, scale)
+            factors = llama3_bands(geometry, scale)
         case _:
-            closed_form = [m.value for m in RopeMethod if m not in (RopeMethod.searched, RopeMethod.from_file)]
-            raise FactorsError(f"rope.method={method.value} has no closed form; use one of {', '.join(closed_form)}")
+            allowed = ", ".join(closed_form.value for closed_form in CLOSED_FORMS)
+            raise FactorsError(f"rope.method={method.value} has no closed form; use one of {allowed}")
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -92,45 +109,50 @@ def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: 
     )
 
 
-def _base_change(geometry: RopeGeometry, base_ratio: float) -> tuple[float, ...]:
-    """lambda_i = (b'/b)^(2i/d) of a change of base by ``base_ratio``."""
-    return tuple(base_ratio ** (2 * i / geometry.rotary_dim) for i in range(geometry.num_frequencies))
+def critical_index_factors(
+    method: RopeMethod, geometry: RopeGeometry, target_len: int, critical_index: int
+) -> RescaleFactors:
+    """YaRN or NTK with the critical dimension corrected to c, the real one  [LongRoPE2 sec. 4.3, Table 5].
+
+    The paper says only that it applies the critical dimension its search found to both methods. Chosen here: each
+    method keeps its form and the point it ties to the theoretical critical dimension moves to c. NTK's base change gives
+    s at the (real-valued) theoretical index; ``ntk_rcd`` gives s at c: lambda_i = s^(i/c). YaRN's ramp ends at the first
+    index with less than one turn in L0; ``yarn_rcd`` ends it at c, so lambda_i = s for i >= c. Its beginning, 32 turns
+    in L0, is no critical dimension and stays, and so does YaRN's attention scale.
+
+    Args:
+        method: ``yarn_rcd`` or ``ntk_rcd``.
+        geometry: Rotary geometry of the pre-trained model.
+        target_len: L, target window in tokens, at least L0.
+        critical_index: c, cosine index; 1 or more for ``ntk_rcd``.
+
+    Raises:
+        FactorsError: another method, a critical index outside its range, or ``target_len`` below L0.
+    """
+    scale = _scale(geometry, target_len)
+    if method is RopeMethod.yarn_rcd:
+        factors, attention_scale = yarn_ramp_to_index(geometry, scale, critical_index), yarn_attention_scale(scale)
+    elif method is RopeMethod.ntk_rcd:
+        factors, attention_scale = ntk_at_index(geometry, scale, critical_index), 1.0
+    else:
+        allowed = ", ".join(allowed.value for allowed in CRITICAL_INDEX_METHODS)
+        raise FactorsError(f"rope.method={method.value} takes no critical index; use one of {allowed}")
+    return RescaleFactors(
+        factors=factors,
+        geometry=geometry,
+        target_len=target_len,
+        method=method.value,
+        critical_index=critical_index,
+        long_attention_scale=attention_scale,
+        provenance={"source": f"closed form with critical index {critical_index}"},
+    )
 
 
-def _ntk_base_ratio(geometry: RopeGeometry, target_len: int) -> float:
-    """b'/b of the paper's NTK baseline."""
-    exponent = math.log(target_len / (2 * math.pi)) / math.log(geometry.original_len / (2 * math.pi))
-    return geometry.rope_base ** (exponent - 1)
-
-
-def _ntk_aware_exponent(geometry: RopeGeometry) -> float:
-    """Exponent d / (d - 2); the last dimension then gets exactly the factor it is raised from."""
-    if geometry.rotary_dim == 2:
-        raise FactorsError("rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2; use another rope.method")
-    return geometry.rotary_dim / (geometry.rotary_dim - 2)
-
-
-def _yarn(geometry: RopeGeometry, scale: float) -> tuple[float, ...]:
-    """YaRN's ramp [arXiv 2309.00071, sec. 3.2], bounds rounded outward and clipped as transformers does."""
-    low = max(math.floor(_fractional_index(geometry, YARN_BETA_FAST)), 0)
-    high = min(math.ceil(_fractional_index(geometry, YARN_BETA_SLOW)), geometry.rotary_dim - 1)
-    width = high - low if high != low else 0.001
-    ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(geometry.num_frequencies)]
-    return tuple(1.0 / (part / scale + (1.0 - part)) for part in ramp)
-
-
-def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
-    """The real-valued cosine index that completes ``turns`` turns inside L0."""
-    window_ratio = geometry.original_len / (turns * 2 * math.pi)
-    return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
-
-
-def _llama3(geometry: RopeGeometry, scale: float) -> tuple[float, ...]:
-    """Llama 3.1: s below one turn in L0, 1 above four, in between a ramp in the frequency (not in lambda)."""
-    low, high = LLAMA3_LOW_FREQUENCY_TURNS, LLAMA3_HIGH_FREQUENCY_TURNS
-    factors = []
-    for i in range(geometry.num_frequencies):
-        turns = geometry.original_len / (2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim))
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1.0 / ((1.0 - kept) / scale + kept))
-    return tuple(factors)
+def _scale(geometry: RopeGeometry, target_len: int) -> float:
+    """Target length over original length, checked."""
+    if target_len < geometry.original_len:
+        raise FactorsError(
+            f"target_len={target_len} is below original_len={geometry.original_len}; "
+            "give a target of at least the pre-trained window"
+        )
+    return target_len / geometry.original_len

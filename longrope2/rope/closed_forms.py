@@ -1,0 +1,142 @@
+"""The formulas of closed-form rescaling, one function per formula: geometry in, lambda_i per cosine index out.
+
+Methods choose their usual constants (``methods.py``), a published config brings its own (``hf_reading.py``). Where
+``transformers`` has the method, it is the reference (tests/reference): well-known codebases disagree, most of all on
+YaRN's ramp.
+
+Symbols: s = scale, d = rotary dimension, b = RoPE base, c = critical index, turns_i = L0 / T_i (turns of dimension i
+inside L0).
+"""
+
+import math
+
+from longrope2.errors import FactorsError
+from longrope2.rope.frequencies import RopeGeometry
+
+__all__ = [
+    "base_change",
+    "llama3_bands",
+    "longrope_attention_scale",
+    "ntk_at_index",
+    "ntk_aware",
+    "ntk_base_ratio",
+    "yarn_attention_scale",
+    "yarn_ramp",
+    "yarn_ramp_to_index",
+]
+
+YARN_BETA_FAST = 32.0  # turns in L0 above which YaRN leaves a dimension alone
+YARN_BETA_SLOW = 1.0  # turns in L0 below which YaRN interpolates fully
+LLAMA3_LOW_FREQUENCY_TURNS = 1.0  # Llama 3.1: fewer turns in L0 are interpolated fully
+LLAMA3_HIGH_FREQUENCY_TURNS = 4.0  # Llama 3.1: more turns in L0 are left alone
+
+
+def base_change(geometry: RopeGeometry, base_ratio: float) -> tuple[float, ...]:
+    """lambda_i = (b'/b)^(2i/d) of a change of base by ``base_ratio`` = b'/b."""
+    return tuple(base_ratio ** (2 * i / geometry.rotary_dim) for i in range(geometry.num_frequencies))
+
+
+def ntk_base_ratio(geometry: RopeGeometry, target_len: int) -> float:
+    """b'/b of the paper's NTK: b' = b^(ln(L / 2 pi) / ln(L0 / 2 pi))  [LongRoPE2 sec. 2.3, after Liu et al.]."""
+    exponent = math.log(target_len / (2 * math.pi)) / math.log(geometry.original_len / (2 * math.pi))
+    return geometry.rope_base ** (exponent - 1)
+
+
+def ntk_aware(geometry: RopeGeometry, last_factor: float) -> tuple[float, ...]:
+    """Base change b' = b * x^(d / (d - 2)), which gives the last dimension exactly the factor x.
+
+    Raises:
+        FactorsError: two rotated channels, for which the exponent does not exist.
+    """
+    if geometry.rotary_dim == 2:
+        raise FactorsError("rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2; use another rope.method")
+    return base_change(geometry, last_factor ** (geometry.rotary_dim / (geometry.rotary_dim - 2)))
+
+
+def ntk_at_index(geometry: RopeGeometry, scale: float, critical_index: int) -> tuple[float, ...]:
+    """Base change that meets the bound exactly at c: lambda_i = s^(i/c), above s beyond it.
+
+    Raises:
+        FactorsError: c is 0, where no change of base gives a factor other than 1.
+    """
+    if critical_index < 1:
+        raise FactorsError(f"critical_index={critical_index}: a change of base leaves index 0 alone; give 1 or more")
+    return tuple(scale ** (i / critical_index) for i in range(geometry.num_frequencies))
+
+
+def yarn_ramp(
+    geometry: RopeGeometry,
+    scale: float,
+    beta_fast: float = YARN_BETA_FAST,
+    beta_slow: float = YARN_BETA_SLOW,
+    rounded: bool = True,
+) -> tuple[float, ...]:
+    """YaRN's ramp [arXiv 2309.00071, sec. 3.2]: 1 above ``beta_fast`` turns, s below ``beta_slow``.
+
+    Args:
+        geometry: Its original length is the one the turns are counted in.
+        scale: s, factor of full interpolation.
+        beta_fast: Turns in L0 where the ramp begins.
+        beta_slow: Turns in L0 where it ends.
+        rounded: Round both ends outward to whole indices (``truncate`` of transformers).
+    """
+    low, high = _fractional_index(geometry, beta_fast), _fractional_index(geometry, beta_slow)
+    if rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, geometry.rotary_dim - 1)  # the upper clip is transformers' own, twice too far
+    width = high - low if high != low else 0.001
+    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(geometry.num_frequencies))
+    return tuple(_blend(part, scale) for part in ramp)
+
+
+def yarn_ramp_to_index(geometry: RopeGeometry, scale: float, critical_index: int) -> tuple[float, ...]:
+    """YaRN's ramp ending at c instead of at one turn: s for every i >= c; it begins where YaRN's begins.
+
+    Where c lies at or below that beginning nothing is left of the ramp: 1 below c, s from it on.
+    """
+    low = max(math.floor(_fractional_index(geometry, YARN_BETA_FAST)), 0)
+    width = max(critical_index - low, 1)
+    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(critical_index))
+    return (*(_blend(part, scale) for part in ramp), *[scale] * (geometry.num_frequencies - critical_index))
+
+
+def llama3_bands(
+    geometry: RopeGeometry,
+    scale: float,
+    low_turns: float = LLAMA3_LOW_FREQUENCY_TURNS,
+    high_turns: float = LLAMA3_HIGH_FREQUENCY_TURNS,
+) -> tuple[float, ...]:
+    """Llama 3.1: s below ``low_turns`` in L0, 1 above ``high_turns``, between them a ramp in the frequency.
+
+    Raises:
+        FactorsError: the bands overlap.
+    """
+    if not high_turns > low_turns:
+        raise FactorsError(f"high_freq_factor={high_turns} must be above low_freq_factor={low_turns}")
+    factors = []
+    for i in range(geometry.num_frequencies):
+        turns = geometry.original_len / (2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim))
+        kept = min(max((turns - low_turns) / (high_turns - low_turns), 0.0), 1.0)
+        factors.append(_blend(1.0 - kept, scale))
+    return tuple(factors)
+
+
+def yarn_attention_scale(scale: float, weight: float = 1.0) -> float:
+    """0.1 * weight * ln s + 1 on cos and sin [YaRN, sec. 3.4]; 1 where nothing is stretched."""
+    return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+
+def longrope_attention_scale(scale: float, original_len: int) -> float:
+    """sqrt(1 + ln s / ln L0) on cos and sin, transformers' default for ``longrope``; 1 where nothing is stretched."""
+    return 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original_len))
+
+
+def _blend(interpolated: float, scale: float) -> float:
+    """Factor of a frequency that is ``interpolated`` parts theta / s and the rest theta."""
+    return 1.0 / (interpolated / scale + (1.0 - interpolated))
+
+
+def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
+    """The real-valued cosine index that completes ``turns`` turns inside L0."""
+    window_ratio = geometry.original_len / (turns * 2 * math.pi)
+    return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
