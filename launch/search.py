@@ -7,6 +7,7 @@ not repeated.
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from rich.table import Table
 from data_prep.corpora import CorpusConfig, build_corpus, heldout_texts
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
+from launch.torchrun import CONFIG_FLAG, config_path_of_rank, run_under_torchrun
 from longrope2.artifacts import (
     MANIFEST_NAME,
+    atomic_path,
     model_identity,
     product_folder,
     read_manifest,
@@ -27,10 +30,21 @@ from longrope2.artifacts import (
     weights_sha256,
 )
 from longrope2.command import run_command
-from longrope2.config import claim_folder, compose
+from longrope2.config import claim_folder, compose, dump, load
 from longrope2.errors import ArtifactError, ConfigError, UserError
-from longrope2.model import FACTORS_FILE, WindowedModel, load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.rope import RopeMethod, Window, closed_form_factors
+from longrope2.evaluation.report_plots import factors_figure, search_figure
+from longrope2.model import (
+    FACTORS_FILE,
+    ForwardCost,
+    RopeConfig,
+    WindowedModel,
+    load_tokenizer,
+    load_windowed_model,
+    resolve_factors,
+    rope_geometry,
+)
+from longrope2.parallel import head_faults, join_processes, leave_processes, world_size_from_environment
+from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.search import (
     HISTORY_FILE,
     NEEDLES_FILE,
@@ -38,19 +52,23 @@ from longrope2.search import (
     Objective,
     PreparedSearch,
     SampleLosses,
+    SearchBudget,
     SearchRoot,
     SearchSpace,
+    Workers,
     check_factors_matter,
     check_needle_guidance,
     check_needle_labels,
     cut_documents,
+    most_candidates,
     needle_samples,
+    projected_hours,
     run_search,
     search_faults,
 )
 from longrope2.segments.needle_set import NeedleSet
 
-CHANGEABLE = ("dry_run", "tracking")
+CHANGEABLE = ("dry_run", "tracking", "parallel.processes", "search.projected_gpus", "search.projected_tflops")
 
 
 @dataclass
@@ -61,24 +79,63 @@ class SearchCommand(SearchRoot):
 
 
 def main() -> None:
-    """Compose, check, plan, prepare and test the samples, search, report."""
-    config = compose(SearchCommand, "search", sys.argv[1:])
+    """Compose, check and plan; then search here, or in processes that torchrun starts; then report."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == [CONFIG_FLAG]:
+        search(load(SearchCommand, config_path_of_rank(arguments)))
+        return
+    if world_size_from_environment() is not None:
+        raise ConfigError(["under torchrun, give --config FILE, a search configuration: ranks do not compose"])
+    config = compose(SearchCommand, "search", arguments)
     model_folder, space = check(config)
-    print(describe(config, space))
+    print(describe(config, model_folder, space))
     if config.dry_run:
         return
     folder = product_folder(config.run.folder, "factors")
     if (folder / "config.yaml").is_file():  # refuse the folder of another search before anything is computed
         claim_folder(folder, config, CHANGEABLE)
-    model = {**model_identity(model_folder), "weights_sha256": weights_sha256(model_folder)}
     if (folder / MANIFEST_NAME).is_file():
-        refuse_other_model(folder, model)
+        refuse_other_model(folder, identity(model_folder))
         print(f"already complete: {folder / FACTORS_FILE}")
+    elif config.parallel.processes == 1:
+        search(config)
     else:
-        prepared = prepare(config, model_folder, model, space, folder)
-        claim_folder(folder, config, CHANGEABLE)
-        run_search(config, prepared, folder)
+        search_in_processes(config)
     print_report(folder)
+
+
+def search(config: SearchCommand) -> None:
+    """One process of a search: prepare and test the samples, then take part until the product is written."""
+    model_folder, space = check(config)
+    workers = Workers(join_processes(config.parallel) if world_size_from_environment() is not None else None)
+    folder = product_folder(config.run.folder, "factors")
+    prepared = prepare(config, model_folder, space, folder, workers)
+    if workers.is_main:
+        claim_folder(folder, config, CHANGEABLE)
+    workers.wait_for_all("the folder is claimed")
+    run_search(config, prepared, folder, workers)
+    if workers.is_main:
+        write_plots(folder)
+    leave_processes()
+
+
+def search_in_processes(config: SearchCommand) -> None:
+    """Run the workers under torchrun on this machine; ends as they end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dump(config, Path(scratch) / "config.yaml")
+        ended = run_under_torchrun("launch.search", Path(scratch) / "config.yaml", config.parallel.processes)
+    if ended != 0:
+        print(
+            f"error: a process of the search ended early (exit code {ended}; its message stands above). Every loss that "
+            "was computed is in the journals: give the same command again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(ended)
+
+
+def identity(model_folder: Path) -> dict[str, str]:
+    """What a search depends on in a model: architecture, tokenizer and weights."""
+    return {**model_identity(model_folder), "weights_sha256": weights_sha256(model_folder)}
 
 
 def check(config: SearchCommand) -> tuple[Path, SearchSpace]:
@@ -103,27 +160,70 @@ def check(config: SearchCommand) -> tuple[Path, SearchSpace]:
     try:
         model_folder = resolve_model_folder(config.model.path)
         geometry = rope_geometry(model_folder, original_len)
+        faults += parallel_faults(config, model_folder)
         if not faults:
+            long_factors(config, geometry)
             return model_folder, SearchSpace.from_config(config.search, geometry, config.target_len)
     except UserError as error:
         faults.append(str(error))
     raise ConfigError(faults)
 
 
-def describe(config: SearchCommand, space: SearchSpace) -> str:
+def parallel_faults(config: SearchCommand, model_folder: Path) -> list[str]:
+    """Faults of the process grid."""
+    parallel = config.parallel
+    model = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    heads = model["num_attention_heads"]
+    faults = head_faults(parallel.sequence, heads, model.get("num_key_value_heads") or heads)
+    if parallel.processes < 1 or parallel.processes % parallel.sequence:
+        faults.append(
+            f"parallel.processes={parallel.processes}: must be a multiple of parallel.sequence={parallel.sequence}"
+        )
+    return faults
+
+
+def long_factors(config: SearchCommand, geometry: RopeGeometry) -> RescaleFactors | None:
+    """The long window's factors when the search is for the short window's.
+
+    Raises:
+        ArtifactError: ``search.short_window_of`` is missing, or for another model or target.
+    """
+    if config.search.short_window_of is None:
+        return None
+    rope = RopeConfig(method=RopeMethod.from_file, factors=config.search.short_window_of)
+    try:
+        return resolve_factors(rope, geometry, config.target_len, config.run.folder)
+    except ArtifactError as error:
+        raise ArtifactError(f"search.short_window_of: {error}") from None
+
+
+def sample_len(config: SearchCommand) -> int:
+    """Tokens of a sample: L, or L0 for the short window's factors."""
+    return config.target_len if config.search.short_window_of is None else config.model.original_len
+
+
+def describe(config: SearchCommand, model_folder: Path, space: SearchSpace) -> str:
     """The plan in a few lines."""
-    search = config.search
-    num_candidates = search.population + search.iterations * search.parents
-    num_tokens = num_candidates * search.num_samples * config.target_len
+    search, length = config.search, sample_len(config)
+    num_candidates = most_candidates(search)
+    num_forwards = num_candidates * search.num_samples
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
-    critical = ", ".join(map(str, space.critical_indices))
+    hours = projected_hours(ForwardCost.from_config(model_folder), length, num_forwards, search)
     lowest, highest = (step / space.steps_per_unit for step in (space.lowest_step, space.highest_step))
+    if space.is_bounded:
+        critical = ", ".join(map(str, space.critical_indices))
+        where = f"critical index {critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
+    else:
+        where = f"no critical index; every factor 1 .. {highest:g}"
+    workers = config.parallel.processes // config.parallel.sequence
     return "\n".join([
         f"model      {config.model.name}, window {config.model.original_len} -> {config.target_len}",
-        f"space      critical index {critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}",
-        f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {config.target_len} tokens, "
+        f"space      {where}",
+        f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {length} tokens, "
         f"held out of corpus {config.corpus.name}",
-        f"budget     at most {num_candidates:,} candidates, {num_tokens:,} forward tokens",
+        f"workers    {workers}, each of {config.parallel.sequence} processes",
+        f"budget     at most {num_candidates:,} candidates, {num_forwards * length:,} forward tokens; about "
+        f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each",
     ])  # fmt: skip
 
 
@@ -143,37 +243,50 @@ def refuse_other_model(folder: Path, model: dict[str, str]) -> None:
 
 
 def prepare(
-    config: SearchCommand, model_folder: Path, model: dict[str, str], space: SearchSpace, folder: Path
+    config: SearchCommand, model_folder: Path, space: SearchSpace, folder: Path, workers: Workers
 ) -> PreparedSearch:
     """Build the samples (or read the frozen ones), load the model, run the self-tests. Writes nothing.
+
+    The first worker runs the self-tests for all.
 
     Raises:
         DataError, ArtifactError: too little text, or a self-test failed.
     """
-    search = config.search
+    search, length = config.search, sample_len(config)
     tokenizer, texts = load_tokenizer(model_folder), heldout_texts(config.corpus)
     encoder = DocumentTokenizer(tokenizer)
     if search.objective is Objective.needle:
         needles = _needles(config, tokenizer, texts, folder)
-        check_needle_labels(needles, config.target_len, encoder.bos_id, encoder.decode)
+        check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
         samples = needle_samples(needles)
     else:
         needles = None
         documents = (encoder.encode(text) for text in sorted(texts, key=len, reverse=True))
-        samples = cut_documents(documents, encoder.bos_id, config.target_len, search.num_samples)
+        samples = cut_documents(documents, encoder.bos_id, length, search.num_samples)
     windowed = _load_model(model_folder, space)
-    losses = SampleLosses(windowed, samples, search.batch_size)
-    check_factors_matter(losses, space.geometry, config.target_len)
-    guidance = _check_guidance(config, windowed, tokenizer, texts) if needles is not None else None
-    inputs = {"model": model, "corpus": build_corpus(config.corpus).describe()}
-    return PreparedSearch(space, losses, guidance, needles, inputs)
+    losses = SampleLosses(windowed, samples, search.batch_size, sequence_group=workers.sequence_group)
+    guidance = None
+    if workers.worker == 0:
+        check_factors_matter(losses, space.geometry, config.target_len)
+        if needles is not None:
+            guidance = _check_guidance(config, windowed, tokenizer, texts)
+    return PreparedSearch(
+        space=space,
+        losses=losses,
+        cost=ForwardCost.from_config(model_folder),
+        sample_len=length,
+        long_factors=long_factors(config, space.geometry),
+        guidance=guidance,
+        needles=needles,
+        inputs={"model": identity(model_folder), "corpus": build_corpus(config.corpus).describe()},
+    )
 
 
 def _needles(config: SearchCommand, tokenizer: Any, texts: list[str], folder: Path) -> NeedleSet:
     """The frozen needle set of this run, or a new one."""
     if (folder / NEEDLES_FILE).is_file():
         return NeedleSet.load(folder / NEEDLES_FILE)
-    return _build_needles(config, tokenizer, texts, config.target_len)
+    return _build_needles(config, tokenizer, texts, sample_len(config))
 
 
 def _build_needles(
@@ -209,21 +322,34 @@ def _check_guidance(config: SearchCommand, model: WindowedModel, tokenizer: Any,
     return check_needle_guidance(with_needle, without_needle, model.factors, config.search)
 
 
-def print_report(folder: Path) -> None:
-    """What the search found, beside the closed-form methods on the same samples."""
+def write_plots(folder: Path) -> None:
+    """``factors.svg`` and ``search.svg`` beside the product."""
+    factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
-    counts = read_manifest(folder, "factors").counts
-    table = Table(title=f"training-free, {history['target_len']} tokens", title_justify="left")
+    for name, figure in (("factors", factors_figure(factors)), ("search", search_figure(history))):
+        with atomic_path(folder / f"{name}.svg") as temporary:
+            figure.savefig(temporary, format="svg", bbox_inches="tight")
+
+
+def print_report(folder: Path) -> None:
+    """What the search found, beside the closed-form methods on the same samples, and what it cost."""
+    history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
+    budget = SearchBudget(**history["budget"])
+    table = Table(title=f"training-free, {history['sample_len']} tokens", title_justify="left")
     table.add_column("method")
     table.add_column(history["value_name"], justify="right")
     for method, value in history["baselines"].items():
         table.add_row(method, f"{value:.4g}")
-    table.add_row("longrope2 (searched)", f"{history['best_value']:.4g}")
+    table.add_row(f"{history['algorithm']} (searched)", f"{history['best_value']:.4g}")
     Console().print(table)
+    if history["critical_index"] is not None:
+        print(f"critical index {history['critical_index']} (theoretical {history['theoretical_critical_index']})")
+    rate = f", {budget.sustained_tflops:.3g} TFLOP/s a process" if budget.sustained_tflops else ""
     print(
-        f"critical index {history['critical_index']} (theoretical {history['theoretical_critical_index']}); "
-        f"{counts['num_candidates']} candidates, {counts['num_terminated']} stopped early; "
-        f"{counts['search_tokens']:,} forward tokens; last process {counts['seconds_of_last_process']} s\n"
+        f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; {budget.num_forwards:,} forward "
+        f"passes ({budget.forward_tokens:,} tokens), {budget.num_forwards_saved:,} saved by stopping\n"
+        f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}; all of it on the hardware of "
+        f"search.projected_*: {budget.projected_hours:.3g} h\n"
         f"factors in {folder / FACTORS_FILE}"
     )
 

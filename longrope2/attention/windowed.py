@@ -97,9 +97,17 @@ def _registry_entry(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: SegmentLayout | None = None,
+    first_needed: int = 0,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Adapter to the signature transformers calls; ``unused`` holds what other attention kinds read."""
+    """Adapter to the signature transformers calls; ``unused`` holds what other attention kinds read.
+
+    ``first_needed``: in the last layer, whose output no other layer reads, earlier positions get zeros.
+    """
     if attention_mask is not None or dropout:
         raise ValueError("windowed attention takes its structure from the layout: no attention_mask, no dropout")
-    return windowed_attention(query, key, value, layout, scaling or query.shape[-1] ** -0.5), None
+    scaling = scaling or query.shape[-1] ** -0.5
+    if first_needed and layout is None and module.layer_idx == module.config.num_hidden_layers - 1:
+        out_BSHD = windowed_attention(query[:, :, first_needed:], key, value, None, scaling)
+        return F.pad(out_BSHD, (0, 0, 0, 0, first_needed, 0)), None
+    return windowed_attention(query, key, value, layout, scaling), None

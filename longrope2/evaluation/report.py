@@ -192,7 +192,7 @@ def _search(record: RunRecord) -> str:
     rows = [[html.escape(name), f"{value:.4g}"] for name, value in history["baselines"].items()]
     rows.append([f"best of {history['rounds'][-1]['num_candidates']} candidates", f"{history['best_value']:.4g}"])
     note = (
-        f"Lower is better, measured on untrained weights at {history['target_len']:,} tokens. Found critical dimension "
+        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. Found critical dimension "
         f"{history['critical_index']}; theory says {history['theoretical_critical_index']}. Levels far above the curve "
         "are in the table only."
     )

@@ -14,8 +14,7 @@ import torch
 
 from longrope2.errors import DataError
 from longrope2.inference import window_for_length
-from longrope2.model import WindowedModel
-from longrope2.search import token_nll
+from longrope2.model import WindowedModel, token_nll
 from longrope2.segments.needle_set import NeedleSet
 
 __all__ = ["ValueScore", "WindowScore", "score_values", "score_windows"]

@@ -44,6 +44,7 @@ class WindowedModel(nn.Module):
         window: Window,
         layout: SegmentLayout | None = None,
         positions_BT: Tensor | None = None,
+        first_needed: int = 0,
     ) -> Tensor:
         """Final hidden states [B, T, H].
 
@@ -52,11 +53,15 @@ class WindowedModel(nn.Module):
             window: Which RoPE table to apply.
             layout: Structure of the segment; None means every row is plain causal from position 0.
             positions_BT: RoPE positions; taken from the layout, or 0..T-1, when not given.
+            first_needed: The caller reads no hidden state before this position; the last layer's attention leaves
+                them out (needs ``layout=None``).
         """
         self.use_window(window)
         if positions_BT is None and layout is not None:
             positions_BT = layout.positions_BT
-        outputs = self.hf.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, layout=layout)
+        outputs = self.hf.base_model(
+            input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, layout=layout, first_needed=first_needed
+        )
         return outputs.last_hidden_state
 
     def logits(

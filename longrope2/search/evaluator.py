@@ -1,93 +1,113 @@
 """Evaluate rescale factors: losses from the journal where known, computed where not, stopped where pointless.
 
-Losses are >= 0 and are added in the order of the samples, so a partial sum never exceeds the full one, in floating
-point too. Once a partial sum is above the bound, the full sum is above it for certain: stopping there is exact.
+Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends neither on their order nor on
+who computed them, and a partial sum never exceeds the full one. Once a partial sum is above the bound, the full sum
+is above it for certain: stopping there is exact, in any order. So the batch that was hardest for the candidates before
+comes first.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
 
 from longrope2.rope import RescaleFactors
 from longrope2.search.journal import Journal, factors_key
 from longrope2.search.objective import perplexity
+from longrope2.search.workers import Score
 
-__all__ = ["Evaluator", "LossesOfSamples", "Score"]
-
-LossesOfSamples = Callable[[RescaleFactors, int], Iterator[list[float]]]
-"""Factors and the number of samples to leave out -> losses of the following ones, batch by batch, computed lazily."""
+__all__ = ["BatchLosses", "Evaluator"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Score:
-    """What is known about some factors.
+class BatchLosses(Protocol):
+    """Losses of fixed samples in fixed batches."""
 
-    Attributes:
-        loss_sum: Summed loss over the samples looked at; infinite when a loss was not finite.
-        is_complete: Whether that is the sum over all samples (an infinite sum always is).
-    """
+    @property
+    def num_batches(self) -> int:
+        """Batches that the samples are divided into."""
+        ...
 
-    loss_sum: float
-    is_complete: bool
+    @property
+    def num_samples(self) -> int:
+        """Samples of all batches."""
+        ...
+
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        """Summed loss of each sample of one batch."""
+        ...
 
 
 class Evaluator:
     """Computes scores and keeps the account of what they cost.
 
     Attributes:
-        num_losses_used: Sample losses looked at, from the journal or not: the same however often a search was resumed.
         num_losses_computed: Sample losses computed by this process.
-        num_terminated: Evaluations stopped early.
     """
 
     def __init__(
-        self,
-        losses_of_samples: LossesOfSamples,
-        journal: Journal,
-        *,
-        num_samples: int,
-        num_scored_tokens: int,
-        early_termination: bool = True,
+        self, losses: BatchLosses, journal: Journal, *, num_scored_tokens: int, early_termination: bool = True
     ) -> None:
-        self._losses_of_samples = losses_of_samples
+        self.num_losses_computed = 0
+        self._losses = losses
         self._journal = journal
-        self._num_samples = num_samples
         self._num_scored_tokens = num_scored_tokens
         self._early_termination = early_termination
-        self.num_losses_used = 0
-        self.num_losses_computed = 0
-        self.num_terminated = 0
+        self._loss_by_batch: defaultdict[int, float] = defaultdict(float)
+        self._times_seen: defaultdict[int, int] = defaultdict(int)
 
-    def evaluate(self, factors: RescaleFactors, bound: float = math.inf) -> Score:
-        """Sum the losses of all samples, or stop as soon as the sum is above ``bound``."""
-        total, looked_at = 0.0, 0
-        for loss in self._known_then_computed(factors):
-            total += loss
-            looked_at += 1
-            if total == math.inf or (self._early_termination and total > bound):
-                break
-        complete = looked_at == self._num_samples or total == math.inf
-        self.num_losses_used += looked_at
-        self.num_terminated += not complete
-        return Score(total, complete)
+    @property
+    def num_losses_known(self) -> int:
+        """Sample losses in the journal: the forward passes that the search has cost so far, as this worker knows."""
+        return self._journal.num_losses
+
+    def evaluate(self, factors: RescaleFactors, bound: Callable[[], float] = lambda: math.inf) -> Score:
+        """Sum the losses of all samples, or stop as soon as the sum is above the bound.
+
+        Args:
+            factors: What to judge.
+            bound: Asked before every batch; it may fall meanwhile, as other workers finish.
+        """
+        known = self._journal.losses(factors)
+        losses = [loss for batch in known.values() for loss in batch]
+        open_batches = [batch for batch in self._hardest_first() if batch not in known]
+        for batch, batch_losses in known.items():
+            self._learn_hardness(batch, batch_losses)
+        for batch in open_batches:
+            total = math.fsum(losses)
+            if total == math.inf or (self._early_termination and total > bound()):
+                return Score(total, total == math.inf, len(losses))
+            fresh = self._computed(factors, batch)
+            losses += fresh
+            self._learn_hardness(batch, fresh)
+        return Score(math.fsum(losses), True, len(losses))
 
     def value(self, loss_sum: float) -> float:
         """The objective: perplexity over the scored tokens of all samples."""
         return perplexity(loss_sum, self._num_scored_tokens)
 
-    def _known_then_computed(self, factors: RescaleFactors) -> Iterator[float]:
-        """Losses in the order of the samples; new ones are journalled before they are used."""
-        known = self._journal.losses(factors)
-        yield from known
-        if len(known) == self._num_samples:
-            return
-        for batch in self._losses_of_samples(factors, len(known)):
-            losses = [loss if math.isfinite(loss) else math.inf for loss in batch]
-            if math.inf in losses:
-                logger.warning("factors %s gave a loss that is not finite; they count as worst", factors_key(factors))
-            self._journal.add(factors, losses)
-            self.num_losses_computed += len(losses)
-            yield from losses
+    def _computed(self, factors: RescaleFactors, batch: int) -> list[float]:
+        """Losses of one batch, journalled before they are used."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self._losses(factors, batch)]
+        if math.inf in losses:
+            logger.warning("factors %s gave a loss that is not finite; they count as worst", factors_key(factors))
+        self._journal.add(factors, batch, losses)
+        self.num_losses_computed += len(losses)
+        return losses
+
+    def _learn_hardness(self, batch: int, losses: list[float]) -> None:
+        """Count known losses like computed ones, so that a resumed search takes the same order."""
+        if math.inf not in losses:
+            self._loss_by_batch[batch] += math.fsum(losses)
+            self._times_seen[batch] += 1
+
+    def _hardest_first(self) -> list[int]:
+        """Batches by their mean loss so far, those never computed first."""
+
+        def ease(batch: int) -> float:
+            times = self._times_seen[batch]
+            return -self._loss_by_batch[batch] / times if times else -math.inf
+
+        return sorted(range(self._losses.num_batches), key=ease)

@@ -3,7 +3,8 @@
 Evaluate a first population; then, round by round, keep the best candidates of all so far and let each give one mutated
 candidate. The bound of early termination is the loss of the worst candidate that would be kept at that moment: what
 exceeds it can never be kept, so the result is the same with and without termination. Ties are broken by the candidate
-itself, never by the order of evaluation.
+itself, never by the order of evaluation, and every worker draws the same candidates: the result is the same for any
+number of workers.
 """
 
 import math
@@ -15,6 +16,7 @@ from longrope2.search.config import SearchConfig
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.mutation import children, first_population
 from longrope2.search.space import Candidate, SearchSpace
+from longrope2.search.workers import Score, Workers
 
 __all__ = ["Evolution", "Ranked", "Round"]
 
@@ -44,7 +46,8 @@ class Round:
         worst_kept_value: Objective of the worst kept candidate.
         num_candidates: Distinct candidates evaluated so far.
         num_terminated: Those of them stopped early.
-        num_losses: Sample losses looked at so far, whether computed or taken from the journal.
+        num_losses: Sample losses looked at so far, whether computed or taken from the journal. With several workers, where
+            an evaluation stops depends on what the others have finished.
     """
 
     iteration: int
@@ -63,18 +66,23 @@ class Evolution:
         kept: Best candidates so far, best first, at most ``search.parents``.
         rounds: Account of every finished round.
         num_candidates: Distinct candidates evaluated so far.
+        num_terminated: Those of them stopped early.
+        num_losses: Sample losses looked at for them.
     """
 
-    def __init__(self, space: SearchSpace, config: SearchConfig, evaluator: Evaluator, seed: int) -> None:
+    def __init__(
+        self, space: SearchSpace, config: SearchConfig, evaluator: Evaluator, seed: int, workers: Workers | None = None
+    ) -> None:
         self.kept: list[Ranked] = []
         self.rounds: list[Round] = []
         self.num_candidates = 0
+        self.num_terminated = 0
+        self.num_losses = 0
         self._space = space
         self._config = config
         self._evaluator = evaluator
         self._seed = seed
-        self._losses_before = evaluator.num_losses_used
-        self._terminated_before = evaluator.num_terminated
+        self._workers = workers or Workers()
 
     @property
     def best(self) -> Ranked:
@@ -96,25 +104,40 @@ class Evolution:
         population = first_population(self._space, config.population, config.mutation_probability, self._seed)
         seen: set[Candidate] = set()
         for iteration in range(config.iterations + 1):
-            yield from self._evaluate_all(population)
+            yield from self._evaluate_all(population, f"round/{iteration}")
             seen.update(population)
             self._close_round(iteration)
             if iteration == config.iterations:
                 return
             parents = [ranked.candidate for ranked in self.kept]
-            population = children(self._space, parents, config.mutation_probability, self._seed, iteration + 1, seen)
+            population = children(self._space, parents, config, self._seed, iteration + 1, seen)
 
-    def _evaluate_all(self, population: Sequence[Candidate]) -> Iterator[Candidate]:
-        """Evaluate candidates one after the other, each against the bound of that moment."""
-        for candidate in population:
+    def _evaluate_all(self, population: Sequence[Candidate], label: str) -> Iterator[Candidate]:
+        """Evaluate candidates together with the other workers, each against the bound of that moment."""
+        queue = self._workers.queue(label, len(population))
+        waiting: list[Candidate] = []  # evaluated, not yet yielded
+
+        def bound() -> float:
+            waiting.extend(self._take(population[task], score) for task, score in queue.news())
             full = len(self.kept) == self._config.parents
-            bound = self.kept[-1].loss_sum if full else math.inf
-            score = self._evaluator.evaluate(self._space.to_factors(candidate), bound)
-            if score.is_complete and score.loss_sum < math.inf:
-                self.kept.append(Ranked(score.loss_sum, candidate.critical_index, candidate.steps))
-                self.kept = sorted(self.kept)[: self._config.parents]
-            self.num_candidates += 1
-            yield candidate
+            return self.kept[-1].loss_sum if full else math.inf
+
+        while (task := queue.claim()) is not None:
+            queue.publish(task, self._evaluator.evaluate(self._space.to_factors(population[task]), bound))
+            bound()
+            yield from waiting
+            waiting.clear()
+        yield from (self._take(population[task], score) for task, score in queue.remaining())
+
+    def _take(self, candidate: Candidate, score: Score) -> Candidate:
+        """Account for an evaluated candidate, and keep it if it is among the best."""
+        if score.is_complete and score.loss_sum < math.inf:
+            self.kept.append(Ranked(score.loss_sum, candidate.critical_index, candidate.steps))
+            self.kept = sorted(self.kept)[: self._config.parents]
+        self.num_candidates += 1
+        self.num_terminated += not score.is_complete
+        self.num_losses += score.num_losses
+        return candidate
 
     def _close_round(self, iteration: int) -> None:
         """Add the account of a round that has just ended."""
@@ -125,6 +148,6 @@ class Evolution:
             best_critical_index=self.best.critical_index,
             worst_kept_value=evaluator.value(self.kept[-1].loss_sum),
             num_candidates=self.num_candidates,
-            num_terminated=evaluator.num_terminated - self._terminated_before,
-            num_losses=evaluator.num_losses_used - self._losses_before,
+            num_terminated=self.num_terminated,
+            num_losses=self.num_losses,
         ))  # fmt: skip

@@ -3,35 +3,26 @@
 Needle-driven perplexity [LongRoPE2, arXiv 2502.20082, sec. 3.2] scores the tokens of the value only; plain perplexity
 scores every token. Both are exp(mean negative log-likelihood over the scored tokens of all samples).
 
-Shape legend: B = samples of a batch, T = tokens of a sample, H = hidden size, S = scored tokens, V = vocabulary.
+Shape legend: B = samples of a batch, T = tokens of a sample (of this process's chunk), H = hidden size, S = scored tokens.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
+from longrope2.attention import build_layout, chunk_bounds
 from longrope2.errors import DataError
-from longrope2.model import WindowedModel
+from longrope2.model import WindowedModel, head_nll, token_nll
 from longrope2.rope import RescaleFactors, Window
 from longrope2.segments.needle_set import NeedleSet
 
-__all__ = [
-    "SampleLosses",
-    "ScoredSample",
-    "cut_documents",
-    "needle_samples",
-    "perplexity",
-    "samples_sha256",
-    "token_nll",
-]
-
-HEAD_CHUNK_TOKENS = 1024  # scored positions that pass the LM head together; bounds the memory of plain perplexity
+__all__ = ["SampleLosses", "ScoredSample", "cut_documents", "needle_samples", "perplexity", "samples_sha256"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,67 +92,69 @@ def perplexity(loss_sum: float, num_scored_tokens: int) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-@torch.no_grad()
-def token_nll(model: WindowedModel, tokens_BT: Tensor, window: Window, first_scored: int = 1) -> Tensor:
-    """Negative log-likelihood of the tokens from ``first_scored`` on, each row plain causal from position 0.
-
-    The last token is only predicted, never fed, and only the positions that predict a scored token pass the LM head.
-
-    Args:
-        model: Model with the factors to judge.
-        tokens_BT: Token ids.
-        window: Which RoPE table to apply.
-        first_scored: Index of the first scored token, >= 1.
-
-    Returns:
-        [B, T - first_scored], float32, nats.
-    """
-    hidden_BTH = model.hidden_states(tokens_BT[:, :-1], window)[:, first_scored - 1 :]
-    head = model.hf.get_output_embeddings()
-    losses_BS = [
-        F.cross_entropy(head(hidden_BSH).float().transpose(1, 2), labels_BS, reduction="none")
-        for hidden_BSH, labels_BS in zip(
-            hidden_BTH.split(HEAD_CHUNK_TOKENS, dim=1),
-            tokens_BT[:, first_scored:].split(HEAD_CHUNK_TOKENS, dim=1),
-            strict=True,
-        )
-    ]
-    return torch.cat(losses_BS, dim=1)
-
-
 class SampleLosses:
-    """The loss of every sample under given factors, batch by batch.
+    """The loss of every sample under given factors, in fixed batches.
+
+    With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of the tokens, heads are
+    exchanged for tokens in every layer, and the losses are summed over the group.
 
     Attributes:
         samples: The frozen samples.
+        num_samples: Their number.
+        num_batches: Batches they are divided into.
         num_scored_tokens: Scored tokens of all samples.
     """
 
     def __init__(
-        self, model: WindowedModel, samples: Sequence[ScoredSample], batch_size: int = 1, window: Window = Window.LONG
+        self,
+        model: WindowedModel,
+        samples: Sequence[ScoredSample],
+        batch_size: int = 1,
+        window: Window = Window.LONG,
+        sequence_group: ProcessGroup | None = None,
     ) -> None:
         self.samples = tuple(samples)
+        self.num_samples = len(samples)
+        self.num_batches = -(-len(samples) // batch_size)
         self.num_scored_tokens = sum(sample.num_scored for sample in samples)
         self._model = model
         self._batch_size = batch_size
         self._window = window
+        self._group = sequence_group
 
-    def __call__(self, factors: RescaleFactors, first_sample: int = 0) -> Iterator[list[float]]:
-        """Summed loss of each sample from ``first_sample`` on; nothing is computed for batches that are not asked for.
-
-        A batch is computed only when the iterator is advanced, so a caller may set other factors in between.
-        """
-        for start in range(first_sample, len(self.samples), self._batch_size):
-            self._model.set_factors(factors)
-            yield self._batch_losses(self.samples[start : start + self._batch_size])
-
-    def _batch_losses(self, batch: Sequence[ScoredSample]) -> list[float]:
-        """Summed loss of each sample of one batch; scoring starts at its own index in each."""
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        """Summed loss of each sample of one batch, nats."""
+        self._model.set_factors(factors)
+        samples = self.samples[batch * self._batch_size : (batch + 1) * self._batch_size]
+        if self._group is not None:
+            return [self._shared_loss(sample, self._group) for sample in samples]
         device = next(self._model.parameters()).device
-        tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in batch])).to(device)
-        first = min(sample.first_scored for sample in batch)
+        tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in samples])).to(device)
+        first = min(sample.first_scored for sample in samples)
         losses_BS = token_nll(self._model, tokens_BT, self._window, first).double()
         return [
             losses_S[sample.first_scored - first :].sum().item()
-            for sample, losses_S in zip(batch, losses_BS, strict=True)
+            for sample, losses_S in zip(samples, losses_BS, strict=True)
         ]
+
+    @torch.no_grad()
+    def _shared_loss(self, sample: ScoredSample, group: ProcessGroup) -> float:
+        """Loss of one sample whose tokens are spread over a group; the same number on all of its processes."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        num_inputs = len(sample.tokens) - 1
+        # Padded on the right to a multiple of the group's size: under a causal mask no scored token sees it.
+        padded = np.pad(sample.tokens, (0, -num_inputs % size), mode="edge")
+        start, stop = chunk_bounds(len(padded) - 1, rank, size)
+        layout = build_layout(
+            self._window, [len(padded) - 1], sequence_rank=rank, sequence_group=group, sequence_size=size,
+            device=self._model.hf.device,
+        )  # fmt: skip
+        tokens_T = torch.from_numpy(padded).to(self._model.hf.device)
+        hidden_BTH = self._model.hidden_states(tokens_T[None, start:stop], self._window, layout)
+        first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
+        losses_BS = head_nll(
+            self._model, hidden_BTH[:, first - start : last - start], tokens_T[None, first + 1 : last + 1]
+        )
+        loss = losses_BS.double().sum()
+        dist.all_reduce(loss, group=group)
+        return loss.item()

@@ -4,6 +4,7 @@
 its own window the model retrieves the needle, and taking the needle away raises the loss of the value.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 from longrope2.errors import ArtifactError, DataError
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors
 from longrope2.search.config import SearchConfig
-from longrope2.search.evaluator import LossesOfSamples
+from longrope2.search.evaluator import BatchLosses
 from longrope2.search.objective import SampleLosses, perplexity
 from longrope2.segments.needle_set import NeedleSet
 
@@ -52,16 +53,14 @@ def check_needle_labels(
             raise ArtifactError(f"needle sample {number}: the scored tokens read {scored!r}, not {sample.value!r}")
 
 
-def check_factors_matter(losses_of_samples: LossesOfSamples, geometry: RopeGeometry, target_len: int) -> None:
+def check_factors_matter(losses: BatchLosses, geometry: RopeGeometry, target_len: int) -> None:
     """Self-test (b): unscaled and interpolated RoPE give different losses.
 
     Raises:
         ArtifactError: they do not: the model's RoPE is applied elsewhere, and every candidate would score the same.
     """
     methods = (RopeMethod.none, RopeMethod.pi)
-    first, second = (
-        next(losses_of_samples(closed_form_factors(method, geometry, target_len), 0)) for method in methods
-    )
+    first, second = (losses(closed_form_factors(method, geometry, target_len), 0) for method in methods)
     if first == second:
         raise ArtifactError(
             f"the loss is {first[0]:.6g} with the unscaled and with the interpolated RoPE alike: this model does not "
@@ -102,4 +101,5 @@ def check_needle_guidance(
 
 def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
     """Perplexity over all samples."""
-    return perplexity(sum(sum(batch) for batch in losses(factors)), losses.num_scored_tokens)
+    batches = (losses(factors, batch) for batch in range(losses.num_batches))
+    return perplexity(math.fsum(loss for batch in batches for loss in batch), losses.num_scored_tokens)

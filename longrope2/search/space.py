@@ -4,6 +4,9 @@ Every factor at or above the critical index c lies in [s, 2s] (out-of-distributi
 the index, and those below c follow from the one at c by NTK scaling. With ``dims=all`` the factors below c are chosen
 freely too, between 1 and the next one.
 
+The first-generation search [LongRoPE, arXiv 2402.13753] has neither bound nor critical index: every factor is free
+between 1 and 1.25 s. Its count of leading tokens kept unscaled is left out: no published model uses one.
+
 Free factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
 """
 
@@ -20,7 +23,7 @@ from longrope2.rope import (
     ten_period_index,
     theoretical_critical_index,
 )
-from longrope2.search.config import SearchConfig, SearchedDims
+from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 
 __all__ = ["Candidate", "SearchSpace"]
 
@@ -32,7 +35,7 @@ class Candidate:
     """One point of the space.
 
     Attributes:
-        critical_index: c, cosine index.
+        critical_index: c, cosine index; the number of cosine indices where nothing is bounded.
         steps: Freely chosen factors in grid steps, non-decreasing: those from c upwards, or all with ``dims=all``.
     """
 
@@ -50,6 +53,7 @@ class SearchSpace:
         critical_indices: Allowed critical indices, ascending.
         dims: Which factors are free.
         steps_per_unit: Grid steps in a factor of 1.
+        highest_ratio: Largest factor over s.
     """
 
     geometry: RopeGeometry
@@ -57,6 +61,7 @@ class SearchSpace:
     critical_indices: tuple[int, ...]
     dims: SearchedDims
     steps_per_unit: int
+    highest_ratio: float = 2.0
 
     @classmethod
     def from_config(cls, config: SearchConfig, geometry: RopeGeometry, target_len: int) -> "SearchSpace":
@@ -67,7 +72,9 @@ class SearchSpace:
                 pre-trained window.
         """
         last = geometry.num_frequencies - 1
-        if config.critical is not None:
+        if config.algorithm is Algorithm.longrope:
+            indices = (geometry.num_frequencies,)
+        elif config.critical is not None:
             if not 0 <= config.critical <= last:
                 raise FactorsError(f"search.critical={config.critical}: must be null or a cosine index, 0 .. {last}")
             indices = (config.critical,)
@@ -78,7 +85,7 @@ class SearchSpace:
                 f"every dimension turns ten times or more in original_len={geometry.original_len}: no critical "
                 f"dimension to search; check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
             )
-        return cls(geometry, target_len, indices, config.dims, round(1 / config.grid))
+        return cls(geometry, target_len, indices, config.dims, round(1 / config.grid), config.highest_ratio)
 
     @property
     def lowest_step(self) -> int:
@@ -87,8 +94,14 @@ class SearchSpace:
 
     @property
     def highest_step(self) -> int:
-        """2s, rounded down to the grid, but never below s rounded up."""
-        return max(2 * self.target_len * self.steps_per_unit // self.geometry.original_len, self.lowest_step)
+        """``highest_ratio`` times s (2s), rounded down to the grid, but never below s rounded up."""
+        highest = self.highest_ratio * self.target_len * self.steps_per_unit / self.geometry.original_len
+        return max(math.floor(highest), self.lowest_step)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether candidates have a critical index, from which factors must reach s."""
+        return self.critical_indices[-1] < self.geometry.num_frequencies
 
     def first_free(self, critical_index: int) -> int:
         """Cosine index of the first freely chosen factor."""
@@ -124,7 +137,7 @@ class SearchSpace:
         return candidate
 
     def closed_form_seeds(self) -> list[Candidate]:
-        """Closed-form methods that lie in the space at the largest critical index."""
+        """Closed-form methods that lie in the space, at the largest critical index."""
         critical_index = self.critical_indices[-1]
         seeds = []
         for method in SEED_METHODS:
@@ -142,6 +155,6 @@ class SearchSpace:
             geometry=self.geometry,
             target_len=self.target_len,
             method=method,
-            critical_index=candidate.critical_index,
+            critical_index=candidate.critical_index if self.is_bounded else None,
             provenance=provenance,
         )

@@ -4,9 +4,9 @@ import resource
 
 import torch
 
+from longrope2.parallel import Processes
 from longrope2.rope import Window
 from longrope2.training.config import TrainRoot
-from longrope2.training.processes import Processes
 from longrope2.training.step import StepReport
 
 __all__ = ["memory_peak_gib", "step_metrics"]

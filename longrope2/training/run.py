@@ -14,6 +14,7 @@ from longrope2.artifacts import Manifest, describe_input, model_identity, produc
 from longrope2.config import to_plain
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.model import WindowedModel, factors_path, load_windowed_model, resolve_factors, rope_geometry
+from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule
 from longrope2.tracking import MetricsLog
@@ -21,7 +22,6 @@ from longrope2.training import checkpoint
 from longrope2.training.batch import RankBatch, load_rank_batch
 from longrope2.training.config import Precision, Recompute, TrainRoot, check
 from longrope2.training.optimizer import deepspeed_settings, learning_rate, make_optimizer
-from longrope2.training.processes import Processes, join_processes, leave_processes
 from longrope2.training.report import step_metrics
 from longrope2.training.step import StepReport, run_step
 

@@ -16,13 +16,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.model import WindowedModel
-from longrope2.parallel import ParallelConfig, ParallelDims, make_groups
+from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes, make_groups
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.segments import MicroStep, Segment
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import TrainingConfig
 from longrope2.training.optimizer import deepspeed_settings, make_optimizer
-from longrope2.training.processes import join_processes, leave_processes
 from longrope2.training.step import run_step
 
 LENGTH = 256

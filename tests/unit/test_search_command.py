@@ -1,11 +1,13 @@
 """``launch.search`` from its overrides to its product, on a random miniature: what is written, reused and refused."""
 
+import itertools
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from longrope2.artifacts import read_manifest
 from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.model import RopeConfig, load_tokenizer, resolve_factors
 from longrope2.rope import RescaleFactors, RopeGeometry
+from longrope2.search import SampleLosses
 from longrope2.segments.needle_set import NeedleSet
 
 TOKENIZER_FOLDER = Path(__file__).parents[2] / "models" / "tiny"
@@ -70,9 +73,15 @@ def search(tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch:
     return run
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that must not depend on how often a search was interrupted."""
-    return {name: (folder / name).read_bytes() for name in ("factors.json", "history.json", "journal.jsonl")}
+COSTS = ("num_losses", "num_terminated")  # of a round: where an evaluation stops may depend on other workers
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything that must not depend on how often a search was interrupted, nor on the number of workers."""
+    history = json.loads((folder / "history.json").read_text())
+    del history["budget"]
+    history["rounds"] = [{k: v for k, v in entry.items() if k not in COSTS} for entry in history["rounds"]]
+    return {"factors": (folder / "factors.json").read_bytes(), "history": history}
 
 
 def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +102,22 @@ def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "budget     at most 9 candidates, 4,608 forward tokens" in text
     assert re.search(r"longrope2 \(searched\) +│ +[0-9.e+]+", text)
-    assert f"critical index {factors.critical_index} (theoretical 3); 9 candidates" in text
+    assert f"critical index {factors.critical_index} (theoretical 3)\n9 candidates, " in text
+    assert (folder / "factors.svg").read_text().count("<svg") == (folder / "search.svg").read_text().count("<svg") == 1
+
+
+def test_budget_report(search: SearchRun, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = search("search.num_samples=3", "search.projected_gpus=4", "search.projected_tflops=10")
+    budget = json.loads((folder / "history.json").read_text())["budget"]
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()[1:]]
+    assert budget["num_forwards"] == sum(len(line["losses"]) for line in lines)
+    assert budget["num_forwards"] + budget["num_forwards_saved"] == 3 * (budget["num_candidates"] + 4)  # closed forms
+    assert budget["forward_tokens"] == 256 * budget["num_forwards"]
+    # Two layers of q, k, v, o (32 x 32 each) and a gated MLP (3 x 32 x 32), and two causal products of width 32.
+    flops = 2 * (2 * (7 * 32 * 32) * 256 + 2 * 32 * 256**2)
+    assert budget["projected_hours"] == pytest.approx(flops * budget["num_forwards"] / 40e12 / 3600)
+    assert f"{budget['num_forwards']} forward passes ({budget['forward_tokens']:,} tokens)" in capsys.readouterr().out
+    assert read_manifest(folder, "factors").counts == budget
 
 
 @pytest.mark.parametrize(
@@ -145,17 +169,15 @@ def test_finished_search_is_not_repeated(
 
 def test_killed_search_is_resumed(search: SearchRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(search("run.name=whole").parents[1] / "whole" / "2_factors")
-    from longrope2.search import SampleLosses
+    original, calls = SampleLosses.__call__, []
 
-    original, calls = SampleLosses._batch_losses, []
-
-    def killed(self: SampleLosses, batch: object) -> list[float]:
+    def killed(self: SampleLosses, factors: RescaleFactors, batch: int) -> list[float]:
         calls.append(1)
         if len(calls) == 27:
             raise KeyboardInterrupt
-        return original(self, batch)  # type: ignore[arg-type]
+        return original(self, factors, batch)
 
-    monkeypatch.setattr(SampleLosses, "_batch_losses", killed)
+    monkeypatch.setattr(SampleLosses, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
         search()
     folder = tmp_path / "test" / "2_factors"
@@ -180,6 +202,29 @@ def test_frozen_needles_are_used_again(search: SearchRun) -> None:
     (folder / "journal.jsonl").unlink()
     search()
     assert (folder / "needles.arrow").read_bytes() != frozen
+
+
+def test_first_generation_search_of_both_windows(search: SearchRun, tmp_path: Path, capsys: Any) -> None:
+    small = ("search.population=5", "search.iterations=2", "search.parents=2", "search.num_samples=2",
+             "search.mutations=2", "search.crossovers=2")  # fmt: skip
+    folder = search("search=longrope", *small)
+    long = RescaleFactors.from_json((folder / "factors.json").read_text())
+    assert (long.method, long.critical_index, long.provenance["critical"]) == ("longrope", None, "none")
+    assert all(1 <= a <= b <= 2.5 for a, b in itertools.pairwise(long.factors))
+    assert "space      no critical index; every factor 1 .. 2.5" in capsys.readouterr().out
+    (tmp_path / "long.json").write_text(long.to_json())
+    search("search=longrope", *small, "run.name=both", f"search.short_window_of={tmp_path / 'long.json'}")
+    both = RescaleFactors.from_json((tmp_path / "both" / "2_factors" / "factors.json").read_text())
+    history = json.loads((tmp_path / "both" / "2_factors" / "history.json").read_text())
+    assert both.factors == long.factors
+    assert both.short_factors == tuple(history["kept"][0]["factors"])
+    assert history["sample_len"] == 128
+    assert "short_ppl" in both.provenance
+
+
+def test_short_window_of_a_missing_file(search: SearchRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="search.short_window_of: rope.method=from_file needs a factors file"):
+        search("search=longrope", f"search.short_window_of={tmp_path / 'none.json'}")
 
 
 def test_plain_perplexity_objective(search: SearchRun) -> None:
@@ -237,6 +282,8 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
     ("override", "text"),
     [
         ("target_len=128", "target_len=128: must be a multiple, 2 or more, of model.original_len=128"),
+        ("parallel.processes=0", "parallel.processes=0: must be a multiple of parallel.sequence=1"),
+        ("parallel.sequence=3", "parallel.sequence=3 cannot share 2 query and 2 key/value heads"),
         ("search.critical=8", "search.critical=8: must be null or a cosine index, 0 .. 7"),
         ("search.objectve=needle", "search.objectve"),
         ("search.objective=needles", "needles.*needle, perplexity"),

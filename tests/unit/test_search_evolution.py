@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from longrope2.search import (
     Evolution,
     Journal,
     Objective,
+    Score,
+    SearchBudget,
     SearchConfig,
     SearchedDims,
     SearchSpace,
@@ -26,6 +27,7 @@ from longrope2.search import (
 GEOMETRY = RopeGeometry(32, 1e4, 128)
 PLANTED = Candidate(4, (1650, 1650, 1700, 1820, 1900, 1900, 2050, 2100, 2200, 2250, 2300, 2600))
 NUM_SAMPLES = 4
+HARDNESS = (1.0, 4.0, 2.0, 3.0)  # of the samples: the loss per unit of distance
 HEADER = {"model": "synthetic"}
 
 
@@ -37,16 +39,23 @@ class PlantedLosses:
         self.batch_size = batch_size
         self.broken = broken
         self.num_computed = 0
-        self.calls: list[tuple[float, ...]] = []
+        self.calls: list[tuple[tuple[float, ...], int]] = []
 
-    def __call__(self, factors: RescaleFactors, first_sample: int) -> Iterator[list[float]]:
-        self.calls.append(factors.factors)
+    @property
+    def num_batches(self) -> int:
+        return -(-NUM_SAMPLES // self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        return NUM_SAMPLES
+
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        self.calls.append((factors.factors, batch))
         distance = sum(abs(math.log(a / b)) for a, b in zip(factors.factors, self.best, strict=True))
-        for start in range(first_sample, NUM_SAMPLES, self.batch_size):
-            numbers = range(start, min(start + self.batch_size, NUM_SAMPLES))
-            self.num_computed += len(numbers)
-            is_broken = factors.factors[-1] > 28 and not self.broken.isdisjoint(numbers)
-            yield [math.nan if is_broken else (NUM_SAMPLES - number) * distance + 0.01 for number in numbers]
+        numbers = range(batch * self.batch_size, min((batch + 1) * self.batch_size, NUM_SAMPLES))
+        self.num_computed += len(numbers)
+        is_broken = factors.factors[-1] > 28 and not self.broken.isdisjoint(numbers)
+        return [math.nan if is_broken else HARDNESS[number] * distance + 0.01 for number in numbers]
 
 
 def config_of(**changes: object) -> SearchConfig:
@@ -63,11 +72,10 @@ def search(
 ) -> tuple[Evolution, Evaluator, PlantedLosses]:
     space = SearchSpace.from_config(config, GEOMETRY, 2048)
     losses = losses or PlantedLosses(config.batch_size)
-    with Journal(folder / "journal.jsonl", HEADER) as journal:
+    with Journal(folder, HEADER) as journal:
         evaluator = Evaluator(
-            losses, journal, num_samples=NUM_SAMPLES, num_scored_tokens=NUM_SAMPLES,
-            early_termination=config.early_termination,
-        )  # fmt: skip
+            losses, journal, num_scored_tokens=NUM_SAMPLES, early_termination=config.early_termination
+        )
         evolution = Evolution(space, config, evaluator, seed)
         for number, _ in enumerate(evolution.steps(), start=1):
             if number == stop_after:
@@ -113,9 +121,33 @@ def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_si
     short, evaluator, fewer_losses = search(tmp_path / "short", config_of(batch_size=batch_size, dims=dims))
     assert outcome(short) == outcome(full)
     assert account(short) == account(full)
-    assert evaluator.num_terminated > 0
-    assert fewer_losses.num_computed < all_losses.num_computed - evaluator.num_terminated // 2
+    assert short.num_terminated > 0
+    assert full.num_terminated == 0
+    assert fewer_losses.num_computed <= all_losses.num_computed - short.num_terminated
+    assert fewer_losses.num_computed == evaluator.num_losses_computed == evaluator.num_losses_known == short.num_losses
     assert all_losses.num_computed == NUM_SAMPLES * full.num_candidates
+
+
+def test_the_hardest_sample_comes_first(tmp_path: Path) -> None:
+    evolution, _, losses = search(tmp_path, config_of())
+    first_of = {}
+    for factors, batch in losses.calls:
+        first_of.setdefault(factors, batch)
+    order = list(first_of.values())
+    assert order[0] == 0
+    assert set(order[1:]) == {HARDNESS.index(max(HARDNESS))}
+    assert evolution.num_terminated > 0
+
+
+class GivenLosses:
+    """The same losses for all factors, one sample a batch."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = losses
+        self.num_batches = self.num_samples = len(losses)
+
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        return [self.losses[batch]]
 
 
 @pytest.mark.parametrize(
@@ -126,24 +158,40 @@ def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_si
         ([1.0, 2.0, 3.0, 4.0], 5.5, 6.0, False, 3),
         ([1.0, 2.0, 3.0, 4.0], 0.5, 1.0, False, 1),
         ([1.0, math.nan, 3.0, 4.0], math.inf, math.inf, True, 2),  # no further sample can mend it
+        ([1.0, 2.0, 3.0, math.inf], math.inf, math.inf, True, 4),
     ],
 )
 def test_where_an_evaluation_stops(
     tmp_path: Path, losses: list[float], bound: float, loss_sum: float, is_complete: bool, num_computed: int
 ) -> None:
-    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
-        evaluator = Evaluator(
-            lambda factors, first: ([loss] for loss in losses[first:]), journal, num_samples=4, num_scored_tokens=4
-        )
-        score = evaluator.evaluate(_factors((16.0,) * 16), bound)
-    assert (score.loss_sum, score.is_complete) == (loss_sum, is_complete)
-    assert (evaluator.num_losses_computed, evaluator.num_losses_used) == (num_computed, num_computed)
-    assert evaluator.num_terminated == (not is_complete)
+    with Journal(tmp_path, HEADER) as journal:
+        evaluator = Evaluator(GivenLosses(losses), journal, num_scored_tokens=4)
+        score = evaluator.evaluate(_factors((16.0,) * 16), lambda: bound)
+    assert score == Score(loss_sum, is_complete, num_computed)
+    assert evaluator.num_losses_computed == num_computed
+
+
+def test_a_bound_that_falls_meanwhile_stops_an_evaluation(tmp_path: Path) -> None:
+    bounds = iter([math.inf, 5.0, 1.5])
+    with Journal(tmp_path, HEADER) as journal:
+        evaluator = Evaluator(GivenLosses([1.0, 1.0, 1.0, 1.0]), journal, num_scored_tokens=4)
+        score = evaluator.evaluate(_factors((16.0,) * 16), lambda: next(bounds))
+    assert score == Score(2.0, False, 2)
+
+
+def test_sums_do_not_depend_on_the_order(tmp_path: Path) -> None:
+    losses = [0.1, 1e16, 0.2, 0.3]  # added one by one, the small ones would be lost in some orders
+    with Journal(tmp_path, HEADER) as journal:
+        evaluator = Evaluator(GivenLosses(losses), journal, num_scored_tokens=4)
+        first = evaluator.evaluate(_factors((16.0,) * 16)).loss_sum
+        second = evaluator.evaluate(_factors((17.0,) * 16)).loss_sum  # the hardest first, by now
+    assert first == second == math.fsum(losses)
 
 
 def test_kept_candidates_are_the_best_of_all_by_brute_force(tmp_path: Path) -> None:
     evolution, _, losses = search(tmp_path, config_of())
-    sums = sorted(sum(sum(batch) for batch in losses(_factors(call), 0)) for call in list(dict.fromkeys(losses.calls)))
+    candidates = dict.fromkeys(factors for factors, _ in losses.calls)
+    sums = sorted(sum(losses(_factors(factors), batch)[0] for batch in range(NUM_SAMPLES)) for factors in candidates)
     assert [ranked.loss_sum for ranked in evolution.kept] == pytest.approx(sums[:8], rel=1e-12)
 
 
@@ -163,6 +211,7 @@ def test_resume_repeats_nothing_and_ends_the_same(tmp_path: Path, stop_after: in
     assert first.num_computed + second.num_computed == whole_losses.num_computed
     again, evaluator, third = search(tmp_path / "cut", config)
     assert third.num_computed == evaluator.num_losses_computed == 0
+    assert evaluator.num_losses_known == whole_losses.num_computed
     assert again.rounds == whole.rounds
 
 
@@ -180,7 +229,8 @@ def test_a_journal_cut_anywhere_is_resumed(tmp_path: Path) -> None:
 
 def test_no_candidate_is_evaluated_twice(tmp_path: Path) -> None:
     evolution, _, losses = search(tmp_path, config_of())
-    assert len(losses.calls) == len(set(losses.calls)) == evolution.num_candidates
+    assert len(losses.calls) == len(set(losses.calls)) == evolution.num_losses
+    assert len({factors for factors, _ in losses.calls}) == evolution.num_candidates
 
 
 def test_a_wider_search_reuses_the_journal(tmp_path: Path) -> None:
@@ -206,15 +256,18 @@ def test_nan_counts_as_worst_and_is_recorded(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_no_finite_candidate(tmp_path: Path) -> None:
-    def broken(factors: RescaleFactors, first_sample: int) -> Iterator[list[float]]:
-        yield [math.inf]
-
     config = config_of()
-    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
-        evaluator = Evaluator(broken, journal, num_samples=NUM_SAMPLES, num_scored_tokens=NUM_SAMPLES)
+    with Journal(tmp_path, HEADER) as journal:
+        evaluator = Evaluator(GivenLosses([math.inf]), journal, num_scored_tokens=NUM_SAMPLES)
         evolution = Evolution(SearchSpace.from_config(config, GEOMETRY, 2048), config, evaluator, 0)
         with pytest.raises(FactorsError, match="none of 24 candidates gave a finite loss"):
             list(evolution.steps())
+
+
+BUDGET = SearchBudget(
+    num_candidates=1, num_terminated=0, num_forwards=4, num_forwards_saved=0, forward_tokens=8192, seconds=1.0,
+    device_hours=0.1, sustained_tflops=None, projected_hours=0.2,
+)  # fmt: skip
 
 
 def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
@@ -225,7 +278,8 @@ def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
     assert RescaleFactors.from_json(factors.to_json()) == factors
     assert factors.factors == space.to_factors(evolution.best.candidate).factors
     assert factors.provenance["objective"] == Objective.needle.value
-    history = search_history(evolution, evaluator, space, config, baselines={"pi": 3.0}, guidance=None)
+    history = search_history(evolution, evaluator, space, config, baselines={"pi": 3.0}, guidance=None,
+                             sample_len=2048, budget=BUDGET)  # fmt: skip
     assert json.loads(json.dumps(history)) == history
     assert float(factors.provenance["needle_ppl"]) == history["best_value"] == history["kept"][0]["value"]
     assert history["kept"][0]["factors"] == list(factors.factors)
@@ -234,34 +288,62 @@ def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
 
 
 def test_journal_is_on_disk_after_every_batch(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
-        journal.add(_factors((16.0,) * 16), [1.5, 2.5])
+    with Journal(tmp_path, HEADER) as journal:
+        journal.add(_factors((16.0,) * 16), 3, [1.5, 2.5])
         last = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])
-    assert (last["first_sample"], last["losses"]) == (0, [1.5, 2.5])
+    assert (last["batch"], last["losses"]) == (3, [1.5, 2.5])
 
 
 def test_losses_are_known_by_all_that_shapes_the_long_window(tmp_path: Path) -> None:
     factors = _factors((16.0,) * 16)
-    with Journal(tmp_path / "journal.jsonl", HEADER) as journal:
-        journal.add(factors, [1.5])
-        assert journal.losses(replace(factors, method="other", provenance={"a": "b"})) == [1.5]
-        assert journal.losses(replace(factors, long_attention_scale=1.1)) == []
-        assert journal.losses(_factors((16.0,) * 15 + (16.01,))) == []
+    with Journal(tmp_path, HEADER) as journal:
+        journal.add(factors, 0, [1.5])
+        assert journal.losses(replace(factors, method="other", provenance={"a": "b"})) == {0: [1.5]}
+        assert journal.losses(replace(factors, long_attention_scale=1.1)) == {}
+        assert journal.losses(_factors((16.0,) * 15 + (16.01,))) == {}
 
 
 def test_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     search(tmp_path, config_of(iterations=0))
     text = "belongs to another search: samples was None, now it is other; use another run.name, or remove"
     with pytest.raises(ArtifactError, match=text):
-        Journal(tmp_path / "journal.jsonl", {**HEADER, "samples": "other"})
+        Journal(tmp_path, {**HEADER, "samples": "other"})
+
+
+def test_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text('{"search_journal": 1}\n')
+    with pytest.raises(ArtifactError, match="has version 1, this program reads 2; use another run.name, or remove"):
+        Journal(tmp_path, HEADER)
+
+
+def test_workers_read_each_others_journals(tmp_path: Path) -> None:
+    factors = _factors((16.0,) * 16)
+    with Journal(tmp_path, HEADER) as first, Journal(tmp_path, HEADER, worker=2) as second:
+        first.add(factors, 0, [1.0])
+        second.add(factors, 1, [2.0])
+        second.add(factors, 0, [1.0])  # both may have computed the same before a crash
+    with (tmp_path / "journal.2.jsonl").open("ab") as torn:
+        torn.write(b'{"factors": "abc"')
+    with Journal(tmp_path, HEADER) as journal:
+        assert journal.losses(factors) == {0: [1.0], 1: [2.0]}
+        assert journal.num_losses == 2
+    assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')  # another worker's file
+    with Journal(tmp_path, HEADER, worker=2):
+        assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b"]}\n")
+
+
+def test_a_journal_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
+    with Journal(tmp_path, HEADER, worker=1, writes=False) as journal:
+        journal.add(_factors((16.0,) * 16), 0, [1.0])
+        assert journal.num_losses == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_journal_in_use_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    with Journal(path, HEADER):
+    with Journal(tmp_path, HEADER):
         with pytest.raises(ArtifactError, match="is in use by another search; wait for it, or end it"):
-            Journal(path, HEADER)
-    Journal(path, HEADER).__exit__()
+            Journal(tmp_path, HEADER)
+    Journal(tmp_path, HEADER).__exit__()
 
 
 @pytest.mark.parametrize(
@@ -271,8 +353,8 @@ def test_journal_in_use_is_refused(tmp_path: Path) -> None:
         (1, b"[1]\n"),
         (3, b"not json\n"),
         (3, b'{"factors": "abc"}\n'),
-        (3, b'{"factors": "abc", "first_sample": 2, "losses": [1.0]}\n'),
-        (3, b'{"factors": "abc", "first_sample": 0, "losses": ["x"]}\n'),
+        (3, b'{"factors": "abc", "losses": [1.0]}\n'),
+        (3, b'{"factors": "abc", "batch": 0, "losses": ["x"]}\n'),
     ],
 )
 def test_damaged_journal_is_refused(tmp_path: Path, number: int, line: bytes) -> None:
@@ -282,5 +364,5 @@ def test_damaged_journal_is_refused(tmp_path: Path, number: int, line: bytes) ->
     lines[number - 1] = line
     path.write_bytes(b"".join(lines))
     with pytest.raises(ArtifactError, match=f"is damaged at line {number}; remove that line and all after it"):
-        Journal(path, HEADER)
+        Journal(tmp_path, HEADER)
     assert path.read_bytes() == b"".join(lines)

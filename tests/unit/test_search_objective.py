@@ -1,6 +1,5 @@
 """Losses of scored tokens against transformers' own loss, samples, and the self-tests with every error text."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.model import WindowedModel
+from longrope2.model import WindowedModel, token_nll
+from longrope2.model import scoring as scoring_module
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.search import (
     SampleLosses,
@@ -22,9 +22,7 @@ from longrope2.search import (
     needle_samples,
     perplexity,
     samples_sha256,
-    token_nll,
 )
-from longrope2.search import objective as objective_module
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 GEOMETRY = RopeGeometry(16, 1e4, 16)
@@ -69,31 +67,61 @@ def reference_losses(factors: RescaleFactors, sample: ScoredSample) -> float:
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_sample_losses_against_transformers(model: WindowedModel, factors: RescaleFactors, batch_size: int) -> None:
     samples = [ScoredSample(tokens(n), first) for n, first in enumerate([56, 60, 1, 63])]
-    losses = [loss for batch in SampleLosses(model, samples, batch_size)(factors, 0) for loss in batch]
+    losses = all_losses(SampleLosses(model, samples, batch_size), factors)
     assert losses == pytest.approx([reference_losses(factors, sample) for sample in samples], rel=1e-4)
+
+
+def all_losses(losses: SampleLosses, factors: RescaleFactors) -> list[float]:
+    return [loss for batch in range(losses.num_batches) for loss in losses(factors, batch)]
 
 
 def test_losses_follow_the_factors_asked_for_even_when_interleaved(model: WindowedModel) -> None:
     losses = SampleLosses(model, [ScoredSample(tokens(n), 1) for n in range(2)])
-    expected = {f.method: [loss for batch in losses(f) for loss in batch] for f in (PI, NTK)}
-    pi, ntk = losses(PI), losses(NTK)
-    assert [next(pi), next(ntk), next(pi), next(ntk)] == [
+    expected = {f.method: all_losses(losses, f) for f in (PI, NTK)}
+    assert [losses(PI, 0), losses(NTK, 0), losses(PI, 1), losses(NTK, 1)] == [
         [expected["pi"][0]], [expected["ntk"][0]], [expected["pi"][1]], [expected["ntk"][1]],
     ]  # fmt: skip
 
 
-def test_losses_start_where_asked_and_are_lazy(model: WindowedModel) -> None:
-    losses = SampleLosses(model, [ScoredSample(tokens(n), 1) for n in range(3)])
-    everything = [loss for batch in losses(PI) for loss in batch]
-    assert [loss for batch in losses(PI, 1) for loss in batch] == everything[1:]
-    assert list(losses(PI, 3)) == []
+def test_batches_hold_all_samples(model: WindowedModel) -> None:
+    samples = [ScoredSample(tokens(n), 1) for n in range(3)]
+    losses = SampleLosses(model, samples, batch_size=2)
+    assert (losses.num_batches, losses.num_samples) == (2, 3)
+    assert [len(losses(PI, batch)) for batch in range(2)] == [2, 1]
     assert losses.num_scored_tokens == 3 * (TARGET_LEN - 1)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("first_scored", [1, 2, 40, TARGET_LEN - 1])
+def test_leaving_out_what_the_losses_do_not_need_changes_nothing(
+    num_layers: int, first_scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.4,
+    )  # fmt: skip
+    windowed = WindowedModel(LlamaForCausalLM(config).eval(), NTK)
+    tokens_BT = torch.from_numpy(np.stack([tokens(0), tokens(1)]))
+    cut = token_nll(windowed, tokens_BT, Window.LONG, first_scored)
+    monkeypatch.setattr(scoring_module, "CUT_BELOW_SCORED", 0)
+    whole = token_nll(windowed, tokens_BT, Window.LONG, first_scored)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    assert not list(windowed.hf.model.layers[-1].mlp._forward_hooks)
+
+
+def test_the_last_layer_computes_the_needed_positions_only(model: WindowedModel) -> None:
+    rows: list[int] = []
+    for layer in model.hf.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    token_nll(model, torch.from_numpy(tokens(0))[None], Window.LONG, first_scored=56)
+    assert rows == [TARGET_LEN - 1, 8]
 
 
 def test_chunks_of_the_head_change_nothing(model: WindowedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens_BT = torch.from_numpy(np.stack([tokens(0), tokens(1)]))
     whole = token_nll(model, tokens_BT, Window.SHORT)
-    monkeypatch.setattr(objective_module, "HEAD_CHUNK_TOKENS", 10)
+    monkeypatch.setattr(scoring_module, "HEAD_CHUNK_TOKENS", 10)
     torch.testing.assert_close(token_nll(model, tokens_BT, Window.SHORT), whole, rtol=1e-5, atol=1e-5)
     assert whole.shape == (2, TARGET_LEN - 1)
 
@@ -101,7 +129,7 @@ def test_chunks_of_the_head_change_nothing(model: WindowedModel, monkeypatch: py
 def test_only_scored_positions_pass_the_head(model: WindowedModel) -> None:
     seen: list[int] = []
     model.hf.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    list(SampleLosses(model, [ScoredSample(tokens(0), 56)])(PI))
+    SampleLosses(model, [ScoredSample(tokens(0), 56)])(PI, 0)
     assert seen == [8]
 
 
@@ -171,10 +199,11 @@ class FixedLosses(SampleLosses):
 
     def __init__(self, mean: float) -> None:
         self.num_scored_tokens = 7
+        self.num_batches = 1
         self.mean = mean
 
-    def __call__(self, factors: RescaleFactors, first_sample: int = 0) -> Iterator[list[float]]:
-        yield [7 * self.mean]
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        return [7 * self.mean]
 
 
 def test_needle_guidance() -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from longrope2.errors import FactorsError
-from longrope2.rope import RopeGeometry, satisfies_bound
-from longrope2.search import Candidate, SearchConfig, SearchedDims, SearchSpace, search_faults
-from longrope2.search.mutation import children, first_population, mutate
+from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors, satisfies_bound
+from longrope2.search import Algorithm, Candidate, SearchConfig, SearchedDims, SearchSpace, search_faults
+from longrope2.search.mutation import children, cross, first_population, moved, mutate
 
 TINY = RopeGeometry(32, 1e4, 128)
 PHI3 = RopeGeometry(96, 1e4, 2048)
@@ -78,7 +78,7 @@ def test_first_population_and_children_stay_in_space(dims: SearchedDims, critica
     population = first_population(space, 64, 0.3, seed=1)
     assert len(set(population)) == 64
     assert {candidate.critical_index for candidate in population} == set(space.critical_indices)
-    fresh = children(space, population, 0.3, seed=1, iteration=1, seen=set(population))
+    fresh = children(space, population, SearchConfig(), seed=1, iteration=1, seen=set(population))
     assert len(set(fresh)) == len(fresh) == 64
     assert not set(fresh) & set(population)
     for candidate in (*population, *fresh):
@@ -101,16 +101,16 @@ def test_draws_depend_on_seed_round_and_parent_only() -> None:
     assert first_population(space, 20, 0.3, seed=1) == population
     assert first_population(space, 12, 0.3, seed=1) == population[:12]
     assert first_population(space, 20, 0.3, seed=2) != population
-    fresh = children(space, population[:4], 0.3, seed=1, iteration=3, seen=set())
-    assert children(space, population[:2], 0.3, seed=1, iteration=3, seen=set()) == fresh[:2]
-    assert children(space, population[:4], 0.3, seed=1, iteration=4, seen=set()) != fresh
+    fresh = children(space, population[:4], SearchConfig(), seed=1, iteration=3, seen=set())
+    assert children(space, population[:2], SearchConfig(), seed=1, iteration=3, seen=set()) == fresh[:2]
+    assert children(space, population[:4], SearchConfig(), seed=1, iteration=4, seen=set()) != fresh
 
 
 def test_children_avoid_what_was_seen() -> None:
     space = space_of()
     parent = first_population(space, 3, 0.3, seed=0)[-1]
-    first = children(space, [parent], 0.3, seed=0, iteration=1, seen=set())
-    second = children(space, [parent], 0.3, seed=0, iteration=1, seen=set(first))
+    first = children(space, [parent], SearchConfig(), seed=0, iteration=1, seen=set())
+    second = children(space, [parent], SearchConfig(), seed=0, iteration=1, seen=set(first))
     assert len(second) == 1
     assert second != first
 
@@ -148,7 +148,72 @@ def test_an_exhausted_parent_gives_no_child() -> None:
     space = replace(space_of(SearchConfig(grid=1.0)), target_len=128)  # s = 1: factors 1 or 2
     parent = Candidate(6, (1,) * 10)
     every = {Candidate(6, (1,) * n + (2,) * (10 - n)) for n in range(11)}
-    assert children(space, [parent], 0.3, seed=0, iteration=0, seen=every) == []
+    assert children(space, [parent], SearchConfig(), seed=0, iteration=0, seen=every) == []
+
+
+def test_a_moved_critical_index_keeps_the_other_factors() -> None:
+    space = space_of()
+    parent = Candidate(4, tuple(range(1600, 2800, 100)))
+    assert moved(space, parent, 1) == Candidate(5, tuple(range(1700, 2800, 100)))
+    assert moved(space, parent, -1) == Candidate(3, (1600, *range(1600, 2800, 100)))
+    assert moved(space, Candidate(6, (1600,) * 10), 1) == Candidate(6, (1600,) * 10)  # the end of the range
+    free = space_of(SearchConfig(dims=SearchedDims.all))
+    below = Candidate(4, (100, 100, 200, 400, *range(1600, 2800, 100)))
+    assert moved(free, below, -1) == Candidate(3, (100, 100, 200, 1600, *range(1600, 2800, 100)))
+    assert moved(free, below, 1) == Candidate(5, below.steps)
+
+
+def test_the_critical_index_moves_as_often_as_asked() -> None:
+    space = space_of()
+    parents = [Candidate(4, tuple(range(1600 + n, 2800 + n, 100))) for n in range(400)]
+    still = children(space, parents, SearchConfig(), seed=0, iteration=1, seen=set())
+    assert {child.critical_index for child in still} == {4}
+    config = SearchConfig(critical_move_probability=0.5)
+    moving = children(space, parents, config, seed=0, iteration=1, seen=set())
+    shares = [sum(child.critical_index == c for child in moving) / 400 for c in (3, 4, 5)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
+    assert all(space.contains(child) for child in moving)
+
+
+def test_crossover_takes_every_factor_from_one_of_both_parents() -> None:
+    first, second = Candidate(6, (16, 16, 18, 20, 22)), Candidate(6, (16, 17, 17, 21, 30))
+    crossed = {cross(first, second, random.Random(n)).steps for n in range(500)}
+    expected = set()
+    for steps in itertools.product(*zip(first.steps, second.steps, strict=True)):
+        expected.add(tuple(itertools.accumulate(steps, max)))
+    assert crossed == expected
+
+
+def test_crossovers_join_only_parents_of_one_critical_index() -> None:
+    space = space_of()
+    a, b = Candidate(5, tuple(range(1600, 2700, 100))), Candidate(5, tuple(range(1650, 2750, 100)))
+    alone = Candidate(4, (1600,) * 12)
+    config = SearchConfig(mutations=3, crossovers=5)
+    fresh = children(space, [a, alone, b], config, seed=0, iteration=1, seen={a, b, alone})
+    assert len(fresh) == 8
+    mixed = [
+        child for child in fresh if all(s in (x, y) for s, x, y in zip(child.steps, a.steps, b.steps, strict=False))
+    ]
+    assert len(mixed) == 5
+    assert {child.critical_index for child in mixed} == {5}
+    only = children(space, [a, alone], config, seed=0, iteration=1, seen=set())
+    assert len(only) == 3  # nothing to cross
+    assert [child.critical_index for child in only] == [5, 4, 5]  # parents in turn
+
+
+def test_first_generation_space_has_no_bound_and_no_critical_index() -> None:
+    config = SearchConfig(algorithm=Algorithm.longrope, dims=SearchedDims.all, highest_ratio=1.25)
+    space = space_of(config)
+    assert not space.is_bounded
+    assert (space.highest_step, space.least_step(15, space.critical_indices[0])) == (2000, 100)
+    population = first_population(space, 64, 0.3, seed=0)
+    assert all(space.contains(candidate) for candidate in population)
+    seeds = [space.to_factors(candidate).factors for candidate in space.closed_form_seeds()]
+    for method in (RopeMethod.pi, RopeMethod.yarn, RopeMethod.ntk_aware):
+        wanted = closed_form_factors(method, TINY, 2048).factors
+        assert any(found == pytest.approx(wanted, abs=0.0051) for found in seeds)
+    assert space.to_factors(population[-1]).critical_index is None
+    assert any(candidate.steps[-1] < 1600 for candidate in population)  # what LongRoPE2 forbids
 
 
 @pytest.mark.parametrize(
@@ -188,6 +253,19 @@ def test_space_errors() -> None:
         (SearchConfig(grid=0.03), "search.grid=0.03: 1 / grid must be a whole number, e.g. 0.01 or 0.1"),
         (SearchConfig(depths=[]), r"search.depths=\[\]: give one or more numbers from 0 to 1"),
         (SearchConfig(depths=[0.0, 1.5]), "search.depths="),
+        (SearchConfig(mutations=-1), r"search.mutations=-1: must be null \(one per parent\) or at least 0"),
+        (SearchConfig(crossovers=-1), "search.crossovers=-1: must be at least 0"),
+        (SearchConfig(mutations=0), "search.mutations=0 and search.crossovers=0: a round would give no new candidate"),
+        (SearchConfig(critical_move_probability=1.5), "search.critical_move_probability=1.5: must be from 0 to 1"),
+        (SearchConfig(highest_ratio=0.5), "search.highest_ratio=0.5: must be at least 1"),
+        (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be at least 1"),
+        (SearchConfig(projected_tflops=0.0), "search.projected_tflops=0.0: must be above 0"),
+        (SearchConfig(algorithm=Algorithm.longrope), "search.dims=tail: search.algorithm=longrope searches all"),
+        (
+            SearchConfig(algorithm=Algorithm.longrope, dims=SearchedDims.all, critical=3),
+            "search.critical and search.critical_move_probability: search.algorithm=longrope has no critical dimension",
+        ),
+        (SearchConfig(short_window_of="x.json"), "search.short_window_of: only LongRoPE rescales the short window"),
         (SearchConfig(max_needle_ppl_at_original=1.0), "search.max_needle_ppl_at_original=1.0: must be above 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Start and end of one training process: device, process group, grid."""
+"""Start and end of one process among others: device, process group, grid."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from longrope2.parallel import ParallelConfig, ParallelDims, make_groups
+from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 
 __all__ = ["Processes", "join_processes", "leave_processes", "world_size_from_environment"]
 

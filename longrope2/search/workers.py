@@ -1,0 +1,142 @@
+"""Candidates spread over workers by work-stealing, without a coordinator.
+
+A worker is one process, or one sequence-parallel group of processes that hold every sample together. All workers run the
+same deterministic search; within a round each takes the next open task from a counter in torch's key-value store, and
+publishes its score in a log there. Nothing depends on who computed what, so the result is the same for any number of
+workers. A worker that dies takes its process group with it (torchrun ends the others); what was finished is in the
+journals, and the same command goes on from there.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
+
+from longrope2.parallel import Processes
+
+__all__ = ["Score", "TaskQueue", "Workers"]
+
+POLL_SECONDS = 0.02
+GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun, long before this
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known about some factors.
+
+    Attributes:
+        loss_sum: Summed loss over the samples looked at; infinite when a loss was not finite.
+        is_complete: Whether that is the sum over all samples (an infinite sum always is).
+        num_losses: Samples looked at, whether computed or taken from the journal.
+    """
+
+    loss_sum: float
+    is_complete: bool
+    num_losses: int
+
+
+class Workers:
+    """This process among the workers of a search.
+
+    Attributes:
+        worker: Number of this worker.
+        num_workers: Workers in all.
+        is_leader: Whether this process speaks for its worker: the only one of it that writes.
+        processes: The process grid; None for a search in one process.
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes = processes
+        self.worker = processes.dims.data_rank if processes else 0
+        self.num_workers = processes.dims.data if processes else 1
+        self.is_leader = processes is None or processes.dims.sequence_rank == 0
+        self._group: ProcessGroup | None = processes.sequence_group if processes else None
+        # The store behind the default process group has no public accessor.
+        self._store: Store = dist.distributed_c10d._get_default_store() if processes else HashStore()
+        self._store.set_timeout(GIVE_UP_AFTER)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the product."""
+        return self.worker == 0 and self.is_leader
+
+    @property
+    def sequence_group(self) -> ProcessGroup | None:
+        """The processes that hold every sample together, or None when each holds whole samples."""
+        return self._group
+
+    def queue(self, label: str, num_tasks: int) -> "TaskQueue":
+        """The tasks 0 .. ``num_tasks`` - 1 under a label that no other queue has."""
+        return TaskQueue(self, PrefixStore(f"search/{label}", self._store), num_tasks)
+
+    def agreed(self, value: list[float]) -> list[float]:
+        """The leader's numbers, on every process of the worker."""
+        if self._group is None:
+            return value
+        device = self.processes.device if self.processes else torch.device("cpu")
+        length = torch.tensor([len(value)], device=device)
+        dist.broadcast(length, group=self._group, group_src=0)
+        numbers = torch.tensor(value if self.is_leader else [0.0] * int(length), dtype=torch.float64, device=device)
+        dist.broadcast(numbers, group=self._group, group_src=0)
+        return numbers.tolist()
+
+    def wait_for_all(self, label: str) -> None:
+        """Return once every process has come here."""
+        if self.processes is None:
+            return
+        store = PrefixStore(f"search/{label}", self._store)
+        if store.add("arrived", 1) == self.processes.dims.world_size:
+            store.set("all", "1")
+        store.wait(["all"], GIVE_UP_AFTER)
+
+
+class TaskQueue:
+    """Tasks of one round. All processes of a worker must make the same calls in the same order."""
+
+    def __init__(self, workers: Workers, store: Store, num_tasks: int) -> None:
+        self._workers = workers
+        self._store = store
+        self._num_tasks = num_tasks
+        self._num_read = 0
+
+    def claim(self) -> int | None:
+        """The next open task, for this worker alone; None when all are taken."""
+        taken = self._store.add("taken", 1) if self._workers.is_leader else 0
+        task = int(self._workers.agreed([taken])[0]) - 1
+        return task if task < self._num_tasks else None
+
+    def publish(self, task: int, score: Score) -> None:
+        """Tell all workers the score of a claimed task."""
+        if self._workers.is_leader:
+            place = self._store.add("published", 1)
+            self._store.set(f"log/{place}", json.dumps({"task": task, **asdict(score)}))
+
+    def news(self) -> list[tuple[int, Score]]:
+        """Scores published by anyone since the last call, in the order of publication."""
+        fresh: list[float] = []
+        if self._workers.is_leader:
+            for entry in self._unread():
+                fresh += [entry["task"], entry["loss_sum"], entry["is_complete"], entry["num_losses"]]
+        fresh = self._workers.agreed(fresh)
+        self._num_read += 0 if self._workers.is_leader else len(fresh) // 4
+        rows = [fresh[start : start + 4] for start in range(0, len(fresh), 4)]
+        return [(int(task), Score(total, bool(complete), int(losses))) for task, total, complete, losses in rows]
+
+    def remaining(self) -> Iterator[tuple[int, Score]]:
+        """What has not been seen yet, waiting for the workers that still compute."""
+        while self._num_read < self._num_tasks:
+            fresh = self.news()
+            yield from fresh
+            if not fresh:
+                time.sleep(POLL_SECONDS)
+
+    def _unread(self) -> Iterator[dict[str, float]]:
+        """Log entries after the last one read."""
+        while self._num_read < self._num_tasks and self._store.check([f"log/{self._num_read + 1}"]):
+            self._num_read += 1
+            yield json.loads(self._store.get(f"log/{self._num_read}"))
