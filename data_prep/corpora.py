@@ -26,6 +26,7 @@ __all__ = [
     "Split",
     "Unit",
     "build_corpus",
+    "heldout_documents",
     "heldout_texts",
     "split_documents",
     "split_of",
@@ -79,6 +80,8 @@ class CorpusConfig:
     """Folder of .txt, .jsonl, .jsonl.gz or .parquet files; needed by kind ``folder``."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
+    title_field: str | None = None
+    """Field whose value is added to the document ids of .jsonl and .parquet records, for readable records."""
     short_overlong: ShortOverlong = ShortOverlong.drop
     """What the short bucket does with documents longer than L0: ``drop`` leaves them out (of that bucket), ``split``
     cuts some into windows of L0 tokens with BOS and EOS (for miniatures, whose window few natural documents fit)."""
@@ -201,20 +204,30 @@ def build_corpus(config: CorpusConfig) -> Corpus:
         raise ConfigError(["corpus.folder is not set; corpus=folder needs corpus.folder=PATH"])
     from data_prep.folder_corpus import FolderCorpus
 
-    return FolderCorpus(config.folder, text_field=config.text_field, heldout_fraction=config.heldout_fraction)
+    return FolderCorpus(
+        config.folder,
+        text_field=config.text_field,
+        title_field=config.title_field,
+        heldout_fraction=config.heldout_fraction,
+    )
 
 
-def heldout_texts(config: CorpusConfig) -> list[str]:
-    """Texts of the held-out split, for needle samples and perplexity.
+def heldout_documents(config: CorpusConfig) -> list[Document]:
+    """Documents of the held-out split, for needle samples and perplexity.
 
     Raises:
         DataError: the held-out split is empty.
     """
-    texts = [document.text for document in build_corpus(config).documents(Split.heldout)]
-    if not texts:
+    documents = list(build_corpus(config).documents(Split.heldout))
+    if not documents:
         raise DataError(
             f"corpus.name={config.name}: no document fell into the held-out split "
             f"(corpus.heldout_fraction={config.heldout_fraction}); use a larger corpus, or a larger fraction: "
             "1.0 holds out all documents of a folder that only serves search or evaluation"
         )
-    return texts
+    return documents
+
+
+def heldout_texts(config: CorpusConfig) -> list[str]:
+    """Texts of ``heldout_documents``."""
+    return [document.text for document in heldout_documents(config)]

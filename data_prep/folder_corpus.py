@@ -20,11 +20,13 @@ SOURCE = "folder"
 class FolderCorpus:
     """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
 
-    The id of a document is the file's path below the folder, and the record's number where a file holds several.
+    The id of a document is the file's path below the folder, and the record's number where a file holds several; with
+    ``title_field`` the record's title follows.
 
     Args:
         folder: The folder.
         text_field: Field that holds the text in .jsonl and .parquet records.
+        title_field: Field of such records that holds a title, or None.
         heldout_fraction: Share of documents held out, 0 to 1.
 
     Raises:
@@ -33,10 +35,18 @@ class FolderCorpus:
 
     sources = (SOURCE,)
 
-    def __init__(self, folder: str, *, text_field: str, heldout_fraction: float = HELDOUT_FRACTION) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        text_field: str,
+        title_field: str | None = None,
+        heldout_fraction: float = HELDOUT_FRACTION,
+    ) -> None:
         self.heldout_fraction = heldout_fraction
         self._folder = Path(folder)
         self._text_field = text_field
+        self._title_field = title_field
         if not self._folder.is_dir():
             raise ConfigError([f"corpus.folder={folder} is not a folder"])
         self._files = sorted(p for p in self._folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
@@ -79,26 +89,32 @@ class FolderCorpus:
             if path.suffix == ".txt":
                 yield "", path.read_text(encoding="utf-8")
             else:
-                for number, record in enumerate(_records(path, self._text_field)):
-                    text = record.get(self._text_field) if isinstance(record, dict) else None
-                    if not isinstance(text, str):
-                        raise DataError(
-                            f"{path}: record {number} has no text in field {self._text_field!r}; set corpus.text_field"
-                        )
-                    yield f":{number}", text
+                fields = {"text_field": self._text_field, "title_field": self._title_field}
+                for number, record in enumerate(_records(path, fields)):
+                    text, title = (_text_in(record, key, name, path, number) for key, name in fields.items())
+                    yield f":{number} {title}".rstrip(), text
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _records(path: Path, text_field: str) -> Iterator[Any]:
-    """Records of a .jsonl, .jsonl.gz or .parquet file, one at a time."""
+def _text_in(record: Any, key: str, name: str | None, path: Path, number: int) -> str:
+    """Text of one field of a record; empty where no field is asked for."""
+    text = record.get(name) if isinstance(record, dict) and name is not None else None
+    if name is not None and not isinstance(text, str):
+        raise DataError(f"{path}: record {number} has no text in field {name!r}; set corpus.{key}")
+    return text or ""
+
+
+def _records(path: Path, fields: dict[str, str | None]) -> Iterator[Any]:
+    """Records of a .jsonl, .jsonl.gz or .parquet file, one at a time; ``fields`` maps configuration keys to fields."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column {text_field!r}; set corpus.text_field")
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+        for key, name in fields.items():
+            if name is not None and name not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {name!r}; set corpus.{key}")
+        for batch in file.iter_batches(batch_size=256, columns=[name for name in fields.values() if name is not None]):
             yield from batch.to_pylist()
         return
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")

@@ -10,7 +10,9 @@ or the value is ever cut:
 A sample is a document of its length like any other, closing EOS included, so that the value stands where training
 documents have it: a model whose documents all end inside the window has only ever seen EOS at its last position.
 
-Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for.
+Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for. The space in front of
+the value counts as part of it, as tokenizers join the two. What every sample was made of is recorded with it: key,
+value, positions, and each book's id, hash and range of tokens.
 """
 
 import hashlib
@@ -18,12 +20,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.corpora import Document
 from data_prep.needle_words import ADJECTIVES, NOUNS
 from data_prep.tokenization import DocumentTokenizer
+from longrope2.artifacts import sha256_of_bytes
 from longrope2.errors import DataError
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
@@ -121,67 +126,122 @@ def build_needle_sample(
     )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive tokens of one book."""
+
+    book: int
+    start: int
+    ids: np.ndarray
+
+
 def build_needle_set(
     tokenizer: PreTrainedTokenizerBase,
-    haystack_texts: Sequence[str],
+    books: Sequence[Document | str],
     *,
     length: int,
     depths: Sequence[float],
     num_samples: int,
     seed: int,
+    num_keys: int | None = None,
     with_needle: bool = True,
 ) -> NeedleSet:
     """``num_samples`` samples of exactly ``length`` tokens; depths are used in turn.
 
-    Texts are taken in an order drawn from ``seed``, each sample starting with another text (the released code drew all
-    its samples from one book). A text that is too short is joined with the following ones; ``record["texts"]`` says
-    which were used (indices into ``haystack_texts``). The control set (``with_needle=False``) has the same keys,
-    values and haystacks.
+    Books are taken in an order drawn from ``seed``, each sample starting with another one (the released code drew all
+    its samples from one book). A book that is too short is joined with the following ones; ``record["books"]`` lists
+    those that were used, with id, SHA-256 of the text, and the range of their tokens. The control set
+    (``with_needle=False``) has the same keys, values and haystacks.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        books: Documents to hide needles in; a plain text is recorded under its index.
+        length: Tokens of every sample.
+        depths: Where the needle stands in the haystack: 0 at its start (the paper), 1 at its end.
+        num_samples: Number of samples.
+        seed: Seed of everything drawn.
+        num_keys: Distinct keys in the set, used in turn; None gives every sample a key of its own.
+        with_needle: False builds the control set.
 
     Raises:
-        DataError: no depths, no texts, texts too short in all, or a length that cannot hold a sample.
+        DataError: no depths, no books, books too short in all, a length that cannot hold a sample, or more keys than
+            there are.
     """
-    if not depths or not haystack_texts or num_samples < 1:
+    if not depths or not books or num_samples < 1:
         raise DataError(
-            f"a needle set needs depths, haystack texts and samples; got {len(depths)}, {len(haystack_texts)} and "
+            f"a needle set needs depths, books and samples; got {len(depths)}, {len(books)} and "
             f"num_samples={num_samples}"
         )
     encoder = DocumentTokenizer(tokenizer)
-    order = list(range(len(haystack_texts)))
+    order = list(range(len(books)))
     random.Random(f"order/{seed}").shuffle(order)
+    keys = _draw_keys(seed, num_samples if num_keys is None else num_keys)
 
     @lru_cache(maxsize=256)
     def ids_of(index: int) -> np.ndarray:
-        return np.asarray(encoder.encode(haystack_texts[index]), dtype=np.int64)
+        book = books[index]
+        return np.asarray(encoder.encode(book if isinstance(book, str) else book.text), dtype=np.int64)
 
     samples = []
     for number in range(num_samples):
         rng = random.Random(f"needle/{seed}/{number}")
-        key, value, start = draw_key(rng), draw_value(rng), rng.random()
-        haystack, texts = _joined_haystack(ids_of, order, number, length, start)
+        draw_key(rng)  # the first draw is the key's, see _draw_keys
+        value, start = draw_value(rng), rng.random()
+        pieces = _joined_haystack(ids_of, order, number, length, start)
         sample = build_needle_sample(
-            encoder, haystack, length=length, depth=depths[number % len(depths)], key=key, value=value,
-            with_needle=with_needle,
+            encoder, np.concatenate([piece.ids for piece in pieces]), length=length,
+            depth=depths[number % len(depths)], key=keys[number % len(keys)], value=value, with_needle=with_needle,
         )  # fmt: skip
-        sample.record["texts"] = ",".join(map(str, texts))
+        sample.record["books"] = _used_books(books, pieces, int(sample.record["num_haystack_tokens"]))
         samples.append(sample)
     return NeedleSet(samples=samples, length=length)
 
 
+def _draw_keys(seed: int, num_keys: int) -> list[str]:
+    """``num_keys`` distinct keys; the first n of them are the same for every larger number."""
+    most = len(ADJECTIVES) * len(NOUNS)
+    if not 1 <= num_keys <= most:
+        raise DataError(f"num_keys={num_keys} (by default one per sample) must be from 1 to {most}, the keys there are")
+    keys: dict[str, None] = {}
+    for number in range(num_keys):
+        rng = random.Random(f"needle/{seed}/{number}")
+        key = draw_key(rng)
+        while key in keys:
+            key = draw_key(rng)
+        keys[key] = None
+    return list(keys)
+
+
 def _joined_haystack(
     ids_of: Callable[[int], np.ndarray], order: list[int], first: int, length: int, start: float
-) -> tuple[np.ndarray, list[int]]:
-    """At least ``length`` ids: one text from a random place if it is long enough, else several texts in a row."""
-    used, parts, total = [], [], 0
+) -> list[_Piece]:
+    """At least ``length`` ids: one book from a random place if it is long enough, else several books in a row."""
+    pieces: list[_Piece] = []
+    total = 0
     for step in range(len(order)):
-        index = order[(first + step) % len(order)]
-        ids = ids_of(index)
-        if not parts and len(ids) > length:
+        book = order[(first + step) % len(order)]
+        ids, begin = ids_of(book), 0
+        if not pieces and len(ids) > length:
             begin = int(start * (len(ids) - length))
             ids = ids[begin : begin + length]
-        used.append(index)
-        parts.append(ids)
+        pieces.append(_Piece(book, begin, ids))
         total += len(ids)
         if total >= length:
             break
-    return np.concatenate(parts), used
+    return pieces
+
+
+def _used_books(books: Sequence[Document | str], pieces: list[_Piece], num_tokens: int) -> list[dict[str, Any]]:
+    """Record of the books that the first ``num_tokens`` tokens of ``pieces`` come from."""
+    records = []
+    for piece in pieces:
+        used = min(len(piece.ids), num_tokens)
+        num_tokens -= used
+        if used:
+            book = books[piece.book]
+            name, text = (str(piece.book), book) if isinstance(book, str) else (book.doc_id, book.text)
+            records.append({
+                "id": name, "text_sha256": sha256_of_bytes(text.encode()), "first_token": piece.start,
+                "num_tokens": used,
+            })  # fmt: skip
+    return records

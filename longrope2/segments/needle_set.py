@@ -3,11 +3,12 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from longrope2.artifacts import atomic_path
+from longrope2.artifacts import atomic_path, sha256_of_bytes, write_text
 from longrope2.errors import ArtifactError
 
 __all__ = ["NeedleSample", "NeedleSet"]
@@ -32,7 +33,7 @@ class NeedleSample:
         key: What was asked for.
         value: The digits to retrieve.
         depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
-        record: Texts used, position of the needle, hash of the haystack.
+        record: Wording, positions in tokens, hash of the haystack, and the books it was taken from; plain JSON values.
     """
 
     tokens: np.ndarray
@@ -40,7 +41,7 @@ class NeedleSample:
     key: str
     value: str
     depth: float
-    record: dict[str, str | int] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def through_value(self) -> np.ndarray:
@@ -68,7 +69,8 @@ class NeedleSet:
                 raise ArtifactError(f"needle sample {number} has its value at {sample.value_start} of {self.length}")
 
     def save(self, path: Path) -> None:
-        """Write the set as one Arrow file, atomically."""
+        """Write the set as one Arrow file, atomically, after a record for readers beside it (``.json``)."""
+        write_text(path.with_suffix(".json"), json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n")
         columns = [
             [sample.tokens for sample in self.samples],
             [sample.value_start for sample in self.samples],
@@ -82,6 +84,18 @@ class NeedleSet:
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
             with pa.ipc.new_stream(sink, schema) as writer:
                 writer.write_table(table)
+
+    def describe(self) -> dict[str, Any]:
+        """What the samples are, without their tokens: keys, values, positions, books and hashes; plain JSON values."""
+        samples = [
+            {
+                "number": number, "key": sample.key, "value": sample.value, "depth": sample.depth,
+                "value_start": sample.value_start,
+                "tokens_sha256": sha256_of_bytes(sample.tokens.astype("<i8").tobytes()), **sample.record,
+            }
+            for number, sample in enumerate(self.samples)
+        ]  # fmt: skip
+        return {"length": self.length, "num_samples": len(samples), "samples": samples}
 
     @classmethod
     def load(cls, path: Path) -> "NeedleSet":

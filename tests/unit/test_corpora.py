@@ -1,13 +1,25 @@
 """Corpora: stable ids, disjoint splits, files read as they are, faults named."""
 
 import gzip
+import itertools
 import json
+from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from data_prep.corpora import CorpusConfig, CorpusKind, Split, build_corpus, heldout_texts, split_of
+from data_prep.corpora import (
+    CorpusConfig,
+    CorpusKind,
+    Split,
+    build_corpus,
+    heldout_documents,
+    heldout_texts,
+    split_of,
+)
 from data_prep.folder_corpus import FolderCorpus
 from data_prep.sample_corpus import SampleCorpus
 from longrope2.errors import ConfigError, DataError
@@ -18,6 +30,40 @@ def test_splits_are_disjoint_and_about_five_percent():
     heldout = [i for i in ids if split_of(i) is Split.heldout]
     assert 0.045 < len(heldout) / len(ids) < 0.055
     assert heldout == [i for i in ids if split_of(i) is Split.heldout]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_heldout_fraction_of_a_folder(tmp_path, fraction):
+    for n in range(200):
+        (tmp_path / f"{n}.txt").write_text(f"text {n}")
+    config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=fraction)
+    corpus = build_corpus(config)
+    train, heldout = ({d.doc_id for d in corpus.documents(split)} for split in (Split.train, Split.heldout))
+    assert not train & heldout and train | heldout == {f"folder/{n}.txt" for n in range(200)}
+    assert abs(len(heldout) / 200 - fraction) <= (0.1 if 0 < fraction < 1 else 0)
+    if fraction == 0.3:  # a larger fraction only adds documents
+        assert heldout >= {i for i in train | heldout if split_of(i) is Split.heldout}
+
+
+def test_heldout_fraction_of_the_sample_corpus():
+    whole = build_corpus(CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=1.0))
+    first = [d.doc_id for d in whole.read(whole.units()[0], Counter())]
+    assert [d.doc_id for d in itertools.islice(whole.documents(Split.heldout), len(first))] == first
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_impossible_heldout_fraction(fraction):
+    with pytest.raises(ConfigError, match=f"corpus.heldout_fraction={fraction} must be from 0 to 1"):
+        build_corpus(CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=fraction))
+
+
+@pytest.mark.parametrize("name", ["books", "pg19"])
+def test_corpora_that_only_serve_search(tmp_path, name):
+    composed = yaml.safe_load((Path("conf/corpus") / f"{name}.yaml").read_text())
+    config = CorpusConfig(**{**composed, "kind": CorpusKind(composed["kind"]), "folder": str(tmp_path)})
+    (tmp_path / "a.txt").write_text("a book")
+    assert [(d.doc_id, d.text) for d in heldout_documents(config)] == [("folder/a.txt", "a book")]
+    assert not list(build_corpus(config).documents(Split.train)) and not config.quotas
 
 
 def test_sample_corpus():
@@ -85,6 +131,22 @@ def test_parquet_without_the_field(tmp_path):
     assert folder_texts(tmp_path, "body") == {"folder/d.parquet:0": "p"}
 
 
+def test_titles_stand_in_the_ids(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "One Book"}\n{"text": "y", "title": " "}\n')
+    pq.write_table(pa.table({"text": ["p"], "title": ["Two"]}), tmp_path / "b.parquet")
+    corpus = FolderCorpus(str(tmp_path), text_field="text", title_field="title")
+    found = {d.doc_id for split in Split for d in corpus.documents(split)}
+    assert found == {"folder/a.jsonl:0 One Book", "folder/a.jsonl:1", "folder/b.parquet:0 Two"}
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match="a.jsonl: record 0 has no text in field 'title'; set corpus.title_field"):
+        list(corpus.documents(Split.heldout))
+    (tmp_path / "a.jsonl").unlink()
+    pq.write_table(pa.table({"text": ["p"]}), tmp_path / "b.parquet")
+    corpus = FolderCorpus(str(tmp_path), text_field="text", title_field="title")
+    with pytest.raises(DataError, match="b.parquet has no column 'title'; set corpus.title_field"):
+        list(corpus.documents(Split.heldout))
+
+
 def test_folder_that_cannot_be_used(tmp_path):
     with pytest.raises(ConfigError, match="corpus.folder=/no/such is not a folder"):
         FolderCorpus("/no/such", text_field="text")
@@ -98,7 +160,10 @@ def test_heldout_texts(tmp_path):
     (tmp_path / "a.txt").write_text("only one")
     config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path))
     assert split_of("folder/a.txt") is Split.train
-    with pytest.raises(DataError, match="no document fell into the held-out split"):
+    words = (
+        r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); use a larger corpus, or a larger"
+    )
+    with pytest.raises(DataError, match=words):
         heldout_texts(config)
     sample = heldout_texts(CorpusConfig(name="sample", kind=CorpusKind.sample))
     assert sample == [d.text for d in SampleCorpus().documents(Split.heldout)]

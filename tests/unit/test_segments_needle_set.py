@@ -9,7 +9,7 @@ from longrope2.segments import NeedleSample, NeedleSet
 
 
 def sample(length=6, value_start=4):
-    record: dict[str, str | int] = {"texts": "3,4", "needle_start": 2}
+    record = {"books": [{"id": "a", "num_tokens": 3}], "needle_start": 2}
     return NeedleSample(np.arange(length), value_start, "red-lamp", "1234567", 0.25, record)
 
 
@@ -20,7 +20,7 @@ def test_a_set_comes_back(tmp_path):
     first = loaded.samples[0]
     assert np.array_equal(first.tokens, np.arange(6)) and first.record == sample().record
     assert (first.value_start, first.key, first.value, first.depth) == (4, "red-lamp", "1234567", 0.25)
-    assert [p.name for p in tmp_path.iterdir()] == ["needles.arrow"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["needles.arrow", "needles.json"]
 
 
 def test_samples_of_another_length_are_refused():
