@@ -8,7 +8,6 @@ not repeated.
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.corpora import CorpusConfig, build_corpus, heldout_texts
+from data_prep.corpora import build_corpus, heldout_texts
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
+from launch.search_plan import SearchCommand, check, describe, long_factors, sample_len
 from launch.torchrun import CONFIG_FLAG, config_path_of_rank, run_under_torchrun
 from longrope2.artifacts import (
     MANIFEST_NAME,
@@ -26,25 +26,21 @@ from longrope2.artifacts import (
     model_identity,
     product_folder,
     read_manifest,
-    resolve_model_folder,
     weights_sha256,
 )
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, dump, load
-from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.evaluation.report_plots import factors_figure, search_figure
 from longrope2.model import (
     FACTORS_FILE,
     ForwardCost,
-    RopeConfig,
     WindowedModel,
     load_tokenizer,
     load_windowed_model,
-    resolve_factors,
-    rope_geometry,
 )
-from longrope2.parallel import head_faults, join_processes, leave_processes, world_size_from_environment
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.parallel import join_processes, leave_processes, world_size_from_environment
+from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
 from longrope2.search import (
     HISTORY_FILE,
     NEEDLES_FILE,
@@ -53,29 +49,17 @@ from longrope2.search import (
     PreparedSearch,
     SampleLosses,
     SearchBudget,
-    SearchRoot,
     SearchSpace,
     Workers,
-    check_factors_matter,
     check_needle_guidance,
     check_needle_labels,
     cut_documents,
-    most_candidates,
     needle_samples,
-    projected_hours,
     run_search,
-    search_faults,
 )
 from longrope2.segments.needle_set import NeedleSet
 
 CHANGEABLE = ("dry_run", "tracking", "parallel.processes", "search.projected_gpus", "search.projected_tflops")
-
-
-@dataclass
-class SearchCommand(SearchRoot):
-    """Configuration of the command: the search and the corpus its held-out text comes from."""
-
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
 
 def main() -> None:
@@ -138,95 +122,6 @@ def identity(model_folder: Path) -> dict[str, str]:
     return {**model_identity(model_folder), "weights_sha256": weights_sha256(model_folder)}
 
 
-def check(config: SearchCommand) -> tuple[Path, SearchSpace]:
-    """Check everything that needs no forward pass.
-
-    Returns:
-        The model's folder and the search space.
-
-    Raises:
-        ConfigError: every fault found, together.
-    """
-    faults = search_faults(config.search)
-    original_len = config.model.original_len
-    if config.target_len <= original_len or config.target_len % original_len:
-        faults.append(
-            f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}"
-        )
-    try:
-        build_corpus(config.corpus)
-    except ConfigError as error:
-        faults += error.faults
-    try:
-        model_folder = resolve_model_folder(config.model.path)
-        geometry = rope_geometry(model_folder, original_len)
-        faults += parallel_faults(config, model_folder)
-        if not faults:
-            long_factors(config, geometry)
-            return model_folder, SearchSpace.from_config(config.search, geometry, config.target_len)
-    except UserError as error:
-        faults.append(str(error))
-    raise ConfigError(faults)
-
-
-def parallel_faults(config: SearchCommand, model_folder: Path) -> list[str]:
-    """Faults of the process grid."""
-    parallel = config.parallel
-    model = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    heads = model["num_attention_heads"]
-    faults = head_faults(parallel.sequence, heads, model.get("num_key_value_heads") or heads)
-    if parallel.processes < 1 or parallel.processes % parallel.sequence:
-        faults.append(
-            f"parallel.processes={parallel.processes}: must be a multiple of parallel.sequence={parallel.sequence}"
-        )
-    return faults
-
-
-def long_factors(config: SearchCommand, geometry: RopeGeometry) -> RescaleFactors | None:
-    """The long window's factors when the search is for the short window's.
-
-    Raises:
-        ArtifactError: ``search.short_window_of`` is missing, or for another model or target.
-    """
-    if config.search.short_window_of is None:
-        return None
-    rope = RopeConfig(method=RopeMethod.from_file, factors=config.search.short_window_of)
-    try:
-        return resolve_factors(rope, geometry, config.target_len, config.run.folder)
-    except ArtifactError as error:
-        raise ArtifactError(f"search.short_window_of: {error}") from None
-
-
-def sample_len(config: SearchCommand) -> int:
-    """Tokens of a sample: L, or L0 for the short window's factors."""
-    return config.target_len if config.search.short_window_of is None else config.model.original_len
-
-
-def describe(config: SearchCommand, model_folder: Path, space: SearchSpace) -> str:
-    """The plan in a few lines."""
-    search, length = config.search, sample_len(config)
-    num_candidates = most_candidates(search)
-    num_forwards = num_candidates * search.num_samples
-    scored = "the value of a needle" if search.objective is Objective.needle else "every token"
-    hours = projected_hours(ForwardCost.from_config(model_folder), length, num_forwards, search)
-    lowest, highest = (step / space.steps_per_unit for step in (space.lowest_step, space.highest_step))
-    if space.is_bounded:
-        critical = ", ".join(map(str, space.critical_indices))
-        where = f"critical index {critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
-    else:
-        where = f"no critical index; every factor 1 .. {highest:g}"
-    workers = config.parallel.processes // config.parallel.sequence
-    return "\n".join([
-        f"model      {config.model.name}, window {config.model.original_len} -> {config.target_len}",
-        f"space      {where}",
-        f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {length} tokens, "
-        f"held out of corpus {config.corpus.name}",
-        f"workers    {workers}, each of {config.parallel.sequence} processes",
-        f"budget     at most {num_candidates:,} candidates, {num_forwards * length:,} forward tokens; about "
-        f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each",
-    ])  # fmt: skip
-
-
 def refuse_other_model(folder: Path, model: dict[str, str]) -> None:
     """A finished search stands for the model it was made with.
 
@@ -245,9 +140,9 @@ def refuse_other_model(folder: Path, model: dict[str, str]) -> None:
 def prepare(
     config: SearchCommand, model_folder: Path, space: SearchSpace, folder: Path, workers: Workers
 ) -> PreparedSearch:
-    """Build the samples (or read the frozen ones), load the model, run the self-tests. Writes nothing.
+    """Build the samples (or read the frozen ones), load the model, run the self-tests (a) and (c). Writes nothing.
 
-    The first worker runs the self-tests for all.
+    The first worker runs (c) for all.
 
     Raises:
         DataError, ArtifactError: too little text, or a self-test failed.
@@ -263,13 +158,11 @@ def prepare(
         needles = None
         documents = (encoder.encode(text) for text in sorted(texts, key=len, reverse=True))
         samples = cut_documents(documents, encoder.bos_id, length, search.num_samples)
-    windowed = _load_model(model_folder, space)
+    windowed = load_search_model(model_folder, space)
     losses = SampleLosses(windowed, samples, search.batch_size, sequence_group=workers.sequence_group)
     guidance = None
-    if workers.worker == 0:
-        check_factors_matter(losses, space.geometry, config.target_len)
-        if needles is not None:
-            guidance = _check_guidance(config, windowed, tokenizer, texts)
+    if workers.worker == 0 and needles is not None:
+        guidance = _check_guidance(config, windowed, tokenizer, texts)
     return PreparedSearch(
         space=space,
         losses=losses,
@@ -300,7 +193,7 @@ def _build_needles(
     )  # fmt: skip
 
 
-def _load_model(model_folder: Path, space: SearchSpace) -> WindowedModel:
+def load_search_model(model_folder: Path, space: SearchSpace) -> WindowedModel:
     """The model on the GPU in bf16, or on the CPU in fp32 (bf16 products are hundreds of times slower there)."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)

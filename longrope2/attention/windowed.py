@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longrope2.attention.exchange import heads_to_tokens, tokens_to_heads
@@ -89,7 +89,7 @@ def _gather_documents(x_BHTD: Tensor, bucket: DocumentBucket) -> Tensor:
 
 
 def _registry_entry(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,8 +106,8 @@ def _registry_entry(
     """
     if attention_mask is not None or dropout:
         raise ValueError("windowed attention takes its structure from the layout: no attention_mask, no dropout")
-    scaling = scaling or query.shape[-1] ** -0.5
+    scale = scaling or query.shape[-1] ** -0.5
     if first_needed and layout is None and module.layer_idx == module.config.num_hidden_layers - 1:
-        out_BSHD = windowed_attention(query[:, :, first_needed:], key, value, None, scaling)
+        out_BSHD = windowed_attention(query[:, :, first_needed:], key, value, None, scale)
         return F.pad(out_BSHD, (0, 0, 0, 0, first_needed, 0)), None
-    return windowed_attention(query, key, value, layout, scaling), None
+    return windowed_attention(query, key, value, layout, scale), None

@@ -1,8 +1,8 @@
 """Search of rescale factors and of the critical dimension, guided by needle perplexity."""
 
 from longrope2.search.budget import SearchBudget, most_candidates, projected_hours
-from longrope2.search.config import Algorithm, Objective, SearchConfig, SearchedDims, search_faults
-from longrope2.search.evaluator import BatchLosses, Evaluator
+from longrope2.search.config import Algorithm, Objective, Pruning, SearchConfig, SearchedDims, search_faults
+from longrope2.search.evaluator import BatchLosses, Evaluator, Race
 from longrope2.search.evolution import Evolution, Ranked, Round
 from longrope2.search.journal import JOURNAL_FILE, Journal
 from longrope2.search.objective import (
@@ -38,6 +38,8 @@ __all__ = [
     "NeedleGuidance",
     "Objective",
     "PreparedSearch",
+    "Pruning",
+    "Race",
     "Ranked",
     "Round",
     "SampleLosses",

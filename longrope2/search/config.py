@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Algorithm", "Objective", "SearchConfig", "SearchedDims", "search_faults"]
+__all__ = ["Algorithm", "Objective", "Pruning", "SearchConfig", "SearchedDims", "search_faults"]
 
 
 class Algorithm(StrEnum):
@@ -22,6 +22,17 @@ class Objective(StrEnum):
     """Perplexity of the value tokens of needle samples [LongRoPE2, sec. 3.2]."""
     perplexity = "perplexity"
     """Perplexity of every token of long documents: the paper's ablation, and the first-generation objective."""
+
+
+class Pruning(StrEnum):
+    """When the evaluation of a candidate is given up."""
+
+    exact = "exact"
+    """As soon as its loss so far is above that of the worst candidate that would be kept: losses are never negative."""
+    racing = "racing"
+    """Also when it is behind on the samples so far; a candidate that would have caught up is lost."""
+    none = "none"
+    """Never."""
 
 
 class SearchedDims(StrEnum):
@@ -72,8 +83,14 @@ class SearchConfig:
     """Where the needle stands, used in turn: 0 is the start of the document (the paper), 1 its end."""
     batch_size: int = 1
     """Samples in one forward pass, >= 1."""
-    early_termination: bool = True
-    """Drop a candidate as soon as it cannot be kept any more. The result is the same, only sooner."""
+    pruning: Pruning = Pruning.exact
+    """``exact`` stops a candidate once it cannot be kept any more: the same result, sooner. ``racing`` also stops those
+    that fall behind on the samples so far: cheaper, and the result may differ. ``none`` evaluates everything."""
+    racing_samples: int = 2
+    """``racing``: samples that every candidate is judged by at least, >= 1."""
+    racing_margin: float = 0.02
+    """``racing``: a candidate stops when its loss on the samples so far exceeds that of the worst kept candidate of the
+    last round, on the same samples, by more than this share, >= 0."""
     max_needle_ppl_at_original: float = 3.0
     """Refuse a needle search when the needle perplexity inside the original window is above this (10 is guessing)."""
     projected_gpus: int = 8
@@ -87,7 +104,7 @@ class SearchConfig:
 def search_faults(config: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
     at_least = {"population": 1, "iterations": 0, "parents": 1, "num_samples": 1, "batch_size": 1, "crossovers": 0,
-                "projected_gpus": 1}  # fmt: skip
+                "projected_gpus": 1, "racing_samples": 1}  # fmt: skip
     faults = [
         f"search.{key}={value}: must be at least {least}"
         for key, least in at_least.items()
@@ -101,6 +118,8 @@ def search_faults(config: SearchConfig) -> list[str]:
         faults.append("search.mutations=0 and search.crossovers=0: a round would give no new candidate; raise one")
     if not 0 <= config.critical_move_probability <= 1:
         faults.append(f"search.critical_move_probability={config.critical_move_probability}: must be from 0 to 1")
+    if not config.racing_margin >= 0:
+        faults.append(f"search.racing_margin={config.racing_margin}: must be at least 0")
     if not config.projected_tflops > 0:
         faults.append(f"search.projected_tflops={config.projected_tflops}: must be above 0")
     if not config.highest_ratio >= 1:

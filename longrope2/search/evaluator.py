@@ -6,10 +6,12 @@ is above it for certain: stopping there is exact, in any order. So the batch tha
 comes first.
 """
 
+import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from longrope2.rope import RescaleFactors
@@ -17,7 +19,7 @@ from longrope2.search.journal import Journal, factors_key
 from longrope2.search.objective import perplexity
 from longrope2.search.workers import Score
 
-__all__ = ["BatchLosses", "Evaluator"]
+__all__ = ["BatchLosses", "Evaluator", "Race"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,38 @@ class BatchLosses(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Race:
+    """The inexact rule of ``search.pruning=racing``, fixed for a round so that all workers judge alike.
+
+    Attributes:
+        order: Batches in the order they are run.
+        limits: Loss after the first 1, 2, ... of them above which a candidate is given up.
+    """
+
+    order: tuple[int, ...]
+    limits: tuple[float, ...]
+
+    @classmethod
+    def against(cls, batch_losses: Mapping[int, float], margin: float, least_batches: int) -> "Race":
+        """Race against a candidate's losses, hardest batch first, with a relative margin."""
+        order = tuple(sorted(batch_losses, key=lambda batch: (-batch_losses[batch], batch)))
+        sums = itertools.accumulate(batch_losses[batch] for batch in order)
+        limits = [total * (1 + margin) if n >= least_batches else math.inf for n, total in enumerate(sums, start=1)]
+        return cls(order, tuple(limits))
+
+    def is_lost(self, losses: Mapping[int, float]) -> bool:
+        """Whether some first batches of a candidate cost more than allowed."""
+        total = 0.0
+        for batch, limit in zip(self.order, self.limits, strict=True):
+            if batch not in losses:
+                return False
+            total += losses[batch]
+            if total > limit:
+                return True
+        return False
+
+
 class Evaluator:
     """Computes scores and keeps the account of what they cost.
 
@@ -48,13 +82,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, losses: BatchLosses, journal: Journal, *, num_scored_tokens: int, early_termination: bool = True
+        self, losses: BatchLosses, journal: Journal, *, num_scored_tokens: int, is_pruning: bool = True
     ) -> None:
         self.num_losses_computed = 0
         self._losses = losses
         self._journal = journal
         self._num_scored_tokens = num_scored_tokens
-        self._early_termination = early_termination
+        self._is_pruning = is_pruning
         self._loss_by_batch: defaultdict[int, float] = defaultdict(float)
         self._times_seen: defaultdict[int, int] = defaultdict(int)
 
@@ -63,26 +97,35 @@ class Evaluator:
         """Sample losses in the journal: the forward passes that the search has cost so far, as this worker knows."""
         return self._journal.num_losses
 
-    def evaluate(self, factors: RescaleFactors, bound: Callable[[], float] = lambda: math.inf) -> Score:
+    def evaluate(
+        self, factors: RescaleFactors, bound: Callable[[], float] = lambda: math.inf, race: Race | None = None
+    ) -> Score:
         """Sum the losses of all samples, or stop as soon as the sum is above the bound.
 
         Args:
             factors: What to judge.
             bound: Asked before every batch; it may fall meanwhile, as other workers finish.
+            race: Also stop where the candidate has lost this race; inexact.
         """
         known = self._journal.losses(factors)
-        losses = [loss for batch in known.values() for loss in batch]
-        open_batches = [batch for batch in self._hardest_first() if batch not in known]
+        order = race.order if race else self._hardest_first()
         for batch, batch_losses in known.items():
             self._learn_hardness(batch, batch_losses)
-        for batch in open_batches:
-            total = math.fsum(losses)
-            if total == math.inf or (self._early_termination and total > bound()):
-                return Score(total, total == math.inf, len(losses))
-            fresh = self._computed(factors, batch)
-            losses += fresh
-            self._learn_hardness(batch, fresh)
-        return Score(math.fsum(losses), True, len(losses))
+        for batch in order:
+            if batch in known:
+                continue
+            total = _sum_of(known)
+            if total == math.inf or (self._is_pruning and total > bound()) or (race and race.is_lost(_by_batch(known))):
+                return self._score(known)
+            known[batch] = self._computed(factors, batch)
+            self._learn_hardness(batch, known[batch])
+        return self._score(known)
+
+    def _score(self, losses: Mapping[int, list[float]]) -> Score:
+        """What these losses say."""
+        total = _sum_of(losses)
+        is_complete = total == math.inf or len(losses) == self._losses.num_batches
+        return Score(total, is_complete, sum(map(len, losses.values())), _by_batch(losses))
 
     def value(self, loss_sum: float) -> float:
         """The objective: perplexity over the scored tokens of all samples."""
@@ -111,3 +154,13 @@ class Evaluator:
             return -self._loss_by_batch[batch] / times if times else -math.inf
 
         return sorted(range(self._losses.num_batches), key=ease)
+
+
+def _sum_of(losses: Mapping[int, list[float]]) -> float:
+    """Sum of all losses, rounded once."""
+    return math.fsum(loss for batch in losses.values() for loss in batch)
+
+
+def _by_batch(losses: Mapping[int, list[float]]) -> dict[int, float]:
+    """Sum of each batch."""
+    return {batch: math.fsum(values) for batch, values in sorted(losses.items())}

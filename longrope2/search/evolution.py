@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from longrope2.errors import FactorsError
-from longrope2.search.config import SearchConfig
-from longrope2.search.evaluator import Evaluator
+from longrope2.search.config import Pruning, SearchConfig
+from longrope2.search.evaluator import Evaluator, Race
 from longrope2.search.mutation import children, first_population
 from longrope2.search.space import Candidate, SearchSpace
 from longrope2.search.workers import Score, Workers
@@ -83,6 +83,7 @@ class Evolution:
         self._evaluator = evaluator
         self._seed = seed
         self._workers = workers or Workers()
+        self._batch_losses: dict[Candidate, dict[int, float]] = {}
 
     @property
     def best(self) -> Ranked:
@@ -115,6 +116,7 @@ class Evolution:
     def _evaluate_all(self, population: Sequence[Candidate], label: str) -> Iterator[Candidate]:
         """Evaluate candidates together with the other workers, each against the bound of that moment."""
         queue = self._workers.queue(label, len(population))
+        race = self._race()
         waiting: list[Candidate] = []  # evaluated, not yet yielded
 
         def bound() -> float:
@@ -123,17 +125,26 @@ class Evolution:
             return self.kept[-1].loss_sum if full else math.inf
 
         while (task := queue.claim()) is not None:
-            queue.publish(task, self._evaluator.evaluate(self._space.to_factors(population[task]), bound))
+            queue.publish(task, self._evaluator.evaluate(self._space.to_factors(population[task]), bound, race))
             bound()
             yield from waiting
             waiting.clear()
         yield from (self._take(population[task], score) for task, score in queue.remaining())
+
+    def _race(self) -> Race | None:
+        """The race of a round, against the worst candidate kept before it; none while there is room for more."""
+        config = self._config
+        if config.pruning is not Pruning.racing or len(self.kept) < config.parents:
+            return None
+        least_batches = -(-config.racing_samples // config.batch_size)
+        return Race.against(self._batch_losses[self.kept[-1].candidate], config.racing_margin, least_batches)
 
     def _take(self, candidate: Candidate, score: Score) -> Candidate:
         """Account for an evaluated candidate, and keep it if it is among the best."""
         if score.is_complete and score.loss_sum < math.inf:
             self.kept.append(Ranked(score.loss_sum, candidate.critical_index, candidate.steps))
             self.kept = sorted(self.kept)[: self._config.parents]
+            self._batch_losses[candidate] = score.batch_losses
         self.num_candidates += 1
         self.num_terminated += not score.is_complete
         self.num_losses += score.num_losses

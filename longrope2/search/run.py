@@ -14,17 +14,17 @@ from longrope2.artifacts import Manifest, sha256_of_file, write_manifest, write_
 from longrope2.config import StageConfig, to_plain
 from longrope2.model import FACTORS_FILE, ForwardCost
 from longrope2.parallel import ParallelConfig
-from longrope2.rope import RescaleFactors, closed_form_factors
+from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
 from longrope2.search.budget import SECONDS_PER_HOUR, SearchBudget, most_candidates, projected_hours
-from longrope2.search.config import SearchConfig
+from longrope2.search.config import Pruning, SearchConfig
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
 from longrope2.search.journal import JOURNAL_FILE, Journal
 from longrope2.search.objective import SampleLosses, samples_sha256
 from longrope2.search.outcome import BASELINE_METHODS, best_factors, search_history, value_name
-from longrope2.search.selftests import NeedleGuidance
+from longrope2.search.selftests import NeedleGuidance, check_factors_matter
 from longrope2.search.space import SearchSpace
-from longrope2.search.workers import Workers
+from longrope2.search.workers import Score, Workers
 from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking import MetricsLog, TrackingConfig, read_metrics
 
@@ -75,7 +75,8 @@ def run_search(config: SearchRoot, prepared: PreparedSearch, folder: Path, worke
     """Search, or go on with a killed search, and write the product into ``folder``; every process calls it.
 
     Raises:
-        ArtifactError: the folder's journal is damaged, in use, or of another search.
+        ArtifactError: the folder's journal is damaged, in use, or of another search; or the model does not apply the
+            factors it is given (self-test b).
         FactorsError: no candidate gave a finite loss.
     """
     started = time.monotonic()
@@ -89,9 +90,11 @@ def run_search(config: SearchRoot, prepared: PreparedSearch, folder: Path, worke
             prepared.losses,
             journal,
             num_scored_tokens=prepared.losses.num_scored_tokens,
-            early_termination=config.search.early_termination,
+            is_pruning=config.search.pruning is not Pruning.none,
         )
-        baselines = _baseline_values(prepared.space, evaluator, workers)
+        scores = _baseline_scores(prepared.space, evaluator, workers)
+        check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
+        baselines = {method.value: evaluator.value(score.loss_sum) for method, score in scores.items()}
         evolution = Evolution(prepared.space, config.search, evaluator, config.seed, workers)
         if workers.is_main:
             _run_with_progress(config, evolution, evaluator, folder)
@@ -119,14 +122,14 @@ def _journal_header(config: SearchRoot, prepared: PreparedSearch) -> dict[str, A
     }
 
 
-def _baseline_values(space: SearchSpace, evaluator: Evaluator, workers: Workers) -> dict[str, float]:
-    """Objective of the closed-form methods on the same samples."""
+def _baseline_scores(space: SearchSpace, evaluator: Evaluator, workers: Workers) -> dict[RopeMethod, Score]:
+    """Scores of the closed-form methods on the same samples."""
     queue = workers.queue("baselines", len(BASELINE_METHODS))
     while (task := queue.claim()) is not None:
         factors = closed_form_factors(BASELINE_METHODS[task], space.geometry, space.target_len)
         queue.publish(task, evaluator.evaluate(factors))
     scores = dict(queue.remaining())
-    return {method.value: evaluator.value(scores[n].loss_sum) for n, method in enumerate(BASELINE_METHODS)}
+    return {method: scores[number] for number, method in enumerate(BASELINE_METHODS)}
 
 
 def _budget(

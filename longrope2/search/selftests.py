@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.rope import RescaleFactors
 from longrope2.search.config import SearchConfig
-from longrope2.search.evaluator import BatchLosses
 from longrope2.search.objective import SampleLosses, perplexity
+from longrope2.search.workers import Score
 from longrope2.segments.needle_set import NeedleSet
 
 __all__ = ["NeedleGuidance", "check_factors_matter", "check_needle_guidance", "check_needle_labels"]
@@ -53,18 +53,18 @@ def check_needle_labels(
             raise ArtifactError(f"needle sample {number}: the scored tokens read {scored!r}, not {sample.value!r}")
 
 
-def check_factors_matter(losses: BatchLosses, geometry: RopeGeometry, target_len: int) -> None:
-    """Self-test (b): unscaled and interpolated RoPE give different losses.
+def check_factors_matter(unscaled: Score, interpolated: Score) -> None:
+    """Self-test (b): unscaled and interpolated RoPE give different losses on the samples of the search.
+
+    It costs nothing: both are among the closed forms that every search is compared with.
 
     Raises:
         ArtifactError: they do not: the model's RoPE is applied elsewhere, and every candidate would score the same.
     """
-    methods = (RopeMethod.none, RopeMethod.pi)
-    first, second = (losses(closed_form_factors(method, geometry, target_len), 0) for method in methods)
-    if first == second:
+    if unscaled.batch_losses == interpolated.batch_losses:
         raise ArtifactError(
-            f"the loss is {first[0]:.6g} with the unscaled and with the interpolated RoPE alike: this model does not "
-            "apply the rescale factors it is given; its class is not supported"
+            f"the loss is {unscaled.loss_sum:.6g} with the unscaled and with the interpolated RoPE alike: this model does "
+            "not apply the rescale factors it is given; its class is not supported"
         )
 
 

@@ -10,7 +10,7 @@ journals, and the same command goes on from there.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -33,11 +33,25 @@ class Score:
         loss_sum: Summed loss over the samples looked at; infinite when a loss was not finite.
         is_complete: Whether that is the sum over all samples (an infinite sum always is).
         num_losses: Samples looked at, whether computed or taken from the journal.
+        batch_losses: Summed loss of each batch looked at, by its number.
     """
 
     loss_sum: float
     is_complete: bool
     num_losses: int
+    batch_losses: dict[int, float] = field(default_factory=dict)
+
+    def to_numbers(self) -> list[float]:
+        """A list that ``from_numbers`` turns back into an equal value."""
+        pairs = [number for pair in self.batch_losses.items() for number in pair]
+        return [self.loss_sum, self.is_complete, self.num_losses, *pairs]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float]) -> "Score":
+        """Read what ``to_numbers`` wrote."""
+        loss_sum, is_complete, num_losses, *pairs = numbers
+        batches = {int(batch): loss for batch, loss in zip(pairs[::2], pairs[1::2], strict=True)}
+        return cls(loss_sum, bool(is_complete), int(num_losses), batches)
 
 
 class Workers:
@@ -114,18 +128,17 @@ class TaskQueue:
         """Tell all workers the score of a claimed task."""
         if self._workers.is_leader:
             place = self._store.add("published", 1)
-            self._store.set(f"log/{place}", json.dumps({"task": task, **asdict(score)}))
+            self._store.set(f"log/{place}", json.dumps([task, *score.to_numbers()]))
 
     def news(self) -> list[tuple[int, Score]]:
         """Scores published by anyone since the last call, in the order of publication."""
-        fresh: list[float] = []
-        if self._workers.is_leader:
-            for entry in self._unread():
-                fresh += [entry["task"], entry["loss_sum"], entry["is_complete"], entry["num_losses"]]
-        fresh = self._workers.agreed(fresh)
-        self._num_read += 0 if self._workers.is_leader else len(fresh) // 4
-        rows = [fresh[start : start + 4] for start in range(0, len(fresh), 4)]
-        return [(int(task), Score(total, bool(complete), int(losses))) for task, total, complete, losses in rows]
+        entries = list(self._unread()) if self._workers.is_leader else []
+        num_entries = int(self._workers.agreed([len(entries)])[0])
+        if not self._workers.is_leader:
+            self._num_read += num_entries
+            entries = [[] for _ in range(num_entries)]
+        entries = [self._workers.agreed(entry) for entry in entries]
+        return [(int(entry[0]), Score.from_numbers(entry[1:])) for entry in entries]
 
     def remaining(self) -> Iterator[tuple[int, Score]]:
         """What has not been seen yet, waiting for the workers that still compute."""
@@ -135,7 +148,7 @@ class TaskQueue:
             if not fresh:
                 time.sleep(POLL_SECONDS)
 
-    def _unread(self) -> Iterator[dict[str, float]]:
+    def _unread(self) -> Iterator[list[float]]:
         """Log entries after the last one read."""
         while self._num_read < self._num_tasks and self._store.check([f"log/{self._num_read + 1}"]):
             self._num_read += 1

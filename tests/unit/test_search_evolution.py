@@ -15,6 +15,8 @@ from longrope2.search import (
     Evolution,
     Journal,
     Objective,
+    Pruning,
+    Race,
     Score,
     SearchBudget,
     SearchConfig,
@@ -74,7 +76,7 @@ def search(
     losses = losses or PlantedLosses(config.batch_size)
     with Journal(folder, HEADER) as journal:
         evaluator = Evaluator(
-            losses, journal, num_scored_tokens=NUM_SAMPLES, early_termination=config.early_termination
+            losses, journal, num_scored_tokens=NUM_SAMPLES, is_pruning=config.pruning is not Pruning.none
         )
         evolution = Evolution(space, config, evaluator, seed)
         for number, _ in enumerate(evolution.steps(), start=1):
@@ -115,9 +117,7 @@ def test_perplexity_is_over_all_scored_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("dims", list(SearchedDims))
 def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_size: int, dims: SearchedDims) -> None:
-    full, _, all_losses = search(
-        tmp_path / "full", config_of(early_termination=False, batch_size=batch_size, dims=dims)
-    )
+    full, _, all_losses = search(tmp_path / "full", config_of(pruning=Pruning.none, batch_size=batch_size, dims=dims))
     short, evaluator, fewer_losses = search(tmp_path / "short", config_of(batch_size=batch_size, dims=dims))
     assert outcome(short) == outcome(full)
     assert account(short) == account(full)
@@ -167,7 +167,7 @@ def test_where_an_evaluation_stops(
     with Journal(tmp_path, HEADER) as journal:
         evaluator = Evaluator(GivenLosses(losses), journal, num_scored_tokens=4)
         score = evaluator.evaluate(_factors((16.0,) * 16), lambda: bound)
-    assert score == Score(loss_sum, is_complete, num_computed)
+    assert (score.loss_sum, score.is_complete, score.num_losses) == (loss_sum, is_complete, num_computed)
     assert evaluator.num_losses_computed == num_computed
 
 
@@ -176,7 +176,34 @@ def test_a_bound_that_falls_meanwhile_stops_an_evaluation(tmp_path: Path) -> Non
     with Journal(tmp_path, HEADER) as journal:
         evaluator = Evaluator(GivenLosses([1.0, 1.0, 1.0, 1.0]), journal, num_scored_tokens=4)
         score = evaluator.evaluate(_factors((16.0,) * 16), lambda: next(bounds))
-    assert score == Score(2.0, False, 2)
+    assert score == Score(2.0, False, 2, {0: 1.0, 1: 1.0})
+    assert Score.from_numbers(score.to_numbers()) == score
+
+
+def test_a_race_is_lost_behind_the_margin_only() -> None:
+    race = Race.against({0: 1.0, 1: 4.0, 2: 2.0}, margin=0.1, least_batches=2)
+    assert race.order == (1, 2, 0)
+    assert race.limits == pytest.approx((math.inf, 6.6, 7.7))
+    assert not race.is_lost({})
+    assert not race.is_lost({1: 100.0})  # too early
+    assert not race.is_lost({1: 4.0, 2: 2.6})
+    assert race.is_lost({1: 4.0, 2: 2.7})
+    assert not race.is_lost({1: 4.0, 0: 9.0})  # not the first two
+    assert race.is_lost({1: 4.0, 2: 2.0, 0: 1.8})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_racing_is_cheaper_and_resumes_like_the_exact_search(tmp_path: Path, batch_size: int) -> None:
+    exact, _, exact_losses = search(tmp_path / "exact", config_of(batch_size=batch_size))
+    config = config_of(pruning=Pruning.racing, racing_samples=1, racing_margin=0.0, batch_size=batch_size)
+    raced, _, raced_losses = search(tmp_path / "raced", config)
+    assert raced_losses.num_computed < exact_losses.num_computed
+    # Here every sample ranks candidates alike, so even the strictest race gives up none that would have been kept.
+    assert outcome(raced) == outcome(exact)
+    _, _, first = search(tmp_path / "cut", config, stop_after=40)
+    resumed, _, second = search(tmp_path / "cut", config)
+    assert resumed.rounds == raced.rounds
+    assert first.num_computed + second.num_computed == raced_losses.num_computed
 
 
 def test_sums_do_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from longrope2.model import scoring as scoring_module
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.search import (
     SampleLosses,
+    Score,
     ScoredSample,
     SearchConfig,
     check_factors_matter,
@@ -188,10 +189,16 @@ def test_label_errors(needles: NeedleSet, length: int, text: str) -> None:
 
 
 def test_factors_must_matter(model: WindowedModel) -> None:
-    check_factors_matter(SampleLosses(model, [ScoredSample(tokens(0), 1)]), GEOMETRY, TARGET_LEN)
+    losses = SampleLosses(model, [ScoredSample(tokens(0), 1)])
+
+    def scores() -> list[Score]:
+        values = [losses(factors, 0)[0] for factors in (NONE, PI)]
+        return [Score(value, True, 1, {0: value}) for value in values]
+
+    check_factors_matter(*scores())
     model.hf.base_model.rotary_emb = hf_model().model.rotary_emb  # a model that applies a RoPE of its own
     with pytest.raises(ArtifactError, match="does not apply the rescale factors it is given"):
-        check_factors_matter(SampleLosses(model, [ScoredSample(tokens(0), 1)]), GEOMETRY, TARGET_LEN)
+        check_factors_matter(*scores())
 
 
 class FixedLosses(SampleLosses):

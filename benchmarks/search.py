@@ -1,0 +1,119 @@
+"""``python -m benchmarks.search``: a finished search, ours against a straightforward one, on the miniature.
+
+Straightforward: every candidate on every sample, logits of all positions, every layer whole. Ours: exact early
+termination with the hardest sample first, and only what the losses need in the last layer and the LM head. Both run
+the same evolution on the same samples in one process and must end with the same factors; rounds alternate, so that a
+noisy machine touches both alike. Printed are forward tokens and wall time, and where our tokens went.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from launch import search as command
+from longrope2.config import compose
+from longrope2.model import WindowedModel
+from longrope2.rope import RescaleFactors, Window
+from longrope2.search import Evaluator, Evolution, Journal, PreparedSearch, SampleLosses, Workers
+
+
+class StraightforwardLosses:
+    """The same losses, from the logits of every position."""
+
+    def __init__(self, model: WindowedModel, losses: SampleLosses) -> None:
+        self.num_batches = self.num_samples = losses.num_samples
+        self._model = model
+        self._samples = losses.samples
+
+    @torch.no_grad()
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        """Loss of one sample."""
+        self._model.set_factors(factors)
+        sample = self._samples[batch]
+        tokens_T = torch.from_numpy(sample.tokens)
+        logits_TV = self._model.logits(tokens_T[None, :-1], Window.LONG)[0]
+        losses_T = torch.nn.functional.cross_entropy(logits_TV, tokens_T[1:], reduction="none").double()
+        return [losses_T[sample.first_scored - 1 :].sum().item()]
+
+
+@dataclass
+class Contestant:
+    """One search, advanced round by round."""
+
+    evolution: Evolution
+    evaluator: Evaluator
+    steps: Iterator[object] = field(init=False)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.steps = self.evolution.steps()
+
+    def advance(self, num_candidates: int) -> bool:
+        """Evaluate some candidates; False once the search is over."""
+        started = time.perf_counter()
+        done = sum(1 for _ in zip(range(num_candidates), self.steps, strict=False))
+        self.seconds += time.perf_counter() - started
+        return done == num_candidates
+
+
+def contestant(
+    config: command.SearchCommand, prepared: PreparedSearch, losses: SampleLosses | StraightforwardLosses, folder: Path
+) -> Contestant:
+    """A search with a journal of its own."""
+    evaluator = Evaluator(
+        losses, Journal(folder, {}), num_scored_tokens=prepared.losses.num_scored_tokens,
+        is_pruning=isinstance(losses, SampleLosses),
+    )  # fmt: skip
+    return Contestant(Evolution(prepared.space, config.search, evaluator, config.seed), evaluator)
+
+
+def main() -> None:
+    """Run both and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=int, default=2048, help="target window in tokens")
+    parser.add_argument("overrides", nargs="*", help="any key of conf/search.yaml; default: the paper's budget")
+    arguments = parser.parse_args()
+    overrides = ["model=tiny", f"target_len={arguments.target}", "corpus=sample", *arguments.overrides]
+    config = compose(command.SearchCommand, "search", overrides)
+    model_folder, space = command.check(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = command.prepare(config, model_folder, space, Path(scratch), Workers())
+        model = command.load_search_model(model_folder, space)
+        plain = contestant(config, prepared, StraightforwardLosses(model, prepared.losses), Path(scratch) / "plain")
+        ours = contestant(config, prepared, prepared.losses, Path(scratch) / "ours")
+        while plain.advance(config.search.parents) & ours.advance(config.search.parents):
+            pass
+    report(config, plain, ours)
+
+
+def report(config: command.SearchCommand, plain: Contestant, ours: Contestant) -> None:
+    """Same result? Tokens, seconds, and what the remaining tokens are."""
+    best = plain.evolution.best
+    same = best.candidate == ours.evolution.best.candidate
+    tokens = [c.evolution.num_losses * config.target_len for c in (plain, ours)]
+    evolution = ours.evolution
+    whole = (evolution.num_candidates - evolution.num_terminated) * config.search.num_samples
+    print(f"same best factors: {same} (c = {best.critical_index}); same kept set: "
+          f"{[r.candidate for r in plain.evolution.kept] == [r.candidate for r in evolution.kept]}")  # fmt: skip
+    print(f"{'':16}{'candidates':>12}{'forward tokens':>18}{'seconds':>10}")
+    for name, contestant, spent in zip(("straightforward", "ours"), (plain, ours), tokens, strict=True):
+        print(f"{name:16}{contestant.evolution.num_candidates:>12,}{spent:>18,}{contestant.seconds:>10.1f}")
+    print(f"forward tokens {tokens[0] / tokens[1]:.2f}x fewer, wall time {plain.seconds / ours.seconds:.2f}x shorter")
+    print(
+        f"of our forward passes {whole / evolution.num_losses:.0%} went to the {evolution.num_candidates} - "
+        f"{evolution.num_terminated} candidates that had to be finished, the rest to "
+        f"{evolution.num_terminated} that were stopped after "
+        f"{(evolution.num_losses - whole) / max(evolution.num_terminated, 1):.1f} of {config.search.num_samples} "
+        "samples on average"
+    )
+    if not same:
+        raise SystemExit("the results differ")
+
+
+if __name__ == "__main__":
+    main()
