@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from data_prep.plan_config import PlanConfig
+from data_prep.sources.config import (
+    FinewebEduConfig,
+    Pg19Config,
+    RedpajamaV1Config,
+    RedpajamaV2Config,
+    StarcoderConfig,
+)
 from longrope2.config import MISSING
-from longrope2.errors import ConfigError, DataError
+from longrope2.errors import DataError
 
 __all__ = [
     "HELDOUT_FRACTION",
@@ -49,6 +57,12 @@ class CorpusKind(Enum):
 
     sample = "sample"
     folder = "folder"
+    redpajama_v1 = "redpajama_v1"
+    redpajama_v2 = "redpajama_v2"
+    starcoder = "starcoder"
+    fineweb_edu = "fineweb_edu"
+    pg19 = "pg19"
+    mix = "mix"
 
 
 class ShortOverlong(Enum):
@@ -75,9 +89,12 @@ class CorpusConfig:
     name: str = MISSING
     """Name used in manifests and reports."""
     kind: CorpusKind = MISSING
-    """Adapter: ``sample`` (the Python standard library, offline) or ``folder`` (your own files)."""
+    """Adapter: ``sample`` (the Python standard library, offline), ``folder`` (your own files), one of the public corpora
+    (read from the hub, their URLs or a mirror: ``corpus.<kind>.root``), or ``mix`` (several of these)."""
+    members: list[CorpusKind] = field(default_factory=list)
+    """Adapters that kind ``mix`` puts together."""
     folder: str | None = None
-    """Folder of .txt, .jsonl, .jsonl.gz or .parquet files; needed by kind ``folder``."""
+    """Folder of .txt, .jsonl or .parquet files, packed or not (.gz, .zst); needed by kind ``folder``."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
     title_field: str | None = None
@@ -90,6 +107,16 @@ class CorpusConfig:
     folder of books that only serve search or evaluation. Keep it the same for all stages that read the corpus."""
     quotas: dict[str, BucketQuota] = field(default_factory=dict)
     """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
+    plan: PlanConfig | None = None
+    """Tokens per source and per length bucket instead, fitted to what there is; ``null`` takes ``quotas`` as they stand."""
+    heldout_characters: int | None = None
+    """Read no more held-out text than this for search and evaluation; ``null`` reads all of it. Public corpora need a
+    limit, their held-out share is terabytes."""
+    redpajama_v1: RedpajamaV1Config = field(default_factory=RedpajamaV1Config)
+    redpajama_v2: RedpajamaV2Config = field(default_factory=RedpajamaV2Config)
+    starcoder: StarcoderConfig = field(default_factory=StarcoderConfig)
+    fineweb_edu: FinewebEduConfig = field(default_factory=FinewebEduConfig)
+    pg19: Pg19Config = field(default_factory=Pg19Config)
 
 
 @dataclass(frozen=True)
@@ -189,27 +216,15 @@ def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
 
 
 def build_corpus(config: CorpusConfig) -> Corpus:
-    """The corpus that ``config`` describes.
+    """The corpus that ``config`` describes, with its files listed and its places tried.
 
     Raises:
-        ConfigError: a key the adapter needs is missing, or the folder does not exist or holds no usable file.
+        ConfigError: a key the adapter needs is missing, a folder does not exist or holds no usable file, or public sources
+            cannot be read; all of them together, each with what to do.
     """
-    if not 0.0 <= config.heldout_fraction <= 1.0:
-        raise ConfigError([f"corpus.heldout_fraction={config.heldout_fraction} must be from 0 to 1"])
-    if config.kind is CorpusKind.sample:
-        from data_prep.sample_corpus import SampleCorpus
+    from data_prep.sources.build import build_adapters  # the adapters import this module
 
-        return SampleCorpus(heldout_fraction=config.heldout_fraction)
-    if config.folder is None:
-        raise ConfigError(["corpus.folder is not set; corpus=folder needs corpus.folder=PATH"])
-    from data_prep.folder_corpus import FolderCorpus
-
-    return FolderCorpus(
-        config.folder,
-        text_field=config.text_field,
-        title_field=config.title_field,
-        heldout_fraction=config.heldout_fraction,
-    )
+    return build_adapters(config)
 
 
 def heldout_documents(config: CorpusConfig) -> list[Document]:
@@ -218,7 +233,12 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
     Raises:
         DataError: the held-out split is empty.
     """
-    documents = list(build_corpus(config).documents(Split.heldout))
+    documents, num_characters = [], 0
+    for document in build_corpus(config).documents(Split.heldout):
+        documents.append(document)
+        num_characters += len(document.text)
+        if config.heldout_characters is not None and num_characters >= config.heldout_characters:
+            break
     if not documents:
         raise DataError(
             f"corpus.name={config.name}: no document fell into the held-out split "

@@ -117,11 +117,10 @@ def fit_plan(plan: PlanConfig, supply: Mapping[str, Mapping[str, Mapping[str, fl
     if plan.buckets is None:
         return _thin_short_documents(plan, sources, supply)
     buckets = {bucket: getattr(plan.buckets, bucket) * scale for bucket in BUCKETS}
-    only = {source: [bucket.value for bucket in allowed] for source, allowed in plan.only.items()}
     by_source = {
         s: {b: sum(cells.get(b, 0.0) for cells in supply.get(s, {}).values()) for b in BUCKETS} for s in sources
     }
-    fitted = fit_quotas(Margins(sources, buckets, only), by_source)
+    fitted = fit_quotas(Margins(sources, buckets, plan.only), by_source)
     if plan.domain_mix is DomainMix.ignore:
         return fitted
     domains: dict[tuple[str, str], dict[str, float]] = {}

@@ -9,18 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["BUCKETS", "Bucket", "BucketTokens", "DomainMix", "PlanConfig"]
+__all__ = ["BUCKETS", "BucketTokens", "DomainMix", "PlanConfig"]
 
 
-class Bucket(Enum):
-    """Length class of a document."""
-
-    short = "short"
-    mid = "mid"
-    long = "long"
-
-
-BUCKETS = tuple(bucket.value for bucket in Bucket)
+BUCKETS = ("short", "mid", "long")
 
 
 class DomainMix(Enum):
@@ -50,8 +42,8 @@ class PlanConfig:
     """Source -> tokens."""
     buckets: BucketTokens | None = None
     """Tokens per bucket; they sum to the same as ``sources``. ``null`` leaves the lengths to ``short_survival``."""
-    only: dict[str, list[Bucket]] = field(default_factory=dict)
-    """Source -> the only buckets it serves; a source that is not named serves all."""
+    only: dict[str, list[str]] = field(default_factory=dict)
+    """Source -> the only buckets (short, mid, long) it serves; a source that is not named serves all."""
     mid_limit: int = 100_000
     """Longest document of the bucket ``mid``, in tokens, BOS and EOS included."""
     long_limit: int = 200_000
@@ -106,6 +98,9 @@ class PlanConfig:
         for key in ("only", "domain_shares"):
             unknown = [source for source in getattr(self, key) if source not in self.sources]
             found += [f"corpus.plan.{key}.{source}: corpus.plan.sources has no such source" for source in unknown]
+        for source, buckets in self.only.items():
+            if not buckets or not set(buckets) <= set(BUCKETS):
+                found.append(f"corpus.plan.only.{source}={list(buckets)}: name at least one of {', '.join(BUCKETS)}")
         for source, shares in self.domain_shares.items():
             if any(share < 0 for share in shares.values()) or not any(shares.values()):
                 found.append(f"corpus.plan.domain_shares.{source} must be shares of 0 or more, not all 0")

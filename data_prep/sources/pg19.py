@@ -1,0 +1,73 @@
+"""PG19 from a parquet mirror (the dataset itself is a loading script): short_book_title, publication_date, url, text.
+
+The split is the corpus' own: train books are packed, validation books are held out for search and evaluation (the paper's
+needle search draws on them), test books are never read.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_prep.corpora import Document, Split, Unit
+from data_prep.sources.config import Pg19Config
+from data_prep.sources.places import FileSet, SourceInfo, parquet_files
+from data_prep.sources.records import parquet_records, usable_text
+
+__all__ = ["Pg19"]
+
+SOURCE = "pg19"
+INFO = SourceInfo(SOURCE, "PG19", "emozilla/pg19", "FOLDER/data/train-00000-of-00023.parquet")
+PREFIXES = {Split.train: "train", Split.heldout: "validation"}
+
+
+class Pg19:
+    """PG19, a unit per train file; ids are ``pg19/<split>/<number> <title>`` with Project Gutenberg's number.
+
+    Args:
+        config: Place.
+
+    Raises:
+        ConfigError: the files cannot be listed or read; says what to do.
+    """
+
+    sources = (SOURCE,)
+    heldout_fraction = 0.0  # of the train books: the held-out split is the validation books
+
+    def __init__(self, config: Pg19Config) -> None:
+        self._files = parquet_files(INFO, config.root, config.revision, "")
+
+    def units(self) -> Sequence[Unit]:
+        """A unit per train file."""
+        return self._split_units(Split.train)
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Books of one file."""
+        path = unit.name.removeprefix(f"{SOURCE}/")
+        split = path.rpartition("/")[2].partition("-")[0]
+        columns = ("url", "short_book_title")
+        for row, record in parquet_records(self._files.location(path), ["text"], skipped, optional=columns):
+            text = usable_text(record["text"], skipped)
+            if text is None:
+                continue
+            number, title = (str(record[column] or "") for column in columns)
+            name = f"{number.rstrip('/').rpartition('/')[2] or f'{path}:{row}'} {title}".strip()
+            yield Document(f"{SOURCE}/{split}/{name}", text, SOURCE, "books")
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Books of the train or of the validation split."""
+        for unit in self._split_units(split):
+            yield from self.read(unit, Counter())
+
+    def describe(self) -> dict[str, Any]:
+        """Place and listing."""
+        return self._files.describe()
+
+    def _split_units(self, split: Split) -> list[Unit]:
+        """Units of the files of one split."""
+        named = FileSet(self._files.base, tuple(f for f in self._files.files if _is_of(f.path, split))).files
+        return [Unit(f"{SOURCE}/{file.path}", SOURCE, file.size_bytes) for file in named]
+
+
+def _is_of(path: str, split: Split) -> bool:
+    """Whether a file's name starts with the name of the split."""
+    return path.rpartition("/")[2].startswith(PREFIXES[split])
