@@ -64,8 +64,8 @@ def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, r
             "run launch.search first, or give rope.factors=FILE"
         )
     if rope.method is RopeMethod.from_hf:
-        return _read_published(path, geometry, target_len)
-    factors = read_factors(path, geometry, target_len)
+        return _read_published(path, geometry, target_len, "rope.factors")
+    factors = _read_file(path, geometry, target_len, "rope.factors")
     if rope.method not in CRITICAL_INDEX_METHODS:
         return factors
     if factors.critical_index is None:
@@ -76,25 +76,37 @@ def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, r
     return critical_index_factors(rope.method, geometry, target_len, factors.critical_index)
 
 
-def read_factors(path: Path, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
-    """Factors from a JSON or CSV file, or from a model folder or its config.json, for this model and target.
+def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
+    """Factors for this model and target from whatever holds some: a JSON or CSV file, or a published model.
+
+    Args:
+        given: Factors file; or a model folder, its config.json, or a hub id.
+        geometry: Rotary geometry of the model.
+        target_len: L in tokens.
+        key: Configuration key it was given with, for messages.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or for another model or target; names the path.
+        ArtifactError: the file is missing, damaged, or for another model or target; names the path and ``key``.
     """
-    if path.is_dir() or path.name == CONFIG_FILE:
-        return _read_published(find_config_file(str(path), "rope.factors"), geometry, target_len)
+    path = Path(given)
+    if path.suffix.lower() in (".json", ".csv") and path.name != CONFIG_FILE:
+        return _read_file(path, geometry, target_len, key)
+    return _read_published(find_config_file(given, key), geometry, target_len, key)
+
+
+def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
+    """Factors from CSV (by its suffix) or JSON."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".csv":
             return RescaleFactors.from_csv(text, geometry, target_len, provenance={"source": path.name})
         factors = RescaleFactors.from_json(text)
     except (OSError, UnicodeDecodeError, FactorsError) as error:
-        raise ArtifactError(f"{path} (rope.factors): {error}") from None
+        raise ArtifactError(f"{path} ({key}): {error}") from None
     if factors.geometry != geometry:
-        raise ArtifactError(f"{path} (rope.factors) is for {factors.geometry}, this model has {geometry}")
+        raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")
     if factors.target_len != target_len:
-        raise ArtifactError(f"{path} (rope.factors) is for target_len={factors.target_len}, not {target_len}")
+        raise ArtifactError(f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}")
     return factors
 
 
@@ -105,8 +117,8 @@ def _given(rope: RopeConfig, what: str) -> str:
     return rope.factors
 
 
-def _read_published(path: Path, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
-    """Factors of a published config.json, which must reach at least this far.
+def _read_published(path: Path, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
+    """Factors of a published config.json, which must reach at least this far (``dynamic`` reaches any length).
 
     Its own pre-trained window may differ from ours: public Phi-3 configs say 4096 where the paper's window is 2048.
     """
@@ -115,12 +127,12 @@ def _read_published(path: Path, geometry: RopeGeometry, target_len: int) -> Resc
         published = RescaleFactors.from_hf_config(config, geometry.original_len)
         factors = RescaleFactors.from_hf_config(config, geometry.original_len, target_len)
     except FactorsError as error:
-        raise ArtifactError(f"{path} (rope.factors): {error}") from None
+        raise ArtifactError(f"{path} ({key}): {error}") from None
     if factors.geometry != geometry:
-        raise ArtifactError(f"{path} (rope.factors) is for {factors.geometry}, this model has {geometry}")
-    if published.target_len < target_len:
+        raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")
+    if published.target_len < target_len and published.provenance["rope_type"] != "dynamic":
         raise ArtifactError(
-            f"{path} (rope.factors) reaches {published.target_len} tokens, not target_len={target_len}; "
+            f"{path} ({key}) reaches {published.target_len} tokens, not target_len={target_len}; "
             f"set target_len={published.target_len}, or give a config made for more"
         )
     return factors

@@ -3,7 +3,7 @@
 Pure maths: no files, no ranks, no transformers.
 """
 
-from longrope2.rope.critical import ntk_part, satisfies_bound
+from longrope2.rope.critical import first_out_of_bound, ntk_part, satisfies_bound
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import (
     RopeGeometry,
@@ -33,6 +33,7 @@ __all__ = [
     "config_geometry",
     "config_rope_type",
     "critical_index_factors",
+    "first_out_of_bound",
     "inverse_frequencies",
     "ntk_part",
     "periods",

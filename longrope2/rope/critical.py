@@ -7,7 +7,7 @@ critical index c. The paper's Algorithms 1 and 2 slice one lower; the arrays its
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
 
-__all__ = ["ntk_part", "satisfies_bound"]
+__all__ = ["first_out_of_bound", "ntk_part", "satisfies_bound"]
 
 BOUND_TOLERANCE = 1e-9  # relative: a ramp that ends at s may land one rounding below it
 
@@ -41,5 +41,11 @@ def satisfies_bound(factors: RescaleFactors, critical_index: int) -> bool:
         factors: The long window's factors are looked at.
         critical_index: c, the first cosine index the bound applies to.
     """
+    return first_out_of_bound(factors, critical_index) is None
+
+
+def first_out_of_bound(factors: RescaleFactors, critical_index: int) -> int | None:
+    """The first index i >= c with lambda_i < s, where the bound of ``satisfies_bound`` is broken; None if it holds."""
     least = factors.scale * (1 - BOUND_TOLERANCE)
-    return all(factor >= least for factor in factors.factors[critical_index:])
+    indices = range(critical_index, len(factors.factors))
+    return next((i for i in indices if factors.factors[i] < least), None)

@@ -46,7 +46,8 @@ def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
         FactorsError: a key is missing or out of range, or the config holds a RoPE per layer type.
     """
     scaling = _scaling(config)
-    return RopeGeometry(_rotary_dim(config, scaling), _rope_base(config, scaling), original_len)
+    rope_base = _rope_base(config, scaling)  # first: its absence says that the model has no RoPE at all
+    return RopeGeometry(_rotary_dim(config, scaling), rope_base, original_len)
 
 
 def read_factor_fields(config: dict[str, Any], original_len: int | None, target_len: int | None) -> dict[str, Any]:

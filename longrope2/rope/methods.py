@@ -129,7 +129,9 @@ def critical_index_factors(
     Raises:
         FactorsError: another method, a critical index outside its range, or ``target_len`` below L0.
     """
-    scale = _scale(geometry, target_len)
+    scale, last = _scale(geometry, target_len), geometry.num_frequencies - 1
+    if not 0 <= critical_index <= last:
+        raise FactorsError(f"critical_index={critical_index}: must be a cosine index, 0 .. {last}")
     if method is RopeMethod.yarn_rcd:
         factors, attention_scale = yarn_ramp_to_index(geometry, scale, critical_index), yarn_attention_scale(scale)
     elif method is RopeMethod.ntk_rcd:

@@ -11,6 +11,7 @@ import torch
 
 from longrope2.errors import FactorsError
 from longrope2.rope import (
+    CLOSED_FORMS,
     RescaleFactors,
     RopeGeometry,
     RopeMethod,
@@ -22,25 +23,16 @@ from longrope2.rope import (
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 PUBLISHED = ["llama3_8b_128k_longrope2.json", "phi4_mini_128k_longrope2.json"]
-CLOSED_FORM = [m for m in RopeMethod if m not in (RopeMethod.searched, RopeMethod.from_file)]
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 
 
+FLAT = {"factors": [1, 2, 4, 5], "rotary_dim": 8, "rope_base": 1e4, "original_len": 32, "target_len": 128,
+        "method": "test"}  # fmt: skip
+
+
 def published(name: str) -> tuple[RescaleFactors, dict[str, Any]]:
-    fields = json.loads((FIXTURES / name).read_text())
-    geometry = RopeGeometry(fields["rotary_dim"], fields["rope_base"], fields["original_len"])
-    scale = fields.get("attention_scale", 1.0)
-    factors = RescaleFactors(
-        factors=tuple(fields["factors"]),
-        geometry=geometry,
-        target_len=fields["target_len"],
-        method=fields["method"],
-        critical_index=fields["critical_index"],
-        short_attention_scale=scale,
-        long_attention_scale=scale,
-        provenance={"source": fields["source"]},
-    )
-    return factors, fields
+    text = (FIXTURES / name).read_text()
+    return RescaleFactors.from_json(text), json.loads(text)
 
 
 def small(**changes: Any) -> RescaleFactors:
@@ -52,6 +44,11 @@ def small(**changes: Any) -> RescaleFactors:
 def test_published_arrays_follow_the_ntk_part(name: str) -> None:
     factors, fields = published(name)
     critical = fields["critical_index"]
+    assert factors.factors == tuple(fields["factors"])
+    assert factors.critical_index == critical
+    assert factors.geometry == RopeGeometry(fields["rotary_dim"], fields["rope_base"], fields["original_len"])
+    assert factors.long_attention_scale == factors.short_attention_scale == fields.get("attention_scale", 1.0)
+    assert factors.provenance == {"model": fields["model"], "source": fields["source"]}
     assert factors.factors[:critical] == pytest.approx(ntk_part(critical, factors.factors[critical]), abs=1e-8)
     assert satisfies_bound(factors, critical)
     assert not satisfies_bound(factors, critical - 5)
@@ -154,7 +151,7 @@ def test_windows_have_their_own_table_and_scale() -> None:
 
 def test_closed_forms_in_float64() -> None:
     geometry, target_len, scale = RopeGeometry(128, 5e5, 8192), 131072, 16.0
-    methods = {method: closed_form_factors(method, geometry, target_len) for method in CLOSED_FORM}
+    methods = {method: closed_form_factors(method, geometry, target_len) for method in CLOSED_FORMS}
     assert methods[RopeMethod.none].factors == (1.0,) * 64
     assert methods[RopeMethod.pi].factors == (scale,) * 64
     base = 5e5 ** (math.log(131072 / (2 * math.pi)) / math.log(8192 / (2 * math.pi)))
@@ -177,7 +174,7 @@ def test_closed_forms_in_float64() -> None:
     assert llama3.factors[35] == scale
 
 
-@pytest.mark.parametrize("method", CLOSED_FORM)
+@pytest.mark.parametrize("method", CLOSED_FORMS)
 def test_scale_one_changes_nothing(method: RopeMethod) -> None:
     factors = closed_form_factors(method, RopeGeometry(64, 1e5, 8192), 8192)
     assert factors.factors == pytest.approx([1.0] * 32, rel=1e-12)
@@ -218,6 +215,12 @@ def test_validation_errors(changes: dict[str, Any], text: str) -> None:
         (small().to_json().replace('"method"', '"way"'), "missing, unknown or ill-typed field: .*'way'"),
         (small().to_json().replace("4.0", '"four"'), "missing, unknown or ill-typed field: .*'four'"),
         (small().to_json().replace("4.0", "-4.0"), r"factors\[2\]=-4.0"),
+        (
+            '{"factors": [1, 2], "rope_base": 1e4}',
+            "the published array has no rotary_dim, original_len; its setting must",
+        ),
+        (json.dumps(FLAT | {"colour": 1}), "missing, unknown or ill-typed field: .*'colour'"),
+        (json.dumps(FLAT | {"attention_scale": "x"}), "missing, unknown or ill-typed field"),
     ],
 )
 def test_json_errors(text: str, message: str) -> None:
@@ -235,7 +238,10 @@ def test_hf_config_holds_one_attention_scale_only() -> None:
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"rope_scaling": {"type": "yarn"}}, "RoPE type is 'yarn'.*set rope.method instead"),
+        (
+            {"rope_scaling": {"type": "mrope"}},
+            "RoPE type is 'mrope'.*from default, longrope, su, linear, dynamic, yarn,",
+        ),
         ({"rope_theta": 1e4}, "the Hugging Face config has no max_position_embeddings"),
         ({"max_position_embeddings": 64, "head_dim": 8}, "the Hugging Face config has no rope_theta"),
         ({"max_position_embeddings": 64, "rope_theta": 1e4}, "the Hugging Face config has no hidden_size"),

@@ -20,6 +20,7 @@ PHI3_MINI = RopeGeometry(96, 1e4, 2048)
 LLAMA3_8B = RopeGeometry(128, 5e5, 8192)
 PHI4_MINI = RopeGeometry(96, 1e4, 4096)
 LLAMA2_7B = RopeGeometry(128, 1e4, 4096)
+QWEN3_8B = RopeGeometry(128, 1e6, 32768)
 SMOLLM2 = RopeGeometry(64, 1e5, 8192)
 TINY = RopeGeometry(32, 1e4, 128)
 
@@ -31,6 +32,7 @@ TINY = RopeGeometry(32, 1e4, 128)
         (LLAMA3_8B, 35, 24),
         (PHI4_MINI, 34, 22),
         (LLAMA2_7B, 46, 30),
+        (QWEN3_8B, 40, 29),
         (SMOLLM2, 20, 14),
         (TINY, 6, 2),
     ],
@@ -40,11 +42,20 @@ def test_critical_indices(geometry: RopeGeometry, theoretical: int, ten_periods:
     assert ten_period_index(geometry) == ten_periods
 
 
-@pytest.mark.parametrize("geometry", [PHI3_MINI, LLAMA3_8B, PHI4_MINI, LLAMA2_7B, SMOLLM2, TINY])
+@pytest.mark.parametrize("geometry", [PHI3_MINI, LLAMA3_8B, PHI4_MINI, LLAMA2_7B, QWEN3_8B, SMOLLM2, TINY])
 def test_critical_indices_by_counting_turns(geometry: RopeGeometry) -> None:
     turns = [geometry.original_len / period for period in periods(geometry).tolist()]
     assert theoretical_critical_index(geometry) == sum(turn > 1 for turn in turns)
     assert ten_period_index(geometry) == sum(turn > 10 for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "fraction"), [(PHI3_MINI, 30.16), (LLAMA3_8B, 34.98), (PHI4_MINI, 33.77), (LLAMA2_7B, 45.03)]
+)
+def test_a_dimension_at_the_fractional_critical_index_turns_once(geometry: RopeGeometry, fraction: float) -> None:
+    period = 2 * math.pi * geometry.rope_base ** (2 * fraction / geometry.rotary_dim)
+    assert period == pytest.approx(geometry.original_len, rel=2e-3)  # the fraction is given to two places
+    assert theoretical_critical_index(geometry) == math.ceil(fraction)
 
 
 def test_period_of_the_paper() -> None:
