@@ -191,10 +191,11 @@ def _search(record: RunRecord) -> str:
     figure = image(search_figure(history), "Best objective of the search by candidates evaluated")
     rows = [[html.escape(name), f"{value:.4g}"] for name, value in history["baselines"].items()]
     rows.append([f"best of {history['rounds'][-1]['num_candidates']} candidates", f"{history['best_value']:.4g}"])
+    found = history["critical_index"]
+    critical = "No critical dimension" if found is None else f"Found critical dimension {found}"
     note = (
-        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. Found critical dimension "
-        f"{history['critical_index']}; theory says {history['theoretical_critical_index']}. Levels far above the curve "
-        "are in the table only."
+        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. {critical}; theory says "
+        f"{history['theoretical_critical_index']}. Levels far above the curve are in the table only."
     )
     baselines = table(["factors", history["value_name"].replace("_", " ")], rows)
     return f"<div class=figures>{figure}<div>{baselines}</div></div><p class=note>{note}</p>"

@@ -5,12 +5,14 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
 from launch.report import run_folder
 from longrope2.artifacts import Manifest, product_folder, write_manifest
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.evaluation import report as report_module
 from longrope2.evaluation.report import write_report
 from longrope2.evaluation.report_data import load_run
 from longrope2.evaluation.report_plots import factors_figure, lengths_figure, losses_figure, search_figure
@@ -65,6 +67,7 @@ def search_history():
     return {
         "objective": "needle", "value_name": "needle_ppl", "best_value": 6.0, "critical_index": 5,
         "theoretical_critical_index": 6, "ten_period_index": 2, "original_len": 128, "target_len": 2048,
+        "sample_len": 2048, "algorithm": "longrope2",
         "baselines": {"none": 7700.0, "pi": 50.0, "ntk": 30.0}, "rounds": rounds, "kept": [],
     }  # fmt: skip
 
@@ -247,6 +250,15 @@ def test_factors_figure_shows_methods_bound_and_both_critical_dimensions():
     assert marks == {"theoretical critical dimension 6": {6}, "real critical dimension 5": {5}}
     (bound,) = figure.axes[0].collections
     assert bound.get_label() == "bound s = 16" and bound.get_segments()[0].tolist() == [[5, 16], [15, 16]]
+
+
+def test_a_search_without_a_critical_dimension_says_so():
+    history = {**search_history(), "critical_index": None}
+    record = SimpleNamespace(search_history=history)
+    assert "No critical dimension; theory says 6." in report_module._search(record)
+    assert "Found critical dimension 5; theory says 6." in report_module._search(
+        SimpleNamespace(search_history=search_history())
+    )
 
 
 def test_search_figure_shows_progress_and_levels_in_reach():
