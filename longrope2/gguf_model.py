@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 def _packaged_file(path: str) -> Path:
     """The GGUF file that ``path`` names."""
     package, _, name = path.removeprefix(GGUF_PREFIX).partition("/")
-    if not package.isidentifier() or not name.endswith(".gguf"):
+    if not package.isidentifier() or not name.endswith(".gguf") or ".." in name.split("/"):
         raise ArtifactError(f"model.path={path} must read gguf://PACKAGE/FILE.gguf with the import name of a package")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -80,6 +80,8 @@ def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> Non
     """Convert in a temporary folder beside ``target`` and rename it; whichever process is first wins."""
     if importlib.util.find_spec("gguf") is None:
         raise ArtifactError(f"model.path={path} needs the gguf reader; run `pip install gguf`")
+    if target.exists() and not (target / PROVENANCE_FILE).is_file():
+        raise ArtifactError(f"model.path={path}: the conversion in {target} is unfinished; remove it")
     print(f"converting {path} once, into {target}", file=sys.stderr)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
