@@ -5,6 +5,7 @@ to depends on its id alone, so text used to evaluate or to search is never train
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -186,8 +187,8 @@ class Corpus(Protocol):
         """
         ...
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        """Documents of one split, unit by unit."""
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split; ``skipped`` gets what ``read`` counts."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Corpus(Protocol):
 
 
 def split_documents(corpus: Corpus, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
-    """Documents of one split of all units of ``corpus``; ``skipped`` gets what ``Corpus.read`` counts."""
+    """Documents of one split, unit by unit; ``skipped`` gets what ``Corpus.read`` counts."""
     skipped = Counter() if skipped is None else skipped
     for unit in corpus.units():
         for document in corpus.read(unit, skipped):
@@ -228,17 +229,21 @@ def build_corpus(config: CorpusConfig) -> Corpus:
 
 
 def heldout_documents(config: CorpusConfig) -> list[Document]:
-    """Documents of the held-out split, for needle samples and perplexity.
+    """Documents of the held-out split, for needle samples and perplexity; says on stderr what was left out as faulty.
 
     Raises:
         DataError: the held-out split is empty.
     """
     documents, num_characters = [], 0
-    for document in build_corpus(config).documents(Split.heldout):
+    skipped: Counter[str] = Counter()
+    for document in build_corpus(config).documents(Split.heldout, skipped):
         documents.append(document)
         num_characters += len(document.text)
         if config.heldout_characters is not None and num_characters >= config.heldout_characters:
             break
+    if skipped:
+        counts = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        print(f"corpus {config.name}, records left out while reading: {counts}", file=sys.stderr)
     if not documents:
         raise DataError(
             f"corpus.name={config.name}: no document fell into the held-out split "

@@ -1,26 +1,33 @@
-"""A folder of your own files: .txt (a document each), .jsonl, .jsonl.gz and .parquet (a document per record)."""
+"""A folder of your own files: .txt (a document each), .jsonl and .parquet (a document per record), plain or packed."""
 
-import gzip
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.corpora import HELDOUT_FRACTION, Document, Split, Unit, split_documents
+from data_prep.sources.records import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    json_records,
+    parquet_records,
+    usable_text,
+    whole_text,
+)
 from longrope2.artifacts import sha256_of_file
-from longrope2.errors import ConfigError, DataError
+from longrope2.errors import ConfigError
 
 __all__ = ["FolderCorpus"]
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *PARQUET_SUFFIXES)
 SOURCE = "folder"
 
 
 class FolderCorpus:
     """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
 
-    The id of a document is the file's path below the folder, and the record's number where a file holds several; with
+    The id of a document is the file's path below the folder, and the record's row or line where a file holds several; with
     ``title_field`` the record's title follows.
 
     Args:
@@ -30,7 +37,8 @@ class FolderCorpus:
         heldout_fraction: Share of documents held out, 0 to 1.
 
     Raises:
-        ConfigError: the folder does not exist or holds no file of a known kind.
+        ConfigError: the folder does not exist or holds no file of a known kind, or the first record of a file has no such
+            field.
     """
 
     sources = (SOURCE,)
@@ -52,27 +60,30 @@ class FolderCorpus:
         self._files = sorted(p for p in self._folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
         if not self._files:
             raise ConfigError([f"corpus.folder={folder} holds no file ending in {', '.join(SUFFIXES)}"])
+        if faults := self._field_faults():
+            raise ConfigError(faults)
 
     def units(self) -> Sequence[Unit]:
         """A unit per file, sorted by path."""
         return [Unit(self._name(path), SOURCE, path.stat().st_size) for path in self._files]
 
     def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
-        """Documents of one file.
-
-        Raises:
-            DataError: a file cannot be read, or a record has no text field; names file and record.
-        """
+        """Documents of one file."""
         domain = unit.name.split("/")[0] if "/" in unit.name else "files"
-        for suffix, text in self._texts(self._folder / unit.name):
-            if text.strip():
-                yield Document(f"{SOURCE}/{unit.name}{suffix}", text, SOURCE, domain)
-            else:
-                skipped["empty text"] += 1
+        path = self._folder / unit.name
+        if path.name.endswith(TEXT_SUFFIXES):
+            text = whole_text(str(path), skipped)
+            if text is not None:
+                yield Document(f"{SOURCE}/{unit.name}", text, SOURCE, domain)
+            return
+        for number, record in self._records(path, skipped):
+            text = usable_text(record.get(self._text_field), skipped)
+            if text is not None:
+                yield Document(f"{SOURCE}/{unit.name}:{number}{self._title(record)}", text, SOURCE, domain)
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split, file by file."""
-        return split_documents(self, split)
+        return split_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
@@ -83,40 +94,29 @@ class FolderCorpus:
         """Path below the folder."""
         return path.relative_to(self._folder).as_posix()
 
-    def _texts(self, path: Path) -> Iterator[tuple[str, str]]:
-        """Every text of a file with the suffix of its id."""
-        try:
-            if path.suffix == ".txt":
-                yield "", path.read_text(encoding="utf-8")
-            else:
-                fields = {"text_field": self._text_field, "title_field": self._title_field}
-                for number, record in enumerate(_records(path, fields)):
-                    text, title = (_text_in(record, key, name, path, number) for key, name in fields.items())
-                    yield f":{number} {title}".rstrip(), text
-        except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+    def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Records of a file with their rows or lines."""
+        if path.name.endswith(PARQUET_SUFFIXES):
+            titles = [] if self._title_field is None else [self._title_field]
+            return parquet_records(str(path), [self._text_field], skipped, optional=titles)
+        return json_records(str(path), skipped)
 
+    def _title(self, record: dict[str, Any]) -> str:
+        """Title of a record as it follows in its id."""
+        title = None if self._title_field is None else record.get(self._title_field)
+        return f" {title}".rstrip() if isinstance(title, str) else ""
 
-def _text_in(record: Any, key: str, name: str | None, path: Path, number: int) -> str:
-    """Text of one field of a record; empty where no field is asked for."""
-    text = record.get(name) if isinstance(record, dict) and name is not None else None
-    if name is not None and not isinstance(text, str):
-        raise DataError(f"{path}: record {number} has no text in field {name!r}; set corpus.{key}")
-    return text or ""
-
-
-def _records(path: Path, fields: dict[str, str | None]) -> Iterator[Any]:
-    """Records of a .jsonl, .jsonl.gz or .parquet file, one at a time; ``fields`` maps configuration keys to fields."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        file = pyarrow.parquet.ParquetFile(path)
-        for key, name in fields.items():
-            if name is not None and name not in file.schema_arrow.names:
-                raise DataError(f"{path} has no column {name!r}; set corpus.{key}")
-        for batch in file.iter_batches(batch_size=256, columns=[name for name in fields.values() if name is not None]):
-            yield from batch.to_pylist()
-        return
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as handle:
-        yield from (json.loads(line) for line in handle if line.strip())
+    def _field_faults(self) -> list[str]:
+        """Files whose first record lacks the text or the title: that is a wrong key, not a faulty record."""
+        found = []
+        for path in self._files:
+            if path.name.endswith(TEXT_SUFFIXES):
+                continue
+            skipped: Counter[str] = Counter()
+            _, record = next(iter(self._records(path, skipped)), (0, None))
+            absent = [reason for reason in skipped if reason.startswith("no column ")]
+            for key, name in (("text_field", self._text_field), ("title_field", self._title_field)):
+                lacks = record is not None and name is not None and not isinstance(record.get(name), str)
+                if lacks or f"no column {name}" in absent:
+                    found.append(f"{path}: the first record has no text in field {name!r}; set corpus.{key}")
+        return found

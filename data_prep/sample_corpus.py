@@ -60,9 +60,9 @@ class SampleCorpus:
             else:
                 skipped["empty text"] += 1
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split, sorted by id."""
-        return split_documents(self, split)
+        return split_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Python version, number of documents and a SHA-256 over all ids and texts."""

@@ -46,9 +46,9 @@ class FinewebEdu:
                 doc_id = f"{SOURCE}/{record['id']}" if record["id"] else f"{unit.name}:{row}"
                 yield Document(doc_id, text, SOURCE, "web")
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split."""
-        return source_documents(self, split)
+        return source_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""

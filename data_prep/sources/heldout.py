@@ -11,18 +11,19 @@ __all__ = ["source_documents"]
 HELDOUT_CHARACTERS_PER_UNIT = 2_000_000
 
 
-def source_documents(corpus: Corpus, split: Split) -> Iterator[Document]:
+def source_documents(corpus: Corpus, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Documents of one split.
 
     The train split is everything, unit by unit. The held-out split visits the units in an order drawn by name and takes a
     part of each: a reader that stops after some megabytes (``corpus.heldout_characters``) gets a mixture.
     """
+    skipped = Counter() if skipped is None else skipped
     if split is Split.train:
-        yield from split_documents(corpus, split)
+        yield from split_documents(corpus, split, skipped)
         return
     for unit in sorted(corpus.units(), key=lambda unit: (stable_fraction("heldout", unit.name), unit.name)):
         room = HELDOUT_CHARACTERS_PER_UNIT
-        for document in corpus.read(unit, Counter()):
+        for document in corpus.read(unit, skipped):
             if split_of(document.doc_id, corpus.heldout_fraction) is split:
                 yield document
                 room -= len(document.text)

@@ -35,9 +35,9 @@ class MixedCorpus:
         """Documents of one unit, read by the member it belongs to."""
         return self._by_source[unit.source].read(unit, skipped)
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split, a document of every member in turn, so that a reader may stop early."""
-        turns = [corpus.documents(split) for corpus in self._members.values()]
+        turns = [corpus.documents(split, skipped) for corpus in self._members.values()]
         while turns:
             for turn in list(turns):
                 document = next(turn, None)

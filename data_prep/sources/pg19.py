@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.corpora import Document, Split, Unit
 from data_prep.sources.config import Pg19Config
-from data_prep.sources.places import FileSet, SourceInfo, parquet_files
+from data_prep.sources.places import SourceInfo, parquet_files
 from data_prep.sources.records import parquet_records, usable_text
 
 __all__ = ["Pg19"]
@@ -53,10 +53,11 @@ class Pg19:
             name = f"{number.rstrip('/').rpartition('/')[2] or f'{path}:{row}'} {title}".strip()
             yield Document(f"{SOURCE}/{split}/{name}", text, SOURCE, "books")
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Books of the train or of the validation split."""
+        skipped = Counter() if skipped is None else skipped
         for unit in self._split_units(split):
-            yield from self.read(unit, Counter())
+            yield from self.read(unit, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""
@@ -64,8 +65,8 @@ class Pg19:
 
     def _split_units(self, split: Split) -> list[Unit]:
         """Units of the files of one split."""
-        named = FileSet(self._files.base, tuple(f for f in self._files.files if _is_of(f.path, split))).files
-        return [Unit(f"{SOURCE}/{file.path}", SOURCE, file.size_bytes) for file in named]
+        files = [file for file in self._files.files if _is_of(file.path, split)]
+        return [Unit(f"{SOURCE}/{file.path}", SOURCE, file.size_bytes) for file in files]
 
 
 def _is_of(path: str, split: Split) -> bool:

@@ -63,9 +63,9 @@ class RedpajamaV1:
                 skipped["no meta (kept)"] += 1
             yield Document(f"{unit.name}:{line}", text, SOURCE, domain)
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split."""
-        return source_documents(self, split)
+        return source_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""

@@ -70,9 +70,9 @@ class RedpajamaV2:
                 hint = length if isinstance(length, int) else None
                 yield Document(_doc_id(tag, row), text, SOURCE, tag.rpartition("/")[2], hint)
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split."""
-        return source_documents(self, split)
+        return source_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""

@@ -81,9 +81,9 @@ class Starcoder:
         for name, text in joined_repositories(contents, most_characters=self._config.repository_characters):
             yield Document(f"{unit.name}/{name}", text, SOURCE, language)
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split."""
-        return source_documents(self, split)
+        return source_documents(self, split, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+import zstandard
 
 from data_prep.corpora import (
     CorpusConfig,
@@ -111,22 +112,45 @@ def test_folder_corpus_reads_every_kind(tmp_path):
     assert set(described["files"]) == {"sub/a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"}
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("a.jsonl", b'{"body": "x"}\n', "a.jsonl: record 0 has no text in field 'text'; set corpus.text_field"),
-    ("a.jsonl", b'{"text": "x"\n', "a.jsonl cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-9], "a.jsonl.gz cannot be read"),
-    ("a.txt", b"\xff\xfe\xff", "a.txt cannot be read"),
-    ("a.parquet", b"nonsense", "a.parquet cannot be read"),
+@pytest.mark.parametrize(("name", "content", "texts", "counts"), [
+    ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', ["x"], {"no text": 1}),
+    ("a.jsonl", b'{"text": "x"\n["y"]\n{"text": "z"}', ["z"], {"bad json": 2}),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', ["x"], {"invalid utf-8": 1}),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-9], ["x"] * 100, {"truncated file": 1}),
+    ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n')[:-3], [], {"truncated file": 1}),
+    ("a.jsonl.gz", b"nonsense", [], {"damaged file": 1}),
+    ("a.txt", b"\xff\xfe\xff", [], {"invalid utf-8": 1}),
+    ("a.txt", b" \n", [], {"empty text": 1}),
+    ("a.parquet", b"nonsense", [], {"damaged file": 1}),
 ])  # fmt: skip
-def test_folder_faults(tmp_path, name, content, words):
+def test_folder_counts_what_is_at_fault(tmp_path, name, content, texts, counts):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words):
+    corpus, skipped = FolderCorpus(str(tmp_path), text_field="text"), Counter()
+    assert [d.text for unit in corpus.units() for d in corpus.read(unit, skipped)] == texts
+    assert skipped == counts
+
+
+def test_heldout_texts_tell_what_was_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n')
+    config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=1.0)
+    assert heldout_texts(config) == ["x"]
+    assert capsys.readouterr().err == "corpus mine, records left out while reading: 1 empty text\n"
+
+
+def test_text_field_that_the_first_record_lacks(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(
+        ConfigError, match="a.jsonl: the first record has no text in field 'text'; set corpus.text_field"
+    ):
         folder_texts(tmp_path)
+    assert folder_texts(tmp_path, "body") == {"folder/a.jsonl:0": "x"}
 
 
 def test_parquet_without_the_field(tmp_path):
     pq.write_table(pa.table({"body": ["p"]}), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="has no column 'text'; set corpus.text_field"):
+    with pytest.raises(
+        ConfigError, match="d.parquet: the first record has no text in field 'text'; set corpus.text_field"
+    ):
         folder_texts(tmp_path)
     assert folder_texts(tmp_path, "body") == {"folder/d.parquet:0": "p"}
 
@@ -138,19 +162,17 @@ def test_titles_stand_in_the_ids(tmp_path):
     found = {d.doc_id for split in Split for d in corpus.documents(split)}
     assert found == {"folder/a.jsonl:0 One Book", "folder/a.jsonl:1", "folder/b.parquet:0 Two"}
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(DataError, match="a.jsonl: record 0 has no text in field 'title'; set corpus.title_field"):
-        list(corpus.documents(Split.heldout))
-    (tmp_path / "a.jsonl").unlink()
     pq.write_table(pa.table({"text": ["p"]}), tmp_path / "b.parquet")
-    corpus = FolderCorpus(str(tmp_path), text_field="text", title_field="title")
-    with pytest.raises(DataError, match="b.parquet has no column 'title'; set corpus.title_field"):
-        list(corpus.documents(Split.heldout))
+    with pytest.raises(ConfigError) as error:
+        FolderCorpus(str(tmp_path), text_field="text", title_field="title")
+    words = "the first record has no text in field 'title'; set corpus.title_field"
+    assert error.value.faults == (f"{tmp_path}/a.jsonl: {words}", f"{tmp_path}/b.parquet: {words}")
 
 
 def test_folder_that_cannot_be_used(tmp_path):
     with pytest.raises(ConfigError, match="corpus.folder=/no/such is not a folder"):
         FolderCorpus("/no/such", text_field="text")
-    with pytest.raises(ConfigError, match=r"holds no file ending in \.txt, \.jsonl"):
+    with pytest.raises(ConfigError, match=r"holds no file ending in \.txt, \.txt\.gz, .* \.jsonl, .* \.parquet"):
         FolderCorpus(str(tmp_path), text_field="text")
     with pytest.raises(ConfigError, match="corpus.folder is not set"):
         build_corpus(CorpusConfig(name="folder", kind=CorpusKind.folder))
