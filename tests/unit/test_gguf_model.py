@@ -1,6 +1,7 @@
 """Models in packaged GGUF files: found without importing the package, converted once, whole or not at all."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
