@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from public_corpora import (
     SPECIAL,
@@ -34,6 +36,7 @@ from data_prep.corpora import (
 )
 from longrope2.errors import ConfigError
 
+CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
 WRITERS = {
     "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2, "starcoder": write_starcoder,
     "fineweb_edu": write_fineweb_edu, "pg19": write_pg19,
@@ -158,10 +161,22 @@ def test_pg19_keeps_its_own_splits(tmp_path):
     assert heldout_texts(config) == ["Once upon a validation."]
 
 
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_corpus_fits_the_schema_and_plans_for_sources_it_has(file):
+    with initialize_config_dir(config_dir=str(CONF.parent), version_base="1.3"):
+        composed = hydra_compose(config_name=f"corpus/{file.stem}").corpus
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), composed))
+    assert isinstance(config, CorpusConfig)
+    members = [kind.value for kind in config.members]
+    assert (config.kind is CorpusKind.mix) == bool(members)
+    if config.plan is not None:
+        assert config.plan.faults(members) == [] and sorted(config.plan.sources) == sorted(members)
+
+
 def paper_mirrors(tmp_path):
     """Configuration of corpus=paper with a mirror of every source."""
-    file = Path(__file__).parent.parent.parent / "conf" / "corpus" / "paper.yaml"
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(file)))
+    composed = OmegaConf.load(CONF / "paper.yaml")
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), composed))
     assert isinstance(config, CorpusConfig)
     config.redpajama_v2.short_characters = 0
     for kind in ("redpajama_v1", "redpajama_v2", "starcoder", "fineweb_edu"):
