@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_prep.corpora import CorpusConfig, build_corpus, heldout_texts
+from data_prep.corpora import CorpusConfig, build_corpus, heldout_documents
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
 from longrope2.artifacts import (
@@ -123,14 +123,14 @@ def build_tasks(config: EvaluateCommand, base_folder: Path) -> tuple[list[Task],
         DataError: the held-out text is too little for what is asked.
     """
     evaluation, original_len = config.evaluation, config.model.original_len
-    texts, tokenizer = heldout_texts(config.corpus), load_tokenizer(base_folder)
-    documents = DocumentTokenizer(tokenizer).encode_documents(texts)
+    books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
+    documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
     lengths, batch_tokens = evaluated_lengths(config), evaluation.batch_tokens
     needle, text = evaluation.needle, evaluation.perplexity
     num_samples = len(needle.depths) * needle.samples_per_depth
     needle_sets = [
         build_needle_set(
-            tokenizer, texts, length=length, depths=needle.depths, num_samples=num_samples, seed=needle.seed
+            tokenizer, books, length=length, depths=needle.depths, num_samples=num_samples, seed=needle.seed
         )
         for length in lengths
     ]

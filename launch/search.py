@@ -6,6 +6,7 @@ not repeated.
 """
 
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.corpora import build_corpus, heldout_texts
+from data_prep.corpora import Document, build_corpus, heldout_documents
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
 from launch.search_plan import SearchCommand, check, describe, long_factors, sample_len
@@ -148,21 +149,22 @@ def prepare(
         DataError, ArtifactError: too little text, or a self-test failed.
     """
     search, length = config.search, sample_len(config)
-    tokenizer, texts = load_tokenizer(model_folder), heldout_texts(config.corpus)
+    tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
     encoder = DocumentTokenizer(tokenizer)
     if search.objective is Objective.needle:
-        needles = _needles(config, tokenizer, texts, folder)
+        needles = _needles(config, tokenizer, documents, folder)
         check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
         samples = needle_samples(needles)
     else:
         needles = None
-        documents = (encoder.encode(text) for text in sorted(texts, key=len, reverse=True))
-        samples = cut_documents(documents, encoder.bos_id, length, search.num_samples)
+        random.Random(f"documents/{config.seed}").shuffle(documents)  # the longest first would be the same few works
+        ids = (encoder.encode(document.text) for document in documents)
+        samples = cut_documents(ids, encoder.bos_id, length, search.num_samples)
     windowed = load_search_model(model_folder, space)
     losses = SampleLosses(windowed, samples, search.batch_size, sequence_group=workers.sequence_group)
     guidance = None
     if workers.worker == 0 and needles is not None:
-        guidance = _check_guidance(config, windowed, tokenizer, texts)
+        guidance = _check_guidance(config, windowed, tokenizer, documents)
     return PreparedSearch(
         space=space,
         losses=losses,
@@ -175,21 +177,21 @@ def prepare(
     )
 
 
-def _needles(config: SearchCommand, tokenizer: Any, texts: list[str], folder: Path) -> NeedleSet:
+def _needles(config: SearchCommand, tokenizer: Any, documents: list[Document], folder: Path) -> NeedleSet:
     """The frozen needle set of this run, or a new one."""
     if (folder / NEEDLES_FILE).is_file():
         return NeedleSet.load(folder / NEEDLES_FILE)
-    return _build_needles(config, tokenizer, texts, sample_len(config))
+    return _build_needles(config, tokenizer, documents, sample_len(config))
 
 
 def _build_needles(
-    config: SearchCommand, tokenizer: Any, texts: list[str], length: int, with_needle: bool = True
+    config: SearchCommand, tokenizer: Any, documents: list[Document], length: int, with_needle: bool = True
 ) -> NeedleSet:
     """Needle samples of a length, or their controls."""
     search = config.search
     return build_needle_set(
-        tokenizer, texts, length=length, depths=search.depths, num_samples=search.num_samples, seed=config.seed,
-        with_needle=with_needle,
+        tokenizer, documents, length=length, depths=search.depths, num_samples=search.num_samples, seed=config.seed,
+        num_keys=search.num_keys, with_needle=with_needle,
     )  # fmt: skip
 
 
@@ -200,13 +202,15 @@ def load_search_model(model_folder: Path, space: SearchSpace) -> WindowedModel:
     return load_windowed_model(model_folder, unscaled, device=device, dtype=dtype).eval()
 
 
-def _check_guidance(config: SearchCommand, model: WindowedModel, tokenizer: Any, texts: list[str]) -> NeedleGuidance:
+def _check_guidance(
+    config: SearchCommand, model: WindowedModel, tokenizer: Any, documents: list[Document]
+) -> NeedleGuidance:
     """Self-test (c) inside the original window, with and without the needle."""
     original_len, batch_size = config.model.original_len, config.search.batch_size
     with_needle, without_needle = (
         SampleLosses(
             model,
-            needle_samples(_build_needles(config, tokenizer, texts, original_len, present)),
+            needle_samples(_build_needles(config, tokenizer, documents, original_len, present)),
             batch_size,
             Window.SHORT,
         )

@@ -66,7 +66,11 @@ def load_windowed_model(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's own tokenizer; text can never produce a special id (``encode_special_tokens``)."""
+    """The model's own tokenizer; text can never produce a special id.
+
+    transformers sets the backend's ``encode_special_tokens`` anew at every call, from ``split_special_tokens``: only the
+    latter holds.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.split_special_tokens = True
     return tokenizer

@@ -81,6 +81,8 @@ class SearchConfig:
     """Samples of the target length that every candidate is judged by, >= 1."""
     depths: list[float] = field(default_factory=lambda: [0.0])
     """Where the needle stands, used in turn: 0 is the start of the document (the paper), 1 its end."""
+    num_keys: int | None = None
+    """Distinct needle keys, used in turn; null gives every sample a key of its own (the released data has one)."""
     batch_size: int = 1
     """Samples in one forward pass, >= 1."""
     pruning: Pruning = Pruning.exact
@@ -118,6 +120,8 @@ def search_faults(config: SearchConfig) -> list[str]:
         faults.append("search.mutations=0 and search.crossovers=0: a round would give no new candidate; raise one")
     if not 0 <= config.critical_move_probability <= 1:
         faults.append(f"search.critical_move_probability={config.critical_move_probability}: must be from 0 to 1")
+    if config.num_keys is not None and config.num_keys < 1:
+        faults.append(f"search.num_keys={config.num_keys}: must be null (a key for every sample) or at least 1")
     if not config.racing_margin >= 0:
         faults.append(f"search.racing_margin={config.racing_margin}: must be at least 0")
     if not config.projected_tflops > 0:

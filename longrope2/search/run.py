@@ -32,6 +32,7 @@ __all__ = ["HISTORY_FILE", "JOURNAL_FILE", "NEEDLES_FILE", "PreparedSearch", "Se
 
 HISTORY_FILE = "history.json"
 NEEDLES_FILE = "needles.arrow"
+NEEDLES_FILES = (NEEDLES_FILE, "needles.json")  # the samples, and for readers the record of what they are made of
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _write_product(
     )  # fmt: skip
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
-    files = [FACTORS_FILE, HISTORY_FILE, *([NEEDLES_FILE] if prepared.needles is not None else [])]
+    files = [FACTORS_FILE, HISTORY_FILE, *(NEEDLES_FILES if prepared.needles is not None else ())]
     write_manifest(folder, Manifest(
         "factors",
         inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},

@@ -95,7 +95,7 @@ def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert history["best_value"] == history["kept"][0]["value"] == history["rounds"][-1]["best_value"]
     assert [entry["iteration"] for entry in history["rounds"]] == [0, 1, 2]
     assert manifest.counts["num_candidates"] == history["rounds"][-1]["num_candidates"] == 9
-    assert set(manifest.files) == {"factors.json", "history.json", "needles.arrow"}
+    assert set(manifest.files) == {"factors.json", "history.json", "needles.arrow", "needles.json"}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["search/best_needle_ppl"] for record in metrics] == [r["best_value"] for r in history["rounds"]]
     assert {"search/critical_index", "search/evaluations"} <= metrics[-1].keys()

@@ -258,6 +258,7 @@ def test_space_errors() -> None:
         (SearchConfig(mutations=0), "search.mutations=0 and search.crossovers=0: a round would give no new candidate"),
         (SearchConfig(critical_move_probability=1.5), "search.critical_move_probability=1.5: must be from 0 to 1"),
         (SearchConfig(highest_ratio=0.5), "search.highest_ratio=0.5: must be at least 1"),
+        (SearchConfig(num_keys=0), r"search.num_keys=0: must be null \(a key for every sample\) or at least 1"),
         (SearchConfig(racing_samples=0), "search.racing_samples=0: must be at least 1"),
         (SearchConfig(racing_margin=-0.1), "search.racing_margin=-0.1: must be at least 0"),
         (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be at least 1"),
