@@ -3,6 +3,10 @@
 Composes and checks the configuration, prints the plan, writes ``3_checkpoints/config.yaml``, then trains: in this process,
 or in ``parallel.processes`` processes that torchrun starts here. Under torchrun or Slurm, start the ranks with
 ``--config RUN/3_checkpoints/config.yaml``: ranks read that file and never compose.
+
+Exit codes: 0 done (or stopped at ``training.stop_after_step``), 2 a fault of the user's, 75 (``REQUEUE_EXIT_CODE``) stopped
+by SIGTERM or SIGUSR1 with everything saved: the same command goes on. A torchrun of your own ends with 1 instead of 75 and
+kills its ranks 30 seconds after SIGTERM; ranks that ``srun`` starts get the signals, and end the job step, themselves.
 """
 
 import sys
@@ -14,18 +18,17 @@ from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.parallel import world_size_from_environment
-from longrope2.training import TrainRoot, make_plan, train
+from longrope2.training import CHANGEABLE_TRAINING_KEYS, REQUEUE_EXIT_CODE, RunEnd, TrainRoot, make_plan, train
 
 # What may change between the parts of one run without making it another run.
-CHANGEABLE = ("dry_run", "tracking", "parallel", "training.stop_after_step", "training.log_steps",
-              "training.checkpoint_steps", "training.keep_checkpoints", "training.recompute")  # fmt: skip
+CHANGEABLE = ("dry_run", "tracking", "parallel", *(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS))
 
 
 def main() -> None:
     """Compose, check, plan, then train here or in processes of torchrun."""
     arguments = sys.argv[1:]
     if arguments[:1] == [CONFIG_FLAG]:
-        train(load(TrainRoot, config_path_of_rank(arguments)))
+        _exit_unless_done(train(load(TrainRoot, config_path_of_rank(arguments))))
         return
     if world_size_from_environment() is not None:
         raise ConfigError(["under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"])
@@ -40,12 +43,18 @@ def main() -> None:
         print(f"already complete: {folder / 'final'}")
         return
     if config.parallel.processes == 1:
-        train(config)
+        _exit_unless_done(train(config))
     else:
         ended = run_under_torchrun("launch.train", folder / "config.yaml", config.parallel.processes)
         if ended != 0:
             sys.exit(ended)
     print(f"checkpoints in {folder}")
+
+
+def _exit_unless_done(end: RunEnd) -> None:
+    """End with the requeue code when a signal stopped the run."""
+    if end is RunEnd.interrupted:
+        sys.exit(REQUEUE_EXIT_CODE)
 
 
 def _is_complete(folder: Path) -> bool:

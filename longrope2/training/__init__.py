@@ -1,6 +1,18 @@
 """Mixed-window training on DeepSpeed: configuration, step, checkpoints, run."""
 
 from longrope2.training.config import TrainingConfig, TrainRoot, check
-from longrope2.training.run import TrainingPlan, make_plan, train
+from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, TrainingPlan, make_plan
+from longrope2.training.run import RunEnd, train
+from longrope2.training.stopping import REQUEUE_EXIT_CODE
 
-__all__ = ["TrainRoot", "TrainingConfig", "TrainingPlan", "check", "make_plan", "train"]
+__all__ = [
+    "CHANGEABLE_TRAINING_KEYS",
+    "REQUEUE_EXIT_CODE",
+    "RunEnd",
+    "TrainRoot",
+    "TrainingConfig",
+    "TrainingPlan",
+    "check",
+    "make_plan",
+    "train",
+]

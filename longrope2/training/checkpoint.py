@@ -1,7 +1,8 @@
 """Checkpoints that can be trusted: hashed when written, verified when read, ``latest`` moved last.
 
 ``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training cursor; the cursor is the
-number of finished optimizer steps, and everything else (order of segments, learning rate) is a pure function of it.
+number of finished optimizer steps, and everything else (order of segments, learning rate) is a pure function of it, save
+for the count of skipped steps, which is kept beside it.
 ``final/`` is the result: a Hugging Face folder with the base model's config and our factors.
 """
 
@@ -25,6 +26,7 @@ from longrope2.artifacts import (
 from longrope2.errors import ArtifactError
 from longrope2.model import FACTORS_FILE
 from longrope2.rope import RescaleFactors
+from longrope2.training.guard import SkippedSteps
 
 __all__ = ["FINAL_FOLDER", "load_newest", "save", "save_final"]
 
@@ -38,7 +40,9 @@ MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 log = logging.getLogger(__name__)
 
 
-def save(engine: Any, folder: Path, steps_done: int, keep: int, identity: dict[str, Any]) -> None:
+def save(
+    engine: Any, folder: Path, steps_done: int, skipped: SkippedSteps, keep: int, identity: dict[str, Any]
+) -> None:
     """Write ``step_<n>``, verify-ready, then move ``latest`` and drop all but the ``keep`` newest.
 
     Every rank calls this. ``identity`` is stored in the manifest and compared on resume.
@@ -48,18 +52,19 @@ def save(engine: Any, folder: Path, steps_done: int, keep: int, identity: dict[s
     dist.barrier()
     if dist.get_rank() == 0:
         files = {p.name: sha256_of_file(p) for p in sorted((folder / tag).iterdir()) if p.name != "manifest.json"}
-        write_manifest(folder / tag, Manifest(STEP_KIND, inputs=identity, counts={"steps": steps_done}, files=files))
+        counts = {"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        write_manifest(folder / tag, Manifest(STEP_KIND, inputs=identity, counts=counts, files=files))
         write_text(folder / LATEST_FILE, tag + "\n")
         for old in _step_folders(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
+def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[int, SkippedSteps]:
     """Load the newest undamaged checkpoint; a damaged one is skipped with a warning.
 
     Returns:
-        Finished optimizer steps; 0 when there is no checkpoint.
+        Finished optimizer steps, and how many of them were skipped; zeros when there is no checkpoint.
 
     Raises:
         ArtifactError: there are checkpoints and all are damaged, or they belong to another run.
@@ -71,12 +76,12 @@ def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
     if isinstance(found[0], ArtifactError):
         raise found[0]
     if found[0] is None:
-        return 0
-    tag, steps_done = found[0]
+        return 0, SkippedSteps()
+    tag, counts = found[0]
     loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
     if loaded is None:
         raise ArtifactError(f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before")
-    return steps_done
+    return counts["steps"], SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
 
 
 def save_final(engine: Any, folder: Path, model_folder: Path, factors: RescaleFactors, manifest: Manifest) -> None:
@@ -105,8 +110,8 @@ def save_final(engine: Any, folder: Path, model_folder: Path, factors: RescaleFa
     dist.barrier()
 
 
-def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, int] | ArtifactError | None:
-    """Tag and steps of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
+def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, dict[str, int]] | ArtifactError | None:
+    """Tag and counts of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
     candidates = _step_folders(folder)
     if not candidates:
         return None
@@ -123,7 +128,7 @@ def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, int] | 
                 f"{candidate} was written by another run: {', '.join(changed)} differ; "
                 "use another run.name, or remove the checkpoints to start over"
             )
-        return candidate.name, manifest.counts["steps"]
+        return candidate.name, manifest.counts
     return ArtifactError(f"no checkpoint in {folder} is intact ({len(candidates)} damaged); remove them to start over")
 
 

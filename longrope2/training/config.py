@@ -58,6 +58,10 @@ class TrainingConfig:
     """Decay every parameter alike."""
     gradient_clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    skip_grad_norm: float | None = None
+    """Gradient norm (before clipping) above which a step is skipped; null skips only steps that are not finite."""
+    max_skipped_steps: int = 5
+    """Steps in a row that may be skipped before the run stops."""
     precision: Precision = Precision.auto
     """``auto`` is bf16 on a GPU and fp32 on a CPU."""
     recompute: Recompute = Recompute.none
@@ -104,7 +108,7 @@ def check(config: TrainRoot, world_size: int) -> Path:
 def _range_faults(training: TrainingConfig) -> list[str]:
     """Values outside their range."""
     above_zero = ("global_batch_tokens", "same_kind_segments", "learning_rate", "gradient_clip", "checkpoint_steps",
-                  "keep_checkpoints", "log_steps")  # fmt: skip
+                  "keep_checkpoints", "log_steps", "max_skipped_steps")  # fmt: skip
     faults = [
         f"training.{name}={getattr(training, name)} must be above 0"
         for name in above_zero
@@ -118,7 +122,7 @@ def _range_faults(training: TrainingConfig) -> list[str]:
     for name in ("weight_decay", "warmup_steps"):
         if getattr(training, name) < 0:
             faults.append(f"training.{name}={getattr(training, name)} must not be negative")
-    for name in ("tokens", "stop_after_step"):
+    for name in ("tokens", "stop_after_step", "skip_grad_norm"):
         value = getattr(training, name)
         if value is not None and value <= 0:
             faults.append(f"training.{name}={value} must be above 0, or null")

@@ -13,7 +13,7 @@ __all__ = ["memory_peak_gib", "step_metrics"]
 
 
 def step_metrics(
-    report: StepReport, lr: float, tokens: int, config: TrainRoot, processes: Processes
+    report: StepReport, lr: float, tokens: int, skipped_steps: int, config: TrainRoot, processes: Processes
 ) -> dict[str, float | int]:
     """Metrics of one step; a window that did not occur has no entry.
 
@@ -21,6 +21,7 @@ def step_metrics(
         report: What the step did.
         lr: Learning rate it used.
         tokens: Tokens trained so far, all processes.
+        skipped_steps: Steps refused since the start of the run.
         config: For the batch size.
         processes: For the number of processes and the device.
     """
@@ -30,6 +31,7 @@ def step_metrics(
         "train/grad_norm": report.gradient_norm,
         "train/learning_rate": lr,
         "train/tokens": tokens,
+        "train/skipped_steps": skipped_steps,
         "perf/tokens_per_second_per_gpu": per_process / report.seconds,
         "perf/step_seconds": report.seconds,
         "perf/memory_peak_gib": memory_peak_gib(processes.device),

@@ -12,6 +12,7 @@ from torch import Tensor
 from longrope2.parallel import ParallelDims
 from longrope2.rope import Window
 from longrope2.training.batch import RankBatch
+from longrope2.training.guard import StepGuard
 
 __all__ = ["StepReport", "gradient_scale", "run_step"]
 
@@ -27,6 +28,8 @@ class StepReport:
     seconds: float
     micro_step_seconds: dict[Window, float]
     """Mean on this rank, for the kinds that occurred."""
+    applied: bool = True
+    """False when the guard, or DeepSpeed, refused the update; then nothing but the step's number has changed."""
 
 
 def gradient_scale(dims: ParallelDims, zero_stage: int, micro_steps: int, num_targets: int) -> float:
@@ -41,6 +44,7 @@ def gradient_scale(dims: ParallelDims, zero_stage: int, micro_steps: int, num_ta
 
 def run_step(
     engine: Any,
+    guard: StepGuard,
     batches: Sequence[RankBatch],
     dims: ParallelDims,
     *,
@@ -52,6 +56,7 @@ def run_step(
 
     Args:
         engine: DeepSpeed engine around a ``WindowedModel``.
+        guard: The engine's guard; it takes the last micro-step's ``engine.step()``.
         batches: The rank's micro-steps of this step.
         dims: This process's place on the grid.
         zero_stage: ZeRO stage of the engine; decides how DeepSpeed averages gradients.
@@ -65,25 +70,38 @@ def run_step(
     scale = gradient_scale(dims, zero_stage, len(batches), int(sum(targets)))
     loss_sums = dict.fromkeys(Window, 0.0)
     seconds: dict[Window, list[float]] = {window: [] for window in Window}
-    own_norm: Tensor | None = None
-    for batch in batches:
-        micro_began = time.perf_counter()
-        loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
-        engine.backward(loss_sum * scale)
-        if batch is batches[-1] and engine.gradient_clipping() == 0:
-            own_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), gradient_clip)
+    for batch in batches[:-1]:
+        loss_sums[batch.window] += _micro_step(engine, batch, scale, seconds)
         engine.step()
-        loss_sums[batch.window] += loss_sum.detach().double().item()
-        seconds[batch.window].append(time.perf_counter() - micro_began)
+    last = batches[-1]
+    loss_sums[last.window] += _micro_step(engine, last, scale, seconds)
     sums = _sum_over_ranks([loss_sums[window] for window in Window], engine.device)
+    own_norm: Tensor | None = None
+    if engine.gradient_clipping() == 0:
+        own_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), gradient_clip)
+    loss = _ratio(sum(sums), sum(targets))
+    update_began = time.perf_counter()
+    applied = guard.step(loss, None if own_norm is None else float(own_norm))
+    seconds[last.window][-1] += time.perf_counter() - update_began
     return StepReport(
-        loss=_ratio(sum(sums), sum(targets)),
+        loss=loss,
         loss_by_window={w: _ratio(s, n) for w, s, n in zip(Window, sums, targets, strict=True)},
         targets_by_window={w: int(n) for w, n in zip(Window, targets, strict=True)},
         gradient_norm=float(engine.get_global_grad_norm() if own_norm is None else own_norm),
         seconds=time.perf_counter() - began,
         micro_step_seconds={w: sum(times) / len(times) for w, times in seconds.items() if times},
+        applied=applied,
     )
+
+
+def _micro_step(engine: Any, batch: RankBatch, scale: float, seconds: dict[Window, list[float]]) -> float:
+    """Forward and backward of one micro-step; returns this rank's loss sum and adds the time to ``seconds``."""
+    began = time.perf_counter()
+    loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
+    engine.backward(loss_sum * scale)
+    value = loss_sum.detach().double().item()
+    seconds[batch.window].append(time.perf_counter() - began)
+    return value
 
 
 def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:

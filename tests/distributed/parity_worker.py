@@ -21,6 +21,7 @@ from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, clo
 from longrope2.segments import MicroStep, Segment
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import TrainingConfig
+from longrope2.training.guard import StepGuard
 from longrope2.training.optimizer import deepspeed_settings, make_optimizer
 from longrope2.training.step import run_step
 
@@ -83,11 +84,12 @@ def train_case(case: str) -> dict:
         config=deepspeed_settings(training, parallel, micro_steps=len(micro), bf16=False),
         mpu=mpu,
     )
+    guard = StepGuard(engine)
     steps = []
     for _ in range(NUM_STEPS):
         batches = [load_rank_batch(store, m, dims, group) for m in micro]
         report = run_step(
-            engine, batches, dims, zero_stage=parallel.zero_stage, learning_rate=training.learning_rate,
+            engine, guard, batches, dims, zero_stage=parallel.zero_stage, learning_rate=training.learning_rate,
             gradient_clip=training.gradient_clip,
         )  # fmt: skip
         steps.append({

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.pack import main as pack_main
 from longrope2.artifacts import sha256_of_file
+from longrope2.training import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -92,11 +94,24 @@ def test_killed_rank(runs: Path, undisturbed: tuple) -> None:
 
 
 def ranks_of(pid: int) -> list[int]:
-    """The processes torchrun started under our command."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()[2:]
-    parent_of = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
-    torchrun = [child for child, parent in parent_of.items() if parent == pid]
-    return [child for child, parent in parent_of.items() if parent in torchrun]
+    """The processes that torchrun's agent started in our command."""
+    return [child.pid for child in psutil.Process(pid).children() if "--config" in child.cmdline()]
+
+
+def test_stop_signal_to_the_command(runs: Path, undisturbed: tuple) -> None:
+    """SIGTERM to the command reaches both ranks, which stop after the same step; 75 comes back."""
+    process = subprocess.Popen(command(runs, "signal"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = runs / "signal" / "3_checkpoints" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
+        time.sleep(0.005)
+    process.terminate()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == REQUEUE_EXIT_CODE
+    assert "stopped by SIGTERM after step" in output
+    run(command(runs, "signal"))
+    assert (losses(runs, "signal"), weights_hash(runs, "signal")) == undisturbed
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(runs: Path, undisturbed: tuple) -> None:

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from longrope2.artifacts import Manifest, sha256_of_file, write_manifest
-from longrope2.errors import ArtifactError
-from longrope2.rope import Window
+from longrope2.errors import ArtifactError, UserError
 from longrope2.training.checkpoint import _newest_intact
-from longrope2.training.run import _stop_on_nan
-from longrope2.training.step import StepReport
+from longrope2.training.guard import SkippedSteps
 
 IDENTITY = {"seed": 1, "model": {"architecture_sha256": "a"}}
 
@@ -32,7 +30,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_the_newest_is_taken(tmp_path: Path) -> None:
     for steps in (2, 10, 4):
         checkpoint(tmp_path, steps)
-    assert _newest_intact(tmp_path, IDENTITY) == ("step_00000010", 10)
+    assert _newest_intact(tmp_path, IDENTITY) == ("step_00000010", {"steps": 10})
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "unfinished"])
@@ -44,7 +42,7 @@ def test_a_damaged_one_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.
     else:
         (newest / ("state.pt" if damage == "missing" else "manifest.json")).unlink()
     with caplog.at_level(logging.WARNING):
-        assert _newest_intact(tmp_path, IDENTITY) == ("step_00000002", 2)
+        assert _newest_intact(tmp_path, IDENTITY) == ("step_00000002", {"steps": 2})
     assert "skipping a damaged checkpoint" in caplog.text and "step_00000004" in caplog.text
 
 
@@ -62,8 +60,17 @@ def test_another_run(tmp_path: Path) -> None:
     assert "was written by another run: seed differ; use another run.name" in str(found)
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf"))])
-def test_a_loss_that_is_not_finite_stops_the_run(loss: float, norm: float) -> None:
-    report = StepReport(loss, dict.fromkeys(Window, loss), dict.fromkeys(Window, 1), norm, 1.0, {})
-    with pytest.raises(ArtifactError, match=r"step 8: loss .*; the last checkpoint is intact; lower training"):
-        _stop_on_nan(report, 7)
+def test_too_many_skipped_steps_stop_the_run() -> None:
+    skipped = SkippedSteps()
+    for applied in (False, False, True, False, False):
+        skipped.count(applied)
+        skipped.stop_if_too_many(3, step=1, loss=0.0, norm=0.0)
+    assert (skipped.total, skipped.in_a_row) == (4, 2)
+    skipped.count(False)
+    with pytest.raises(UserError) as stopped:
+        skipped.stop_if_too_many(3, step=8, loss=float("nan"), norm=2.5)
+    assert str(stopped.value) == (
+        "training.max_skipped_steps=3: that many steps in a row were skipped, the last one step 8 with loss nan and "
+        "gradient norm 2.5; the checkpoints are intact. Lower training.learning_rate, raise training.skip_grad_norm if "
+        "the norm is finite, or look at the segments of these steps"
+    )

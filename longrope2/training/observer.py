@@ -1,0 +1,45 @@
+"""What the main rank shows and records while training."""
+
+import math
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from longrope2.config import to_plain
+from longrope2.parallel import Processes
+from longrope2.tracking import MetricsLog
+from longrope2.training.config import TrainRoot
+from longrope2.training.plan import TrainingPlan
+from longrope2.training.report import step_metrics
+from longrope2.training.step import StepReport
+
+__all__ = ["TrainingObserver"]
+
+
+class TrainingObserver:
+    """Progress line and metrics of one run, from ``with`` to the end of it; open on the main rank only."""
+
+    def __init__(self, config: TrainRoot, plan: TrainingPlan, folder: Path, first: int) -> None:
+        self._config = config
+        self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", to_plain(config))
+        columns = (TextColumn("train"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                   TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("", total=plan.total_steps, completed=first)
+
+    def __enter__(self) -> "TrainingObserver":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+        self._metrics.close()
+
+    def record(self, steps_done: int, lr: float, report: StepReport, skipped_steps: int, processes: Processes) -> None:
+        """One metrics record and the progress line; a skipped step is always recorded."""
+        parts = [f"{w.value} {loss:.3f}" for w, loss in report.loss_by_window.items() if not math.isnan(loss)]
+        self._progress.update(self._task, completed=steps_done, description="loss " + ", ".join(parts))
+        if steps_done % self._config.training.log_steps == 0 or not report.applied:
+            tokens = steps_done * self._config.training.global_batch_tokens
+            values = step_metrics(report, lr, tokens, skipped_steps, self._config, processes)
+            self._metrics.log(values, step=steps_done)

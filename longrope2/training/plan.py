@@ -1,0 +1,102 @@
+"""What a training run will do, checked before a process is started or a file written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longrope2.artifacts import describe_input, model_identity, product_folder
+from longrope2.config import to_plain
+from longrope2.errors import ArtifactError, ConfigError
+from longrope2.model import factors_path, resolve_factors, rope_geometry
+from longrope2.rope import RescaleFactors
+from longrope2.segments import SegmentStore, StepSchedule
+from longrope2.training.config import TrainRoot, check
+
+__all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identity"]
+
+# Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
+CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything a run needs, checked, before a process is started or a file written."""
+
+    model_folder: Path
+    segments_folder: Path
+    factors: RescaleFactors
+    schedule: StepSchedule
+    total_steps: int
+
+    def describe(self, config: TrainRoot, world_size: int) -> str:
+        """The plan in a few lines."""
+        schedule, batch = self.schedule, config.training.global_batch_tokens
+        return "\n".join([
+            f"model      {config.model.name}: {self.model_folder}, window {config.model.original_len} -> {config.target_len}",
+            f"segments   {self.segments_folder}: {len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
+                f"a pass leaves out {sum(schedule.unused_per_epoch.values())} that fill no group",
+            f"rope       {self.factors.method}, mixed windows {'on' if config.training.mixed else 'off'}",
+            f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
+            f"sequence, ZeRO stage {config.parallel.zero_stage}",
+            f"steps      {self.total_steps} of {batch} tokens = {self.total_steps * batch} tokens",
+        ])  # fmt: skip
+
+
+def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:
+    """Check the configuration and everything it reads.
+
+    Raises:
+        ConfigError: faults in the configuration, all together.
+        ArtifactError: segments, model or factors that are missing or belong to something else.
+    """
+    model_folder = check(config, world_size)
+    segments_folder = Path(config.segments) if config.segments else product_folder(config.run.folder, "segments")
+    store = SegmentStore(segments_folder)
+    _check_segments_fit(store, config, model_folder)
+    factors = resolve_factors(
+        config.rope, rope_geometry(model_folder, config.model.original_len), config.target_len, config.run.folder
+    )
+    schedule = StepSchedule(
+        tuple(store.short_ids),
+        tuple(store.long_ids),
+        config.training.global_batch_tokens // config.target_len,
+        config.training.same_kind_segments,
+        config.seed,
+    )
+    budget = config.training.tokens
+    total_steps = budget // config.training.global_batch_tokens if budget else schedule.steps_per_epoch
+    if schedule.groups_per_epoch == 0 or total_steps == 0:
+        raise ConfigError([
+            f"{segments_folder} holds {len(store.short_ids)} short and {len(store.long_ids)} long segments: too few for "
+            f"one step of training.global_batch_tokens={config.training.global_batch_tokens} with "
+            f"training.same_kind_segments={config.training.same_kind_segments}"
+        ])  # fmt: skip
+    return TrainingPlan(model_folder, segments_folder, factors, schedule, total_steps)
+
+
+def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
+    """What must not change between the parts of one run; kept in every checkpoint and compared on resume."""
+    settings = to_plain(config.training)
+    for changeable in CHANGEABLE_TRAINING_KEYS:
+        del settings[changeable]
+    path = factors_path(config.rope, config.run.folder)
+    return {
+        "model": model_identity(plan.model_folder),
+        "segments": describe_input(plan.segments_folder),
+        "factors": describe_input(path) if path else {"method": plan.factors.method},
+        "training": settings,
+        "seed": config.seed,
+    }
+
+
+def _check_segments_fit(store: SegmentStore, config: TrainRoot, model_folder: Path) -> None:
+    """Segments of another tokenizer, target or window are refused."""
+    wanted = {"target_len": config.target_len, "original_len": config.model.original_len}
+    for name, value in wanted.items():
+        if getattr(store, name) != value:
+            raise ArtifactError(f"{store.folder}: {name} is {getattr(store, name)}, this run has {value}; pack again")
+    packed = store.manifest.inputs["model"]["tokenizer_sha256"]
+    if packed != model_identity(model_folder)["tokenizer_sha256"]:
+        raise ArtifactError(
+            f"{store.folder} was packed with another model's tokenizer than model.path={config.model.path}; pack again"
+        )

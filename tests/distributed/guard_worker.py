@@ -1,0 +1,99 @@
+"""Train a tiny random Llama with steps that must be refused beside a twin without them; write what came out.
+
+Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from parity_worker import SegmentsInMemory, factors, tiny_llama
+from torch import Tensor
+
+from longrope2.model import WindowedModel, windowed
+from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes
+from longrope2.segments import MicroStep
+from longrope2.training.batch import load_rank_batch
+from longrope2.training.config import TrainingConfig
+from longrope2.training.guard import StepGuard
+from longrope2.training.optimizer import deepspeed_settings, make_optimizer
+from longrope2.training.step import run_step
+
+KINDS = "SL"
+MAX_NORM = 1e4
+plain_loss = windowed.token_loss_sum
+
+
+def nan_loss(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
+    return plain_loss(hidden_TH, head_VH, labels_T) * float("nan")
+
+
+def huge_loss(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
+    return plain_loss(hidden_TH, head_VH, labels_T) * 1e6
+
+
+def infinite_gradient(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
+    """An ordinary loss whose gradient overflows."""
+    poisoned_TH = hidden_TH.clone()
+    poisoned_TH.register_hook(lambda gradient_TH: gradient_TH * float("inf"))
+    return plain_loss(poisoned_TH, head_VH, labels_T)
+
+
+def run(zero_stage: int, bf16: bool, losses: list[Any]) -> dict:
+    """One optimizer step per loss function; the weights, the optimizer's state and the reports."""
+    import deepspeed
+
+    parallel = ParallelConfig(zero_stage=zero_stage, replicate_below=0)
+    training = TrainingConfig(learning_rate=1e-2, gradient_clip=0.5)
+    dims = ParallelDims.from_world(1, 1)
+    model = WindowedModel(tiny_llama(kv_heads=2).to(torch.bfloat16 if bf16 else torch.float32), factors())
+    store = SegmentsInMemory(KINDS)
+    micro = [MicroStep(store.segment(i).window, (i,)) for i in range(len(KINDS))]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, training),
+        config=deepspeed_settings(training, parallel, micro_steps=len(micro), bf16=bf16),
+    )
+    guard = StepGuard(engine, MAX_NORM)
+    reports = []
+    for loss in losses:
+        with patch.object(windowed, "token_loss_sum", loss):
+            batches = [load_rank_batch(store, m, dims, None) for m in micro]
+            reports.append(
+                run_step(engine, guard, batches, dims, zero_stage=zero_stage, learning_rate=1e-2, gradient_clip=0.5)
+            )
+    weights = []
+    for _, parameter in model.hf.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights.append(parameter.detach().double().sum().item())
+    state = [
+        {name: value.double().sum().item() for name, value in entry.items() if torch.is_tensor(value)}
+        for entry in engine.basic_optimizer.state.values()
+    ]
+    return {
+        "weights": weights, "state": state, "applied": [r.applied for r in reports],
+        "losses": [r.loss for r in reports], "norms": [r.gradient_norm for r in reports],
+    }  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    join_processes(ParallelConfig())
+    results = {}
+    for case in sys.argv[2:]:
+        stage, precision = case.split(":")
+        results[case] = {
+            "guarded": run(int(stage), precision == "bf16",
+                           [plain_loss, nan_loss, infinite_gradient, huge_loss, plain_loss]),
+            "twin": run(int(stage), precision == "bf16", [plain_loss, plain_loss]),
+            "once": run(int(stage), precision == "bf16", [plain_loss]),
+        }  # fmt: skip
+    Path(sys.argv[1]).write_text(json.dumps(results))
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()
