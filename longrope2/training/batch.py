@@ -29,6 +29,8 @@ class RankBatch:
     layout: SegmentLayout
     num_targets: int
     """Labels of this rank that count."""
+    squared_lengths: int
+    """Of the whole segment: the squared length of each document in a short window, of the segment in a long one."""
 
 
 def next_token_labels(segment: Segment, window: Window) -> np.ndarray:
@@ -87,4 +89,11 @@ def load_rank_batch(
         window=window,
         layout=layout,
         num_targets=int((labels_T != IGNORED_LABEL).sum()),
+        squared_lengths=_squared_lengths(segment, window),
     )
+
+
+def _squared_lengths(segment: Segment, window: Window) -> int:
+    """What the segment's causal attention costs, in squared tokens."""
+    ends = segment.doc_ends[-1:] if window is Window.LONG else segment.doc_ends
+    return int((np.diff(ends, prepend=0).astype(np.int64) ** 2).sum())

@@ -72,6 +72,8 @@ class TrainingConfig:
     """Newest checkpoints kept."""
     log_steps: int = 1
     """Steps between metric records."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device for ``perf/mfu``; null takes the bf16 peak of a known GPU, and leaves it out otherwise."""
     stop_after_step: int | None = None
     """Stop with a checkpoint after this many steps; the same command goes on from there."""
 
@@ -122,7 +124,7 @@ def _range_faults(training: TrainingConfig) -> list[str]:
     for name in ("weight_decay", "warmup_steps"):
         if getattr(training, name) < 0:
             faults.append(f"training.{name}={getattr(training, name)} must not be negative")
-    for name in ("tokens", "stop_after_step", "skip_grad_norm"):
+    for name in ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops"):
         value = getattr(training, name)
         if value is not None and value <= 0:
             faults.append(f"training.{name}={value} must be above 0, or null")

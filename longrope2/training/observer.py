@@ -9,6 +9,8 @@ from longrope2.config import to_plain
 from longrope2.parallel import Processes
 from longrope2.tracking import MetricsLog
 from longrope2.training.config import TrainRoot
+from longrope2.training.engine import uses_bf16
+from longrope2.training.flops import TrainingCost, peak_tflops
 from longrope2.training.plan import TrainingPlan
 from longrope2.training.report import step_metrics
 from longrope2.training.step import StepReport
@@ -19,8 +21,12 @@ __all__ = ["TrainingObserver"]
 class TrainingObserver:
     """Progress line and metrics of one run, from ``with`` to the end of it; open on the main rank only."""
 
-    def __init__(self, config: TrainRoot, plan: TrainingPlan, folder: Path, first: int) -> None:
+    def __init__(self, config: TrainRoot, plan: TrainingPlan, folder: Path, first: int, processes: Processes) -> None:
         self._config = config
+        self._processes = processes
+        self._cost = TrainingCost.from_config(plan.model_folder)
+        bf16 = uses_bf16(config.training.precision, processes.device)
+        self._peak_tflops = peak_tflops(processes.device, config.training.peak_tflops, bf16=bf16)
         self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", to_plain(config))
         columns = (TextColumn("train"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -35,11 +41,14 @@ class TrainingObserver:
         self._progress.stop()
         self._metrics.close()
 
-    def record(self, steps_done: int, lr: float, report: StepReport, skipped_steps: int, processes: Processes) -> None:
+    def record(self, steps_done: int, lr: float, report: StepReport, skipped_steps: int) -> None:
         """One metrics record and the progress line; a skipped step is always recorded."""
         parts = [f"{w.value} {loss:.3f}" for w, loss in report.loss_by_window.items() if not math.isnan(loss)]
         self._progress.update(self._task, completed=steps_done, description="loss " + ", ".join(parts))
         if steps_done % self._config.training.log_steps == 0 or not report.applied:
-            tokens = steps_done * self._config.training.global_batch_tokens
-            values = step_metrics(report, lr, tokens, skipped_steps, self._config, processes)
+            step_tokens = self._config.training.global_batch_tokens
+            values = step_metrics(
+                report, self._processes, self._cost, learning_rate=lr, step_tokens=step_tokens,
+                tokens=steps_done * step_tokens, skipped_steps=skipped_steps, peak_tflops=self._peak_tflops,
+            )  # fmt: skip
             self._metrics.log(values, step=steps_done)

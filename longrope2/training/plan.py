@@ -15,7 +15,8 @@ from longrope2.training.config import TrainRoot, check
 __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identity"]
 
 # Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
-CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute")
+CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute",
+                            "max_skipped_steps", "peak_tflops")  # fmt: skip
 
 
 @dataclass(frozen=True)

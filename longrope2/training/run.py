@@ -61,7 +61,9 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     store = SegmentStore(plan.segments_folder)
     done = saved = first
     with ExitStack() as stack:
-        observer = stack.enter_context(TrainingObserver(config, plan, folder, first)) if processes.is_main else None
+        observer = None
+        if processes.is_main:
+            observer = stack.enter_context(TrainingObserver(config, plan, folder, first, processes))
         while done < last and not signals.any_rank_asked(processes.device):
             lr = learning_rate(done, plan.total_steps, config.training)
             report = run_step(
@@ -76,7 +78,7 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
             done += 1
             skipped.count(report.applied)
             if observer is not None:
-                observer.record(done, lr, report, skipped.total, processes)
+                observer.record(done, lr, report, skipped.total)
             skipped.stop_if_too_many(
                 config.training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )

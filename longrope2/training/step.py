@@ -25,6 +25,8 @@ class StepReport:
     loss_by_window: dict[Window, float]
     targets_by_window: dict[Window, int]
     gradient_norm: float
+    squared_lengths: float
+    """Sum of squared lengths of all spans attended by themselves; what attention cost is proportional to."""
     seconds: float
     micro_step_seconds: dict[Window, float]
     """Mean on this rank, for the kinds that occurred."""
@@ -75,7 +77,8 @@ def run_step(
         engine.step()
     last = batches[-1]
     loss_sums[last.window] += _micro_step(engine, last, scale, seconds)
-    sums = _sum_over_ranks([loss_sums[window] for window in Window], engine.device)
+    squares = sum(batch.squared_lengths for batch in batches) / dims.sequence
+    *sums, squared_lengths = _sum_over_ranks([*(loss_sums[window] for window in Window), squares], engine.device)
     own_norm: Tensor | None = None
     if engine.gradient_clipping() == 0:
         own_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), gradient_clip)
@@ -88,6 +91,7 @@ def run_step(
         loss_by_window={w: _ratio(s, n) for w, s, n in zip(Window, sums, targets, strict=True)},
         targets_by_window={w: int(n) for w, n in zip(Window, targets, strict=True)},
         gradient_norm=float(engine.get_global_grad_norm() if own_norm is None else own_norm),
+        squared_lengths=squared_lengths,
         seconds=time.perf_counter() - began,
         micro_step_seconds={w: sum(times) / len(times) for w, times in seconds.items() if times},
         applied=applied,

@@ -56,3 +56,11 @@ def test_without_mixing_every_segment_is_long() -> None:
     assert batch.window is Window.LONG
     assert batch.layout.positions_BT.tolist() == [list(range(8))]
     assert batch.num_targets == 7
+
+
+@pytest.mark.parametrize(("mixed", "squares"), [(True, 4**2 + 4**2), (False, 8**2)])
+def test_attention_cost_of_the_whole_segment_on_every_rank(mixed: bool, squares: int) -> None:
+    micro = MicroStep(Window.SHORT, (7,))
+    for rank in range(2):
+        batch = load_rank_batch(OneSegment(), micro, ParallelDims(1, 2, rank), None, mixed=mixed)
+        assert batch.squared_lengths == squares
