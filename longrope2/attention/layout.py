@@ -4,17 +4,18 @@ A short window confines attention to each document; a long window is causal over
 Under sequence parallelism a rank holds one contiguous chunk of the segment. When no document of a short segment crosses
 a chunk border (the packer's ``align``), the rank attends locally and nothing is exchanged.
 
-Shape legend: T = tokens this rank attends over, N = documents of a bucket, S = padded length of a bucket.
+Shape legend: T = tokens this rank attends over, N = documents (of a bucket), S = padded length of a bucket.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longrope2.attention.kernels import AttentionKernel
 from longrope2.rope import Window
 
 __all__ = ["DocumentBucket", "SegmentLayout", "build_layout", "chunk_bounds"]
@@ -52,6 +53,27 @@ class SegmentLayout:
     """Puts the outputs of buckets and spans, laid end to end, back into token order; None when they are in it."""
     exchange_group: ProcessGroup | None
     """Sequence-parallel group when heads must be exchanged for tokens, else None."""
+    kernel: AttentionKernel = AttentionKernel.sdpa
+    """What computes the attention; buckets, spans and ``restore_T`` are for sdpa alone."""
+    cu_lens_N: Tensor | None = None
+    """For varlen kernels: cumulative ends of what attends by itself, with a leading 0, int32."""
+    max_len: int = 0
+    """For varlen kernels: the longest of them, in tokens."""
+
+    def to(self, device: torch.device | str) -> "SegmentLayout":
+        """The same layout with its tensors on ``device``."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        buckets = tuple(
+            DocumentBucket(b.token_index_NS.to(device, non_blocking=True), b.slot_index_T.to(device, non_blocking=True))
+            for b in self.buckets
+        )
+        return replace(
+            self, positions_BT=self.positions_BT.to(device, non_blocking=True), buckets=buckets,
+            restore_T=moved(self.restore_T), cu_lens_N=moved(self.cu_lens_N),
+        )  # fmt: skip
 
 
 def chunk_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
@@ -68,6 +90,7 @@ def build_layout(
     sequence_group: ProcessGroup | None = None,
     sequence_size: int = 1,
     device: torch.device | str = "cpu",
+    kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> SegmentLayout:
     """Work out positions, document buckets and the need for an exchange.
 
@@ -78,13 +101,16 @@ def build_layout(
         sequence_group: Ranks that share the segment; needed when ``sequence_size`` > 1.
         sequence_size: Number of ranks that share the segment.
         device: Where the index tensors are made.
+        kernel: What will compute the attention; not ``auto``.
     """
     length = doc_ends[-1]
     start, stop = chunk_bounds(length, sequence_rank, sequence_size)
     if window is Window.LONG:
         positions_T = torch.arange(start, stop, device=device)
         exchange = sequence_group if sequence_size > 1 else None
-        return SegmentLayout(window, positions_T[None], (), ((0, length),), None, exchange)
+        if kernel is AttentionKernel.torch_varlen:
+            return _varlen_layout(window, positions_T[None], [(0, length)], exchange, kernel)
+        return SegmentLayout(window, positions_T[None], (), ((0, length),), None, exchange, kernel)
     bounds = [0, *doc_ends]
     chunk = length // sequence_size
     aligned = all(border in set(bounds) for border in range(chunk, length, chunk))
@@ -92,14 +118,29 @@ def build_layout(
     positions_T = torch.cat([torch.arange(b - a, device=device) for a, b in spans])[start:stop]
     if aligned and sequence_size > 1:
         spans = [(a - start, b - start) for a, b in spans if start <= a < stop]
+    exchange = None if aligned else sequence_group
+    if kernel is not AttentionKernel.sdpa:
+        return _varlen_layout(window, positions_T[None], spans, exchange, kernel)
     small = [(a, b) for a, b in spans if b - a < BATCHED_BELOW_TOKENS]
     large = tuple((a, b) for a, b in spans if b - a >= BATCHED_BELOW_TOKENS)
     buckets, order = _bucket_documents(small, device)
     restore_T = None
     if buckets:
         restore_T = torch.argsort(torch.cat([*order, *(torch.arange(a, b, device=device) for a, b in large)]))
-    exchange = None if aligned else sequence_group
     return SegmentLayout(window, positions_T[None], buckets, large, restore_T, exchange)
+
+
+def _varlen_layout(
+    window: Window,
+    positions_BT: Tensor,
+    spans: Sequence[tuple[int, int]],
+    exchange: ProcessGroup | None,
+    kernel: AttentionKernel,
+) -> SegmentLayout:
+    """What a varlen kernel reads: where each of the spans, laid end to end, ends, and the longest of them."""
+    ends = torch.tensor([0, *(b for _, b in spans)], dtype=torch.int32, device=positions_BT.device)
+    longest = max(b - a for a, b in spans)
+    return SegmentLayout(window, positions_BT, (), (), None, exchange, kernel, ends, longest)
 
 
 def _bucket_documents(

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longrope2.attention.exchange import heads_to_tokens, tokens_to_heads
+from longrope2.attention.kernels import AttentionKernel, dense_attention, varlen_attention
 from longrope2.attention.layout import DocumentBucket, SegmentLayout
 
 __all__ = ["ATTENTION_NAME", "causal_attention", "document_attention", "register_attention", "windowed_attention"]
@@ -68,6 +69,8 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
 def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:
     """Causal attention inside each document of a single row (B = 1); a long window is one document."""
     assert q_BHTD.shape[0] == 1, "packed segments have one row"
+    if layout.kernel is not AttentionKernel.sdpa:
+        return _kernel_attention(q_BHTD, k_BKTD, v_BKTD, layout, scaling)
     outputs_THD = []
     for bucket in layout.buckets:
         q_NHSD, k_NKSD, v_NKSD = (_gather_documents(x, bucket) for x in (q_BHTD, k_BKTD, v_BKTD))
@@ -79,6 +82,17 @@ def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: S
     out_THD = outputs_THD[0] if len(outputs_THD) == 1 else torch.cat(outputs_THD)
     if layout.restore_T is not None:
         out_THD = out_THD.index_select(0, layout.restore_T)
+    return out_THD.transpose(0, 1)[None]
+
+
+def _kernel_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:
+    """The same by a kernel that takes tokens before heads and all documents in one call."""
+    q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
+    if layout.cu_lens_N is None:
+        return dense_attention(q_BTHD, k_BTKD, v_BTKD, scaling).transpose(1, 2)
+    out_THD = varlen_attention(
+        layout.kernel, q_BTHD[0], k_BTKD[0], v_BTKD[0], layout.cu_lens_N, layout.max_len, scaling
+    )
     return out_THD.transpose(0, 1)[None]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longrope2.attention import SegmentLayout, build_layout, chunk_bounds
+from longrope2.attention import AttentionKernel, SegmentLayout, build_layout, chunk_bounds
 from longrope2.model import IGNORED_LABEL
 from longrope2.parallel import ParallelDims
 from longrope2.rope import Window
@@ -59,6 +59,7 @@ def load_rank_batch(
     *,
     mixed: bool = True,
     device: torch.device | str = "cpu",
+    kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> RankBatch:
     """Read this rank's contiguous chunk of its data-parallel group's segment.
 
@@ -69,6 +70,7 @@ def load_rank_batch(
         sequence_group: Ranks that share the segment.
         mixed: False treats every segment as long (the paper's ablation without mixed windows).
         device: Where the tensors go.
+        kernel: What will compute the attention.
     """
     segment = store.segment(micro_step.segment_ids[dims.data_rank])
     assert segment.window is micro_step.window, f"segment {segment.index} is {segment.window}, not {micro_step.window}"
@@ -82,6 +84,7 @@ def load_rank_batch(
         sequence_group=sequence_group,
         sequence_size=dims.sequence,
         device=device,
+        kernel=kernel,
     )
     return RankBatch(
         tokens_BT=torch.from_numpy(segment.tokens[start:stop].astype(np.int64))[None].to(device),

@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+import torch
+
 from longrope2.artifacts import resolve_model_folder
+from longrope2.attention import AttentionConfig
 from longrope2.config import StageConfig
 from longrope2.errors import ConfigError
 from longrope2.model import RopeConfig
 from longrope2.parallel import ParallelConfig, head_faults
 from longrope2.tracking import TrackingConfig
 
-__all__ = ["Precision", "Recompute", "TrainRoot", "TrainingConfig", "check"]
+__all__ = ["Precision", "Recompute", "TrainRoot", "TrainingConfig", "check", "compute_dtype"]
 
 
 class Precision(Enum):
@@ -85,9 +88,16 @@ class TrainRoot(StageConfig):
     segments: str | None = None
     """Folder of packed segments; null is the run's own ``1_segments``."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Number format of forward and backward; ``auto`` is bf16 where the hardware is made for it."""
+    bf16 = precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def check(config: TrainRoot, world_size: int) -> Path:

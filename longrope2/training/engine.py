@@ -6,11 +6,11 @@ import torch
 
 from longrope2.model import WindowedModel, load_windowed_model
 from longrope2.parallel import Processes
-from longrope2.training.config import Precision, Recompute, TrainRoot
+from longrope2.training.config import Recompute, TrainRoot, compute_dtype
 from longrope2.training.optimizer import deepspeed_settings, make_optimizer
 from longrope2.training.plan import TrainingPlan
 
-__all__ = ["make_engine", "uses_bf16"]
+__all__ = ["make_engine"]
 
 
 def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> Any:
@@ -18,12 +18,12 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
     torch.manual_seed(config.seed)
-    bf16 = uses_bf16(config.training.precision, processes.device)
+    dtype = compute_dtype(config.training.precision, processes.device)
     model: WindowedModel = load_windowed_model(
         plan.model_folder,
         plan.factors,
         device=processes.device,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         from_scratch=config.model.from_scratch,
     )
     if config.training.recompute is Recompute.full:
@@ -33,12 +33,9 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, config.training),  # type: ignore[arg-type]
-        config=deepspeed_settings(config.training, config.parallel, micro_steps=micro_steps, bf16=bf16),
+        config=deepspeed_settings(
+            config.training, config.parallel, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
+        ),
         mpu=processes.mpu,
     )
     return engine
-
-
-def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """``auto``: bf16 where the hardware is made for it."""
-    return precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda")

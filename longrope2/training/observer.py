@@ -3,13 +3,14 @@
 import math
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
 from longrope2.parallel import Processes
 from longrope2.tracking import MetricsLog
-from longrope2.training.config import TrainRoot
-from longrope2.training.engine import uses_bf16
+from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.flops import TrainingCost, peak_tflops
 from longrope2.training.plan import TrainingPlan
 from longrope2.training.report import step_metrics
@@ -21,13 +22,22 @@ __all__ = ["TrainingObserver"]
 class TrainingObserver:
     """Progress line and metrics of one run, from ``with`` to the end of it; open on the main rank only."""
 
-    def __init__(self, config: TrainRoot, plan: TrainingPlan, folder: Path, first: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        config: TrainRoot,
+        plan: TrainingPlan,
+        folder: Path,
+        first: int,
+        processes: Processes,
+        kernel: KernelChoice,
+    ) -> None:
         self._config = config
         self._processes = processes
         self._cost = TrainingCost.from_config(plan.model_folder)
-        bf16 = uses_bf16(config.training.precision, processes.device)
+        bf16 = compute_dtype(config.training.precision, processes.device) is torch.bfloat16
         self._peak_tflops = peak_tflops(processes.device, config.training.peak_tflops, bf16=bf16)
-        self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", to_plain(config))
+        facts = {**to_plain(config), "attention_kernel": str(kernel)}
+        self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", facts)
         columns = (TextColumn("train"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
         self._progress = Progress(*columns)

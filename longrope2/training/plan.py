@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longrope2.artifacts import describe_input, model_identity, product_folder
+from longrope2.attention import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.config import to_plain
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.model import factors_path, resolve_factors, rope_geometry
 from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule
-from longrope2.training.config import TrainRoot, check
+from longrope2.training.config import TrainRoot, check, compute_dtype
 
 __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identity"]
 
@@ -39,6 +42,7 @@ class TrainingPlan:
             f"rope       {self.factors.method}, mixed windows {'on' if config.training.mixed else 'off'}",
             f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
             f"sequence, ZeRO stage {config.parallel.zero_stage}",
+            f"attention  {_kernel_line(config)}",
             f"steps      {self.total_steps} of {batch} tokens = {self.total_steps * batch} tokens",
         ])  # fmt: skip
 
@@ -88,6 +92,17 @@ def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
         "training": settings,
         "seed": config.seed,
     }
+
+
+def _kernel_line(config: TrainRoot) -> str:
+    """The attention kernel on the machine that plans, without touching its devices."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config.training.precision, device)
+    wanted = config.attention.kernel
+    if wanted is AttentionKernel.auto:
+        return str(choose_kernel(wanted, device, dtype, run=False))
+    fault = kernel_fault(wanted, device, dtype, run=False)
+    return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
 
 
 def _check_segments_fit(store: SegmentStore, config: TrainRoot, model_folder: Path) -> None:

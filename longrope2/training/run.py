@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.artifacts import Manifest, product_folder, write_manifest
+from longrope2.attention import AttentionKernel, choose_kernel
 from longrope2.config import to_plain
 from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.segments import SegmentStore
 from longrope2.training import checkpoint
 from longrope2.training.batch import RankBatch, load_rank_batch
-from longrope2.training.config import TrainRoot
+from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.engine import make_engine
 from longrope2.training.guard import StepGuard
 from longrope2.training.observer import TrainingObserver
@@ -53,6 +54,8 @@ def train(config: TrainRoot) -> RunEnd:
 def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
+    dtype = compute_dtype(config.training.precision, processes.device)
+    kernel = choose_kernel(config.attention.kernel, processes.device, dtype)
     engine = make_engine(config, plan, processes)
     identity = run_identity(config, plan)
     first, skipped = checkpoint.load_newest(engine, folder, identity)
@@ -63,13 +66,13 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     with ExitStack() as stack:
         observer = None
         if processes.is_main:
-            observer = stack.enter_context(TrainingObserver(config, plan, folder, first, processes))
+            observer = stack.enter_context(TrainingObserver(config, plan, folder, first, processes, kernel))
         while done < last and not signals.any_rank_asked(processes.device):
             lr = learning_rate(done, plan.total_steps, config.training)
             report = run_step(
                 engine,
                 guard,
-                _batches(done, store, plan, config, processes),
+                _batches(done, store, plan, config, processes, kernel.kernel),
                 processes.dims,
                 zero_stage=config.parallel.zero_stage,
                 learning_rate=lr,
@@ -92,12 +95,21 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
         return RunEnd.interrupted
     if last < plan.total_steps:
         return RunEnd.stopped
-    _finish(engine, config, plan, folder, identity, processes)
+    manifest = Manifest("checkpoint", inputs=identity, config=to_plain(config), seeds={"seed": config.seed},
+                        counts={"steps": last, "tokens": last * config.training.global_batch_tokens,
+                                "skipped_steps": skipped.total},
+                        details={"attention_kernel": str(kernel)})  # fmt: skip
+    _finish(engine, plan, folder, manifest, processes)
     return RunEnd.complete
 
 
 def _batches(
-    step: int, store: SegmentStore, plan: TrainingPlan, config: TrainRoot, processes: Processes
+    step: int,
+    store: SegmentStore,
+    plan: TrainingPlan,
+    config: TrainRoot,
+    processes: Processes,
+    kernel: AttentionKernel,
 ) -> list[RankBatch]:
     """This rank's micro-steps of one optimizer step."""
     return [
@@ -108,18 +120,14 @@ def _batches(
             processes.sequence_group,
             mixed=config.training.mixed,
             device=processes.device,
+            kernel=kernel,
         )
         for micro_step in plan.schedule.micro_steps(step, processes.dims.data)
     ]
 
 
-def _finish(
-    engine: Any, config: TrainRoot, plan: TrainingPlan, folder: Path, identity: dict[str, Any], processes: Processes
-) -> None:
+def _finish(engine: Any, plan: TrainingPlan, folder: Path, manifest: Manifest, processes: Processes) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
-    steps = plan.total_steps
-    manifest = Manifest("checkpoint", inputs=identity, config=to_plain(config), seeds={"seed": config.seed},
-                        counts={"steps": steps, "tokens": steps * config.training.global_batch_tokens})  # fmt: skip
     checkpoint.save_final(engine, folder, plan.model_folder, plan.factors, manifest)
     if processes.is_main:
         manifest.kind = "checkpoints"

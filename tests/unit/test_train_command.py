@@ -107,6 +107,35 @@ def test_too_few_segments_for_a_step(tmp_path, monkeypatch, capsys, packed) -> N
     assert "too few for one step of training.global_batch_tokens=16384" in message
 
 
+def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) -> None:
+    message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "attention.kernel=torch_varlen")
+    assert (
+        "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use auto or sdpa"
+        in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "line"),
+    [
+        ("sdpa", "attention  sdpa, forced\n"),
+        (
+            "auto",
+            "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no torch_varlen: it needs",
+        ),
+        ("flash_attn", "attention  flash_attn, forced; it cannot run on this machine: it needs a CUDA device"),
+    ],
+)
+def test_the_plan_states_the_kernel(tmp_path, monkeypatch, capsys, packed, kernel, line) -> None:
+    """A plan made on a machine without GPUs may ask for a kernel of the machines with them."""
+    fixed = ["experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048"]
+    run = [f"run.root={tmp_path}", "run.name=plan", f"segments={packed}", "rope=yarn", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["launch.train", *fixed, *run, f"attention.kernel={kernel}"])
+    main()
+    assert line in capsys.readouterr().out
+    assert not (tmp_path / "plan").exists()
+
+
 def test_under_torchrun_only_a_written_configuration_is_taken(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,0 +1,178 @@
+"""Which attention kernel runs, and thin adapters to those that are not part of every torch.
+
+``sdpa`` is torch's scaled_dot_product_attention, called per document: it runs everywhere, CPUs included. ``flash_attn`` is
+the flash-attn package (FlashAttention-2, the only one for A100): varlen for short windows, dense for long ones.
+``torch_varlen`` is the same algorithm inside torch (2.10 and later). All are exact, though they round differently, and all
+take fewer key/value than query heads.
+
+A kernel is chosen by looking (package there? GPU? number format?) and, on a GPU, by running it on a few tokens: a wheel that
+does not fit its torch imports well and fails at the first call.
+
+Shape legend: B = 1 row, T = tokens, H = query heads, K = key/value heads, D = head dim, N = documents.
+"""
+
+import importlib.util
+import inspect
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrope2.errors import ConfigError
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionKernel",
+    "KernelChoice",
+    "choose_kernel",
+    "dense_attention",
+    "kernel_fault",
+    "varlen_attention",
+]
+
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
+
+class AttentionKernel(Enum):
+    """Kernels, and ``auto`` for the first that can run, in this order."""
+
+    auto = "auto"
+    flash_attn = "flash_attn"
+    torch_varlen = "torch_varlen"
+    sdpa = "sdpa"
+
+
+@dataclass
+class AttentionConfig:
+    """How attention is computed."""
+
+    kernel: AttentionKernel = AttentionKernel.auto
+    """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value is used or refused."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel of a run and why it was taken."""
+
+    kernel: AttentionKernel
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.value} ({self.reason})"
+
+
+def choose_kernel(
+    wanted: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
+) -> KernelChoice:
+    """The kernel to use on a device.
+
+    Args:
+        wanted: ``attention.kernel``.
+        device: Where attention will run.
+        dtype: Number format of queries, keys and values.
+        run: Also run the kernel on a few tokens; False only looks, and leaves the device alone.
+
+    Raises:
+        ConfigError: a kernel was asked for by name that cannot run here.
+    """
+    if wanted is not AttentionKernel.auto:
+        fault = kernel_fault(wanted, device, dtype, run=run)
+        if fault:
+            raise ConfigError([f"attention.kernel={wanted.value} cannot run here: {fault}; use auto or sdpa"])
+        return KernelChoice(wanted, "forced by attention.kernel")
+    faults = []
+    for kernel in (AttentionKernel.flash_attn, AttentionKernel.torch_varlen):
+        fault = kernel_fault(kernel, device, dtype, run=run)
+        if fault is None:
+            return KernelChoice(kernel, "; ".join(["auto", *faults]))
+        faults.append(f"no {kernel.value}: {fault}")
+    return KernelChoice(AttentionKernel.sdpa, "; ".join(["auto", *faults]))
+
+
+def kernel_fault(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
+    """Why a kernel cannot run on a device in a number format; None when it can."""
+    if kernel is AttentionKernel.sdpa:
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if dtype not in HALF_PRECISIONS:
+        return f"it needs bf16, this is {str(dtype).removeprefix('torch.')} (training.precision)"
+    if kernel is AttentionKernel.flash_attn and importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+    if kernel is AttentionKernel.torch_varlen and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no varlen_attn; it came with 2.10"
+    return _fault_of_a_run(kernel, device, dtype) if run else None
+
+
+def varlen_attention(
+    kernel: AttentionKernel,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_lens_N: Tensor,
+    max_len: int,
+    scaling: float,
+) -> Tensor:
+    """Causal attention inside each document by a varlen kernel, [T, H, D].
+
+    Args:
+        kernel: ``flash_attn`` or ``torch_varlen``.
+        q_THD: Queries of all documents, laid end to end.
+        k_TKD: Keys.
+        v_TKD: Values.
+        cu_lens_N: Cumulative document ends with a leading 0, int32, on the device of the queries.
+        max_len: Tokens of the longest document.
+        scaling: Multiplier on q.k.
+    """
+    if kernel is AttentionKernel.flash_attn:
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        return flash_attn_varlen_func(
+            q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, softmax_scale=scaling, causal=True
+        )
+    return _torch_varlen(q_THD, k_TKD, v_TKD, cu_lens_N, max_len, scaling)
+
+
+def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scaling: float) -> Tensor:
+    """Causal attention over whole rows by flash-attn's dense kernel, [B, T, H, D]."""
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_func(q_BTHD, k_BTKD, v_BTKD, softmax_scale=scaling, causal=True)
+
+
+def _torch_varlen(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_lens_N: Tensor, max_len: int, scaling: float
+) -> Tensor:
+    """Torch's own varlen kernel; causal was ``is_causal`` in 2.10, and scale and grouped heads came later."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch this project runs on
+
+    known = inspect.signature(varlen_attn).parameters
+    keywords: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        keywords["scale"] = scaling
+    elif not math.isclose(scaling, q_THD.shape[-1] ** -0.5):
+        raise RuntimeError(f"varlen_attn of torch {torch.__version__} takes no scale, and this model's is {scaling}")
+    group = q_THD.shape[1] // k_TKD.shape[1]
+    if group > 1 and "enable_gqa" in known:
+        keywords["enable_gqa"] = True
+    elif group > 1:
+        k_TKD, v_TKD = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
+    return varlen_attn(q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, **keywords)
+
+
+def _fault_of_a_run(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run two documents of a few tokens with grouped heads, forward and backward."""
+    try:
+        q_THD = torch.ones(16, 4, 64, device=device, dtype=dtype, requires_grad=True)
+        k_TKD, v_TKD = (torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+        cu_lens_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
+        varlen_attention(kernel, q_THD, k_TKD, v_TKD, cu_lens_N, 10, 0.125).sum().backward()
+        if kernel is AttentionKernel.flash_attn:
+            dense_attention(q_THD[None], k_TKD[None], v_TKD[None], 0.125).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
