@@ -1,159 +1,148 @@
-"""From a corpus to draft segments: select by quota, generate retrieval documents, pack, and account for every token."""
+"""From a corpus to shards: tokenize in rounds, plan, pack; every step resumes where it was interrupted.
 
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable
+Intermediate files stand in ``1_segments/work/<fingerprint of configuration and inputs>``, so a run finds its own work and
+never another's; they are removed when the segments are complete, unless ``keep_work`` is set.
+
+What bounds memory: a worker of the tokenize stage holds one batch of text (``tokenizing.py``), a worker of the pack stage
+one shuffle unit's list of documents (``pack_units.py``), both whatever the corpus; planning, in this process alone, holds
+about 60 bytes for every document tokenized.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
-
-from data_prep.corpora import RETRIEVAL_SOURCE, BucketQuota, Corpus, Document, ShortOverlong, Split, stable_fraction
-from data_prep.packing import DraftSegment, LongPacking, pack_long, pack_short
-from data_prep.quotas import BUCKETS, Selection, TokenizedDocument, select_documents
-from data_prep.retrieval_corpus import RetrievalDocuments
-from data_prep.tokenization import DocumentTokenizer, load_document_tokenizer
-from data_prep.verification import SegmentRules
-from longrope2.errors import DataError
+from data_prep.choosing import choose
+from data_prep.corpora import Corpus
+from data_prep.demand import length_buckets
+from data_prep.document_table import load_documents
+from data_prep.engine import run_units, worker_count
+from data_prep.pack_account import Planned, histogram, segment_counts
+from data_prep.pack_plan import PackPlan, write_pack_plan
+from data_prep.pack_units import PackedUnit, PackJob
+from data_prep.progress import StageProgress
+from data_prep.token_files import TokenizedUnit
+from data_prep.tokenize_rounds import SMALL_BYTES, TokenizeRounds
+from longrope2.errors import ArtifactError, DataError
+from longrope2.segments import SegmentRules
 
 if TYPE_CHECKING:
     from data_prep.pack import PackConfig
 
-__all__ = ["BuiltSegments", "build_segments"]
-
-HAYSTACK_CHARACTERS_PER_TOKEN = 4  # generous, only bounds how much haystack is indexed
+__all__ = ["BuiltSegments", "build_segments", "clean_work", "locked"]
 
 
 @dataclass
 class BuiltSegments:
-    """Everything that is to be written."""
+    """Everything the manifest needs."""
 
-    drafts: list[DraftSegment]
-    rules: SegmentRules
+    files: dict[str, str]
     counts: dict[str, Any]
     details: dict[str, Any]
+    plan: PackPlan
 
 
-def build_segments(config: "PackConfig", model_folder: Path, corpus: Corpus) -> BuiltSegments:
-    """Choose, generate, tokenize and pack.
+def build_segments(
+    config: "PackConfig", model_folder: Path, corpus: Corpus, folder: Path, fingerprint: str
+) -> BuiltSegments:
+    """Do all stages that are not done; shards stand in ``folder`` afterwards, the manifest is the caller's.
 
     Raises:
-        DataError: the corpus gives nothing to pack, or text that cannot be tokenized safely.
+        DataError: the corpus gives nothing to pack, text that cannot be tokenized safely, or units failed.
     """
-    encoder = load_document_tokenizer(model_folder)
-    selection = _select(config, encoder, corpus)
-    order = _shuffled_order(config.seed)
-    short = pack_short(
-        sorted(selection.short, key=order), target_len=config.target_len, alignment=config.align, seed=config.seed
-    )
-    long = pack_long(sorted(selection.long, key=order), target_len=config.target_len, seed=config.seed)
-    drafts = [*short, *long.segments]
-    if not drafts:
+    work = folder / "work" / fingerprint
+    plan = PackPlan(work / "plan")
+    if not plan.is_complete:
+        _write_plan(config, TokenizeRounds(config, model_folder, corpus, work), plan)
+    packed = _pack(config, plan, work, folder)
+    summary = plan.summary()
+    if not any(unit.files for unit in packed):
         raise DataError(
-            f"corpus.name={config.corpus.name} gave {sum(selection.tokens.values())} tokens, not enough for one "
-            f"segment of target_len={config.target_len}; raise corpus.quotas or use a larger corpus"
+            f"corpus.name={config.corpus.name} gave {summary['chosen_tokens']} tokens, not enough for one "
+            f"segment of target_len={config.target_len}; raise the quotas or use a larger corpus"
         )
-    rules = SegmentRules(
-        config.target_len, config.model.original_len, config.align, encoder.vocab_size, encoder.bos_id, encoder.eos_id
-    )
+    files = {name: sha256 for unit in packed for name, sha256 in unit.files.items()}
+    lengths = length_buckets(config)
     details = {
-        "target_len": config.target_len, "original_len": config.model.original_len, "alignment": config.align,
-        "vocab_size": encoder.vocab_size, "bos_id": encoder.bos_id, "eos_id": encoder.eos_id,
-        "model_name": config.model.name,
+        **summary["rules"], "model_name": config.model.name,
+        "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
+        "length_histogram": summary["length_histogram"],
+        "file_bytes": {name: (folder / name).stat().st_size for name in files},
     }  # fmt: skip
-    return BuiltSegments(drafts, rules, _counts(config, selection, short, long), details)
+    return BuiltSegments(files, segment_counts(summary["counts"], packed), details, plan)
 
 
-def _select(config: "PackConfig", encoder: DocumentTokenizer, corpus: Corpus) -> Selection:
-    """Documents of all sources by their quotas."""
-    by_source: dict[str, list[Document]] = defaultdict(list)
-    for document in corpus.documents(Split.train):
-        by_source[document.source].append(document)
-    selection = Selection()
-    plan = sorted(config.corpus.quotas.items())
-    for source, quota in track(plan, "sources", disable=not sys.stderr.isatty(), transient=True):
-        if source == RETRIEVAL_SOURCE:
-            documents = _retrieval_documents(config, encoder, quota, [d for ds in by_source.values() for d in ds])
-        else:
-            documents = by_source[source]
-        select_documents(
-            documents, quota, encoder, selection, original_len=config.model.original_len, seed=config.seed,
-            # Generated documents have the length of their bucket; they are never cut into windows.
-            short_overlong=ShortOverlong.drop if source == RETRIEVAL_SOURCE else config.corpus.short_overlong,
-        )  # fmt: skip
-    return selection
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of ``folder``.
+
+    Raises:
+        ArtifactError: another process is packing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtifactError(
+                f"{folder}: another process is packing here; wait for it, or use another run.name"
+            ) from None
+        yield
+        path.unlink(missing_ok=True)
 
 
-def _retrieval_documents(
-    config: "PackConfig", encoder: DocumentTokenizer, quota: BucketQuota, documents: list[Document]
-) -> list[Document]:
-    """Generated needle documents for both buckets."""
-    wanted = {bucket: getattr(quota, bucket) for bucket in BUCKETS if getattr(quota, bucket)}
-    if not wanted:
-        return []
-    most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(wanted.values()) + config.target_len)
-    texts: list[str] = []
-    for document in sorted(documents, key=lambda d: stable_fraction("haystack", config.seed, d.doc_id)):
-        if most <= 0:
+def clean_work(folder: Path) -> None:
+    """Remove all intermediate files."""
+    shutil.rmtree(folder / "work", ignore_errors=True)
+
+
+def _write_plan(config: "PackConfig", rounds: TokenizeRounds, plan: PackPlan) -> None:
+    """Rounds of tokenizing until the demand is met or the corpus ends; then the plan."""
+    reading = rounds.start()
+    done: list[TokenizedUnit] = []
+    while True:
+        done += rounds.run(reading)
+        chosen = choose(config, load_documents(done), reading)
+        if not any([reading.extend(source, buckets) for source, buckets in chosen.missing.items()]):
             break
-        texts.append(document.text)
-        most -= len(document.text)
-    generator = RetrievalDocuments(encoder, texts, config.retrieval, seed=config.seed)
-    limits = {"short": (0, config.model.original_len), "long": (config.model.original_len, config.target_len)}
-    return [
-        document
-        for bucket, tokens in wanted.items()
-        for document in generator.documents(bucket, tokens, above=limits[bucket][0], up_to=limits[bucket][1])
-    ]
+    encoder = rounds.encoder
+    rules = SegmentRules(
+        config.target_len, config.model.original_len, config.align, encoder.vocab_size, encoder.bos_id, encoder.eos_id,
+        encoder.control_ids,
+    )  # fmt: skip
+    summary = _summary(chosen, rules)
+    write_pack_plan(
+        plan.folder, chosen.table, chosen.selection, tokens_per_unit=config.tokens_per_unit, summary=summary
+    )
 
 
-def _shuffled_order(seed: int) -> Callable[[TokenizedDocument], tuple[float, str]]:
-    """Sort key that mixes the sources."""
-    return lambda document: (stable_fraction("mix", seed, document.doc_id), document.doc_id)
-
-
-def _counts(config: "PackConfig", selection: Selection, short: list[DraftSegment], long: LongPacking) -> dict[str, Any]:
-    """The account for the manifest: what was packed, per source and bucket, and everything that was not."""
-    tokens: Counter[tuple[str, str]] = Counter()
-    documents: Counter[tuple[str, str]] = Counter()
-    padding = 0
-    for draft in [*short, *long.segments]:
-        for piece in draft.pieces:
-            if piece.document is None:
-                padding += len(piece)
-            else:
-                tokens[piece.document.source, draft.window.value] += len(piece)
-                documents[piece.document.source, draft.window.value] += piece.start == 0
+def _summary(chosen: Planned, rules: SegmentRules) -> dict[str, Any]:
+    """What the plan keeps for packing and for the manifest."""
     return {
-        "num_short_segments": len(short),
-        "num_long_segments": len(long.segments),
-        "tokens": _nested(tokens),
-        "num_documents": _nested(documents),
-        "padding_tokens": padding,
-        "long_rest_tokens": sum(map(len, long.rest)),
-        "num_cut_documents": long.num_cut_documents,
-        "num_documents_split_for_short": dict(sorted(selection.split_documents.items())),
-        "left_out_tokens": _nested(selection.left_out),
-        "num_documents_unread": dict(sorted(selection.unread.items())),
-        "shortfalls": _shortfalls(config, selection),
+        "rules": vars(rules),
+        "counts": chosen.counts(),
+        "length_histogram": histogram(chosen),
+        "chosen_tokens": int(chosen.selection.parts.tokens_P.sum()),
     }
 
 
-def _nested(counter: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """(a, b) -> n as a -> {b -> n}, sorted."""
-    nested: dict[str, dict[str, int]] = {}
-    for (first, second), number in sorted(counter.items()):
-        nested.setdefault(first, {})[second] = int(number)
-    return nested
-
-
-def _shortfalls(config: "PackConfig", selection: Selection) -> list[str]:
-    """Quotas that the corpus could not meet, in words."""
-    found = []
-    for source, quota in sorted(config.corpus.quotas.items()):
-        for bucket in BUCKETS:
-            wanted, got = getattr(quota, bucket), selection.tokens[source, bucket]
-            if wanted is not None and got < wanted:
-                found.append(f"{source}/{bucket}: {got:,} of {wanted:,} tokens")
-    return found
+def _pack(config: "PackConfig", plan: PackPlan, work: Path, folder: Path) -> list[PackedUnit]:
+    """Pack all shuffle units; returns what they tell, in their order."""
+    summary = plan.summary()
+    rules = SegmentRules(**{**summary["rules"], "control_ids": tuple(summary["rules"]["control_ids"])})
+    names = length_buckets(config).names
+    job = PackJob(plan, work, folder, rules, names, config.tokens_per_shard, config.seed)
+    numbers = range(summary["num_units"])
+    small = summary["chosen_tokens"] * rules.dtype().itemsize < SMALL_BYTES
+    workers = worker_count(config.workers, len(numbers), small=small)
+    packed: dict[int, PackedUnit] = {}
+    with StageProgress("packing", len(numbers)) as progress:
+        for number, unit in run_units(job, numbers, config.cluster, workers=workers, logs=work / "slurm"):
+            packed[number] = unit
+            progress.advance(number, sum(sum(cells.values()) for cells in unit.tokens.values()))
+    return [packed[number] for number in numbers]

@@ -20,10 +20,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from data_prep.corpora import Document
 from data_prep.needle_words import ADJECTIVES, NOUNS
@@ -31,6 +30,9 @@ from data_prep.tokenization import DocumentTokenizer
 from longrope2.artifacts import sha256_of_bytes
 from longrope2.errors import DataError
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "INSTRUCTION",
@@ -136,7 +138,7 @@ class _Piece:
 
 
 def build_needle_set(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     books: Sequence[Document | str],
     *,
     length: int,

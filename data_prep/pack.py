@@ -1,10 +1,14 @@
-"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 2048 --corpus sample [key=value ...]``.
+"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 131072 [--corpus NAME] [key=value ...]``.
 
-Reads documents, takes tokens of each source by quota, packs them into short and long segments of exactly L tokens, and
-writes ``<run>/1_segments``. The same command gives the same bytes; a second run finds the work done.
+Reads as much of the corpus as its quotas or its plan need, tokenizes it in one pass, chooses documents by source and
+length, packs them into short and long segments of exactly L tokens, and writes ``<run>/1_segments`` with an account of
+every token (``manifest.json``, ``report.html``). The same command gives the same bytes, for any number of workers and
+whatever interrupted it; a run that was killed goes on where it was, a finished one finds its work done.
+``python -m data_prep.verify FOLDER`` checks the result against the source texts.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import RETRIEVAL_SOURCE, Corpus, CorpusConfig, build_corpus
-from data_prep.quotas import BUCKETS
+from data_prep.corpora import Corpus, CorpusConfig, build_corpus
+from data_prep.documents_config import DocumentsConfig
+from data_prep.engine import ClusterConfig
+from data_prep.pack_checks import faults_of
+from data_prep.pack_printing import print_plan, print_result
 from data_prep.retrieval_corpus import RetrievalConfig
 from longrope2.artifacts import (
     Manifest,
@@ -21,6 +28,8 @@ from longrope2.artifacts import (
     product_folder,
     read_manifest,
     resolve_model_folder,
+    sha256_of_bytes,
+    sha256_of_file,
     write_manifest,
 )
 from longrope2.command import run_command
@@ -29,8 +38,8 @@ from longrope2.errors import ArtifactError, ConfigError, UserError
 
 __all__ = ["PackConfig", "check", "main", "pack"]
 
-# Keys that say where or whether to write, not what: two runs that differ in them only give the same segments.
-LOCATION_KEYS = ("run", "dry_run")
+# Keys that say where, how fast or whether to write, not what: runs that differ in them only give the same segments.
+LOCATION_KEYS = ("run", "dry_run", "workers", "cluster", "keep_work")
 FLAGS = {"target": "target_len", "model": "model", "corpus": "corpus", "align": "align"}
 
 
@@ -39,12 +48,21 @@ class PackConfig(StageConfig):
     """Configuration of the pack stage."""
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     align: int = 1
     """k: no document of a short segment crosses a multiple of L/k, so k sequence-parallel ranks need no
     exchange there."""
     tokens_per_shard: int = 2**26
     """Tokens of a shard file, at least ``target_len``."""
+    tokens_per_unit: int = 2**28
+    """Tokens that are shuffled and packed together, at least ``target_len``. Each such unit leaves less than one segment of
+    long documents over, so small ones waste tokens."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    workers: int = 0
+    """Processes; 0: one per core, or none but this one for small corpora. Changes no byte of the result."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    keep_work: bool = False
+    """Keep the intermediate files (token ids and indices) in ``1_segments/work``."""
 
 
 def check(config: PackConfig) -> tuple[Path, Corpus]:
@@ -53,7 +71,7 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     Raises:
         ConfigError: all faults together, each naming its key and what is allowed.
     """
-    faults = [*_length_faults(config), *config.retrieval.faults()]
+    faults: list[str] = []
     model_folder, corpus = None, None
     try:
         model_folder = resolve_model_folder(config.model.path)
@@ -61,9 +79,9 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
         faults.append(str(error))
     try:
         corpus = build_corpus(config.corpus)
-        faults += _quota_faults(config, corpus)
     except ConfigError as error:
         faults += error.faults
+    faults = [*faults_of(config, None if corpus is None else corpus.sources), *faults]
     if faults:
         raise ConfigError(faults)
     assert model_folder is not None and corpus is not None
@@ -77,34 +95,28 @@ def pack(config: PackConfig) -> Path:
         UserError: bad configuration, an unusable corpus, or a finished folder that was packed from something else.
     """
     model_folder, corpus = check(config)
-    _print_plan(config, corpus)
     folder = product_folder(config.run.folder, "segments")
+    print_plan(config, folder)
+    # The heavy imports (tokenizers, transformers) wait until the configuration is known to be right.
     if config.dry_run:
+        from data_prep.dry_run import print_estimate
+
+        print_estimate(config, model_folder, corpus)
         print("dry run: nothing was written")
         return folder
     inputs = {
         "model": {"path": config.model.path, **model_identity(model_folder)},
         "corpus": {"name": config.corpus.name, **corpus.describe()},
+        "exclude": {name: _identity_of(Path(name)) for name in config.documents.exclude},
     }
     if (folder / "manifest.json").exists():
         _require_same(read_manifest(folder, "segments"), config, inputs, folder)
         print(f"already complete: {folder}")
         return folder
-    # The heavy imports (tokenizers, transformers) wait until the configuration is known to be right.
-    from data_prep.build import build_segments
-    from data_prep.writing import remove_unfinished, write_shards
+    from data_prep.build import locked
 
-    started = time.monotonic()
-    built = build_segments(config, model_folder, corpus)
-    remove_unfinished(folder)
-    dump(config, folder / "config.yaml")
-    files = write_shards(folder, built.drafts, built.rules, tokens_per_shard=config.tokens_per_shard)
-    manifest = Manifest(
-        kind="segments", inputs=inputs, config=to_plain(config), seeds={"pack": config.seed}, counts=built.counts,
-        files=files, details=built.details,
-    )  # fmt: skip
-    write_manifest(folder, manifest)
-    _print_result(built.counts, folder, time.monotonic() - started)
+    with locked(folder):
+        _build(config, model_folder, corpus, folder, inputs)
     return folder
 
 
@@ -119,9 +131,9 @@ def _run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--target", metavar="TOKENS", help="L, the target window (target_len)")
     parser.add_argument("--model", metavar="NAME", help="a model of conf/model")
-    parser.add_argument("--corpus", metavar="NAME", help="a corpus of conf/corpus: sample, folder")
+    parser.add_argument("--corpus", metavar="NAME", help="a corpus of conf/corpus, for example paper, sample, folder")
     parser.add_argument("--align", metavar="K", help="alignment of short segments (align)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop (dry_run=true)")
+    parser.add_argument("--dry-run", action="store_true", help="scan, print the plan and stop (dry_run=true)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml")
     flags = vars(parser.parse_intermixed_args(list(arguments)))
     overrides = [f"{key}={flags[flag]}" for flag, key in FLAGS.items() if flags[flag] is not None]
@@ -129,44 +141,36 @@ def _run(arguments: Sequence[str]) -> None:
     pack(compose(PackConfig, "pack", [*flags["overrides"], *overrides]))
 
 
-def _length_faults(config: PackConfig) -> list[str]:
-    """Faults of the window lengths and of the alignment."""
-    original, target, faults = config.model.original_len, config.target_len, []
-    if original < 8:
-        return [f"model.original_len={original} is not a window; give the pre-trained window in tokens"]
-    if target < original or target % original:
-        faults.append(
-            f"target_len={target} is not a multiple of model.original_len={original}; "
-            f"use for example {max(1, round(target / original)) * original}"
-        )
-    if config.align < 1 or target % config.align:
-        faults.append(f"align={config.align} does not divide target_len={target}")
-    elif target // config.align < original:
-        faults.append(
-            f"align={config.align} leaves chunks of {target // config.align} tokens, shorter than "
-            f"model.original_len={original}; use at most {max(1, target // original)}"
-        )
-    if config.tokens_per_shard < target:
-        faults.append(f"tokens_per_shard={config.tokens_per_shard} must be at least target_len={target}")
-    return faults
+def _build(config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, inputs: dict[str, Any]) -> None:
+    """Do all stages, then declare the product complete: the manifest comes last."""
+    from data_prep.build import build_segments, clean_work
+    from data_prep.document_list import write_document_list
+    from data_prep.pack_report import write_report
+    from data_prep.writing import remove_strays
+
+    started = time.monotonic()
+    content = {key: value for key, value in to_plain(config).items() if key not in LOCATION_KEYS}
+    fingerprint = sha256_of_bytes(json.dumps([content, inputs], sort_keys=True).encode())[:12]
+    dump(config, folder / "config.yaml")
+    built = build_segments(config, model_folder, corpus, folder, fingerprint)
+    remove_strays(folder, built.files)
+    details = {**built.details, "documents": write_document_list(folder, built.plan)}
+    manifest = Manifest(
+        kind="segments", inputs=inputs, config=to_plain(config), seeds={"pack": config.seed}, counts=built.counts,
+        files=built.files, details=details,
+    )  # fmt: skip
+    write_report(folder / "report.html", manifest)
+    write_manifest(folder, manifest)
+    if not config.keep_work:
+        clean_work(folder)
+    print_result(built.counts, folder, time.monotonic() - started)
 
 
-def _quota_faults(config: PackConfig, corpus: Corpus) -> list[str]:
-    """Faults of the plan."""
-    known = (*corpus.sources, RETRIEVAL_SOURCE)
-    faults = []
-    for source, quota in config.corpus.quotas.items():
-        if source not in known:
-            faults.append(f"corpus.quotas.{source}: the corpus has no such source; it has {', '.join(known)}")
-        for bucket in BUCKETS:
-            wanted = getattr(quota, bucket)
-            if wanted is not None and wanted < 0:
-                faults.append(f"corpus.quotas.{source}.{bucket}={wanted} must be tokens, 0, or null for all there is")
-            elif wanted is None and source == RETRIEVAL_SOURCE:
-                faults.append(f"corpus.quotas.{source}.{bucket}=null: these documents are generated, give their tokens")
-    if not any(getattr(quota, bucket) != 0 for quota in config.corpus.quotas.values() for bucket in BUCKETS):
-        faults.append("corpus.quotas asks for no tokens at all; set corpus.quotas.SOURCE.short or .long")
-    return faults
+def _identity_of(path: Path) -> str:
+    """Hash of a file, or of the names and hashes of the texts of a folder."""
+    if path.is_dir():
+        return sha256_of_bytes("".join(f"{p.name} {sha256_of_file(p)}\n" for p in sorted(path.glob("*.txt"))).encode())
+    return sha256_of_file(path)
 
 
 def _require_same(manifest: Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path) -> None:
@@ -189,33 +193,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}.{key}" if prefix and key else prefix or key
         flat.update(_flat(value, name) if isinstance(value, dict) and value else {name: value})
     return flat
-
-
-def _print_plan(config: PackConfig, corpus: Corpus) -> None:
-    """The plan as a table."""
-    print(
-        f"pack {config.corpus.name} for {config.model.name}: segments of {config.target_len} tokens, short window "
-        f"{config.model.original_len}, alignment {config.align} -> {product_folder(config.run.folder, 'segments')}"
-    )
-    print(f"  {'source':<20}{'short tokens':>16}{'long tokens':>16}")
-    for source, quota in sorted(config.corpus.quotas.items()):
-        cells = ["all" if tokens is None else f"{tokens:,}" for tokens in (quota.short, quota.long)]
-        print(f"  {source:<20}{cells[0]:>16}{cells[1]:>16}")
-    known = [t for quota in config.corpus.quotas.values() for t in (quota.short, quota.long) if t is not None]
-    more = " and all of the sources marked so" if len(known) < 2 * len(config.corpus.quotas) else ""
-    print(f"  about {sum(known) // config.target_len:,} segments{more}; 2 bytes a token up to 65,536 ids, else 4")
-
-
-def _print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
-    """What was packed, in a few lines."""
-    tokens = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
-    print(
-        f"packed {tokens:,} tokens in {seconds:.1f} s: {counts['num_short_segments']} short and "
-        f"{counts['num_long_segments']} long segments, {counts['padding_tokens']:,} padding tokens, "
-        f"{counts['long_rest_tokens']:,} tokens at the end that filled no segment -> {folder}"
-    )
-    for shortfall in counts["shortfalls"]:
-        print(f"  shortfall: {shortfall}")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,44 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from data_prep.quotas import TokenizedDocument
+import numpy as np
+
 from longrope2.rope import Window
 
-__all__ = ["DraftSegment", "LongPacking", "Piece", "best_fit_decreasing", "pack_long", "pack_short"]
+__all__ = ["DraftSegment", "LongPacking", "PackedDocument", "Piece", "best_fit_decreasing", "pack_long", "pack_short"]
+
+
+class PackedDocument(Protocol):
+    """A document with BOS and EOS; packing looks at its length only, writing reads its tokens."""
+
+    @property
+    def doc_id(self) -> str:
+        """Unique among the documents packed together."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Its source."""
+        ...
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids, shape [len(self)]."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+Document = TypeVar("Document", bound=PackedDocument)
 
 
 @dataclass(frozen=True)
 class Piece:
     """Tokens [start, stop) of a document; ``document=None`` is padding of that many tokens."""
 
-    document: TokenizedDocument | None
+    document: PackedDocument | None
     start: int
     stop: int
 
@@ -57,9 +83,7 @@ class LongPacking:
     num_cut_documents: int = 0
 
 
-def best_fit_decreasing(
-    documents: Iterable[TokenizedDocument], capacity: int
-) -> list[tuple[int, list[TokenizedDocument]]]:
+def best_fit_decreasing(documents: Iterable[Document], capacity: int) -> list[tuple[int, list[Document]]]:
     """Put documents into bins: longest first, each into the fullest bin that still has room.
 
     Documents of equal length keep their order, and of equally full bins the oldest is taken.
@@ -73,7 +97,7 @@ def best_fit_decreasing(
     """
     rooms: list[int] = []  # distinct rooms left, ascending
     bins_by_room: dict[int, deque[int]] = defaultdict(deque)
-    bins: list[list[TokenizedDocument]] = []
+    bins: list[list[Document]] = []
     room_of: list[int] = []
     for document in sorted(documents, key=len, reverse=True):
         assert len(document) <= capacity
@@ -96,7 +120,7 @@ def best_fit_decreasing(
 
 
 def pack_short(
-    documents: Sequence[TokenizedDocument], *, target_len: int, alignment: int, seed: int
+    documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int
 ) -> list[DraftSegment]:
     """Pack whole documents so that none crosses a multiple of ``target_len / alignment``.
 
@@ -119,7 +143,7 @@ def pack_short(
     return [DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk)) for group in groups]
 
 
-def pack_long(documents: Sequence[TokenizedDocument], *, target_len: int, seed: int) -> LongPacking:
+def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int) -> LongPacking:
     """Pack documents into full segments without padding, cutting as few as possible.
 
     Args:
@@ -152,12 +176,12 @@ def pack_long(documents: Sequence[TokenizedDocument], *, target_len: int, seed: 
 class _Stream:
     """Documents end to end, handed out in slices."""
 
-    def __init__(self, documents: Iterable[TokenizedDocument]) -> None:
+    def __init__(self, documents: Iterable[PackedDocument]) -> None:
         self._queue: deque[Piece] = deque()
         self.num_tokens = 0
         self.extend(documents)
 
-    def extend(self, documents: Iterable[TokenizedDocument]) -> None:
+    def extend(self, documents: Iterable[PackedDocument]) -> None:
         """Append documents."""
         for document in documents:
             self._queue.append(_whole(document))
@@ -178,7 +202,7 @@ class _Stream:
         return taken
 
 
-def _arranged(members: list[TokenizedDocument], slices: list[Piece]) -> tuple[Piece, ...]:
+def _arranged(members: list[PackedDocument], slices: list[Piece]) -> tuple[Piece, ...]:
     """Order in a segment: a continued slice first (it has no BOS), a slice that is cut off last."""
     continued = [piece for piece in slices if piece.start > 0]
     begun = [piece for piece in slices if piece.start == 0]
@@ -186,7 +210,7 @@ def _arranged(members: list[TokenizedDocument], slices: list[Piece]) -> tuple[Pi
     return (*continued, *map(_whole, members), *begun)
 
 
-def _whole(document: TokenizedDocument) -> Piece:
+def _whole(document: PackedDocument) -> Piece:
     """The whole document as a piece."""
     return Piece(document, 0, len(document))
 

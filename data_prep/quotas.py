@@ -1,22 +1,24 @@
-"""Quotas: which documents of a source go to which bucket, until each bucket has its tokens.
+"""Quotas: which candidates are packed, until each bucket of each source has its tokens.
 
 Documents are taken in an order that depends on the seed and their ids only, so the choice does not depend on how the
 corpus is read. A document is used in one bucket: short pieces of a text never reappear in the long segments.
+
+Shape letters: P parts (see ``candidates.py``).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.corpora import BucketQuota, Document, ShortOverlong, stable_fraction
-from data_prep.tokenization import DocumentTokenizer, batches_by_characters
+from data_prep.candidates import WHOLE, Account, Candidates
+from data_prep.corpora import ShortOverlong, stable_fraction
+from data_prep.document_table import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
 
-__all__ = ["BUCKETS", "Selection", "TokenizedDocument", "select_documents", "split_into_windows"]
+__all__ = ["Demand", "Selection", "TokenizedDocument", "select_documents"]
 
-BUCKETS = ("short", "long")
-NUM_BOUNDARY_TOKENS = 2  # BOS and EOS
+MOST_WINDOWS = 1_000_000  # of one part; keeps the numbers of windows apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,110 +33,164 @@ class TokenizedDocument:
         return len(self.tokens)
 
 
-@dataclass
-class Selection:
-    """Chosen documents and the account of all others.
+@dataclass(frozen=True)
+class Demand:
+    """Tokens wanted, BOS and EOS included.
 
     Attributes:
-        short: Documents of at most ``original_len`` tokens.
-        long: Documents of more.
-        tokens: (source, bucket) -> tokens chosen.
-        left_out: (source, reason) -> tokens left out; documents that were never read have no token count and are
-            counted in ``unread``.
-        unread: Source -> documents not read because every quota of the source was met.
-        split_documents: Source -> documents cut into short windows.
+        cells: (source, bucket) -> tokens, None for all there is; cells that are missing want nothing.
+        domains: (source, domain) -> bucket -> tokens: how the cells of a source are divided; domains without an entry
+            are taken as they come.
     """
 
-    short: list[TokenizedDocument] = field(default_factory=list)
-    long: list[TokenizedDocument] = field(default_factory=list)
-    tokens: Counter[tuple[str, str]] = field(default_factory=Counter)
-    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)
-    split_documents: Counter[str] = field(default_factory=Counter)
+    cells: Mapping[tuple[str, str], int | None]
+    domains: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
+
+    def of(self, source: str, bucket: str) -> int | None:
+        """Tokens wanted of one cell."""
+        return self.cells.get((source, bucket), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Chosen parts.
+
+    Attributes:
+        parts: The parts, source by source.
+        bucket_P: Bucket of each.
+        tokens: (source, bucket) -> tokens chosen.
+    """
+
+    parts: Candidates
+    bucket_P: np.ndarray
+    tokens: Counter[tuple[str, str]]
 
 
 def select_documents(
-    documents: Sequence[Document],
-    quota: BucketQuota,
-    encoder: DocumentTokenizer,
-    selection: Selection,
-    *,
-    original_len: int,
-    short_overlong: ShortOverlong,
-    seed: int,
-) -> None:
-    """Tokenize documents of one source and add them to ``selection`` until the quota is met.
+    table: DocumentTable, candidates: Candidates, demand: Demand, lengths: LengthBuckets,
+    short_overlong: Mapping[str, ShortOverlong], account: Account, *, seed: int,
+) -> Selection:  # fmt: skip
+    """Choose candidates until every cell of ``demand`` has its tokens.
+
+    The document that meets a quota still counts, so a cell gets at most one document more than it wants.
 
     Args:
-        documents: All documents of one source.
-        quota: Tokens wanted per bucket.
-        encoder: Tokenizer of the model.
-        selection: Gets the documents and the counts.
-        original_len: L0 in tokens; the limit of the short bucket, BOS and EOS included.
-        short_overlong: ``split`` cuts documents longer than L0 into windows for the short bucket; ``drop`` does not.
-        seed: Seed of the order and of the choice of bucket.
+        table: All documents.
+        candidates: Parts that may be chosen, in order.
+        demand: Tokens wanted.
+        lengths: The buckets.
+        short_overlong: Source -> whether documents longer than L0 may be cut into windows for the short bucket.
+        account: Gets what is left out.
+        seed: Seed of the choice between cutting a document into windows and packing it whole.
     """
-    ordered = sorted(documents, key=lambda document: (stable_fraction("order", seed, document.doc_id), document.doc_id))
-    texts = [document.text for document in ordered]
-    room = {"short": quota.short, "long": quota.long}
-    for batch in batches_by_characters(texts):
-        if all(left == 0 for left in room.values()):
-            selection.unread[documents[0].source] += len(texts) - batch.start
-            return
-        for document, ids in zip(ordered[batch], encoder.encode_documents(texts[batch]), strict=True):
-            tokenized = TokenizedDocument(document.doc_id, document.source, ids)
-            _place(tokenized, quota, room, selection, original_len, short_overlong, seed)
+    tokens: Counter[tuple[str, str]] = Counter()
+    chosen: list[tuple[Candidates, np.ndarray]] = []
+    for code, source in enumerate(table.sources):
+        own = candidates.take(table.source_D[candidates.document_P] == code)
+        chooser = _Chooser(table, own, source, demand, lengths, account, tokens)
+        windows = short_overlong.get(source) is ShortOverlong.split and demand.of(source, "short") != 0
+        chosen.append(chooser.choose_with_windows(seed) if windows else chooser.choose())
+    empty = np.zeros(0, np.int64)
+    names = ("document_P", "start_P", "content_P", "number_P")
+    columns = [np.concatenate([empty, *(getattr(parts, name) for parts, _ in chosen)]) for name in names]
+    return Selection(Candidates(*columns), np.concatenate([empty, *(bucket_P for _, bucket_P in chosen)]), tokens)
 
 
-def split_into_windows(document: TokenizedDocument, window_len: int) -> Iterator[TokenizedDocument]:
-    """Cut a document into consecutive windows of at most ``window_len`` tokens, each with BOS and EOS of its own."""
-    bos, eos, content = document.tokens[:1], document.tokens[-1:], document.tokens[1:-1]
-    step = window_len - NUM_BOUNDARY_TOKENS
-    for number, start in enumerate(range(0, len(content), step)):
-        tokens = np.concatenate([bos, content[start : start + step], eos])
-        yield TokenizedDocument(f"{document.doc_id}#{number}", document.source, tokens)
+@dataclass(frozen=True, eq=False)
+class _Chooser:
+    """Chooses from one source."""
 
+    table: DocumentTable
+    own: Candidates
+    source: str
+    demand: Demand
+    lengths: LengthBuckets
+    account: Account
+    tokens: Counter[tuple[str, str]]
 
-def _place(
-    document: TokenizedDocument,
-    quota: BucketQuota,
-    room: dict[str, int | None],
-    selection: Selection,
-    original_len: int,
-    short_overlong: ShortOverlong,
-    seed: int,
-) -> None:
-    """Put one document, or its windows, into its bucket."""
-    if len(document) <= original_len:
-        _add("short", [document], room, selection)
-    elif _belongs_to_long(document.doc_id, quota, short_overlong, seed):
-        _add("long", [document], room, selection)
-    elif short_overlong is ShortOverlong.split and quota.short != 0:
-        selection.split_documents[document.source] += 1
-        _add("short", split_into_windows(document, original_len), room, selection)
-    else:
-        selection.left_out[document.source, "longer than the short window"] += len(document)
+    def choose(self) -> tuple[Candidates, np.ndarray]:
+        """Whole parts by bucket."""
+        bucket_P = self.lengths.codes(self.own.tokens_P)
+        taken_P = np.zeros(len(bucket_P), dtype=bool)
+        for code, bucket in enumerate(self.lengths.names):
+            there = np.flatnonzero(bucket_P == code)
+            wanted = self.demand.of(self.source, bucket)
+            taken_P[self._until_met(there, bucket, wanted)] = True
+            taken, left = there[taken_P[there]], there[~taken_P[there]]
+            self.tokens[self.source, bucket] += int(self.own.tokens_P[taken].sum())
+            reason = f"{bucket} quota met" if wanted else f"no quota for {bucket} documents"
+            num_documents = len(np.unique(self.own.document_P[left]))
+            self.account.leave_out(self.source, reason, int(self.own.tokens_P[left].sum()), num_documents)
+        return self.own.take(taken_P), bucket_P[taken_P]
 
+    def _until_met(self, there: np.ndarray, bucket: str, wanted: int | None) -> np.ndarray:
+        """Indices of the parts taken from ``there``: each domain up to its share, then any until the quota is met."""
+        if wanted is None:
+            return there
+        tokens = self.own.tokens_P[there]
+        domain = self.table.domain_D[self.own.document_P[there]]
+        taken = np.zeros(len(there), dtype=bool)
+        for code in np.unique(domain):
+            share = self.demand.domains.get(self.table.domains[code], {}).get(bucket)
+            if share is not None:
+                mine = np.flatnonzero(domain == code)
+                taken[mine] = np.cumsum(tokens[mine]) <= share
+        room = wanted - int(tokens[taken].sum())
+        others = np.flatnonzero(~taken)
+        taken[others[(np.cumsum(tokens[others]) - tokens[others]) < room]] = True
+        return there[taken]
 
-def _belongs_to_long(doc_id: str, quota: BucketQuota, short_overlong: ShortOverlong, seed: int) -> bool:
-    """Whether a document that is longer than the short window serves the long bucket."""
-    if quota.long == 0:
-        return False
-    if short_overlong is ShortOverlong.drop or quota.short == 0:
+    def choose_with_windows(self, seed: int) -> tuple[Candidates, np.ndarray]:
+        """As ``choose``, but parts longer than L0 may be cut into short windows (for miniatures: a plain loop)."""
+        room = {bucket: self.demand.of(self.source, bucket) for bucket in self.lengths.names}
+        long_quota = _sum_or_none([room[bucket] for bucket in self.lengths.names[1:]])
+        doc_ids = self.table.values("doc_id", self.own.document_P)
+        codes = self.lengths.codes(self.own.tokens_P).tolist()
+        rows = zip(self.own.document_P.tolist(), self.own.start_P.tolist(), self.own.content_P.tolist(),
+                   self.own.number_P.tolist(), strict=True)  # fmt: skip
+        kept: list[tuple[int, ...]] = []
+        for doc_id, code, row in zip(doc_ids, codes, rows, strict=True):
+            if code == 0 or _serves_long(doc_id, self.demand.of(self.source, "short"), long_quota, seed):
+                pieces = [row]
+            else:
+                pieces, code = self._windows(*row), 0
+            kept += [(*piece, code) for piece in pieces if self._fits(piece[2], self.lengths.names[code], room)]
+        columns = np.asarray(kept, dtype=np.int64).reshape(-1, 5).T
+        return Candidates(*columns[:4]), columns[4]
+
+    def _windows(self, document: int, start: int, content: int, number: int) -> list[tuple[int, int, int, int]]:
+        """Consecutive windows of at most L0 tokens, each with BOS and EOS of its own."""
+        step = self.lengths.limits[0] - NUM_BOUNDARY_TOKENS
+        firsts = range(0, content, step)
+        self.account.num_windowed[self.source] += 1
+        self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
+        base = 0 if number == WHOLE else (number + 1) * MOST_WINDOWS
+        return [(document, start + f, min(step, content - f), base + i) for i, f in enumerate(firsts)]
+
+    def _fits(self, content: int, bucket: str, room: dict[str, int | None]) -> bool:
+        """Take a piece while its bucket has room; the piece that meets the quota still counts."""
+        left, tokens = room[bucket], content + NUM_BOUNDARY_TOKENS
+        if left == 0:
+            reason = (
+                f"{bucket} quota met" if self.demand.of(self.source, bucket) else f"no quota for {bucket} documents"
+            )
+            self.account.leave_out(self.source, reason, tokens, 1)
+            return False
+        if left is not None:
+            room[bucket] = max(0, left - tokens)
+        self.tokens[self.source, bucket] += tokens
         return True
-    both_known = quota.short is not None and quota.long is not None
-    share = quota.long / (quota.short + quota.long) if both_known else 0.5  # type: ignore[operator]
+
+
+def _serves_long(doc_id: str, short: int | None, long: int | None, seed: int) -> bool:
+    """Whether a document that is longer than the short window serves a long bucket; ``short`` is not 0."""
+    if long == 0:
+        return False
+    share = long / (short + long) if short is not None and long is not None else 0.5
     return stable_fraction("bucket", seed, doc_id) < share
 
 
-def _add(bucket: str, pieces: Iterable[TokenizedDocument], room: dict[str, int | None], selection: Selection) -> None:
-    """Add pieces while the bucket has room; the piece that meets the quota still counts."""
-    for piece in pieces:
-        left = room[bucket]
-        if left == 0:
-            selection.left_out[piece.source, f"{bucket} quota met"] += len(piece)
-            continue
-        if left is not None:
-            room[bucket] = max(0, left - len(piece))
-        (selection.short if bucket == "short" else selection.long).append(piece)
-        selection.tokens[piece.source, bucket] += len(piece)
+def _sum_or_none(quotas: list[int | None]) -> int | None:
+    """Sum of quotas; None if one of them asks for all there is."""
+    known = [quota for quota in quotas if quota is not None]
+    return sum(known) if len(known) == len(quotas) else None

@@ -1,19 +1,36 @@
-"""Text to token ids with the model's own tokenizer; text can never produce a special id.
+"""Text to token ids with the model's own tokenizer; text can never produce a control id.
 
 Fast tokenizers turn a literal ``</s>`` in a page into the real end-of-document id unless told otherwise; here they are
-told otherwise, and every id is checked. BOS and EOS are added as ids, never as text.
+told otherwise, and every id is checked. BOS and EOS are added as ids, never as text. A Hugging Face ``tokenizer.json``
+and a SentencePiece ``tokenizer.model`` are read alike (transformers converts the latter).
+
+The backend is a private copy, prepared by ``fast_backend``: markers are flagged special, and LLaMA-2-family tokenizers
+get a provably harmless split at spaces that makes them fast.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
+from data_prep.fast_backend import flag_markers, split_at_space_markers
+from longrope2.artifacts import write_text
 from longrope2.errors import DataError
 
-__all__ = ["DocumentTokenizer", "batches_by_characters", "load_document_tokenizer"]
+if TYPE_CHECKING:  # transformers brings torch along, which worker processes do not need
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DocumentTokenizer",
+    "batches_by_characters",
+    "load_document_tokenizer",
+    "prepared_tokenizer",
+    "save_prepared_tokenizer",
+]
 
 BATCH_CHARACTERS = 1_000_000
 
@@ -25,20 +42,30 @@ class DocumentTokenizer:
         bos_id: Id put in front of every document.
         eos_id: Id put behind every document.
         vocab_size: Number of ids, added tokens included.
+        control_ids: Sorted ids that text never produces: BOS, EOS and all other special tokens but the unknown one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first")
         if not isinstance(tokenizer.bos_token_id, int) or not isinstance(tokenizer.eos_token_id, int):
             raise DataError(f"the tokenizer of {tokenizer.name_or_path} names no BOS or no EOS token; both are needed")
-        self._backend = Tokenizer.from_str(backend.to_str())
+        own = split_at_space_markers(flag_markers(Tokenizer.from_str(backend.to_str())))
+        special = {number for number, token in own.get_added_tokens_decoder().items() if token.special}
+        # Tokenizers without byte fallback give the unknown id for characters they do not have: that is ordinary text.
+        bos_id, eos_id, unknown_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+        ordinary = {unknown_id} if isinstance(unknown_id, int) else set()
+        self._prepare(own, bos_id, eos_id, len(tokenizer), sorted((special - ordinary) | {bos_id, eos_id}))
+
+    def _prepare(self, backend: Tokenizer, bos_id: int, eos_id: int, vocab_size: int, control_ids: list[int]) -> None:
+        """Take the parts over."""
+        self._backend = backend
         self._backend.encode_special_tokens = True
-        self.bos_id: int = tokenizer.bos_token_id
-        self.eos_id: int = tokenizer.eos_token_id
-        self.vocab_size: int = len(tokenizer)
-        self._control_ids = np.asarray(sorted({self.bos_id, self.eos_id}))
+        self.bos_id, self.eos_id, self.vocab_size = bos_id, eos_id, vocab_size
+        self.control_ids = tuple(control_ids)
+        self._is_control = np.zeros(max(vocab_size, control_ids[-1] + 1), dtype=bool)
+        self._is_control[control_ids] = True
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -49,18 +76,31 @@ class DocumentTokenizer:
         """Ids of ``text``, without BOS and EOS."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_contents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text as ids, without BOS and EOS.
+
+        Raises:
+            DataError: text produced a control id (a tokenizer whose control tokens are not marked special).
+        """
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        contents = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        for text, ids in zip(texts, contents, strict=True):
+            if self._is_control[ids].any():
+                number = int(ids[self._is_control[ids]][0])
+                raise DataError(
+                    f"text {text[:60]!r}... produced the control id {number}; mark control tokens as special in "
+                    "the tokenizer"
+                )
+        return contents
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text as ids with BOS in front and EOS behind.
 
         Raises:
-            DataError: text produced a BOS or EOS id (a tokenizer whose control tokens are not marked special).
+            DataError: text produced a control id (a tokenizer whose control tokens are not marked special).
         """
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        documents = [np.asarray([self.bos_id, *e.ids, self.eos_id], dtype=self.dtype) for e in encodings]
-        for text, ids in zip(texts, documents, strict=True):
-            if np.isin(ids[1:-1], self._control_ids).any():
-                raise DataError(f"text {text[:60]!r}... produced a BOS or EOS id; mark those tokens as special")
-        return documents
+        bos, eos = np.asarray([self.bos_id], self.dtype), np.asarray([self.eos_id], self.dtype)
+        return [np.concatenate([bos, ids, eos]) for ids in self.encode_contents(texts)]
 
     def token_spans(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Character span [start, end) of every token of every text, each of shape [num_tokens, 2]."""
@@ -89,6 +129,24 @@ def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
     except (OSError, ValueError) as error:
         raise DataError(f"model.path={folder} holds no tokenizer that can be loaded: {error}") from None
     return DocumentTokenizer(tokenizer)
+
+
+def save_prepared_tokenizer(encoder: DocumentTokenizer, path: Path) -> None:
+    """Write a tokenizer down for worker processes, which then need neither transformers nor the model folder."""
+    fields = {
+        "bos_id": encoder.bos_id, "eos_id": encoder.eos_id, "vocab_size": encoder.vocab_size,
+        "control_ids": list(encoder.control_ids), "backend": encoder._backend.to_str(),
+    }  # fmt: skip
+    write_text(path, json.dumps(fields))
+
+
+@lru_cache(maxsize=1)
+def prepared_tokenizer(path: Path) -> DocumentTokenizer:
+    """A tokenizer that ``save_prepared_tokenizer`` wrote, made once per process."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    encoder = DocumentTokenizer.__new__(DocumentTokenizer)
+    encoder._prepare(**{**fields, "backend": Tokenizer.from_str(fields["backend"])})
+    return encoder
 
 
 def batches_by_characters(texts: Sequence[str], limit: int = BATCH_CHARACTERS) -> Iterator[slice]:

@@ -1,128 +1,271 @@
-"""Verification: does a segment keep the rules of the format?
+"""The audit of a finished folder: is every segment what it says, and is every token accounted for?
 
-Used on every segment before it is written, and to audit a finished folder (``verify_folder``).
+Nothing here trusts the packer: hashes are computed again, every segment is held against the rules of the format, tokens
+are added up against the list of documents and the account of the manifest, and a sample of documents is read from the
+corpus and tokenized again.
 """
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
+from data_prep.corpora import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction
+from data_prep.document_list import DOCUMENTS_FILE
+from data_prep.document_table import NUM_BOUNDARY_TOKENS
+from data_prep.token_files import HASH_BYTES
+from data_prep.tokenization import DocumentTokenizer
+from longrope2.artifacts import sha256_of_bytes, sha256_of_file
 from longrope2.errors import ArtifactError, DataError
-from longrope2.rope import Window
-from longrope2.segments import Segment, SegmentStore
+from longrope2.segments import SegmentRules, SegmentStore, check_segment, rules_of
 
-__all__ = ["SegmentRules", "check_segment", "verify_folder"]
+__all__ = ["Audit", "SegmentRules", "check_segment", "compare_with_source", "verify_folder"]
+
+QUOTA_TOLERANCE = 0.01
+
+
+@dataclass
+class Audit:
+    """What an audit looked at.
+
+    Attributes:
+        num_segments: Segments, all of them checked.
+        num_shards: Shards, all hashed.
+        num_tokens: Tokens in segments, padding included.
+        num_documents: Documents (or parts) in the list.
+        num_compared: Documents compared with their source.
+        num_decoded: Of these, documents whose runs of ids all decode to a passage of the source text.
+        pieces: Document id -> its runs of ids in the segments; only of the documents to compare.
+    """
+
+    num_segments: int = 0
+    num_shards: int = 0
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_compared: int = 0
+    num_decoded: int = 0
+    pieces: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
-class SegmentRules:
-    """What every segment of a folder has to keep.
+class _Listed:
+    """A row of the list of documents."""
 
-    Attributes:
-        target_len: L, tokens of a segment.
-        original_len: L0, longest document of a short segment, BOS and EOS included.
-        alignment: No document of a short segment crosses a multiple of ``target_len / alignment``.
-        vocab_size: Ids are below it.
-        bos_id: First id of a document.
-        eos_id: Last id of a document.
-    """
-
-    target_len: int
-    original_len: int
-    alignment: int
-    vocab_size: int
-    bos_id: int
-    eos_id: int
+    doc_id: str
+    source: str
+    unit: str
+    num_tokens: int
+    offset: int
+    text_hash: bytes
 
 
-def check_segment(segment: Segment, rules: SegmentRules) -> None:
-    """Check one segment.
+def verify_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
+    """Check hashes, every segment, the list of documents, quotas and the account of tokens.
+
+    Args:
+        folder: A ``1_segments`` folder.
+        sample: Documents whose ids are kept for ``compare_with_source``.
+        seed: Which documents.
 
     Raises:
-        DataError: the first rule that is broken, with the index of the segment.
-    """
-    fault = _fault(segment, rules)
-    if fault:
-        raise DataError(f"segment {segment.index} ({segment.window.value}): {fault}")
-
-
-def verify_folder(folder: Path) -> int:
-    """Check hashes and every segment of a finished folder; returns the number of segments.
-
-    Raises:
-        ArtifactError: the folder is unfinished, a hash differs, or a segment breaks a rule.
+        ArtifactError: the folder is unfinished, or the first thing that does not hold.
     """
     store = SegmentStore(folder)
     store.verify()
-    rules = SegmentRules(
-        store.target_len, store.original_len, store.alignment, store.vocab_size, store.bos_id, store.eos_id
+    audit = Audit(
+        num_segments=len(store), num_shards=len(store.manifest.files), num_tokens=len(store) * store.target_len
     )
+    listed = _read_list(store)
+    audit.num_documents = len(listed)
+    wanted = {row.doc_id for row in _sample(listed.values(), sample, seed)}
+    found = _check_segments(store, audit, wanted)
+    if listed:
+        _check_documents(store, listed, found)
+        _check_account(store)
+        _check_quotas(store)
+    return audit
+
+
+def compare_with_source(folder: Path, audit: Audit, corpus: Corpus, encoder: DocumentTokenizer) -> None:
+    """Read the sampled documents again and compare text hash and ids; counts into ``audit``.
+
+    Raises:
+        ArtifactError: a document is not in its unit any more, its text differs, or its ids do.
+        DataError: a unit cannot be read.
+    """
+    listed = _read_list(SegmentStore(folder))
+    by_unit: dict[str, list[_Listed]] = defaultdict(list)
+    for doc_id in audit.pieces:
+        by_unit[listed[doc_id].unit].append(listed[doc_id])
+    units = {unit.name: unit for unit in corpus.units()}
+    for name, rows in sorted(by_unit.items()):
+        if name not in units:
+            raise ArtifactError(f"{folder}: unit {name} is not in the corpus any more; was it changed or moved?")
+        for row, text in _texts(corpus, units[name], rows, folder):
+            _compare(row, text, audit, encoder, folder)
+
+
+def _read_list(store: SegmentStore) -> dict[str, _Listed]:
+    """Rows of ``documents.parquet`` by id; none in folders that have no list.
+
+    Raises:
+        ArtifactError: the list was changed, or an id stands in it twice.
+    """
+    entry = store.manifest.details.get("documents")
+    if entry is None:
+        return {}
+    path = store.folder / DOCUMENTS_FILE
+    if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
+        raise ArtifactError(f"{path}: missing, or its SHA-256 differs from the manifest; pack again")
+    names = ["doc_id", "source", "unit", "num_tokens", "offset", "text_hash"]
+    columns = (column.to_pylist() for column in pq.read_table(path, columns=names).columns)
+    rows = {row[0]: _Listed(*row) for row in zip(*columns, strict=True)}
+    if len(rows) != entry["num_rows"]:
+        raise ArtifactError(
+            f"{path}: {entry['num_rows']} rows with {len(rows)} different ids; an id stands there twice"
+        )
+    return rows
+
+
+def _sample(rows: Iterable[_Listed], number: int, seed: int) -> list[_Listed]:
+    """Some documents, drawn by id; generated ones have no source to compare with."""
+    candidates = [row for row in rows if row.source != RETRIEVAL_SOURCE] if number else []
+    return sorted(candidates, key=lambda row: stable_fraction("verify", seed, row.doc_id))[:number]
+
+
+def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[str, int]:
+    """Hold every segment against the rules; returns document id -> tokens found.
+
+    Raises:
+        ArtifactError: a segment breaks a rule, or padding and tokens differ from the manifest.
+    """
+    rules, found, padding = rules_of(store), Counter[str](), 0
+    cells: Counter[str] = Counter()
     for index in range(len(store)):
+        segment = store.segment(index)
         try:
-            check_segment(store.segment(index), rules)
+            check_segment(segment, rules)
         except DataError as error:
-            raise ArtifactError(f"{folder}: {error}") from None
-    return len(store)
+            raise ArtifactError(f"{store.folder}: {error}") from None
+        padding += segment.num_padding
+        starts = [0, *segment.doc_ends[:-1].tolist()]
+        rows = zip(
+            starts, segment.doc_ends.tolist(), segment.doc_ids, segment.sources, segment.doc_is_padding, strict=True
+        )
+        for start, end, doc_id, source, is_padding in rows:
+            if not is_padding:
+                found[doc_id] += end - start
+                cells[source] += end - start
+                if doc_id in keep:
+                    audit.pieces[doc_id].append(segment.tokens[start:end])
+    counts = store.manifest.counts
+    _require_equal(store, "padding_tokens", padding, counts.get("padding_tokens", padding))
+    for source, tokens in counts.get("tokens", {}).items():
+        _require_equal(store, f"tokens.{source}", cells[source], sum(tokens.values()))
+    return found
 
 
-def _fault(segment: Segment, rules: SegmentRules) -> str | None:
-    """The first broken rule in words, or None."""
-    ends = segment.doc_ends.astype(np.int64)
-    if len(segment.tokens) != rules.target_len or len(ends) == 0 or ends[-1] != rules.target_len:
-        return f"{len(segment.tokens)} tokens and documents up to {ends[-1:]}, not {rules.target_len}"
-    lengths = np.diff(ends, prepend=0)
-    if (lengths <= 0).any():
-        return "an empty document"
-    if not len(ends) == len(segment.sources) == len(segment.doc_ids) == len(segment.doc_is_padding):
-        return "ends, sources, ids and padding marks differ in number"
-    if int(segment.tokens.max()) >= rules.vocab_size:
-        return f"id {int(segment.tokens.max())} is outside the vocabulary of {rules.vocab_size}"
-    is_padding = np.asarray(segment.doc_is_padding)
-    if int(lengths[is_padding].sum()) != segment.num_padding:
-        return f"num_padding is {segment.num_padding}, padding documents hold {int(lengths[is_padding].sum())}"
-    if segment.window is Window.SHORT:
-        fault = _short_fault(segment, rules, ends, lengths, is_padding)
-    else:
-        fault = "padding in a long segment" if is_padding.any() else None
-    return fault or _boundary_fault(segment, rules, ends, is_padding)
+def _check_documents(store: SegmentStore, listed: dict[str, _Listed], found: dict[str, int]) -> None:
+    """Every document of the list is in the segments with all its tokens, but for the rest at the end of shuffle units."""
+    unknown = next((doc_id for doc_id in found if doc_id not in listed), None)
+    if unknown is not None:
+        raise ArtifactError(f"{store.folder}: document {unknown} is in the segments but not in {DOCUMENTS_FILE}")
+    rest: Counter[str] = Counter()
+    for row in listed.values():
+        left = row.num_tokens - found.get(row.doc_id, 0)
+        if left < 0:
+            raise ArtifactError(
+                f"{store.folder}: document {row.doc_id} has {row.num_tokens} tokens, the segments hold more"
+            )
+        rest[row.source] += left
+    for source in {*rest, *store.manifest.counts["rest_tokens"]}:
+        _require_equal(
+            store, f"rest_tokens.{source}", rest[source], store.manifest.counts["rest_tokens"].get(source, 0)
+        )
 
 
-def _short_fault(
-    segment: Segment, rules: SegmentRules, ends: np.ndarray, lengths: np.ndarray, is_padding: np.ndarray
-) -> str | None:
-    """Rules of short segments only."""
-    longest = int(lengths[~is_padding].max(initial=0))
-    if longest > rules.original_len:
-        return f"a document of {longest} tokens, longer than original_len={rules.original_len}"
-    if segment.starts_mid_document:
-        return "starts mid-document"
-    chunk = rules.target_len // rules.alignment
-    if ((ends - lengths) // chunk != (ends - 1) // chunk).any():
-        return f"a document crosses a multiple of {chunk} tokens (alignment {rules.alignment})"
-    return None
+def _check_account(store: SegmentStore) -> None:
+    """For every source: tokenized + added boundaries = packed + rest + left out."""
+    counts = store.manifest.counts
+    for source, tokenized in counts["tokenized_tokens"].items():
+        there = tokenized + counts["added_boundary_tokens"].get(source, 0)
+        packed = sum(counts["tokens"].get(source, {}).values())
+        left_out = sum(counts["left_out_tokens"].get(source, {}).values())
+        rest = counts["rest_tokens"].get(source, 0)
+        if there != packed + rest + left_out:
+            raise ArtifactError(
+                f"{store.folder}: of {there} tokens of {source}, {packed} are packed, {rest} are the rest and {left_out} are "
+                f"left out: {there - packed - rest - left_out} are unaccounted for"
+            )
 
 
-def _boundary_fault(segment: Segment, rules: SegmentRules, ends: np.ndarray, is_padding: np.ndarray) -> str | None:
-    """BOS and EOS stand at document ends and nowhere else; only a continued or a cut-off document may lack one."""
-    starts = np.concatenate([[0], ends[:-1]])[~is_padding]
-    lasts = ends[~is_padding] - 1
-    begun = starts[1:] if segment.starts_mid_document else starts
-    # A long segment cuts its last document, and a continued slice at its start may end before its document does.
-    may_lack_eos = {int(lasts[0]), int(lasts[-1])} if segment.window is Window.LONG and len(lasts) else set()
-    found = np.isin(segment.tokens, [rules.bos_id, rules.eos_id])
-    found[_padding_positions(ends, is_padding)] = False
-    if not (segment.tokens[begun] == rules.bos_id).all():
-        return "a document does not start with BOS"
-    if set(lasts[segment.tokens[lasts] != rules.eos_id].tolist()) - may_lack_eos:
-        return "a document does not end with EOS"
-    if set(np.flatnonzero(found).tolist()) - set(begun.tolist()) - set(lasts.tolist()):
-        return "BOS or EOS stands inside a document"
-    return None
+def _check_quotas(store: SegmentStore) -> None:
+    """Every wanted cell has its tokens, or the manifest reports that it does not; none has much more."""
+    counts, limits = store.manifest.counts, store.manifest.details["length_buckets"]
+    reported = " ".join(counts["shortfalls"])
+    for source, cells in counts["wanted_tokens"].items():
+        for bucket, wanted in cells.items():
+            got = counts["chosen_tokens"].get(source, {}).get(bucket, 0)
+            if got > wanted * (1 + QUOTA_TOLERANCE) + limits[bucket]:
+                raise ArtifactError(f"{store.folder}: {source}/{bucket} has {got} tokens chosen, {wanted} were wanted")
+            if got < wanted and f"{source}/{bucket}" not in reported:
+                raise ArtifactError(
+                    f"{store.folder}: {source}/{bucket} has {got} of {wanted} tokens, no shortfall reported"
+                )
 
 
-def _padding_positions(ends: np.ndarray, is_padding: np.ndarray) -> np.ndarray:
-    """Positions of all padding tokens."""
-    starts = np.concatenate([[0], ends[:-1]])
-    spans = [np.arange(a, b) for a, b in zip(starts[is_padding], ends[is_padding], strict=True)]
-    return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+def _texts(corpus: Corpus, unit: Unit, rows: list[_Listed], folder: Path) -> Iterable[tuple[_Listed, str]]:
+    """Rows with the texts of their documents, read from one unit."""
+    wanted: dict[str, list[_Listed]] = defaultdict(list)
+    for row in rows:
+        # A part's id is the document's with "#NUMBER" behind it; ids themselves may hold "#".
+        for name in (row.doc_id, row.doc_id.rpartition("#")[0]):
+            wanted[name].append(row)
+    missing = {row.doc_id for row in rows}
+    for document in corpus.read(unit, Counter()):
+        for row in wanted.get(document.doc_id, ()):
+            missing.discard(row.doc_id)
+            yield row, document.text
+        if not missing:
+            return
+    raise ArtifactError(f"{folder}: document {min(missing)} is not in {unit.name} any more; was the corpus changed?")
+
+
+def _compare(row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path) -> None:
+    """Compare the runs of one document with its text."""
+    if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
+        raise ArtifactError(
+            f"{folder}: the text of {row.doc_id} is not the one that was packed; was the corpus changed?"
+        )
+    content = encoder.encode_contents([text])[0][row.offset : row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS]
+    expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
+    pieces = audit.pieces[row.doc_id]
+    if any(not _holds(expected, piece) for piece in pieces):
+        raise ArtifactError(f"{folder}: ids of {row.doc_id} in the segments are not those of its text")
+    audit.num_compared += 1
+    # Ids that stand for parts of a character, where a document was cut there, have no text of their own.
+    audit.num_decoded += all(encoder.decode(_without(piece, encoder)) in text for piece in pieces)
+
+
+def _without(piece: np.ndarray, encoder: DocumentTokenizer) -> np.ndarray:
+    """A run of ids without the BOS and EOS at its ends."""
+    first = int(len(piece) > 0 and piece[0] == encoder.bos_id)
+    last = len(piece) - int(len(piece) > 1 and piece[-1] == encoder.eos_id)
+    return piece[first:last]
+
+
+def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
+    """Whether ``piece`` is a run of ``ids``."""
+    whole, part, width = ids.tobytes(), np.ascontiguousarray(piece).astype(ids.dtype).tobytes(), ids.dtype.itemsize
+    place = whole.find(part)
+    while place >= 0 and place % width:
+        place = whole.find(part, place + 1)
+    return place >= 0
+
+
+def _require_equal(store: SegmentStore, name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ArtifactError(f"{store.folder}: counts.{name} is {expected} in the manifest, the segments give {found}")

@@ -1,25 +1,31 @@
 """Writing: drafts into Arrow shards, the same bytes every time, under their final name only when complete."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from data_prep.packing import DraftSegment
-from data_prep.verification import SegmentRules, check_segment
 from longrope2.artifacts import atomic_path, sha256_of_file
-from longrope2.segments import Segment, segment_schema
+from longrope2.segments import Segment, SegmentRules, check_segment, segment_schema
 
-__all__ = ["remove_unfinished", "segment_from_draft", "write_shards"]
+__all__ = ["remove_strays", "segment_from_draft", "write_shards"]
 
 TOKENS_PER_BATCH = 2**20
 
 
 def write_shards(
-    folder: Path, drafts: Sequence[DraftSegment], rules: SegmentRules, *, tokens_per_shard: int
+    folder: Path, drafts: Sequence[DraftSegment], rules: SegmentRules, *, tokens_per_shard: int, unit: int = 0
 ) -> dict[str, str]:
-    """Check and write all segments; returns shard name -> SHA-256.
+    """Check and write all segments of a shuffle unit; returns shard name -> SHA-256.
+
+    Args:
+        folder: Product folder.
+        drafts: Segments in order.
+        rules: What each of them has to keep.
+        tokens_per_shard: Tokens of a shard file at most.
+        unit: Number of the shuffle unit, part of the names.
 
     Raises:
         DataError: a segment breaks the rules of the format (a fault of the packer; nothing is written under the final
@@ -29,18 +35,18 @@ def write_shards(
     num_shards = -(-len(drafts) // rows)
     hashes = {}
     for shard in range(num_shards):
-        path = folder / f"segments-{shard:05d}-of-{num_shards:05d}.arrow"
+        path = folder / f"segments-{unit:05d}-{shard:05d}.arrow"
         with atomic_path(path) as temporary:
             _write_shard(temporary, drafts[shard * rows : (shard + 1) * rows], shard * rows, rules)
         hashes[path.name] = sha256_of_file(path)
     return hashes
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove shards and temporary files that an interrupted run left in a folder without a manifest."""
-    for pattern in ("segments-*.arrow", ".segments-*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
+def remove_strays(folder: Path, files: Collection[str]) -> None:
+    """Remove temporary files and all shards but ``files``: what interrupted runs left in a folder without a manifest."""
+    strays = [path for path in folder.glob("segments-*.arrow") if path.name not in files]
+    for path in [*strays, *folder.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
 
 
 def segment_from_draft(draft: DraftSegment, index: int, rules: SegmentRules) -> Segment:

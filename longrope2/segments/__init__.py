@@ -2,6 +2,7 @@
 
 from longrope2.segments.format import Segment, SegmentStore, segment_schema, token_type
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
+from longrope2.segments.rules import SegmentRules, check_at_start, check_segment, rules_of
 from longrope2.segments.schedule import MicroStep, StepSchedule
 
 __all__ = [
@@ -9,8 +10,12 @@ __all__ = [
     "NeedleSample",
     "NeedleSet",
     "Segment",
+    "SegmentRules",
     "SegmentStore",
     "StepSchedule",
+    "check_at_start",
+    "check_segment",
+    "rules_of",
     "segment_schema",
     "token_type",
 ]

@@ -90,8 +90,8 @@ def test_text_that_becomes_a_control_id_is_refused(hugging_face, tmp_path):
     other.eos_token = "STOP"
     encoder = DocumentTokenizer(other)
     encoder.eos_id = other.convert_tokens_to_ids("STOP")
-    encoder._control_ids = [encoder.bos_id, encoder.eos_id]
-    with pytest.raises(DataError, match="produced a BOS or EOS id"):
+    encoder._is_control[encoder.eos_id] = True
+    with pytest.raises(DataError, match="produced the control id"):
         encoder.encode_documents(["please STOP here"])
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from data_prep import pack as pack_module
+from data_prep.build import locked
 from data_prep.corpora import BucketQuota, Split
 from data_prep.folder_corpus import FolderCorpus
 from data_prep.pack import PackConfig, check
+from data_prep.plan_config import BucketTokens, PlanConfig
 from data_prep.tokenization import load_document_tokenizer
 from data_prep.verification import verify_folder
 from longrope2.artifacts import sha256_of_file
@@ -117,7 +119,9 @@ def test_rerun_finds_the_work_done_and_another_configuration_is_refused(texts_fo
     assert run(*arguments) == 0
     folder = tmp_path / "x" / "1_segments"
     before = {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()}
-    assert set(before) == {"config.yaml", "manifest.json", "segments-00000-of-00001.arrow"}
+    assert set(before) == {
+        "config.yaml", "manifest.json", "report.html", "documents.parquet", "segments-00000-00000.arrow"
+    }  # fmt: skip
     assert run(*arguments) == 0
     assert "already complete" in capsys.readouterr().out
     assert run(*arguments, "seed=3", "corpus.quotas.folder.long=100") == 2
@@ -166,10 +170,12 @@ def test_manifest_names_what_it_was_made_from(texts_folder, tmp_path):
     manifest = json.loads((tmp_path / "x" / "1_segments" / "manifest.json").read_text())
     assert manifest["inputs"]["model"]["tokenizer_sha256"] == sha256_of_file(Path("models/tiny/tokenizer.json"))
     assert set(manifest["inputs"]["corpus"]["files"]) == {f"{n:02d}.txt" for n in range(60)}
-    assert manifest["details"] == {
+    expected = {
         "target_len": 512, "original_len": 128, "alignment": 1, "vocab_size": 2048, "bos_id": 1, "eos_id": 2,
-        "model_name": "tiny",
+        "control_ids": [1, 2], "model_name": "tiny", "length_buckets": {"short": 128, "long": 200000},
     }  # fmt: skip
+    assert {key: manifest["details"][key] for key in expected} == expected
+    assert manifest["details"]["documents"]["file"] == "documents.parquet"
     assert manifest["counts"]["shortfalls"] == []
 
 
@@ -181,7 +187,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--target", "512"], ["'corpus'", "folder", "sample"]),
     (["--target", "512", "--corpus", "nope"], ["corpus=nope", "folder", "sample"]),
     (["--target", "512", "--corpus", "sample", "nokey=1"], ["unknown key nokey"]),
     (["--target", "500", "--corpus", "sample", "align=3", "retrieval.max_needles=0", "model.path=/no/such",
@@ -190,6 +195,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
       "align=3 does not divide target_len=500", "retrieval.max_needles=0 must be at least 1",
       "model.path=/no/such", "corpus.quotas.stdlib_topics.short=-1 must be tokens",
       "corpus.quotas.retrieval.long=null: these documents are generated", "tokens_per_shard=1 must be at least"]),
+    (["--target", "512", "--corpus", "sample", "tokens_per_unit=8", "documents.max_tokens=128", "documents.max_units=0",
+      "workers=-1", "documents.exclude=[/no/such.txt]", "cluster.jobs=0"],
+     ["6 fault(s)", "tokens_per_unit=8 must be at least target_len=512",
+      "documents.max_tokens=128 must be above model.original_len=128", "documents.max_units=0 must be at least 1",
+      "workers=-1 must be 0 (one per core) or more", "exclude: /no/such.txt cannot be read",
+      "cluster.jobs=0 must be above 0"]),
     (["--target", "512", "--corpus", "sample", "align=8"], ["align=8 leaves chunks of 64 tokens", "use at most 4"]),
     (["--target", "64", "--corpus", "sample"], ["target_len=64 is not a multiple", "use for example 128"]),
     (["--target", "512", "--corpus", "sample", "model.original_len=4"], ["model.original_len=4 is not a window"]),
@@ -224,7 +235,7 @@ def test_a_corpus_that_fills_no_segment(tmp_path, capsys):
     arguments = folder_arguments(tmp_path / "texts", tmp_path / "root", "corpus.quotas.folder.short=0")
     assert run(*arguments) == 2
     assert "not enough for one segment of target_len=512" in capsys.readouterr().err
-    assert not (tmp_path / "root").exists()
+    assert not (tmp_path / "root" / "x" / "1_segments" / "manifest.json").exists()
 
 
 def test_shortfalls_are_reported(texts_folder, tmp_path, capsys):
@@ -232,3 +243,103 @@ def test_shortfalls_are_reported(texts_folder, tmp_path, capsys):
     assert "shortfall: folder/long:" in capsys.readouterr().out
     counts = SegmentStore(tmp_path / "x" / "1_segments").manifest.counts
     assert counts["shortfalls"][0].endswith("of 9,000,000 tokens")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(texts_folder, tmp_path, capsys):
+    with locked(tmp_path / "x" / "1_segments"):
+        assert run(*folder_arguments(texts_folder, tmp_path)) == 2
+    assert "another process is packing here" in capsys.readouterr().err
+    assert run(*folder_arguments(texts_folder, tmp_path)) == 0
+
+
+def test_any_number_of_workers_gives_the_same_bytes(texts_folder, tmp_path):
+    """Several rounds of reading, several shuffle units, short windows cut from long documents."""
+    more = (
+        "tokens_per_shard=1024", "tokens_per_unit=4096", "corpus.short_overlong=split", "align=4",
+        "corpus.quotas.folder.short=6000", "corpus.quotas.folder.long=9000", "corpus.quotas.retrieval.long=2000",
+    )  # fmt: skip
+    folders = []
+    for workers in (1, 2, 4):
+        folder = tmp_path / str(workers) / "x" / "1_segments"
+        assert run(*folder_arguments(texts_folder, tmp_path / str(workers), f"workers={workers}", *more)) == 0
+        folders.append({p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("config.yaml",)})
+    manifests = [json.loads(files.pop("manifest.json")) for files in folders]
+    assert folders[0] == folders[1] == folders[2] and len(folders[0]) > 8
+    assert manifests[0]["counts"] == manifests[1]["counts"] == manifests[2]["counts"]
+    assert manifests[0]["counts"]["num_shuffle_units"] > 2
+    verify_folder(tmp_path / "4" / "x" / "1_segments")
+
+
+def test_datasets_opens_the_shards(texts_folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    assert run(*folder_arguments(texts_folder, tmp_path, "tokens_per_shard=2048")) == 0
+    folder = tmp_path / "x" / "1_segments"
+    files = sorted(str(path) for path in folder.glob("*.arrow"))
+    rows = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    encoder = load_document_tokenizer(Path("models/tiny"))
+    corpus = FolderCorpus(str(texts_folder), text_field="text")
+    texts = {document.doc_id: document.text for document in corpus.documents(Split.train)}
+    decoded = 0
+    for row in rows:
+        assert len(row["tokens"]) == 512 and row["window"] in ("short", "long") and row["doc_ends"][-1] == 512
+        starts = [0, *row["doc_ends"][:-1]]
+        for start, end, doc_id, padding in zip(starts, row["doc_ends"], row["doc_id"], row["is_padding"], strict=True):
+            ids = row["tokens"][start:end]
+            if not padding and ids[0] == encoder.bos_id and ids[-1] == encoder.eos_id:
+                assert encoder.decode(ids[1:-1]) == texts[doc_id]
+                decoded += 1
+    assert decoded > 20
+
+
+def test_excluded_texts_are_not_packed(texts_folder, tmp_path):
+    first, second = (texts_folder / name for name in ("00.txt", "01.txt"))
+    lists = tmp_path / "lists"
+    (lists / "books").mkdir(parents=True)
+    (lists / "a.txt").write_text(f"# search texts\n{sha256_of_file(first)}\nfolder/02.txt  # by id\n")
+    (lists / "b.json").write_text(json.dumps([{"title": "03", "sha256": "0" * 64}]))
+    (lists / "books" / "copy.txt").write_bytes(second.read_bytes())
+    exclude = f"documents.exclude=[{lists}/a.txt,{lists}/b.json,{lists}/books]"
+    assert run(*folder_arguments(texts_folder, tmp_path, exclude)) == 0
+    store = SegmentStore(tmp_path / "x" / "1_segments")
+    excluded = {f"folder/0{n}.txt" for n in range(4)}
+    trained = {
+        document.doc_id for document in FolderCorpus(str(texts_folder), text_field="text").documents(Split.train)
+    }
+    assert not excluded & set(unpacked(store)) and len(excluded & trained) == 4
+    untokenized = store.manifest.counts["num_documents_untokenized"]["folder"]
+    assert untokenized["on the exclusion list"] == 4
+    assert untokenized["held out for search and evaluation"] == 60 - len(trained)
+
+
+def test_a_plan_fits_the_supply_and_reports_what_is_missing(texts_folder, tmp_path, capsys):
+    more = ("tokens_per_shard=2048", "tokens_per_unit=8192", "target_len=512", "corpus=folder", "run.name=x")
+    config = compose(PackConfig, "pack", [f"corpus.folder={texts_folder}", f"run.root={tmp_path}", *more])
+    buckets = BucketTokens(short=5000, mid=10000, long=15000)
+    config.corpus.plan = PlanConfig(sources={"folder": 30000}, buckets=buckets, mid_limit=400, long_limit=900)
+    pack_module.pack(config)
+    assert "tokens by length: short 5,000, mid 10,000, long 15,000" in capsys.readouterr().out
+    folder = tmp_path / "x" / "1_segments"
+    verify_folder(folder)
+    counts = SegmentStore(folder).manifest.counts
+    assert set(counts["chosen_tokens"]["folder"]) == {"short", "mid", "long"}
+    assert any(shortfall.startswith("bucket mid") for shortfall in counts["shortfalls"])
+    long = counts["chosen_tokens"]["folder"]["long"]
+    assert 15000 <= long < 15000 + 900
+
+
+def test_the_report_shows_the_account(texts_folder, tmp_path):
+    assert run(*folder_arguments(texts_folder, tmp_path)) == 0
+    folder = tmp_path / "x" / "1_segments"
+    page, counts = (folder / "report.html").read_text(), SegmentStore(folder).manifest.counts
+    assert f"<td>{counts['tokens']['folder']['long']:,}</td>" in page
+    assert f"<td>{counts['padding_tokens']:,}</td>" in page
+    assert "held out for search and evaluation" in page and "http" not in page
+    histogram = SegmentStore(folder).manifest.details["length_histogram"]
+    assert sum(histogram["num_documents"]["folder"]["chosen"]) == sum(counts["num_documents"]["folder"].values())
+
+
+def test_dry_run_estimates_supply_and_disk(texts_folder, tmp_path, capsys):
+    assert run(*folder_arguments(texts_folder, tmp_path / "root", "--dry-run", "corpus.quotas.folder.long=5000")) == 0
+    printed = capsys.readouterr().out
+    assert "/ 5,000" in printed and "of 60 units" in printed and "GiB of segments" in printed
+    assert not (tmp_path / "root").exists()

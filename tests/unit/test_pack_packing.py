@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_prep.packing import best_fit_decreasing, pack_long, pack_short
-from data_prep.quotas import TokenizedDocument, split_into_windows
-from data_prep.verification import SegmentRules, check_segment
+from data_prep.quotas import TokenizedDocument
 from data_prep.writing import segment_from_draft
+from longrope2.segments import SegmentRules, check_segment
 
 BOS, EOS, TARGET, WINDOW = 1, 2, 64, 16
 
@@ -121,13 +121,3 @@ def test_order_depends_on_the_seed_only():
     documents = documents_of([30, 50, 20, 400, 64, 33] * 5)
     drafts = [pack_long(documents, target_len=TARGET, seed=seed).segments for seed in (1, 1, 2)]
     assert drafts[0] == drafts[1] != drafts[2]
-
-
-@pytest.mark.parametrize("length", [2, 3, 16, 17, 30, 31, 100])
-def test_windows_hold_the_document(length):
-    [document] = documents_of([length])
-    windows = list(split_into_windows(document, WINDOW))
-    assert all(len(w) <= WINDOW and w.tokens[0] == BOS and w.tokens[-1] == EOS for w in windows)
-    content = [i for w in windows for i in w.tokens[1:-1]]
-    assert content == document.tokens[1:-1].tolist()
-    assert [w.doc_id for w in windows] == [f"d0#{n}" for n in range(len(windows))]

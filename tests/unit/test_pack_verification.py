@@ -5,10 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_prep.verification import SegmentRules, check_segment
 from longrope2.errors import DataError
 from longrope2.rope import Window
-from longrope2.segments import Segment
+from longrope2.segments import Segment, SegmentRules, check_segment
 
 RULES = SegmentRules(target_len=12, original_len=6, alignment=2, vocab_size=100, bos_id=1, eos_id=2)
 
@@ -34,6 +33,16 @@ def test_good_segments_pass(good):
 def test_one_id_for_bos_and_eos_is_fine():
     rules = dataclasses.replace(RULES, bos_id=1, eos_id=1)
     check_segment(segment([1, 5, 5, 1, 1, 1, 1, 5, 5, 5, 5, 1], [4, 6, 12]), rules)
+
+
+def test_control_ids_stand_nowhere_inside():
+    rules = dataclasses.replace(RULES, control_ids=(1, 2, 7))
+    check_segment(GOOD_LONG, rules)
+    for place in (1, 3, 11):  # inside, and at the end of a document that is cut there
+        tokens = GOOD_LONG.tokens.copy()
+        tokens[place] = 7
+        with pytest.raises(DataError, match=f"the control id 7 stands inside a document .* at {place}"):
+            check_segment(dataclasses.replace(GOOD_LONG, tokens=tokens), rules)
 
 
 @pytest.mark.parametrize(("bad", "words"), [

@@ -1,0 +1,230 @@
+"""Units of work on the cores of this machine or on a Slurm cluster.
+
+A job numbers its units; every unit writes its result under a temporary name, fsyncs and renames it, and is skipped once
+that is there. Units may therefore run anywhere, in any order, twice, and after any interruption, and give the same bytes.
+
+Why not datatrove's executors: its local executor runs tasks in a ``multiprocessing`` pool, where a worker killed by
+``kill -9`` or for memory is replaced and its task lost, so the run waits for ever (a process pool of
+``concurrent.futures`` fails at once, and the next run resumes); a task counts as done by an empty file that is written
+apart from its data and not synced; and its Slurm executor fixes the number of tasks of every stage when the first is
+submitted, while here each stage's units follow from what the one before has measured. Slurm is reached through
+submitit instead: one job array per stage, and this process waits, shows progress and goes on.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from longrope2.errors import DataError, UserError
+
+__all__ = ["ClusterConfig", "ClusterKind", "UnitJob", "run_units", "worker_count"]
+
+# As many threads as processes, not their product.
+SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+LINES_OF_A_LOG = 12
+SLURM_POLL_SECONDS = 2.0
+
+
+class ClusterKind(Enum):
+    """Where units run."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+@dataclass
+class ClusterConfig:
+    """Where units run (``conf/cluster``); changes no byte of the result."""
+
+    kind: ClusterKind = ClusterKind.local
+    """``local``: processes of this machine. ``slurm``: job arrays; needs ``sbatch`` here and a file system shared by
+    all nodes under ``run.root``."""
+    partition: str | None = None
+    """Slurm partition; null: the cluster's default."""
+    account: str | None = None
+    """Slurm account; null: the user's default."""
+    jobs: int = 64
+    """Array tasks per stage at most; each takes one core and works through its share of the units."""
+    memory_gb: float = 4.0
+    """Memory of an array task in GiB."""
+    minutes: int = 720
+    """Time limit of an array task; one that reaches it is requeued and goes on with its unfinished units."""
+
+    def faults(self) -> list[str]:
+        """What is wrong with the values."""
+        limits = {"jobs": self.jobs, "memory_gb": self.memory_gb, "minutes": self.minutes}
+        return [f"cluster.{key}={value} must be above 0" for key, value in limits.items() if value <= 0]
+
+
+class UnitJob(Protocol):
+    """Work on numbered units; can be pickled."""
+
+    def run(self, number: int) -> Any:
+        """Do unit ``number``, unless its result is there; returns a small summary."""
+        ...
+
+
+def worker_count(workers: int, num_units: int, *, small: bool) -> int:
+    """Processes to use.
+
+    Args:
+        workers: As asked; 0 means: as many as there are cores, or none but this one if the work is small.
+        num_units: More processes than units are of no use.
+        small: Starting processes would take longer than the work.
+    """
+    cores = len(os.sched_getaffinity(0))
+    wanted = workers or (1 if small else cores)
+    return max(1, min(wanted, num_units))
+
+
+def run_units(
+    job: UnitJob, numbers: Sequence[int], cluster: ClusterConfig, *, workers: int, logs: Path
+) -> Iterator[tuple[int, Any]]:
+    """Run units and yield (number, summary) as they finish.
+
+    Args:
+        job: The work.
+        numbers: Units to do.
+        cluster: Where.
+        workers: Local processes; 1 means this process. Unused on Slurm.
+        logs: Folder for the files and logs of Slurm jobs.
+
+    Raises:
+        DataError: units failed (all others were done first), a worker process was killed, or Slurm refused or lost a job.
+    """
+    if not numbers:
+        return
+    if cluster.kind is ClusterKind.slurm:
+        finished = _on_slurm(job, numbers, cluster, logs)
+    elif workers > 1:
+        finished = _in_processes(job, numbers, workers)
+    else:
+        finished = ((number, _attempt(job, number)) for number in numbers)
+    failures = []
+    for number, outcome in finished:
+        if isinstance(outcome, _Failure):
+            failures.append(outcome.text)
+        else:
+            yield number, outcome
+    if failures:
+        shown = "\n".join(f"  - {text}" for text in failures[:8])
+        raise DataError(f"{len(failures)} of {len(numbers)} units failed; all others are done and kept:\n{shown}")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A unit that could not be done for a reason a user can mend."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _ShareOfUnits:
+    """What an array task does. Called on the node; Slurm's signal calls ``checkpoint`` before the time limit."""
+
+    job: UnitJob
+
+    def __call__(self, numbers: tuple[int, ...]) -> list[tuple[int, Any]]:
+        """Do all units; finished ones are found and skipped."""
+        return [(number, _attempt(self.job, number)) for number in numbers]
+
+    def checkpoint(self, numbers: tuple[int, ...]) -> Any:
+        """Requeue as it is: finished units cost nothing."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, numbers)
+
+
+def _attempt(job: UnitJob, number: int) -> Any:
+    """Summary of a unit, or what the user has to know."""
+    try:
+        return job.run(number)
+    except UserError as error:
+        return _Failure(str(error))
+
+
+_job: UnitJob | None = None  # of this worker process; set once, so that large jobs are not sent with every unit
+
+
+def _start_worker(job: UnitJob) -> None:
+    """Take the job, use one thread, and end with the parent: a killed run must not leave workers behind."""
+    global _job
+    _job = job
+    os.environ.update(SINGLE_THREADED)
+    parent = parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _run_in_worker(number: int) -> Any:
+    assert _job is not None
+    return _attempt(_job, number)
+
+
+def _in_processes(job: UnitJob, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
+    """On ``workers`` processes, forked from a server that has the imports done and no threads."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([type(job).__module__, __name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+        futures = {pool.submit(_run_in_worker, number): number for number in numbers}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, perhaps for memory; run the same command again to go on, "
+                "with a smaller workers=N if memory is short"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_slurm(job: UnitJob, numbers: Sequence[int], cluster: ClusterConfig, logs: Path) -> Iterator[tuple[int, Any]]:
+    """As one job array; yields as array tasks end."""
+    from submitit.helpers import as_completed as jobs_as_completed
+
+    executor = slurm_executor(cluster, logs)
+    count = min(cluster.jobs, len(numbers))
+    submitted = executor.map_array(_ShareOfUnits(job), [tuple(numbers[first::count]) for first in range(count)])
+    print(f"slurm: {count} array tasks, first id {submitted[0].job_id}, logs in {logs}", file=sys.stderr)
+    for task in jobs_as_completed(submitted, poll_frequency=SLURM_POLL_SECONDS):
+        error = task.exception()
+        if error is None:
+            yield from task.result()
+        else:
+            tail = "\n".join((task.stderr() or str(error)).splitlines()[-LINES_OF_A_LOG:])
+            raise DataError(
+                f"Slurm task {task.job_id} failed; run the same command again to go on. Its log ends:\n{tail}"
+            )
+
+
+def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
+    """Submitit's executor for single-core array tasks."""
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=20)
+    except RuntimeError as error:
+        raise DataError(f"cluster=slurm: {error}; run this where sbatch is, or use cluster=local") from None
+    extra = {"account": cluster.account} if cluster.account else {}
+    executor.update_parameters(
+        name="pack", mem_gb=cluster.memory_gb, timeout_min=cluster.minutes, cpus_per_task=1,
+        slurm_array_parallelism=cluster.jobs, slurm_additional_parameters=extra,
+        slurm_setup=[f"export {name}={value}" for name, value in SINGLE_THREADED.items()],
+        **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+    )  # fmt: skip
+    return executor
