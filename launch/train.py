@@ -12,11 +12,8 @@ kills its ranks 30 seconds after SIGTERM; ranks that ``srun`` starts get the sig
 import sys
 from pathlib import Path
 
-import torch
-
 from launch.torchrun import CONFIG_FLAG, config_path_of_rank, run_under_torchrun
 from longrope2.artifacts import product_folder, read_manifest
-from longrope2.attention import choose_kernel
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
@@ -26,13 +23,20 @@ from longrope2.training import (
     REQUEUE_EXIT_CODE,
     RunEnd,
     TrainRoot,
-    compute_dtype,
+    check_machine,
     make_plan,
     train,
 )
 
 # What may change between the parts of one run without making it another run.
-CHANGEABLE = ("dry_run", "tracking", "parallel", "attention", *(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS))
+CHANGEABLE = (
+    "dry_run",
+    "tracking",
+    "parallel",
+    "zero",
+    "attention",
+    *(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS),
+)
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
     folder = product_folder(config.run.folder, "checkpoints")
     if config.dry_run:
         return
-    _check_kernel(config)
+    check_machine(config)
     claim_folder(folder, config, changeable=CHANGEABLE)
     if _is_complete(folder):
         print(f"already complete: {folder / 'final'}")
@@ -61,12 +65,6 @@ def main() -> None:
         if ended != 0:
             sys.exit(ended)
     print(f"checkpoints in {folder}")
-
-
-def _check_kernel(config: TrainRoot) -> None:
-    """Refuse a kernel that this machine cannot run before anything is written; the ranks try it on their devices."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose_kernel(config.attention.kernel, device, compute_dtype(config.training.precision, device), run=False)
 
 
 def _exit_unless_done(end: RunEnd) -> None:

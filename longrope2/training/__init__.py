@@ -1,6 +1,7 @@
 """Mixed-window training on DeepSpeed: configuration, step, checkpoints, run."""
 
-from longrope2.training.config import TrainingConfig, TrainRoot, check, compute_dtype
+from longrope2.training.config import TrainingConfig, TrainRoot, check
+from longrope2.training.machine import check_machine
 from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, TrainingPlan, make_plan
 from longrope2.training.run import RunEnd, train
 from longrope2.training.stopping import REQUEUE_EXIT_CODE
@@ -13,7 +14,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingPlan",
     "check",
-    "compute_dtype",
+    "check_machine",
     "make_plan",
     "train",
 ]

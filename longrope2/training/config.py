@@ -14,8 +14,9 @@ from longrope2.errors import ConfigError
 from longrope2.model import RopeConfig
 from longrope2.parallel import ParallelConfig, head_faults
 from longrope2.tracking import TrackingConfig
+from longrope2.training.zero import ZeroConfig, zero_faults
 
-__all__ = ["Precision", "Recompute", "TrainRoot", "TrainingConfig", "check", "compute_dtype"]
+__all__ = ["OptimizerKind", "Precision", "Recompute", "TrainRoot", "TrainingConfig", "check", "compute_dtype"]
 
 
 class Precision(Enum):
@@ -33,6 +34,14 @@ class Recompute(Enum):
     full = "full"
 
 
+class OptimizerKind(Enum):
+    """Implementations of AdamW: the same update, rounded and fused differently."""
+
+    torch_adamw = "torch_adamw"
+    deepspeed_fused_adam = "deepspeed_fused_adam"
+    apex_fused_adam = "apex_fused_adam"
+
+
 @dataclass
 class TrainingConfig:
     """Mixed-window training (paper, section 3.3 and appendix); defaults are the paper's."""
@@ -45,6 +54,8 @@ class TrainingConfig:
     """Segments in a row that share the window kind; a multiple of the data-parallel size, so that ranks wait for none."""
     mixed: bool = True
     """False trains every segment with the rescaled RoPE and full attention (the paper's ablation)."""
+    optimizer: OptimizerKind = OptimizerKind.torch_adamw
+    """AdamW of torch (fused on a GPU), of DeepSpeed, or of NVIDIA apex where that is installed."""
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
     min_learning_rate_ratio: float = 0.1
@@ -90,6 +101,7 @@ class TrainRoot(StageConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -112,6 +124,12 @@ def check(config: TrainRoot, world_size: int) -> Path:
     """
     folder = resolve_model_folder(config.model.path)
     faults = _range_faults(config.training) + _window_faults(config) + _parallel_faults(config, folder, world_size)
+    faults += zero_faults(
+        config.zero,
+        stage=config.parallel.zero_stage,
+        world_size=world_size,
+        optimizer=config.training.optimizer.value,
+    )
     if faults:
         raise ConfigError(faults)
     return folder

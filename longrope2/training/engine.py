@@ -7,7 +7,8 @@ import torch
 from longrope2.model import WindowedModel, load_windowed_model
 from longrope2.parallel import Processes
 from longrope2.training.config import Recompute, TrainRoot, compute_dtype
-from longrope2.training.optimizer import deepspeed_settings, make_optimizer
+from longrope2.training.deepspeed_settings import deepspeed_settings
+from longrope2.training.optimizer import make_optimizer
 from longrope2.training.plan import TrainingPlan
 
 __all__ = ["make_engine"]
@@ -32,9 +33,9 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
     micro_steps = plan.schedule.segments_per_step // processes.dims.data
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, config.training),  # type: ignore[arg-type]
+        optimizer=make_optimizer(model, config.training, offloaded=config.zero.offload_optimizer),  # type: ignore[arg-type]
         config=deepspeed_settings(
-            config.training, config.parallel, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
+            config.training, config.parallel, config.zero, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
         ),
         mpu=processes.mpu,
     )

@@ -9,7 +9,8 @@ all of them. Then
 - ``train/skipped_steps`` counts it, and ``training.max_skipped_steps`` of them in a row end the run.
 
 How: DeepSpeed computes the global norm inside its optimizer step, just before it calls the optimizer it wraps, once per
-group of parameters. A pre-step hook of that optimizer takes the gradients away, and an Adam without gradients does nothing.
+group of parameters. Hooks of that optimizer take the gradients away before the step and put them back after it (DeepSpeed
+keeps some of these buffers), and an Adam without gradients does nothing.
 (DeepSpeed itself leaves a step out when the norm is not finite, before it comes to the hook.)
 """
 
@@ -39,7 +40,9 @@ class StepGuard:
         self._loss = 0.0
         self._norm: float | None = None
         self._refused = False
+        self._taken: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         engine.basic_optimizer.register_step_pre_hook(self._take_gradients_if_refused)
+        engine.basic_optimizer.register_step_post_hook(self._put_gradients_back)
 
     def step(self, loss: float, norm: float | None) -> bool:
         """Call ``engine.step()`` for the last micro-step; returns whether the update was applied.
@@ -57,9 +60,15 @@ class StepGuard:
         norm = float(self._engine.optimizer._global_grad_norm) if self._norm is None else self._norm
         self._refused = not (math.isfinite(self._loss) and math.isfinite(norm) and norm <= self._max_norm)
         if self._refused:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            self._taken = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+            for parameter, _ in self._taken:
+                parameter.grad = None
+
+    def _put_gradients_back(self, *unused: Any) -> None:
+        """Hook: DeepSpeed goes on as after any step."""
+        for parameter, gradient in self._taken:
+            parameter.grad = gradient
+        self._taken = []
 
 
 @dataclass

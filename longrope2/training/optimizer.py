@@ -1,15 +1,17 @@
-"""AdamW's parameter groups, the learning rate of a step, and DeepSpeed's settings from typed fields."""
+"""AdamW's implementations and parameter groups, and the learning rate of a step."""
 
+import importlib.metadata
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from longrope2.parallel import ParallelConfig
-from longrope2.training.config import TrainingConfig
+from longrope2.training.config import OptimizerKind, TrainingConfig
 
-__all__ = ["deepspeed_settings", "learning_rate", "make_optimizer"]
+__all__ = ["learning_rate", "make_optimizer", "optimizer_fault", "parameter_groups"]
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
@@ -25,8 +27,11 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
     return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on matrices only, unless ``decay_norms_and_embeddings``."""
+def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Parameters by weight decay: matrices decay; norms, biases and embeddings do with ``decay_norms_and_embeddings`` only.
+
+    A tied LM head is the embedding; an untied one is a matrix. Groups without parameters are left out.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed, plain = [], []
     for parameter in model.parameters():
@@ -34,36 +39,60 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Ad
         rank = len(getattr(parameter, "ds_shape", parameter.shape))
         is_matrix = rank > 1 and id(parameter) not in embeddings
         (decayed if is_matrix or training.decay_norms_and_embeddings else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.beta1, training.beta2),
-    )
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
-def deepspeed_settings(
-    training: TrainingConfig, parallel: ParallelConfig, *, micro_steps: int, bf16: bool
-) -> dict[str, Any]:
-    """DeepSpeed's dictionary; one segment per micro-step and process group.
+def make_optimizer(model: nn.Module, training: TrainingConfig, *, offloaded: bool = False) -> torch.optim.Optimizer:
+    """AdamW with decoupled weight decay, as ``training.optimizer`` asks.
 
-    ``reduce_scatter`` stays on: with it ZeRO-3 divides gradients by the whole world, as ``gradient_scale`` assumes.
-    Without ZeRO and in float32 DeepSpeed clips but does not report the norm: there ``run_step`` clips instead.
+    Args:
+        model: Whose parameters are optimized; they tell the device.
+        training: Rates, decay and implementation.
+        offloaded: DeepSpeed keeps parameters and state on the CPU (``zero.offload_optimizer``).
     """
-    clips_itself = parallel.zero_stage > 0 or bf16
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": training.gradient_clip if clips_itself else 0.0,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {
-            "stage": parallel.zero_stage,
-            "reduce_scatter": True,
-            "stage3_param_persistence_threshold": parallel.replicate_below,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-    }
+    groups = parameter_groups(model, training)
+    settings: dict[str, Any] = {"lr": training.learning_rate, "betas": (training.beta1, training.beta2)}
+    if training.optimizer is OptimizerKind.deepspeed_fused_adam:
+        from deepspeed.ops.adam import FusedAdam  # compiled for the GPU on first use
+
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    if training.optimizer is OptimizerKind.apex_fused_adam:
+        from apex.optimizers import FusedAdam as ApexFusedAdam  # pyright: ignore[reportMissingImports]
+
+        return ApexFusedAdam(groups, adam_w_mode=True, **settings)
+    fused = True if offloaded or groups[0]["params"][0].is_cuda else None
+    return torch.optim.AdamW(groups, fused=fused, **settings)
+
+
+def optimizer_fault(kind: OptimizerKind, device: torch.device) -> str | None:
+    """Why an implementation cannot be used on a device; None when it can."""
+    if kind is OptimizerKind.torch_adamw:
+        return None
+    prefix = f"training.optimizer={kind.value} cannot run here: "
+    if kind is OptimizerKind.apex_fused_adam:
+        fault = _apex_fault()
+        if fault:
+            return f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
+    if device.type != "cuda":
+        return f"{prefix}it needs a CUDA device, this is {device.type}; use torch_adamw"
+    return None
+
+
+def _apex_fault() -> str | None:
+    """Whether the package called apex is NVIDIA's, without importing it: another project has had the name since 2013."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "NVIDIA apex is not installed"
+    if any(
+        (Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in spec.submodule_search_locations or ()
+    ):
+        return None
+    try:
+        version = importlib.metadata.version("apex")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    return (
+        f"the package apex found at {spec.origin} (version {version}) is not NVIDIA's, which has optimizers.FusedAdam; "
+        "the apex of the Python package index is a web toolkit of 2013"
+    )

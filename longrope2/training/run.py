@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.artifacts import Manifest, product_folder, write_manifest
-from longrope2.attention import AttentionKernel, choose_kernel
+from longrope2.attention import AttentionKernel
 from longrope2.config import to_plain
 from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.segments import SegmentStore
 from longrope2.training import checkpoint
 from longrope2.training.batch import RankBatch, load_rank_batch
-from longrope2.training.config import TrainRoot, compute_dtype
+from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
 from longrope2.training.guard import StepGuard
+from longrope2.training.machine import check_machine
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import TrainingPlan, make_plan, run_identity
@@ -54,8 +55,7 @@ def train(config: TrainRoot) -> RunEnd:
 def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
-    dtype = compute_dtype(config.training.precision, processes.device)
-    kernel = choose_kernel(config.attention.kernel, processes.device, dtype)
+    kernel = check_machine(config, processes.device)
     engine = make_engine(config, plan, processes)
     identity = run_identity(config, plan)
     first, skipped = checkpoint.load_newest(engine, folder, identity)

@@ -1,6 +1,7 @@
 """Train a tiny random Llama with steps that must be refused beside a twin without them; write what came out.
 
-Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case.
+Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case; precision ``offload`` is fp32
+with the optimizer on the CPU.
 """
 
 import json
@@ -18,9 +19,11 @@ from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, lea
 from longrope2.segments import MicroStep
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import TrainingConfig
+from longrope2.training.deepspeed_settings import deepspeed_settings
 from longrope2.training.guard import StepGuard
-from longrope2.training.optimizer import deepspeed_settings, make_optimizer
+from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import run_step
+from longrope2.training.zero import ZeroConfig
 
 KINDS = "SL"
 MAX_NORM = 1e4
@@ -42,10 +45,11 @@ def infinite_gradient(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> T
     return plain_loss(poisoned_TH, head_VH, labels_T)
 
 
-def run(zero_stage: int, bf16: bool, losses: list[Any]) -> dict:
+def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
     """One optimizer step per loss function; the weights, the optimizer's state and the reports."""
     import deepspeed
 
+    bf16, zero = precision == "bf16", ZeroConfig(offload_optimizer=precision == "offload", pin_memory=False)
     parallel = ParallelConfig(zero_stage=zero_stage, replicate_below=0)
     training = TrainingConfig(learning_rate=1e-2, gradient_clip=0.5)
     dims = ParallelDims.from_world(1, 1)
@@ -54,8 +58,8 @@ def run(zero_stage: int, bf16: bool, losses: list[Any]) -> dict:
     micro = [MicroStep(store.segment(i).window, (i,)) for i in range(len(KINDS))]
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, training),
-        config=deepspeed_settings(training, parallel, micro_steps=len(micro), bf16=bf16),
+        optimizer=make_optimizer(model, training, offloaded=zero.offload_optimizer),
+        config=deepspeed_settings(training, parallel, zero, micro_steps=len(micro), bf16=bf16),
     )
     guard = StepGuard(engine, MAX_NORM)
     reports = []
@@ -86,10 +90,10 @@ def main() -> None:
     for case in sys.argv[2:]:
         stage, precision = case.split(":")
         results[case] = {
-            "guarded": run(int(stage), precision == "bf16",
+            "guarded": run(int(stage), precision,
                            [plain_loss, nan_loss, infinite_gradient, huge_loss, plain_loss]),
-            "twin": run(int(stage), precision == "bf16", [plain_loss, plain_loss]),
-            "once": run(int(stage), precision == "bf16", [plain_loss]),
+            "twin": run(int(stage), precision, [plain_loss, plain_loss]),
+            "once": run(int(stage), precision, [plain_loss]),
         }  # fmt: skip
     Path(sys.argv[1]).write_text(json.dumps(results))
     leave_processes()

@@ -21,9 +21,11 @@ from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, clo
 from longrope2.segments import MicroStep, Segment
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import TrainingConfig
+from longrope2.training.deepspeed_settings import deepspeed_settings
 from longrope2.training.guard import StepGuard
-from longrope2.training.optimizer import deepspeed_settings, make_optimizer
+from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import run_step
+from longrope2.training.zero import ZeroConfig
 
 LENGTH = 256
 VOCAB = 97
@@ -81,7 +83,7 @@ def train_case(case: str) -> dict:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, training),
-        config=deepspeed_settings(training, parallel, micro_steps=len(micro), bf16=False),
+        config=deepspeed_settings(training, parallel, ZeroConfig(), micro_steps=len(micro), bf16=False),
         mpu=mpu,
     )
     guard = StepGuard(engine)

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("guard_worker.py")
-CASES = ("0:fp32", "0:bf16", "1:fp32", "2:bf16", "3:fp32")
+CASES = ("0:fp32", "0:bf16", "1:fp32", "2:bf16", "3:fp32", "3:offload")
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,15 @@ def test_too_few_segments_for_a_step(tmp_path, monkeypatch, capsys, packed) -> N
     assert "too few for one step of training.global_batch_tokens=16384" in message
 
 
+def test_faults_of_zero_beside_others(tmp_path, monkeypatch, capsys) -> None:
+    message = refused(
+        tmp_path, monkeypatch, capsys, "zero.hpz_size=2", "parallel=single", "training.max_skipped_steps=0"
+    )
+    assert "2 fault(s)" in message
+    assert "zero.hpz_size=2 does not divide 1 processes; use one of [1]" in message
+    assert "training.max_skipped_steps=0 must be above 0" in message
+
+
 def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) -> None:
     message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "attention.kernel=torch_varlen")
     assert (
