@@ -3,7 +3,7 @@
 Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,23 +32,33 @@ class RankBatch:
     squared_lengths: int
     """Of the whole segment: the squared length of each document in a short window, of the segment in a long one."""
 
+    def to(self, device: torch.device | str) -> "RankBatch":
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device, non_blocking=True),
+            labels_BT=self.labels_BT.to(device, non_blocking=True),
+            layout=self.layout.to(device),
+        )
 
-def next_token_labels(segment: Segment, window: Window) -> np.ndarray:
-    """Label of every position, int64 [L]: the next token, or ``IGNORED_LABEL``.
+
+def next_token_labels(segment: Segment, window: Window, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Label of every position from ``start`` to ``stop``, int64: the next token, or ``IGNORED_LABEL``.
 
     Ignored are the segment's last position, padding, the token before padding, and in a short window the last token of
     every document: the next document is not its continuation (paper, section 3.3). A long window predicts across
-    document ends, as its attention spans them.
+    document ends, as its attention spans them. Only the tokens from ``start`` to one past ``stop`` are read.
     """
-    labels_L = np.full(len(segment.tokens), IGNORED_LABEL, dtype=np.int64)
-    labels_L[:-1] = segment.tokens[1:]
-    starts = np.concatenate([[0], segment.doc_ends[:-1]])
-    for start, end, is_padding in zip(starts, segment.doc_ends, segment.doc_is_padding, strict=True):
-        if window is Window.SHORT:
-            labels_L[end - 1] = IGNORED_LABEL
-        if is_padding:
-            labels_L[max(start - 1, 0) : end] = IGNORED_LABEL
-    return labels_L
+    stop = len(segment.tokens) if stop is None else stop
+    labels_T = np.full(stop - start, IGNORED_LABEL, dtype=np.int64)
+    following = segment.tokens[start + 1 : stop + 1]
+    labels_T[: len(following)] = following
+    doc_starts = np.concatenate([[0], segment.doc_ends[:-1]])
+    for doc_start, doc_end, is_padding in zip(doc_starts, segment.doc_ends, segment.doc_is_padding, strict=True):
+        first = max(doc_start - 1, 0) if is_padding else doc_end - 1
+        if is_padding or window is Window.SHORT:
+            labels_T[max(first - start, 0) : max(doc_end - start, 0)] = IGNORED_LABEL
+    return labels_T
 
 
 def load_rank_batch(
@@ -58,10 +68,9 @@ def load_rank_batch(
     sequence_group: ProcessGroup | None,
     *,
     mixed: bool = True,
-    device: torch.device | str = "cpu",
     kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> RankBatch:
-    """Read this rank's contiguous chunk of its data-parallel group's segment.
+    """Read this rank's contiguous chunk of its data-parallel group's segment, and no other tokens of it; on the CPU.
 
     Args:
         store: The packed segments.
@@ -69,26 +78,24 @@ def load_rank_batch(
         dims: This process's place on the grid.
         sequence_group: Ranks that share the segment.
         mixed: False treats every segment as long (the paper's ablation without mixed windows).
-        device: Where the tensors go.
         kernel: What will compute the attention.
     """
     segment = store.segment(micro_step.segment_ids[dims.data_rank])
     assert segment.window is micro_step.window, f"segment {segment.index} is {segment.window}, not {micro_step.window}"
     window = segment.window if mixed else Window.LONG
     start, stop = chunk_bounds(len(segment.tokens), dims.sequence_rank, dims.sequence)
-    labels_T = next_token_labels(segment, window)[start:stop]
+    labels_T = next_token_labels(segment, window, start, stop)
     layout = build_layout(
         window,
         segment.doc_ends.tolist(),
         sequence_rank=dims.sequence_rank,
         sequence_group=sequence_group,
         sequence_size=dims.sequence,
-        device=device,
         kernel=kernel,
     )
     return RankBatch(
-        tokens_BT=torch.from_numpy(segment.tokens[start:stop].astype(np.int64))[None].to(device),
-        labels_BT=torch.from_numpy(labels_T)[None].to(device),
+        tokens_BT=torch.from_numpy(segment.tokens[start:stop].astype(np.int64))[None],
+        labels_BT=torch.from_numpy(labels_T)[None],
         window=window,
         layout=layout,
         num_targets=int((labels_T != IGNORED_LABEL).sum()),

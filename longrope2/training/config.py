@@ -80,6 +80,8 @@ class TrainingConfig:
     """``auto`` is bf16 on a GPU and fp32 on a CPU."""
     recompute: Recompute = Recompute.none
     """``full`` keeps only layer inputs and recomputes the rest."""
+    prefetch_steps: int = 1
+    """Steps whose segments are read ahead in a thread; 0 reads each step when it begins."""
     checkpoint_steps: int = 200
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
@@ -149,7 +151,7 @@ def _range_faults(training: TrainingConfig) -> list[str]:
             faults.append(f"training.{name}={getattr(training, name)} must be in [0, 1)")
     if not 0 <= training.min_learning_rate_ratio <= 1:
         faults.append(f"training.min_learning_rate_ratio={training.min_learning_rate_ratio} must be in [0, 1]")
-    for name in ("weight_decay", "warmup_steps"):
+    for name in ("weight_decay", "warmup_steps", "prefetch_steps"):
         if getattr(training, name) < 0:
             faults.append(f"training.{name}={getattr(training, name)} must not be negative")
     for name in ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops"):

@@ -19,7 +19,7 @@ __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identit
 
 # Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
 CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute",
-                            "max_skipped_steps", "peak_tflops")  # fmt: skip
+                            "max_skipped_steps", "peak_tflops", "prefetch_steps")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A training run from configuration to final checkpoint, as every rank executes it."""
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from longrope2.training.machine import check_machine
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import TrainingPlan, make_plan, run_identity
+from longrope2.training.prefetch import step_batches
 from longrope2.training.step import run_step
 from longrope2.training.stopping import StopSignals
 
@@ -61,9 +63,12 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     first, skipped = checkpoint.load_newest(engine, folder, identity)
     guard = StepGuard(engine, config.training.skip_grad_norm)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
-    store = SegmentStore(plan.segments_folder)
+    load = _batch_loader(config, plan, processes, kernel.kernel)
+    ahead = config.training.prefetch_steps
+    batches = step_batches(load, range(first, last), ahead=ahead, device=processes.device)
     done = saved = first
     with ExitStack() as stack:
+        stack.enter_context(closing(batches))
         observer = None
         if processes.is_main:
             observer = stack.enter_context(TrainingObserver(config, plan, folder, first, processes, kernel))
@@ -72,7 +77,7 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
             report = run_step(
                 engine,
                 guard,
-                _batches(done, store, plan, config, processes, kernel.kernel),
+                next(batches),
                 processes.dims,
                 zero_stage=config.parallel.zero_stage,
                 learning_rate=lr,
@@ -103,27 +108,26 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     return RunEnd.complete
 
 
-def _batches(
-    step: int,
-    store: SegmentStore,
-    plan: TrainingPlan,
-    config: TrainRoot,
-    processes: Processes,
-    kernel: AttentionKernel,
-) -> list[RankBatch]:
-    """This rank's micro-steps of one optimizer step."""
-    return [
-        load_rank_batch(
-            store,
-            micro_step,
-            processes.dims,
-            processes.sequence_group,
-            mixed=config.training.mixed,
-            device=processes.device,
-            kernel=kernel,
-        )
-        for micro_step in plan.schedule.micro_steps(step, processes.dims.data)
-    ]
+def _batch_loader(
+    config: TrainRoot, plan: TrainingPlan, processes: Processes, kernel: AttentionKernel
+) -> Callable[[int], list[RankBatch]]:
+    """A function from an optimizer step to this rank's micro-steps of it."""
+    store = SegmentStore(plan.segments_folder)
+
+    def load(step: int) -> list[RankBatch]:
+        return [
+            load_rank_batch(
+                store,
+                micro_step,
+                processes.dims,
+                processes.sequence_group,
+                mixed=config.training.mixed,
+                kernel=kernel,
+            )
+            for micro_step in plan.schedule.micro_steps(step, processes.dims.data)
+        ]
+
+    return load
 
 
 def _finish(engine: Any, plan: TrainingPlan, folder: Path, manifest: Manifest, processes: Processes) -> None:
