@@ -37,6 +37,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.search --target 512 search.population=16 search.iterations=8 search.parents=8
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -1,7 +1,12 @@
 """Every command of the README is one the demo runs (tests/pipeline/test_demo.py runs the demo), or a make target."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from launch.demo import stages
 
@@ -14,6 +19,27 @@ MAKE_TARGET = re.compile(r"`make ([a-z-]+)|^make ([a-z-]+)$", re.MULTILINE)
 def test_the_commands_are_the_demos() -> None:
     found = PYTHON_COMMAND.findall(README)
     assert found == [stage.command for stage in stages(Path("runs"), with_baseline=False)]
+
+
+def further_commands() -> list[str]:
+    """The commands of the fenced block after "Beyond the demo's commands"."""
+    block = re.search(r"Beyond the demo's commands:\n\n```\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    return block[1].splitlines()
+
+
+@pytest.mark.parametrize("command", further_commands())
+def test_further_commands_run(command: str, tmp_path: Path) -> None:
+    """The doctor whole, searches up to their plan; tests/distributed and test_search_command run searches whole."""
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    if "launch.doctor" not in arguments:
+        arguments.append("dry_run=true")
+    ended = subprocess.run(
+        [sys.executable, *arguments, f"run.root={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "128 -> 2048" in ended.stdout
 
 
 def test_make_targets_exist() -> None:
