@@ -160,7 +160,9 @@ def _torch_varlen(
         keywords["enable_gqa"] = True
     elif group > 1:
         k_TKD, v_TKD = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
-    return varlen_attn(q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, **keywords)
+    out_THD = varlen_attn(q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, **keywords)
+    assert isinstance(out_THD, Tensor)  # a tuple only with return_aux
+    return out_THD
 
 
 def _fault_of_a_run(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> str | None:

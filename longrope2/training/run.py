@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from longrope2.artifacts import Manifest, product_folder, write_manifest
-from longrope2.attention import AttentionKernel
+from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
 from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.segments import SegmentStore
@@ -15,7 +16,7 @@ from longrope2.training import checkpoint
 from longrope2.training.batch import RankBatch, load_rank_batch
 from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
-from longrope2.training.guard import StepGuard
+from longrope2.training.guard import SkippedSteps, StepGuard
 from longrope2.training.machine import check_machine
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
@@ -54,6 +55,25 @@ def train(config: TrainRoot) -> RunEnd:
             leave_processes()
 
 
+@dataclass
+class _Run:
+    """What the parts of one rank's run share."""
+
+    config: TrainRoot
+    plan: TrainingPlan
+    processes: Processes
+    kernel: KernelChoice
+    engine: Any
+    folder: Path
+    identity: dict[str, Any]
+    skipped: SkippedSteps
+
+    def save(self, steps_done: int) -> None:
+        """Write a checkpoint; every rank calls this."""
+        keep = self.config.training.keep_checkpoints
+        checkpoint.save(self.engine, self.folder, steps_done, self.skipped, keep, self.identity)
+
+
 def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
@@ -61,86 +81,82 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     engine = make_engine(config, plan, processes)
     identity = run_identity(config, plan)
     first, skipped = checkpoint.load_newest(engine, folder, identity)
-    guard = StepGuard(engine, config.training.skip_grad_norm)
+    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
-    load = _batch_loader(config, plan, processes, kernel.kernel)
-    ahead = config.training.prefetch_steps
-    batches = step_batches(load, range(first, last), ahead=ahead, device=processes.device)
+    done = _train_steps(run, first, last, signals)
+    if done < last:
+        if processes.is_main:
+            name = signals.received.name if signals.received else "a stop signal to another rank"
+            print(f"stopped by {name} after step {done}, all of it saved; the same command goes on from there")
+        return RunEnd.interrupted
+    if last < plan.total_steps:
+        return RunEnd.stopped
+    _finish(run)
+    return RunEnd.complete
+
+
+def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
+    """Train from ``first`` finished steps to ``last``, or to a stop signal; returns the finished steps, all saved."""
+    training, processes = run.config.training, run.processes
+    guard = StepGuard(run.engine, training.skip_grad_norm)
+    batches = step_batches(
+        _batch_loader(run), range(first, last), ahead=training.prefetch_steps, device=processes.device
+    )
     done = saved = first
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
         observer = None
         if processes.is_main:
-            observer = stack.enter_context(TrainingObserver(config, plan, folder, first, processes, kernel))
+            observer = TrainingObserver(run.config, run.plan, run.folder, first, processes, run.kernel)
+            stack.enter_context(observer)
         while done < last and not signals.any_rank_asked(processes.device):
-            lr = learning_rate(done, plan.total_steps, config.training)
+            rate = learning_rate(done, run.plan.total_steps, training)
             report = run_step(
-                engine,
-                guard,
-                next(batches),
-                processes.dims,
-                zero_stage=config.parallel.zero_stage,
-                learning_rate=lr,
-                gradient_clip=config.training.gradient_clip,
-            )
+                run.engine, guard, next(batches), processes.dims, zero_stage=run.config.parallel.zero_stage,
+                learning_rate=rate, gradient_clip=training.gradient_clip,
+            )  # fmt: skip
             done += 1
-            skipped.count(report.applied)
+            run.skipped.count(report.applied)
             if observer is not None:
-                observer.record(done, lr, report, skipped.total)
-            skipped.stop_if_too_many(
-                config.training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
+                observer.record(done, rate, report, run.skipped.total)
+            run.skipped.stop_if_too_many(
+                training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
-            if done % config.training.checkpoint_steps == 0 or done == last:
-                checkpoint.save(engine, folder, done, skipped, config.training.keep_checkpoints, identity)
+            if done % training.checkpoint_steps == 0 or done == last:
+                run.save(done)
                 saved = done
-    if done < last:
-        if saved < done:
-            checkpoint.save(engine, folder, done, skipped, config.training.keep_checkpoints, identity)
-        _say_interrupted(done, signals, processes)
-        return RunEnd.interrupted
-    if last < plan.total_steps:
-        return RunEnd.stopped
-    manifest = Manifest("checkpoint", inputs=identity, config=to_plain(config), seeds={"seed": config.seed},
-                        counts={"steps": last, "tokens": last * config.training.global_batch_tokens,
-                                "skipped_steps": skipped.total},
-                        details={"attention_kernel": str(kernel)})  # fmt: skip
-    _finish(engine, plan, folder, manifest, processes)
-    return RunEnd.complete
+    if saved < done:
+        run.save(done)
+    return done
 
 
-def _batch_loader(
-    config: TrainRoot, plan: TrainingPlan, processes: Processes, kernel: AttentionKernel
-) -> Callable[[int], list[RankBatch]]:
+def _batch_loader(run: _Run) -> Callable[[int], list[RankBatch]]:
     """A function from an optimizer step to this rank's micro-steps of it."""
-    store = SegmentStore(plan.segments_folder)
+    store = SegmentStore(run.plan.segments_folder)
+    dims, group = run.processes.dims, run.processes.sequence_group
+    mixed, kernel = run.config.training.mixed, run.kernel.kernel
 
     def load(step: int) -> list[RankBatch]:
-        return [
-            load_rank_batch(
-                store,
-                micro_step,
-                processes.dims,
-                processes.sequence_group,
-                mixed=config.training.mixed,
-                kernel=kernel,
-            )
-            for micro_step in plan.schedule.micro_steps(step, processes.dims.data)
-        ]
+        micro_steps = run.plan.schedule.micro_steps(step, dims.data)
+        return [load_rank_batch(store, micro, dims, group, mixed=mixed, kernel=kernel) for micro in micro_steps]
 
     return load
 
 
-def _finish(engine: Any, plan: TrainingPlan, folder: Path, manifest: Manifest, processes: Processes) -> None:
+def _finish(run: _Run) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
-    checkpoint.save_final(engine, folder, plan.model_folder, plan.factors, manifest)
-    if processes.is_main:
+    steps = run.plan.total_steps
+    counts = {
+        "steps": steps,
+        "tokens": steps * run.config.training.global_batch_tokens,
+        "skipped_steps": run.skipped.total,
+    }
+    manifest = Manifest(
+        "checkpoint", inputs=run.identity, config=to_plain(run.config), seeds={"seed": run.config.seed}, counts=counts,
+        details={"attention_kernel": str(run.kernel)},
+    )  # fmt: skip
+    checkpoint.save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest)
+    if run.processes.is_main:
         manifest.kind = "checkpoints"
         manifest.files = {}
-        write_manifest(folder, manifest)
-
-
-def _say_interrupted(steps_done: int, signals: StopSignals, processes: Processes) -> None:
-    """Tell the user what was kept, once."""
-    if processes.is_main:
-        name = signals.received.name if signals.received else "a stop signal to another rank"
-        print(f"stopped by {name} after step {steps_done}, all of it saved; the same command goes on from there")
+        write_manifest(run.folder, manifest)
