@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from longrope2.errors import ArtifactError
-from longrope2.model import load_windowed_model, rope_geometry
+from longrope2.model import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+
+ROOT = Path(__file__).parents[2]
 
 BASE = {"hidden_size": 96, "num_attention_heads": 4, "rope_theta": 5e5}
 
@@ -59,3 +61,15 @@ def test_factors_of_another_geometry(tmp_path: Path) -> None:
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 5e5, 64), 128)
     with pytest.raises(ArtifactError, match=r"the factors are for RopeGeometry\(rotary_dim=32.*has RopeGeometry\("):
         load_windowed_model(folder(tmp_path, BASE), factors)
+
+
+def test_text_never_becomes_a_special_id() -> None:
+    """At every call: transformers resets the backend's own switch each time."""
+    tokenizer = load_tokenizer(ROOT / "models" / "tiny")
+    for special_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        text = f"before {tokenizer.convert_ids_to_tokens(special_id)} after"
+        for _ in range(3):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert special_id not in ids
+            assert tokenizer.decode(ids) == text
+            assert special_id not in tokenizer.encode(text, add_special_tokens=False)
