@@ -169,5 +169,6 @@ def _leave_out(table: DocumentTable, where_D: np.ndarray, reason: str, account: 
 
 
 def _by_source(table: DocumentTable, where_D: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """``where_D`` divided by source."""
-    return [(source, where_D & (table.source_D == code)) for code, source in enumerate(table.sources)]
+    """``where_D`` divided by source; sources without any are left out."""
+    divided = ((source, where_D & (table.source_D == code)) for code, source in enumerate(table.sources))
+    return [(source, own_D) for source, own_D in divided if own_D.any()]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.document_table import NUM_BOUNDARY_TOKENS
@@ -34,7 +33,7 @@ def write_document_list(folder: Path, plan: PackPlan) -> dict[str, Any]:
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
         for unit in range(plan.summary()["num_units"]):
             parts = plan.parts(unit)
-            with_boundaries = pc.add(parts.column("num_tokens"), NUM_BOUNDARY_TOKENS)
+            with_boundaries = pa.array(parts.column("num_tokens").to_numpy() + NUM_BOUNDARY_TOKENS)
             columns = [with_boundaries if name == "num_tokens" else parts.column(name) for name in SCHEMA.names]
             writer.write_table(pa.table(columns, schema=SCHEMA))
             rows += parts.num_rows

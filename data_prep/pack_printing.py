@@ -44,7 +44,7 @@ def print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
     if counts["padding_tokens"] > MOST_PADDING * in_short:
         share = counts["padding_tokens"] / in_short
         print(
-            f"  padding is {share:.1%} of the short segments, above {MOST_PADDING:.1%}: too few short documents to fill them"
+            f"  padding is {share:.2%} of the short segments, above {MOST_PADDING:.2%}: too few short documents to fill them"
         )
     for reason, number in sorted(_by_reason(counts["left_out_tokens"]).items()):
         print(f"  left out: {number:,} tokens, {reason}")

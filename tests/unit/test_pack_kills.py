@@ -3,18 +3,21 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
 from data_prep.verification import verify_folder
 
-NUM_KILLS = 24
-# Every write of the command goes through os.replace, so a child that dies at its n-th replace dies in a known stage; the
-# rest of the kills strike at random times, between writes and inside them.
+COMMAND = (sys.executable, "-m", "data_prep.pack")
+NUM_KILLS = 12  # for each number of workers
+# Every file of the command gets its name by a rename, so a process that dies at its n-th rename dies just before
+# something is declared done; with workers, all processes are killed at a random moment after so many new files.
 DIES_AT_A_RENAME = """
 import os, pathlib, signal, sys
 calls, last = 0, int(sys.argv[1])
@@ -74,43 +77,52 @@ def stage_of(root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_and_resumed(texts, tmp_path, workers):
-    command = [sys.executable, "-m", "data_prep.pack"]
-    began = time.monotonic()
-    subprocess.run([*command, *arguments_for(texts, tmp_path / "whole", workers)], check=True, capture_output=True)
-    whole_seconds = time.monotonic() - began
-    expected = products(tmp_path / "whole")
-    arguments, rng, stages = arguments_for(texts, tmp_path / "killed", workers), random.Random(workers), []
-    kills = 0
-    while kills < NUM_KILLS:
-        if workers == 1 and kills % 2 == 0:
-            # In one process all renames are our own: early ones fall into tokenizing, late ones into packing.
-            died = subprocess.run(
-                [sys.executable, "-c", DIES_AT_A_RENAME, str(rng.randint(1, 12)), *arguments], capture_output=True
-            )
-            assert died.returncode in (0, -signal.SIGKILL), died.stderr.decode()
-            finished = died.returncode == 0
+    whole, killed = (
+        arguments_for(texts, tmp_path / "whole", workers),
+        arguments_for(texts, tmp_path / "killed", workers),
+    )
+    subprocess.run([*COMMAND, *whole], check=True, capture_output=True)
+    expected, rng, stages = products(tmp_path / "whole"), random.Random(workers), []
+    while len(stages) < NUM_KILLS:
+        if workers == 1:
+            finished = _died_at_a_rename(killed, rng.randint(1, 14))
         else:
-            finished = _killed_after(command + arguments, rng.uniform(0.3, 1.0) * whole_seconds)
-        kills += not finished
+            finished = _killed_after_files(killed, tmp_path / "killed", rng.randint(0, 9), rng.uniform(0, 0.1))
         if finished:  # start over, so that every stage is struck again
             assert products(tmp_path / "killed") == expected
-            subprocess.run(["rm", "-rf", str(tmp_path / "killed")], check=True)
+            shutil.rmtree(tmp_path / "killed")
         else:
             stages.append(stage_of(tmp_path / "killed"))
+    print(f"workers={workers}: killed {len(stages)} times, in {Counter(stages)}")
     assert {"tokenize", "pack"} <= set(stages), stages
-    subprocess.run([*command, *arguments], check=True, capture_output=True)
+    subprocess.run([*COMMAND, *killed], check=True, capture_output=True)
     assert products(tmp_path / "killed") == expected
     verify_folder(tmp_path / "killed" / "x" / "1_segments")
 
 
-def _killed_after(command, seconds):
-    """Run in a process group of its own and kill all of it; whether it had finished before."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        child.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
+def _died_at_a_rename(arguments, last):
+    """Run until the ``last``-th rename kills the process; whether it had finished before."""
+    died = subprocess.run([sys.executable, "-c", DIES_AT_A_RENAME, str(last), *arguments], capture_output=True)
+    assert died.returncode in (0, -signal.SIGKILL), died.stderr.decode()
+    return died.returncode == 0
+
+
+def _killed_after_files(arguments, root, more, seconds):
+    """Kill the run and its workers ``seconds`` after ``more`` new files appeared; whether it had finished before."""
+    before = len(_files(root))
+    child = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while child.poll() is None and len(_files(root)) < before + 1 + more:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    return child.returncode == 0
+    return child.wait() == 0
+
+
+def _files(root):
+    return [name for _, _, names in os.walk(root) for name in names]
