@@ -12,14 +12,23 @@ from longrope2.errors import ArtifactError
 from longrope2.model import RopeConfig, factors_path, resolve_factors, rope_geometry
 from longrope2.model.factors_source import read_factors
 from longrope2.model.hf_files import find_config_file, read_model_config
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors, critical_index_factors
+from longrope2.rope import (
+    RescaleFactors,
+    RopeGeometry,
+    RopeMethod,
+    closed_form_factors,
+    critical_index_factors,
+    ntk_part,
+    satisfies_bound,
+)
 from longrope2.training.config import TrainRoot
 
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 SEARCHED = RescaleFactors((1.0, 2.0, 4.0, 5.0), GEOMETRY, 128, "longrope2", critical_index=2)
 YARN = {"head_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 32,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def resolve(method: RopeMethod, given: Path | str | None = None, run: Path = Path("no_such_run")) -> RescaleFactors:
@@ -175,3 +184,19 @@ def test_a_scaling_beside_a_default_of_transformers_5_is_seen(tmp_path: Path) ->
     write(tmp_path / "config.json", config)
     with pytest.raises(ArtifactError, match="already has RoPE scaling 'yarn'; give model.path of the model before ext"):
         rope_geometry(tmp_path, 32)
+
+
+def test_shipped_factors_are_what_a_search_gives() -> None:
+    """``rope=smollm2_135m_16k``: the geometry of SmolLM2, NTK scaling below c, the bound from c up, provenance."""
+    shipped = ROOT / "conf" / "factors" / "smollm2_135m_16384.json"
+    preset = (ROOT / "conf" / "rope" / "smollm2_135m_16k.yaml").read_text(encoding="utf-8")
+    assert f"factors: {shipped.relative_to(ROOT)}" in preset
+    geometry = RopeGeometry(rotary_dim=64, rope_base=100_000.0, original_len=8192)
+    config = RopeConfig(RopeMethod.from_file, str(shipped))
+    factors = resolve_factors(config, geometry, 16384, Path("unused"))
+    c = factors.critical_index
+    assert c == 20
+    assert factors.factors[:c] == pytest.approx(ntk_part(c, factors.factors[c]), rel=1e-12)
+    assert satisfies_bound(factors, c)
+    assert max(factors.factors) <= 2 * factors.scale
+    assert factors.provenance["objective"] == "perplexity"
