@@ -54,8 +54,9 @@ def write_texts(folder: Path, megabytes: float, num_files: int) -> None:
 def ours(texts: Path, model: Path, work: Path, workers: int) -> int:
     """The whole stage; returns tokens tokenized."""
     subprocess.run(
-        [sys.executable, "-m", "data_prep.pack", "--target", "2048", "--corpus", "folder", f"corpus.folder={texts}",
-         f"model.path={model}", f"run.root={work}", "run.name=ours", f"workers={workers}", "corpus.heldout_fraction=0.0"],
+        [sys.executable, "-m", "data_prep.pack", "--target", "16384", "--corpus", "folder", f"corpus.folder={texts}",
+         f"model.path={model}", f"run.root={work}", "run.name=ours", f"workers={workers}", "corpus.heldout_fraction=0.0",
+         "tokens_per_unit=16777216"],
         check=True, capture_output=True,
     )  # fmt: skip
     counts = json.loads((work / "ours" / "1_segments" / "manifest.json").read_text())["counts"]

@@ -17,7 +17,7 @@ from data_prep.unit_groups import CharacterClasses, UnitGroup
 __all__ = ["SourceScan", "UnitGroup", "in_reading_order", "scan_corpus", "scan_from_plain", "scan_to_plain"]
 
 UNITS_PER_SOURCE = 4
-GROUP_BYTES = 8 * 2**20
+GROUP_BYTES = 2**20  # small units are read together up to this size
 CHARACTERS_PER_UNIT = 4_000_000
 CHARACTERS_ENCODED = 200_000
 CHARACTERS_OF_ONE_DOCUMENT = 20_000
