@@ -9,6 +9,7 @@ by SIGTERM or SIGUSR1 with everything saved: the same command goes on. A torchru
 kills its ranks 30 seconds after SIGTERM; ranks that ``srun`` starts get the signals, and end the job step, themselves.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -69,8 +70,15 @@ def main() -> None:
 
 def _exit_unless_done(end: RunEnd) -> None:
     """End with the requeue code when a signal stopped the run."""
-    if end is RunEnd.interrupted:
-        sys.exit(REQUEUE_EXIT_CODE)
+    if end is not RunEnd.interrupted:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        # All is saved and this rank has no log to close. Leaving by the interpreter's shut-down was once seen to abort
+        # (presumably a communication thread whose peers had just gone), and 75 was lost.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(REQUEUE_EXIT_CODE)
+    sys.exit(REQUEUE_EXIT_CODE)
 
 
 def _is_complete(folder: Path) -> bool:
