@@ -1,7 +1,7 @@
 """From a corpus to shards: tokenize in rounds, plan, pack; every step resumes where it was interrupted.
 
-Intermediate files stand in ``1_segments/work/<fingerprint of configuration and inputs>``, so a run finds its own work and
-never another's; they are removed when the segments are complete, unless ``keep_work`` is set.
+Intermediate files stand beside the shards, in a folder named by the fingerprint of configuration and inputs, so a run finds
+its own and never another's; they are removed when the segments are complete, unless ``keep_work`` is set.
 
 What bounds memory: a worker of the tokenize stage holds one batch of text (``tokenizing.py``), a worker of the pack stage
 one shuffle unit's list of documents (``pack_units.py``), both whatever the corpus; planning, in this process alone, holds
