@@ -12,7 +12,7 @@ from longrope2.config import to_plain
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.model import factors_path, resolve_factors, rope_geometry
 from longrope2.rope import RescaleFactors
-from longrope2.segments import SegmentStore, StepSchedule
+from longrope2.segments import SegmentStore, StepSchedule, check_at_start
 from longrope2.training.config import TrainRoot, check, compute_dtype
 
 __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identity"]
@@ -58,6 +58,7 @@ def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:
     segments_folder = Path(config.segments) if config.segments else product_folder(config.run.folder, "segments")
     store = SegmentStore(segments_folder)
     _check_segments_fit(store, config, model_folder)
+    check_at_start(store)
     factors = resolve_factors(
         config.rope, rope_geometry(model_folder, config.model.original_len), config.target_len, config.run.folder
     )

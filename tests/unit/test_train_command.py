@@ -1,6 +1,7 @@
 """Bad input to ``launch.train``: one message that names what to change, exit code 2, no traceback, nothing written."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -157,3 +158,12 @@ def test_config_flag_takes_no_overrides(tmp_path, monkeypatch, capsys) -> None:
         run_command(main)
     assert ended.value.code == 2
     assert "--config takes one path and no overrides" in capsys.readouterr().err
+
+
+def test_segments_cut_short_since_they_were_packed(tmp_path, monkeypatch, capsys, packed) -> None:
+    copy = tmp_path / "1_segments"
+    shutil.copytree(packed, copy)
+    shard = sorted(copy.glob("*.arrow"))[0]
+    shard.write_bytes(shard.read_bytes()[:-64])
+    message = refused(tmp_path, monkeypatch, capsys, "rope=yarn", f"segments={copy}")
+    assert shard.name in message and "pack again" in message
