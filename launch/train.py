@@ -26,6 +26,7 @@ from longrope2.training import (
     TrainRoot,
     check_machine,
     make_plan,
+    preview_plan,
     train,
 )
 
@@ -49,11 +50,12 @@ def main() -> None:
     if world_size_from_environment() is not None:
         raise ConfigError(["under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"])
     config = compose(TrainRoot, "train", arguments)
+    if config.dry_run:
+        print(preview_plan(config, config.parallel.processes))
+        return
     plan = make_plan(config, config.parallel.processes)
     print(plan.describe(config, config.parallel.processes))
     folder = product_folder(config.run.folder, "checkpoints")
-    if config.dry_run:
-        return
     check_machine(config)
     claim_folder(folder, config, changeable=CHANGEABLE)
     if _is_complete(folder):

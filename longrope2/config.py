@@ -65,6 +65,8 @@ class ModelConfig:
     """Folder or hub id of a Hugging Face model."""
     original_len: int = MISSING
     """L0: pre-trained window in tokens. A setting of ours, never guessed from config.json."""
+    config_folder: str | None = None
+    """Folder with the model's config.json alone: what a dry run plans from where the model itself is not."""
     from_scratch: bool = False
     """Initialise the weights at random instead of loading them (pre-training a miniature)."""
 

@@ -3,6 +3,7 @@
 from longrope2.training.config import TrainingConfig, TrainRoot, check
 from longrope2.training.machine import check_machine
 from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, TrainingPlan, make_plan
+from longrope2.training.preview import preview_plan
 from longrope2.training.run import RunEnd, train
 from longrope2.training.stopping import REQUEUE_EXIT_CODE
 
@@ -16,5 +17,6 @@ __all__ = [
     "check",
     "check_machine",
     "make_plan",
+    "preview_plan",
     "train",
 ]

@@ -16,7 +16,16 @@ from longrope2.parallel import ParallelConfig, head_faults
 from longrope2.tracking import TrackingConfig
 from longrope2.training.zero import ZeroConfig, zero_faults
 
-__all__ = ["OptimizerKind", "Precision", "Recompute", "TrainRoot", "TrainingConfig", "check", "compute_dtype"]
+__all__ = [
+    "OptimizerKind",
+    "Precision",
+    "Recompute",
+    "TrainRoot",
+    "TrainingConfig",
+    "check",
+    "check_rules",
+    "compute_dtype",
+]
 
 
 class Precision(Enum):
@@ -125,6 +134,16 @@ def check(config: TrainRoot, world_size: int) -> Path:
         ArtifactError: the model cannot be found.
     """
     folder = resolve_model_folder(config.model.path)
+    check_rules(config, folder, world_size)
+    return folder
+
+
+def check_rules(config: TrainRoot, folder: Path, world_size: int) -> None:
+    """The rules of ``check``, for a model whose config.json stands in ``folder``.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+    """
     faults = _range_faults(config.training) + _window_faults(config) + _parallel_faults(config, folder, world_size)
     faults += zero_faults(
         config.zero,
@@ -134,7 +153,6 @@ def check(config: TrainRoot, world_size: int) -> Path:
     )
     if faults:
         raise ConfigError(faults)
-    return folder
 
 
 def _range_faults(training: TrainingConfig) -> list[str]:

@@ -15,7 +15,8 @@ from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule, check_at_start
 from longrope2.training.config import TrainRoot, check, compute_dtype
 
-__all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "make_plan", "run_identity"]
+__all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "check_tokenizer_fits", "check_windows_fit", "describe_plan",
+           "describe_segments", "make_plan", "make_schedule", "run_identity", "segments_folder"]  # fmt: skip
 
 # Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
 CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute",
@@ -34,17 +35,14 @@ class TrainingPlan:
 
     def describe(self, config: TrainRoot, world_size: int) -> str:
         """The plan in a few lines."""
-        schedule, batch = self.schedule, config.training.global_batch_tokens
-        return "\n".join([
-            f"model      {config.model.name}: {self.model_folder}, window {config.model.original_len} -> {config.target_len}",
-            f"segments   {self.segments_folder}: {len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
-                f"a pass leaves out {sum(schedule.unused_per_epoch.values())} that fill no group",
-            f"rope       {self.factors.method}, mixed windows {'on' if config.training.mixed else 'off'}",
-            f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
-            f"sequence, ZeRO stage {config.parallel.zero_stage}",
-            f"attention  {_kernel_line(config)}",
-            f"steps      {self.total_steps} of {batch} tokens = {self.total_steps * batch} tokens",
-        ])  # fmt: skip
+        return describe_plan(
+            config,
+            world_size,
+            model=str(self.model_folder),
+            segments=describe_segments(self.segments_folder, self.schedule),
+            method=self.factors.method,
+            total_steps=self.total_steps,
+        )
 
 
 def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:
@@ -55,29 +53,69 @@ def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:
         ArtifactError: segments, model or factors that are missing or belong to something else.
     """
     model_folder = check(config, world_size)
-    segments_folder = Path(config.segments) if config.segments else product_folder(config.run.folder, "segments")
-    store = SegmentStore(segments_folder)
-    _check_segments_fit(store, config, model_folder)
+    store = SegmentStore(segments_folder(config))
+    check_windows_fit(store, config)
+    check_tokenizer_fits(store, config, model_folder)
     check_at_start(store)
     factors = resolve_factors(
         config.rope, rope_geometry(model_folder, config.model.original_len), config.target_len, config.run.folder
     )
+    return TrainingPlan(model_folder, store.folder, factors, *make_schedule(store, config))
+
+
+def segments_folder(config: TrainRoot) -> Path:
+    """Where the packed segments stand, or should."""
+    return Path(config.segments) if config.segments else product_folder(config.run.folder, "segments")
+
+
+def make_schedule(store: SegmentStore, config: TrainRoot) -> tuple[StepSchedule, int]:
+    """The order of the segments, and the steps of the run.
+
+    Raises:
+        ConfigError: there are too few segments for one step.
+    """
+    training = config.training
     schedule = StepSchedule(
         tuple(store.short_ids),
         tuple(store.long_ids),
-        config.training.global_batch_tokens // config.target_len,
-        config.training.same_kind_segments,
+        training.global_batch_tokens // config.target_len,
+        training.same_kind_segments,
         config.seed,
     )
-    budget = config.training.tokens
-    total_steps = budget // config.training.global_batch_tokens if budget else schedule.steps_per_epoch
+    total_steps = training.tokens // training.global_batch_tokens if training.tokens else schedule.steps_per_epoch
     if schedule.groups_per_epoch == 0 or total_steps == 0:
         raise ConfigError([
-            f"{segments_folder} holds {len(store.short_ids)} short and {len(store.long_ids)} long segments: too few for "
-            f"one step of training.global_batch_tokens={config.training.global_batch_tokens} with "
-            f"training.same_kind_segments={config.training.same_kind_segments}"
+            f"{store.folder} holds {len(store.short_ids)} short and {len(store.long_ids)} long segments: too few for "
+            f"one step of training.global_batch_tokens={training.global_batch_tokens} with "
+            f"training.same_kind_segments={training.same_kind_segments}"
         ])  # fmt: skip
-    return TrainingPlan(model_folder, segments_folder, factors, schedule, total_steps)
+    return schedule, total_steps
+
+
+def describe_plan(
+    config: TrainRoot, world_size: int, *, model: str, segments: str, method: str, total_steps: int | None
+) -> str:
+    """The lines of a plan, of which a dry run may not know all (``total_steps`` is None: one pass over segments to come)."""
+    batch = config.training.global_batch_tokens
+    steps = "one pass over the segments" if total_steps is None else f"{total_steps}"
+    total = "" if total_steps is None else f" = {total_steps * batch} tokens"
+    return "\n".join([
+        f"model      {config.model.name}: {model}, window {config.model.original_len} -> {config.target_len}",
+        f"segments   {segments}",
+        f"rope       {method}, mixed windows {'on' if config.training.mixed else 'off'}",
+        f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
+        f"sequence, ZeRO stage {config.parallel.zero_stage}",
+        f"attention  {_kernel_line(config)}",
+        f"steps      {steps} of {batch} tokens{total}",
+    ])  # fmt: skip
+
+
+def describe_segments(folder: Path, schedule: StepSchedule) -> str:
+    """How many segments of each kind there are."""
+    return (
+        f"{folder}: {len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
+        f"a pass leaves out {sum(schedule.unused_per_epoch.values())} that fill no group"
+    )
 
 
 def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
@@ -106,12 +144,16 @@ def _kernel_line(config: TrainRoot) -> str:
     return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
 
 
-def _check_segments_fit(store: SegmentStore, config: TrainRoot, model_folder: Path) -> None:
-    """Segments of another tokenizer, target or window are refused."""
+def check_windows_fit(store: SegmentStore, config: TrainRoot) -> None:
+    """Segments of another target or window are refused."""
     wanted = {"target_len": config.target_len, "original_len": config.model.original_len}
     for name, value in wanted.items():
         if getattr(store, name) != value:
             raise ArtifactError(f"{store.folder}: {name} is {getattr(store, name)}, this run has {value}; pack again")
+
+
+def check_tokenizer_fits(store: SegmentStore, config: TrainRoot, model_folder: Path) -> None:
+    """Segments of another tokenizer are refused."""
     packed = store.manifest.inputs["model"]["tokenizer_sha256"]
     if packed != model_identity(model_folder)["tokenizer_sha256"]:
         raise ArtifactError(
