@@ -42,7 +42,7 @@ class Planned:
         """What planning knows; ``segment_counts`` adds what packing counts.
 
         Tokens include BOS and EOS. For every source, tokenized + added_boundary_tokens = chosen + left_out_tokens, and
-        chosen = packed + long_rest_tokens.
+        chosen = packed + left_over_tokens.
         """
         tokenized = np.bincount(self.table.source_D, self.table.tokens_D, minlength=len(self.table.sources))
         wanted = {cell: tokens for cell, tokens in self.demand.cells.items() if tokens}
@@ -109,7 +109,7 @@ def segment_counts(planned: dict[str, Any], packed: Sequence[PackedUnit]) -> dic
         "tokens": nested(tokens),
         "num_documents": nested(documents),
         "padding_tokens": sum(unit.padding_tokens for unit in packed),
-        "long_rest_tokens": sum(rest.values()),
+        "left_over_tokens": sum(rest.values()),
         "rest_tokens": dict(sorted(rest.items())),
         "num_cut_documents": sum(unit.num_cut_documents for unit in packed),
         **planned,

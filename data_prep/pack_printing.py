@@ -38,7 +38,7 @@ def print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
     print(
         f"packed {tokens:,} tokens in {seconds:.1f} s: {counts['num_short_segments']} short and "
         f"{counts['num_long_segments']} long segments, {counts['padding_tokens']:,} padding tokens, "
-        f"{counts['long_rest_tokens']:,} tokens at the end that filled no segment -> {folder}"
+        f"{counts['left_over_tokens']:,} tokens at the end that filled no segment -> {folder}"
     )
     in_short = counts["padding_tokens"] + sum(buckets.get("short", 0) for buckets in counts["tokens"].values())
     if counts["padding_tokens"] > MOST_PADDING * in_short:

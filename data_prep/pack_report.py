@@ -57,7 +57,7 @@ def _summary(manifest: Manifest) -> list[tuple[str, int | str]]:
         ("alignment", details["alignment"]),
         ("padding tokens", counts["padding_tokens"]),
         ("padding, share of the short segments", f"{padding:.3%}"),
-        ("tokens at the end of a shuffle unit that filled no segment", counts["long_rest_tokens"]),
+        ("tokens at the end of a shuffle unit that filled no segment", counts["left_over_tokens"]),
         ("documents of at most L tokens cut between segments", counts["num_cut_documents"]),
         ("documents longer than the longest bucket, split", sum(counts["num_documents_split"].values())),
         ("BOS and EOS tokens that cutting added", sum(counts["added_boundary_tokens"].values())),

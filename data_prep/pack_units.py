@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.corpora import stable_fraction
 from data_prep.document_table import NUM_BOUNDARY_TOKENS
 from data_prep.pack_plan import PackPlan
-from data_prep.packing import DraftSegment, LongPacking, pack_long, pack_short
+from data_prep.packing import DraftSegment, Piece, pack_long, pack_short
 from data_prep.token_files import TokenizedUnit
 from data_prep.writing import write_shards
 from longrope2.artifacts import sha256_of_file, write_text
@@ -109,9 +109,10 @@ class PackJob:
             alignment=self.rules.alignment, seed=seed,
         )  # fmt: skip
         long = pack_long([d for d in documents if d.bucket != self.bucket_names[0]], target_len=window_len, seed=seed)
-        drafts = [*short, *long.segments]
-        packed = _account(drafts, long)
-        packed.num_segments = {"short": len(short), "long": len(long.segments)}
+        drafts = [*short.segments, *long.segments]
+        packed = _account(drafts, [*short.rest, *long.rest])
+        packed.num_cut_documents = long.num_cut_documents
+        packed.num_segments = {"short": len(short.segments), "long": len(long.segments)}
         packed.files = write_shards(
             self.folder, drafts, self.rules, tokens_per_shard=self.tokens_per_shard, unit=number
         )
@@ -148,7 +149,7 @@ def _is_whole(path: Path, expected: str) -> bool:
     return path.is_file() and sha256_of_file(path) == expected
 
 
-def _account(drafts: list[DraftSegment], long: LongPacking) -> PackedUnit:
+def _account(drafts: list[DraftSegment], left_over: list[Piece]) -> PackedUnit:
     """Tokens by source and bucket, and everything that was not packed."""
     tokens: Counter[tuple[str, str]] = Counter()
     documents: Counter[tuple[str, str]] = Counter()
@@ -162,12 +163,12 @@ def _account(drafts: list[DraftSegment], long: LongPacking) -> PackedUnit:
                 cell = _cell(piece.document)
                 tokens[cell] += len(piece)
                 documents[cell] += piece.start == 0
-    for piece in long.rest:
+    for piece in left_over:
         assert piece.document is not None
         rest[piece.document.source] += len(piece)
     return PackedUnit(
         tokens=nested(tokens), num_documents=nested(documents), rest_tokens=dict(sorted(rest.items())),
-        padding_tokens=padding, num_cut_documents=long.num_cut_documents,
+        padding_tokens=padding,
     )  # fmt: skip
 
 

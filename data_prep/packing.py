@@ -1,13 +1,17 @@
 """Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted for.
 
 Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k tokens so that no
-document crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding.
+document crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding. Chunks
+that make up no whole segment at the end are left out, the emptiest ones, where filling the segment up would cost more
+padding than MAX_FILLING of all short tokens.
 
 Long segments are never padded. Departure from the paper, which concatenates documents and cuts every L tokens:
 documents that fit in L are kept whole (best-fit-decreasing, after "Fewer Truncations Improve Language Modeling",
 arXiv 2404.10830), and documents longer than L, which must be cut anyway, fill the remaining gaps exactly: their slices
 continue in other segments without a new BOS. When no such document is left, the documents of the emptiest segments are
-cut instead. What remains at the end and fills no segment is returned and counted.
+cut instead.
+
+Whatever is left out at the end is returned and counted.
 """
 
 import random
@@ -21,7 +25,10 @@ import numpy as np
 
 from longrope2.rope import Window
 
-__all__ = ["DraftSegment", "LongPacking", "PackedDocument", "Piece", "best_fit_decreasing", "pack_long", "pack_short"]
+__all__ = ["DraftSegment", "LongPacking", "PackedDocument", "Piece", "ShortPacking", "best_fit_decreasing", "pack_long",
+           "pack_short"]  # fmt: skip
+
+MAX_FILLING = 0.005
 
 
 class PackedDocument(Protocol):
@@ -66,6 +73,19 @@ class DraftSegment:
 
     window: Window
     pieces: tuple[Piece, ...]
+
+
+@dataclass
+class ShortPacking:
+    """Result of packing short documents.
+
+    Attributes:
+        segments: Full segments, padding included.
+        rest: Whole documents that were left out at the end.
+    """
+
+    segments: list[DraftSegment] = field(default_factory=list)
+    rest: list[Piece] = field(default_factory=list)
 
 
 @dataclass
@@ -119,9 +139,7 @@ def best_fit_decreasing(documents: Iterable[Document], capacity: int) -> list[tu
     return list(zip(room_of, bins, strict=True))
 
 
-def pack_short(
-    documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int
-) -> list[DraftSegment]:
+def pack_short(documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int) -> ShortPacking:
     """Pack whole documents so that none crosses a multiple of ``target_len / alignment``.
 
     Args:
@@ -132,15 +150,22 @@ def pack_short(
     """
     capacity = target_len // alignment
     rng = random.Random(f"short/{seed}")
+    bins = best_fit_decreasing(documents, capacity)
+    num_odd = len(bins) % alignment
+    missing = (alignment - num_odd) % alignment * capacity
+    num_left_out = num_odd if len(bins) > alignment and missing > MAX_FILLING * sum(map(len, documents)) else 0
+    by_room = sorted(range(len(bins)), key=lambda index: bins[index][0])
+    left_out = set(by_room[len(bins) - num_left_out :])
     chunks = []
-    for room, members in best_fit_decreasing(documents, capacity):
+    for room, members in (bins[index] for index in range(len(bins)) if index not in left_out):
         rng.shuffle(members)
         chunks.append([*map(_whole, members), *_padding(room)])
     rng.shuffle(chunks)
     while len(chunks) % alignment:
         chunks.append(_padding(capacity))
     groups = (chunks[first : first + alignment] for first in range(0, len(chunks), alignment))
-    return [DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk)) for group in groups]
+    segments = [DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk)) for group in groups]
+    return ShortPacking(segments, [_whole(document) for index in sorted(left_out) for document in bins[index][1]])
 
 
 def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int) -> LongPacking:

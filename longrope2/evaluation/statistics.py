@@ -1,10 +1,39 @@
-"""Intervals of measured shares."""
+"""Intervals of measured shares and means, and paired tests of two models on the same samples."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["wilson_interval"]
+import numpy as np
+
+__all__ = ["PairedTest", "bootstrap_interval", "macro_interval", "paired_test", "score_interval", "wilson_interval"]
 
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+RESAMPLES = 10_000
+MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two models on identical samples, first minus second.
+
+    Attributes:
+        num_samples: Pairs.
+        difference: Mean difference of the scores, -1 to 1.
+        interval: 95 % percentile bootstrap interval of the mean difference.
+        p_value: Two-sided: McNemar's exact test for scores of 0 and 1, sign-flip randomization for others.
+        method: ``mcnemar`` or ``randomization``.
+        num_better: Samples on which the first scores higher.
+        num_worse: Samples on which the second does.
+    """
+
+    num_samples: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    method: str
+    num_better: int
+    num_worse: int
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
@@ -23,3 +52,86 @@ def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
     low = 0.0 if num_correct == 0 else centre - half_width
     high = 1.0 if num_correct == num_samples else centre + half_width
     return low, high
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean (Efron 1979), the same for the same values."""
+    means = _resampled_means(np.asarray(values, dtype=np.float64), seed)
+    low, high = np.percentile(means, MEAN_95)
+    return float(low), float(high)
+
+
+def score_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean score: Wilson where every score is 0 or 1, else bootstrap."""
+    if all(score in (0, 1) for score in scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_interval(scores)
+
+
+def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % interval of the plain mean of task means, tasks fixed and samples drawn at random.
+
+    The half-widths of independent tasks add in squares. Each side is taken on its own, because Wilson intervals near 0
+    and 1 are lopsided.
+    """
+    means = [sum(scores) / len(scores) for scores in scores_by_task]
+    intervals = [score_interval(scores) for scores in scores_by_task]
+    count = len(means)
+    below = math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, intervals, strict=True))) / count
+    above = math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, intervals, strict=True))) / count
+    mean = sum(means) / count
+    return max(mean - below, 0.0), min(mean + above, 1.0)
+
+
+def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedTest:
+    """Compare two models sample by sample.
+
+    Args:
+        first: Scores of one model, in the order of the samples.
+        second: Scores of the other, same samples, same order.
+        seed: Seed of resampling and sign flips.
+
+    Raises:
+        ValueError: the numbers of samples differ, or there are none.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"paired scores need the same samples: {len(first)} and {len(second)} scores")
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    binary = all(score in (0, 1) for score in (*first, *second))
+    return PairedTest(
+        num_samples=len(differences),
+        difference=float(differences.mean()),
+        interval=bootstrap_interval(differences.tolist(), seed),
+        p_value=_mcnemar_exact(better, worse) if binary else _randomization(differences, seed),
+        method="mcnemar" if binary else "randomization",
+        num_better=better,
+        num_worse=worse,
+    )
+
+
+def _mcnemar_exact(better: int, worse: int) -> float:
+    """Two-sided exact binomial test that discordant pairs fall either way alike (McNemar 1947, exact form)."""
+    discordant = better + worse
+    tail = sum(math.comb(discordant, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def _randomization(differences: np.ndarray, seed: int) -> float:
+    """Share of random sign assignments whose mean is at least as far from 0; never 0 itself."""
+    nonzero = differences[differences != 0]
+    if nonzero.size == 0:
+        return 1.0
+    rng = np.random.default_rng(seed)
+    observed, hits = abs(nonzero.sum()), 0
+    for _ in range(RESAMPLES // 100):
+        signs = rng.integers(0, 2, size=(100, nonzero.size)) * 2 - 1
+        hits += int((np.abs(signs @ nonzero) >= observed - 1e-12).sum())
+    return (hits + 1) / (RESAMPLES + 1)
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means of resamples with replacement, a block at a time to bound the memory."""
+    rng = np.random.default_rng(seed)
+    blocks = [values[rng.integers(0, values.size, size=(500, values.size))].mean(1) for _ in range(RESAMPLES // 500)]
+    return np.concatenate(blocks)

@@ -1,11 +1,13 @@
-"""Generation with the factor switch of LongRoPE2 inference.
+"""Generation with the factor switch of LongRoPE2 inference, one sequence, token by token.
 
 A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward pass that reads the
 first token beyond L0 reads the whole sequence again, with the rescaled RoPE, into a fresh cache; cached decoding then
 goes on. Length exactly L0 is still short (arXiv 2502.20082, section 3.3).
 
-Re-rotating the cached keys instead would be exact in layer 0 only: deeper keys depend on hidden states that were
-computed under the other factors. The choice belongs to the sequence, never to a batch: one sequence at a time here.
+Re-rotating the cached keys instead (``KvPolicy.rerotate``) is exact in layer 0 only: deeper keys depend on hidden states
+that were computed under the other factors. The choice belongs to the sequence, never to a batch (see ``batch``).
+
+Shape legend: V = vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -16,10 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from longrope2.errors import DataError
+from longrope2.inference.cache import KvPolicy, next_logits, prefill, rerotate_keys
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope import Window
 
-__all__ = ["GeneratedToken", "generate_tokens", "window_for_length"]
+__all__ = ["GeneratedToken", "check_request", "generate_tokens", "switch_window", "window_for_length"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,26 @@ def window_for_length(num_tokens: int, original_len: int) -> Window:
     return Window.SHORT if num_tokens <= original_len else Window.LONG
 
 
+def check_request(
+    prompt_ids: Sequence[int], max_new_tokens: int, target_len: int, prefill_chunk: int | None, name: str
+) -> None:
+    """Refuse a sequence that cannot be generated.
+
+    Raises:
+        DataError: empty prompt, prompt plus new tokens beyond the target length, or a chunk below 1; says ``name``.
+    """
+    if not prompt_ids:
+        raise DataError(f"{name} has no tokens; give at least one (BOS counts)")
+    if len(prompt_ids) + max_new_tokens > target_len:
+        raise DataError(
+            f"{name}'s {len(prompt_ids)} tokens and generate.max_new_tokens={max_new_tokens} exceed the extended "
+            f"window of {target_len} tokens; shorten the prompt or set generate.max_new_tokens to at most "
+            f"{max(target_len - len(prompt_ids), 0)}"
+        )
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise DataError(f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt at once")
+
+
 def generate_tokens(
     model: WindowedModel,
     prompt_ids: Sequence[int],
@@ -43,6 +66,8 @@ def generate_tokens(
     stop_ids: Collection[int] = (),
     temperature: float = 0.0,
     seed: int = 0,
+    prefill_chunk: int | None = None,
+    kv_policy: KvPolicy = KvPolicy.reprefill,
 ) -> Iterator[GeneratedToken]:
     """Continue one sequence, token by token.
 
@@ -53,6 +78,8 @@ def generate_tokens(
         stop_ids: Ids that end the generation; the one that does is yielded last.
         temperature: 0 is greedy; above, softmax(logits / temperature) is sampled from.
         seed: Seed of the sampling.
+        prefill_chunk: Tokens of the prompt read at a time; None reads it at once.
+        kv_policy: What becomes of the cache when the sequence outgrows L0.
 
     Returns:
         Iterator over the new tokens; every step computes exactly one.
@@ -60,52 +87,70 @@ def generate_tokens(
     Raises:
         DataError: empty prompt, or prompt plus new tokens beyond the target length, or temperature below 0.
     """
-    target_len = model.factors.target_len
-    if not prompt_ids:
-        raise DataError("the prompt has no tokens; give at least one (BOS counts)")
-    if len(prompt_ids) + max_new_tokens > target_len:
-        raise DataError(
-            f"the prompt's {len(prompt_ids)} tokens and generate.max_new_tokens={max_new_tokens} exceed the extended "
-            f"window of {target_len} tokens; shorten the prompt or set generate.max_new_tokens to at most "
-            f"{max(target_len - len(prompt_ids), 0)}"
-        )
+    check_request(prompt_ids, max_new_tokens, model.factors.target_len, prefill_chunk, "the prompt")
     if temperature < 0:
         raise DataError(f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples")
     # The checks run at the call, not at the first step: hence a generator of its own below.
-    return _generate(model, list(prompt_ids), max_new_tokens, frozenset(stop_ids), temperature, seed)
+    sampling = _Sampling(temperature, torch.Generator().manual_seed(seed))
+    return _generate(model, list(prompt_ids), max_new_tokens, frozenset(stop_ids), sampling, prefill_chunk, kv_policy)
+
+
+def switch_window(
+    model: WindowedModel, ids: Sequence[int], cache: DynamicCache | None, prefill_chunk: int | None, kv_policy: KvPolicy
+) -> tuple[Tensor, DynamicCache]:
+    """Read a sequence for the first time in the window that its length asks for.
+
+    Args:
+        model: Model with both RoPE tables.
+        ids: The whole sequence.
+        cache: All of it but the last token, as read in the short window; None at the start of a generation.
+        prefill_chunk: Tokens read at a time.
+        kv_policy: Whether ``cache`` is re-rotated or dropped.
+
+    Returns:
+        Logits after the last token, [V], and the cache in this window.
+    """
+    window = window_for_length(len(ids), model.factors.geometry.original_len)
+    if cache is None or kv_policy is KvPolicy.reprefill:
+        return prefill(model, ids, window, prefill_chunk)
+    rerotate_keys(cache, model.factors)
+    return next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0], cache
+
+
+@dataclass
+class _Sampling:
+    """How a token is chosen."""
+
+    temperature: float
+    generator: torch.Generator
+
+    def choose(self, logits_V: Tensor) -> int:
+        """The most likely token, or one drawn from the tempered distribution."""
+        if self.temperature == 0:
+            return int(logits_V.argmax())
+        return int(torch.multinomial(torch.softmax(logits_V / self.temperature, dim=-1), 1, generator=self.generator))
 
 
 def _generate(
-    model: WindowedModel, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int], temperature: float, seed: int
+    model: WindowedModel,
+    ids: list[int],
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    sampling: _Sampling,
+    prefill_chunk: int | None,
+    kv_policy: KvPolicy,
 ) -> Iterator[GeneratedToken]:
-    """Decode with a cache that is thrown away once, when the sequence outgrows L0."""
-    original_len = model.factors.geometry.original_len
-    sampler = torch.Generator().manual_seed(seed)
-    cache, cache_window = DynamicCache(), None
+    """Decode with a cache that changes its window once, when the sequence outgrows L0."""
+    cache, cache_window = None, None
     for _ in range(max_new_tokens):
-        window = window_for_length(len(ids), original_len)
-        if window is not cache_window:
-            cache, cache_window = DynamicCache(), window
-        logits_V = _last_logits(model, ids[cache.get_seq_length() :], cache, window)
-        token_id = _choose(logits_V, temperature, sampler)
+        window = window_for_length(len(ids), model.factors.geometry.original_len)
+        if cache is None or window is not cache_window:
+            logits_V, cache = switch_window(model, ids, cache, prefill_chunk, kv_policy)
+            cache_window = window
+        else:
+            logits_V = next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0]
+        token_id = sampling.choose(logits_V.cpu())
         ids.append(token_id)
         yield GeneratedToken(token_id, window)
         if token_id in stop_ids:
             return
-
-
-@torch.inference_mode()
-def _last_logits(model: WindowedModel, new_ids: list[int], cache: DynamicCache, window: Window) -> Tensor:
-    """Logits after the last token; reads ``new_ids`` into the cache."""
-    # Every call names the window: between two steps the caller may have used the model for something else.
-    model.use_window(window)
-    tokens_BT = torch.tensor([new_ids], device=model.hf.device)
-    output = model.hf(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.logits[0, -1].float().cpu()
-
-
-def _choose(logits_V: Tensor, temperature: float, sampler: torch.Generator) -> int:
-    """The most likely token, or one drawn from the tempered distribution."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=sampler))

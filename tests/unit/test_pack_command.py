@@ -75,7 +75,7 @@ def test_every_document_comes_back_as_its_text(texts_folder, tmp_path, align, ov
     verify_folder(folder)
     store = SegmentStore(folder)
     encoder = load_document_tokenizer(Path("models/tiny"))
-    runs, rest = unpacked(store), store.manifest.counts["long_rest_tokens"]
+    runs, rest = unpacked(store), store.manifest.counts["left_over_tokens"]
     corpus = FolderCorpus(str(texts_folder), text_field="text")
     missing = 0
     for document in corpus.documents(Split.train):

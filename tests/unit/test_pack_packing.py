@@ -65,9 +65,14 @@ def test_best_fit_equals_naive(seed):
 def test_short_segments_hold_every_document_once_and_keep_the_rules(alignment, seed):
     rng = random.Random(seed)
     documents = documents_of([rng.randint(2, WINDOW) for _ in range(200)])
-    segments = pack_short(documents, target_len=TARGET, alignment=alignment, seed=seed)
+    packing = pack_short(documents, target_len=TARGET, alignment=alignment, seed=seed)
+    segments = packing.segments
     found = pieces_by_document(segments)
+    for piece in packing.rest:
+        assert piece.document is not None
+        found[piece.document.doc_id].append((piece.start, piece.stop))
     assert found == {d.doc_id: [(0, len(d))] for d in documents}
+    documents = [d for d in documents if d.doc_id not in {p.document.doc_id for p in packing.rest if p.document}]
     for index, draft in enumerate(segments):
         check_segment(segment_from_draft(draft, index, rules(alignment)), rules(alignment))
     total = sum(map(len, documents))
@@ -75,6 +80,23 @@ def test_short_segments_hold_every_document_once_and_keep_the_rules(alignment, s
     assert len(segments) * TARGET == total + padding
     # Best fit leaves little: no more bins than one and a quarter of the lower bound.
     assert len(segments) <= -(-total // TARGET) * 1.25 + 1
+
+
+def test_short_chunks_that_fill_no_segment_are_left_out():
+    """Six full chunks and two emptier ones make two segments of three chunks and two chunks too many."""
+    documents = documents_of([16] * 6 + [9, 12])
+    packing = pack_short(documents, target_len=48, alignment=3, seed=0)
+    assert len(packing.segments) == 2
+    assert sorted(len(piece) for piece in packing.rest) == [9, 12]
+    assert all(p.document is not None for s in packing.segments for p in s.pieces)
+
+
+@pytest.mark.parametrize(("num_full", "num_segments"), [(1, 1), (2 * 250 + 1, 251)])
+def test_a_segment_is_filled_up_where_it_is_the_only_one_or_costs_next_to_nothing(num_full, num_segments):
+    """One chunk of padding: all there is, or one of 502 chunks, below half a percent."""
+    packing = pack_short(documents_of([16] * num_full), target_len=32, alignment=2, seed=0)
+    assert len(packing.segments) == num_segments and not packing.rest
+    assert sum(len(p) for s in packing.segments for p in s.pieces if p.document is None) == 16
 
 
 @pytest.mark.parametrize("lengths", [

@@ -32,7 +32,7 @@ def documents(lengths, name):
 
 @pytest.fixture
 def drafts():
-    short = pack_short(documents([8, 7, 6, 5, 8, 8, 3] * 3, "short"), target_len=32, alignment=2, seed=0)
+    short = pack_short(documents([8, 7, 6, 5, 8, 8, 3] * 3, "short"), target_len=32, alignment=2, seed=0).segments
     return [*short, *pack_long(documents([20, 30, 200, 32], "long"), target_len=32, seed=0).segments]
 
 
