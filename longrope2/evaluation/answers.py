@@ -73,7 +73,7 @@ class Answer:
 
     @property
     def side(self) -> str:
-        """RoPE side(s) of the answer: ``short``, ``long``, or ``both`` when it crossed L0."""
+        """RoPE side or sides of the answer: ``short``, ``long``, or ``both`` when it crossed L0."""
         return "both" if self.num_short and self.num_long else "long" if self.num_long else "short"
 
 
