@@ -13,13 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longrope2.attention.exchange import heads_to_tokens, tokens_to_heads
 from longrope2.attention.kernels import AttentionKernel, dense_attention, varlen_attention
 from longrope2.attention.layout import DocumentBucket, SegmentLayout
 
-__all__ = ["ATTENTION_NAME", "causal_attention", "document_attention", "register_attention", "windowed_attention"]
+__all__ = [
+    "ATTENTION_NAME",
+    "causal_attention",
+    "document_attention",
+    "padded_decoding_attention",
+    "register_attention",
+    "windowed_attention",
+]
 
 ATTENTION_NAME = "longrope2_windowed"
 
@@ -59,11 +67,25 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
     grouped = q_BHTD.shape[1] != k_BKCD.shape[1]
     mask_TC = None
     if 1 < num_queries < num_keys:
-        mask_TC = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTD.device)
-        mask_TC = mask_TC.tril(diagonal=num_keys - num_queries)
+        # On a GPU flash attention knows this alignment; a mask would need a kernel that materialises T x C scores.
+        if q_BHTD.is_cuda:
+            mask_TC = causal_lower_right(num_queries, num_keys)
+        else:
+            mask_TC = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(diagonal=num_keys - num_queries)
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKCD, v_BKCD, attn_mask=mask_TC, is_causal=num_queries == num_keys, scale=scaling, enable_gqa=grouped
     )
+
+
+def padded_decoding_attention(
+    q_BH1D: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, first_key_B: Tensor, scaling: float
+) -> Tensor:
+    """Attention of one new token per row to its cached keys, those before ``first_key_B`` being padding: [B, 1, H, D]."""
+    # The query heads that share a key head take the place of query tokens: keys need not be repeated.
+    q_BKGD = q_BH1D.reshape(q_BH1D.shape[0], k_BKCD.shape[1], -1, q_BH1D.shape[-1])
+    is_key_BC = torch.arange(k_BKCD.shape[2], device=first_key_B.device) >= first_key_B[:, None]
+    out_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKCD, v_BKCD, attn_mask=is_key_BC[:, None, None], scale=scaling)
+    return out_BKGD.flatten(1, 2)[:, None]
 
 
 def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:
@@ -112,15 +134,19 @@ def _registry_entry(
     dropout: float = 0.0,
     layout: SegmentLayout | None = None,
     first_needed: int = 0,
+    first_key_B: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Adapter to the signature transformers calls; ``unused`` holds what other attention kinds read.
 
-    ``first_needed``: in the last layer, whose output no other layer reads, earlier positions get zeros.
+    ``first_needed``: in the last layer, whose output no other layer reads, earlier positions get zeros. ``first_key_B``:
+    cached decoding of rows padded on the left.
     """
     if attention_mask is not None or dropout:
         raise ValueError("windowed attention takes its structure from the layout: no attention_mask, no dropout")
     scale = scaling or query.shape[-1] ** -0.5
+    if first_key_B is not None:
+        return padded_decoding_attention(query, key, value, first_key_B, scale), None
     if first_needed and layout is None and module.layer_idx == module.config.num_hidden_layers - 1:
         out_BSHD = windowed_attention(query[:, :, first_needed:], key, value, None, scale)
         return F.pad(out_BSHD, (0, 0, 0, 0, first_needed, 0)), None

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longrope2.errors import DataError
-from longrope2.inference import TextStream, generate_tokens, window_for_length
+from longrope2.inference import TextStream, generate_batch, generate_tokens, window_for_length
 from longrope2.model import WindowedModel
 from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
 
@@ -49,8 +49,29 @@ def test_the_last_token_may_fill_the_target_window_but_not_exceed_it(model):
 def test_bad_requests_are_refused_at_the_call(model):
     with pytest.raises(DataError, match="the prompt has no tokens"):
         generate_tokens(model, [], max_new_tokens=1)
+    with pytest.raises(DataError, match=r"generate\.prefill_chunk=0 must be at least 1, or null"):
+        generate_tokens(model, [1], max_new_tokens=1, prefill_chunk=0)
     with pytest.raises(DataError, match=r"generate\.temperature=-0\.5 is below 0"):
         generate_tokens(model, [1], max_new_tokens=1, temperature=-0.5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {"max_new_tokens": 2}, "prompt 1 has no tokens"),
+        (
+            [[1], [5] * 60],
+            {"max_new_tokens": [60, 5]},
+            r"prompt 1's 60 tokens and .*=5 exceed .* 64 tokens; .* at most 4$",
+        ),
+        ([[1], [2]], {"max_new_tokens": [3]}, "max_new_tokens has 1 values for 2 prompts"),
+        ([[1]], {"max_new_tokens": 3, "max_rows": 0}, "max_rows=0 must be at least 1"),
+        ([[1]], {"max_new_tokens": 3, "prefill_chunk": 0}, r"generate\.prefill_chunk=0 must be at least 1"),
+    ],
+)
+def test_bad_batches_are_refused(model, prompts, options, message):
+    with pytest.raises(DataError, match=message):
+        generate_batch(model, prompts, **options)
 
 
 def test_sampling_follows_the_tempered_distribution(model):

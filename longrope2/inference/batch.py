@@ -1,0 +1,161 @@
+"""Greedy generation for many prompts, each in the window that its own length asks for.
+
+Prompts are read one at a time: a prefill fills the processor by itself, and what it computes is then bit for bit what the
+prompt alone would give. Only the decoding is batched, over rows of one window and similar length: shorter rows are padded
+on the left of the cache, their padding is masked and their positions are their own, so a row's tokens do not depend on
+its batch mates. Matrix products of another shape round differently, which moves logits by about 1e-6 of the largest in
+float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit for bit generation one by one.
+
+A row that outgrows L0 leaves its batch and is read again with the rescaled RoPE once the short rows are done.
+
+Shape legend: B = rows, V = vocabulary.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from longrope2.errors import DataError
+from longrope2.inference.cache import KvPolicy, join_caches, next_logits, single_row
+from longrope2.inference.generation import GeneratedToken, check_request, switch_window, window_for_length
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope import Window
+
+__all__ = ["generate_batch"]
+
+
+@dataclass
+class _Row:
+    """One sequence on its way."""
+
+    ids: list[int]
+    num_left: int
+    """New tokens it may still get; 0 once it has stopped."""
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    """Its keys and values while it belongs to no batch."""
+
+    def append(self, token_id: int, window: Window, stop_ids: frozenset[int]) -> None:
+        """Take the token chosen for it."""
+        self.ids.append(token_id)
+        self.tokens.append(GeneratedToken(token_id, window))
+        self.num_left = 0 if token_id in stop_ids else self.num_left - 1
+
+
+def generate_batch(
+    model: WindowedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop_ids: Collection[int] = (),
+    prefill_chunk: int | None = None,
+    kv_policy: KvPolicy = KvPolicy.reprefill,
+    max_rows: int = 8,
+) -> list[list[GeneratedToken]]:
+    """Continue many sequences, each with its most likely tokens.
+
+    Args:
+        model: Model with both RoPE tables; its factors say where L0 and L are.
+        prompts: Token ids of each prompt, BOS included if the model wants one; any lengths, any order.
+        max_new_tokens: Upper bound on the new tokens, one for all or one per prompt.
+        stop_ids: Ids that end a sequence; the one that does is its last token.
+        prefill_chunk: Tokens of a prompt read at a time; None reads it at once.
+        kv_policy: What becomes of a cache when its sequence outgrows L0.
+        max_rows: Sequences decoded together; their caches stand in memory at the same time.
+
+    Returns:
+        New tokens of each prompt, in the order given.
+
+    Raises:
+        DataError: an empty prompt, one that exceeds the target length, or an option outside its range; names the prompt.
+    """
+    rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk, max_rows)
+    group = _GroupDecoder(model, frozenset(stop_ids), prefill_chunk, kv_policy)
+    for window in (Window.SHORT, Window.LONG):  # a row only ever moves from the first to the second
+        waiting = sorted((row for row in rows if group.belongs(row, window)), key=lambda row: len(row.ids))
+        for first in range(0, len(waiting), max_rows):
+            group.decode(waiting[first : first + max_rows], window)
+    return [row.tokens for row in rows]
+
+
+def _checked_rows(
+    model: WindowedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    prefill_chunk: int | None,
+    max_rows: int,
+) -> list[_Row]:
+    """A row per prompt; all prompts are checked before the first is read."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise DataError(f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; give one each, or one")
+    if max_rows < 1:
+        raise DataError(f"max_rows={max_rows} must be at least 1")
+    for number, (prompt_ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+        check_request(prompt_ids, limit, model.factors.target_len, prefill_chunk, f"prompt {number}")
+    return [_Row(list(prompt_ids), limit) for prompt_ids, limit in zip(prompts, limits, strict=True)]
+
+
+@dataclass(frozen=True)
+class _GroupDecoder:
+    """Decodes rows of one window together."""
+
+    model: WindowedModel
+    stop_ids: frozenset[int]
+    prefill_chunk: int | None
+    kv_policy: KvPolicy
+
+    def belongs(self, row: _Row, window: Window) -> bool:
+        """Whether the row still wants tokens and its length asks for this window."""
+        return row.num_left > 0 and window_for_length(len(row.ids), self.model.factors.geometry.original_len) is window
+
+    def decode(self, rows: list[_Row], window: Window) -> None:
+        """Continue all rows until each has stopped or outgrown the window."""
+        for row in rows:
+            logits_V, row.cache = switch_window(self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy)
+            row.append(int(logits_V.argmax()), window, self.stop_ids)
+        active = self._still_in(rows, window)
+        if not active:
+            return
+        cache, first_key_B = join_caches([row.cache for row in active if row.cache is not None])
+        for row in active:
+            row.cache = None
+        while active:
+            for row, token_id in zip(active, self._step(active, cache, first_key_B, window), strict=True):
+                row.append(token_id, window, self.stop_ids)
+            active, first_key_B = self._drop_leavers(active, cache, first_key_B, window)
+
+    def _step(self, rows: list[_Row], cache: DynamicCache, first_key_B: Tensor, window: Window) -> list[int]:
+        """The most likely next token of each row."""
+        device = self.model.hf.device
+        tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
+        positions_B1 = torch.tensor([[len(row.ids) - 1] for row in rows], device=device)
+        padding_B = first_key_B.to(device) if first_key_B.any() else None
+        logits_BV = next_logits(self.model, tokens_B1, cache, window, positions_B1, padding_B)
+        return logits_BV.argmax(dim=-1).tolist()
+
+    def _drop_leavers(
+        self, rows: list[_Row], cache: DynamicCache, first_key_B: Tensor, window: Window
+    ) -> tuple[list[_Row], Tensor]:
+        """Take the rows that have stopped or outgrown the window out of the cache; a re-rotated one keeps its keys."""
+        staying = [number for number, row in enumerate(rows) if self.belongs(row, window)]
+        if len(staying) == len(rows):
+            return rows, first_key_B
+        if self.kv_policy is KvPolicy.rerotate:
+            for number in set(range(len(rows))) - set(staying):
+                if rows[number].num_left > 0:
+                    rows[number].cache = single_row(cache, number, int(first_key_B[number]))
+        index_B = torch.tensor(staying, dtype=torch.long)
+        cache.batch_select_indices(index_B.to(self.model.hf.device))
+        return [rows[number] for number in staying], first_key_B[index_B]
+
+    def _still_in(self, rows: list[_Row], window: Window) -> list[_Row]:
+        """Rows that go on in this window; one that leaves keeps its cache only to be re-rotated."""
+        staying = [row for row in rows if self.belongs(row, window)]
+        for row in rows:
+            if not self.belongs(row, window) and (row.num_left == 0 or self.kv_policy is KvPolicy.reprefill):
+                row.cache = None
+        return staying
