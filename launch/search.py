@@ -20,7 +20,7 @@ from data_prep.corpora import Document, build_corpus, heldout_documents
 from data_prep.needles import build_needle_set
 from data_prep.tokenization import DocumentTokenizer
 from launch.search_plan import SearchCommand, check, describe, long_factors, sample_len
-from launch.torchrun import CONFIG_FLAG, config_path_of_rank, run_under_torchrun
+from launch.torchrun import CONFIG_FLAG, config_path_of_rank, note_config_of_ranks, run_under_torchrun, split_prepare
 from longrope2.artifacts import (
     MANIFEST_NAME,
     atomic_path,
@@ -60,6 +60,7 @@ from longrope2.search import (
 )
 from longrope2.segments.needle_set import NeedleSet
 
+RANKS_CONFIG = "ranks.yaml"
 CHANGEABLE = ("dry_run", "tracking", "parallel.processes", "search.projected_gpus", "search.projected_tflops")
 
 
@@ -71,7 +72,8 @@ def main() -> None:
         return
     if world_size_from_environment() is not None:
         raise ConfigError(["under torchrun, give --config FILE, a search configuration: ranks do not compose"])
-    config = compose(SearchCommand, "search", arguments)
+    prepare, overrides = split_prepare(arguments)
+    config = compose(SearchCommand, "search", overrides)
     model_folder, space = check(config)
     print(describe(config, model_folder, space))
     if config.dry_run:
@@ -82,6 +84,12 @@ def main() -> None:
     if (folder / MANIFEST_NAME).is_file():
         refuse_other_model(folder, identity(model_folder))
         print(f"already complete: {folder / FACTORS_FILE}")
+        if prepare is not None:
+            note_config_of_ranks(prepare, None)
+    elif prepare is not None:  # config.yaml marks a folder as claimed, which the ranks do after their self-tests
+        dump(config, folder / RANKS_CONFIG)
+        note_config_of_ranks(prepare, folder / RANKS_CONFIG)
+        return
     elif config.parallel.processes == 1:
         search(config)
     else:

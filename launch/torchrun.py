@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from longrope2.artifacts import write_text
 from longrope2.errors import ConfigError
 
-__all__ = ["CONFIG_FLAG", "config_path_of_rank", "run_under_torchrun"]
+__all__ = ["CONFIG_FLAG", "config_path_of_rank", "note_config_of_ranks", "run_under_torchrun", "split_prepare"]
 
 CONFIG_FLAG = "--config"
+PREPARE_FLAG = "--prepare"
 # A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill them after 30 seconds.
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
@@ -30,6 +32,27 @@ def config_path_of_rank(arguments: list[str]) -> Path:
             [f"{CONFIG_FLAG} takes one path and no overrides; got {' '.join(arguments[1:]) or 'nothing'}"]
         )
     return Path(arguments[1])
+
+
+def split_prepare(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The path after a leading ``--prepare``, or None, and the overrides.
+
+    ``--prepare FILE`` composes, checks, prints the plan and writes the configuration of the ranks, then stops; FILE tells the
+    job script where that is (``note_config_of_ranks``).
+
+    Raises:
+        ConfigError: no path stands behind the flag.
+    """
+    if arguments[:1] != [PREPARE_FLAG]:
+        return None, arguments
+    if len(arguments) < 2 or "=" in arguments[1]:
+        raise ConfigError([f"{PREPARE_FLAG} takes a path before the overrides: {PREPARE_FLAG} FILE key=value ..."])
+    return Path(arguments[1]), arguments[2:]
+
+
+def note_config_of_ranks(note: Path, config_path: Path | None) -> None:
+    """Write the path that ranks get after ``--config`` into ``note``; nothing when there is nothing left to do."""
+    write_text(note, "" if config_path is None else f"{config_path}\n")
 
 
 def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:

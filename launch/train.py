@@ -1,19 +1,19 @@
 """``python -m launch.train``: mixed-window training under DeepSpeed ZeRO and sequence parallelism.
 
 Composes and checks the configuration, prints the plan, writes ``3_checkpoints/config.yaml``, then trains: in this process,
-or in ``parallel.processes`` processes that torchrun starts here. Under torchrun or Slurm, start the ranks with
-``--config RUN/3_checkpoints/config.yaml``: ranks read that file and never compose.
+or in ``parallel.processes`` processes that torchrun starts here. Under torchrun or Slurm, first give ``--prepare FILE`` (it
+stops after writing), then start the ranks with ``--config RUN/3_checkpoints/config.yaml``: ranks never compose.
 
 Exit codes: 0 done (or stopped at ``training.stop_after_step``), 2 a fault of the user's, 75 (``REQUEUE_EXIT_CODE``) stopped
 by SIGTERM or SIGUSR1 with everything saved: the same command goes on. A torchrun of your own ends with 1 instead of 75 and
-kills its ranks 30 seconds after SIGTERM; ranks that ``srun`` starts get the signals, and end the job step, themselves.
+kills its ranks 30 seconds after SIGTERM; ``launch.node_agent`` is a torchrun that does neither (``slurm/`` uses it).
 """
 
 import os
 import sys
 from pathlib import Path
 
-from launch.torchrun import CONFIG_FLAG, config_path_of_rank, run_under_torchrun
+from launch.torchrun import CONFIG_FLAG, config_path_of_rank, note_config_of_ranks, run_under_torchrun, split_prepare
 from longrope2.artifacts import product_folder, read_manifest
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, load
@@ -49,7 +49,8 @@ def main() -> None:
         return
     if world_size_from_environment() is not None:
         raise ConfigError(["under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"])
-    config = compose(TrainRoot, "train", arguments)
+    prepare, overrides = split_prepare(arguments)
+    config = compose(TrainRoot, "train", overrides)
     if config.dry_run:
         print(preview_plan(config, config.parallel.processes))
         return
@@ -58,8 +59,12 @@ def main() -> None:
     folder = product_folder(config.run.folder, "checkpoints")
     check_machine(config)
     claim_folder(folder, config, changeable=CHANGEABLE)
-    if _is_complete(folder):
+    complete = _is_complete(folder)
+    if prepare is not None:
+        note_config_of_ranks(prepare, None if complete else folder / "config.yaml")
+    if complete:
         print(f"already complete: {folder / 'final'}")
+    if complete or prepare is not None:
         return
     if config.parallel.processes == 1:
         _exit_unless_done(train(config))

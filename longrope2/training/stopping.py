@@ -32,6 +32,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        # A launcher may start ranks with these blocked, so that one which comes while they import is kept until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
