@@ -30,7 +30,7 @@ def choose(config: "PackConfig", table: DocumentTable, reading: ReadingPlan) -> 
     overlong[RETRIEVAL_SOURCE] = ShortOverlong.drop  # generated to the length of their bucket, never cut
     selection = select_documents(table, candidates, fitted.demand, lengths, overlong, account, seed=config.seed)
     missing, shortfalls = fitted.missing, list(fitted.shortfalls)
-    if config.corpus.plan is None:
+    if not config.corpus.plan.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
     missing = {source: cells for source, cells in missing.items() if source in reading.sources}
     return Planned(table, selection, account, fitted.demand, missing, shortfalls, lengths)

@@ -108,8 +108,9 @@ class CorpusConfig:
     folder of books that only serve search or evaluation. Keep it the same for all stages that read the corpus."""
     quotas: dict[str, BucketQuota] = field(default_factory=dict)
     """Source -> tokens wanted per bucket. The source ``retrieval`` (needle documents) exists for every corpus."""
-    plan: PlanConfig | None = None
-    """Tokens per source and per length bucket instead, fitted to what there is; ``null`` takes ``quotas`` as they stand."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Tokens per source and per length bucket instead, fitted to what there is; without ``plan.sources`` the ``quotas`` are
+    taken as they stand."""
     heldout_characters: int | None = None
     """Read no more held-out text than this for search and evaluation; ``null`` reads all of it. Public corpora need a
     limit, their held-out share is terabytes."""

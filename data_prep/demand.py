@@ -38,14 +38,14 @@ class FittedDemand:
 def length_buckets(config: "PackConfig") -> LengthBuckets:
     """Buckets of the plan; with quotas: up to L0, and longer."""
     plan = config.corpus.plan
-    if plan is None:
+    if not plan.is_given:
         return LengthBuckets(QUOTA_BUCKETS, (config.model.original_len, config.documents.max_tokens))
     return LengthBuckets(BUCKETS, (config.model.original_len, plan.mid_limit, plan.long_limit))
 
 
 def wanted_sources(corpus: CorpusConfig) -> list[str]:
     """Sources of the corpus that the plan or the quotas name, without generated documents."""
-    names = corpus.quotas if corpus.plan is None else corpus.plan.sources
+    names = corpus.plan.sources if corpus.plan.is_given else corpus.quotas
     return sorted(source for source in names if source != RETRIEVAL_SOURCE)
 
 
@@ -59,7 +59,7 @@ def demand_of(corpus: CorpusConfig, supply: Supply, natural: Supply) -> FittedDe
     """
     quota = corpus.quotas.get(RETRIEVAL_SOURCE, BucketQuota())
     generated = {(RETRIEVAL_SOURCE, b): None for b in (*BUCKETS, *QUOTA_BUCKETS) if quota.short or quota.long}
-    if corpus.plan is None:
+    if not corpus.plan.is_given:
         cells = {
             (source, bucket): getattr(quota, bucket)
             for source, quota in corpus.quotas.items()
@@ -70,7 +70,7 @@ def demand_of(corpus: CorpusConfig, supply: Supply, natural: Supply) -> FittedDe
     cells = {(source, b): math.ceil(tokens) for source, row in fitted.cells.items() for b, tokens in row.items()}
     shortfalls = tuple(map(str, fitted.shortfalls))
     return FittedDemand(
-        Demand(cells | generated, fitted.domains), _missing(fitted, corpus.plan.buckets is not None), shortfalls
+        Demand(cells | generated, fitted.domains), _missing(fitted, corpus.plan.fixes_lengths), shortfalls
     )
 
 

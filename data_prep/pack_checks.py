@@ -22,7 +22,7 @@ def faults_of(config: "PackConfig", sources: Sequence[str] | None) -> list[str]:
         *_retrieval_faults(config),
     ]  # fmt: skip
     if sources is not None:
-        faults += _quota_faults(config, sources) if config.corpus.plan is None else _plan_faults(config, sources)
+        faults += _plan_faults(config, sources) if config.corpus.plan.is_given else _quota_faults(config, sources)
     return faults
 
 
@@ -82,7 +82,6 @@ def _retrieval_faults(config: "PackConfig") -> list[str]:
 def _plan_faults(config: "PackConfig", sources: Sequence[str]) -> list[str]:
     """Faults of the plan."""
     plan = config.corpus.plan
-    assert plan is not None
     faults = plan.faults(sources)
     if config.model.original_len >= plan.mid_limit:
         faults.append(

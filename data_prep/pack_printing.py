@@ -20,7 +20,7 @@ def print_plan(config: "PackConfig", folder: Path) -> None:
         f"pack {config.corpus.name} for {config.model.name}: segments of {config.target_len} tokens, short window "
         f"{config.model.original_len}, alignment {config.align} -> {folder}"
     )
-    if config.corpus.plan is not None:
+    if config.corpus.plan.is_given:
         _print_margins(config)
         return
     print(f"  {'source':<20}{'short tokens':>16}{'long tokens':>16}")
@@ -59,9 +59,8 @@ def print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
 def _print_margins(config: "PackConfig") -> None:
     """A plan: tokens by source and by length."""
     plan = config.corpus.plan
-    assert plan is not None
     print("  tokens by source: " + ", ".join(f"{source} {tokens:,}" for source, tokens in sorted(plan.sources.items())))
-    if plan.buckets is None:
+    if not plan.fixes_lengths:
         print(f"  tokens by length: all longer documents and {plan.short_survival:.0%} of the short ones")
     else:
         print("  tokens by length: " + ", ".join(f"{bucket} {getattr(plan.buckets, bucket):,}" for bucket in BUCKETS))

@@ -114,7 +114,7 @@ def fit_plan(plan: PlanConfig, supply: Mapping[str, Mapping[str, Mapping[str, fl
     """
     scale = 1.0 if plan.total_tokens is None else plan.total_tokens / sum(plan.sources.values())
     sources = {source: tokens * scale for source, tokens in plan.sources.items()}
-    if plan.buckets is None:
+    if not plan.fixes_lengths:
         return _thin_short_documents(plan, sources, supply)
     buckets = {bucket: getattr(plan.buckets, bucket) * scale for bucket in BUCKETS}
     by_source = {

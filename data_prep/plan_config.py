@@ -12,7 +12,7 @@ from enum import Enum
 __all__ = ["BUCKETS", "BucketTokens", "DomainMix", "PlanConfig"]
 
 
-BUCKETS = ("short", "mid", "long")
+BUCKETS: tuple[str, ...] = ("short", "mid", "long")
 
 
 class DomainMix(Enum):
@@ -40,8 +40,8 @@ class PlanConfig:
 
     sources: dict[str, int] = field(default_factory=dict)
     """Source -> tokens."""
-    buckets: BucketTokens | None = None
-    """Tokens per bucket; they sum to the same as ``sources``. ``null`` leaves the lengths to ``short_survival``."""
+    buckets: BucketTokens = field(default_factory=BucketTokens)
+    """Tokens per bucket; they sum to the same as ``sources``. All 0 leaves the lengths to ``short_survival``."""
     only: dict[str, list[str]] = field(default_factory=dict)
     """Source -> the only buckets (short, mid, long) it serves; a source that is not named serves all."""
     mid_limit: int = 100_000
@@ -54,9 +54,19 @@ class PlanConfig:
     domain_shares: dict[str, dict[str, float]] = field(default_factory=dict)
     """Source -> domain -> share (any scale). A source that is not named keeps the shares measured in the supply."""
     short_survival: float = 0.1
-    """Only where ``buckets`` is null: share of the short documents that stay, in [0, 1], while all longer ones do."""
+    """Only where ``buckets`` are all 0: share of the short documents that stay, in [0, 1], while all longer ones do."""
     total_tokens: int | None = None
     """Scale the whole plan to this many tokens, at least 1; ``null`` takes the numbers as they stand."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a plan at all: an empty one leaves the corpus to its quotas."""
+        return bool(self.sources)
+
+    @property
+    def fixes_lengths(self) -> bool:
+        """Whether the plan says how many tokens of which length; otherwise ``short_survival`` does."""
+        return any(getattr(self.buckets, bucket) for bucket in BUCKETS)
 
     def faults(self, known_sources: Sequence[str]) -> list[str]:
         """What is wrong with the values, each fault naming its key."""
@@ -66,18 +76,18 @@ class PlanConfig:
             if source not in known_sources
         ]
         if not any(self.sources.values()):
-            found.append("corpus.plan.sources asks for no tokens at all; give corpus.plan.sources.SOURCE=TOKENS")
+            found.append("corpus.plan.sources asks for no tokens at all; give +corpus.plan.sources.SOURCE=TOKENS")
         return [*found, *self._token_faults(), *self._rule_faults()]
 
     def _token_faults(self) -> list[str]:
         """Faults of the margins."""
-        lengths = {} if self.buckets is None else {bucket: getattr(self.buckets, bucket) for bucket in BUCKETS}
+        lengths = {bucket: getattr(self.buckets, bucket) for bucket in BUCKETS}
         numbers = {f"sources.{source}": tokens for source, tokens in self.sources.items()}
         numbers |= {f"buckets.{bucket}": tokens for bucket, tokens in lengths.items()}
         found = [
             f"corpus.plan.{key}={tokens} must be tokens, 0 or more" for key, tokens in numbers.items() if tokens < 0
         ]
-        if lengths and sum(self.sources.values()) != sum(lengths.values()):
+        if self.fixes_lengths and sum(self.sources.values()) != sum(lengths.values()):
             found.append(
                 f"corpus.plan.sources sum to {sum(self.sources.values())} tokens and corpus.plan.buckets to "
                 f"{sum(lengths.values())}; make them equal"

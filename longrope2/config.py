@@ -191,5 +191,7 @@ def _explain_unknown_key(lines: list[str], key: str, full_key: str | None, cause
     text = f"unknown key {named}"
     if isinstance(schema, type) and dataclasses.is_dataclass(schema):
         allowed = ", ".join(f.name for f in dataclasses.fields(schema))
-        text += f"; keys beside it: {allowed}"
+        return f"{text}; keys beside it: {allowed}"
+    if schema is dict:
+        return f"{text}; to add it, put + in front: +{named}=VALUE"
     return text

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.pack import PackConfig
 from longrope2.config import claim_folder, compose, dump, load, to_plain
 from longrope2.errors import ConfigError
 from longrope2.training import TrainRoot, check
@@ -27,6 +28,14 @@ def test_round_trip_through_the_run_folder(tmp_path: Path) -> None:
 def test_unknown_key_is_named_with_its_neighbours() -> None:
     (fault,) = faults("training.learning_rat=1")
     assert fault.startswith("unknown key training.learning_rat; keys beside it: tokens, global_batch_tokens")
+
+
+def test_a_new_entry_of_a_dictionary_needs_a_plus() -> None:
+    overrides = ["target_len=2048", "corpus.plan.sources.web=5"]
+    with pytest.raises(ConfigError, match=r"unknown key corpus.plan.sources.web; to add it, put \+ in front"):
+        compose(PackConfig, "pack", overrides)
+    config = compose(PackConfig, "pack", [overrides[0], "+corpus.plan.sources.web=5", "corpus.plan.buckets.long=5"])
+    assert config.corpus.plan.sources == {"web": 5} and config.corpus.plan.fixes_lengths
 
 
 def test_wrong_type_is_named() -> None:

@@ -22,8 +22,8 @@ def preset(name):
     for base in composed.get("defaults", []):
         if base != "_self_":
             values = yaml.safe_load((CONF / f"{base}.yaml").read_text())["plan"] | values
-    buckets = values.pop("buckets")
-    return PlanConfig(**values, buckets=None if buckets is None else BucketTokens(**buckets))
+    buckets = values.pop("buckets", {})
+    return PlanConfig(**values, buckets=BucketTokens(**buckets))
 
 
 def unlimited(plan):
@@ -197,7 +197,7 @@ def test_buckets_by_length():
      "corpus.plan.sources sum to 5 tokens and corpus.plan.buckets to 4; make them equal"),
     ({"sources": {"a": -5, "b": 5}}, "corpus.plan.sources.a=-5 must be tokens, 0 or more"),
     ({"buckets": BucketTokens(mid=-1)}, "corpus.plan.buckets.mid=-1 must be tokens, 0 or more"),
-    ({"sources": {"a": 0}}, "corpus.plan.sources asks for no tokens at all; give corpus.plan.sources.SOURCE=TOKENS"),
+    ({"sources": {"a": 0}}, "corpus.plan.sources asks for no tokens at all; give +corpus.plan.sources.SOURCE=TOKENS"),
     ({"mid_limit": 300_000}, "corpus.plan.mid_limit=300000 must be between 0 and corpus.plan.long_limit=200000"),
     ({"short_survival": 1.5}, "corpus.plan.short_survival=1.5 is outside [0, 1]"),
     ({"total_tokens": 0}, "corpus.plan.total_tokens=0 must be at least 1, or null"),

@@ -169,7 +169,7 @@ def test_every_corpus_fits_the_schema_and_plans_for_sources_it_has(file):
     assert isinstance(config, CorpusConfig)
     members = [kind.value for kind in config.members]
     assert (config.kind is CorpusKind.mix) == bool(members)
-    if config.plan is not None:
+    if config.plan.is_given:
         assert config.plan.faults(members) == [] and sorted(config.plan.sources) == sorted(members)
 
 
@@ -190,7 +190,7 @@ def test_paper_corpus_from_mirrors(tmp_path):
     config = paper_mirrors(tmp_path)
     corpus = build_corpus(config)
     assert corpus.sources == ("redpajama_v1", "redpajama_v2", "starcoder", "fineweb_edu")
-    assert config.plan is not None and config.plan.faults(corpus.sources) == []
+    assert config.plan.is_given and config.plan.faults(corpus.sources) == []
     found, _ = everything(corpus)
     alone = [everything(build_corpus(configured(kind, tmp_path / kind)))[0] for kind in corpus.sources]
     assert found == {doc_id: text for texts in alone for doc_id, text in texts.items()}
