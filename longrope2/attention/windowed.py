@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longrope2.attention.exchange import heads_to_tokens, tokens_to_heads
+from longrope2.attention.kept import keep_or_repeat
 from longrope2.attention.kernels import AttentionKernel, dense_attention, varlen_attention
 from longrope2.attention.layout import DocumentBucket, SegmentLayout
 
@@ -54,11 +55,7 @@ def windowed_attention(
     """
     if layout is None:
         return causal_attention(q_BHTD, k_BKCD, v_BKCD, scaling).transpose(1, 2)
-    group = layout.exchange_group
-    if group is not None:
-        q_BHTD, k_BKCD, v_BKCD = tokens_to_heads(q_BHTD, k_BKCD, v_BKCD, group)
-    out_BTHD = document_attention(q_BHTD, k_BKCD, v_BKCD, layout, scaling).transpose(1, 2)
-    return out_BTHD if group is None else heads_to_tokens(out_BTHD, group)
+    return keep_or_repeat(lambda: _segment_attention(q_BHTD, k_BKCD, v_BKCD, layout, scaling))
 
 
 def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: float) -> Tensor:
@@ -105,6 +102,15 @@ def document_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: S
     if layout.restore_T is not None:
         out_THD = out_THD.index_select(0, layout.restore_T)
     return out_THD.transpose(0, 1)[None]
+
+
+def _segment_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:
+    """Attention over a segment that sequence-parallel ranks may share, [B, T, H, D]."""
+    group = layout.exchange_group
+    if group is not None:
+        q_BHTD, k_BKTD, v_BKTD = tokens_to_heads(q_BHTD, k_BKTD, v_BKTD, group)
+    out_BTHD = document_attention(q_BHTD, k_BKTD, v_BKTD, layout, scaling).transpose(1, 2)
+    return out_BTHD if group is None else heads_to_tokens(out_BTHD, group)
 
 
 def _kernel_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float) -> Tensor:

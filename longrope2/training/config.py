@@ -40,7 +40,16 @@ class Recompute(Enum):
     """Which activations are computed again in the backward pass."""
 
     none = "none"
+    dense = "dense"
     full = "full"
+
+
+class FinalDtype(Enum):
+    """Number format of the weights in ``final/``."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class OptimizerKind(Enum):
@@ -88,13 +97,24 @@ class TrainingConfig:
     precision: Precision = Precision.auto
     """``auto`` is bf16 on a GPU and fp32 on a CPU."""
     recompute: Recompute = Recompute.none
-    """``full`` keeps only layer inputs and recomputes the rest."""
+    """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and recomputes the rest."""
+    offload_activations: bool = False
+    """Keep what ``recompute`` leaves in CPU memory: less GPU memory, slower steps."""
+    selftest: bool = True
+    """Before the model is loaded, compare a tiny one in this layout of processes with one process alone (seconds)."""
+    hang_timeout_s: float | None = 1200.0
+    """Seconds without progress after which a rank says which ranks are behind, and ends the run; null waits for ever. Above
+    the longest step, checkpoint or model load, and below ``parallel.timeout_seconds``, or that comes first."""
     prefetch_steps: int = 1
     """Steps whose segments are read ahead in a thread; 0 reads each step when it begins."""
     checkpoint_steps: int = 200
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on; false waits for the disk and keeps no copy of the state in memory."""
+    final_dtype: FinalDtype = FinalDtype.auto
+    """Weights of ``final/``; ``auto`` is the format of the forward pass; fp32 after bf16 gives the master weights."""
     log_steps: int = 1
     """Steps between metric records."""
     peak_tflops: float | None = None
@@ -121,6 +141,13 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Number format of forward and backward; ``auto`` is bf16 where the hardware is made for it."""
     bf16 = precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def final_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
+    """Number format of the weights in ``final/``."""
+    if training.final_dtype is FinalDtype.auto:
+        return compute_dtype(training.precision, device)
+    return torch.bfloat16 if training.final_dtype is FinalDtype.bf16 else torch.float32
 
 
 def check(config: TrainRoot, world_size: int) -> Path:
@@ -172,10 +199,12 @@ def _range_faults(training: TrainingConfig) -> list[str]:
     for name in ("weight_decay", "warmup_steps", "prefetch_steps"):
         if getattr(training, name) < 0:
             faults.append(f"training.{name}={getattr(training, name)} must not be negative")
-    for name in ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops"):
+    for name in ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s"):
         value = getattr(training, name)
         if value is not None and value <= 0:
             faults.append(f"training.{name}={value} must be above 0, or null")
+    if training.offload_activations and training.recompute is Recompute.none:
+        faults.append("training.offload_activations=true needs training.recompute=full or dense; with none all stays")
     return faults
 
 

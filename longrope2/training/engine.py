@@ -6,37 +6,62 @@ import torch
 
 from longrope2.model import WindowedModel, load_windowed_model
 from longrope2.parallel import Processes
-from longrope2.training.config import Recompute, TrainRoot, compute_dtype
+from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.deepspeed_settings import deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.plan import TrainingPlan
+from longrope2.training.recompute import apply_recompute
+from longrope2.training.shares import RankShares
 
-__all__ = ["make_engine"]
+__all__ = ["make_engine", "wrap_model"]
 
 
 def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> Any:
-    """Load the model and wrap it; every rank calls this."""
-    import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
-
+    """Load the model and wrap it; every rank calls this. Under ZeRO-3 no rank ever holds the whole model."""
     torch.manual_seed(config.seed)
     dtype = compute_dtype(config.training.precision, processes.device)
-    model: WindowedModel = load_windowed_model(
+    micro_steps = plan.schedule.segments_per_step // processes.dims.data
+    settings = _settings(config, micro_steps, dtype)
+    shares = RankShares(settings, processes.mpu, dtype) if config.parallel.zero_stage == 3 else None
+    model = load_windowed_model(
         plan.model_folder,
         plan.factors,
         device=processes.device,
         dtype=dtype,
         from_scratch=config.model.from_scratch,
+        take=shares.take if shares else None,
+        read=processes.is_main,
     )
-    if config.training.recompute is Recompute.full:
-        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return wrap_model(model, config, processes, micro_steps=micro_steps, dtype=dtype)
+
+
+def wrap_model(
+    model: WindowedModel, config: TrainRoot, processes: Processes, *, micro_steps: int, dtype: torch.dtype
+) -> Any:
+    """The DeepSpeed engine that the configuration asks for, around a model; every rank calls this.
+
+    Args:
+        model: On the device, or in shares.
+        config: The run.
+        processes: This process among the others.
+        micro_steps: Micro-steps of one optimizer step.
+        dtype: Number format of the model's weights.
+    """
+    import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
+
+    apply_recompute(model.hf, config.training.recompute, offload=config.training.offload_activations)
     model.train()
-    micro_steps = plan.schedule.segments_per_step // processes.dims.data
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, config.training, offloaded=config.zero.offload_optimizer),  # type: ignore[arg-type]
-        config=deepspeed_settings(
-            config.training, config.parallel, config.zero, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
-        ),
+        config=_settings(config, micro_steps, dtype),
         mpu=processes.mpu,
     )
     return engine
+
+
+def _settings(config: TrainRoot, micro_steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's dictionary for this run."""
+    return deepspeed_settings(
+        config.training, config.parallel, config.zero, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
+    )

@@ -20,7 +20,8 @@ __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "check_tokenizer_fits", "
 
 # Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
 CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute",
-                            "max_skipped_steps", "peak_tflops", "prefetch_steps")  # fmt: skip
+                            "offload_activations", "max_skipped_steps", "peak_tflops", "prefetch_steps",
+                            "async_checkpoints", "final_dtype", "selftest", "hang_timeout_s")  # fmt: skip
 
 
 @dataclass(frozen=True)
