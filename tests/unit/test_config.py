@@ -31,10 +31,10 @@ def test_unknown_key_is_named_with_its_neighbours() -> None:
 
 
 def test_a_new_entry_of_a_dictionary_needs_a_plus() -> None:
-    overrides = ["target_len=2048", "corpus.plan.sources.web=5"]
+    folder = ["target_len=2048", "corpus=folder", "corpus.folder=texts"]
     with pytest.raises(ConfigError, match=r"unknown key corpus.plan.sources.web; to add it, put \+ in front"):
-        compose(PackConfig, "pack", overrides)
-    config = compose(PackConfig, "pack", [overrides[0], "+corpus.plan.sources.web=5", "corpus.plan.buckets.long=5"])
+        compose(PackConfig, "pack", [*folder, "corpus.plan.sources.web=5"])
+    config = compose(PackConfig, "pack", [*folder, "+corpus.plan.sources.web=5", "corpus.plan.buckets.long=5"])
     assert config.corpus.plan.sources == {"web": 5} and config.corpus.plan.fixes_lengths
 
 
