@@ -24,6 +24,7 @@ __all__ = [
     "Manifest",
     "atomic_path",
     "describe_input",
+    "fsync_folder",
     "model_identity",
     "product_folder",
     "read_manifest",
@@ -92,7 +93,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,7 +110,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sha256_of_bytes(data: bytes) -> str:
+def sha256_of_bytes(data: bytes | memoryview) -> str:
     """SHA-256 of ``data``, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
@@ -232,7 +233,7 @@ def _library_versions() -> dict[str, str]:
     return versions
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -2,116 +2,175 @@
 
 ``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training cursor; the cursor is the
 number of finished optimizer steps, and everything else (order of segments, learning rate) is a pure function of it, save
-for the count of skipped steps, which is kept beside it.
-``final/`` is the result: a Hugging Face folder with the base model's config and our factors.
+for the count of skipped steps, which is kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed
+when it is complete: whatever ends the run in between, the one before is untouched and is used.
+Another number of ranks takes the way of ``checkpoint_universal.py``; ``checkpoint_final.py`` writes the result of a run.
 """
 
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from longrope2.artifacts import (
-    Manifest,
-    atomic_path,
-    read_manifest,
-    sha256_of_file,
-    write_manifest,
-    write_text,
-)
+from longrope2.artifacts import Manifest, fsync_folder, read_manifest, sha256_of_file, write_manifest, write_text
 from longrope2.errors import ArtifactError
-from longrope2.model import FACTORS_FILE
-from longrope2.rope import RescaleFactors
+from longrope2.training.checkpoint_files import RankFiles, collect_hashes
+from longrope2.training.checkpoint_universal import ShardLayout, load_converted, optimizer_record
 from longrope2.training.guard import SkippedSteps
 
-__all__ = ["FINAL_FOLDER", "load_newest", "save", "save_final"]
+__all__ = ["CheckpointWriter", "load_newest"]
 
-FINAL_FOLDER = "final"
 LATEST_FILE = "latest"
 STEP_KIND = "training_state"
-FINAL_KIND = "checkpoint"
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-               "special_tokens_map.json")  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def save(
-    engine: Any, folder: Path, steps_done: int, skipped: SkippedSteps, keep: int, identity: dict[str, Any]
-) -> None:
-    """Write ``step_<n>``, verify-ready, then move ``latest`` and drop all but the ``keep`` newest.
+class CheckpointWriter:
+    """Writes the checkpoints of one run; every rank has one and calls it at the same steps."""
 
-    Every rank calls this. ``identity`` is stored in the manifest and compared on resume.
-    """
-    tag = f"step_{steps_done:08d}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        files = {p.name: sha256_of_file(p) for p in sorted((folder / tag).iterdir()) if p.name != "manifest.json"}
-        counts = {"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row}
-        write_manifest(folder / tag, Manifest(STEP_KIND, inputs=identity, counts=counts, files=files))
-        write_text(folder / LATEST_FILE, tag + "\n")
-        for old in _step_folders(folder)[:-keep]:
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        keep: int,
+        in_background: bool,
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            engine: DeepSpeed engine.
+            folder: ``3_checkpoints`` of the run.
+            identity: Stored in every manifest and compared on resume.
+            keep: Newest checkpoints kept.
+            in_background: Let training go on while files are written; costs host memory for a rank's share of the state.
+        """
+        self._engine = engine
+        self._folder = folder
+        self._identity = identity
+        self._keep = keep
+        self._in_background = in_background
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(self, steps_done: int, skipped: SkippedSteps) -> None:
+        """Begin to write ``step_<n>``; with ``in_background`` it is complete only after the next ``save`` or ``finish``.
+
+        Raises:
+            ArtifactError: a file of this or the checkpoint before could not be written.
+        """
+        self._join()
+        tag = f"step_{steps_done:08d}"
+        working = self._folder / f".{tag}.writing"
+        if dist.get_rank() == 0:
+            shutil.rmtree(working, ignore_errors=True)
+            working.mkdir(parents=True)
+        files = RankFiles(dist.get_rank(), in_memory=self._in_background)
+        with files.taken_from(self._engine, working):  # save_checkpoint begins with a barrier: the folder is there
+            self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
+        manifest = Manifest(
+            STEP_KIND,
+            inputs=self._identity,
+            counts={"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row},
+            details={"shards": ShardLayout.of(self._engine).to_json(), "optimizer": optimizer_record(self._engine)},
+        )
+        self._thread = threading.Thread(
+            target=self._write, args=(files, working, tag, manifest), name="checkpoint-writer", daemon=True
+        )
+        self._thread.start()
+        if not self._in_background:
+            self.finish()
+
+    def raise_if_failed(self) -> None:
+        """End the run soon after its checkpoint could not be written.
+
+        Raises:
+            ArtifactError: what failed.
+        """
+        if self._failure is not None:
+            raise ArtifactError(
+                f"a checkpoint in {self._folder} could not be written: {self._failure}; the one before is intact. "
+                "Free space or repair the disk; the same command goes on from there"
+            ) from self._failure
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is complete on all ranks.
+
+        Raises:
+            ArtifactError: it could not be written.
+        """
+        self._join()
+        dist.barrier()
+
+    def _join(self) -> None:
+        """Wait for this rank's part (on rank 0: for the whole)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_if_failed()
+
+    def _write(self, files: RankFiles, working: Path, tag: str, manifest: Manifest) -> None:
+        """The thread: this rank's files; on rank 0 then everything that makes them a checkpoint."""
+        try:
+            files.write()
+            if dist.get_rank() == 0:
+                manifest.files = collect_hashes(working, dist.get_world_size())
+                self._publish(working, tag, manifest)
+        except Exception as error:  # told to the training thread
+            self._failure = error
+
+    def _publish(self, working: Path, tag: str, manifest: Manifest) -> None:
+        """Manifest, final name, ``latest``, and only then old checkpoints go."""
+        write_manifest(working, manifest)
+        if (self._folder / tag).exists():  # a damaged one, from before the run was resumed
+            shutil.rmtree(self._folder / tag)
+        working.rename(self._folder / tag)
+        fsync_folder(self._folder)
+        write_text(self._folder / LATEST_FILE, tag + "\n")
+        for old in _step_folders(self._folder)[: -self._keep]:
             shutil.rmtree(old)
-    dist.barrier()
 
 
 def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[int, SkippedSteps]:
     """Load the newest undamaged checkpoint; a damaged one is skipped with a warning.
 
+    One that another number of ranks or another ZeRO stage wrote is converted first.
+
     Returns:
         Finished optimizer steps, and how many of them were skipped; zeros when there is no checkpoint.
 
     Raises:
-        ArtifactError: there are checkpoints and all are damaged, or they belong to another run.
+        ArtifactError: there are checkpoints and all are damaged, they belong to another run, or the newest cannot be
+            converted.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
+        for unfinished in folder.glob(".step_*"):
+            shutil.rmtree(unfinished)
         found = [_newest_intact(folder, identity)]
     dist.broadcast_object_list(found)
     if isinstance(found[0], ArtifactError):
         raise found[0]
     if found[0] is None:
         return 0, SkippedSteps()
-    tag, counts = found[0]
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-    if loaded is None:
-        raise ArtifactError(f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before")
+    tag, manifest = found[0]
+    written_as, counts = ShardLayout.from_json(manifest.details.get("shards")), manifest.counts
+    if written_as is None or written_as.fits(ShardLayout.of(engine)):
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise ArtifactError(f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before")
+    else:
+        load_converted(engine, folder / tag, written_as, manifest.details["optimizer"])
     return counts["steps"], SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
 
 
-def save_final(engine: Any, folder: Path, model_folder: Path, factors: RescaleFactors, manifest: Manifest) -> None:
-    """Gather the weights on rank 0 and write ``final/``: config and tokenizer of the base model, weights, factors."""
-    import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
-
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.hf.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if dist.get_rank() == 0:
-                state[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if dist.get_rank() == 0:
-        final = folder / FINAL_FOLDER
-        final.mkdir(parents=True, exist_ok=True)
-        (final / "manifest.json").unlink(missing_ok=True)
-        for name in MODEL_FILES:
-            if (model_folder / name).is_file():
-                with atomic_path(final / name) as temporary:
-                    shutil.copyfile(model_folder / name, temporary)
-        with atomic_path(final / "model.safetensors") as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
-        write_text(final / FACTORS_FILE, factors.to_json())
-        manifest.kind = FINAL_KIND
-        manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
-        write_manifest(final, manifest)
-    dist.barrier()
-
-
-def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, dict[str, int]] | ArtifactError | None:
-    """Tag and counts of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
+def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, Manifest] | ArtifactError | None:
+    """Name and manifest of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
     candidates = _step_folders(folder)
     if not candidates:
         return None
@@ -128,7 +187,7 @@ def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, dict[st
                 f"{candidate} was written by another run: {', '.join(changed)} differ; "
                 "use another run.name, or remove the checkpoints to start over"
             )
-        return candidate.name, manifest.counts
+        return candidate.name, manifest
     return ArtifactError(f"no checkpoint in {folder} is intact ({len(candidates)} damaged); remove them to start over")
 
 

@@ -12,9 +12,10 @@ from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
 from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.segments import SegmentStore
-from longrope2.training import checkpoint
 from longrope2.training.batch import RankBatch, load_rank_batch
-from longrope2.training.config import TrainRoot
+from longrope2.training.checkpoint import CheckpointWriter, load_newest
+from longrope2.training.checkpoint_final import save_final
+from longrope2.training.config import TrainRoot, final_dtype
 from longrope2.training.engine import make_engine
 from longrope2.training.guard import SkippedSteps, StepGuard
 from longrope2.training.machine import check_machine
@@ -67,11 +68,7 @@ class _Run:
     folder: Path
     identity: dict[str, Any]
     skipped: SkippedSteps
-
-    def save(self, steps_done: int) -> None:
-        """Write a checkpoint; every rank calls this."""
-        keep = self.config.training.keep_checkpoints
-        checkpoint.save(self.engine, self.folder, steps_done, self.skipped, keep, self.identity)
+    writer: CheckpointWriter
 
 
 def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals) -> RunEnd:
@@ -80,8 +77,12 @@ def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals:
     kernel = check_machine(config, processes.device)
     engine = make_engine(config, plan, processes)
     identity = run_identity(config, plan)
-    first, skipped = checkpoint.load_newest(engine, folder, identity)
-    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped)
+    first, skipped = load_newest(engine, folder, identity)
+    writer = CheckpointWriter(
+        engine, folder, identity, keep=config.training.keep_checkpoints,
+        in_background=config.training.async_checkpoints,
+    )  # fmt: skip
+    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped, writer)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
     done = _train_steps(run, first, last, signals)
     if done < last:
@@ -123,10 +124,12 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
             if done % training.checkpoint_steps == 0 or done == last:
-                run.save(done)
+                run.writer.save(done, run.skipped)
                 saved = done
+            run.writer.raise_if_failed()
     if saved < done:
-        run.save(done)
+        run.writer.save(done, run.skipped)
+    run.writer.finish()
     return done
 
 
@@ -155,7 +158,8 @@ def _finish(run: _Run) -> None:
         "checkpoint", inputs=run.identity, config=to_plain(run.config), seeds={"seed": run.config.seed}, counts=counts,
         details={"attention_kernel": str(run.kernel)},
     )  # fmt: skip
-    checkpoint.save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest)
+    dtype = final_dtype(run.config.training, run.processes.device)
+    save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest, dtype)
     if run.processes.is_main:
         manifest.kind = "checkpoints"
         manifest.files = {}

@@ -23,6 +23,12 @@ def checkpoint(folder: Path, steps: int, identity: dict | None = None) -> Path:
     return step
 
 
+def found(folder: Path) -> tuple[str, dict]:
+    newest = _newest_intact(folder, IDENTITY)
+    assert isinstance(newest, tuple)
+    return newest[0], newest[1].counts
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     assert _newest_intact(tmp_path, IDENTITY) is None
 
@@ -30,7 +36,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_the_newest_is_taken(tmp_path: Path) -> None:
     for steps in (2, 10, 4):
         checkpoint(tmp_path, steps)
-    assert _newest_intact(tmp_path, IDENTITY) == ("step_00000010", {"steps": 10})
+    assert found(tmp_path) == ("step_00000010", {"steps": 10})
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "unfinished"])
@@ -42,22 +48,22 @@ def test_a_damaged_one_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.
     else:
         (newest / ("state.pt" if damage == "missing" else "manifest.json")).unlink()
     with caplog.at_level(logging.WARNING):
-        assert _newest_intact(tmp_path, IDENTITY) == ("step_00000002", {"steps": 2})
+        assert found(tmp_path) == ("step_00000002", {"steps": 2})
     assert "skipping a damaged checkpoint" in caplog.text and "step_00000004" in caplog.text
 
 
 def test_all_damaged(tmp_path: Path) -> None:
     (checkpoint(tmp_path, 2) / "state.pt").unlink()
-    found = _newest_intact(tmp_path, IDENTITY)
-    assert isinstance(found, ArtifactError)
-    assert str(found).endswith("is intact (1 damaged); remove them to start over")
+    error = _newest_intact(tmp_path, IDENTITY)
+    assert isinstance(error, ArtifactError)
+    assert str(error).endswith("is intact (1 damaged); remove them to start over")
 
 
 def test_another_run(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2, {"seed": 2, "model": IDENTITY["model"]})
-    found = _newest_intact(tmp_path, IDENTITY)
-    assert isinstance(found, ArtifactError)
-    assert "was written by another run: seed differ; use another run.name" in str(found)
+    error = _newest_intact(tmp_path, IDENTITY)
+    assert isinstance(error, ArtifactError)
+    assert "was written by another run: seed differ; use another run.name" in str(error)
 
 
 def test_too_many_skipped_steps_stop_the_run() -> None:

@@ -1,0 +1,207 @@
+"""A checkpoint for another number of ranks, or another ZeRO stage: DeepSpeed's universal checkpoint, and what it gets wrong.
+
+ZeRO cuts the optimizer's state into as many shards as there are ranks. DeepSpeed's converter joins the shards into one
+file per parameter and state, and every rank then reads its part. Of DeepSpeed 0.19.8 the following is put right here:
+
+- loading into stage 3 gives every parameter group the hyperparameters of the first one (norms and embeddings would begin to
+  decay), and all groups one shared step counter, which then advances once per group and step;
+- that counter is loaded onto the device it was saved from;
+- a stage 1 or 2 checkpoint needs a mark that only Megatron writes, and asks the sequence-parallel groups for tensor-parallel
+  sizes;
+- stage 3 files carry no step for stages 1 and 2.
+
+So nothing is taken on trust: every checkpoint records the step counter and, per parameter, the sums of squares of the weights
+and both moments, and what was loaded is compared with them.
+"""
+
+import contextlib
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longrope2.errors import ArtifactError
+
+__all__ = ["ShardLayout", "load_converted", "optimizer_record"]
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+SAME_SUM = 1e-9
+"""Relative difference allowed between two sums of squares: the order of summation in float64."""
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """How a checkpoint is cut into files."""
+
+    world_size: int
+    zero_stage: int
+    bf16: bool
+
+    @classmethod
+    def of(cls, engine: Any) -> "ShardLayout":
+        """The layout that an engine writes and reads directly."""
+        return cls(dist.get_world_size(), int(engine.zero_optimization_stage()), bool(engine.bfloat16_enabled()))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | None) -> "ShardLayout | None":
+        """From a manifest; None for one that does not say."""
+        return None if values is None else cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a manifest."""
+        return asdict(self)
+
+    def fits(self, other: "ShardLayout") -> bool:
+        """Whether files of this layout load directly into ``other``; without ZeRO and in float32 nothing is sharded."""
+        return self == other or (self.zero_stage == other.zero_stage == 0 and not self.bf16 and not other.bf16)
+
+
+def optimizer_record(engine: Any) -> dict[str, Any]:
+    """Step counter, and per parameter the sums of squares of weights and moments over all ranks; every rank calls this.
+
+    Returns:
+        ``{"step": n, "sums": {parameter: [fp32, exp_avg, exp_avg_sq]}}``; without ZeRO (nothing to convert) no sums.
+    """
+    record: dict[str, Any] = {"step": _step(engine), "sums": {}}
+    if engine.zero_optimization_stage() == 0:
+        return record
+    names, rows = [], []
+    for name, parameter in engine.module.named_parameters():
+        names.append(name)
+        rows.append([_sum_of_squares(shard) for shard in _shards(parameter)])
+    totals = torch.tensor(rows, dtype=torch.float64, device=engine.device)
+    dist.all_reduce(totals)
+    record["sums"] = dict(zip(names, totals.tolist(), strict=True))
+    return record
+
+
+def load_converted(engine: Any, checkpoint: Path, written_as: ShardLayout, record: dict[str, Any]) -> None:
+    """Convert a checkpoint of another layout, load it, and compare what was loaded with what was saved.
+
+    Every rank calls this. The converted copy stands beside the checkpoint while it is read: as much disk space again.
+
+    Raises:
+        ArtifactError: the layouts cannot be converted into each other, the conversion failed, or it lost something.
+    """
+    wanted = ShardLayout.of(engine)
+    if 0 in (written_as.zero_stage, wanted.zero_stage):
+        raise ArtifactError(
+            f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}; only stages "
+            f"1 to 3 convert into each other: give parallel.zero_stage={written_as.zero_stage} and as many ranks"
+        )
+    universal = checkpoint.with_name(f".{checkpoint.name}.universal")
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        print(
+            f"{checkpoint.name} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}; "
+            f"converting it for {wanted.world_size} ranks at stage {wanted.zero_stage}",
+            flush=True,
+        )
+        failure = [_convert(checkpoint, universal, written_as, wanted)]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise ArtifactError(f"{checkpoint} could not be converted: {failure[0]}")
+    groups = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in engine.basic_optimizer.param_groups]
+    with _reading_universal(engine):
+        engine.load_checkpoint(str(universal.parent), tag=universal.name)
+    _put_right(engine.basic_optimizer, groups, record["step"])
+    _compare(checkpoint, record, optimizer_record(engine))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(universal)
+        print(
+            f"{checkpoint.name} converted and verified: step {record['step']}, {len(record['sums'])} parameters",
+            flush=True,
+        )
+
+
+def _convert(checkpoint: Path, universal: Path, written_as: ShardLayout, wanted: ShardLayout) -> str | None:
+    """Run DeepSpeed's converter, apart from this process and its threads; the reason when it failed."""
+    shutil.rmtree(universal, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        "--input_folder", str(checkpoint), "--output_folder", str(universal),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
+    if ended.returncode != 0:
+        return (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+    if (written_as.zero_stage == 3) != (wanted.zero_stage == 3):  # the same content under the other stage's name
+        names = {True: "zero_pp_rank_0_mp_rank_00_model_states.pt", False: "mp_rank_00_model_states.pt"}
+        shutil.copyfile(universal / names[written_as.zero_stage == 3], universal / names[wanted.zero_stage == 3])
+    return None
+
+
+@contextlib.contextmanager
+def _reading_universal(engine: Any) -> Iterator[None]:
+    """While open, ``load_checkpoint`` reads universal checkpoints, and takes no sequence group for a tensor-parallel one."""
+    config, optimizer = engine._config, engine.optimizer
+    mpu, config.load_universal_checkpoint = getattr(optimizer, "mpu", None), True
+    optimizer.mpu = None
+    try:
+        yield
+    finally:
+        config.load_universal_checkpoint = False
+        optimizer.mpu = mpu
+
+
+def _put_right(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], step: int | None) -> None:
+    """Each group's own hyperparameters, each state's own step counter, where the optimizer wants it."""
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+        if step is not None and "step" in group:
+            group["step"] = step
+    for state in optimizer.state.values():
+        if step is not None and "exp_avg" in state:
+            place = state["exp_avg"].device if optimizer.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(step), device=place)
+
+
+def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """What was loaded against what was saved."""
+    faults = [] if saved["step"] == loaded["step"] else [f"step {loaded['step']} instead of {saved['step']}"]
+    for name, sums in saved["sums"].items():
+        for state, before, after in zip(STATES, sums, loaded["sums"].get(name, [math.nan] * len(STATES)), strict=True):
+            if not math.isclose(before, after, rel_tol=SAME_SUM):
+                faults.append(f"{state} of {name}")
+    if faults:
+        shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise ArtifactError(
+            f"{checkpoint} lost something in the conversion: {shown}; go on with the number of ranks that wrote it"
+        )
+
+
+def _shards(parameter: torch.Tensor) -> list[torch.Tensor | None]:
+    """This rank's part of a parameter's weights and moments in float32; None where it holds none."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        moments = [safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]]
+        return [safe_get_local_fp32_param(parameter), *moments]
+    mapping: Any = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return [None] * len(STATES)
+    return [mapping.get_hp_fragment(), *(mapping.get_hp_fragment(state) for state in STATES[1:])]
+
+
+def _sum_of_squares(shard: torch.Tensor | None) -> float:
+    """In float64, for any size without a copy in float64."""
+    if shard is None:
+        return 0.0
+    return sum(float(part.double().square().sum()) for part in shard.detach().flatten().split(2**22))
+
+
+def _step(engine: Any) -> int | None:
+    """The optimizer's own count of updates, which corrects the bias of its moments."""
+    optimizer = engine.basic_optimizer
+    for holder in [*optimizer.state.values(), *optimizer.param_groups]:
+        if "step" in holder:
+            return int(holder["step"])
+    return None
