@@ -3,11 +3,48 @@
 import sys
 from collections.abc import Callable
 
-from launch.doctor_rope import rope_command
 from longrope2.command import run_command
 from longrope2.errors import ConfigError
 
-SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {"rope": rope_command}
+
+def _rope(arguments: list[str]) -> None:
+    from launch.doctor_rope import rope_command  # each word loads its own imports only
+
+    rope_command(arguments)
+
+
+def _node(arguments: list[str]) -> None:
+    from launch.doctor_node import node_command
+
+    node_command(arguments)
+
+
+def _nodes(arguments: list[str]) -> None:
+    from launch.doctor_node import nodes_command
+
+    nodes_command(arguments)
+
+
+def _network(arguments: list[str]) -> None:
+    from launch.doctor_network import network_command
+
+    network_command(arguments)
+
+
+def _links(arguments: list[str]) -> None:
+    from launch.doctor_network import links_command
+
+    links_command(arguments)
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "rope": _rope,
+    # For the job scripts of slurm/: the fitness of each node, and of what is between them.
+    "node": _node,
+    "nodes": _nodes,
+    "network": _network,
+    "links": _links,
+}
 
 
 def main() -> None:

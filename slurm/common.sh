@@ -1,0 +1,289 @@
+# shellcheck shell=bash
+# What every job script shares; sourced by them inside a job. Node and GPU counts come from Slurm alone.
+#
+# A stage: site settings, doctor on every node, configuration composed and checked once, ranks, and what comes next:
+# done, again (asked to stop, time limit, a rank or a node that failed), or stop with a message (launch/attempts.py).
+# Logs: slurm/logs/NAME-ID.log, and beside it NAME-ID/start-N/ with a file for every rank and every node's check.
+set -euo pipefail
+
+say() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
+fail() { say "error: $*"; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "submit it: sbatch slurm/SCRIPT.sh [key=value ...]"
+cd "$SLURM_SUBMIT_DIR"
+[ -f slurm/common.sh ] || fail "submit from the root of the repository, not from $SLURM_SUBMIT_DIR"
+
+# --- site settings (slurm/site.example.env says what there is)
+PYTHON=(.venv/bin/python)
+DEVICE=gpu
+SCRATCH=/tmp
+MIN_FREE_GB=50
+MIN_BANDWIDTH_GBPS=0
+SITE=${LONGROPE2_SITE:-slurm/site.env}
+if [ -f "$SITE" ]; then
+    # shellcheck source=slurm/site.example.env
+    . "$SITE"
+elif [ -n "${LONGROPE2_SITE:-}" ]; then
+    fail "LONGROPE2_SITE=$LONGROPE2_SITE: no such file"
+fi
+
+NODES=$SLURM_JOB_NUM_NODES
+RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-1}
+ON_STOP=end
+START=${SLURM_RESTART_COUNT:-0}
+LOGS=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID/start-$START
+# The first name in plain order: the agent of every node numbers the ranks by it.
+FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n 1)
+mkdir -p "$LOGS"
+
+# --- stages; of several words with the same key the last counts
+
+# train KEY=VALUE...: over all GPUs of the job.
+train() {
+    last_wins "$@"
+    begin "$NODES nodes x $RANKS_PER_NODE ranks: training ${WORDS[*]}"
+    ON_STOP=save
+    check_nodes
+    check_network
+    over_all_ranks launch.train "${WORDS[@]}"
+    finish
+}
+
+# search KEY=VALUE...: over all GPUs of the job. Every finished loss is in a journal: to be ended costs next to nothing.
+search() {
+    last_wins "$@"
+    begin "$NODES nodes x $RANKS_PER_NODE ranks: search ${WORDS[*]}"
+    check_nodes
+    check_network
+    over_all_ranks launch.search "${WORDS[@]}"
+    finish
+}
+
+# pack KEY=VALUE...: this process hands the work out as job arrays, in the partition of this job.
+pack() {
+    DEVICE=cpu
+    last_wins cluster=slurm cluster.partition="$SLURM_JOB_PARTITION" "$@"
+    begin "packing ${WORDS[*]}"
+    check_nodes
+    attempt "$(run_folder)/1_segments" outside_this_job "${PYTHON[@]}" -m data_prep.pack "${WORDS[@]}"
+    finish
+}
+
+# evaluate KEY=VALUE...: one GPU; in an array each task answers its share, and the last to end writes the table.
+evaluate() {
+    local product count=${SLURM_ARRAY_TASK_COUNT:-1} ended
+    last_wins "$@"
+    begin "evaluation ${WORDS[*]}"
+    product=$(run_folder)/4_evaluations
+    check_nodes
+    if [ "$count" -gt 1 ]; then
+        attempt "$product" "${PYTHON[@]}" -m launch.evaluate "${WORDS[@]}" "evaluation.shard=$SLURM_ARRAY_TASK_ID/$count"
+        ended=slurm/logs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/ended
+        mkdir -p "$ended/$SLURM_ARRAY_TASK_ID"
+        # The last one to come here counts all; of two that come at once, one makes the folder.
+        if [ "$(find "$ended" -mindepth 1 -maxdepth 1 -name '[0-9]*' | wc -l)" -lt "$count" ] || ! mkdir "$ended/table" 2>/dev/null; then
+            finish
+        fi
+    fi
+    attempt "$product" "${PYTHON[@]}" -m launch.evaluate "${WORDS[@]}"
+    finish
+}
+
+# export_model KEY=VALUE...
+export_model() {
+    last_wins "$@"
+    begin "export ${WORDS[*]}"
+    check_nodes
+    attempt "$(run_folder)/5_exports" "${PYTHON[@]}" -m launch.export "${WORDS[@]}"
+    finish
+}
+
+# --- checks that come first: a job that cannot work does not start
+
+# Every node by itself (GPUs, disk, packages); then all reports side by side.
+check_nodes() {
+    local bad
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --output="$LOGS/doctor-%N.log" \
+        "${PYTHON[@]}" -m launch.doctor node "$LOGS" --device "$DEVICE" --scratch "$SCRATCH" \
+        --min-free-gb "$MIN_FREE_GB" || true
+    bad=$("${PYTHON[@]}" -m launch.doctor nodes "$LOGS" "$(node_names)") || refuse "$bad"
+}
+
+# Between the nodes: clocks, and the bandwidth of an all-reduce.
+check_network() {
+    local bad
+    on_every_node network launch.doctor network "$LOGS" --device "$DEVICE" || true
+    bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" "$(node_names)" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
+}
+
+# refuse NODES: the doctor has printed why. At its first start a job stops, somebody is watching; later ones go on without NODES.
+refuse() {
+    if [ -n "$1" ] && [ "$START" -gt 0 ]; then
+        say "starts again without $1"
+        requeue "$1"
+    fi
+    fail "nothing was started${1:+; to do without: sbatch --exclude=$1 ...}"
+}
+
+# --- running
+
+# over_all_ranks MODULE ARGUMENTS...: compose once, then the ranks of all nodes on the configuration that was written.
+over_all_ranks() {
+    local module=$1 config
+    shift
+    "${PYTHON[@]}" -m "$module" --prepare "$LOGS/config-path" "$@" "parallel.processes=$((NODES * RANKS_PER_NODE))"
+    config=$(cat "$LOGS/config-path")
+    [ -n "$config" ] || finish
+    attempt "$(dirname "$config")" on_every_node ranks "$module" --config "$config"
+}
+
+# on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/node_agent.py) on every node of the job.
+on_every_node() {
+    local folder=$1
+    shift
+    mkdir -p "$LOGS/$folder"
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
+        "${PYTHON[@]}" -m launch.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
+        --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + SLURM_JOB_ID % 20000))" \
+        --rdzv-id="$SLURM_JOB_ID.$START.$folder" --log-dir="$LOGS/$folder" -m "$@"
+}
+
+# attempt PRODUCT COMMAND...: run it, note in PRODUCT how it ended, and do what follows; returns when all of it is done.
+attempt() {
+    local code
+    PRODUCT=$1
+    shift
+    "${PYTHON[@]}" -m launch.attempts begin "$PRODUCT"
+    trap asked_to_stop USR1
+    trap terminated TERM
+    trap out_of_time ALRM
+    "$@" &
+    RUNNING=$!
+    while true; do # a trap interrupts wait
+        INTERRUPTED=
+        code=0
+        wait "$RUNNING" || code=$?
+        [ -n "$INTERRUPTED" ] || break
+    done
+    conclude "$code"
+}
+
+# conclude CODE: what comes after the ranks.
+conclude() {
+    local verdict
+    trap '' USR1
+    [ -z "${TIMER:-}" ] || kill "$TIMER" 2>/dev/null || true
+    [ -z "${TERMINATED:-}" ] || finish 143 # Slurm itself decides what comes next
+    verdict=$("${PYTHON[@]}" -m launch.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" ${STOPPED:+--stopped})
+    case $verdict in
+        done) ;;
+        requeue*) requeue "${verdict#requeue}" ;;
+        *) finish 1 ;;
+    esac
+}
+
+# SIGUSR1 (#SBATCH --signal): the time limit is near. Ranks that can save are told; other stages are simply ended.
+asked_to_stop() {
+    local end
+    INTERRUPTED=1
+    [ -z "${STOPPED:-}" ] || return 0
+    STOPPED=1
+    say "asked to stop"
+    end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null || echo 0)
+    if [ "$end" -gt 0 ]; then # Slurm ends the job then; a quarter of a minute earlier this script still can requeue it
+        (sleep $((end - $(date +%s) > 20 ? end - $(date +%s) - 15 : 5)) && kill -ALRM $$) &
+        TIMER=$!
+    fi
+    if [ "$ON_STOP" = save ]; then kill -USR1 "$RUNNING"; else kill -TERM "$RUNNING"; fi
+}
+
+# SIGTERM: preempted, cancelled, requeued by hand, or a node is down. Slurm ends the ranks, and starts the job again or not.
+terminated() {
+    INTERRUPTED=1
+    [ -z "${TERMINATED:-}" ] || return 0
+    TERMINATED=1
+    say "terminated by Slurm"
+    "${PYTHON[@]}" -m launch.attempts terminated "$PRODUCT"
+}
+
+# SIGALRM, from asked_to_stop: the ranks did not end in time.
+out_of_time() {
+    conclude 1
+}
+
+# requeue [NODES]: start this job again, as it was submitted, without NODES.
+requeue() {
+    local exclude=${1// /}
+    trap '' TERM # requeueing a job terminates it
+    scontrol requeue "$SLURM_JOB_ID" || fail "cannot requeue: submit the same command again, it goes on from there"
+    [ -z "$exclude" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$exclude" || say "could not exclude $exclude"
+    note "starts again${exclude:+ without $exclude}"
+    trap - EXIT
+    exit 75
+}
+
+# --- small things
+
+# last_wins WORD...: WORDS are the words, of several with the same key only the last; the key=value ones come as they were given.
+last_wins() {
+    local word
+    local -A last=()
+    WORDS=()
+    for word; do last["${word%%=*}"]=$word; done
+    for word; do
+        [ "${last["${word%%=*}"]-}" = "$word" ] || continue
+        WORDS+=("$word")
+        unset "last[${word%%=*}]"
+    done
+}
+
+# The run folder that WORDS name.
+run_folder() {
+    local word root=runs name=
+    for word in "${WORDS[@]}"; do
+        case $word in
+            run.root=*) root=${word#*=} ;;
+            run.name=*) name=${word#*=} ;;
+        esac
+    done
+    echo "$root/$name"
+}
+
+# outside_this_job COMMAND...: without this job's own variables, which would be taken for those of the jobs it submits.
+outside_this_job() {
+    local name
+    for name in $(compgen -v SLURM_); do [ "$name" = SLURM_CONF ] || unset "$name"; done
+    exec "$@"
+}
+
+node_names() { scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,; }
+
+# Slurm's own name of the file that everything here is written to.
+log_file() { scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p' | head -n 1; }
+
+begin() {
+    trap note_failure EXIT
+    trap 'say "asked to stop before anything ran"; requeue ""' USR1
+    say "$SLURM_JOB_NAME: job $SLURM_JOB_ID, start $START, on $SLURM_JOB_NODELIST: $1"
+    say "files of ranks and nodes: $LOGS"
+    note "started on $SLURM_JOB_NODELIST"
+}
+
+# finish [CODE]: end the job.
+finish() {
+    local code=${1:-0}
+    trap - EXIT
+    case $code in
+        0) note "done" ;;
+        143) note "terminated by Slurm" ;;
+        *) note_failure ;;
+    esac
+    exit "$code"
+}
+
+# note TEXT: a line in the pipeline's log, where the job is part of one (slurm/pipeline.sh).
+note() {
+    [ -n "${PIPELINE_LOG:-}" ] || return 0
+    printf '%s  %s (job %s): %s\n' "$(date '+%F %T')" "$SLURM_JOB_NAME" "$SLURM_JOB_ID" "$1" >>"$PIPELINE_LOG"
+}
+note_failure() { note "failed; read $(log_file), mend it, and give the pipeline's command again: it goes on from here"; }

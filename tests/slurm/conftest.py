@@ -1,0 +1,50 @@
+"""Clusters of emulated nodes, and a folder to submit from: the project's own scripts with a site file for CPU ranks."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from emulated import EmulatedSlurm, why_not
+
+ROOT = Path(__file__).parent.parent.parent
+SITE = """PYTHON=({python})
+DEVICE=cpu
+MIN_FREE_GB=0.1
+export WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a checkout: slurm/ is a copy, so that logs stay out of the real one, the rest is linked."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("launch", "longrope2", "data_prep", "conf", "models"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "slurm" / "logs").mkdir(parents=True)
+    (folder / "slurm" / "models").mkdir()
+    for script in [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm" / "models").glob("*.sh")]:
+        copy = folder / script.relative_to(ROOT)
+        copy.write_text(script.read_text())
+        copy.chmod(0o755)
+    (folder / "slurm" / "site.env").write_text(SITE.format(python=sys.executable))
+    return folder
+
+
+def _cluster(nodes: int, gpus: int) -> Iterator[EmulatedSlurm]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with EmulatedSlurm(nodes, gpus) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def large_cluster() -> Iterator[EmulatedSlurm]:
+    """8 nodes of 8 GPUs."""
+    yield from _cluster(8, 8)
+
+
+@pytest.fixture(scope="module")
+def small_cluster() -> Iterator[EmulatedSlurm]:
+    """3 nodes of 2 GPUs."""
+    yield from _cluster(3, 2)
