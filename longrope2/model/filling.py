@@ -77,9 +77,12 @@ def fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
     """
     owners_of = {id(parameter): owners for parameter, owners in _parameters_with_owners(hf)}
     for module, initialise in _modules_with_initialiser(hf, hf):
-        mine = [owners_of[id(p)] for p in module.parameters(recurse=False) if p.is_meta]
         # Drawn in float32 and rounded once, so that a bf16 model starts as the rounded float32 one.
-        new = [_replace(owners, torch.empty(owners[0][0]._parameters[owners[0][1]].shape), None) for owners in mine]
+        new = [
+            _replace(owners_of[id(parameter)], torch.empty(parameter.shape), parameter)
+            for parameter in list(module.parameters(recurse=False))
+            if parameter.is_meta
+        ]
         if new:
             initialise(module)
         for parameter in new:
@@ -129,9 +132,9 @@ def _parameters_with_owners(hf: nn.Module) -> list[tuple[nn.Parameter, Owners]]:
     return list(found.values())
 
 
-def _replace(owners: Owners, values: Tensor, like: nn.Parameter | None) -> nn.Parameter:
+def _replace(owners: Owners, values: Tensor, like: nn.Parameter) -> nn.Parameter:
     """Put a real parameter in all places of the one it replaces."""
-    parameter = nn.Parameter(values, requires_grad=like is None or like.requires_grad)
+    parameter = nn.Parameter(values, requires_grad=like.requires_grad)
     for module, name in owners:
         module._parameters[name] = parameter
     return parameter

@@ -4,6 +4,7 @@ Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from longrope2.attention import AttentionKernel, SegmentLayout, build_layout, ch
 from longrope2.model import IGNORED_LABEL
 from longrope2.parallel import ParallelDims
 from longrope2.rope import Window
-from longrope2.segments import MicroStep, Segment, SegmentStore
+from longrope2.segments import MicroStep, Segment
 
-__all__ = ["RankBatch", "load_rank_batch", "next_token_labels"]
+__all__ = ["RankBatch", "SegmentSource", "load_rank_batch", "next_token_labels"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RankBatch:
     labels_BT: Tensor
     window: Window
     layout: SegmentLayout
+    segment_id: int
     num_targets: int
     """Labels of this rank that count."""
     squared_lengths: int
@@ -40,6 +42,14 @@ class RankBatch:
             labels_BT=self.labels_BT.to(device, non_blocking=True),
             layout=self.layout.to(device),
         )
+
+
+class SegmentSource(Protocol):
+    """Where segments come from: a ``SegmentStore``, or what stands in for one."""
+
+    def segment(self, index: int) -> Segment:
+        """One segment."""
+        ...
 
 
 def next_token_labels(segment: Segment, window: Window, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -62,7 +72,7 @@ def next_token_labels(segment: Segment, window: Window, start: int = 0, stop: in
 
 
 def load_rank_batch(
-    store: SegmentStore,
+    store: SegmentSource,
     micro_step: MicroStep,
     dims: ParallelDims,
     sequence_group: ProcessGroup | None,
@@ -98,6 +108,7 @@ def load_rank_batch(
         labels_BT=torch.from_numpy(labels_T)[None],
         window=window,
         layout=layout,
+        segment_id=segment.index,
         num_targets=int((labels_T != IGNORED_LABEL).sum()),
         squared_lengths=_squared_lengths(segment, window),
     )

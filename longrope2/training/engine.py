@@ -13,7 +13,7 @@ from longrope2.training.plan import TrainingPlan
 from longrope2.training.recompute import apply_recompute
 from longrope2.training.shares import RankShares
 
-__all__ = ["make_engine", "wrap_model"]
+__all__ = ["make_engine", "take_in_shares", "wrap_model"]
 
 
 def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> Any:
@@ -21,8 +21,7 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
     torch.manual_seed(config.seed)
     dtype = compute_dtype(config.training.precision, processes.device)
     micro_steps = plan.schedule.segments_per_step // processes.dims.data
-    settings = _settings(config, micro_steps, dtype)
-    shares = RankShares(settings, processes.mpu, dtype) if config.parallel.zero_stage == 3 else None
+    shares = _shares(config, processes, micro_steps, dtype)
     model = load_windowed_model(
         plan.model_folder,
         plan.factors,
@@ -33,6 +32,16 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
         read=processes.is_main,
     )
     return wrap_model(model, config, processes, micro_steps=micro_steps, dtype=dtype)
+
+
+def take_in_shares(
+    model: WindowedModel, config: TrainRoot, processes: Processes, *, micro_steps: int, dtype: torch.dtype
+) -> None:
+    """Under ZeRO-3, leave each rank its share of a model that is whole; arguments as for ``wrap_model``."""
+    shares = _shares(config, processes, micro_steps, dtype)
+    if shares is not None:
+        for parameter in model.parameters():
+            shares.take(parameter)
 
 
 def wrap_model(
@@ -58,6 +67,13 @@ def wrap_model(
         mpu=processes.mpu,
     )
     return engine
+
+
+def _shares(config: TrainRoot, processes: Processes, micro_steps: int, dtype: torch.dtype) -> RankShares | None:
+    """What keeps this rank's part of each parameter; None where ranks hold the whole model."""
+    if config.parallel.zero_stage < 3:
+        return None
+    return RankShares(_settings(config, micro_steps, dtype), processes.mpu, dtype)
 
 
 def _settings(config: TrainRoot, micro_steps: int, dtype: torch.dtype) -> dict[str, Any]:

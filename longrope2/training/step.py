@@ -1,7 +1,7 @@
 """One optimizer step: micro-steps, one exact loss normaliser, gradients, update, and what is reported of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longrope2.parallel import ParallelDims
 from longrope2.rope import Window
+from longrope2.training.agreement import check_agreement, fingerprints
 from longrope2.training.batch import RankBatch
 from longrope2.training.guard import StepGuard
 
@@ -53,6 +54,8 @@ def run_step(
     zero_stage: int,
     learning_rate: float,
     gradient_clip: float,
+    step: int = 0,
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> StepReport:
     """Forward and backward over the rank's micro-steps, then the update at ``learning_rate``.
 
@@ -64,19 +67,31 @@ def run_step(
         zero_stage: ZeRO stage of the engine; decides how DeepSpeed averages gradients.
         learning_rate: Learning rate of this step.
         gradient_clip: Largest global gradient norm; used here only where DeepSpeed neither clips nor reports the norm.
+        step: Number of the step, 1-based, for messages.
+        mark: Told what the rank does next.
+
+    Raises:
+        DataError: the ranks do not work on the same micro-steps; on every rank.
     """
     began = time.perf_counter()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    targets = _sum_over_ranks([sum(b.num_targets for b in batches if b.window is w) for w in Window], engine.device)
+    mark("comparing micro-steps")
+    num_windows = len(Window)
+    own = [float(sum(b.num_targets for b in batches if b.window is w)) for w in Window]
+    totals = _sum_over_ranks([*own, *fingerprints(batches, dims)], engine.device)
+    targets, agreement = totals[:num_windows], totals[num_windows:]
+    check_agreement(agreement, batches, dims, step)
     scale = gradient_scale(dims, zero_stage, len(batches), int(sum(targets)))
     loss_sums = dict.fromkeys(Window, 0.0)
     seconds: dict[Window, list[float]] = {window: [] for window in Window}
-    for batch in batches[:-1]:
+    for number, batch in enumerate(batches, start=1):
+        mark(f"micro-step {number} of {len(batches)}, {batch.window.value}")
         loss_sums[batch.window] += _micro_step(engine, batch, scale, seconds)
-        engine.step()
+        if number < len(batches):
+            engine.step()
     last = batches[-1]
-    loss_sums[last.window] += _micro_step(engine, last, scale, seconds)
+    mark("update")
     squares = sum(batch.squared_lengths for batch in batches) / dims.sequence
     *sums, squared_lengths = _sum_over_ranks([*(loss_sums[window] for window in Window), squares], engine.device)
     own_norm: Tensor | None = None

@@ -1,0 +1,185 @@
+"""Who hangs, where: every rank notes what it does, and a thread on every rank notices when nothing moves any more.
+
+The training thread marks its progress in memory, which costs nothing. A thread beside it writes the latest mark to
+``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead can be told from one that waits. Ranks
+make the same marks in the same order, so the rank with the fewest marks is the one the others wait for.
+
+When a rank has made no mark for ``training.hang_timeout_s``, its thread prints which ranks are behind, at which step and in
+which phase, prints the stacks of its own threads (also to ``rank_00003.stacks``), and ends the process with
+``HANG_EXIT_CODE``. Without it the run would sit on its nodes until the collectives time out, and not say why.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["HANG_EXIT_CODE", "Beat", "Heartbeat", "describe_hang"]
+
+HANG_EXIT_CODE = 76
+"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, told apart from 1, 2 and 75 (``stopping.py``)."""
+
+FOLDER = "heartbeats"
+WRITE_SECONDS = 5.0
+MARKS_TO_LIVE = 4
+"""A rank whose file is older than this many intervals gives no sign of life."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank was doing when it last wrote; times are seconds since 1970."""
+
+    rank: int
+    host: str
+    pid: int
+    marks: int
+    """Marks made since the start: the order in which ranks get to their phases."""
+    step: int
+    phase: str
+    since: float
+    """When the phase began."""
+    written: float
+    """When this was written."""
+
+    def describe(self, now: float, sign_of_life_seconds: float) -> str:
+        """One line."""
+        line = f"rank {self.rank} (host {self.host}, process {self.pid}): step {self.step}, {self.phase}, for "
+        line += f"{now - self.since:.0f} s"
+        silent = now - self.written
+        if silent > sign_of_life_seconds:
+            line += f"; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
+        return line
+
+
+class Heartbeat:
+    """Marks and watches one rank, from ``with`` to the end of it."""
+
+    def __init__(
+        self,
+        product: Path,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float | None,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            product: The run's ``3_checkpoints``.
+            rank: This process.
+            world_size: All processes.
+            timeout_s: Seconds without a mark after which the process ends; None only writes the files.
+            leave: Ends the process at once, without the clean-up that may hang too.
+        """
+        self._folder = product / FOLDER
+        self._rank, self._world_size, self._timeout_s, self._leave = rank, world_size, timeout_s, leave
+        self._interval = WRITE_SECONDS if timeout_s is None else min(WRITE_SECONDS, timeout_s / 10)
+        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._now = (0, 0, "start", time.time())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.mark("ended")
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """Note what comes next; all ranks make the same marks.
+
+        Args:
+            phase: A few words.
+            step: Number of the step, 1-based; None keeps the latest.
+        """
+        marks, latest_step, _, _ = self._now
+        self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
+
+    def _watch(self) -> None:
+        """Write, and end the process when nothing moves."""
+        while not self._stop.wait(self._interval):
+            self._write()
+            if self._timeout_s is not None and time.time() - self._now[3] > self._timeout_s:
+                self._end_hung_process(self._timeout_s)
+                return
+
+    def _beat(self) -> Beat:
+        """The latest mark."""
+        marks, step, phase, since = self._now
+        return Beat(self._rank, self._host, self._pid, marks, step, phase, since, time.time())
+
+    def _write(self) -> None:
+        """Replace this rank's file; a full or absent disk must not end a run that trains."""
+        path = self._file(self._rank)
+        temporary = path.with_suffix(".new")
+        try:
+            temporary.write_text(json.dumps(asdict(self._beat())), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            print(f"rank {self._rank}: {path} could not be written: {error}", file=sys.stderr)
+
+    def _file(self, rank: int) -> Path:
+        """A rank's file."""
+        return self._folder / f"rank_{rank:05d}.json"
+
+    def _read(self) -> list[Beat | None]:
+        """Every rank's file; None for one that is not there or not whole."""
+        beats: list[Beat | None] = []
+        for rank in range(self._world_size):
+            try:
+                beats.append(Beat(**json.loads(self._file(rank).read_text(encoding="utf-8"))))
+            except (OSError, ValueError, TypeError):
+                beats.append(None)
+        beats[self._rank] = self._beat()
+        return beats
+
+    def _end_hung_process(self, timeout_s: float) -> None:
+        """Say who is behind and where this process is; then leave."""
+        text = describe_hang(self._read(), self._rank, timeout_s, MARKS_TO_LIVE * self._interval)
+        print(f"{text}\nstacks of rank {self._rank}:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        try:
+            with self._file(self._rank).with_suffix(".stacks").open("w", encoding="utf-8") as file:
+                print(text, file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as error:
+            print(f"the stacks could not be written to {self._folder}: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        self._leave(HANG_EXIT_CODE)
+
+
+def describe_hang(beats: Sequence[Beat | None], rank: int, timeout_s: float, sign_of_life_seconds: float) -> str:
+    """Which ranks the others wait for.
+
+    Args:
+        beats: By rank; None where nothing is known.
+        rank: The rank that noticed.
+        timeout_s: ``training.hang_timeout_s``.
+        sign_of_life_seconds: Age above which a file counts as left behind.
+    """
+    mine = beats[rank]
+    assert mine is not None
+    known = [beat for beat in beats if beat is not None]
+    fewest = min(beat.marks for beat in known)
+    behind = [beat for beat in known if beat.marks == fewest]
+    lines = [f"rank {rank}: no progress for training.hang_timeout_s={timeout_s:g} s at step {mine.step}, {mine.phase}"]
+    lines += [f"rank {number}: wrote no heartbeat" for number, beat in enumerate(beats) if beat is None]
+    if len(behind) == len(beats):
+        lines.append("all ranks are at the same place; the stacks tell what they wait for:")
+    else:
+        lines.append(f"{len(behind)} of {len(beats)} ranks are behind:")
+    lines += [f"  {beat.describe(mine.written, sign_of_life_seconds)}" for beat in behind]
+    return "\n".join(lines)
