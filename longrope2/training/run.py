@@ -18,11 +18,13 @@ from longrope2.training.checkpoint_final import save_final
 from longrope2.training.config import TrainRoot, final_dtype
 from longrope2.training.engine import make_engine
 from longrope2.training.guard import SkippedSteps, StepGuard
+from longrope2.training.heartbeat import Heartbeat
 from longrope2.training.machine import check_machine
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import TrainingPlan, make_plan, run_identity
 from longrope2.training.prefetch import step_batches
+from longrope2.training.selftest import check_parity
 from longrope2.training.step import run_step
 from longrope2.training.stopping import StopSignals
 
@@ -51,7 +53,13 @@ def train(config: TrainRoot) -> RunEnd:
     with StopSignals() as signals:
         processes = join_processes(config.parallel)
         try:
-            return _train(config, make_plan(config, processes.dims.world_size), processes, signals)
+            plan = make_plan(config, processes.dims.world_size)
+            heartbeat = Heartbeat(
+                product_folder(config.run.folder, "checkpoints"), rank=processes.dims.rank,
+                world_size=processes.dims.world_size, timeout_s=config.training.hang_timeout_s,
+            )  # fmt: skip
+            with heartbeat:
+                return _train(config, plan, processes, signals, heartbeat)
         finally:
             leave_processes()
 
@@ -69,20 +77,28 @@ class _Run:
     identity: dict[str, Any]
     skipped: SkippedSteps
     writer: CheckpointWriter
+    heartbeat: Heartbeat
 
 
-def _train(config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals) -> RunEnd:
+def _train(
+    config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals, heartbeat: Heartbeat
+) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
     kernel = check_machine(config, processes.device)
+    if config.training.selftest:
+        heartbeat.mark("self-test")
+        check_parity(config, plan.model_folder, processes, kernel.kernel)
+    heartbeat.mark("loading the model")
     engine = make_engine(config, plan, processes)
+    heartbeat.mark("loading a checkpoint")
     identity = run_identity(config, plan)
     first, skipped = load_newest(engine, folder, identity)
     writer = CheckpointWriter(
         engine, folder, identity, keep=config.training.keep_checkpoints,
         in_background=config.training.async_checkpoints,
     )  # fmt: skip
-    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped, writer)
+    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped, writer, heartbeat)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
     done = _train_steps(run, first, last, signals)
     if done < last:
@@ -111,10 +127,12 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
             observer = TrainingObserver(run.config, run.plan, run.folder, first, processes, run.kernel)
             stack.enter_context(observer)
         while done < last and not signals.any_rank_asked(processes.device):
+            run.heartbeat.mark("reading segments", done + 1)
             rate = learning_rate(done, run.plan.total_steps, training)
             report = run_step(
                 run.engine, guard, next(batches), processes.dims, zero_stage=run.config.parallel.zero_stage,
                 learning_rate=rate, gradient_clip=training.gradient_clip,
+                step=done + 1, mark=run.heartbeat.mark,
             )  # fmt: skip
             done += 1
             run.skipped.count(report.applied)
@@ -124,9 +142,11 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
             if done % training.checkpoint_steps == 0 or done == last:
+                run.heartbeat.mark("writing a checkpoint")
                 run.writer.save(done, run.skipped)
                 saved = done
             run.writer.raise_if_failed()
+    run.heartbeat.mark("writing the last checkpoint")
     if saved < done:
         run.writer.save(done, run.skipped)
     run.writer.finish()
@@ -148,6 +168,7 @@ def _batch_loader(run: _Run) -> Callable[[int], list[RankBatch]]:
 
 def _finish(run: _Run) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
+    run.heartbeat.mark("writing final/")
     steps = run.plan.total_steps
     counts = {
         "steps": steps,
