@@ -1,6 +1,7 @@
 """``python -m launch.generate``: continue a text with a trained model, across the end of its original window.
 
-The text goes to standard output as it comes; where the RoPE switched is said once, on standard error.
+The text goes to standard output as it comes; where the RoPE switched is said once, on standard error. The prompt comes
+from a file, or with ``generate.prompt_file=-`` from standard input.
 """
 
 import sys
@@ -14,9 +15,15 @@ from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
-from longrope2.inference import GenerateRoot, TextStream, check, generate_tokens, window_for_length
+from longrope2.inference import GenerateRoot, KvPolicy, TextStream, check, generate_tokens, window_for_length
 from longrope2.model import WindowedModel, load_tokenizer, load_windowed_model
 from longrope2.rope import RescaleFactors, Window
+
+STANDARD_INPUT = "-"
+SWITCHED = {
+    KvPolicy.reprefill: "the whole text was read again",
+    KvPolicy.rerotate: "the cached keys were turned, which is not exact",
+}
 
 
 def main() -> None:
@@ -27,7 +34,7 @@ def main() -> None:
     checkpoint, factors = find_checkpoint(config)
     if config.dry_run:
         print(f"checkpoint {checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}")
-        print(f"prompt     {config.generate.prompt_file}: {len(prompt)} characters")
+        print(f"prompt     {_prompt_name(config.generate.prompt_file)}: {len(prompt)} characters")
         return
     device, dtype = device_and_dtype()
     model = load_windowed_model(checkpoint, factors, device=device, dtype=dtype).eval()
@@ -63,6 +70,8 @@ def stream_text(model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt
         stop_ids={encoder.eos_id},
         temperature=generate.temperature,
         seed=config.seed,
+        prefill_chunk=generate.prefill_chunk,
+        kv_policy=generate.kv_policy,
     )
     window = window_for_length(len(prompt_ids), original_len)
     if window is Window.LONG:
@@ -70,7 +79,7 @@ def stream_text(model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt
     for number, token in enumerate(tokens):
         if token.window is not window:
             window = token.window
-            _say(f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: the whole text was read again")
+            _say(f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: {SWITCHED[generate.kv_policy]}")
         print(text.push(token.token_id), end="", flush=True)
     print(text.finish())
 
@@ -81,20 +90,27 @@ def _say(message: str) -> None:
 
 
 def read_prompt(path: str) -> str:
-    """Text of the prompt file.
+    """Text of the prompt file, or of standard input for ``-``.
 
     Raises:
         DataError: it is missing, empty, or not UTF-8.
     """
+    name = _prompt_name(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+        text = content.decode("utf-8")
     except OSError as error:
-        raise DataError(f"generate.prompt_file={path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"generate.prompt_file={path} is not UTF-8 text") from None
+        raise DataError(f"{name} is not UTF-8 text") from None
     if not text:
-        raise DataError(f"generate.prompt_file={path} is empty; write the text to continue into it")
+        raise DataError(f"{name} is empty; write the text to continue into it")
     return text
+
+
+def _prompt_name(path: str) -> str:
+    """The prompt's source as messages name it."""
+    return f"generate.prompt_file={path}" + (" (standard input)" if path == STANDARD_INPUT else "")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The model is the miniature's architecture with random weights and its own tokenizer: what is tested is not its quality.
 """
 
+import io
 import json
 import runpy
 import shutil
@@ -239,8 +240,9 @@ def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
     good = prompt("text")
     code, _, err = command("generate", good)
     assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
-    code, _, err = command("generate", good, "generate.max_new_tokens=0", "generate.temperature=-1")
-    assert code == 2 and "2 fault(s)" in err
+    faulty = ("generate.max_new_tokens=0", "generate.temperature=-1", "generate.prefill_chunk=0")
+    code, _, err = command("generate", good, *faulty)
+    assert code == 2 and "3 fault(s)" in err and "generate.prefill_chunk=0 must be at least 1, or null" in err
     assert "generate.max_new_tokens=0 must be at least 1" in err
     assert "generate.temperature=-1.0 must be 0 or more" in err
     code, _, err = command("generate", "generate.prompt_file=/nowhere.txt")
@@ -252,6 +254,26 @@ def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
     assert code == 2 and "is not UTF-8 text" in err
     code, _, err = command("generate")
     assert code == 2 and "generate.prompt_file is not set; give it as generate.prompt_file=VALUE" in err
+
+
+def test_generate_reads_standard_input_like_a_file(command, checkpoint, prompt, monkeypatch):
+    text = "def read(path):\n" * 12
+    options = ("generate.max_new_tokens=20", "generate.prefill_chunk=7")
+    from_file = command("generate", prompt(text), *options)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert command("generate", "generate.prompt_file=-", *options) == from_file
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xe9")))
+    code, _, err = command("generate", "generate.prompt_file=-")
+    assert code == 2 and "generate.prompt_file=- (standard input) is not UTF-8 text" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    code, _, err = command("generate", "generate.prompt_file=-")
+    assert code == 2 and "generate.prompt_file=- (standard input) is empty" in err
+
+
+def test_generate_names_the_inexact_policy(command, checkpoint, prompt):
+    options = ("generate.max_new_tokens=70", "generate.temperature=50", "generate.kv_policy=rerotate", "seed=1")
+    code, _, err = command("generate", prompt("def read(path):\n" * 12), *options)
+    assert code == 0 and "at 129 tokens: the cached keys were turned, which is not exact" in err
 
 
 def test_generate_refuses_a_prompt_beyond_the_target(command, checkpoint, prompt):
