@@ -75,6 +75,11 @@ class FirstFailure:
     """The end of what it wrote to stderr."""
 
     @property
+    def is_consequence(self) -> bool:
+        """Whether it only says that a peer has gone."""
+        return self.exit_code == -SIGTERM or (self.exit_code > 0 and PEER_IS_GONE.search(self.text) is not None)
+
+    @property
     def is_the_nodes_fault(self) -> bool:
         """Whether another node may do better: the rank was killed, or its hardware failed."""
         killed = self.exit_code < 0 and self.exit_code != -SIGTERM
@@ -87,6 +92,7 @@ def main() -> None:
     parser.add_argument("event", choices=("begin", "end", "terminated"))
     parser.add_argument("product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints")
     parser.add_argument("--logs", type=Path, help="folder of this attempt's rank files")
+    parser.add_argument("--nodes", type=lambda text: text.split(","), default=[], help="nodes of the job")
     parser.add_argument("--code", type=int, default=0, help="exit code of the ranks")
     parser.add_argument("--stopped", action="store_true", help="the ranks had been asked to stop")
     arguments = parser.parse_args()
@@ -96,7 +102,8 @@ def main() -> None:
     elif arguments.event == "terminated":
         _append(arguments.product, _ended(arguments.product, known, "terminated", 0))
     else:
-        end(arguments.product, known, arguments.code, stopped=arguments.stopped, logs=arguments.logs)
+        lost = nodes_without_end(arguments.logs, arguments.nodes) if arguments.logs is not None else []
+        end(arguments.product, known, arguments.code, stopped=arguments.stopped, logs=arguments.logs, silent=lost)
 
 
 def begin(product: Path, known: list[Attempt]) -> None:
@@ -110,11 +117,15 @@ def begin(product: Path, known: list[Attempt]) -> None:
     _append(product, Attempt(_job(), restart, os.environ.get("SLURM_JOB_NODELIST", ""), here, here, "begun"))
 
 
-def end(product: Path, known: list[Attempt], code: int, *, stopped: bool, logs: Path | None) -> None:
-    """Note how an attempt ended, say it, and print what the job does next."""
+def end(product: Path, known: list[Attempt], code: int, *, stopped: bool, logs: Path | None, silent: list[str]) -> None:
+    """Note how an attempt ended, say it, and print what the job does next; ``silent`` nodes did not say how they ended."""
     failure = first_failure(logs) if logs is not None and code not in (0, ALL_SAVED) and not stopped else None
     outcome = "done" if code == 0 else "stopped" if stopped or code == ALL_SAVED else "failed"
-    blamed = [failure.node] if failure is not None and failure.is_the_nodes_fault else []
+    blamed = []
+    if failure is not None and failure.is_the_nodes_fault:
+        blamed = [failure.node]
+    elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
+        blamed = silent
     ended = _ended(product, known, outcome, code, blamed)
     _append(product, ended)
     verdict, reason = decide([*known[:-1], ended], failure)
@@ -157,16 +168,20 @@ def first_failure(logs: Path) -> FirstFailure | None:
     Args:
         logs: Folder with ``ended-<node>.json`` and the files of the ranks.
     """
-    found: list[tuple[bool, float, FirstFailure]] = []
+    found: list[tuple[float, FirstFailure]] = []
     for path in sorted(logs.glob(f"{ENDED_PREFIX}*.json")):
         ended = json.loads(path.read_text(encoding="utf-8"))
         for rank, code in ended["exit_codes"].items():
             file = logs / f"rank-{int(rank):03d}.err"
             text = _tail(file)
             when = file.stat().st_mtime if file.is_file() else ended["time"]
-            is_consequence = code == -SIGTERM or (code > 0 and PEER_IS_GONE.search(text) is not None)
-            found.append((is_consequence, when, FirstFailure(ended["node"], int(rank), code, text)))
-    return min(found, key=lambda entry: entry[:2])[2] if found else None
+            found.append((when, FirstFailure(ended["node"], int(rank), code, text)))
+    return min(found, key=lambda entry: (entry[1].is_consequence, entry[0]))[1] if found else None
+
+
+def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
+    """Nodes whose agent left no word of how its ranks ended."""
+    return [node for node in nodes if not (logs / f"{ENDED_PREFIX}{node}.json").is_file()]
 
 
 def progress_of(product: Path) -> int:

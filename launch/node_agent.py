@@ -36,6 +36,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 def main() -> None:
     """Run the agent of this node; ends with the ranks' exit code."""
     stop = _StopSignals()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # DeepSpeed uses torch names that are deprecated
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # torch loads for seconds
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
@@ -142,7 +143,7 @@ def _rank_files(folder: Path, *, shows_rank_0: bool) -> Any:
             )
 
     tee = {0: Std.ALL} if shows_rank_0 else Std.NONE
-    return RankFiles(log_dir=str(folder / "torchrun"), redirects=Std.ALL, tee=tee)
+    return RankFiles(log_dir=str(folder / ".torchrun"), redirects=Std.ALL, tee=tee)
 
 
 if __name__ == "__main__":

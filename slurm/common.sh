@@ -113,7 +113,7 @@ check_nodes() {
 check_network() {
     local bad
     on_every_node network launch.doctor network "$LOGS" --device "$DEVICE" || true
-    bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" "$(node_names)" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
+    bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
 }
 
 # refuse NODES: the doctor has printed why. At its first start a job stops, somebody is watching; later ones go on without NODES.
@@ -174,7 +174,8 @@ conclude() {
     trap '' USR1
     [ -z "${TIMER:-}" ] || kill "$TIMER" 2>/dev/null || true
     [ -z "${TERMINATED:-}" ] || finish 143 # Slurm itself decides what comes next
-    verdict=$("${PYTHON[@]}" -m launch.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" ${STOPPED:+--stopped})
+    verdict=$("${PYTHON[@]}" -m launch.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
+        --nodes "$(node_names)" ${STOPPED:+--stopped})
     case $verdict in
         done) ;;
         requeue*) requeue "${verdict#requeue}" ;;
@@ -195,6 +196,16 @@ asked_to_stop() {
         TIMER=$!
     fi
     if [ "$ON_STOP" = save ]; then kill -USR1 "$RUNNING"; else kill -TERM "$RUNNING"; fi
+}
+
+# The same before there are ranks: begin again, but not for ever.
+stopped_before_the_ranks() {
+    local before=${LOGS%-*}
+    touch "$LOGS/stopped-early"
+    [ ! -e "$before-$((START - 1))/stopped-early" ] || [ ! -e "$before-$((START - 2))/stopped-early" ] ||
+        fail "three times in a row the time limit came before the ranks had begun: give more --time"
+    say "asked to stop before the ranks had begun"
+    requeue ""
 }
 
 # SIGTERM: preempted, cancelled, requeued by hand, or a node is down. Slurm ends the ranks, and starts the job again or not.
@@ -263,7 +274,7 @@ log_file() { scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p' | head
 
 begin() {
     trap note_failure EXIT
-    trap 'say "asked to stop before anything ran"; requeue ""' USR1
+    trap stopped_before_the_ranks USR1
     say "$SLURM_JOB_NAME: job $SLURM_JOB_ID, start $START, on $SLURM_JOB_NODELIST: $1"
     say "files of ranks and nodes: $LOGS"
     note "started on $SLURM_JOB_NODELIST"

@@ -1,6 +1,7 @@
 """What the main rank shows and records while training."""
 
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from longrope2.training.report import step_metrics
 from longrope2.training.step import StepReport
 
 __all__ = ["TrainingObserver"]
+
+# Where the progress line cannot be redrawn (a job's log), a line now and then.
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class TrainingObserver:
@@ -41,6 +45,7 @@ class TrainingObserver:
         columns = (TextColumn("train"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
         self._progress = Progress(*columns)
+        self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=plan.total_steps, completed=first)
 
     def __enter__(self) -> "TrainingObserver":
@@ -55,6 +60,9 @@ class TrainingObserver:
         """One metrics record and the progress line; a skipped step is always recorded."""
         parts = [f"{w.value} {loss:.3f}" for w, loss in report.loss_by_window.items() if not math.isnan(loss)]
         self._progress.update(self._task, completed=steps_done, description="loss " + ", ".join(parts))
+        if not self._progress.console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._progress.console.print(f"{time.strftime('%F %T')}  step {steps_done}: loss {', '.join(parts)}")
         if steps_done % self._config.training.log_steps == 0 or not report.applied:
             step_tokens = self._config.training.global_batch_tokens
             values = step_metrics(
