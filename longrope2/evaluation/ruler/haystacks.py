@@ -1,0 +1,153 @@
+"""What needles are hidden in: running text, cut into words that are tokenized once, or lines of noise.
+
+White space is collapsed and the words are joined by single spaces, as RULER does with its essays. A haystack that is
+read past its end starts again at its beginning; how often is on record with each sample.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longrope2.errors import DataError
+from longrope2.evaluation.ruler.prompts import Block, PromptEncoder
+
+__all__ = ["NOISE_LINE", "NoiseHaystack", "WordHaystack", "read_texts", "texts_sha256"]
+
+NOISE_LINE = (
+    "The kettle is warm.",
+    " The door is shut.",
+    " The floor is dry.",
+    " Nothing moves.",
+    " The clock ticks on.\n",
+)
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
+MOST_WORDS = 2_000_000  # about 2.7M tokens: twenty samples of 131,072 tokens that do not overlap
+
+
+class WordHaystack:
+    """Running text whose tokens are known word by word, read in a circle.
+
+    Args:
+        texts: The documents, read in this order up to ``MOST_WORDS`` words.
+        encoder: Tokenizer of the prompts.
+
+    Raises:
+        DataError: no text.
+    """
+
+    def __init__(self, texts: Sequence[str], encoder: PromptEncoder) -> None:
+        words: list[str] = []
+        for text in texts:
+            words += text.split()
+            if len(words) >= MOST_WORDS:
+                break
+        self._words = words[:MOST_WORDS]
+        if not self._words:
+            raise DataError("the haystack holds no words; give texts, e.g. a folder of *.txt files as ruler.essays")
+        encoded = encoder.encode_pieces([f" {word}" for word in self._words])
+        self._ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
+        self._offsets = _offsets(map(len, encoded), len(encoded))
+        self._characters = _offsets((len(word) + 1 for word in self._words), len(self._words))
+        ends = np.fromiter(
+            (bool(SENTENCE_END.search(word)) for word in self._words), dtype=bool, count=len(self._words)
+        )
+        self.sentence_starts = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
+        self.num_words = len(self._words)
+        self.num_tokens = int(self._offsets[-1])
+
+    def tokens_before(self, word: int) -> int:
+        """Tokens in front of a word, counted from word 0 and through every turn of the circle."""
+        turns, rest = divmod(word, self.num_words)
+        return turns * self.num_tokens + int(self._offsets[rest])
+
+    def word_at(self, tokens: int) -> int:
+        """The last word that at most ``tokens`` tokens stand in front of: binary search on the prefix sums."""
+        turns, rest = divmod(tokens, self.num_tokens)
+        return turns * self.num_words + int(np.searchsorted(self._offsets, rest, side="right")) - 1
+
+    def nearest_sentence(self, word: int, first: int, stop: int) -> int:
+        """The place between sentences that is nearest to ``word``, within [first, stop]."""
+        turns, rest = divmod(word, self.num_words)
+        index = int(np.searchsorted(self.sentence_starts, rest))
+        places = [int(self.sentence_starts[i]) for i in (index - 1, index) if 0 <= i < len(self.sentence_starts)]
+        around = [turns * self.num_words + place for place in [*places, self.num_words]]
+        allowed = [place for place in [*around, first, stop] if first <= place <= stop]
+        return min(allowed, key=lambda place: abs(place - word))
+
+    def blocks(self, first: int, stop: int) -> list[Block]:
+        """The words [first, stop), one block for every turn of the circle."""
+        found = []
+        while first < stop:
+            start = first % self.num_words
+            size = min(stop - first, self.num_words - start)
+            found.append(self._block(start, start + size))
+            first += size
+        return found
+
+    def _block(self, start: int, stop: int) -> Block:
+        """Words of one turn."""
+        ids = self._ids[self._offsets[start] : self._offsets[stop]]
+        characters = int(self._characters[stop] - self._characters[start])
+        return Block(ids, lambda: "".join(f" {word}" for word in self._words[start:stop]), characters)
+
+
+class NoiseHaystack:
+    """One line of five plain sentences, again and again; only the last may be cut, behind a sentence."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        encoded = encoder.encode_pieces(NOISE_LINE)
+        self._line = np.asarray([i for ids in encoded for i in ids], dtype=np.int32)
+        self._sums = np.cumsum([len(ids) for ids in encoded])
+        self.line_tokens = len(self._line)
+
+    def fit(self, num_tokens: int) -> tuple[int, list[str], int]:
+        """Whole lines, sentences of a last one, and the tokens of both together, at most ``num_tokens``."""
+        lines, rest = divmod(num_tokens, self.line_tokens)
+        last = int(np.searchsorted(self._sums, rest, side="right"))
+        used = int(self._sums[last - 1]) if last else 0
+        return lines, list(NOISE_LINE[:last]), lines * self.line_tokens + used
+
+    def lines(self, count: int) -> list[Block]:
+        """``count`` whole lines."""
+        line = "".join(NOISE_LINE)
+        return [Block(np.tile(self._line, count), lambda: line * count, len(line) * count)] if count else []
+
+
+def read_texts(path: Path) -> list[str]:
+    """Texts of a file or of all ``*.txt`` files below a folder, in the order of their paths.
+
+    ``.json`` files are read as RULER's ``PaulGrahamEssays.json``: one object with a field ``text``.
+
+    Raises:
+        DataError: nothing there, or a file that cannot be read.
+    """
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise DataError(
+            f"ruler.essays={path}: no such file, or no *.txt in that folder; give a file or folder of texts"
+        )
+    try:
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        return [str(json.loads(texts[0])["text"])] if path.suffix == ".json" else texts
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"ruler.essays={path} cannot be read as texts: {error}") from None
+
+
+def texts_sha256(texts: Sequence[str]) -> str:
+    """One hash over texts, their borders included."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _offsets(sizes: "map[int] | object", count: int) -> np.ndarray:
+    """Prefix sums with a leading zero, int64 [count + 1]."""
+    total = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(sizes, dtype=np.int64, count=count), out=total[1:])  # type: ignore[arg-type]
+    return total

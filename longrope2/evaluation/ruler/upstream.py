@@ -1,0 +1,257 @@
+"""RULER as NVIDIA/RULER@c3f5e3b makes it: its fit, its draws, its prompts from a checkout (``mode=upstream``).
+
+Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt and answer over the
+length (RULER does not count it), the answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever,
+because nothing can be made smaller, there is an error. The samples of a task are drawn from one stream, so they are made
+in one go and tokenized whole: slow beside ``mode=fixed``.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope2.errors import DataError
+from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
+from longrope2.evaluation.ruler.haystacks import texts_sha256
+from longrope2.evaluation.ruler.niah import NIAH_TASKS
+from longrope2.evaluation.ruler.prompts import PromptEncoder
+from longrope2.evaluation.ruler.qa_data import QuestionSet, read_hotpotqa, read_squad
+from longrope2.evaluation.ruler.upstream_files import (
+    UpstreamWords,
+    read_prompts,
+    read_upstream_essays,
+    read_upstream_words,
+)
+from longrope2.evaluation.ruler.upstream_generators import (
+    Streams,
+    Text,
+    coded_words,
+    common_words,
+    documents,
+    needles,
+    variables,
+    with_example,
+)
+from longrope2.evaluation.sample_store import SampleRecipe
+from longrope2.evaluation.samples import Sample
+
+__all__ = ["UpstreamRuler"]
+
+VERSION = 1
+TRIES_AT_SMALLEST = 100
+EXAMPLE_LENGTH = 500  # of variable tracking's solved example, in tokens
+
+
+class UpstreamRuler:
+    """RULER's generators over one tokenizer.
+
+    Args:
+        config: Settings, with ``upstream_checkout``.
+        encoder: Tokenizer of the prompts.
+
+    Raises:
+        DataError: the checkout or its prompts are missing.
+        ArtifactError: its prompts are not RULER's.
+    """
+
+    def __init__(self, config: RulerConfig, encoder: PromptEncoder) -> None:
+        assert config.upstream_checkout is not None
+        self.config = config
+        self.encoder = encoder
+        self.checkout = Path(config.upstream_checkout)
+        self.prompts = read_prompts(self.checkout)
+
+    def recipe(self, task: str, length: int) -> SampleRecipe:
+        """How the samples of a task are made; reads the texts that it needs."""
+        identity = {
+            "suite": "ruler", "mode": "upstream", "version": VERSION, "task": task, "length": length,
+            "seed": self.config.seed, "num_samples": self.config.num_samples,
+            "tokenizer": self.encoder.fingerprint, "texts": self._texts_identity(task),
+        }  # fmt: skip
+        make = partial(self._make, task, length)
+        return SampleRecipe(task, length, self.config.num_samples, identity, make, whole=True)
+
+    def texts(self, task: str, length: int) -> list[tuple[str, list[str], int]]:
+        """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in RULER's order.
+
+        Raises:
+            DataError: the length is too short, where RULER would try for ever.
+        """
+        streams = Streams(self.config.seed)
+        if task == "fwe":
+            return self._coded_words(streams, length)
+        plan = self._plan(task, length, streams)
+        new_tokens = MAX_NEW_TOKENS[task]
+        size = self._largest(plan, length - new_tokens, length)
+        return [
+            self._sample(partial(plan.generate, index), size, plan.step, length, new_tokens)
+            for index in range(self.config.num_samples)
+        ]
+
+    def _make(self, task: str, length: int, first: int, stop: int) -> list[Sample]:
+        """All samples; ``first`` is 0."""
+        samples = []
+        for text, answers, used in self.texts(task, length)[first:stop]:
+            prompt = np.asarray([*self.encoder.bos_ids, *self.encoder.encode_text(text)], dtype=np.int32)
+            over = max(len(prompt) + MAX_NEW_TOKENS[task] - length, 0)
+            facts: dict[str, Any] = {"num_characters": len(text), "fill": used / length}
+            facts |= {"bos_over": over} if over else {}
+            samples.append(Sample(prompt, tuple(answers), MAX_NEW_TOKENS[task] - over, facts))
+        return samples
+
+    def _plan(self, task: str, length: int, streams: Streams) -> "_Plan":
+        """How a task's size is searched and its samples are drawn."""
+        if task == "vt":
+            return self._variables(length, streams)
+        if task == "cwe":
+            words = list(self._words.words)
+            streams.reshuffle(words)
+            lists = partial(common_words, self.prompts["common_words_extraction"], streams, words,
+                            self._words.further_words, length)  # fmt: skip
+            return _Plan(lambda _, size: lists(size), lists, 10, probe_size=4096)
+        if task in ("qa_1", "qa_2"):
+            questions = self._squad if task == "qa_1" else self._hotpotqa
+            if self.config.num_samples > len(questions.questions):
+                raise DataError(f"there are {len(questions.questions)} questions; use fewer samples")
+            shown = partial(documents, self.prompts["qa"], streams, questions)
+            return _Plan(shown, partial(shown, 0), 10)
+        kind = NIAH_TASKS[task]
+        words = self._words if kind.keys == "words" else None
+        essay = self._essay if kind.haystack == "essay" else []
+        hidden = partial(needles, kind, self.prompts["niah"], streams, words, essay, _sentences)
+        step = 500 if kind.haystack == "essay" else 25 if length >= 4096 else 5
+        return _Plan(lambda _, size: hidden(size), hidden, step)
+
+    def _variables(self, length: int, streams: Streams) -> "_Plan":
+        """Variable tracking: first the solved example is fitted, then prompts that leave room for it."""
+        template = self.prompts["variable_tracking"]
+        small = partial(variables, template, streams, example=True)
+        size = self._largest(_Plan(lambda _, n: small(n), small, 5), EXAMPLE_LENGTH, EXAMPLE_LENGTH)
+        solved, names, _ = self._sample(small, size, 5, EXAMPLE_LENGTH, 0)
+        example = solved + " " + " ".join(names) + "\n"
+        large = partial(variables, template, streams, example=False)
+
+        def generate(_: int, size: int) -> Text:
+            text, answers = large(size)
+            return with_example(text, example, streams), answers
+
+        return _Plan(generate, large, 10 if length >= 4096 else 5, reserved=self._count(example))
+
+    def _largest(self, plan: "_Plan", room: int, length: int) -> int:
+        """RULER's binary search for the largest size that fits ``room`` tokens; every probe is a fresh draw."""
+        probe_size = plan.probe_size or plan.step
+        per_unit = self._count(plan.probe(probe_size)[0]) / probe_size
+        bound = int(length / per_unit * 3) if plan.probe_size is None else int(length // per_unit) * 2
+        low, high, best = plan.step, max(bound, 2 * plan.step), plan.step
+        while low <= high:
+            middle = (low + high) // 2
+            if self._count(plan.probe(middle)[0]) + plan.reserved <= room:
+                best, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return best
+
+    def _sample(
+        self, draw: Callable[[int], Text], size: int, step: int, length: int, new_tokens: int
+    ) -> tuple[str, list[str], int]:
+        """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
+        for _ in range(size // step + TRIES_AT_SMALLEST):
+            try:
+                text, answers = draw(size)
+            except (ValueError, IndexError):  # more needles than places, a repeated name: RULER catches everything
+                used = length + 1
+            else:
+                used = self._count(text) + new_tokens
+                if used <= length:
+                    return text, answers, used
+            size -= step if size > step else 0
+        raise DataError(f"the length is too short: RULER's smallest prompt takes {used} tokens; use a longer one")
+
+    def _coded_words(self, streams: Streams, length: int) -> list[tuple[str, list[str], int]]:
+        """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
+        room = length - MAX_NEW_TOKENS["fwe"]
+        template, step = self.prompts["freq_words_extraction"], room // 32
+        text, _ = coded_words(template, streams, room // 50)
+        size = room // 6
+        while self._count(text(size)) < room:
+            size += step
+        size -= step
+        found = []
+        for _ in range(self.config.num_samples):
+            text, answers = coded_words(template, streams, room // 50)
+            own = size
+            while own > 0 and self._count(text(own)) > room:
+                own -= step
+            if own <= 0:
+                raise DataError(f"the length is too short: {room} tokens cannot hold coded words; use a longer one")
+            found.append((text(own), answers, self._count(text(own)) + MAX_NEW_TOKENS["fwe"]))
+        return found
+
+    def _texts_identity(self, task: str) -> str:
+        """Hash of the texts that a task uses; makes sure that they are there."""
+        if task in ("qa_1", "qa_2"):
+            questions = self._squad if task == "qa_1" else self._hotpotqa
+            asked = [text for question in questions.questions for text in (question.text, *question.answers)]
+            return texts_sha256([*asked, *questions.documents])
+        if task == "cwe":
+            return texts_sha256([*self._words.words, *self._words.further_words])
+        if task not in NIAH_TASKS:
+            return "none"
+        kind = NIAH_TASKS[task]
+        pairs = self._words.pairs if kind.keys == "words" else []
+        return texts_sha256([*pairs, *(self._essay if kind.haystack == "essay" else [])])
+
+    @cached_property
+    def _words(self) -> UpstreamWords:
+        return read_upstream_words(self.checkout, self.config.wordlists)
+
+    @cached_property
+    def _essay(self) -> list[str]:
+        _sentences("Punkt is there. Or it is not.")
+        return re.sub(r"\s+", " ", read_upstream_essays(self.checkout, self.config.essays)).split(" ")
+
+    @cached_property
+    def _squad(self) -> QuestionSet:
+        return read_squad(str(self.config.squad))
+
+    @cached_property
+    def _hotpotqa(self) -> QuestionSet:
+        return read_hotpotqa(str(self.config.hotpotqa))
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text, without BOS."""
+        return len(self.encoder.encode_text(text))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the search for a size and the drawing of samples need."""
+
+    generate: Callable[[int, int], Text]
+    """Sample (number, size)."""
+    probe: Callable[[int], Text]
+    """What is measured while the size is searched."""
+    step: int
+    """Smallest size, and what is taken off a sample that does not fit."""
+    reserved: int = 0
+    """Tokens that ``generate`` adds to ``probe``."""
+    probe_size: int | None = None
+    """Size from which tokens per unit are estimated; None is ``step``."""
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences as NLTK's punkt finds them."""
+    try:
+        from nltk.tokenize import sent_tokenize  # type: ignore[import-not-found]
+
+        return sent_tokenize(text)
+    except (ImportError, LookupError):
+        raise DataError(
+            "mode=upstream cuts essays with NLTK: `pip install nltk`, then `python -m nltk.downloader punkt_tab`; or "
+            "leave the essay tasks out of ruler.tasks"
+        ) from None
