@@ -111,9 +111,7 @@ def begin(product: Path, known: list[Attempt]) -> None:
     restart, here = int(os.environ.get("SLURM_RESTART_COUNT", "0")), progress_of(product)
     lost = known[-1:] if known and known[-1].outcome == "begun" else []
     if lost and _without_progress(known, here) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
-        sys.exit(
-            f"error: {_in_vain(known, here)}; the last of them were cut off without a word (a node that died, most likely)"
-        )
+        sys.exit(f"error: {_in_vain(known, here)}. The last was cut off without a word, as when its node dies")
     _append(product, Attempt(_job(), restart, os.environ.get("SLURM_JOB_NODELIST", ""), here, here, "begun"))
 
 

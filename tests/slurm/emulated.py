@@ -1,10 +1,11 @@
 """A real Slurm of emulated nodes on this machine: Debian's munged, slurmctld and one slurmd per node.
 
-Each slurmd lives in UTS and mount namespaces of its own, so that a job on n2 sees the host name n2 and can resolve n1, n2, ...;
+Each slurmd lives in UTS and mount namespaces of its own, so that a job on n2 sees the host name n2 and resolves n1, n2, ...;
 GPUs are copies of /dev/null that Slurm counts and binds. CPUs and memory are declared, not enforced. All nodes share this
 machine's network and files. Nothing outside the cluster's folder is touched, and stopping it ends its own processes only.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -47,7 +48,7 @@ SlurmdTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeAddr=127.0.1.[1-{nodes}] Port=[{first}-{last}] CPUs=96 RealMemory=1000000 Gres=gpu:{gpus}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP LLN=YES
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
@@ -101,25 +102,28 @@ class EmulatedSlurm:
     def start_node(self, name: str) -> None:
         """Start the daemon of a node (again)."""
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        inside = f'hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name}'
+        inside = f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name}"
         self.command("unshare", "--uts", "--mount", "--propagation", "slave", "bash", "-ec", inside)
 
     def crash_node(self, name: str) -> None:
-        """Kill everything that runs on a node, its slurmd first, as when it loses power."""
-        pid = self._pid(f"slurmd-{name}")
-        if pid is None:
-            return
-        namespace = os.readlink(f"/proc/{pid}/ns/uts")
-        assert namespace != os.readlink("/proc/self/ns/uts")
-        os.kill(pid, signal.SIGKILL)
+        """Kill everything that runs on a node, as when it loses power."""
+        namespace = self._namespace(name)
         for _ in range(2):  # a process may start another while we look
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    if os.readlink(process / "ns/uts") == namespace:
-                        os.kill(int(process.name), signal.SIGKILL)
-                except OSError:
-                    continue
+            for pid in _processes_in(namespace):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         (self.folder / f"slurmd-{name}.pid").unlink(missing_ok=True)
+
+    def processes(self, name: str) -> list[int]:
+        """Process ids of all that runs on a node, its slurmd among them."""
+        return _processes_in(self._namespace(name))
+
+    def _namespace(self, name: str) -> str:
+        """The UTS namespace of a node, in which all its processes are; "" when its slurmd does not run."""
+        pid = self._pid(f"slurmd-{name}")
+        namespace = "" if pid is None else os.readlink(f"/proc/{pid}/ns/uts")
+        assert namespace != os.readlink("/proc/self/ns/uts")
+        return namespace
 
     def job(self, job_id: str) -> dict[str, str]:
         """What ``scontrol show job`` says."""
@@ -180,6 +184,16 @@ class EmulatedSlurm:
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
             wait_until(lambda: self._pid(name) is None, 20, f"{name} ends")
+
+
+def _processes_in(namespace: str) -> list[int]:
+    """Ids of the processes in a UTS namespace."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "ns/uts") == namespace:
+                found.append(int(process.name))
+    return found
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:

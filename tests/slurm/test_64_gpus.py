@@ -68,7 +68,9 @@ def test_the_doctor_comes_first_on_every_node_and_one_process_composes(calls: tu
     words = [call[2] if call[1] == "launch.doctor" else call[1].removeprefix("launch.") for _, call in made]
     words = ["ranks" if "launch.train" in call and call[1] == "launch.node_agent" else word
              for word, (_, call) in zip(words, made, strict=True)]  # fmt: skip
-    expected = ["node"] * 8 + ["nodes"] + ["node_agent"] * 8 + ["links", "train", "attempts"] + ["ranks"] * 8 + ["attempts"]
+    expected = (
+        ["node"] * 8 + ["nodes"] + ["node_agent"] * 8 + ["links", "train", "attempts"] + ["ranks"] * 8 + ["attempts"]
+    )
     assert words == expected
     composed = next(call for _, call in made if call[1] == "launch.train")
     assert composed[2:] == [

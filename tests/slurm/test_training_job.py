@@ -1,0 +1,163 @@
+"""Training by ``sbatch slurm/train_llama3_128k.sh`` on emulated nodes: 4 CPU ranks on 2 nodes, ZeRO-3, sp = 2.
+
+An undisturbed run, and runs that are requeued, lose a rank or a node, or reach their time limit: each goes on by itself and
+ends with the same losses and weights.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import EmulatedSlurm, wait_until
+
+from longrope2.artifacts import sha256_of_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STEPS = 60
+TRAIN = [
+    "experiment=tiny", "rope=yarn", "target_len=256", "model.from_scratch=true", "training.same_kind_segments=2",
+    "training.global_batch_tokens=512", f"training.tokens={512 * STEPS}", "training.warmup_steps=2",
+    "training.checkpoint_steps=10", "tracking.wandb=disabled", "parallel.replicate_below=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(checkout: Path) -> Path:
+    """The folder of runs, with packed segments."""
+    subprocess.run(
+        [sys.executable, "-m", "data_prep.pack", "--target", "256", "--corpus", "sample", "--model", "tiny", "--align", "2",
+         "run.name=packed", "corpus.quotas.stdlib_modules={short: 8000, long: 8000}",
+         "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 0, long: 0}"],
+        cwd=checkout, check=True, capture_output=True,
+    )  # fmt: skip
+    return checkout / "runs"
+
+
+class Job:
+    """A submitted training."""
+
+    def __init__(self, cluster: EmulatedSlurm, runs: Path, name: str, *options: str) -> None:
+        self.cluster, self.checkout, self.product = cluster, runs.parent, runs / name / "3_checkpoints"
+        words = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", f"--job-name={name}", *options,
+                 "slurm/train_llama3_128k.sh", *TRAIN, f"run.name={name}", "segments=runs/packed/1_segments"]  # fmt: skip
+        submitted = subprocess.run(
+            words, cwd=self.checkout, env=cluster.environment, capture_output=True, text=True, check=True
+        )
+        self.id = submitted.stdout.strip()
+        self.logs = self.checkout / "slurm" / "logs" / f"{name}-{self.id}"
+
+    @property
+    def log(self) -> str:
+        return self.logs.with_suffix(".log").read_text()
+
+    def records(self) -> list[dict]:
+        file = self.product / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def nodes(self) -> list[str]:
+        """Nodes it runs on now."""
+        return self.cluster.command("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"]).split()
+
+    def attempts(self) -> list[tuple[str, int]]:
+        """Outcome and exit code of every attempt, as the run folder keeps them."""
+        lines = [json.loads(line) for line in (self.product / "attempts.jsonl").read_text().splitlines()]
+        return [(line["outcome"], line["exit_code"]) for line in lines]
+
+    def wait_for_steps(self, steps: int, seconds: float = 600) -> None:
+        def reached() -> bool:
+            state = self.cluster.job(self.id)["JobState"]
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.log}"
+            return len(self.records()) >= steps
+
+        wait_until(reached, seconds, f"{steps} steps")
+
+    def wait(self, seconds: float = 900) -> dict[str, str]:
+        ended = self.cluster.wait_for(self.id, seconds)
+        assert ended["JobState"] == "COMPLETED", self.log
+        return ended
+
+    def result(self) -> tuple[dict[int, tuple[float, float]], str]:
+        """Loss and gradient norm by step, a repeated step having repeated its numbers exactly; hash of the weights."""
+        found: dict[int, tuple[float, float]] = {}
+        for record in self.records():
+            values = (record["train/loss"], record["train/grad_norm"])
+            assert found.setdefault(record["step"], values) == values
+        return found, sha256_of_file(self.product / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_cluster: EmulatedSlurm, runs: Path) -> Job:
+    job = Job(small_cluster, runs, "undisturbed")
+    job.wait()
+    return job
+
+
+def test_trains_over_two_nodes(undisturbed: Job) -> None:
+    losses, _ = undisturbed.result()
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS][0] < losses[1][0]
+    assert "4: 2 data x 2 sequence, ZeRO stage 3" in undisturbed.log
+    ranks = undisturbed.logs / "start-0" / "ranks"
+    assert {path.name for path in ranks.glob("rank-*")} == {
+        f"rank-00{i}.{kind}" for i in range(4) for kind in ("out", "err")
+    }
+    nodes = sorted(json.loads(path.read_text())["node"] for path in (undisturbed.logs / "start-0").glob("node-*.json"))
+    assert len(nodes) == 2
+    assert undisturbed.attempts() == [("begun", 0), ("done", 0)]
+
+
+def test_requeued_then_a_rank_killed(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
+    """``scontrol requeue`` goes on from the last checkpoint; after a killed rank the job leaves its node out."""
+    job = Job(small_cluster, runs, "disturbed")
+    job.wait_for_steps(12)
+    small_cluster.command("scontrol", "requeue", job.id)
+    job.wait_for_steps(36)
+    second = job.nodes()[1]
+    rank = next(pid for pid in small_cluster.processes(second) if is_rank(pid))
+    os.kill(rank, signal.SIGKILL)
+    ended = job.wait()
+    assert job.result() == undisturbed.result()
+    assert ended["Restarts"] == "2" and ended["ExcNodeList"] == second
+    outcomes = job.attempts()
+    assert outcomes[-4:] == [("begun", 0), ("failed", 1), ("begun", 0), ("done", 0)], outcomes
+    assert "killed by signal 9" in job.log
+    assert f"failed: starts again without {second}, from " in job.log
+
+
+def test_node_dies(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
+    job = Job(small_cluster, runs, "node_dies")
+    job.wait_for_steps(15)
+    second = job.nodes()[1]
+    small_cluster.crash_node(second)
+    ended = job.wait()
+    small_cluster.start_node(second)
+    assert job.result() == undisturbed.result()
+    assert second not in small_cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
+
+
+def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
+    """The limit is set so that, at the undisturbed run's pace, it comes in the middle of training."""
+    times = [record["time"] for record in undisturbed.records()]
+    began = undisturbed.logs.joinpath("start-0", "config-path").stat().st_ctime
+    middle = (times[0] - began) + 60 + 0.4 * (times[-1] - times[0])
+    minutes = math.ceil((middle + 60) / 60)
+    job = Job(small_cluster, runs, "time_limit", f"--time={minutes}", f"--signal=B:USR1@{round(60 * minutes - middle)}")
+    ended = job.wait()
+    assert int(ended["Restarts"]) >= 1
+    assert "asked to stop" in job.log and "stopped by SIGUSR1 after step" in job.log
+    assert ("stopped", 75) in job.attempts()
+    assert job.result() == undisturbed.result()
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process is one of the trainers."""
+    return (
+        b"launch.train\0--config" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and b"node_agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )

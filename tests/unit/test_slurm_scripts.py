@@ -1,0 +1,104 @@
+"""The job scripts of ``slurm/`` by themselves: headers, numbers that stand in two places, shell functions, shellcheck."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longrope2.config import compose
+from longrope2.training import TrainRoot
+
+ROOT = Path(__file__).parent.parent.parent
+MODELS = ("llama3_128k", "phi3_mini_128k")
+STAGES = ("pack", "search", "train", "evaluate", "export")
+SCRIPTS = [ROOT / "slurm" / f"{stage}_{model}.sh" for model in MODELS for stage in STAGES]
+
+
+def header(script: Path) -> dict[str, str]:
+    """The #SBATCH options of a script."""
+    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script.read_text(), flags=re.MULTILINE)
+    assert len(dict(found)) == len(found), f"{script}: an option stands twice"
+    return dict(found)
+
+
+def bash(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_header(script: Path) -> None:
+    """Every job can be requeued, appends to its log, and is told before its time limit."""
+    options = header(script)
+    assert options["job-name"] == script.stem
+    assert options["output"] == "slurm/logs/%x-%j.log" and options["open-mode"] == "append"
+    assert "requeue" in options and options["signal"] == "B:USR1@300"
+    assert script.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_asks_for_the_paper_s_64_gpus(model: str) -> None:
+    options = header(ROOT / "slurm" / f"train_{model}.sh")
+    assert (options["nodes"], options["gpus-per-node"], options["ntasks-per-node"]) == ("8", "8", "1")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_agree_with_the_experiment(model: str) -> None:
+    """What slurm/models says for all stages is what conf/experiment says for training."""
+    words = bash(f'. slurm/models/{model}.sh; echo "$EXPERIMENT $SEQUENCE_RANKS ${{EXTENSION[*]}}"').stdout.split()
+    experiment = compose(TrainRoot, "train", [f"experiment={words[0]}"])
+    assert words[1:] == [
+        str(experiment.parallel.sequence), f"model={experiment.model.name}", f"target_len={experiment.target_len}",
+        f"run.name={experiment.run.name}",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    files = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "slurm" / "models").glob("*.sh"))]
+    checked = subprocess.run(
+        ["shellcheck", "-x", *map(str, files), "slurm/site.example.env"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def function(name: str) -> str:
+    """The text of a function of slurm/common.sh."""
+    found = re.search(
+        rf"^{name}\(\) \{{\n.*?^\}}$", (ROOT / "slurm" / "common.sh").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    return found[0]
+
+
+def test_of_two_words_with_one_key_the_last_counts() -> None:
+    words = "model=a --target x=1 model=b x=2 corpus.plan={a: 1, b: 2}".split(" ", 5)
+    quoted = " ".join(f"'{word}'" for word in words)
+    ended = bash(f"{function('last_wins')}\nlast_wins {quoted}; printf '%s\\n' \"${{WORDS[@]}}\"")
+    assert ended.stdout.splitlines() == ["--target", "model=b", "x=2", "corpus.plan={a: 1, b: 2}"]
+
+
+def test_scripts_refuse_to_run_outside_a_job() -> None:
+    ended = bash("unset SLURM_JOB_ID; bash slurm/train_llama3_128k.sh")
+    assert ended.returncode == 2 and "submit it: sbatch slurm/SCRIPT.sh [key=value ...]" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "which model\\? .* one of llama3_128k phi3_mini_128k"),
+        ("llama4", "no slurm/models/llama4.sh; one of llama3_128k phi3_mini_128k"),
+        ("llama3_128k train:run.name=x", "train:run.name=x: all stages share one run folder"),
+        ("llama3_128k --nodes", "--nodes: give sbatch's options as --option=value"),
+        ("llama3_128k trian:a", "trian:a: neither .* STAGE one of pack search train evaluate export"),
+    ],
+)
+def test_pipeline_refuses(words: str, message: str) -> None:
+    ended = bash(f"bash slurm/pipeline.sh {words}")
+    assert ended.returncode == 2 and re.search(message, ended.stderr), ended.stderr
