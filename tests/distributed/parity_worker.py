@@ -1,14 +1,16 @@
 """Run under torchrun: train a tiny random Llama three steps in each requested layout and write what came out.
 
-Arguments: OUTPUT.json, then one ``zero_stage:sequence:kv_heads:segments`` per case, where ``segments`` is a word over
-S (short, aligned), U (short, unaligned) and L (long). Weights, data and batch are the same for every layout.
+Arguments: OUTPUT.pt, then one ``zero_stage:sequence:kv_heads:segments`` per case, where ``segments`` is a word over
+S (short, aligned), U (short, unaligned) and L (long), or the name of a check in ``layout_checks.py``. Weights, data and
+batch are the same for every layout.
 """
 
-import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.model import WindowedModel
-from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes, make_groups
+from longrope2.parallel import (
+    ParallelConfig,
+    ParallelDims,
+    Processes,
+    join_processes,
+    leave_processes,
+    make_groups,
+)
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.segments import MicroStep, Segment
 from longrope2.training.batch import load_rank_batch
@@ -29,8 +38,10 @@ from longrope2.training.zero import ZeroConfig
 
 LENGTH = 256
 VOCAB = 97
+ORIGINAL_LEN = 64
 DOC_ENDS = {"S": (40, 64, 100, 128, 190, 192, 256), "U": (30, 70, 135, 200, 250, 256), "L": (150, 256)}
 NUM_STEPS = 3
+TRAINING = TrainingConfig(learning_rate=1e-3, weight_decay=0.1, gradient_clip=0.5)
 
 
 @dataclass(frozen=True)
@@ -48,63 +59,82 @@ class SegmentsInMemory:
         names = tuple(str(i) for i in range(len(ends)))
         return Segment(index, window, tokens, np.array(ends, np.int32), names, names, padded, False, 0)
 
+    def micro_steps(self, dims: ParallelDims) -> list[MicroStep]:
+        """Consecutive segments of one kind form the micro-steps, ``dims.data`` at a time."""
+        starts = range(0, len(self.kinds), dims.data)
+        return [MicroStep(self.segment(i).window, tuple(range(i, i + dims.data))) for i in starts]
+
 
 def tiny_llama(kv_heads: int) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=kv_heads == 4, max_position_embeddings=64,
+        num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=kv_heads == 4,
+        max_position_embeddings=ORIGINAL_LEN,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
 def factors() -> RescaleFactors:
-    return closed_form_factors(
-        RopeMethod.yarn, RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=64), LENGTH
-    )
+    geometry = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
+    return closed_form_factors(RopeMethod.yarn, geometry, LENGTH)
 
 
-def train_case(case: str) -> dict:
+def processes_of(sequence: int) -> Processes:
+    """This process in a grid with ``sequence`` ranks per segment."""
+    dims = ParallelDims.from_world(int(os.environ.get("WORLD_SIZE", "1")), sequence, torch.distributed.get_rank())
+    return Processes(dims, torch.device("cpu"), *make_groups(dims))
+
+
+def release(processes: Processes) -> None:
+    """Both modules keep the groups in globals; the next case needs its own."""
+    import deepspeed
+
+    if processes.mpu is not None:
+        processes.mpu._release_sequence_parallel_groups()
+        deepspeed.utils.groups.mpu = None
+
+
+def whole_weights(model: WindowedModel) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    weights = {}
+    for name, parameter in model.hf.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def train_case(case: str) -> dict[str, Any]:
     import deepspeed
 
     zero_stage, sequence, kv_heads, kinds = case.split(":")
     parallel = ParallelConfig(sequence=int(sequence), zero_stage=int(zero_stage), replicate_below=0)
-    dims = ParallelDims.from_world(
-        int(os.environ.get("WORLD_SIZE", "1")), parallel.sequence, torch.distributed.get_rank()
-    )
-    group, mpu = make_groups(dims)
-    training = TrainingConfig(learning_rate=1e-2, weight_decay=0.1, gradient_clip=0.5)
+    processes = processes_of(parallel.sequence)
     model = WindowedModel(tiny_llama(int(kv_heads)), factors())
     store = SegmentsInMemory(kinds)
-    # Consecutive segments of one kind form the micro-steps, dims.data at a time.
-    micro = [
-        MicroStep(store.segment(i).window, tuple(range(i, i + dims.data))) for i in range(0, len(kinds), dims.data)
-    ]
+    micro = store.micro_steps(processes.dims)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, training),
-        config=deepspeed_settings(training, parallel, ZeroConfig(), micro_steps=len(micro), bf16=False),
-        mpu=mpu,
+        optimizer=make_optimizer(model, TRAINING),
+        config=deepspeed_settings(TRAINING, parallel, ZeroConfig(), micro_steps=len(micro), bf16=False),
+        mpu=processes.mpu,
     )
     guard = StepGuard(engine)
     steps = []
-    for _ in range(NUM_STEPS):
-        batches = [load_rank_batch(store, m, dims, group) for m in micro]
+    for step in range(1, NUM_STEPS + 1):
+        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
         report = run_step(
-            engine, guard, batches, dims, zero_stage=parallel.zero_stage, learning_rate=training.learning_rate,
-            gradient_clip=training.gradient_clip,
+            engine, guard, batches, processes.dims, zero_stage=parallel.zero_stage,
+            learning_rate=TRAINING.learning_rate, gradient_clip=TRAINING.gradient_clip, step=step,
         )  # fmt: skip
         steps.append({
             "loss": report.loss, "gradient_norm": report.gradient_norm,
             "by_window": [report.loss_by_window[w] for w in Window], "targets": list(report.targets_by_window.values()),
         })  # fmt: skip
-    weights = []
-    for _, parameter in model.hf.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weights.append(parameter.detach().double().norm().item())
-    if mpu is not None:  # both modules keep the groups in globals; the next case needs its own
-        mpu._release_sequence_parallel_groups()
-        deepspeed.utils.groups.mpu = None
+    weights = whole_weights(model)
+    engine.destroy()
+    release(processes)
     return {"steps": steps, "weights": weights}
 
 
@@ -112,9 +142,15 @@ def main() -> None:
     output, cases = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     join_processes(ParallelConfig())
-    results = {case: train_case(case) for case in cases}
+    import layout_checks  # after DS_ACCELERATOR is set
+
+    results = {}
+    for case in cases:
+        began = time.perf_counter()
+        results[case] = train_case(case) if ":" in case else layout_checks.CHECKS[case]()
+        print(f"{case}: {time.perf_counter() - began:.1f} s")
     if torch.distributed.get_rank() == 0:
-        output.write_text(json.dumps(results))
+        torch.save(results, output)
     leave_processes()
 
 

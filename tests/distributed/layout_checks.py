@@ -1,0 +1,206 @@
+"""Checks of two ranks that are no training case; each returns what the test looks at. Imported by ``parity_worker``."""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+import torch.distributed as dist
+from parity_worker import TRAINING, SegmentsInMemory, factors, processes_of, release, tiny_llama, whole_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longrope2.attention import AttentionKernel, windowed
+from longrope2.errors import UserError
+from longrope2.model import WindowedModel, load_windowed_model, rope_geometry
+from longrope2.parallel import ParallelConfig, Processes
+from longrope2.rope import RopeMethod, Window, closed_form_factors
+from longrope2.training import selftest, step
+from longrope2.training.agreement import check_agreement, fingerprints
+from longrope2.training.batch import load_rank_batch
+from longrope2.training.config import Precision, Recompute, TrainRoot
+from longrope2.training.engine import wrap_model
+from longrope2.training.guard import StepGuard
+from longrope2.training.selftest import check_parity
+from longrope2.training.shares import RankShares
+from longrope2.training.step import run_step
+
+
+def root(*, sequence: int, zero_stage: int = 3, recompute: Recompute = Recompute.none) -> TrainRoot:
+    training = replace(TRAINING, precision=Precision.fp32, recompute=recompute)
+    parallel = ParallelConfig(sequence=sequence, zero_stage=zero_stage, replicate_below=0)
+    return TrainRoot(training=training, parallel=parallel)
+
+
+def message_of(call: Callable[[], None]) -> str | None:
+    """The user error a call ends with."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_selftest() -> dict[str, str | None]:
+    """The self-test as it is, then with planted faults: what it says on this rank."""
+    found: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"num_attention_heads": 4, "num_key_value_heads": 1, "model_type": "llama"}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        before = torch.random.get_rng_state()
+        for sequence, stage in ((2, 3), (2, 0), (1, 3)):
+            processes = processes_of(sequence)
+            kernel = AttentionKernel.sdpa
+
+            def test(processes: Processes = processes, sequence: int = sequence, stage: int = stage) -> None:
+                check_parity(root(sequence=sequence, zero_stage=stage), Path(folder), processes, kernel)
+
+            found[f"{sequence}:{stage}"] = message_of(test)
+            if (sequence, stage) == (2, 3):
+                wrong = step.gradient_scale
+                with patch.object(step, "gradient_scale", lambda *given: 2 * wrong(*given)):
+                    found["gradient scale"] = message_of(test)
+                alone = selftest._step_alone
+                with (
+                    patch.object(selftest, "_step_alone", lambda *given: unpatched(alone, *given)),
+                    patch.object(WindowedModel, "use_window", always_short),
+                ):
+                    found["rotary window"] = message_of(test)
+            release(processes)
+        found["random state"] = str(torch.equal(before, torch.random.get_rng_state()))
+    return found
+
+
+plain_use_window = WindowedModel.use_window
+
+
+def always_short(model: WindowedModel, window: Window) -> None:
+    plain_use_window(model, Window.SHORT)
+
+
+def unpatched(function: Callable[..., Any], *given: Any) -> Any:
+    """The reference is computed without the planted fault."""
+    with patch.object(WindowedModel, "use_window", plain_use_window):
+        return function(*given)
+
+
+def check_disagreement() -> dict[str, str | None]:
+    """Rank 1 works on another segment, then on another window kind, then on what it should."""
+    processes = processes_of(2)
+    rank = dist.get_rank()
+    found: dict[str, str | None] = {}
+    for name, kinds, first in (("same", "LL", 0), ("segment", "LL", rank), ("window", "LS" if rank else "LL", 0)):
+        store = SegmentsInMemory(kinds)
+        micro = store.micro_steps(processes.dims)[first:] + store.micro_steps(processes.dims)[:first]
+        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
+        sums = torch.tensor(fingerprints(batches, processes.dims), dtype=torch.float64)
+        dist.all_reduce(sums)
+        values = sums.tolist()
+        found[name] = message_of(lambda v=values, b=batches: check_agreement(v, b, processes.dims, 7))
+    release(processes)
+    return found
+
+
+def check_recompute() -> dict[str, Any]:
+    """One step under ZeRO-3 with heads exchanged, per policy: numbers, weights, and how often what ran on this rank."""
+    found: dict[str, Any] = {}
+    for policy in Recompute:
+        processes = processes_of(2)
+        store = SegmentsInMemory("UL")
+        micro = store.micro_steps(processes.dims)
+        config = root(sequence=2, recompute=policy)
+        model = WindowedModel(tiny_llama(2), factors())
+        engine = wrap_model(model, config, processes, micro_steps=len(micro), dtype=torch.float32)
+        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
+        with (
+            patch.object(windowed, "document_attention", wraps=windowed.document_attention) as attention,
+            patch.object(windowed, "tokens_to_heads", wraps=windowed.tokens_to_heads) as exchange,
+        ):
+            report = run_step(engine, StepGuard(engine), batches, processes.dims, zero_stage=3, learning_rate=1e-2,
+                              gradient_clip=0.5)  # fmt: skip
+        found[policy.value] = {
+            "loss": report.loss, "norm": report.gradient_norm, "attention": attention.call_count,
+            "exchange": exchange.call_count, "weights": whole_weights(model),
+        }  # fmt: skip
+        engine.destroy()
+        release(processes)
+    return found
+
+
+def resident_bytes() -> int:
+    """Memory of this process, weights that are mapped from a file included."""
+    return psutil.Process().memory_info().rss
+
+
+class PeakMemory:
+    """Largest growth of ``resident_bytes`` inside ``with``, sampled by a thread."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.start = self.peak = resident_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.growth = self.peak - self.start
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, resident_bytes())
+
+
+def check_shares() -> dict[str, Any]:
+    """A model of 100 MB loaded in shares and whole: weights alike, memory of every rank."""
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=512, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=64,
+    )  # fmt: skip
+    processes = processes_of(1)
+    folders: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders)
+    folder = Path(folders[0])
+    if processes.is_main:
+        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20MB")
+    dist.barrier()
+    factors_of_it = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 64), 256)
+    with PeakMemory() as whole_memory:
+        whole = load_windowed_model(folder, factors_of_it)
+        assert all(p.isfinite().all() for p in whole.parameters())  # a mapped file is resident once it is read
+    expected = {name: p.detach().clone() for name, p in whole.hf.named_parameters()}
+    size = sum(p.numel() * 4 for p in expected.values())
+    del whole
+    shares = RankShares({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None, torch.float32)
+    with PeakMemory() as share_memory:
+        shared = load_windowed_model(folder, factors_of_it, take=shares.take, read=processes.is_main)
+    held = sum(p.ds_tensor.numel() * 4 for p in shared.parameters()) / size
+    equal = all(torch.equal(value, expected[name]) for name, value in whole_weights(shared).items())
+    tied = shared.hf.lm_head.weight is shared.hf.model.embed_tokens.weight
+    del shared
+    torch.manual_seed(3)
+    plain = load_windowed_model(folder, factors_of_it, from_scratch=True)
+    torch.manual_seed(3)
+    shares = RankShares({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None, torch.float32)
+    random = load_windowed_model(folder, factors_of_it, from_scratch=True, take=shares.take)
+    plain_weights = {name: p.detach() for name, p in plain.hf.named_parameters()}
+    random_equal = all(torch.equal(value, plain_weights[name]) for name, value in whole_weights(random).items())
+    mine = {"equal": equal, "tied": tied, "held": held, "random_equal": random_equal,
+            "share_growth": share_memory.growth / size, "whole_growth": whole_memory.growth / size}  # fmt: skip
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {"ranks": everyone, "bytes": size}
+
+
+CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "selftest": check_selftest,
+    "disagreement": check_disagreement,
+    "recompute": check_recompute,
+    "shares": check_shares,
+}
