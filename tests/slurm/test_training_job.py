@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,8 @@ def test_node_dies(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -
 def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
     """The limit is set so that, at the undisturbed run's pace, it comes in the middle of training."""
     times = [record["time"] for record in undisturbed.records()]
-    began = undisturbed.logs.joinpath("start-0", "config-path").stat().st_ctime
-    middle = (times[0] - began) + 60 + 0.4 * (times[-1] - times[0])
+    began = datetime.fromisoformat(small_cluster.job(undisturbed.id)["StartTime"]).timestamp()
+    middle = 1.2 * (times[0] - began) + 0.4 * (times[-1] - times[0])
     minutes = math.ceil((middle + 60) / 60)
     job = Job(small_cluster, runs, "time_limit", f"--time={minutes}", f"--signal=B:USR1@{round(60 * minutes - middle)}")
     ended = job.wait()
