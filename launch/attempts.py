@@ -6,7 +6,7 @@ others ``end`` decides, on what is written down and never on hope:
 
 - exit code 0: done; 2: a fault of the user's, which no restart mends: stop;
 - anything else: start again from the last checkpoint, without the node to blame where there is one; but stop when three
-  attempts in a row ended where they had begun. Progress is a newer checkpoint (for other stages: more journal lines).
+  attempts in a row ended where they had begun. Progress is a newer checkpoint (other stages: more files or journal lines).
 
 ``end`` prints one line for the job script: ``done``, ``stop`` or ``requeue [node,...]``; what a person should read goes to
 stderr, the failing rank's last lines at the very end.
@@ -53,7 +53,7 @@ class Attempt:
     """Times that Slurm had started the job before."""
     nodes: str
     found: int
-    """Finished steps (or journal lines) when it began."""
+    """Finished steps when it began; for stages without steps see ``progress_of``."""
     left: int
     """The same when it ended."""
     outcome: str
@@ -183,12 +183,15 @@ def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
 
 
 def progress_of(product: Path) -> int:
-    """Finished steps of the newest checkpoint; for other stages the lines of all journals in the folder."""
+    """Finished steps of the newest checkpoint; for other stages the files in the folder and the lines of its journals."""
     latest = product / "latest"
     if latest.is_file():
         return int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
-    journals = (path for path in product.glob("*.jsonl") if path.name not in (ATTEMPTS_FILE, "metrics.jsonl"))
-    return sum(path.read_bytes().count(b"\n") for path in journals)
+    count = 0
+    for path in product.rglob("*"):
+        if path.is_file() and path.name not in (ATTEMPTS_FILE, "metrics.jsonl"):
+            count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
+    return count
 
 
 def read_attempts(product: Path, *, job: str) -> list[Attempt]:
@@ -229,7 +232,7 @@ def _in_vain(attempts: list[Attempt], here: int) -> str:
     """The message of the third failure."""
     nodes = ", ".join(dict.fromkeys(attempt.nodes for attempt in attempts[-MOST_ATTEMPTS_WITHOUT_PROGRESS:]))
     return (
-        f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, at {here} finished steps "
+        f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with progress at {here} "
         f"(on {nodes}); see what they say, mend it, and submit the same command again: it goes on from there"
     )
 

@@ -69,7 +69,7 @@ def test_failures_without_progress_end_the_job(checkout: Path, small_cluster: Em
     assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("FAILED", "2", "n2"), log
     assert "failed: starts again without n2, from 40" in log
     assert "rank 2 on n2 ended first (killed by signal 9)" in log
-    assert "stopped: 3 attempts in a row ended where they had begun, at 40 finished steps (on n[1-2], n[1,3])" in log
+    assert "stopped: 3 attempts in a row ended where they had begun, with progress at 40 (on n[1-2], n[1,3])" in log
     assert log.splitlines()[-3:] == [
         "--- rank 0 on n1 ended first (exit code 1):",
         "Traceback ...",

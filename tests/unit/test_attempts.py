@@ -54,7 +54,11 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
         ([attempt("failed", 10, 10, 2)], "stop", "a fault that no restart mends"),
         ([attempt("failed", 10, 10, 1)], "requeue", "starts again, from 10"),
         ([attempt("failed", 10, 10, 1, blamed=("n2",))], "requeue n2", "starts again without n2, from 10"),
-        ([attempt("failed", 10, 10, 1)] * 3, "stop", "3 attempts in a row ended where they had begun, at 10 finished"),
+        (
+            [attempt("failed", 10, 10, 1)] * 3,
+            "stop",
+            "3 attempts in a row ended where they had begun, with progress at 10",
+        ),
         ([attempt("failed", 0, 10, 1), *[attempt("failed", 10, 10, 1)] * 2], "requeue", "from 10"),
         ([attempt("failed", 10, 10, 1)] * 2 + [attempt("failed", 10, 12, 1)], "requeue", "from 12"),
         (
@@ -103,11 +107,18 @@ def test_nodes_that_left_no_word(tmp_path: Path) -> None:
 
 
 def test_progress(tmp_path: Path) -> None:
-    """Steps of the newest checkpoint; without one the lines of journals, not those of metrics and attempts."""
+    """Steps of the newest checkpoint; without one files and the lines of journals, not metrics and attempts."""
     assert progress_of(tmp_path) == 0
-    for name, lines in (("a.jsonl", 3), ("b.jsonl", 2), ("metrics.jsonl", 9), ("attempts.jsonl", 9)):
+    (tmp_path / "answers").mkdir()
+    for name, lines in (
+        ("a.jsonl", 3),
+        ("answers/b.jsonl", 2),
+        ("c.arrow", 7),
+        ("metrics.jsonl", 9),
+        ("attempts.jsonl", 9),
+    ):
         (tmp_path / name).write_text("{}\n" * lines)
-    assert progress_of(tmp_path) == 5
+    assert progress_of(tmp_path) == 3 + 3 + 2
     (tmp_path / "latest").write_text("step_00000120\n")
     assert progress_of(tmp_path) == 120
 
@@ -136,7 +147,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [a.outcome for a in read_attempts(product, job="7")] == ["failed", "begun", "terminated"]
     run("begin")
     with pytest.raises(
-        SystemExit, match=r"3 attempts in a row ended where they had begun, at 0 finished steps \(on n\[1-2\]\)"
+        SystemExit, match=r"3 attempts in a row ended where they had begun, with progress at 0 \(on n\[1-2\]\)"
     ):
         run("begin")
     with pytest.raises(SystemExit, match="The last was cut off without a word, as when its node dies"):
