@@ -49,31 +49,42 @@ def message_of(call: Callable[[], None]) -> str | None:
 def check_selftest() -> dict[str, str | None]:
     """The self-test as it is, then with planted faults: what it says on this rank."""
     found: dict[str, str | None] = {}
+    before = torch.random.get_rng_state()
+    for sequence, stage in ((2, 3), (2, 0), (1, 3)):
+        processes = processes_of(sequence)
+        found[f"{sequence}:{stage}"] = run_selftest(processes, stage)
+        if (sequence, stage) == (2, 3):
+            with patch.object(step, "gradient_scale", doubled_scale):
+                found["gradient scale"] = run_selftest(processes, stage)
+            with (
+                patch.object(selftest, "_step_alone", step_alone_without_fault),
+                patch.object(WindowedModel, "use_window", always_short),
+            ):
+                found["rotary window"] = run_selftest(processes, stage)
+        release(processes)
+    found["random state"] = str(torch.equal(before, torch.random.get_rng_state()))
+    return found
+
+
+def run_selftest(processes: Processes, zero_stage: int) -> str | None:
+    """What the self-test of a model with one key/value head says."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"num_attention_heads": 4, "num_key_value_heads": 1, "model_type": "llama"}
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        before = torch.random.get_rng_state()
-        for sequence, stage in ((2, 3), (2, 0), (1, 3)):
-            processes = processes_of(sequence)
-            kernel = AttentionKernel.sdpa
+        of_run = root(sequence=processes.dims.sequence, zero_stage=zero_stage)
+        return message_of(lambda: check_parity(of_run, Path(folder), processes, AttentionKernel.sdpa))
 
-            def test(processes: Processes = processes, sequence: int = sequence, stage: int = stage) -> None:
-                check_parity(root(sequence=sequence, zero_stage=stage), Path(folder), processes, kernel)
 
-            found[f"{sequence}:{stage}"] = message_of(test)
-            if (sequence, stage) == (2, 3):
-                wrong = step.gradient_scale
-                with patch.object(step, "gradient_scale", lambda *given: 2 * wrong(*given)):
-                    found["gradient scale"] = message_of(test)
-                alone = selftest._step_alone
-                with (
-                    patch.object(selftest, "_step_alone", lambda *given: unpatched(alone, *given)),
-                    patch.object(WindowedModel, "use_window", always_short),
-                ):
-                    found["rotary window"] = message_of(test)
-            release(processes)
-        found["random state"] = str(torch.equal(before, torch.random.get_rng_state()))
-    return found
+plain_scale, plain_step_alone = step.gradient_scale, selftest._step_alone
+
+
+def doubled_scale(*given: Any) -> float:
+    return 2 * plain_scale(*given)
+
+
+def step_alone_without_fault(*given: Any) -> Any:
+    with patch.object(WindowedModel, "use_window", plain_use_window):
+        return plain_step_alone(*given)
 
 
 plain_use_window = WindowedModel.use_window
@@ -81,12 +92,6 @@ plain_use_window = WindowedModel.use_window
 
 def always_short(model: WindowedModel, window: Window) -> None:
     plain_use_window(model, Window.SHORT)
-
-
-def unpatched(function: Callable[..., Any], *given: Any) -> Any:
-    """The reference is computed without the planted fault."""
-    with patch.object(WindowedModel, "use_window", plain_use_window):
-        return function(*given)
 
 
 def check_disagreement() -> dict[str, str | None]:

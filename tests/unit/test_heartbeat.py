@@ -1,0 +1,86 @@
+"""A rank without progress names the ranks that are behind and leaves with its own exit code."""
+
+import json
+import re
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longrope2.training.heartbeat import HANG_EXIT_CODE, Beat, Heartbeat, describe_hang
+
+NOW = 1000.0
+WAITING = Beat(rank=0, host="a", pid=10, marks=7, step=4, phase="update", since=900.0, written=NOW)
+BEHIND = Beat(rank=1, host="b", pid=11, marks=5, step=4, phase="reading segments", since=890.0, written=NOW)
+
+
+def test_the_rank_with_fewest_marks_is_behind() -> None:
+    lines = describe_hang([WAITING, BEHIND, replace(WAITING, rank=2)], 0, 100, 20).splitlines()
+    assert lines == [
+        "rank 0: no progress for training.hang_timeout_s=100 s at step 4, update",
+        "1 of 3 ranks are behind:",
+        "  rank 1 (host b, process 11): step 4, reading segments, for 110 s",
+    ]
+
+
+def test_a_stopped_rank_gives_no_sign_of_life() -> None:
+    text = describe_hang([WAITING, replace(BEHIND, written=NOW - 60)], 0, 100, 20)
+    assert "for 110 s; no sign of life for 60 s: stopped, dead, or its file system stalls" in text
+
+
+def test_nobody_is_behind() -> None:
+    text = describe_hang([WAITING, replace(WAITING, rank=1)], 1, 100, 20)
+    assert "all ranks are at the same place; the stacks tell what they wait for:" in text
+    assert text.count("  rank ") == 2
+
+
+def test_a_rank_that_never_wrote() -> None:
+    assert "rank 1: wrote no heartbeat" in describe_hang([WAITING, None], 0, 100, 20)
+
+
+def test_marks_reach_the_file(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, rank=3, world_size=4, timeout_s=None) as heartbeat:
+        heartbeat.mark("loading the model")
+        heartbeat.mark("update", 12)
+    beat = Beat(**json.loads((tmp_path / "heartbeats" / "rank_00003.json").read_text()))
+    assert (beat.rank, beat.step, beat.phase, beat.marks) == (3, 12, "ended", 3)
+
+
+def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    left = threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        left.set()
+
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    other = replace(BEHIND, marks=0, since=time.time() - 90, written=time.time() - 90)
+    (folder / "rank_00001.json").write_text(json.dumps(other.__dict__))
+    with Heartbeat(tmp_path, rank=0, world_size=2, timeout_s=1.0, leave=leave) as heartbeat:
+        for _ in range(4):  # progress: no hang, though it takes longer than the timeout in all
+            time.sleep(0.3)
+            heartbeat.mark("update", 4)
+        assert not left.is_set()
+        assert left.wait(10)
+    assert codes == [HANG_EXIT_CODE] == [76]
+    printed = capfd.readouterr().err
+    assert "no progress for training.hang_timeout_s=1 s at step 4, update" in printed
+    line = r"rank 1 \(host b, process 11\): step 4, reading segments, for 9\d s; no sign of life for 9\d s: stopped"
+    assert re.search(line, printed)
+    assert "stacks of rank 0:" in printed and "test_a_hang_ends_the_process" in printed
+    stacks = (folder / "rank_00000.stacks").read_text()
+    assert "1 of 2 ranks are behind" in stacks and "test_heartbeat.py" in stacks
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Heartbeat(tmp_path, rank=0, world_size=1, timeout_s=None) as heartbeat:
+        (tmp_path / "heartbeats" / "rank_00000.json").unlink()
+        (tmp_path / "heartbeats").rmdir()
+        heartbeat.mark("update", 1)
+    assert "rank_00000.json could not be written" in capfd.readouterr().err
