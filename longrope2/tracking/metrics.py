@@ -1,21 +1,27 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
 The file is the record: one line per ``log`` call, appended and flushed, so a killed run keeps its history and a resumed
-one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``.
+one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``. The stages of a run are
+one W&B group, and a resumed stage continues its W&B run, whose id is kept in the product folder.
 """
 
 import json
 import os
+import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from longrope2.artifacts import write_text
+
 __all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id"
 METRIC_GROUPS = ("train", "perf", "search", "pack", "eval")
 
 
@@ -56,7 +62,23 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(values))
+            self._wandb.log(dict(values), step=position.get("step"))
+
+    def log_files(self, kind: str, paths: Sequence[Path]) -> None:
+        """Keep small files with the W&B run, as an artifact.
+
+        Args:
+            kind: Type of the artifact, and the end of its name: ``config``, ``factors``, ``manifest``.
+            paths: Files, of different names.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._wandb.id}-{kind}", type=kind)
+        for path in paths:
+            artifact.add_file(str(path))
+        self._wandb.log_artifact(artifact)
 
     def close(self) -> None:
         """Flush both."""
@@ -92,14 +114,13 @@ def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: s
         return None
     import wandb
 
-    run_id = f"{run_name}-{stage}".replace("/", "-")
     run = wandb.init(
         project=tracking.project,
         entity=tracking.entity,
         group=run_name,
         job_type=stage,
         name=f"{run_name}/{stage}",
-        id=run_id,
+        id=_wandb_id(folder, run_name, stage),
         resume="allow" if mode is WandbMode.online else None,
         dir=str(folder),
         mode=mode.value,  # type: ignore[arg-type]
@@ -110,6 +131,15 @@ def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: s
     for group in METRIC_GROUPS:
         run.define_metric(f"{group}/*", step_metric="train/tokens" if group in ("train", "perf") else None)
     return run
+
+
+def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
+    """The stage's W&B id: made up once and kept in the folder, so that the same name elsewhere is another run."""
+    path = folder / WANDB_ID_FILE
+    if not path.is_file():
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run_name}-{stage}")[-60:]
+        write_text(path, f"{readable}-{secrets.token_hex(4)}\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _resolve_mode(mode: WandbMode) -> WandbMode:

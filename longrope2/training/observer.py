@@ -2,13 +2,16 @@
 
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from longrope2.artifacts import MANIFEST_NAME, write_text
 from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
+from longrope2.model import FACTORS_FILE
 from longrope2.parallel import Processes
 from longrope2.tracking import MetricsLog
 from longrope2.training.config import TrainRoot, compute_dtype
@@ -21,6 +24,8 @@ __all__ = ["TrainingObserver"]
 
 # Where the progress line cannot be redrawn (a job's log), a line now and then.
 SECONDS_BETWEEN_LINES = 60.0
+# Steps take from a tenth of a second to minutes: the time left is told from the last half hour.
+SPEED_PERIOD_SECONDS = 1800.0
 
 
 class TrainingObserver:
@@ -36,15 +41,20 @@ class TrainingObserver:
         kernel: KernelChoice,
     ) -> None:
         self._config = config
+        self._folder = folder
         self._processes = processes
         self._cost = TrainingCost.from_config(plan.model_folder)
         bf16 = compute_dtype(config.training.precision, processes.device) is torch.bfloat16
         self._peak_tflops = peak_tflops(processes.device, config.training.peak_tflops, bf16=bf16)
         facts = {**to_plain(config), "attention_kernel": str(kernel)}
         self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", facts)
+        write_text(folder / FACTORS_FILE, plan.factors.to_json())
+        self._metrics.log_files("config", [folder / "config.yaml"])
+        self._metrics.log_files("factors", [folder / FACTORS_FILE])
+        self._metrics.log_files("segments", [plan.segments_folder / MANIFEST_NAME])
         columns = (TextColumn("train"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        self._progress = Progress(*columns)
+        self._progress = Progress(*columns, speed_estimate_period=SPEED_PERIOD_SECONDS)
         self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=plan.total_steps, completed=first)
 
@@ -56,13 +66,21 @@ class TrainingObserver:
         self._progress.stop()
         self._metrics.close()
 
+    def finished(self) -> None:
+        """The product is complete: keep its manifest with the metrics."""
+        self._metrics.log_files("manifest", [self._folder / MANIFEST_NAME])
+
     def record(self, steps_done: int, lr: float, report: StepReport, skipped_steps: int) -> None:
         """One metrics record and the progress line; a skipped step is always recorded."""
         parts = [f"{w.value} {loss:.3f}" for w, loss in report.loss_by_window.items() if not math.isnan(loss)]
         self._progress.update(self._task, completed=steps_done, description="loss " + ", ".join(parts))
         if not self._progress.console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._progress.console.print(f"{time.strftime('%F %T')}  step {steps_done}: loss {', '.join(parts)}")
+            left = self._progress.tasks[self._task].time_remaining
+            self._progress.console.print(
+                f"{time.strftime('%F %T')}  step {steps_done}: loss {', '.join(parts)}; "
+                f"{'time left not known yet' if left is None else f'{timedelta(seconds=int(left))} left'}"
+            )
         if steps_done % self._config.training.log_steps == 0 or not report.applied:
             step_tokens = self._config.training.global_batch_tokens
             values = step_metrics(

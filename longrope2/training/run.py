@@ -78,6 +78,8 @@ class _Run:
     skipped: SkippedSteps
     writer: CheckpointWriter
     heartbeat: Heartbeat
+    observer: TrainingObserver | None = None
+    """On the main rank."""
 
 
 def _train(
@@ -100,16 +102,19 @@ def _train(
     )  # fmt: skip
     run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped, writer, heartbeat)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
-    done = _train_steps(run, first, last, signals)
+    with ExitStack() as stack:
+        if processes.is_main:
+            observer = TrainingObserver(config, plan, folder, first, processes, kernel)
+            run.observer = stack.enter_context(observer)
+        done = _train_steps(run, first, last, signals)
+        if done == plan.total_steps:
+            _finish(run)
     if done < last:
         if processes.is_main:
             name = signals.received.name if signals.received else "a stop signal to another rank"
             print(f"stopped by {name} after step {done}, all of it saved; the same command goes on from there")
         return RunEnd.interrupted
-    if last < plan.total_steps:
-        return RunEnd.stopped
-    _finish(run)
-    return RunEnd.complete
+    return RunEnd.complete if done == plan.total_steps else RunEnd.stopped
 
 
 def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
@@ -120,12 +125,7 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
         _batch_loader(run), range(first, last), ahead=training.prefetch_steps, device=processes.device
     )
     done = saved = first
-    with ExitStack() as stack:
-        stack.enter_context(closing(batches))
-        observer = None
-        if processes.is_main:
-            observer = TrainingObserver(run.config, run.plan, run.folder, first, processes, run.kernel)
-            stack.enter_context(observer)
+    with closing(batches):
         while done < last and not signals.any_rank_asked(processes.device):
             run.heartbeat.mark("reading segments", done + 1)
             rate = learning_rate(done, run.plan.total_steps, training)
@@ -136,8 +136,8 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
             )  # fmt: skip
             done += 1
             run.skipped.count(report.applied)
-            if observer is not None:
-                observer.record(done, rate, report, run.skipped.total)
+            if run.observer is not None:
+                run.observer.record(done, rate, report, run.skipped.total)
             run.skipped.stop_if_too_many(
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
@@ -185,3 +185,5 @@ def _finish(run: _Run) -> None:
         manifest.kind = "checkpoints"
         manifest.files = {}
         write_manifest(run.folder, manifest)
+    if run.observer is not None:
+        run.observer.finished()
