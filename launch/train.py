@@ -7,7 +7,8 @@ stops after writing), then start the ranks with ``--config RUN/3_checkpoints/con
 Exit codes: 0 done (or stopped at ``training.stop_after_step``), 2 a fault of the user's, 75 (``REQUEUE_EXIT_CODE``) stopped
 by SIGTERM or SIGUSR1 with everything saved: the same command goes on, 76 (``HANG_EXIT_CODE``) no progress for
 ``training.hang_timeout_s``: what was printed names the rank, the same command goes on from the newest checkpoint. A torchrun
-of your own ends with 1 instead of 75 and kills its ranks 30 seconds after SIGTERM; ``launch.node_agent`` is a torchrun that does neither (``slurm/`` uses it).
+of your own ends with 1 instead of 75 and kills its ranks 30 seconds after SIGTERM; ``launch.node_agent`` is a torchrun that
+does neither (``slurm/`` uses it).
 """
 
 import os
