@@ -135,16 +135,16 @@ class FixedRuler:
         """Samples first .. stop - 1; the joining of pieces is confirmed on the first of them."""
         new_tokens = self.max_new_tokens(task)
         budget = length - new_tokens - len(self.encoder.bos_ids)
-        whole = not joins_exactly(self._build(task, length, first), self.encoder, budget)
+        whole = not joins_exactly(self.build(task, length, first), self.encoder, budget)
         return [
             fitted_sample(
-                self._build(task, length, index), self.encoder, length=length, max_new_tokens=new_tokens,
+                self.build(task, length, index), self.encoder, length=length, max_new_tokens=new_tokens,
                 tokenize_whole=whole,
             )
             for index in range(first, stop)
         ]  # fmt: skip
 
-    def _build(self, task: str, length: int, index: int) -> Build:
+    def build(self, task: str, length: int, index: int) -> Build:
         """The generator of one sample."""
         seed = self.config.seed
 

@@ -1,0 +1,178 @@
+"""``python -m benchmarks.eval``: samples a second of RULER generation, ours against a straightforward generator.
+
+Ours: fitted by sums over tokens counted once, stored, worker processes. Straightforward: the same prompts, but every
+one is tokenized whole to be counted, after a binary search of the size by whole tokenizations for each task and length,
+as RULER does it; one process, measured on ``--compare`` samples a cell. Both are given in CPU seconds too, because those
+do not depend on what else the machine is doing. What was made is checked: no prompt over its length, and how full.
+
+The haystacks are the standard library's documentation, the questions are made up in the layouts of SQuAD and HotpotQA:
+nothing is downloaded.
+"""
+
+import argparse
+import json
+import random
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from longrope2.artifacts import resolve_model_folder
+from longrope2.evaluation.ruler import RULER_TASKS, RulerConfig, ruler_tasks
+from longrope2.evaluation.ruler.prompts import PromptEncoder, text_of
+from longrope2.evaluation.ruler.tasks import FixedRuler
+from longrope2.evaluation.samples import GenerationTask
+
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
+SEARCH_STEPS = 12  # whole tokenizations of a binary search over the size
+WORDS = "time person year way day thing man world life hand part child eye place work week case point number".split()
+
+
+@dataclass
+class Cost:
+    """What a generator took."""
+
+    num_samples: int
+    num_tokens: int
+    wall_seconds: float
+    cpu_seconds: float
+
+    def line(self, name: str) -> list[str]:
+        """A row of the table."""
+        rate = self.num_samples / self.wall_seconds
+        return [name, f"{self.num_samples:,}", f"{self.num_tokens:,}", f"{self.wall_seconds:.1f}",
+                f"{self.cpu_seconds:.1f}", f"{rate:,.1f}", f"{1e6 * self.cpu_seconds / self.num_tokens:.3f}"]  # fmt: skip
+
+
+def main() -> None:
+    """Generate, check, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--model", default="models/tiny", help="folder, hub id or gguf://PACKAGE/FILE with the tokenizer"
+    )
+    parser.add_argument("--samples", type=int, default=20, help="samples of every task and length (RULER: 500)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--tasks", nargs="+", default=list(RULER_TASKS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--compare", type=int, default=1, help="samples a cell of the straightforward generator")
+    parser.add_argument("--folder", type=Path, help="keep the samples here; default: a temporary folder")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_folder(arguments.model))
+    with tempfile.TemporaryDirectory() as temporary:
+        config = RulerConfig(tasks=arguments.tasks, num_samples=arguments.samples, **_questions(Path(temporary)))
+        texts = _haystack()
+        folder = arguments.folder or Path(temporary) / "samples"
+        start, cpu = time.perf_counter(), _cpu_seconds()
+        tasks = ruler_tasks(
+            config, tokenizer, texts, arguments.lengths, cache_folder=folder, workers=arguments.workers
+        )  # fmt: skip
+        ours = Cost(*_size(tasks), time.perf_counter() - start, _cpu_seconds() - cpu)
+        _check(tasks)
+        plain = _straightforward(FixedRuler(config, PromptEncoder(tokenizer), texts), arguments)
+    table = Table("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
+    table.add_row(*ours.line(f"ours, {arguments.workers} processes"))
+    table.add_row(*plain.line("straightforward, 1 process"))
+    console = Console()
+    console.print(table)
+    factor = (plain.cpu_seconds / plain.num_tokens) / (ours.cpu_seconds / ours.num_tokens)
+    console.print(f"CPU time per token: {factor:.1f} times less. {_extrapolated(ours, arguments)}")
+
+
+def _extrapolated(ours: Cost, arguments: argparse.Namespace) -> str:
+    """What 500 samples a cell would take at this rate, start-up included every time: an upper bound."""
+    scale = 500 / arguments.samples
+    return (
+        f"At this rate 500 samples a cell take {ours.cpu_seconds * scale / max(arguments.workers, 1) / 60:.1f} minutes on "
+        f"{max(arguments.workers, 1)} free cores."
+    )
+
+
+def _size(tasks: list[GenerationTask]) -> tuple[int, int]:
+    """Samples and prompt tokens."""
+    return sum(len(task.samples) for task in tasks), sum(len(s.prompt_T) for task in tasks for s in task.samples)
+
+
+def _check(tasks: list[GenerationTask]) -> None:
+    """No sample exceeds its length; print the smallest share of it that is filled, by task."""
+    table = Table("task", *[f"fill at {length}" for length in dict.fromkeys(task.length for task in tasks)])
+    for name in dict.fromkeys(task.name for task in tasks):
+        cells = []
+        for task in (task for task in tasks if task.name == name):
+            totals = [len(sample.prompt_T) + sample.max_new_tokens for sample in task.samples]
+            assert max(totals) <= task.length, f"{name} at {task.length}: {max(totals)} tokens"
+            cells.append(f"{min(totals) / task.length:.4f}")
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def _straightforward(ruler: FixedRuler, arguments: argparse.Namespace) -> Cost:
+    """The same prompts, each counted by tokenizing it whole."""
+    num_tokens = 0
+    wall = cpu = 0.0
+    for task in arguments.tasks:
+        for length in arguments.lengths:
+            ruler.recipe(task, length)
+            budget = length - ruler.max_new_tokens(task) - len(ruler.encoder.bos_ids)
+            for index in range(arguments.compare):
+                start, start_cpu = time.perf_counter(), time.process_time()
+                text = text_of(ruler.build(task, length, index)(budget).pieces)
+                tokens = len(ruler.encoder.encode_text(text))
+                # The search for the size belongs to all samples of a cell alike.
+                share = 1 + SEARCH_STEPS / 500
+                wall += (time.perf_counter() - start) * share
+                cpu += (time.process_time() - start_cpu) * share
+                num_tokens += tokens
+    return Cost(len(arguments.tasks) * len(arguments.lengths) * arguments.compare, num_tokens, wall, cpu)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for."""
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _haystack() -> list[str]:
+    """The language reference that ``help()`` shows."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _questions(folder: Path) -> dict[str, str]:
+    """Made-up question sets in the official layouts, enough documents for 131,072 tokens."""
+    rng = random.Random(0)
+
+    def filler() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(15, 90))).capitalize() + "."
+
+    articles = []
+    for article in range(150):
+        paragraphs = []
+        for number in range(10):
+            hue = f"hue{article}x{number}"
+            asked = {"question": f"What is the colour of box {article}-{number}?", "is_impossible": False,
+                     "answers": [{"text": hue}]}  # fmt: skip
+            text = f"{filler()} The colour of box {article}-{number} is {hue}. {filler()}"
+            paragraphs.append({"context": text, "qas": [asked]})
+        articles.append({"title": f"Article {article}", "paragraphs": paragraphs})
+    entries = []
+    for entry in range(250):
+        context = [[f"Box {entry}-{number}", [filler(), f" It is box {number}."]] for number in range(10)]
+        context[3][1].append(f" It belongs to box {entry}-7.")
+        context[7][1].append(f" Its colour is hue{entry}.")
+        facts = [[context[3][0], 2], [context[7][0], 2]]
+        entries.append({"question": f"What is the colour of what box {entry}-3 belongs to?", "answer": f"hue{entry}",
+                        "context": context, "supporting_facts": facts})  # fmt: skip
+    paths = {"squad": folder / "squad.json", "hotpotqa": folder / "hotpotqa.json"}
+    paths["squad"].write_text(json.dumps({"data": articles}), encoding="utf-8")
+    paths["hotpotqa"].write_text(json.dumps(entries), encoding="utf-8")
+    return {key: str(path) for key, path in paths.items()}
+
+
+if __name__ == "__main__":
+    main()
