@@ -1,14 +1,19 @@
-"""``python -m launch.export``: the run's trained model as a Hugging Face folder, checked by loading it again.
+"""``python -m launch.export``: the run's trained model as Hugging Face folders, checked by loading them again.
 
-The folder ``5_exports/hugging_face`` appears only after plain transformers has loaded it and given the logits of the
-trained model on either side of the window switch.
+A folder (``5_exports/hugging_face``, or one per ``export.variants``) appears only after plain transformers has loaded it and
+given the logits of the trained model on either side of the window switch, as far as the folder reaches.
 """
 
+import random
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
+from data_prep.corpora import CorpusConfig, CorpusKind, heldout_documents
+from data_prep.tokenization import DocumentTokenizer
 from longrope2.artifacts import (
     Manifest,
     describe_input,
@@ -22,11 +27,21 @@ from longrope2.artifacts import (
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, to_plain
 from longrope2.errors import ArtifactError
-from longrope2.evaluation import check_same_model, read_checkpoint_factors
-from longrope2.export import ExportRoot, verify_export, write_hugging_face_folder
+from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
+from longrope2.export import (
+    ExportRoot,
+    ExportVariant,
+    StaticCost,
+    check,
+    measure_static_cost,
+    variant_factors,
+    verify_export,
+    write_hugging_face_folder,
+)
+from longrope2.model import load_tokenizer, load_windowed_model
 from longrope2.rope import RescaleFactors
 
-FOLDER_NAME = "hugging_face"
+COST_TEXT = "held-out Python documentation and sources"
 
 
 @dataclass(frozen=True)
@@ -41,21 +56,29 @@ class ExportPlan:
 def main() -> None:
     """Compose, check, plan, write, verify, publish."""
     config = compose(ExportRoot, "export", sys.argv[1:])
+    check(config)
     plan = make_plan(config)
     folder = product_folder(config.run.folder, "exports")
     factors = plan.factors
     print(f"checkpoint {plan.checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}")
-    print(f"export     {folder / FOLDER_NAME}, {config.export.dtype.value}, rope {factors.method}")
+    for final in final_folders(folder, config):
+        print(f"export     {final}, {config.export.dtype.value}, rope {factors.method}")
     if config.dry_run:
         return
     if _is_complete(folder, config, plan):
-        print(f"already complete: {folder / FOLDER_NAME}")
+        print(f"already complete: {', '.join(map(str, final_folders(folder, config)))}")
         return
     claim_folder(folder, config, changeable=("dry_run", "export"))
     differences = _publish(plan, config, folder)
-    for length, difference in differences.items():
-        print(f"verified   at {length} tokens: logits differ by at most {difference:.1e} of the largest")
-    print(f"export in {folder / FOLDER_NAME}")
+    for name, by_length in differences.items():
+        for length, difference in by_length.items():
+            print(f"verified   at {length} tokens: {name} differs by at most {difference:.1e} of the largest logit")
+    print(f"export in {', '.join(map(str, final_folders(folder, config)))}")
+
+
+def final_folders(folder: Path, config: ExportRoot) -> list[Path]:
+    """Where each wanted variant will stand."""
+    return [folder / variant.folder_name for variant in config.export.variants]
 
 
 def make_plan(config: ExportRoot) -> ExportPlan:
@@ -73,43 +96,102 @@ def make_plan(config: ExportRoot) -> ExportPlan:
     check_same_model(
         f"export.checkpoint={checkpoint}", model_identity(checkpoint), resolve_model_folder(config.model.path)
     )
-    factors.to_hf_config()
+    for variant in config.export.variants:
+        variant_factors(factors, variant)
     return ExportPlan(checkpoint, factors, {"checkpoint": describe_input(checkpoint)})
 
 
 def _is_complete(folder: Path, config: ExportRoot, plan: ExportPlan) -> bool:
-    """Whether this very checkpoint has been exported in this very format."""
+    """Whether this very checkpoint has been exported in this very format, in every wanted variant."""
     try:
         manifest = read_manifest(folder, "exports")
     except ArtifactError:
         return False
-    return manifest.inputs == plan.inputs and manifest.details.get("dtype") == config.export.dtype.value
+    wanted = {"dtype": config.export.dtype.value, "variants": [variant.value for variant in config.export.variants]}
+    return manifest.inputs == plan.inputs and all(manifest.details.get(key) == value for key, value in wanted.items())
 
 
-def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[int, float]:
-    """Write beside the final place, verify, then move; an export that fails leaves nothing behind."""
-    original_len, dtype = plan.factors.geometry.original_len, config.export.dtype.torch_dtype
-    unverified, final = folder / f".{FOLDER_NAME}.tmp", folder / FOLDER_NAME
-    shutil.rmtree(unverified, ignore_errors=True)
+def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[str, dict[int, float]]:
+    """Write beside the final places, verify all, then move; an export that fails leaves nothing behind."""
+    finals = final_folders(folder, config)
+    unverified = [final.with_name(f".{final.name}.tmp") for final in finals]
     try:
-        write_hugging_face_folder(plan.checkpoint, plan.factors, unverified, dtype)
-        differences = verify_export(plan.checkpoint, plan.factors, unverified, dtype, (original_len, original_len + 1))
+        cost = _static_cost(plan, config)
+        differences = {}
+        for variant, temporary in zip(config.export.variants, unverified, strict=True):
+            shutil.rmtree(temporary, ignore_errors=True)
+            weights_from = unverified[0] if temporary is not unverified[0] else None
+            write_hugging_face_folder(
+                plan.checkpoint, plan.factors, temporary, config.export.dtype.torch_dtype, variant, cost, weights_from
+            )
+            differences[variant.folder_name] = _verify(plan, config, variant, temporary)
         (folder / "manifest.json").unlink(missing_ok=True)
-        if final.exists():
-            shutil.rmtree(final)
-        unverified.rename(final)
+        _remove_former(folder, finals)
+        for temporary, final in zip(unverified, finals, strict=True):
+            temporary.rename(final)
     finally:
-        shutil.rmtree(unverified, ignore_errors=True)
+        for temporary in unverified:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _write_manifest(plan, config, folder, differences, cost)
+    return differences
+
+
+def _remove_former(folder: Path, finals: list[Path]) -> None:
+    """Make room, and leave no folder of another export beside the new ones."""
+    for variant in ExportVariant:
+        former = folder / variant.folder_name
+        if former.exists():
+            shutil.rmtree(former)
+            if former not in finals:
+                print(f"removed    {former}, which export.variants no longer names")
+
+
+def _verify(plan: ExportPlan, config: ExportRoot, variant: ExportVariant, folder: Path) -> dict[int, float]:
+    """Compare a folder with the trained model in the windows that it holds."""
+    applied, original_len = variant_factors(plan.factors, variant), plan.factors.geometry.original_len
+    lengths = [length for length in (original_len - 1, original_len, original_len + 1) if length <= applied.target_len]
+    return verify_export(plan.checkpoint, applied, folder, config.export.dtype.torch_dtype, lengths[-2:])
+
+
+def _static_cost(plan: ExportPlan, config: ExportRoot) -> StaticCost | None:
+    """What a static choice costs this model on short texts that every machine has."""
+    num_windows, original_len = config.export.cost_windows, plan.factors.geometry.original_len
+    if num_windows == 0:
+        return None
+    corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
+    encoder = DocumentTokenizer(load_tokenizer(plan.checkpoint))
+    texts = random.Random(config.seed).sample([document.text for document in heldout_documents(corpus)], num_windows)
+    rows = [[encoder.bos_id, *encoder.encode(text[: 16 * original_len])][: original_len - 1] for text in texts]
+    device, dtype = device_and_dtype()
+    model = load_windowed_model(plan.checkpoint, plan.factors, device=device, dtype=dtype).eval()
+    return measure_static_cost(model, [torch.tensor(row) for row in rows], COST_TEXT)
+
+
+def _write_manifest(
+    plan: ExportPlan,
+    config: ExportRoot,
+    folder: Path,
+    differences: dict[str, dict[int, float]],
+    cost: StaticCost | None,
+) -> None:
+    """Declare the export finished."""
     details = {
         "dtype": config.export.dtype.value,
-        "original_len": original_len,
+        "variants": [variant.value for variant in config.export.variants],
+        "original_len": plan.factors.geometry.original_len,
         "target_len": plan.factors.target_len,
-        "largest_relative_logit_difference": {str(length): value for length, value in differences.items()},
+        "largest_relative_logit_difference": {
+            name: {str(length): value for length, value in by_length.items()} for name, by_length in differences.items()
+        },
+        "static_cost": None if cost is None else asdict(cost),
     }
-    files = {f"{FOLDER_NAME}/{p.name}": sha256_of_file(p) for p in sorted(final.iterdir())}
+    files = {
+        f"{final.name}/{path.name}": sha256_of_file(path)
+        for final in final_folders(folder, config)
+        for path in sorted(final.iterdir())
+    }
     manifest = Manifest("exports", inputs=plan.inputs, config=to_plain(config), files=files, details=details)
     write_manifest(folder, manifest)
-    return differences
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Checkpoints as Hugging Face folders that today's programs load."""
 
-from longrope2.export.config import ExportConfig, ExportDtype, ExportRoot
+from longrope2.export.config import ExportConfig, ExportDtype, ExportRoot, check
 from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
+from longrope2.export.static_cost import StaticCost, measure_static_cost
+from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import LOGIT_TOLERANCE, verify_export
 
 __all__ = [
@@ -9,7 +11,12 @@ __all__ = [
     "ExportConfig",
     "ExportDtype",
     "ExportRoot",
+    "ExportVariant",
+    "StaticCost",
+    "check",
+    "measure_static_cost",
     "merged_config",
+    "variant_factors",
     "verify_export",
     "write_hugging_face_folder",
 ]

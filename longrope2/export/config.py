@@ -6,8 +6,10 @@ from enum import Enum
 import torch
 
 from longrope2.config import StageConfig
+from longrope2.errors import ConfigError
+from longrope2.export.variants import ExportVariant
 
-__all__ = ["ExportConfig", "ExportDtype", "ExportRoot"]
+__all__ = ["ExportConfig", "ExportDtype", "ExportRoot", "check"]
 
 
 class ExportDtype(Enum):
@@ -30,6 +32,12 @@ class ExportConfig:
     """Folder of a finished checkpoint; null is the run's own ``3_checkpoints/final``."""
     dtype: ExportDtype = ExportDtype.fp32
     """Number format of the weights: fp32 is what was trained, bf16 half the size. RoPE tables are always float32."""
+    variants: list[ExportVariant] = field(default_factory=lambda: [ExportVariant.dual])
+    """Folders to write: ``dual`` (both windows, for transformers), ``long_only`` and ``short_only`` (one window each, for
+    engines that choose once at load, such as vLLM). They share their weight files."""
+    cost_windows: int = 8
+    """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for the model cards (perplexity of
+    held-out Python documentation and sources under either RoPE); 0 leaves it unmeasured, and the cards say so."""
 
 
 @dataclass
@@ -37,3 +45,20 @@ class ExportRoot(StageConfig):
     """Configuration of ``launch.export``."""
 
     export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def check(config: ExportRoot) -> None:
+    """Values outside their range.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+    """
+    faults = []
+    variants = config.export.variants
+    if not variants or len(set(variants)) != len(variants):
+        given = [variant.value for variant in variants]
+        faults.append(f"export.variants={given} must name one or more of dual, long_only, short_only, each once")
+    if config.export.cost_windows < 0:
+        faults.append(f"export.cost_windows={config.export.cost_windows} must be 0 or more")
+    if faults:
+        raise ConfigError(faults)

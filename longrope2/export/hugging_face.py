@@ -1,10 +1,11 @@
-"""A checkpoint as a Hugging Face folder that plain transformers loads, with both windows in its config.json.
+"""A checkpoint as a Hugging Face folder that plain transformers loads, with one window's RoPE or both in its config.json.
 
 The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor explicit; see
-``RescaleFactors.to_hf_config``). The weights are the checkpoint's, cast to the wanted format.
+``RescaleFactors.to_hf_config`` and ``variants``). The weights are the checkpoint's, cast to the wanted format.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from longrope2.artifacts import write_text
 from longrope2.export.model_card import model_card
+from longrope2.export.static_cost import StaticCost
+from longrope2.export.variants import ExportVariant, full_attention_keys, variant_factors, variant_keys
 from longrope2.model import FACTORS_FILE
 from longrope2.rope import RescaleFactors
 
@@ -26,7 +29,15 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def write_hugging_face_folder(checkpoint: Path, factors: RescaleFactors, folder: Path, dtype: torch.dtype) -> None:
+def write_hugging_face_folder(
+    checkpoint: Path,
+    factors: RescaleFactors,
+    folder: Path,
+    dtype: torch.dtype,
+    variant: ExportVariant = ExportVariant.dual,
+    cost: StaticCost | None = None,
+    weights_from: Path | None = None,
+) -> None:
     """Write config, weights, tokenizer and model card into ``folder``.
 
     Args:
@@ -34,34 +45,49 @@ def write_hugging_face_folder(checkpoint: Path, factors: RescaleFactors, folder:
         factors: The checkpoint's factors.
         folder: Where to write; made if missing.
         dtype: Number format of floating-point weights.
+        variant: Which windows the folder holds.
+        cost: What a static choice costs, for the card; None is said to be unmeasured.
+        weights_from: A folder already written from this checkpoint in this format; its weight files are shared (hard
+            links where the file system has them).
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
     """
+    applied = variant_factors(factors, variant)
     folder.mkdir(parents=True, exist_ok=True)
-    config = merged_config(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), factors, dtype)
+    base_config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = merged_config(base_config, factors, dtype, variant)
     _write_json(folder / "config.json", config)
-    _write_weights(checkpoint, folder, dtype)
+    if weights_from is None:
+        _write_weights(checkpoint, folder, dtype)
+    else:
+        _share_weights(weights_from, folder)
     for name in COPIED_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     if (checkpoint / TOKENIZER_CONFIG).is_file():
         tokenizer_config = json.loads((checkpoint / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        _write_json(folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": factors.target_len})
-    write_text(folder / FACTORS_FILE, factors.to_json())
-    write_text(folder / "README.md", model_card(config, factors))
+        _write_json(folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": applied.target_len})
+    write_text(folder / FACTORS_FILE, applied.to_json())
+    write_text(folder / "README.md", model_card(base_config, config, factors, variant, cost))
 
 
-def merged_config(config: dict[str, Any], factors: RescaleFactors, dtype: torch.dtype) -> dict[str, Any]:
-    """The base model's config.json with the RoPE keys of ``factors`` and the weights' number format.
+def merged_config(
+    config: dict[str, Any], factors: RescaleFactors, dtype: torch.dtype, variant: ExportVariant = ExportVariant.dual
+) -> dict[str, Any]:
+    """The base model's config.json with a variant's RoPE keys, full attention, and the weights' number format.
 
     Raises:
-        FactorsError: the attention scales of the two windows differ.
+        FactorsError: ``dual``, and the attention scales of the two windows differ.
     """
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     dtype_name = str(dtype).removeprefix("torch.")
     # Transformers 5 reads "dtype", older versions "torch_dtype".
-    return {**config, **factors.to_hf_config(head_dim), "dtype": dtype_name, "torch_dtype": dtype_name}
+    return {
+        **variant_keys(config, variant_factors(factors, variant), variant),
+        **full_attention_keys(config),
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -75,6 +101,16 @@ def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         index = json.loads((checkpoint / INDEX_FILE).read_text(encoding="utf-8"))
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
         _write_json(folder / INDEX_FILE, index)
+
+
+def _share_weights(source: Path, folder: Path) -> None:
+    """The same weight files and index once more, without their bytes where possible."""
+    for path in (*sorted(source.glob("*.safetensors")), source / INDEX_FILE):
+        if path.is_file():
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
-"""The README of an exported model: what it is, how to load it, and what today's engines do with it."""
+"""The README of an exported model: what it is, which engines read it correctly, and what a static choice costs."""
 
-import math
 from typing import Any
 
+from longrope2.export.static_cost import StaticCost
+from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.rope import RescaleFactors
 
 __all__ = ["model_card"]
@@ -13,25 +14,27 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [longrope2, long-context]
 ---
-# {architecture}, window extended from {original_len:,} to {target_len:,} tokens
+# {architecture}, {title}
 
-The window of a pre-trained model was extended with [LongRoPE2](https://arxiv.org/abs/2502.20082) ({scale:g} times).
-Sequences of up to {original_len:,} tokens are read with the original RoPE, longer ones with the rescaled RoPE. Licence
-and intended use are those of the base model.
+The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens ({scale:g} times) with
+[LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that sequences of up to {original_len:,} tokens
+are read with the original RoPE, longer ones with the rescaled RoPE. {holds} Licence and intended use are those of the base
+model.
 
 | | |
 |---|---|
+| variant | {variant} |
 | original window L0 | {original_len:,} tokens |
-| extended window L | {target_len:,} tokens |
+| window of this folder | {window:,} tokens |
 | RoPE base, rotary dimension | {rope_base:g}, {rotary_dim} |
 | method | {method} |
 | critical dimension (cosine index) | {critical_index} |
-| attention factor, both windows | {attention_factor:g} |
+| attention factor | {attention_factor:g} |
 | weights | {dtype} |
 
-Rescale factors of the long window, by cosine index: {factors}.
-Short window: {short_factors}. `factors.json` holds the same numbers with their origin.
-
+Rescale factors up to {original_len:,} tokens: {short_factors}.
+{beyond}`factors.json` holds the same numbers with their origin.
+{attention}
 ## Use
 
 ```python
@@ -42,50 +45,163 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
 When this folder was written it was loaded with transformers {transformers_version}, and its logits were compared with
-the trained model's at {original_len:,} and {original_len_plus_1:,} tokens: one length on either side of the switch.
+the trained model's on either side of the end of the original window, as far as this folder reaches.
 
-## What to know before serving it
+## Which engines read it correctly
+
+{engines}
+
+{attention_factor_note}
+
+## What a choice made once costs
+
+{cost}
+"""
+
+TITLES = {
+    ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
+    ExportVariant.long_only: "window of {target_len:,} tokens, one RoPE for all lengths",
+    ExportVariant.short_only: "inside its original window of {original_len:,} tokens",
+}
+HOLDS = {
+    ExportVariant.dual: "This folder holds both.",
+    ExportVariant.long_only: "This folder holds the rescaled RoPE only, for engines that cannot switch.",
+    ExportVariant.short_only: "This folder holds the original RoPE only, for engines that cannot switch.",
+}
+ENGINES = {
+    ExportVariant.dual: """\
+| engine | reads it correctly | what to set |
+|---|---|---|
+| `launch.generate` of this project | yes, each sequence for itself, across the switch | |
+{transformers_rows}
+| vLLM | one window, chosen at load | `--max-model-len` up to {original_len}: the original RoPE; above: the rescaled one |
+| SGLang | no: one long request moves the whole running batch to the rescaled RoPE | the `long_only` or `short_only` variant |
+| llama.cpp | its converter drops the factors of Llama classes | the `long_only` GGUF of this project where there is one |
 
 - transformers switches once per forward pass, **for the whole batch**: one sequence beyond {original_len:,} tokens
   moves all others of its batch to the long window's RoPE. Put short and long sequences into separate batches.
-- When generation crosses {original_len:,} tokens, transformers keeps the key/value cache that was computed under the
+- {cache_note}""",
+    ExportVariant.long_only: """\
+| engine | reads it correctly | what to set |
+|---|---|---|
+{transformers_rows}
+| vLLM | yes | `--max-model-len {target_len}` (its default is {original_len}) |
+| SGLang | yes | `--context-length {target_len}` |
+| llama.cpp | its converter drops the factors of Llama classes | the GGUF that this project writes where there is one |""",
+    ExportVariant.short_only: """\
+| engine | reads it correctly | what to set |
+|---|---|---|
+| {short_engines} | yes | a window of at most {original_len} tokens |""",
+}
+TRANSFORMERS_ROWS = {
+    ExportVariant.dual: """\
+| transformers 4.57 and later | yes, with two limits below | |
+| transformers before 4.57 | no: Llama classes never switch | the `long_only` or `short_only` variant |""",
+    ExportVariant.long_only: """\
+| transformers 4.46 and later | yes; no switch, so batches may mix lengths and a cache stays valid | |""",
+    ExportVariant.short_only: "",
+}
+PHI3_ROWS = """\
+| transformers 5 and later | yes{limits} | |
+| transformers before 5 | no: its Phi-3 config refuses the attention factor, and this folder with it | |"""
+STALE_CACHE = """\
+When generation crosses {original_len:,} tokens, transformers keeps the key/value cache that was computed under the
   short window's RoPE (for this model class). That is not the model that was trained. Start with a prompt that is beyond
-  {original_len:,} tokens already, stay within, or run the prompt again after the crossing, as `launch.generate` does.
-- vLLM and SGLang do not read `attention_factor`: at the time of writing they multiply cosine and sine by
-  {engine_scale:.4f} (sqrt(1 + ln s / ln L0)) in both windows, which is not this model. Engines that choose the factors
-  once at load use the long window's for short texts as well.
+  {original_len:,} tokens already, stay within, or run the prompt again after the crossing, as `launch.generate` does."""
+DROPPED_CACHE = """\
+When generation crosses {original_len:,} tokens, transformers drops the key/value cache of this model class once and reads
+  the text again; it counts padding as text there, so keep rows of a batch equally long."""
+CACHE_DROPPING_TYPES = ("phi3", "phi4_multimodal")
+NOTE = """\
+vLLM and SGLang do not read `attention_factor`; `short_mscale` and `long_mscale` in config.json tell them the same number.
+transformers warns that it does not know these two keys; it does not need them. vLLM, SGLang and llama.cpp were judged by
+their public sources; this folder was not run in them."""
+SLIDING = """
+The base model's config.json asks for a sliding window of {sliding_window:,} tokens. This model was trained with full
+attention, so the folder's config.json has none.
 """
 
 
-def model_card(config: dict[str, Any], factors: RescaleFactors) -> str:
+def model_card(
+    base_config: dict[str, Any],
+    config: dict[str, Any],
+    factors: RescaleFactors,
+    variant: ExportVariant,
+    cost: StaticCost | None,
+) -> str:
     """Text of README.md.
 
     Args:
+        base_config: The base model's config.json.
         config: The exported config.json.
-        factors: The factors in it.
+        factors: The checkpoint's factors.
+        variant: What the folder holds of them.
+        cost: What a static choice costs, if it was measured.
     """
     import transformers
 
-    original_len = factors.geometry.original_len
-    short = "the original RoPE (all factors 1)"
-    if factors.short_factors is not None:
-        short = "factors " + _numbers(factors.short_factors)
+    applied = variant_factors(factors, variant)
+    lengths = {"original_len": factors.geometry.original_len, "target_len": factors.target_len}
+    cache_note = DROPPED_CACHE if config["model_type"] in CACHE_DROPPING_TYPES else STALE_CACHE
+    unscaled = config["rope_parameters"]["rope_type"] == "default"
     return CARD.format(
+        **lengths,
         architecture=(config.get("architectures") or [config["model_type"]])[0],
-        original_len=original_len,
-        original_len_plus_1=original_len + 1,
-        target_len=factors.target_len,
+        title=TITLES[variant].format(**lengths),
+        holds=HOLDS[variant],
+        variant=variant.value,
+        window=applied.target_len,
         scale=factors.scale,
         rope_base=factors.geometry.rope_base,
         rotary_dim=factors.geometry.rotary_dim,
         method=factors.method,
         critical_index="none" if factors.critical_index is None else factors.critical_index,
-        attention_factor=factors.long_attention_scale,
+        attention_factor=applied.long_attention_scale,
         dtype=config["dtype"],
-        factors=_numbers(factors.factors),
-        short_factors=short,
+        short_factors="all 1, the original RoPE" if applied.short_factors is None else _numbers(applied.short_factors),
+        beyond="" if variant is ExportVariant.short_only else f"Beyond: {_numbers(applied.factors)}.\n",
+        attention=_attention(base_config, config),
         transformers_version=transformers.__version__,
-        engine_scale=math.sqrt(1 + math.log(factors.scale) / math.log(original_len)) if factors.scale > 1 else 1.0,
+        engines=ENGINES[variant].format(
+            **lengths,
+            transformers_rows=_transformers_rows(config, variant),
+            cache_note=cache_note.format(**lengths),
+            short_engines="every engine that knows the base model" if unscaled else "transformers, vLLM, SGLang",
+        ),
+        attention_factor_note="It needs no rescaling of RoPE." if unscaled else NOTE,
+        cost=_cost(cost, variant, lengths),
+    )
+
+
+def _transformers_rows(config: dict[str, Any], variant: ExportVariant) -> str:
+    """Versions of transformers, by model class."""
+    if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
+        return PHI3_ROWS.format(limits=", with two limits below" if variant is ExportVariant.dual else "")
+    return TRANSFORMERS_ROWS[variant]
+
+
+def _attention(base_config: dict[str, Any], config: dict[str, Any]) -> str:
+    """A sentence where the exported config drops a sliding window."""
+    if "sliding_window" not in config or config["sliding_window"] is not None:
+        return ""
+    if not base_config.get("sliding_window"):
+        return ""
+    return SLIDING.format(sliding_window=base_config["sliding_window"])
+
+
+def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, int]) -> str:
+    """What is lost on short texts under a rescaled RoPE, or that nobody measured it."""
+    if variant is ExportVariant.short_only:
+        return "Nothing inside {original_len:,} tokens; beyond them this variant does not read at all.".format(
+            **lengths
+        )
+    subject = "This variant reads" if variant is ExportVariant.long_only else "An engine set to the long window reads"
+    if cost is None:
+        return f"{subject} short texts with the rescaled RoPE. What that costs was not measured for this model."
+    return (
+        f"{subject} short texts with the rescaled RoPE. Measured when this folder was written, on {cost.num_windows} texts\n"
+        f"of at most {cost.max_tokens:,} tokens ({cost.text}): perplexity {cost.long_perplexity:.4g} instead of\n"
+        f"{cost.short_perplexity:.4g} with the original RoPE ({100 * (cost.ratio - 1):+.1f} %). Short tasks were not."
     )
 
 
