@@ -28,14 +28,16 @@ __all__ = ["ATTEMPTS_FILE", "Attempt", "FirstFailure", "decide", "first_failure"
 
 ATTEMPTS_FILE = "attempts.jsonl"
 MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
-USER_FAULT, ALL_SAVED = 2, 75
+USER_FAULT, ALL_SAVED, HANG = 2, 75, 76
 SIGTERM = 15
-TRACEBACK_LINES = 40
+TRACEBACK_LINES, READ_LINES = 40, 1000
 # What a rank says whose peer went away: the consequence, not the cause.
 PEER_IS_GONE = re.compile(
     r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|remote process exited|"
     r"NCCL (error|communicator was aborted)|Socket Timeout|Broken pipe|Watchdog caught collective"
 )
+# What a rank that waited in vain says of one that is stopped or dead (longrope2.training.heartbeat).
+SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
 # What a rank says whose hardware is at fault; CUDA's and the driver's words.
 HARDWARE = re.compile(
     r"uncorrectable ECC|ECC error|Xid|NVLink error|device.{0,20}(unavailable|lost)|fallen off the bus|"
@@ -120,7 +122,9 @@ def end(product: Path, known: list[Attempt], code: int, *, stopped: bool, logs: 
     failure = first_failure(logs) if logs is not None and code not in (0, ALL_SAVED) and not stopped else None
     outcome = "done" if code == 0 else "stopped" if stopped or code == ALL_SAVED else "failed"
     blamed = []
-    if failure is not None and failure.is_the_nodes_fault:
+    if failure is not None and failure.exit_code == HANG:
+        blamed = sorted(set(SILENT_RANK.findall(failure.text)))
+    elif failure is not None and failure.is_the_nodes_fault:
         blamed = [failure.node]
     elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
         blamed = silent
@@ -130,7 +134,7 @@ def end(product: Path, known: list[Attempt], code: int, *, stopped: bool, logs: 
     print(reason, file=sys.stderr)
     if failure is not None:
         print(f"--- rank {failure.rank} on {failure.node} ended first ({_how(failure.exit_code)}):", file=sys.stderr)
-        print(failure.text, file=sys.stderr)
+        print("\n".join(failure.text.splitlines()[-TRACEBACK_LINES:]), file=sys.stderr)
     print(verdict)
 
 
@@ -251,7 +255,7 @@ def _tail(path: Path) -> str:
     if not path.is_file():
         return ""
     lines: list[Any] = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-TRACEBACK_LINES:])
+    return "\n".join(lines[-READ_LINES:])
 
 
 def _how(code: int) -> str:

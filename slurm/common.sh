@@ -19,6 +19,8 @@ DEVICE=gpu
 SCRATCH=/tmp
 MIN_FREE_GB=50
 MIN_BANDWIDTH_GBPS=0
+# The one task of a node starts all its ranks: Slurm must not bind it to a core.
+export SLURM_CPU_BIND=none
 SITE=${LONGROPE2_SITE:-slurm/site.env}
 if [ -f "$SITE" ]; then
     # shellcheck source=slurm/site.example.env

@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch slurm/evaluate_phi3_mini_128k.sh corpus.folder=PG19_VALIDATION [evaluation=...]      the extended Phi3-mini beside its baselines.
+# sbatch slurm/evaluate_phi3_mini_128k.sh corpus.folder=PG19_VALIDATION [suite=needle_map ...]: the result beside its baselines.
 # Every array task takes its share of the questions (lengths x tasks x models); the last to end writes the table.
 #SBATCH --job-name=evaluate_phi3_mini_128k
 #SBATCH --output=slurm/logs/%x-%j.log
@@ -15,4 +15,4 @@
 #SBATCH --signal=B:USR1@300
 . "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
 . slurm/models/phi3_mini_128k.sh
-evaluate "${EXTENSION[@]}" corpus=pg19 "$@"
+evaluate "${EXTENSION[@]}" corpus=pg19 suite=ruler "$@"

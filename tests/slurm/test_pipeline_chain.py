@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from emulated import EmulatedSlurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STAGES = ("pack", "search", "train", "evaluate", "export")
 PACK = [
@@ -26,7 +26,9 @@ WORDS = [
     "search:search.population=4", "search:search.parents=2", "search:search.iterations=1", "search:search.num_samples=2",
     "train:--nodes=2", "train:--gpus-per-node=2", "train:experiment=tiny", "train:training.global_batch_tokens=512",
     "train:training.tokens=4096", "train:training.warmup_steps=2",
-    "evaluate:--array=1-1", "evaluate:model=tiny", "evaluate:corpus=sample", "evaluate:evaluation=miniature",
+    "evaluate:--array=1-2", "evaluate:model=tiny", "evaluate:corpus=sample", "evaluate:evaluation=miniature",
+    "evaluate:suite=needle_map", "evaluate:suite.measures=true", "evaluate:suite.needle_map.repeats=1",
+    "evaluate:suite.needle_map.depths=[0.5]", "evaluate:suite.lengths=[128,256]",
     "evaluate:evaluation.lengths=[128,256]", "evaluate:evaluation.needle.samples_per_depth=1",
     "evaluate:evaluation.perplexity.num_windows=2", "evaluate:evaluation.retention.num_windows=2",
     "evaluate:evaluation.perplexity.scored_tokens=32",
@@ -47,7 +49,7 @@ def pipeline(checkout: Path, cluster: EmulatedSlurm, *words: str) -> tuple[dict[
 
 def states(cluster: EmulatedSlurm, jobs: dict[str, str]) -> dict[str, str]:
     """Stage -> state, when all have ended."""
-    return {stage: cluster.wait_for(job, 900)["JobState"] for stage, job in jobs.items()}
+    return {stage: cluster.wait_for(job, 1800)["JobState"] for stage, job in jobs.items()}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -104,6 +106,7 @@ def test_a_rerun_goes_on_and_finishes(checkout: Path, small_cluster: EmulatedSlu
     assert set(states(small_cluster, jobs).values()) == {"COMPLETED"}, noted()
     for product in ("1_segments", "2_factors", "3_checkpoints", "4_evaluations", "5_exports"):
         assert (checkout / "runs" / "chain" / product / "manifest.json").is_file()
-    assert noted().count(": done") == 5
+    assert noted().count(": done") == 6  # two tasks of the evaluation
+    assert (checkout / "runs" / "chain" / "4_evaluations" / "suite.json").is_file()
     _, printed = pipeline(checkout, small_cluster)
     assert "nothing to do" in printed and printed.count("complete:") == 5

@@ -18,7 +18,7 @@ from emulated import EmulatedSlurm, wait_until
 
 from longrope2.artifacts import sha256_of_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STEPS = 60
 TRAIN = [
@@ -70,7 +70,7 @@ class Job:
         lines = [json.loads(line) for line in (self.product / "attempts.jsonl").read_text().splitlines()]
         return [(line["outcome"], line["exit_code"]) for line in lines]
 
-    def wait_for_steps(self, steps: int, seconds: float = 600) -> None:
+    def wait_for_steps(self, steps: int, seconds: float = 1200) -> None:
         def reached() -> bool:
             state = self.cluster.job(self.id)["JobState"]
             assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.log}"
@@ -78,7 +78,7 @@ class Job:
 
         wait_until(reached, seconds, f"{steps} steps")
 
-    def wait(self, seconds: float = 900) -> dict[str, str]:
+    def wait(self, seconds: float = 1800) -> dict[str, str]:
         ended = self.cluster.wait_for(self.id, seconds)
         assert ended["JobState"] == "COMPLETED", self.log
         return ended

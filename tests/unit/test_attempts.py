@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from launch.attempts import (
     read_attempts,
 )
 from launch.node_agent import rank_exit_code
+from longrope2.training.heartbeat import Beat
 
 GONE = "torch.distributed.DistBackendError: Connection closed by peer [127.0.0.1]:4711"
 
@@ -153,6 +155,21 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit, match="The last was cut off without a word, as when its node dies"):
         run("begin")
     assert read_attempts(product, job="8") == []
+
+
+def test_a_hang_leaves_out_the_node_of_the_silent_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are the heartbeat's own."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    now = time.time()
+    beats = [
+        Beat(0, "n1", 11, 5, 3, "forward", now - 90, now),
+        Beat(3, "n2.cluster", 12, 4, 3, "forward", now - 95, now - 80),
+    ]
+    text = "\n".join(beat.describe(now, 20.0) for beat in beats) + "\nstack" * 100
+    rank_failed(tmp_path, "n1", {0: 76}, {0: (text, 1.0)})
+    begin(tmp_path, [])
+    end(tmp_path, read_attempts(tmp_path, job="7"), 76, stopped=False, logs=tmp_path, silent=["n2"])
+    assert read_attempts(tmp_path, job="7")[-1].blamed == ["n2"]
 
 
 def test_a_job_that_goes_on_without_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
