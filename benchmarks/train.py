@@ -1,0 +1,287 @@
+"""``python -m benchmarks.train``: a step of mixed windows, ours against two other ways; and the memory of the loss.
+
+Four ranks (gloo, ZeRO-3, sequence-parallel size 2) train one random Llama on the same 20 segments, 70 % long and 30 % short:
+
+    ours          micro-steps of one window kind; short windows attend per document and exchange nothing
+    random order  the same segments and code, paired across data-parallel groups by chance: a group with a short segment
+                  waits for the other's long one in every gather of ZeRO-3
+    all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length
+
+Printed are seconds of forward, backward and update, ratios to ours (above 1: slower) and the model FLOPs each did (the
+convention of training/flops.py). The ways take turns; the best of ``--rounds`` counts, so that a noisy machine touches all
+alike. ``all alike`` has its own loss function replaced by ours, so that attention and order are all that differs.
+
+Then the peak memory of the summed loss with its backward pass, fused against plain logits, each in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longrope2.errors import ConfigError
+from longrope2.model import WindowedModel, token_loss_sum
+from longrope2.parallel import ParallelConfig, Processes, join_processes, leave_processes
+from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.segments import MicroStep, Segment
+from longrope2.training.batch import RankBatch, load_rank_batch
+from longrope2.training.config import TrainingConfig
+from longrope2.training.deepspeed_settings import deepspeed_settings
+from longrope2.training.flops import TrainingCost
+from longrope2.training.optimizer import make_optimizer
+from longrope2.training.step import gradient_scale
+from longrope2.training.zero import ZeroConfig
+
+RANKS, SEQUENCE = 4, 2
+NUM_LONG, NUM_SHORT = 14, 6
+VOCABULARY, HIDDEN, LAYERS, HEADS = 1024, 128, 4, 8
+TRAINING = TrainingConfig()
+PLAIN_COPIES = 3
+"""Copies of the logits that plain cross-entropy and its backward pass may hold at once."""
+
+
+class RandomSegments:
+    """Stands in for a store: long segments first, then short ones with aligned documents of a sixteenth."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def segment(self, index: int) -> Segment:
+        """Random tokens."""
+        window = Window.LONG if index < NUM_LONG else Window.SHORT
+        ends = np.arange(1, 17, dtype=np.int32) * (self.length // 16)
+        tokens = np.random.default_rng(index).integers(0, VOCABULARY, self.length).astype(np.uint16)
+        names = tuple(map(str, range(16)))
+        return Segment(index, window, tokens, ends, names, names, (False,) * 16, False, 0)
+
+
+def model_config(length: int) -> LlamaConfig:
+    """The model of all three ways."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, max_position_embeddings=length,
+    )  # fmt: skip
+
+
+def orders(processes: Processes) -> dict[str, list[int]]:
+    """This rank's segments, micro-step by micro-step."""
+    data, me = processes.dims.data, processes.dims.data_rank
+    total = NUM_LONG + NUM_SHORT
+    alike = list(range(total))[me::data]
+    mixed = np.random.default_rng(0).permutation(total).tolist()[me::data]
+    return {"ours": alike, "random order": mixed, "all alike": alike}
+
+
+def make_engine(model: torch.nn.Module, processes: Processes, micro_steps: int) -> Any:
+    """DeepSpeed's engine, the same settings for all ways."""
+    import deepspeed
+
+    parallel = ParallelConfig(sequence=SEQUENCE, zero_stage=3)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, TRAINING),  # type: ignore[arg-type]
+        config=deepspeed_settings(TRAINING, parallel, ZeroConfig(), micro_steps=micro_steps, bf16=False),
+        mpu=processes.mpu,
+    )
+    return engine
+
+
+class PlainUlysses(torch.nn.Module):
+    """DeepSpeed's sequence-parallel attention around an unchanged transformers model, with our loss."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.hf = LlamaForCausalLM(config)
+
+    def forward(self, batch: RankBatch, positions_BT: torch.Tensor) -> torch.Tensor:
+        """Summed loss of this rank's tokens."""
+        hidden = self.hf.model(input_ids=batch.tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        return token_loss_sum(hidden.flatten(0, 1), self.hf.lm_head.weight, batch.labels_BT.flatten())
+
+
+def seconds_of(engine: Any, forwards: list[Callable[[], torch.Tensor]], scale: float) -> float:
+    """One step of micro-steps; the slowest rank's time."""
+    torch.distributed.barrier()
+    began = time.perf_counter()
+    for forward in forwards:
+        engine.backward(forward() * scale)
+        engine.step()
+    seconds = torch.tensor(time.perf_counter() - began)
+    torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
+    return float(seconds)
+
+
+def compare(length: int, rounds: int) -> dict[str, Any]:
+    """Time the three ways in turn; every rank calls this."""
+    processes = join_processes(ParallelConfig(sequence=SEQUENCE))
+    torch.set_num_threads(1)
+    config, store = model_config(length), RandomSegments(length)
+    geometry = RopeGeometry(HIDDEN // HEADS, 10_000.0, length // 16)
+    torch.manual_seed(0)
+    windowed = WindowedModel(LlamaForCausalLM(config), closed_form_factors(RopeMethod.yarn, geometry, length)).train()
+    plain = plain_ulysses(config)
+    chosen = orders(processes)
+    micro_steps = len(chosen["ours"])
+    engines = {
+        "ours": make_engine(windowed, processes, micro_steps),
+        "all alike": make_engine(plain, processes, micro_steps),
+    }
+    engines["random order"] = engines["ours"]
+    targets = RANKS // SEQUENCE * micro_steps * length
+    scale = gradient_scale(processes.dims, 3, micro_steps, targets)
+    found: dict[str, Any] = {name: {"seconds": []} for name in ("ours", "random order", "all alike")}
+    forwards = {name: forwards_of(name, engines[name], chosen[name], store, processes) for name in found}
+    for _ in range(rounds + 1):  # the first is the warm-up
+        for name in found:
+            found[name]["seconds"].append(seconds_of(engines[name], forwards[name], scale))
+    for name, entry in found.items():
+        entry["seconds"] = min(entry["seconds"][1:])
+        entry["flops"] = flops_of(config, length, all_long=name == "all alike")
+    leave_processes()
+    return found
+
+
+def plain_ulysses(config: LlamaConfig) -> PlainUlysses:
+    """The model under DeepSpeed's wrapper; our groups are released first, because the wrapper makes the same ones itself."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    torch.manual_seed(0)
+    plain = PlainUlysses(config)
+    plain.hf.set_attn_implementation("sdpa")
+    make_groups, parallel_state_sp.initialize_sequence_parallel = (
+        parallel_state_sp.initialize_sequence_parallel, lambda **given: None,
+    )  # fmt: skip
+    try:
+        UlyssesSPAttentionHF.register_with_transformers(plain.hf, "sdpa", SEQUENCE, 1, seq_length_is_variable=True)
+    finally:
+        parallel_state_sp.initialize_sequence_parallel = make_groups
+    return plain.train()
+
+
+def forwards_of(
+    name: str, engine: Any, segment_ids: list[int], store: RandomSegments, processes: Processes
+) -> list[Callable[[], torch.Tensor]]:
+    """The forward passes of one way's micro-steps."""
+    dims, group = processes.dims, processes.sequence_group
+    forwards: list[Callable[[], torch.Tensor]] = []
+    for index in segment_ids:
+        micro = MicroStep(store.segment(index).window, (index,) * dims.data)
+        batch = load_rank_batch(store, micro, dims, group, mixed=name != "all alike")
+        if name == "all alike":
+            forwards.append(lambda b=batch: engine(b, b.layout.positions_BT))
+        else:
+            forwards.append(lambda b=batch: engine(b.tokens_BT, b.labels_BT, b.window, b.layout))
+    return forwards
+
+
+def flops_of(config: LlamaConfig, length: int, *, all_long: bool) -> float:
+    """Model FLOPs of one step, all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        cost = TrainingCost.from_config(Path(folder))
+    num_long = NUM_LONG + NUM_SHORT if all_long else NUM_LONG
+    squares = num_long * length**2 + (NUM_LONG + NUM_SHORT - num_long) * length**2 / 16
+    return cost.flops((NUM_LONG + NUM_SHORT) * length, squares)
+
+
+def loss_peak_bytes(kind: str, tokens: int, vocabulary: int, hidden: int) -> int:
+    """Growth of this process's peak memory over one loss and its backward pass."""
+    hidden_TH = torch.randn(tokens, hidden, requires_grad=True)
+    head_VH = torch.randn(vocabulary, hidden, requires_grad=True)
+    labels_T = torch.randint(vocabulary, (tokens,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind == "fused":
+        loss = token_loss_sum(hidden_TH, head_VH, labels_T)
+    else:
+        loss = F.cross_entropy(F.linear(hidden_TH, head_VH).float(), labels_T, reduction="sum")
+    loss.backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def compare_losses(tokens: int, vocabulary: int, hidden: int) -> dict[str, int | str]:
+    """Peak memory of both losses, each in its own process; plain logits that would not fit are refused."""
+    found: dict[str, int | str] = {}
+    needed, available = PLAIN_COPIES * tokens * vocabulary * 4, psutil.virtual_memory().available
+    for kind in ("fused", "plain"):
+        if kind == "plain" and needed > available:
+            found[kind] = f"needs up to {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+            continue
+        command = [sys.executable, "-m", "benchmarks.train", "--loss", kind, str(tokens), str(vocabulary), str(hidden)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[kind] = int(ended.stdout.split()[-1])
+    return found
+
+
+def report_steps(found: dict[str, Any]) -> None:
+    """Print times, ratios and FLOPs."""
+    ours = found["ours"]
+    for name, entry in found.items():
+        print(
+            f"{name:<13}{entry['seconds']:8.2f} s{entry['seconds'] / ours['seconds']:7.2f}x"
+            f"{entry['flops'] / 1e12:9.3f} TFLOP{entry['flops'] / ours['flops']:7.2f}x"
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a segment, a multiple of 32")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each way; the best counts")
+    parser.add_argument("--loss-tokens", type=int, default=16_384)
+    parser.add_argument("--loss-vocabulary", type=int, default=128_256)
+    parser.add_argument("--loss-hidden", type=int, default=64, help="small, so that logits are what counts")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--loss", nargs=4, help=argparse.SUPPRESS)  # one measurement in a process of its own
+    given = parser.parse_args()
+    if given.length % 32:
+        raise ConfigError([f"--length {given.length} must be a multiple of 32: 16 documents on 2 ranks"])
+    if given.loss:
+        print(loss_peak_bytes(given.loss[0], *map(int, given.loss[1:])))
+        return
+    if "RANK" in os.environ:
+        found = compare(given.length, given.rounds)
+        if os.environ["RANK"] == "0":
+            given.json.write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "steps.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        worker = [
+            "-m",
+            "benchmarks.train",
+            "--length",
+            str(given.length),
+            "--rounds",
+            str(given.rounds),
+            "--json",
+            str(output),
+        ]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ, "DS_ACCELERATOR": "cpu"}
+        subprocess.run([*launcher, *worker], env=environment, check=True)
+        steps = json.loads(output.read_text())
+    report_steps(steps)
+    losses = compare_losses(given.loss_tokens, given.loss_vocabulary, given.loss_hidden)
+    print(f"peak memory of the loss, {given.loss_tokens} tokens x {given.loss_vocabulary} words:")
+    for kind, peak in losses.items():
+        print(f"  {kind:<6}{peak if isinstance(peak, str) else f'{peak / 2**20:.0f} MiB'}")
+    if given.json:
+        figures = {"length": given.length, "steps": steps, "loss_peak_bytes": losses, "torch": torch.__version__}
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
