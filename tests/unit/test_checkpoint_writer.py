@@ -1,0 +1,179 @@
+"""Writing a checkpoint while training goes on: what is on disk at every moment, and what a failure leaves."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longrope2.errors import ArtifactError
+from longrope2.training import checkpoint_files, checkpoint_universal
+from longrope2.training.checkpoint import CheckpointWriter, _newest_intact, load_newest
+from longrope2.training.checkpoint_universal import ShardLayout, load_converted
+from longrope2.training.guard import SkippedSteps
+
+IDENTITY = {"seed": 1}
+
+
+class PlainEngine:
+    """What the writer uses of DeepSpeed's engine, without ZeRO."""
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(4)
+        self.checkpoint_engine = SimpleNamespace()
+        self.basic_optimizer = SimpleNamespace(state={}, param_groups=[{"step": 3}])
+        self.loaded: list[str] = []
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert not save_latest
+        dist.barrier()
+        for name in ("model.pt", "optimizer.pt"):
+            self.checkpoint_engine.save(state_dict={name: self.weights}, path=str(Path(folder) / tag / name))
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        self.loaded.append(tag)
+        return folder, {}
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path: Path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_writer(engine: PlainEngine, folder: Path, **settings: Any) -> CheckpointWriter:
+    return CheckpointWriter(engine, folder, IDENTITY, **{"keep": 2, "in_background": True} | settings)
+
+
+def newest(folder: Path) -> str:
+    found = _newest_intact(folder, IDENTITY)
+    assert isinstance(found, tuple)
+    return found[0]
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("rendezvous"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, folder = PlainEngine(), tmp_path / "run"
+    writer = make_writer(engine, folder)
+    writer.save(1, SkippedSteps())
+    writer.finish()
+    may_write = threading.Event()
+    hashed = checkpoint_files.sha256_of_file
+
+    def slow_disk(path: Path) -> str:
+        assert may_write.wait(20)
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint_files, "sha256_of_file", slow_disk)
+    engine.weights.fill_(2.0)
+    writer.save(2, SkippedSteps(total=1))
+    engine.weights.fill_(3.0)  # the next step; what was saved must not change
+    assert visible(folder) == [".step_00000002.writing", "latest", "step_00000001"]
+    assert newest(folder) == "step_00000001" and (folder / "latest").read_text() == "step_00000001\n"
+    may_write.set()
+    writer.finish()
+    assert newest(folder) == "step_00000002" and (folder / "latest").read_text() == "step_00000002\n"
+    saved = torch.load(folder / "step_00000002" / "model.pt")
+    assert saved["model.pt"].tolist() == [2.0] * 4
+    assert load_newest(engine, folder, IDENTITY) == (2, SkippedSteps(total=1))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_old_ones_go_and_a_damaged_one_is_written_again(tmp_path: Path, in_background: bool) -> None:
+    engine, folder = PlainEngine(), tmp_path / "run"
+    writer = make_writer(engine, folder, in_background=in_background)
+    for step in (1, 2, 3):
+        writer.save(step, SkippedSteps())
+    writer.finish()
+    assert visible(folder) == ["latest", "step_00000002", "step_00000003"]
+    (folder / "step_00000003" / "model.pt").write_bytes(b"damaged")
+    assert newest(folder) == "step_00000002"
+    writer.save(3, SkippedSteps())
+    writer.finish()
+    assert newest(folder) == "step_00000003"
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, folder = PlainEngine(), tmp_path / "run"
+    writer = make_writer(engine, folder)
+    writer.save(1, SkippedSteps())
+    writer.finish()
+
+    def full(path: Path) -> Any:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint_files, "atomic_path", full)
+    writer.save(2, SkippedSteps())
+    with pytest.raises(
+        ArtifactError, match="could not be written: .*No space left on device.*the one before is intact"
+    ):
+        writer.finish()
+    with pytest.raises(ArtifactError, match="the same command goes on from there"):
+        writer.raise_if_failed()
+    assert newest(folder) == "step_00000001"
+
+
+def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_writer(PlainEngine(), tmp_path / "run")
+    monkeypatch.setattr(checkpoint_files, "sha256_of_file", lambda path: "0" * 64)
+    writer.save(1, SkippedSteps())
+    with pytest.raises(ArtifactError, match="model.pt reads back otherwise than it was written"):
+        writer.finish()
+    assert _newest_intact(tmp_path / "run", IDENTITY) is None
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
+    engine, folder = PlainEngine(), tmp_path / "run"
+    writer = make_writer(engine, folder)
+    writer.save(1, SkippedSteps())
+    writer.finish()
+    (folder / ".step_00000002.writing").mkdir()
+    (folder / ".step_00000002.writing" / "model.pt").write_bytes(b"half")
+    assert load_newest(engine, folder, IDENTITY)[0] == 1
+    assert engine.loaded == ["step_00000001"] and visible(folder) == ["latest", "step_00000001"]
+
+
+def test_which_layouts_load_directly() -> None:
+    four = ShardLayout(4, 3, False)
+    assert four.fits(ShardLayout(4, 3, False)) and not four.fits(ShardLayout(2, 3, False))
+    assert not four.fits(ShardLayout(4, 2, False)) and not four.fits(ShardLayout(4, 3, True))
+    assert ShardLayout(4, 0, False).fits(ShardLayout(2, 0, False))
+    assert not ShardLayout(4, 0, True).fits(ShardLayout(2, 0, True))
+
+
+def test_stage_0_is_not_converted(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError) as refused:
+        load_converted(PlainEngine(), tmp_path / "step_00000004", ShardLayout(4, 3, False), {})
+    assert str(refused.value).endswith(
+        "step_00000004 was written by 4 ranks at ZeRO stage 3; only stages 1 to 3 convert into each other: give "
+        "parallel.zero_stage=3 and as many ranks"
+    )
+
+
+def test_a_conversion_that_fails_or_loses_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PlainEngine()
+    monkeypatch.setattr(engine, "zero_optimization_stage", lambda: 3)
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nFileNotFoundError: no files\n")
+    monkeypatch.setattr(checkpoint_universal.subprocess, "run", lambda *command, **settings: failed)
+    with pytest.raises(ArtifactError, match="could not be converted: FileNotFoundError: no files"):
+        load_converted(engine, tmp_path / "step_00000004", ShardLayout(4, 3, False), {})
+    saved = {"step": 7, "sums": {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}}
+    loaded = {"step": 1, "sums": {"a": [1.0, 0.0, 3.0], "b": [1.0, 2.0, 3.0 + 1e-6]}}
+    with pytest.raises(ArtifactError) as lost:
+        checkpoint_universal._compare(tmp_path, saved, loaded)
+    assert "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; go on" in str(
+        lost.value
+    )
