@@ -101,7 +101,7 @@ def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally
 def report(tallies: dict[str, Tally]) -> None:
     """Print the table."""
     print(
-        "| policy | median seconds at the switch | needle accuracy | perplexity of the value | KL mean | KL median | KL largest |"
+        "| policy | median seconds at the switch | needle accuracy | value perplexity | KL mean | KL median | KL largest |"
     )
     print("|---|---|---|---|---|---|---|")
     for name, tally in tallies.items():

@@ -166,7 +166,12 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     manifest = read_manifest(folder, "exports")
     assert manifest.inputs["checkpoint"]["sha256"] == sha256_of_file(checkpoint / "manifest.json")
     assert manifest.details["dtype"] == "fp32"
-    assert set(manifest.details["largest_relative_logit_difference"]) == {"128", "129"}
+    assert set(manifest.details["largest_relative_logit_difference"]["hugging_face"]) == {"128", "129"}
+    cost = manifest.details["static_cost"]
+    assert (
+        cost["num_windows"] == 8 and cost["max_tokens"] < 128 and 1 < cost["short_perplexity"] < cost["long_perplexity"]
+    )
+    assert f"perplexity {cost['long_perplexity']:.4g} instead of" in (folder / "hugging_face" / "README.md").read_text()
     assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
     config = json.loads((folder / "hugging_face" / "config.json").read_text())
     assert RescaleFactors.from_hf_config(config).factors[-1] > 100
@@ -176,6 +181,31 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     assert code == 0 and f"already complete: {folder / 'hugging_face'}" in out and tree(folder) == before
     code, out, _ = command("export", "export.dtype=bf16")
     assert code == 0 and "verified" in out and read_manifest(folder, "exports").details["dtype"] == "bf16"
+
+
+def test_export_writes_the_variants_asked_for_and_no_others(command, run_folder, tmp_path, make_checkpoint):
+    """YaRN, whose two attention scales only the variants with one window can say."""
+    yarn = f"export.checkpoint={make_checkpoint(tmp_path / 'yarn', RopeMethod.yarn)}"
+    folder = product_folder(run_folder, "exports")
+    both = "export.variants=[long_only,short_only]"
+    code, out, err = command("export", yarn, both, "export.cost_windows=0")
+    assert code == 0, err
+    assert "verified   at 129 tokens: hugging_face_long_only" in out
+    assert "verified   at 128 tokens: hugging_face_short_only" in out and "129 tokens: hugging_face_short" not in out
+    manifest = read_manifest(folder, "exports")
+    assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
+    assert manifest.details["static_cost"] is None
+    assert "was not measured for this model" in (folder / "hugging_face_long_only" / "README.md").read_text()
+    assert "already complete" in command("export", yarn, both)[1]
+    code, out, _ = command("export", yarn, "export.variants=[long_only]", "export.cost_windows=0")
+    assert code == 0 and "hugging_face_short_only, which export.variants no longer names" in out
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hugging_face_long_only", "manifest.json"]
+
+
+def test_export_refuses_bad_settings_together(command):
+    code, _, err = command("export", "export.variants=[dual,dual]", "export.cost_windows=-1")
+    assert code == 2 and "2 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
+    assert "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, each once" in err
 
 
 def test_an_export_that_does_not_verify_leaves_nothing(command, run_folder, checkpoint, monkeypatch):
