@@ -139,7 +139,7 @@ class CheckpointWriter:
 def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[int, SkippedSteps]:
     """Load the newest undamaged checkpoint; a damaged one is skipped with a warning.
 
-    One that another number of ranks or another ZeRO stage wrote is converted first.
+    One that another number of ranks wrote is converted first.
 
     Returns:
         Finished optimizer steps, and how many of them were skipped; zeros when there is no checkpoint.

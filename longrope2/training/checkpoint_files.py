@@ -38,14 +38,19 @@ class RankFiles:
 
     @contextlib.contextmanager
     def taken_from(self, engine: Any, folder: Path) -> Iterator[None]:
-        """While open, the engine's checkpoint files, which belong in ``folder``, come here."""
+        """While open, the engine's checkpoint files, which belong in ``folder``, come here.
+
+        The engine is without its sequence-parallel groups meanwhile: it would note their size as a tensor-parallel one, and
+        stages 1 and 2 could not be converted.
+        """
         self._folder = folder
-        saver = engine.checkpoint_engine
-        saver.save = self._take  # hides the method of its class
+        saver, mpu = engine.checkpoint_engine, engine.mpu
+        saver.save, engine.mpu = self._take, None  # the former hides the method of its class
         try:
             yield
         finally:
             del saver.save
+            engine.mpu = mpu
 
     def write(self) -> None:
         """Write what waits in memory, read it back, and leave the list of all hashes for the rank that publishes."""

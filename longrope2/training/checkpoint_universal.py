@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks, or another ZeRO stage: DeepSpeed's universal checkpoint, and what it gets wrong.
+"""A checkpoint for another number of ranks: DeepSpeed's universal checkpoint, and what it gets wrong.
 
 ZeRO cuts the optimizer's state into as many shards as there are ranks. DeepSpeed's converter joins the shards into one
 file per parameter and state, and every rank then reads its part. Of DeepSpeed 0.19.8 the following is put right here:
@@ -6,12 +6,12 @@ file per parameter and state, and every rank then reads its part. Of DeepSpeed 0
 - loading into stage 3 gives every parameter group the hyperparameters of the first one (norms and embeddings would begin to
   decay), and all groups one shared step counter, which then advances once per group and step;
 - that counter is loaded onto the device it was saved from;
-- a stage 1 or 2 checkpoint needs a mark that only Megatron writes, and asks the sequence-parallel groups for tensor-parallel
-  sizes;
-- stage 3 files carry no step for stages 1 and 2.
+- a stage 1 or 2 checkpoint needs a mark that only Megatron writes, and takes the sequence-parallel size for a
+  tensor-parallel one (``checkpoint_files.py``).
 
-So nothing is taken on trust: every checkpoint records the step counter and, per parameter, the sums of squares of the weights
-and both moments, and what was loaded is compared with them.
+Files of stage 3 are laid out otherwise than those of stages 1 and 2, and neither kind reads the other: between them nothing
+is converted. Nothing is taken on trust either: every checkpoint records the step counter and, per parameter, the sums of
+squares of the weights and both moments, and what was loaded is compared with them.
 """
 
 import contextlib
@@ -91,10 +91,12 @@ def load_converted(engine: Any, checkpoint: Path, written_as: ShardLayout, recor
         ArtifactError: the layouts cannot be converted into each other, the conversion failed, or it lost something.
     """
     wanted = ShardLayout.of(engine)
-    if 0 in (written_as.zero_stage, wanted.zero_stage):
+    if {written_as.zero_stage, wanted.zero_stage} not in ({3}, {1}, {2}, {1, 2}) or written_as.bf16 != wanted.bf16:
         raise ArtifactError(
-            f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}; only stages "
-            f"1 to 3 convert into each other: give parallel.zero_stage={written_as.zero_stage} and as many ranks"
+            f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
+            f"{' in bf16' if written_as.bf16 else ''}, which does not convert to stage {wanted.zero_stage}"
+            f"{' in bf16' if wanted.bf16 else ''}: give parallel.zero_stage={written_as.zero_stage}"
+            f"{'' if written_as.zero_stage else ' and as many ranks'}"
         )
     universal = checkpoint.with_name(f".{checkpoint.name}.universal")
     failure: list[str | None] = [None]
@@ -104,7 +106,7 @@ def load_converted(engine: Any, checkpoint: Path, written_as: ShardLayout, recor
             f"converting it for {wanted.world_size} ranks at stage {wanted.zero_stage}",
             flush=True,
         )
-        failure = [_convert(checkpoint, universal, written_as, wanted)]
+        failure = [_convert(checkpoint, universal)]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise ArtifactError(f"{checkpoint} could not be converted: {failure[0]}")
@@ -122,7 +124,7 @@ def load_converted(engine: Any, checkpoint: Path, written_as: ShardLayout, recor
         )
 
 
-def _convert(checkpoint: Path, universal: Path, written_as: ShardLayout, wanted: ShardLayout) -> str | None:
+def _convert(checkpoint: Path, universal: Path) -> str | None:
     """Run DeepSpeed's converter, apart from this process and its threads; the reason when it failed."""
     shutil.rmtree(universal, ignore_errors=True)
     command = [
@@ -133,9 +135,6 @@ def _convert(checkpoint: Path, universal: Path, written_as: ShardLayout, wanted:
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     if ended.returncode != 0:
         return (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-    if (written_as.zero_stage == 3) != (wanted.zero_stage == 3):  # the same content under the other stage's name
-        names = {True: "zero_pp_rank_0_mp_rank_00_model_states.pt", False: "mp_rank_00_model_states.pt"}
-        shutil.copyfile(universal / names[written_as.zero_stage == 3], universal / names[wanted.zero_stage == 3])
     return None
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks, another sequence-parallel size or another ZeRO stage: the same run."""
+"""A run that goes on with another number of ranks or another sequence-parallel size is the same run."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from forked_ranks import ForkedRanks
 from small_runs import losses, pack_segments, weights, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
 
 STEPS = 8
 SAME = 1e-6
@@ -71,18 +71,8 @@ def test_four_ranks_two_ranks_four_ranks(ranks: ForkedRanks, runs: Path, undistu
     assert left == []
 
 
-def test_another_zero_stage(ranks: ForkedRanks, runs: Path, undisturbed: Outcome) -> None:
-    train(ranks, runs, "stages", 2, 1, "parallel.zero_stage=3", "training.stop_after_step=3")
-    train(ranks, runs, "stages", 2, 2, "parallel.zero_stage=2", "training.stop_after_step=5")
-    train(ranks, runs, "stages", 2, 1, "parallel.zero_stage=3")
+def test_stages_1_and_2(ranks: ForkedRanks, runs: Path, undisturbed: Outcome) -> None:
+    train(ranks, runs, "stages", 1, 2, "parallel.zero_stage=2", "training.stop_after_step=3")
+    train(ranks, runs, "stages", 2, 2, "parallel.zero_stage=1", "training.stop_after_step=5")
+    train(ranks, runs, "stages", 1, 2, "parallel.zero_stage=2")
     check_same(runs, "stages", undisturbed)
-
-
-def test_stage_0_cannot_be_converted(ranks: ForkedRanks, runs: Path) -> None:
-    train(ranks, runs, "whole", 1, 1, "parallel.zero_stage=0", "training.stop_after_step=1")
-    config = write_config(runs, "whole", *TRAINING, "parallel.processes=1", "parallel.sequence=1")
-    assert ranks.run(config, 1) == [1]
-    assert (
-        "was written by 1 ranks at ZeRO stage 0; only stages 1 to 3 convert into each other: give parallel.zero_stage=0"
-        in ranks.printed()
-    )

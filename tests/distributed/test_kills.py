@@ -10,7 +10,7 @@ from small_runs import losses, pack_segments, records, write_config
 
 from longrope2.artifacts import sha256_of_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
 
 KILLS = 20
 STEPS = 40

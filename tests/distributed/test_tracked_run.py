@@ -9,7 +9,7 @@ from forked_ranks import ForkedRanks
 from small_runs import pack_segments, records, write_config
 from wandb_offline import history, offline_files, read_offline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
 
 RANKS, STEPS = 4, 200
 TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=2",

@@ -23,6 +23,7 @@ class PlainEngine:
 
     def __init__(self) -> None:
         self.weights = torch.zeros(4)
+        self.mpu = None
         self.checkpoint_engine = SimpleNamespace()
         self.basic_optimizer = SimpleNamespace(state={}, param_groups=[{"step": 3}])
         self.loaded: list[str] = []
@@ -154,13 +155,24 @@ def test_which_layouts_load_directly() -> None:
     assert not ShardLayout(4, 0, True).fits(ShardLayout(2, 0, True))
 
 
-def test_stage_0_is_not_converted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written_as", "stage", "words"),
+    [
+        (ShardLayout(4, 3, False), 0, "ZeRO stage 3, which does not convert to stage 0: give parallel.zero_stage=3"),
+        (ShardLayout(4, 3, False), 2, "ZeRO stage 3, which does not convert to stage 2: give parallel.zero_stage=3"),
+        (
+            ShardLayout(4, 0, True),
+            0,
+            "in bf16, which does not convert to stage 0: give parallel.zero_stage=0 and as many",
+        ),
+    ],
+)
+def test_layouts_that_are_not_converted(tmp_path: Path, monkeypatch, written_as, stage, words) -> None:
+    engine = PlainEngine()
+    monkeypatch.setattr(engine, "zero_optimization_stage", lambda: stage)
     with pytest.raises(ArtifactError) as refused:
-        load_converted(PlainEngine(), tmp_path / "step_00000004", ShardLayout(4, 3, False), {})
-    assert str(refused.value).endswith(
-        "step_00000004 was written by 4 ranks at ZeRO stage 3; only stages 1 to 3 convert into each other: give "
-        "parallel.zero_stage=3 and as many ranks"
-    )
+        load_converted(engine, tmp_path / "step_00000004", written_as, {})
+    assert "step_00000004 was written by 4 ranks at ZeRO stage" in str(refused.value) and words in str(refused.value)
 
 
 def test_a_conversion_that_fails_or_loses_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
