@@ -1,10 +1,21 @@
-"""``python -m launch.doctor WORD ...``: look before computing. ``rope``: periods, factors and the bound, per dimension."""
+"""``python -m launch.doctor [WORD ...]``: look before computing.
+
+Without a word, or with settings only (``model=llama3_8b``): what this machine has for the whole flow, green or with what
+to do about it; exit code 1 when something stops a run. ``rope``: periods, factors and the bound, per dimension. ``node``
+and its siblings: fitness of a cluster's nodes.
+"""
 
 import sys
 from collections.abc import Callable
 
 from longrope2.command import run_command
 from longrope2.errors import ConfigError
+
+
+def _machine(arguments: list[str]) -> None:
+    from launch.doctor_machine import machine_command
+
+    machine_command(arguments)
 
 
 def _rope(arguments: list[str]) -> None:
@@ -48,15 +59,17 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main() -> None:
-    """Run the subcommand that the first word names.
+    """Run the subcommand that the first word names; without one look at the machine.
 
     Raises:
-        ConfigError: there is none, or an unknown one.
+        ConfigError: an unknown word.
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if not word or "=" in word:
+        _machine(sys.argv[1:])
+        return
     if word not in SUBCOMMANDS:
-        given = f"got {word!r}" if word else "got nothing"
-        raise ConfigError([f"the first word must be one of {', '.join(SUBCOMMANDS)}; {given}"])
+        raise ConfigError([f"the first word must be one of {', '.join(SUBCOMMANDS)}, or none; got {word!r}"])
     SUBCOMMANDS[word](sys.argv[2:])
 
 

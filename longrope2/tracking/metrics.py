@@ -18,7 +18,7 @@ from typing import Any
 
 from longrope2.artifacts import write_text
 
-__all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics"]
+__all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics", "resolve_mode"]
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
@@ -109,7 +109,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]) -> Any:
     """Start or continue the W&B run of this stage; None when disabled."""
-    mode = _resolve_mode(tracking.wandb)
+    mode = resolve_mode(tracking.wandb)
     if mode is WandbMode.disabled:
         return None
     import wandb
@@ -142,7 +142,7 @@ def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _resolve_mode(mode: WandbMode) -> WandbMode:
+def resolve_mode(mode: WandbMode) -> WandbMode:
     """``auto`` -> online when a key is configured (environment or ~/.netrc), else offline."""
     if mode is not WandbMode.auto:
         return mode

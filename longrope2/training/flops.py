@@ -19,17 +19,11 @@ import torch
 
 from longrope2.model import ForwardCost
 from longrope2.model.hf_files import CONFIG_FILE, read_model_config
+from longrope2.planning import PEAK_BF16_TFLOPS
 
 __all__ = ["PEAK_BF16_TFLOPS", "TrainingCost", "peak_tflops"]
 
 FORWARD_AND_BACKWARD = 3
-
-# Dense bf16 peak by what the device's name contains, the first match counts; from NVIDIA's data sheets.
-PEAK_BF16_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H800": 989.0, "H20": 148.0,
-    "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0,
-    "L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71.2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

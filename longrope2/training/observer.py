@@ -16,8 +16,9 @@ from longrope2.parallel import Processes
 from longrope2.tracking import MetricsLog
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.flops import TrainingCost, peak_tflops
+from longrope2.training.forecast import Forecast, ForecastCheck, make_forecast
 from longrope2.training.plan import TrainingPlan
-from longrope2.training.report import step_metrics
+from longrope2.training.report import memory_peak_gib, step_metrics
 from longrope2.training.step import StepReport
 
 __all__ = ["TrainingObserver"]
@@ -57,6 +58,18 @@ class TrainingObserver:
         self._progress = Progress(*columns, speed_estimate_period=SPEED_PERIOD_SECONDS)
         self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=plan.total_steps, completed=first)
+        self._check = ForecastCheck(self._forecast(plan), self._progress.console.print)
+
+    def _forecast(self, plan: TrainingPlan) -> Forecast:
+        """What the planner expects on this device."""
+        return make_forecast(
+            self._config,
+            plan.model_folder,
+            self._processes.dims.world_size,
+            total_tokens=plan.total_steps * self._config.training.global_batch_tokens,
+            long_share=len(plan.schedule.long_ids) / (len(plan.schedule.long_ids) + len(plan.schedule.short_ids)),
+            device=self._processes.device,
+        )
 
     def __enter__(self) -> "TrainingObserver":
         self._progress.start()
@@ -72,6 +85,8 @@ class TrainingObserver:
 
     def record(self, steps_done: int, lr: float, report: StepReport, skipped_steps: int) -> None:
         """One metrics record and the progress line; a skipped step is always recorded."""
+        on_gpu = self._processes.device.type == "cuda"
+        self._check.see(steps_done, report, memory_peak_gib(self._processes.device) if on_gpu else None)
         parts = [f"{w.value} {loss:.3f}" for w, loss in report.loss_by_window.items() if not math.isnan(loss)]
         self._progress.update(self._task, completed=steps_done, description="loss " + ", ".join(parts))
         if not self._progress.console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -14,6 +14,7 @@ from longrope2.model import factors_path, resolve_factors, rope_geometry
 from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule, check_at_start
 from longrope2.training.config import TrainRoot, check, compute_dtype
+from longrope2.training.forecast import make_forecast
 
 __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "check_tokenizer_fits", "check_windows_fit", "describe_plan",
            "describe_segments", "make_plan", "make_schedule", "run_identity", "segments_folder"]  # fmt: skip
@@ -35,15 +36,25 @@ class TrainingPlan:
     total_steps: int
 
     def describe(self, config: TrainRoot, world_size: int) -> str:
-        """The plan in a few lines."""
-        return describe_plan(
+        """The plan in a few lines, the planner's last."""
+        schedule = self.schedule
+        num_long = len(schedule.long_ids)
+        forecast = make_forecast(
+            config,
+            self.model_folder,
+            world_size,
+            total_tokens=self.total_steps * config.training.global_batch_tokens,
+            long_share=num_long / (num_long + len(schedule.short_ids)),
+        )
+        lines = describe_plan(
             config,
             world_size,
             model=str(self.model_folder),
-            segments=describe_segments(self.segments_folder, self.schedule),
+            segments=describe_segments(self.segments_folder, schedule),
             method=self.factors.method,
             total_steps=self.total_steps,
         )
+        return f"{lines}\n{forecast.line()}"
 
 
 def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:

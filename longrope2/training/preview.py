@@ -14,6 +14,7 @@ from longrope2.model.hf_files import CONFIG_FILE
 from longrope2.rope import RopeMethod
 from longrope2.segments import SegmentStore, check_at_start
 from longrope2.training.config import TrainRoot, check_rules
+from longrope2.training.forecast import make_forecast
 from longrope2.training.plan import (
     check_tokenizer_fits,
     check_windows_fit,
@@ -41,6 +42,8 @@ def preview_plan(config: TrainRoot, world_size: int) -> str:
     method = _preview_factors(config, folder, missing)
     model = str(folder) if is_model else f"{config.model.path} (planned from {folder / CONFIG_FILE})"
     lines = [describe_plan(config, world_size, model=model, segments=segments, method=method, total_steps=total_steps)]
+    total_tokens = None if total_steps is None else total_steps * config.training.global_batch_tokens
+    lines.append(make_forecast(config, folder, world_size, total_tokens=total_tokens, long_share=None).line())
     if missing:
         lines.append("missing on this machine; training will not start without:")
         lines += [f"  {name:<9}{what}" for name, what in missing.items()]

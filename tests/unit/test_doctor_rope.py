@@ -197,10 +197,9 @@ def test_methods_of_another_name_and_in_two_ways(settings: list[str]) -> None:
     assert "give methods as words (yarn) or as doctor.methods=[...], not both" in text
 
 
-@pytest.mark.parametrize(("arguments", "given"), [([], "got nothing"), (["hope"], "got 'hope'")])
-def test_subcommands(monkeypatch: pytest.MonkeyPatch, arguments: list[str], given: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
-    with pytest.raises(ConfigError, match=f"the first word must be one of rope.*; {given}"):
+def test_subcommands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", "hope"])
+    with pytest.raises(ConfigError, match="the first word must be one of rope.*, or none; got 'hope'"):
         doctor.main()
 
 

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # A package may import itself and packages of a lower number; the shared modules may be imported by all.
 LAYERS = {
-    "rope": 1, "segments": 2, "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "search": 5, "training": 5,
-    "inference": 6, "evaluation": 7, "export": 8,
+    "rope": 1, "segments": 2, "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "planning": 5,
+    "search": 6, "training": 6, "inference": 7, "evaluation": 8, "export": 9,
 }  # fmt: skip
 SHARED = {
     "errors": set(), "gguf_model": {"errors"}, "artifacts": {"errors", "gguf_model"},

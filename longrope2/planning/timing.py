@@ -1,0 +1,181 @@
+"""Time of a training step by part, from a stated kernel-efficiency model, and what follows: hours, tokens/s/GPU, MFU.
+
+A micro-step of one window kind takes
+
+    products + attention + elementwise + exchange + offload + max(0, gathers - (products + attention + elementwise))
+
+- *products*: 2 N forward, 4 N backward, 2 N again with any recompute (N: layers and LM head; the LM head's share is an
+  upper bound where the loss keeps its gradient instead of its logits), at ``gemm_flops``;
+- *attention*: the forward kernel once, the backward kernel 2.5 times it (it computes five products instead of two), the
+  forward kernel again with ``full`` recompute, at ``attention_flops``;
+- *elementwise*: norms, rotary, activations and residuals as unfused kernels, by the bytes they read and write;
+- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden behind anything;
+  short segments are packed with ``--align`` and exchange nothing;
+- *offload*: with ``training.offload_activations`` what is kept travels to CPU memory and back, hidden behind nothing;
+- *gathers*: ZeRO-3 gathers the weights for the forward and the backward pass and reduces gradients, hidden behind the
+  computing as far as that lasts.
+
+An optimizer step is its micro-steps and one update. Not in it: reading segments (ahead, in a thread), checkpoints,
+uneven documents.
+"""
+
+from dataclasses import dataclass, replace
+
+from longrope2.planning.hardware import Machine
+from longrope2.planning.layout import Layout, RecomputePolicy
+from longrope2.planning.memory import plan_memory
+from longrope2.planning.shape import ModelShape, Workload
+from longrope2.rope import Window
+
+__all__ = ["MicroStepTime", "RunTime", "exchange_bytes", "gather_bytes", "plan_micro_step", "plan_time"]
+
+ATTENTION_BACKWARD = 2.5
+# Weight, gradient and three float32 numbers a parameter, read and written.
+UPDATE_BYTES = 2 * 16
+SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class MicroStepTime:
+    """Seconds of one micro-step."""
+
+    products: float
+    attention: float
+    elementwise: float
+    exchange: float
+    offload: float
+    gathers: float
+    """Before anything is hidden."""
+
+    @property
+    def computing(self) -> float:
+        """What the GPU computes."""
+        return self.products + self.attention + self.elementwise
+
+    @property
+    def exposed_gathers(self) -> float:
+        """Gathers that outlast the computing."""
+        return max(0.0, self.gathers - self.computing)
+
+    @property
+    def total(self) -> float:
+        """The whole micro-step."""
+        return self.computing + self.exchange + self.offload + self.exposed_gathers
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """A run's time and rates."""
+
+    micro_steps: dict[Window, MicroStepTime]
+    step_seconds: float
+    hours: float
+    floor_hours: float
+    """Products and attention alone: no kernel but these, no communication."""
+    tokens_per_second_per_gpu: float
+    mfu: float
+    """Model FLOPs utilisation, causal FLOPs."""
+    num_gpus: int
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs times hours."""
+        return self.hours * self.num_gpus
+
+
+def plan_time(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> RunTime:
+    """Time of a run on ``layout.num_processes`` GPUs of a machine."""
+    micro = {window: plan_micro_step(shape, workload, layout, machine, window) for window in Window}
+    num_micro_steps = layout.micro_steps(workload)
+    update = UPDATE_BYTES * shape.parameters / layout.num_processes / machine.memory_bytes
+    step = num_micro_steps * sum(workload.share(w) * micro[w].total for w in Window) + update
+    floor = num_micro_steps * sum(workload.share(w) * (micro[w].products + micro[w].attention) for w in Window)
+    steps = workload.total_tokens / workload.step_tokens
+    rate = workload.step_tokens / step / layout.num_processes
+    return RunTime(
+        micro_steps=micro,
+        step_seconds=step,
+        hours=steps * step / SECONDS_PER_HOUR,
+        floor_hours=steps * floor / SECONDS_PER_HOUR,
+        tokens_per_second_per_gpu=rate,
+        mfu=rate * workload.mean_model_flops(shape) / machine.peak_flops,
+        num_gpus=layout.num_processes,
+    )
+
+
+def plan_micro_step(
+    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine, window: Window
+) -> MicroStepTime:
+    """Time of one micro-step of a window kind."""
+    tokens, recompute = layout.local_tokens(workload), layout.recompute
+    recomputes = recompute is not RecomputePolicy.none
+    product_passes = 4 if recomputes else 3
+    attention_passes = 1 + ATTENTION_BACKWARD + (1 if recompute is RecomputePolicy.full else 0)
+    forward_attention = shape.attention_flops(workload.attended_len(window))
+    elementwise = _elementwise_bytes_per_token(shape, layout) * (4 if recomputes else 3)
+    return MicroStepTime(
+        products=product_passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
+        attention=attention_passes * forward_attention * tokens / machine.attention_flops,
+        elementwise=elementwise * tokens / machine.memory_bytes,
+        exchange=_exchange_seconds(shape, workload, layout, machine) if window is Window.LONG else 0.0,
+        offload=_offload_seconds(shape, workload, layout, machine),
+        gathers=_gather_seconds(shape, layout, machine),
+    )
+
+
+def exchange_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
+    """Bytes a process sends in one forward pass of a long segment: q, k and v there, the output back, all layers."""
+    if layout.sequence == 1:
+        return 0.0
+    widths = 2 * shape.query_width + 2 * layout.kv_width(shape)
+    sent = (layout.sequence - 1) / layout.sequence
+    return shape.num_layers * layout.local_tokens(workload) * widths * layout.compute_bytes * sent
+
+
+def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
+    """Bytes of one micro-step's gathers of the whole model (forward and backward), and of its reduced gradients."""
+    if layout.num_processes == 1:
+        return 0.0, 0.0
+    return 2.0 * layout.compute_bytes * shape.parameters, float(layout.gradient_bytes * shape.parameters)
+
+
+def _exchange_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
+    """Forward, backward, and again where attention is recomputed; over the network once a segment spans nodes."""
+    passes = 3 if layout.recompute is RecomputePolicy.full else 2
+    inside = layout.sequence <= machine.gpus_per_node
+    rate = machine.node_link_bytes if inside else machine.network_bytes
+    return passes * exchange_bytes(shape, workload, layout) / rate
+
+
+def _offload_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
+    """What is kept in CPU memory, there and back."""
+    if not layout.offload:
+        return 0.0
+    memory = plan_memory(shape, workload, replace(layout, offload=False))
+    return 2 * (memory.checkpoints + memory.attention) / machine.host_link_bytes
+
+
+def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> float:
+    """Inside a node over its links; between nodes each node receives what it lacks over all its adapters at once."""
+    weights, gradients = gather_bytes(shape, layout)
+    processes, in_node = layout.num_processes, min(layout.num_processes, machine.gpus_per_node)
+    inside = (in_node - 1) / in_node / machine.node_link_bytes
+    num_nodes = -(-processes // machine.gpus_per_node)
+    if num_nodes == 1:
+        return (weights + gradients) * inside
+    between = (num_nodes - 1) / num_nodes / (in_node * machine.network_bytes)
+    stays_in_node = 1 < layout.zero.hpz_size <= machine.gpus_per_node
+    slow = weights / 2 + gradients if stays_in_node else weights + gradients
+    return slow * max(between, inside) + (weights + gradients - slow) * inside
+
+
+def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
+    """Bytes that a forward pass's elementwise kernels read and write, all layers, as transformers computes them.
+
+    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), two of them; two residual
+    sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
+    """
+    b = layout.compute_bytes
+    norms = 2 * (5 * b + 26) * shape.hidden if layout.bf16 else 2 * 24 * shape.hidden
+    rest = 6 * b * shape.hidden + 9 * b * (shape.query_width + shape.kv_width) + 5 * b * shape.mlp
+    return shape.num_layers * (norms + rest)

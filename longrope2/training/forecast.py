@@ -1,0 +1,185 @@
+"""What the planner expects of a run, said before it starts and compared with what is measured.
+
+Memory can be foretold for any process grid under ZeRO-3. Time can where the GPU's rates are known
+(``longrope2.planning.GPUS``); node size is what the process sees, the network is the planner's default.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from longrope2.planning import (
+    HardwareConfig,
+    Layout,
+    Machine,
+    MemoryPlan,
+    ModelShape,
+    RecomputePolicy,
+    Workload,
+    ZeroBuffers,
+    find_gpu,
+    make_machine,
+    plan_memory,
+    plan_time,
+)
+from longrope2.rope import Window
+from longrope2.training.config import TrainRoot, compute_dtype
+from longrope2.training.step import StepReport
+from longrope2.training.zero import CommunicationType
+
+__all__ = ["Forecast", "ForecastCheck", "make_forecast"]
+
+GIB = 2**30
+TOLERANCE = 0.15
+# The first steps of a process allocate, compile and fill caches.
+WARM_UP_STEPS = 3
+FP32_BYTES, BF16_BYTES = 4, 2
+ASSUMED_LONG_SHARE = 0.7
+MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
+HINTS = {
+    "step time": "; its rates are assumptions (python -m launch.plan), but a kernel or the network may be slow",
+    "GPU memory": "",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The planner's view of one run."""
+
+    shape: ModelShape
+    workload: Workload
+    layout: Layout
+    memory: MemoryPlan | None
+    """None without ZeRO-3, whose memory is the one that is modelled."""
+    machine: Machine | None
+    """None on hardware without known rates."""
+
+    def line(self) -> str:
+        """One line for the start of a run."""
+        work = self.workload
+        flops = work.step_tokens * work.mean_model_flops(self.shape)
+        words = [
+            f"{self.shape.parameters / 1e6:,.1f} M parameters",
+            f"{flops:.3g} FLOPs a step with {100 * work.long_share:.0f} % long",
+        ]
+        if self.memory is not None:
+            number_format = "bf16" if self.layout.bf16 else "fp32"
+            words.append(
+                f"{self.memory.peak / GIB:.3g} GiB a process in {number_format}, most in {MOMENTS[self.memory.peak_moment]}"
+            )
+        if self.machine is None:
+            words.append("time unknown: no rates for this device")
+        else:
+            time = plan_time(self.shape, work, self.layout, self.machine)
+            words.append(f"{time.step_seconds:.3g} s a step on {self.machine.name}")
+            words.append(f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU")
+            words += [f"{time.hours:.3g} h in all"] if work.total_tokens else []
+        return f"planner    {'; '.join(words)}"
+
+    def step_seconds(self, report: StepReport) -> float | None:
+        """Seconds expected of a step with the segments and documents that it really had; None without rates."""
+        if self.machine is None:
+            return None
+        work, targets = self.workload, report.targets_by_window
+        share = targets[Window.LONG] / max(1, sum(targets.values()))
+        num_long = round(share * work.segments_per_step)
+        short_tokens = (work.segments_per_step - num_long) * work.target_len
+        short_squares = report.squared_lengths - num_long * work.target_len**2
+        documents = short_squares / short_tokens if short_tokens else work.short_document_tokens
+        seen = replace(work, long_share=num_long / work.segments_per_step, short_document_tokens=documents)
+        return plan_time(self.shape, seen, self.layout, self.machine).step_seconds
+
+
+class ForecastCheck:
+    """Warns, once each, when step time or GPU memory leaves the forecast by more than ``TOLERANCE``."""
+
+    def __init__(self, forecast: Forecast, warn: Callable[[str], None]) -> None:
+        self._forecast = forecast
+        self._warn = warn
+        self._steps_seen = 0
+        self._open = {"step time", "GPU memory"}
+
+    def see(self, step: int, report: StepReport, memory_gib: float | None) -> None:
+        """Compare one step.
+
+        Args:
+            step: Number of the step, for the message.
+            report: What was measured.
+            memory_gib: Peak GPU memory so far; None on a CPU, where resident memory holds more than tensors.
+        """
+        self._steps_seen += 1
+        if self._steps_seen <= WARM_UP_STEPS or not report.applied:
+            return
+        expected = self._forecast.step_seconds(report)
+        if expected is not None:
+            self._compare("step time", report.seconds, expected, "s", step)
+        if memory_gib is not None and self._forecast.memory is not None:
+            self._compare("GPU memory", memory_gib, self._forecast.memory.peak / GIB, "GiB", step)
+
+    def _compare(self, what: str, measured: float, expected: float, unit: str, step: int) -> None:
+        """Warn the first time a measurement is out."""
+        if what not in self._open or abs(measured / expected - 1) <= TOLERANCE:
+            return
+        self._open.remove(what)
+        self._warn(
+            f"warning: {what} at step {step} is {measured:.3g} {unit}, {100 * (measured / expected - 1):+.0f} % against the "
+            f"planner's {expected:.3g} {unit}{HINTS[what]}"
+        )
+
+
+def make_forecast(
+    config: TrainRoot,
+    model_folder: Path,
+    world_size: int,
+    *,
+    total_tokens: int | None,
+    long_share: float | None,
+    device: torch.device | None = None,
+) -> Forecast:
+    """The forecast of a run.
+
+    Args:
+        config: The run.
+        model_folder: Folder with the model's config.json.
+        world_size: Processes.
+        total_tokens: Tokens of the run; None where there are no segments yet that would say.
+        long_share: Share of the segments that are long; None where there are no segments yet takes ``ASSUMED_LONG_SHARE``.
+        device: This process's device; None looks whether there is a GPU and does not touch it.
+    """
+    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training, parallel = config.training, config.parallel
+    zero = ZeroBuffers(
+        reduce_bucket=config.zero.reduce_bucket_elements,
+        max_live=config.zero.max_live_elements,
+        hpz_size=config.zero.hpz_size,
+        gradient_bytes=FP32_BYTES if config.zero.sequence_gradient_dtype is CommunicationType.fp32 else BF16_BYTES,
+    )
+    layout = Layout(
+        data=world_size // parallel.sequence,
+        sequence=parallel.sequence,
+        recompute=RecomputePolicy(training.recompute.value),
+        offload=training.offload_activations,
+        bf16=compute_dtype(training.precision, place) is torch.bfloat16,
+        zero=zero,
+    )
+    share = ASSUMED_LONG_SHARE if long_share is None else long_share
+    workload = Workload(
+        target_len=config.target_len,
+        step_tokens=training.global_batch_tokens,
+        total_tokens=total_tokens or 0,
+        long_share=share if training.mixed else 1.0,
+        short_document_tokens=config.model.original_len / 2,
+    )
+    shape = ModelShape.from_folder(model_folder)
+    memory = plan_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
+    return Forecast(shape, workload, layout, memory, _machine(place, world_size) if layout.bf16 else None)
+
+
+def _machine(device: torch.device, world_size: int) -> Machine | None:
+    """The cluster this process is part of, as far as it sees it."""
+    kind = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if kind is None:
+        return None
+    return make_machine(HardwareConfig(gpu=kind, num_gpus=world_size, gpus_per_node=torch.cuda.device_count()))

@@ -1,0 +1,139 @@
+"""Run under torchrun: peak bytes of the tensors that are alive while a tiny random Llama trains.
+
+Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind`` per case; kind L is one long segment, S a short one of
+documents of 512 tokens. Every storage that an operator returns counts from then until it is freed, on whichever thread,
+DeepSpeed's buffers and what autograd saves included; scratch space inside one operator, the interpreter and libraries do
+not. (Resident memory is too noisy for sizes like these, and torch's profiler does not see what gloo's threads free.)
+"""
+
+import gc
+import json
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longrope2.model import WindowedModel
+from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes, make_groups
+from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.segments import MicroStep, Segment
+from longrope2.training.batch import load_rank_batch
+from longrope2.training.config import Recompute, TrainingConfig
+from longrope2.training.deepspeed_settings import deepspeed_settings
+from longrope2.training.guard import StepGuard
+from longrope2.training.optimizer import make_optimizer
+from longrope2.training.recompute import apply_recompute
+from longrope2.training.step import run_step
+from longrope2.training.zero import ZeroConfig
+
+SIZES = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
+ORIGINAL_LEN, DOCUMENT_TOKENS, BUCKET_ELEMENTS, NUM_STEPS = 512, 512, 1_000_000, 2
+
+
+@dataclass(frozen=True)
+class OneSegment:
+    """Stands in for the store on disk."""
+
+    tokens: int
+    window: Window
+
+    def segment(self, index: int) -> Segment:
+        span = self.tokens if self.window is Window.LONG else DOCUMENT_TOKENS
+        ends = np.arange(span, self.tokens + 1, span, dtype=np.int32)
+        names = tuple(map(str, ends))
+        tokens = np.random.default_rng(index).integers(0, SIZES["vocab_size"], self.tokens).astype(np.uint16)
+        return Segment(index, self.window, tokens, ends, names, names, (False,) * len(ends), False, 0)
+
+
+def train(recompute: str, sequence: int, store: OneSegment) -> None:
+    """Two steps as ``launch.train`` makes them."""
+    import deepspeed
+
+    parallel = ParallelConfig(sequence=sequence, zero_stage=3, replicate_below=0)
+    dims = ParallelDims.from_world(torch.distributed.get_world_size(), sequence, torch.distributed.get_rank())
+    group, mpu = make_groups(dims)
+    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 10_000.0, ORIGINAL_LEN), store.tokens)
+    training = TrainingConfig()
+    model = WindowedModel(LlamaForCausalLM(LlamaConfig(**SIZES)), factors)
+    apply_recompute(model.hf, Recompute(recompute))
+    model.train()
+    zero = ZeroConfig(reduce_bucket_elements=BUCKET_ELEMENTS)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, training),
+        config=deepspeed_settings(training, parallel, zero, micro_steps=1, bf16=False),
+        mpu=mpu,
+    )
+    guard = StepGuard(engine)
+    for step in range(NUM_STEPS):
+        micro = MicroStep(store.window, tuple(range(step, step + dims.data)))
+        run_step(
+            engine, guard, [load_rank_batch(store, micro, dims, group)], dims, zero_stage=3, learning_rate=1e-4,
+            gradient_clip=1.0,
+        )  # fmt: skip
+    if mpu is not None:
+        mpu._release_sequence_parallel_groups()
+        deepspeed.utils.groups.mpu = None
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of all storages made inside, now and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: object) -> None:
+            del self._alive[key]
+            self.now -= num_bytes
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def measured_peak(case: str) -> int:
+    """Highest sum of live storages, bytes."""
+    recompute, sequence, tokens, kind = case.split(":")
+    store = OneSegment(int(tokens), Window.LONG if kind == "L" else Window.SHORT)
+    gc.collect()
+    with LiveStorages() as storages:
+        train(recompute, int(sequence), store)
+    return storages.peak
+
+
+def main() -> None:
+    output, cases = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    join_processes(ParallelConfig())
+    peaks = {case: measured_peak(case) for case in cases}
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(peaks))
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

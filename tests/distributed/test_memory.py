@@ -1,0 +1,48 @@
+"""The planner's memory against measured peaks: tiny models, the real training step, one and two processes on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longrope2.planning import Layout, ModelShape, RecomputePolicy, Workload, ZeroBuffers, plan_memory
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+# recompute:sequence:tokens:kind, on two processes.
+CASES = ["none:2:4096:L", "full:2:8192:L", "dense:2:4096:L", "full:1:2048:S"]
+SHAPE = ModelShape(
+    hidden=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, mlp=704, vocabulary=4096, tied=False
+)
+BUCKET_ELEMENTS, PROCESSES = 1_000_000, 2
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    output = tmp_path_factory.mktemp("memory") / "peaks.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), str(output), *CASES], env=environment, capture_output=True, text=True,
+        timeout=800, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_within_15_percent_of_the_measured_peak(peaks: dict[str, int], case: str) -> None:
+    recompute, sequence, tokens, kind = case.split(":")
+    length = int(tokens)
+    layout = Layout(
+        PROCESSES // int(sequence),
+        int(sequence),
+        RecomputePolicy(recompute),
+        bf16=False,
+        zero=ZeroBuffers(BUCKET_ELEMENTS),
+    )
+    workload = Workload(length, length, length, 1.0 if kind == "L" else 0.0, 512)
+    assert plan_memory(SHAPE, workload, layout).peak == pytest.approx(peaks[case], rel=0.15)

@@ -1,0 +1,108 @@
+"""``launch.doctor`` without a word: every finding, its state and its remedy, on machines that have and lack things."""
+
+import io
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from launch import doctor_machine
+from launch.doctor import main
+from launch.doctor_machine import NEEDED, State, find_all, print_findings
+from launch.doctor_rope import DoctorRoot
+from longrope2.config import ModelConfig, RunConfig, compose
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def findings_of(tmp_path: Path, model: Path | str) -> dict:
+    config = DoctorRoot(
+        run=RunConfig(name="x", root=str(tmp_path / "runs")),
+        model=ModelConfig(name="m", path=str(model), original_len=128), target_len=256,
+    )  # fmt: skip
+    return {finding.what: finding for finding in find_all(config)}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+
+
+def test_this_machine_is_ready_for_the_miniature(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.doctor", "model=tiny"])
+    main()  # no SystemExit: no blocker
+    text = capsys.readouterr().out
+    assert "ready: nothing stops a run" in text and torch.__version__ in text
+    assert "attention sdpa" in text and "tokenizer.json" in text
+
+
+def test_needed_versions_are_those_of_the_project_file(tmp_path: Path, monkeypatch) -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name, lowest in NEEDED.items():
+        assert f"{name}>={lowest}" in listed
+    monkeypatch.setattr(doctor_machine, "installed_version", {"torch": "2.9.1+cu128", "transformers": "5.10.0"}.get)
+    found = findings_of(tmp_path, ROOT / "models" / "tiny")
+    assert found["torch"].state is State.blocker
+    assert found["torch"].remedy == "pip install -c constraints.txt 'torch>=2.11'"
+    assert found["transformers"].state is State.ok
+    assert (found["deepspeed"].state, found["deepspeed"].found) == (State.blocker, "missing")
+    assert (found["lm-eval"].state, found["lm-eval"].found) == (State.fix, "not installed (optional)")
+
+
+def test_another_package_called_apex(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "site" / "apex"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+    found = findings_of(tmp_path, ROOT / "models" / "tiny")["apex"]
+    assert (found.state, found.remedy) == (State.fix, "pip uninstall apex; nothing here needs it")
+    (package / "optimizers").mkdir()
+    (package / "optimizers" / "fused_adam.py").write_text("")
+    assert findings_of(tmp_path, ROOT / "models" / "tiny")["apex"].found == "NVIDIA's"
+
+
+def test_a_gpu_that_others_use(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ((40, 79)[index] * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-80GB")
+    busy, free = doctor_machine._gpus(torch.device("cuda"))
+    assert (busy.state, busy.found) == (State.fix, "NVIDIA A100-SXM4-80GB: 40.0 of 80.0 GiB free")
+    assert "nvidia-smi names them" in busy.remedy and free.state is State.ok
+
+
+def test_model_and_disk_that_are_not_there(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    found = findings_of(tmp_path, tmp_path / "empty")
+    assert found["model m"].state is State.blocker and "no *.safetensors in" in found["model m"].found
+    assert found["tokenizer m"].remedy == "put tokenizer.json or tokenizer.model of the model beside its config.json"
+    assert found["hub login"].state is State.ok and found["W&B login"].state is State.fix
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    assert findings_of(tmp_path, tmp_path / "empty")["disk"].state is State.blocker
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _nothing_cached)
+    found = findings_of(tmp_path, "someone/model")
+    assert found["model m"].found == "someone/model is not on this machine"
+    assert found["model m"].remedy == "model.path=FOLDER, or fetch it: hf download someone/model"
+    assert "accept the licence of someone/model" in found["hub login"].remedy
+
+
+def _nothing_cached(*_, **__):
+    raise OSError("offline")
+
+
+def test_a_blocker_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.doctor", f"model.path={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    out = io.StringIO()
+    config = compose(DoctorRoot, "doctor", [f"model.path={tmp_path}"])
+    print_findings(find_all(config), Console(file=out, width=200))
+    lines = out.getvalue().splitlines()
+    assert lines[-1] == "2 blocker(s)" and sum(line.startswith("blocker") for line in lines) == 2

@@ -1,0 +1,261 @@
+"""The planner against published and derived figures, and its FLOPs against torch's own counter."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.plan import main as plan_main
+from longrope2.attention import build_layout
+from longrope2.command import run_command
+from longrope2.errors import ConfigError
+from longrope2.model import WindowedModel
+from longrope2.model.loss import CHUNK_TOKENS
+from longrope2.planning import (
+    GPUS,
+    HardwareConfig,
+    Layout,
+    ModelShape,
+    RecomputePolicy,
+    Workload,
+    ZeroBuffers,
+    choose_layout,
+    exchange_bytes,
+    find_gpu,
+    forward_hours,
+    gather_bytes,
+    load_bytes,
+    make_machine,
+    plan_memory,
+    plan_time,
+)
+from longrope2.planning.memory import LOSS_CHUNK_TOKENS, saved_layer_bytes_per_token
+from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.training.config import Recompute
+
+GIB = 2**30
+ROOT = Path(__file__).parent.parent.parent
+LLAMA = ModelShape.from_folder(ROOT / "models" / "llama3_8b")
+PHI = ModelShape.from_folder(ROOT / "models" / "phi3_mini")
+MIX = Workload(131_072, 8_388_608, 10_000_000_000, long_share=0.7, short_document_tokens=4096)
+A100 = make_machine(HardwareConfig(gpu="A100"))
+
+
+def layout(recompute: str = "full", sequence: int = 8, **fields) -> Layout:
+    return Layout(64 // sequence, sequence, RecomputePolicy(recompute), **fields)
+
+
+def with_share(share: float) -> Workload:
+    return dataclasses.replace(MIX, long_share=share)
+
+
+def test_parameters_of_the_papers_models() -> None:
+    assert LLAMA.parameters == 8_030_261_248 and LLAMA.matrix_parameters / 1e9 == pytest.approx(7.505, abs=5e-4)
+    assert PHI.parameters == 3_821_079_552 and PHI.matrix_parameters / 1e9 == pytest.approx(3.722, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hours", "share", "short", "gflops", "causal", "whole"),
+    [
+        (LLAMA, 54, 0.7, 4096, 118.1, 0.304, 0.493),
+        (LLAMA, 54, 0.9, 4096, 138.1, 0.356, 0.596),
+        (LLAMA, 54, 40_000 / 72_000, 4096, 103.8, 0.267, 0.419),
+        (PHI, 39, 0.7, 1024, 76.6, 0.273, 0.467),
+    ],
+)
+def test_utilisation_of_the_papers_runs(shape, hours, share, short, gflops, causal, whole) -> None:
+    """10 B tokens on 64 A100 (paper, section 4.1)."""
+    work = dataclasses.replace(MIX, long_share=share, short_document_tokens=short)
+    rate = 1e10 / (hours * 3600 * 64)
+    assert work.mean_model_flops(shape) / 1e9 == pytest.approx(gflops, abs=0.1)
+    assert rate * work.mean_model_flops(shape) / 312e12 == pytest.approx(causal, abs=6e-4)
+    assert rate * work.mean_model_flops(shape, whole_square=True) / 312e12 == pytest.approx(whole, abs=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "share", "hours"),
+    [("full", 0.7, 38.3), ("full", 0.9, 45.5), ("dense", 0.7, 32.4), ("dense", 0.9, 38.0),
+     ("none", 0.7, 29.5), ("none", 0.9, 35.1)],
+)  # fmt: skip
+def test_compute_floors(recompute: str, share: float, hours: float) -> None:
+    """Products at 220 and FlashAttention-2 at 180 TFLOP/s, no communication."""
+    time = plan_time(LLAMA, with_share(share), layout(recompute), A100)
+    assert time.floor_hours == pytest.approx(hours, abs=0.06)
+    assert time.hours > time.floor_hours
+
+
+def test_memory_of_llama_on_64_gpus_by_part() -> None:
+    memory = plan_memory(LLAMA, MIX, layout("full"))
+    assert memory.states / GIB == pytest.approx(1.87, abs=0.01)
+    assert 8 * memory.states / GIB == pytest.approx(15, abs=0.1)  # on 8 GPUs
+    assert memory.checkpoints / GIB == 4.0
+    assert LLAMA.head_parameters * 4 / GIB == pytest.approx(2.0, abs=0.05)
+    assert 131_072 // 8 * LLAMA.vocabulary * 4 / GIB == pytest.approx(7.8, abs=0.05) and memory.logits / GIB < 1
+    assert 2 * LLAMA.layer_parameters / GIB == pytest.approx(0.4, abs=0.01)
+    outputs = 32 * 16_384 * (4096 * 2 + 32 * 4) / GIB
+    assert outputs == pytest.approx(4, abs=0.1)
+    assert memory.peak / GIB + outputs == pytest.approx(
+        20, abs=0.5
+    )  # attention outputs kept, and nothing else of attention
+
+
+def test_dense_recompute_keeps_all_that_attention_reads() -> None:
+    dense, full = (plan_memory(LLAMA, MIX, layout(name)) for name in ("dense", "full"))
+    per_token = 2 * (3 * 4096 + 2 * 1024) + 4 * 32
+    assert dense.attention == 32 * 16_384 * per_token
+    assert dense.layer == full.layer - 16_384 * per_token
+    assert plan_memory(LLAMA, MIX, layout("dense", offload=True)).attention == 0
+
+
+def test_without_recompute_nothing_fits_at_eight_ranks() -> None:
+    assert plan_memory(LLAMA, MIX, layout("none")).peak > A100.usable_bytes
+    # With fused norms and MLP it would be 68 GiB of activations: 4H + 2H, attention, gate, up and their product.
+    fused = saved_layer_bytes_per_token(LLAMA, layout("none", 1)) - 2 * 4 * LLAMA.hidden - 2 * LLAMA.mlp
+    assert 32 * 16_384 * (fused - 128) / GIB == pytest.approx(68, abs=0.5)
+
+
+def test_traffic_of_llama_on_64_gpus() -> None:
+    assert exchange_bytes(LLAMA, MIX, layout()) / 32 / 1e6 == pytest.approx(294, abs=0.5)
+    assert exchange_bytes(LLAMA, MIX, layout()) / 1e9 == pytest.approx(9.4, abs=0.05)
+    assert sum(gather_bytes(LLAMA, layout())) / 1e9 == pytest.approx(64, abs=0.3)
+    assert sum(gather_bytes(LLAMA, layout(zero=ZeroBuffers(gradient_bytes=2)))) / 1e9 == pytest.approx(48, abs=0.3)
+    assert exchange_bytes(LLAMA, MIX, layout(sequence=1)) == 0
+    assert gather_bytes(LLAMA, Layout(1, 1, RecomputePolicy.full)) == (0, 0)
+    assert load_bytes(LLAMA, layout()) == 2 * LLAMA.parameters
+
+
+def test_a_thin_network_shows_in_short_windows_only() -> None:
+    thin = make_machine(HardwareConfig(gpu="A100", network_gb_per_second=25 / 8))
+    time = plan_time(LLAMA, MIX, layout(), thin)
+    assert time.micro_steps[Window.LONG].exposed_gathers == 0
+    assert time.micro_steps[Window.SHORT].gathers > 2  # 64 GB over one adapter: more than 2 s
+    two_ways = plan_time(LLAMA, MIX, layout(zero=ZeroBuffers(hpz_size=8)), thin)
+    assert two_ways.micro_steps[Window.SHORT].gathers < time.micro_steps[Window.SHORT].gathers
+    bound = dataclasses.replace(thin, network_bytes=thin.network_bytes / 10)
+    exposed = plan_time(LLAMA, MIX, layout(), bound).micro_steps[Window.SHORT]
+    assert exposed.total == pytest.approx(exposed.gathers)
+
+
+def test_offloading_costs_time_and_frees_checkpoints() -> None:
+    kept, away = (layout("full", offload=offload) for offload in (False, True))
+    freed = plan_memory(LLAMA, MIX, kept).peak - plan_memory(LLAMA, MIX, away).peak
+    assert freed == plan_memory(LLAMA, MIX, kept).checkpoints
+    seconds = [plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].total for x in (kept, away)]
+    assert seconds[1] - seconds[0] == pytest.approx(2 * freed / 20e9)
+
+
+def test_flops_are_those_torch_counts() -> None:
+    """Both windows, forward and backward: torch counts attention's whole square, so that convention is compared."""
+    sizes = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=4, head_dim=8)  # fmt: skip
+    shape = ModelShape(32, 2, 4, 4, 8, 88, 128, tied=False)
+    model = WindowedModel(
+        LlamaForCausalLM(sizes), closed_form_factors(RopeMethod.pi, RopeGeometry(8, 10_000.0, 256), 512)
+    )
+    ends = [128, 256, 512]
+    squares = {Window.LONG: 512**2, Window.SHORT: 128**2 + 128**2 + 256**2}
+    for window in Window:
+        tokens_BT = torch.randint(0, 128, (1, 512))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            # Plain logits: the counter does not look into torch's fused loss.
+            logits_BTV = model.logits(tokens_BT, window, build_layout(window, ends))
+            F.cross_entropy(logits_BTV[0], tokens_BT[0]).backward()
+        expected = 512 * shape.model_flops(squares[window] / 512, whole_square=True)
+        assert counter.get_total_flops() == expected
+        causal = 512 * shape.model_flops(squares[window] / 512)
+        assert expected - causal == 3 * 2 * 2 * 32 * squares[window]
+
+
+def test_the_chunk_of_the_loss_and_the_policies_are_the_trainers() -> None:
+    assert LOSS_CHUNK_TOKENS == CHUNK_TOKENS
+    assert {policy.value for policy in Recompute} == {policy.value for policy in RecomputePolicy}
+
+
+def test_best_layout_is_the_fastest_that_fits() -> None:
+    choice = choose_layout(LLAMA, MIX, A100, ZeroBuffers())
+    best = choice.best
+    assert best is not None and best.layout.num_processes == 64 and best.memory.peak <= A100.usable_bytes
+    runnable = [c for c in choice.fitting if c.layout.micro_batch == 1]
+    assert best.time.hours <= 1.01 * min(c.time.hours for c in runnable)
+    assert [c.time.hours for c in choice.fitting] == sorted(c.time.hours for c in choice.fitting)
+    reasons = {r.layout.sequence: r.reason for r in choice.refused if r.memory is None}
+    assert reasons[64] == "64 processes cannot share 32 query and 8 key/value heads"
+    too_large = next(r for r in choice.refused if r.memory and r.layout == layout("none"))
+    assert too_large.reason == "113 GiB of 74; the largest part is activations with 102 GiB"
+
+
+def test_nothing_fits_says_what_is_short() -> None:
+    one = make_machine(HardwareConfig(gpu="A100"), num_gpus=1)
+    choice = choose_layout(LLAMA, MIX, one, ZeroBuffers(), (1,))
+    assert choice.best is None and choice.closest is not None
+    assert "the largest part is states with 120 GiB" in choice.closest.reason
+    uneven = choose_layout(LLAMA, dataclasses.replace(MIX, step_tokens=3 * 131_072), A100, ZeroBuffers(), (1,))
+    assert "the 3 segments of a step cannot be worked on 8 at a time" in {r.reason for r in uneven.refused}
+    odd = dataclasses.replace(MIX, target_len=131_073, step_tokens=131_073 * 64)
+    assert any(
+        "cannot share 131073 tokens evenly" in r.reason for r in choose_layout(LLAMA, odd, A100, ZeroBuffers()).refused
+    )
+
+
+def test_forward_passes_of_the_stages() -> None:
+    products = 2 * (LLAMA.matrix_parameters - LLAMA.head_parameters) / 220e12
+    attention = 2 * 32 * 4096 * 131_072 / 180e12
+    hours = 10 * 131_072 * (products + attention) / 64 / 3600
+    assert forward_hours(LLAMA, A100, [(131_072, 10)]) == pytest.approx(hours)
+
+
+def test_gpus_are_found_by_the_name_cuda_gives() -> None:
+    assert find_gpu("NVIDIA A100-SXM4-80GB") == "A100" and find_gpu("NVIDIA H100 80GB HBM3") == "H100"
+    assert find_gpu("NVIDIA GeForce RTX 4090") is None
+    assert all(gpu.gemm_tflops < gpu.peak_tflops for gpu in GPUS.values())
+
+
+def test_hardware_that_cannot_be() -> None:
+    broken = HardwareConfig(gpu="Z80", num_gpus=0, network_gb_per_second=0.0, usable_memory=1.5)
+    with pytest.raises(ConfigError) as raised:
+        make_machine(broken)
+    assert raised.value.faults == (
+        "hardware.gpu=Z80 is not known; use one of A100, H100, H200",
+        "hardware.num_gpus=0 must be at least 1",
+        "hardware.network_gb_per_second=0.0 must be above 0",
+        "hardware.usable_memory=1.5 must be above 0 and at most 1",
+    )
+
+
+def test_command_prints_the_plan(monkeypatch, capsys) -> None:
+    """The command of the documentation, to the letter."""
+    monkeypatch.setattr(sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_64"])
+    plan_main()
+    text = capsys.readouterr().out
+    for words in ("8.030 B parameters, 7.505 B", "118.1 G a token", "64 A100, 8 a node",
+                  "floor of products and attention 38.3 h",
+                  "configured 8 sequence x 8 data, recompute full", "does not fit (one segment at a time):",
+                  "8 sequence x 8 data, recompute none: 113 GiB of 74; the largest part is activations with 102 GiB",
+                  "at most 13,440 forward passes of 131,072 tokens", "needles and perplexity of 6 models"):  # fmt: skip
+        assert words in text
+    cost = text[text.index("hours of 10 B tokens") :].splitlines()
+    assert cost[1].split() == ["GPUs", "131,072", "262,144", "524,288", "1,048,576"]
+    assert [line.split()[0] for line in cost[2:9]] == ["8", "16", "32", "64", "128", "256", "512"]
+
+
+def test_command_refuses_what_is_no_run(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    overrides = ["model=tiny", "target_len=2048", "training.tokens=null", "training.global_batch_tokens=5000",
+                 "plan.long_share=2", "plan.short_document_tokens=0", "plan.gpu_counts=[]"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["launch.plan", *overrides])
+    with pytest.raises(SystemExit) as ended:
+        run_command(plan_main)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for words in ("training.tokens=None: a plan needs a budget of at least one step",
+                  "training.global_batch_tokens=5000 must be a multiple of target_len=2048",
+                  "plan.long_share=2.0 must be from 0 to 1", "plan.short_document_tokens=0.0 must be from 1 to target_len",
+                  "plan.gpu_counts=[] must hold numbers of at least 1"):  # fmt: skip
+        assert words in message
