@@ -1,5 +1,6 @@
 """RULER in our wording: solvable, exact to the token, spread over depths, the same for any number of processes."""
 
+import hashlib
 import importlib.util
 import random
 from itertools import pairwise
@@ -15,6 +16,7 @@ from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation.ruler import RULER_TASKS, ruler_tasks, suite_score
 from longrope2.evaluation.ruler.prompts import PromptEncoder
 from longrope2.evaluation.ruler.qa_data import read_hotpotqa, read_squad
+from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION
 from longrope2.evaluation.ruler.words import ADJECTIVES, NOUNS, all_pairs
 
 
@@ -53,7 +55,8 @@ def check_tasks(tasks, tokenizer, *, least_fill):
 
 
 @pytest.mark.parametrize(("name", "lengths", "least_fill"), [
-    ("tiny", [1024, 4096], 0.92), ("gpt2", [2048], 0.94), ("llama3", [4096], 0.97), ("across", [2048], 0.9),
+    ("tiny", [1024, 4096], 0.92), ("llama3", [4096], 0.97), ("across", [2048], 0.94),
+    pytest.param("gpt2", [2048], 0.94, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_an_oracle_is_right_everywhere(tmp_path, questions, tokenizers, name, lengths, least_fill):
     config = fixtures.config(questions)
@@ -86,10 +89,10 @@ def test_an_oracle_is_right_up_to_131072_tokens(tmp_path, tokenizers, name):
 
 
 def test_samples_depend_on_neither_their_number_nor_the_processes(tmp_path, questions, tokenizers):
-    names = ["niah_multikey_2", "vt", "cwe", "fwe", "qa_2"]
+    names = ["niah_multikey_2", "cwe", "qa_2"]
     few = fixtures.config(questions, tasks=names, num_samples=4)
     many = fixtures.config(questions, tasks=names, num_samples=53)
-    arguments = (tokenizers["tiny"], fixtures.essays(), [2048])
+    arguments = (tokenizers["tiny"], fixtures.essays(), [1500])
     alone = ruler_tasks(few, *arguments, cache_folder=tmp_path / "alone")
     together = ruler_tasks(many, *arguments, cache_folder=tmp_path / "together", workers=3)
     for one, other in zip(alone, together, strict=True):
@@ -291,3 +294,11 @@ def test_a_haystack_that_is_too_short_starts_again(tmp_path, tokenizers, questio
 def test_the_numbers_are_numpys_frozen_stream():
     """What the shuffles of cwe and fwe rest on."""
     assert np.random.RandomState(random.Random("x").getrandbits(32)).permutation(6).tolist() == [5, 3, 1, 0, 2, 4]
+
+
+def test_the_generators_write_what_their_version_says(tmp_path, tokenizers, questions):
+    """Stored samples are found by GENERATOR_VERSION: raise it, and freeze anew, when a generator writes something else."""
+    config = fixtures.config(questions, num_samples=1)
+    tasks = ruler_tasks(config, tokenizers["tiny"], fixtures.essays(), [3000], cache_folder=tmp_path)
+    found = hashlib.sha256("".join(task.samples[0].sha256 for task in tasks).encode()).hexdigest()[:16]
+    assert (GENERATOR_VERSION, found) == (1, "adf530561bfec541")

@@ -23,7 +23,8 @@ from longrope2.evaluation.ruler.words import ADJECTIVES, NOUNS
 PROMPTS = {
     "niah": ("Some magic {type_needle_v} are hidden; what are all of them?\n{context}\nWhat are all for {query}?",
              " The {type_needle_v} for {query} are"),
-    "variable_tracking": ("Keep track of the assignments.\n\n{context}\nWho holds {query}?", " Reply: {num_v} hold {query}: "),
+    "variable_tracking": ("Keep track of the assignments.\n\n{context}\nWho holds {query}?",
+                          " Reply: {num_v} hold {query}: "),
     "common_words_extraction": ("Numbered words.\n{context}\nWhich ten lead?", " Reply:"),
     "freq_words_extraction": ("Coded words. {context}\nWhich three lead?", " Reply:"),
     "qa": ("Documents.\n\n{context}\n\nQuestion: {query}", " Reply:"),
@@ -131,7 +132,7 @@ def test_bos_over_the_length_is_taken_off_the_answer(checkout, questions, tokeni
 
 
 @pytest.mark.usefixtures("own_prompts")
-@pytest.mark.parametrize("task", ["niah_multikey_2", "vt", "cwe", "fwe", "qa_1"])
+@pytest.mark.parametrize("task", ["niah_multikey_2", "vt", "cwe", "qa_1"])
 def test_lengths_at_which_upstream_never_ends_are_refused(tmp_path, checkout, questions, tokenizer, task):
     with pytest.raises(DataError, match=rf"{task} at 256 tokens: the length is too short"):
         ruler_tasks(config(checkout, questions, tasks=[task]), tokenizer, [], [256], cache_folder=tmp_path)
