@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from forked_ranks import ForkedRanks
 from small_runs import pack_segments, records, write_config
+from transformers import AutoModelForCausalLM
 from wandb_offline import history, offline_files, read_offline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
 
 RANKS, STEPS = 4, 200
 TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=2",
-            "training.checkpoint_steps=50", "training.peak_tflops=0.1", "tracking.wandb=offline",
+            "training.checkpoint_steps=50", "training.peak_tflops=0.1", "training.final_dtype=bf16",
+            "tracking.wandb=offline",
             f"parallel.processes={RANKS}", "parallel.sequence=2")  # fmt: skip
 # design.md, "Tracking names", of a training run; train/skipped_steps stands beside them.
 NAMES = {
@@ -71,3 +75,13 @@ def test_wandb_has_every_metric_and_product(trained: Path, runs: Path) -> None:
     assert kept == [started_with, started_with | {"manifest": {"manifest.json"}}]
     settings = {update.key: json.loads(update.value_json) for update in started[0].config.update}
     assert (settings["seed"], settings["training"]["learning_rate"], settings["target_len"]) == (0, 1e-3, 256)
+
+
+def test_final_weights_are_bf16_and_complete(trained: Path) -> None:
+    """Gathered from four ranks under ZeRO-3; reference: the master weights of the last checkpoint, joined by DeepSpeed."""
+    loaded, report = AutoModelForCausalLM.from_pretrained(trained / "final", dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(trained), tag=f"step_{STEPS:08d}")
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype is torch.bfloat16
+        assert torch.equal(parameter, masters[f"hf.{name}"].to(torch.bfloat16)), name
