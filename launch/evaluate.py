@@ -1,20 +1,20 @@
-"""``python -m launch.evaluate``: compare models by needle retrieval, perplexity by length, and short-window retention.
+"""``python -m launch.evaluate``: compare models by what ``suite=`` names; by default needles, perplexity and retention.
 
-Every finished measurement is a line of ``4_evaluations/results.jsonl``, so the same command resumes after a kill and a
-second run measures only what is new. Needles and text come from the held-out split of the corpus.
+Every finished measurement is a line of ``4_evaluations/results.jsonl`` and every answer a line of ``answers/``, so the same
+command resumes after a kill and a second run measures only what is new. Needles and text come from the held-out split of
+the corpus. Questions are spread over torchrun's ranks, and over Slurm arrays with ``evaluation.shard=i/n``; the shard
+that ends last sums up.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_prep.corpora import CorpusConfig, build_corpus, heldout_documents
-from data_prep.needles import build_needle_set
-from data_prep.tokenization import DocumentTokenizer
+from data_prep.corpora import build_corpus, heldout_documents
+from launch.evaluate_measures import EvaluateCommand, build_tasks, measure
+from launch.evaluate_suite import own_shard, run_suite
 from longrope2.artifacts import (
     MANIFEST_NAME,
     Manifest,
@@ -28,61 +28,64 @@ from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, to_plain
 from longrope2.errors import ConfigError
 from longrope2.evaluation import (
-    RESULTS_FILE,
-    EvaluateRoot,
     Measurement,
-    ResultsLog,
     Subject,
-    Task,
     check,
     comparison_table,
-    context_windows,
     evaluated_lengths,
-    measure_all,
-    metric_values,
-    needle_task,
-    perplexity_task,
     resolve_subjects,
-    retention_task,
-    short_windows,
+    suite_lengths,
     summarize,
+    use_checkpoint,
 )
 from longrope2.model import load_tokenizer
-from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking import MetricsLog
 
 EVALUATIONS_FILE = "evaluations.json"
 # Results are told apart by what they were measured on, so these may change from run to run.
-CHANGEABLE = ("dry_run", "tracking", "evaluation", "corpus", "seed")
-
-
-@dataclass
-class EvaluateCommand(EvaluateRoot):
-    """Configuration of the command: the evaluation and the corpus its held-out text comes from."""
-
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+CHANGEABLE = ("dry_run", "tracking", "evaluation", "corpus", "seed", "suite", "calibration", "checkpoint")
 
 
 def main() -> None:
-    """Compose, check, plan, measure, summarise."""
+    """Compose, check, plan, measure, ask, summarise."""
     config = compose(EvaluateCommand, "evaluate", sys.argv[1:])
+    use_checkpoint(config)
     base_folder = check(config)
     check_seed(config)
+    shard = own_shard(config)
     subjects = resolve_subjects(config, base_folder)
-    print(describe(config, subjects))
+    if shard.index == 0:
+        print(describe(config, subjects))
     if config.dry_run:
         return
     folder = product_folder(config.run.folder, "evaluations")
-    tasks, needle_sets = build_tasks(config, base_folder)
-    claim_folder(folder, config, changeable=CHANGEABLE)
+    asks = config.suite.generates or bool(config.suite.short_tasks.tasks)
+    measures = config.suite.measures and shard.index == 0
+    tasks, needle_sets = build_tasks(config, base_folder) if measures else ([], [])
+    # Later shards leave the folder's configuration and the metrics to the first.
+    own_folder = folder if shard.index == 0 else folder / f"shard_{shard.index + 1}"
+    claim_folder(own_folder, config, changeable=CHANGEABLE)
     for needle_set in needle_sets:
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
-    measurements = _measure(config, subjects, tasks, folder)
+    tracking = MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", to_plain(config))
+    with tracking:
+        measurements = measure(config, subjects, tasks, folder, tracking) if measures else []
+        if measures:
+            _summarize(config, subjects, measurements, folder)
+        if asks:
+            texts = [document.text for document in heldout_documents(config.corpus)]
+            if not run_suite(config, subjects, load_tokenizer(base_folder), texts, folder, tracking):
+                return
+    if asks or measures:
+        _write_manifest(config, base_folder, subjects, measurements, folder)
+        print(f"evaluations in {folder}")
+
+
+def _summarize(config: EvaluateCommand, subjects: list[Subject], measurements: list[Measurement], folder: Path) -> None:
+    """Write and show what was measured without generating."""
     summary = summarize(subjects, measurements, config.evaluation.reference)
     write_text(folder / EVALUATIONS_FILE, json.dumps(summary, indent=2) + "\n")
-    _write_manifest(config, base_folder, subjects, measurements, folder)
     Console().print(comparison_table(summary))
-    print(f"evaluations in {folder}")
 
 
 def check_seed(config: EvaluateCommand) -> None:
@@ -112,52 +115,22 @@ def describe(config: EvaluateCommand, subjects: list[Subject]) -> str:
         f"text       {evaluation.perplexity.num_windows} windows per length, {evaluation.retention.num_windows} short "
         f"ones; held out of corpus {config.corpus.name}",
     ]
+    suite = config.suite
+    if not suite.measures:
+        lines = lines[:1]
+    if suite.ruler is not None:
+        lines.append(f"ruler      {len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples, "
+                     f"{suite.ruler.mode.value}, at {', '.join(map(str, suite_lengths(config)))}")  # fmt: skip
+    if suite.needle_map is not None:
+        lines.append(f"needle map {len(suite.needle_map.depths)} depths x {suite.needle_map.repeats}, "
+                     f"{suite.needle_map.haystack.value}, at {', '.join(map(str, suite_lengths(config)))}")  # fmt: skip
+    long_tasks = suite.long_tasks
+    names = [*long_tasks.longbench.tasks, *long_tasks.infinitebench.tasks, *long_tasks.loft.tasks]
+    lines += [f"long tasks {', '.join(names)}"] if names else []
+    short_names = [task.name for task in suite.short_tasks.tasks]
+    lines += [f"short      {', '.join(short_names)}"] if short_names else []
     lines += [f"subject    {s.name}: {s.factors.method}{', trained' if s.trained else ''}" for s in subjects]
     return "\n".join(lines)
-
-
-def build_tasks(config: EvaluateCommand, base_folder: Path) -> tuple[list[Task], list[NeedleSet]]:
-    """Tasks on needles and text windows, the same for every subject, and the needle samples themselves.
-
-    Raises:
-        DataError: the held-out text is too little for what is asked.
-    """
-    evaluation, original_len = config.evaluation, config.model.original_len
-    books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
-    documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
-    lengths, batch_tokens = evaluated_lengths(config), evaluation.batch_tokens
-    needle, text = evaluation.needle, evaluation.perplexity
-    num_samples = len(needle.depths) * needle.samples_per_depth
-    needle_sets = [
-        build_needle_set(
-            tokenizer, books, length=length, depths=needle.depths, num_samples=num_samples, seed=needle.seed
-        )
-        for length in lengths
-    ]
-    windows = context_windows(
-        documents, lengths, num_windows=text.num_windows, num_scored=text.scored_tokens, seed=config.seed
-    )
-    short = short_windows(documents, original_len, num_windows=evaluation.retention.num_windows, seed=config.seed)
-    tasks = [needle_task(needle_set, original_len, batch_tokens) for needle_set in needle_sets]
-    tasks += [perplexity_task(windows[length], text.scored_tokens, original_len, batch_tokens) for length in lengths]
-    return [*tasks, retention_task(short, original_len, batch_tokens)], needle_sets
-
-
-def _measure(config: EvaluateCommand, subjects: list[Subject], tasks: list[Task], folder: Path) -> list[Measurement]:
-    """All measurements, with a progress bar weighted by tokens and with metrics as they come."""
-    columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    measurements = []
-    results = ResultsLog(folder / RESULTS_FILE)
-    tracking = MetricsLog(folder, config.tracking, config.run.name, "evaluate", to_plain(config))
-    with tracking, Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(subjects) * len(tasks))
-        for measurement in measure_all(subjects, tasks, results):
-            tracking.log(metric_values(measurement))
-            measurements.append(measurement)
-            done = f"{measurement.subject} {measurement.suite} {measurement.length}"
-            progress.update(bar, advance=1, description=done)
-    return measurements
 
 
 def _write_manifest(

@@ -1,6 +1,6 @@
 """Needle retrieval, perplexity and short-window retention of several models side by side, and the report of a run."""
 
-from longrope2.evaluation.config import EvaluateRoot, check, evaluated_lengths
+from longrope2.evaluation.config import EvaluateRoot, check, evaluated_lengths, suite_lengths, use_checkpoint
 from longrope2.evaluation.results import RESULTS_FILE, Measurement, ResultsLog
 from longrope2.evaluation.subjects import Subject, check_same_model, read_checkpoint_factors, resolve_subjects
 from longrope2.evaluation.summary import metric_values, summarize
@@ -29,5 +29,7 @@ __all__ = [
     "resolve_subjects",
     "retention_task",
     "short_windows",
+    "suite_lengths",
     "summarize",
+    "use_checkpoint",
 ]

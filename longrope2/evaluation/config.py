@@ -7,7 +7,9 @@ from pathlib import Path
 from longrope2.artifacts import resolve_model_folder
 from longrope2.config import MISSING, StageConfig
 from longrope2.errors import ConfigError
+from longrope2.evaluation.suite import CalibrationConfig, SuiteConfig, suite_faults
 from longrope2.model import RopeConfig
+from longrope2.rope import RopeMethod
 from longrope2.tracking import TrackingConfig
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "SubjectConfig",
     "check",
     "evaluated_lengths",
+    "suite_lengths",
+    "use_checkpoint",
 ]
 
 SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -81,6 +85,18 @@ class EvaluationConfig:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     batch_tokens: int = 8192
     """Tokens of one forward pass; a longer sample goes alone. Changes speed and memory only."""
+    prefill_chunk: int = 2048
+    """Tokens of a prompt that are read at a time before an answer; bounds the memory of activations."""
+    decode_rows: int = 1
+    """Answers decoded together. 1 gives the same answers whatever else is asked, bit for bit, and reads what prompts have
+    in common once; more is faster on a GPU where answers are short of work, and may turn a tie."""
+    shard: str = "1/1"
+    """``i/n``: this process answers every n-th question, from the i-th on (Slurm arrays). Ranks of torchrun split a shard
+    again. The run is summed up by the shard that finishes last."""
+    workers: int = 0
+    """Processes that generate samples; 0 works in this one. Changes no sample."""
+    sample_cache: str = "runs/.samples"
+    """Folder of generated samples, shared by all runs."""
 
 
 @dataclass
@@ -88,6 +104,10 @@ class EvaluateRoot(StageConfig):
     """Configuration of ``launch.evaluate``, without the corpus, which the command adds."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    checkpoint: str | None = None
+    """Folder of a finished checkpoint to evaluate beside the base model, instead of ``evaluation.subjects``."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -101,6 +121,19 @@ def evaluated_lengths(config: EvaluateRoot) -> list[int]:
     return [*lengths, config.target_len] if config.target_len > lengths[-1] else lengths
 
 
+def suite_lengths(config: EvaluateRoot) -> list[int]:
+    """Lengths of RULER and the needle map in tokens, ascending."""
+    return evaluated_lengths(config) if config.suite.lengths is None else sorted(config.suite.lengths)
+
+
+def use_checkpoint(config: EvaluateRoot) -> None:
+    """Replace the subjects by the base model and ``checkpoint``, where one is given."""
+    if config.checkpoint is not None:
+        reference = SubjectConfig(name=config.evaluation.reference, rope=RopeConfig(method=RopeMethod.none))
+        trained = SubjectConfig(name="extended", checkpoint=config.checkpoint)
+        config.evaluation.subjects = [reference, trained]
+
+
 def check(config: EvaluateRoot) -> Path:
     """Every rule that crosses fields of an evaluation, before anything is read or written.
 
@@ -112,6 +145,12 @@ def check(config: EvaluateRoot) -> Path:
         ArtifactError: the base model cannot be found.
     """
     faults = _subject_faults(config.evaluation) + _range_faults(config.evaluation) + _length_faults(config)
+    faults += suite_faults(config.suite, suite_lengths(config), config.model.original_len, config.target_len)
+    faults += [
+        f"calibration.rules[{index}]: score={rule.score!r} needs low={rule.low} below high={rule.high}, both 0 to 100"
+        for index, rule in enumerate(config.calibration.rules)
+        if not rule.score or not 0 <= rule.low < rule.high <= 100
+    ]
     if faults:
         raise ConfigError(faults)
     return resolve_model_folder(config.model.path)
@@ -145,8 +184,12 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
         "perplexity.scored_tokens": evaluation.perplexity.scored_tokens,
         "retention.num_windows": evaluation.retention.num_windows,
         "batch_tokens": evaluation.batch_tokens,
+        "prefill_chunk": evaluation.prefill_chunk,
+        "decode_rows": evaluation.decode_rows,
     }
     faults = [f"evaluation.{key}={value} must be at least 1" for key, value in positive.items() if value < 1]
+    if evaluation.workers < 0:
+        faults.append(f"evaluation.workers={evaluation.workers} must be at least 0")
     depths = evaluation.needle.depths
     if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
         faults.append(f"evaluation.needle.depths={depths} must be distinct numbers from 0 to 1, at least one")

@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from longrope2.evaluation.answers import Answer, AnswersLog, Shard
+from longrope2.evaluation.prefix_cache import PrefixDecoder
 from longrope2.evaluation.samples import GenerationTask, Sample
 from longrope2.evaluation.subjects import Subject
-from longrope2.inference import generate_tokens, window_for_length
+from longrope2.inference import generate_batch, window_for_length
 from longrope2.model import WindowedModel, load_windowed_model
 from longrope2.rope import Window
 
@@ -28,7 +29,7 @@ __all__ = [
     "answer_questions",
     "answer_windows",
     "batches_of",
-    "generate_answers",
+    "make_decoder",
     "plan_questions",
     "sample_key",
     "shard_questions",
@@ -118,7 +119,7 @@ def answer_questions(
     dtype: torch.dtype,
     stop_ids: Collection[int],
     batch_tokens: int,
-    generate: "GenerateAnswers | None" = None,
+    generate: GenerateAnswers,
 ) -> Iterator[Question | NotMeasured]:
     """Answer what ``log`` does not hold yet; yields every question as it is done, and every task that was given up.
 
@@ -133,9 +134,8 @@ def answer_questions(
         dtype: Of the weights.
         stop_ids: Ids that end an answer.
         batch_tokens: Tokens of the prompts and answers that are decoded together; at least one question is taken.
-        generate: Decodes a batch; ``generate_answers`` unless given.
+        generate: Decodes a batch; see ``make_decoder``.
     """
-    generate = generate or generate_answers
     loaded: tuple[str, WindowedModel] | None = None
     given_up: set[tuple[str, str, str, int]] = set()
     open_questions = [question for question in questions if log.find(question.key) is None]
@@ -184,17 +184,20 @@ def batches_of(questions: Sequence[Question], batch_tokens: int) -> list[list[Qu
     return batches
 
 
-def generate_answers(model: WindowedModel, samples: Sequence[Sample], stop_ids: Collection[int]) -> list[list[int]]:
-    """Greedy answers, one sequence at a time: the new ids of each, a stop id included."""
-    return [
-        [
-            token.token_id
-            for token in generate_tokens(
-                model, sample.prompt_T.tolist(), max_new_tokens=sample.max_new_tokens, stop_ids=stop_ids
-            )
-        ]
-        for sample in samples
-    ]
+def make_decoder(decode_rows: int, prefill_chunk: int) -> GenerateAnswers:
+    """How answers are decoded: one by one with common beginnings read once, or several rows together."""
+    if decode_rows == 1:
+        return PrefixDecoder(prefill_chunk)
+
+    def decode(model: WindowedModel, samples: Sequence[Sample], stop_ids: Collection[int]) -> list[list[int]]:
+        answers = generate_batch(
+            model, [sample.prompt_T.tolist() for sample in samples],
+            max_new_tokens=[sample.max_new_tokens for sample in samples], stop_ids=stop_ids,
+            prefill_chunk=prefill_chunk, max_rows=decode_rows,
+        )  # fmt: skip
+        return [[token.token_id for token in tokens] for tokens in answers]
+
+    return decode
 
 
 def _answer(

@@ -18,7 +18,7 @@ from longrope2.evaluation.generation_run import (
     answer_questions,
     answer_windows,
     batches_of,
-    generate_answers,
+    make_decoder,
     plan_questions,
     shard_questions,
 )
@@ -72,7 +72,9 @@ def answer_all(folder, subjects, tasks, shard=None, batch_tokens=1, generate=Non
     questions = shard_questions(plan_questions(subjects, tasks, **ASKED), shard)
     with AnswersLog(folder, shard) as log:
         return list(
-            answer_questions(questions, log, NumberTokenizer(), batch_tokens=batch_tokens, generate=generate, **CPU)
+            answer_questions(
+                questions, log, NumberTokenizer(), batch_tokens=batch_tokens, generate=generate or make_decoder(1, 8), **CPU
+            )
         )
 
 
@@ -120,10 +122,10 @@ def test_windows_switch_after_the_original_length():
     assert answer_windows(17, 6, 16) == (0, 6)
 
 
-@pytest.mark.parametrize(("count", "batch_tokens"), [(1, 10_000), (3, 60), (5, 1)])
-def test_answers_do_not_depend_on_shards_or_batches(subjects, tasks, expected, tmp_path, count, batch_tokens):
+@pytest.mark.parametrize(("count", "batch_tokens", "rows"), [(1, 10_000, 4), (3, 60, 2), (5, 1, 1)])
+def test_answers_do_not_depend_on_shards_or_batches(subjects, tasks, expected, tmp_path, count, batch_tokens, rows):
     for index in reversed(range(count)):
-        answer_all(tmp_path, subjects, tasks, Shard(index, count), batch_tokens)
+        answer_all(tmp_path, subjects, tasks, Shard(index, count), batch_tokens, make_decoder(rows, 8))
     assert known(tmp_path) == expected
     assert len(list(tmp_path.glob("answers*.jsonl"))) == count
 
@@ -135,7 +137,7 @@ def test_another_shard_count_asks_nothing_twice(subjects, tasks, expected, tmp_p
 
     def generate(model, samples, stop_ids):
         asked.extend(samples)
-        return generate_answers(model, samples, stop_ids)
+        return make_decoder(1, 8)(model, samples, stop_ids)
 
     answer_all(tmp_path, subjects, tasks, generate=generate)
     assert known(tmp_path) == expected
@@ -180,7 +182,7 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expe
     def generate(model, samples, stop_ids):
         if sum(len(sample.prompt_T) for sample in samples) > 50:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate_answers(model, samples, stop_ids)
+        return make_decoder(1, 8)(model, samples, stop_ids)
 
     done = answer_all(tmp_path, subjects, tasks, batch_tokens=10_000, generate=generate)
     lost = [row for row in done if isinstance(row, NotMeasured)]

@@ -1,0 +1,227 @@
+"""Our model for lm-evaluation-harness (``--model longrope2``): each sequence on its own RoPE side, nothing ever cut.
+
+The harness's own Hugging Face model pads batches and lets the padded length choose the RoPE of all rows, and it cuts
+prompts that are too long with a warning. Here a sequence's own length (context and continuation, BOS included) decides,
+padding is never read, and a prompt that does not fit is an error. Every text begins with BOS where the tokenizer has one.
+
+Shape legend: B = rows, T = tokens, K = scored tokens, V = vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from longrope2.artifacts import resolve_model_folder
+from longrope2.errors import DataError
+from longrope2.evaluation.subjects import read_checkpoint_factors
+from longrope2.evaluation.tasks import device_and_dtype
+from longrope2.inference import TextStream, generate_tokens, window_for_length
+from longrope2.model import WindowedModel, load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
+
+__all__ = ["LongRope2LM"]
+
+DEFAULT_NEW_TOKENS = 256  # the harness's own default
+BATCH_TOKENS = 8192
+
+
+@register_model("longrope2")
+class LongRope2LM(TemplateLM):
+    """A windowed model behind the harness's three requests.
+
+    Attributes:
+        sides: Task and question -> RoPE side(s) it was read with.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        original_len: int,
+        target_len: int,
+        checkpoint: str | None = None,
+        factors: str | None = None,
+        rope: str = "none",
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """From ``--model_args model=...,original_len=...,target_len=...``.
+
+        Args:
+            model: Folder or hub id of the base model.
+            original_len: L0.
+            target_len: L.
+            checkpoint: Folder of a trained checkpoint, which brings its own factors.
+            factors: Factors file for the base model.
+            rope: Closed-form rescaling of the base model (pi, ntk, yarn, ...), if neither of the two is given.
+            batch_size: Not used; batches are sized by tokens.
+            max_batch_size: Not used.
+            device: Not used, the harness names a GPU even where there is none; a GPU is used if there is one.
+        """
+        folder = Path(checkpoint) if checkpoint else resolve_model_folder(model)
+        found_device, dtype = device_and_dtype()
+        if checkpoint:
+            found = read_checkpoint_factors(folder, original_len, target_len)
+        elif factors:
+            found = RescaleFactors.from_json(Path(factors).read_text(encoding="utf-8"))
+        else:
+            found = closed_form_factors(RopeMethod(rope), rope_geometry(folder, original_len), target_len)
+        loaded = load_windowed_model(folder, found, device=found_device, dtype=dtype).eval()
+        self._set_up(loaded, load_tokenizer(folder))
+
+    @classmethod
+    def around(cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS) -> "LongRope2LM":
+        """Around a model that is loaded already."""
+        lm = cls.__new__(cls)
+        lm._set_up(model, tokenizer, batch_tokens)
+        return lm
+
+    def _set_up(self, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS) -> None:
+        """Take the parts over."""
+        TemplateLM.__init__(self)
+        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.bos_ids = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+        self.original_len = model.factors.geometry.original_len
+        self.target_len = model.factors.target_len
+        self.sides: dict[tuple[str, int], set[str]] = defaultdict(set)
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id in front of a continuation without context."""
+        return self.bos_ids[0] if self.bos_ids else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's request cache."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids, behind BOS unless ``add_special_tokens`` is False; text never gives a special id."""
+        ids = self.tokenizer(string, add_special_tokens=False).input_ids
+        return ids if add_special_tokens is False else self.bos_ids + ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether greedy decoding would give it."""
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                context_ids, ids = self._encode_pair(context, continuation)
+            else:
+                context_ids, ids = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            pairs.append(((context, continuation), context_ids, ids))
+            self._note(request, len(context_ids) + len(ids))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Batches of one RoPE side each, the longest first."""
+        for _, context_ids, ids in requests:
+            self._check_fits(len(context_ids) + len(ids))
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
+        for batch in self._batches(order, [len(r[1]) + len(r[2]) for r in requests]):
+            scored = self._score([requests[i][1:] for i in batch])
+            for index, result in zip(batch, scored, strict=True):
+                results[index] = result
+            bar.update(len(batch))
+        bar.close()
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each in one window."""
+        pairs = []
+        for request in requests:
+            (text,) = request.args
+            ids = self.tok_encode(text, add_special_tokens=False)
+            pairs.append((("", text), [self.prefix_token_id], ids))
+            self._note(request, 1 + len(ids))
+        return [score for score, _ in self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, each up to the first of its stop strings."""
+        return [self._generate(request) for request in tqdm(requests, desc="answers", disable=disable_tqdm)]
+
+    def _generate(self, request: Instance) -> str:
+        """One answer."""
+        context, options = request.args
+        if options.get("do_sample") or float(options.get("temperature") or 0) > 0:
+            raise DataError(f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false")
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        limit = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        prompt_ids = self.tok_encode(context)
+        self._check_fits(len(prompt_ids) + limit)
+        stream, text, used = TextStream(self.tokenizer, prompt_ids), "", set()
+        for token in generate_tokens(self.model, prompt_ids, max_new_tokens=limit, stop_ids={self.eot_token_id}):
+            used.add(token.window.value)
+            if token.token_id == self.eot_token_id:
+                break
+            text += stream.push(token.token_id)
+            if any(stop and stop in text for stop in stops):
+                break
+        else:
+            text += stream.finish()
+        self.sides[str(request.task_name), int(request.doc_id or 0)] |= used
+        return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
+
+    def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Neighbours of one RoPE side whose padded tokens fit together."""
+        batches: list[list[int]] = []
+        for index in order:
+            last = batches[-1] if batches else []
+            same = bool(last) and self._window(lengths[last[0]]) is self._window(lengths[index])
+            if same and lengths[last[0]] * (len(last) + 1) <= self.batch_tokens:
+                last.append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    @torch.inference_mode()
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """One forward pass; rows are padded on the right, where causal attention never looks."""
+        rows = [context_ids + ids for context_ids, ids in pairs]
+        tokens_BT = torch.full((len(rows), max(map(len, rows))), self.eot_token_id)
+        for number, row in enumerate(rows):
+            tokens_BT[number, : len(row)] = torch.tensor(row)
+        tokens_BT = tokens_BT.to(self.model.hf.device)
+        hidden_BTH = self.model.hidden_states(tokens_BT[:, :-1], self._window(len(rows[0])))
+        head, results = self.model.hf.get_output_embeddings(), []
+        for number, (context_ids, ids) in enumerate(pairs):
+            first, stop = len(context_ids), len(context_ids) + len(ids)
+            logits_KV = head(hidden_BTH[number, first - 1 : stop - 1]).float()
+            targets_K = tokens_BT[number, first:stop]
+            log_probs_K = torch.log_softmax(logits_KV, dim=-1).gather(-1, targets_K[:, None]).squeeze(-1)
+            greedy = bool((logits_KV.argmax(-1) == targets_K).all())
+            results.append((float(log_probs_K.double().sum()), greedy))
+        return results
+
+    def _window(self, num_tokens: int) -> Window:
+        """RoPE side of a sequence."""
+        return window_for_length(num_tokens, self.original_len)
+
+    def _note(self, request: Instance, num_tokens: int) -> None:
+        """Keep the side of a request."""
+        self.sides[str(request.task_name), int(request.doc_id or 0)].add(self._window(num_tokens).value)
+
+    def _check_fits(self, num_tokens: int) -> None:
+        """Nothing is cut."""
+        if num_tokens > self.target_len:
+            raise DataError(
+                f"a question of {num_tokens} tokens (new ones included) exceeds the window of {self.target_len}; nothing "
+                "is cut here: use fewer examples (num_fewshot), a smaller max_gen_toks, or leave the task out"
+            )

@@ -1,0 +1,128 @@
+"""Short tasks measured through lm-evaluation-harness, with our model in it and the RoPE side of every question."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from longrope2.errors import DataError
+from longrope2.evaluation.results import Measurement, ResultsLog
+from longrope2.evaluation.short_tasks_config import ShortTaskConfig, ShortTasksConfig, lm_eval_version
+from longrope2.evaluation.statistics import score_interval
+from longrope2.evaluation.subjects import Subject
+from longrope2.model import WindowedModel
+from longrope2.rope import Window
+
+__all__ = ["measure_short_tasks", "short_task_rows"]
+
+SUITE = "lm_eval"
+
+
+def measure_short_tasks(
+    config: ShortTasksConfig,
+    subjects: Sequence[Subject],
+    results: ResultsLog,
+    tokenizer: Any,
+    load: Callable[[Subject], WindowedModel],
+    dtype: torch.dtype,
+) -> Iterator[Measurement]:
+    """Measure every task of every subject; what ``results`` holds already is not measured again.
+
+    Args:
+        config: The tasks.
+        subjects: The models.
+        results: Finished measurements.
+        tokenizer: Of all subjects.
+        load: Gives a subject's model, ready to use.
+        dtype: Of the weights.
+
+    Raises:
+        DataError: a task or its data cannot be had, a metric that the task has not, or a question beyond the window.
+    """
+    for subject in subjects:
+        for task in config.tasks:
+            fingerprint = _fingerprint(config, task, subject, dtype)
+            values = results.find(fingerprint)
+            if values is None:
+                values = _measure(config, task, load(subject), tokenizer)
+            measurement = Measurement(subject.name, SUITE, 0, fingerprint, values | {"name": task.name})
+            results.append(measurement)
+            yield measurement
+
+
+def short_task_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """One row per subject and task, shaped like the cells of generation tasks."""
+    rows = []
+    for measurement in measurements:
+        values = measurement.values
+        scores, sides = values["scores"], values["sides"]
+        by_side = {
+            side: [score for score, found in zip(scores, sides, strict=True) if found == side] for side in set(sides)
+        }
+        rows.append({
+            "subject": measurement.subject, "suite": SUITE, "task": values["name"], "length": 0,
+            "num_samples": len(scores), "score": values["score"], "interval": list(score_interval(scores)),
+            "sides": {
+                side: {"num_samples": len(own), "score": sum(own) / len(own), "interval": list(score_interval(own))}
+                for side, own in sorted(by_side.items())
+            },
+            "scores": scores, "samples": values["questions"],
+        })  # fmt: skip
+    return rows
+
+
+def _measure(config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any) -> dict[str, Any]:
+    """Run one task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from longrope2.evaluation.lm_eval_model import LongRope2LM
+
+    lm_class: Any = LongRope2LM  # the harness's decorators hide the types of what they decorate
+    run_tasks: Any = simple_evaluate
+    lm = lm_class.around(model, tokenizer)
+    try:
+        found = run_tasks(
+            lm, tasks=[task.task], num_fewshot=task.num_fewshot, limit=config.limit, log_samples=True,
+            bootstrap_iters=0, task_manager=TaskManager(include_path=config.include_path),
+        )  # fmt: skip
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"suite.short_tasks: lm-eval cannot run {task.task} ({type(error).__name__}: {reason}); is the name right "
+            "(`lm_eval ls tasks`), and can its data set be had (hub access, or HF_HOME with HF_DATASETS_OFFLINE=1)?"
+        ) from None
+    assert found is not None
+    return _values(task, found, lm.sides)
+
+
+def _values(
+    task: ShortTaskConfig, found: Mapping[str, Any], sides: Mapping[tuple[str, int], set[str]]
+) -> dict[str, Any]:
+    """Score of the task and of each question, with its RoPE side."""
+    totals = {**found.get("groups", {}), **found["results"]}.get(task.task, {})
+    if task.metric not in totals:
+        known = ", ".join(key for key in totals if "," in key and "stderr" not in key)
+        raise DataError(f"suite.short_tasks: {task.task} has no metric {task.metric!r}; it has {known}")
+    metric, chosen_filter = task.metric.split(",")
+    scores, found_sides, questions = [], [], []
+    for name, samples in sorted(found["samples"].items()):
+        for sample in samples:
+            if sample.get("filter", "none") == chosen_filter:
+                scores.append(float(sample[metric]))
+                used = sides[name, sample["doc_id"]]
+                found_sides.append(next(iter(used)) if len(used) == 1 else "both")
+                questions.append(sample["doc_hash"][:16])
+    return {"score": totals[task.metric], "scores": scores, "sides": found_sides, "questions": questions}
+
+
+def _fingerprint(config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: torch.dtype) -> str:
+    """Hash of everything a measurement depends on, the data set's own version aside."""
+    tables = [subject.table_identity(window) for window in Window]
+    settings = asdict(task) | {"limit": config.limit, "include_path": config.include_path, "lm_eval": lm_eval_version()}
+    original_len = subject.factors.geometry.original_len
+    parts = [subject.weights_sha256, tables, original_len, str(dtype), settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
