@@ -14,12 +14,8 @@ from longrope2.artifacts import PRODUCT_FOLDERS, write_text
 from longrope2.evaluation.report_data import RunRecord, StageState, load_run
 from longrope2.evaluation.report_html import PAGE, bullet_list, change, image, interval, percent, table
 from longrope2.evaluation.report_limits import limits
-from longrope2.evaluation.report_plots import (
-    factors_figure,
-    lengths_figure,
-    losses_figure,
-    search_figure,
-)
+from longrope2.evaluation.report_plots import factors_figure, lengths_figure, search_figure
+from longrope2.evaluation.report_training import mix_images, training_images
 
 __all__ = ["REPORT_FILE", "render_report", "write_report"]
 
@@ -33,8 +29,12 @@ COMMANDS = {
 }
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
     """Write ``report.html`` into the run folder.
+
+    Args:
+        run_folder: The run.
+        reload_seconds: The page asks its browser to load it again after so many seconds; None for a page that rests.
 
     Returns:
         Path of the report.
@@ -43,11 +43,11 @@ def write_report(run_folder: Path) -> Path:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
     """
     path = run_folder / REPORT_FILE
-    write_text(path, render_report(load_run(run_folder)))
+    write_text(path, render_report(load_run(run_folder), reload_seconds))
     return path
 
 
-def render_report(record: RunRecord) -> str:
+def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
     """The whole page."""
     sections = [
         ("Comparison", _comparison(record)),
@@ -56,12 +56,18 @@ def render_report(record: RunRecord) -> str:
         ("Rescale factors", _factors(record)),
         ("Search", _search(record)),
         ("Training", _training(record)),
+        ("Mix", _mix(record)),
         ("Limits of these figures", bullet_list(limits(record))),
         ("What was run", "".join(_stage(stage, record.folder.name) for stage in record.stages.values())),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     name = html.escape(record.folder.name)
-    return PAGE.replace("%TITLE%", f"LongRoPE2: {name}").replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
+    reload = "" if reload_seconds is None else f"<meta http-equiv='refresh' content='{reload_seconds}'>"
+    return (
+        PAGE.replace("%HEAD%", reload)
+        .replace("%TITLE%", f"LongRoPE2: {name}")
+        .replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
+    )
 
 
 def _headline(record: RunRecord) -> str:
@@ -188,6 +194,8 @@ def _search(record: RunRecord) -> str:
     history = record.search_history
     if history is None:
         return _missing(record, "factors")
+    if "sample_len" not in history:
+        return "<p class=missing>This search was run by an earlier version, whose history lacks the sample length.</p>"
     figure = image(search_figure(history), "Best objective of the search by candidates evaluated")
     rows = [[html.escape(name), f"{value:.4g}"] for name, value in history["baselines"].items()]
     rows.append([f"best of {history['rounds'][-1]['num_candidates']} candidates", f"{history['best_value']:.4g}"])
@@ -205,11 +213,16 @@ def _training(record: RunRecord) -> str:
     """Loss of each window."""
     if not record.training_metrics:
         return _missing(record, "checkpoints")
-    figure = image(losses_figure(record.training_metrics), "Training loss of the short and the long window by tokens")
     last = record.training_metrics[-1]
     state = "" if record.stages["checkpoints"].manifest else " The training is not finished."
     note = f"{len(record.training_metrics)} records, {last['train/tokens']:,} tokens.{state}"
-    return f"<div class=figures>{figure}</div><p class=note>{note}</p>"
+    return f"<div class=figures>{training_images(record)}</div><p class=note>{note}</p>"
+
+
+def _mix(record: RunRecord) -> str:
+    """Tokens of the segments by source and window."""
+    images = mix_images(record)
+    return f"<div class=figures>{images}</div>" if images else _missing(record, "segments")
 
 
 def _stage(stage: StageState, run_name: str) -> str:

@@ -10,7 +10,7 @@ from longrope2.evaluation.report_plots import svg_data_uri
 
 __all__ = ["PAGE", "bullet_list", "change", "image", "interval", "percent", "table"]
 
-# %TITLE% and %BODY% are filled in.
+# %HEAD%, %TITLE% and %BODY% are filled in.
 
 PAGE = """\
 <!doctype html>
@@ -18,7 +18,7 @@ PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>%TITLE%</title>
+%HEAD%<title>%TITLE%</title>
 <style>
 :root { --ink: #222; --soft: #666; --line: #ddd; --accent: #0b6e69; }
 * { box-sizing: border-box; }

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -12,7 +12,16 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors, theoretical_critical_index
 
-__all__ = ["factors_figure", "lengths_figure", "losses_figure", "search_figure", "svg_data_uri"]
+__all__ = [
+    "factors_figure",
+    "lengths_figure",
+    "losses_figure",
+    "mix_figure",
+    "needle_map_figure",
+    "search_figure",
+    "series_figure",
+    "svg_data_uri",
+]
 
 # Narrow on purpose: shown at 390 px the letters still have about ten pixels.
 FIGURE_INCHES = (5.0, 3.2)
@@ -85,6 +94,78 @@ def losses_figure(records: Sequence[dict[str, Any]]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def series_figure(
+    records: Sequence[dict[str, Any]], keys: Mapping[str, str], label: str, *, log_y: bool = False
+) -> Figure | None:
+    """Metrics by tokens trained; None when no record has any of them.
+
+    Args:
+        records: Training records, oldest first.
+        keys: Metric -> name in the legend; the last one is drawn strongest.
+        label: Of the vertical axis.
+        log_y: Logarithmic vertical axis.
+    """
+    lines = {
+        name: [(record["train/tokens"], record[key]) for record in records if record.get(key) is not None]
+        for key, name in keys.items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return None
+    figure, axes = _figure()
+    colors = [*SUBJECT_COLORS[: len(keys) - 1], OURS_COLOR]
+    for name, color in zip(keys.values(), colors, strict=True):
+        if name in lines:
+            axes.plot(*zip(*lines[name], strict=True), color=color, linewidth=1.4, label=name)
+    axes.set(xlabel="tokens trained", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    if len(keys) > 1:
+        _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def mix_figure(tokens: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Tokens of the packed segments by source, short and long beside each other."""
+    figure, axes = _figure()
+    sources = list(tokens)
+    for offset, (window, color) in enumerate((("short", "#7a7a7a"), ("long", OURS_COLOR))):
+        heights = [tokens[source].get(window, 0) for source in sources]
+        places = [index + 0.4 * (offset - 0.5) for index in range(len(sources))]
+        axes.barh(places, heights, height=0.38, color=color, label=f"{window} window")
+    axes.set_yticks(range(len(sources)), sources)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_below(axes)
+    return figure
+
+
+@rc_context({**STYLE, "axes.grid": False})
+def needle_map_figure(rows: Sequence[dict[str, Any]], subject: str) -> Figure:
+    """Needles retrieved by depth (down) and length (across) of one subject, as an image for trackers."""
+    figure, axes = _figure()
+    chosen = sorted((row for row in rows if row["subject"] == subject), key=lambda row: row["length"])
+    depths = [cell["depth"] for cell in chosen[0]["depths"]]
+    shares = [[row["depths"][index]["accuracy"] for row in chosen] for index in range(len(depths))]
+    axes.imshow(shares, vmin=0, vmax=1, cmap="BuGn", aspect="auto")
+    axes.set_xticks(range(len(chosen)), [f"{row['length']:,}" for row in chosen])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+    for down, line in enumerate(shares):
+        for across, share in enumerate(line):
+            color = "white" if share > 0.6 else "black"
+            axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", color=color)
+    axes.set(xlabel="length, tokens", ylabel="depth of the needle", title=subject)
     return figure
 
 

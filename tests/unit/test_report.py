@@ -3,19 +3,28 @@
 import base64
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 
-from launch.report import run_folder
+from launch import report as report_command
+from launch.report import run_folder, watch_run
 from longrope2.artifacts import Manifest, product_folder, write_manifest
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.evaluation import report as report_module
 from longrope2.evaluation.report import write_report
 from longrope2.evaluation.report_data import load_run
-from longrope2.evaluation.report_plots import factors_figure, lengths_figure, losses_figure, search_figure
+from longrope2.evaluation.report_plots import (
+    factors_figure,
+    lengths_figure,
+    losses_figure,
+    mix_figure,
+    search_figure,
+    series_figure,
+)
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors, ntk_part
 
 GEOMETRY = RopeGeometry(rotary_dim=32, rope_base=10_000.0, original_len=128)
@@ -176,7 +185,7 @@ def test_no_claim_of_retrieval_documents_where_there_are_none(full_run):
 def test_report_is_self_contained_and_its_figures_are_whole(full_run):
     path = write_report(full_run)
     page = read_page(path)
-    assert len(page.images) == 6
+    assert len(page.images) == 7
     for image in page.images:
         assert image["alt"]
         svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
@@ -203,7 +212,7 @@ def test_a_training_in_progress_is_shown_as_unfinished(full_run):
     (product_folder(full_run, "checkpoints") / "manifest.json").unlink()
     page = read_page(write_report(full_run))
     assert "The training is not finished." in page.text and "3_checkpoints: unfinished" in page.text
-    assert len(page.images) == 6
+    assert len(page.images) == 7
 
 
 def test_a_step_repeated_after_a_resume_counts_once(full_run):
@@ -289,3 +298,55 @@ def test_every_range_of_perplexities_has_labelled_ticks(perplexities):
     low, high = figure.axes[0].get_ylim()
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
     assert sum(low <= tick.get_loc() <= high and tick.label1.get_text() != "" for tick in ticks) >= 2
+
+
+def test_series_figure_draws_what_was_recorded():
+    records = [{"train/tokens": 10 * step, "a": step, **({"b": 2 * step} if step > 1 else {})} for step in (1, 2, 3)]
+    lines = lines_of(series_figure(records, {"a": "first", "b": "second"}, "things"))
+    assert lines == {"first": [1, 2, 3], "second": [4, 6]}
+    assert series_figure(records, {"c": "none"}, "things") is None
+
+
+def test_mix_figure_shows_tokens_by_source_and_window():
+    figure = mix_figure({"books": {"short": 300, "long": 750}, "code": {"long": 20}})
+    widths = {box.get_label(): [bar.get_width() for bar in box] for box in figure.axes[0].containers}
+    assert widths == {"short window": [300, 0], "long window": [750, 20]}
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["books", "code"]
+
+
+def test_watching_writes_again_when_the_run_moves_on(tmp_path, capsys):
+    run, pages = tmp_path / "training", []
+    checkpoints = product_folder(run, "checkpoints")
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in training_records()))
+
+    def pause(seconds):
+        pages.append((run / "report.html").read_text())
+        if len(pages) == 2:
+            more = {"step": 9, "train/tokens": 36_864, "train/loss_long": 3.0}
+            with (checkpoints / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(more) + "\n")
+        if len(pages) == 4:
+            raise KeyboardInterrupt
+
+    watch_run(run, pause)
+    assert ["8 records" in page for page in pages] == [True, True, False, False]
+    assert "9 records, 36,864 tokens" in pages[2]
+    assert all("<meta http-equiv='refresh' content='10'>" in page for page in pages)
+    assert "http-equiv" not in (run / "report.html").read_text()
+    assert capsys.readouterr().out.count("written\n") == 2
+
+
+def test_the_watch_flag_of_the_command(full_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report_command, "watch_run", seen.append)
+    for arguments in ([str(full_run), "--watch"], ["--watch", "run.name=demo", f"run.root={full_run.parent}"]):
+        monkeypatch.setattr(sys, "argv", ["launch.report", *arguments])
+        report_command.main()
+    assert seen == [full_run, full_run]
+
+
+def test_a_search_of_an_earlier_version_is_said_to_be_one(full_run):
+    history = {key: value for key, value in search_history().items() if key != "sample_len"}
+    (product_folder(full_run, "factors") / "history.json").write_text(json.dumps(history))
+    assert "run by an earlier version" in read_page(write_report(full_run)).text
