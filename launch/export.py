@@ -29,13 +29,16 @@ from longrope2.config import claim_folder, compose, to_plain
 from longrope2.errors import ArtifactError
 from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
 from longrope2.export import (
+    GGUF_FILE,
     ExportRoot,
     ExportVariant,
     StaticCost,
     check,
+    check_gguf,
     measure_static_cost,
     variant_factors,
     verify_export,
+    write_gguf,
     write_hugging_face_folder,
 )
 from longrope2.model import load_tokenizer, load_windowed_model
@@ -98,6 +101,8 @@ def make_plan(config: ExportRoot) -> ExportPlan:
     )
     for variant in config.export.variants:
         variant_factors(factors, variant)
+    if config.export.gguf:
+        check_gguf(checkpoint, resolve_model_folder(config.model.path), config.export.gguf_pretokenizer)
     return ExportPlan(checkpoint, factors, {"checkpoint": describe_input(checkpoint)})
 
 
@@ -107,7 +112,11 @@ def _is_complete(folder: Path, config: ExportRoot, plan: ExportPlan) -> bool:
         manifest = read_manifest(folder, "exports")
     except ArtifactError:
         return False
-    wanted = {"dtype": config.export.dtype.value, "variants": [variant.value for variant in config.export.variants]}
+    wanted = {
+        "dtype": config.export.dtype.value,
+        "variants": [variant.value for variant in config.export.variants],
+        "gguf": config.export.gguf,
+    }
     return manifest.inputs == plan.inputs and all(manifest.details.get(key) == value for key, value in wanted.items())
 
 
@@ -125,6 +134,9 @@ def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[str, di
                 plan.checkpoint, plan.factors, temporary, config.export.dtype.torch_dtype, variant, cost, weights_from
             )
             differences[variant.folder_name] = _verify(plan, config, variant, temporary)
+            if config.export.gguf:
+                applied, base_folder = variant_factors(plan.factors, variant), resolve_model_folder(config.model.path)
+                write_gguf(temporary, applied, temporary / GGUF_FILE, base_folder, config.export.gguf_pretokenizer)
         (folder / "manifest.json").unlink(missing_ok=True)
         _remove_former(folder, finals)
         for temporary, final in zip(unverified, finals, strict=True):
@@ -178,6 +190,7 @@ def _write_manifest(
     details = {
         "dtype": config.export.dtype.value,
         "variants": [variant.value for variant in config.export.variants],
+        "gguf": config.export.gguf,
         "original_len": plan.factors.geometry.original_len,
         "target_len": plan.factors.target_len,
         "largest_relative_logit_difference": {

@@ -1,5 +1,6 @@
 """Settings of an export."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -35,6 +36,12 @@ class ExportConfig:
     variants: list[ExportVariant] = field(default_factory=lambda: [ExportVariant.dual])
     """Folders to write: ``dual`` (both windows, for transformers), ``long_only`` and ``short_only`` (one window each, for
     engines that choose once at load, such as vLLM). They share their weight files."""
+    gguf: bool = False
+    """Also write ``model.gguf`` into each folder, with both factor tensors, for llama.cpp (Llama classes; needs the package
+    ``gguf``). llama.cpp chooses the factors once, by the size of its context."""
+    gguf_pretokenizer: str | None = None
+    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, smollm); a SentencePiece tokenizer
+    needs none."""
     cost_windows: int = 8
     """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for the model cards (perplexity of
     held-out Python documentation and sources under either RoPE); 0 leaves it unmeasured, and the cards say so."""
@@ -58,6 +65,8 @@ def check(config: ExportRoot) -> None:
     if not variants or len(set(variants)) != len(variants):
         given = [variant.value for variant in variants]
         faults.append(f"export.variants={given} must name one or more of dual, long_only, short_only, each once")
+    if config.export.gguf and importlib.util.find_spec("gguf") is None:
+        faults.append("export.gguf=true needs the gguf package; run `pip install gguf`")
     if config.export.cost_windows < 0:
         faults.append(f"export.cost_windows={config.export.cost_windows} must be 0 or more")
     if faults:

@@ -76,7 +76,7 @@ ENGINES = {
 {transformers_rows}
 | vLLM | one window, chosen at load | `--max-model-len` up to {original_len}: the original RoPE; above: the rescaled one |
 | SGLang | no: one long request moves the whole running batch to the rescaled RoPE | the `long_only` or `short_only` variant |
-| llama.cpp | its converter drops the factors of Llama classes | the `long_only` GGUF of this project where there is one |
+| llama.cpp | one window, by its context size; its converter drops Llama factors | `export.gguf=true` writes `model.gguf` |
 
 - transformers switches once per forward pass, **for the whole batch**: one sequence beyond {original_len:,} tokens
   moves all others of its batch to the long window's RoPE. Put short and long sequences into separate batches.
@@ -87,7 +87,7 @@ ENGINES = {
 {transformers_rows}
 | vLLM | yes | `--max-model-len {target_len}` (its default is {original_len}) |
 | SGLang | yes | `--context-length {target_len}` |
-| llama.cpp | its converter drops the factors of Llama classes | the GGUF that this project writes where there is one |""",
+| llama.cpp | its converter drops the factors of Llama classes | `model.gguf` of an export with `export.gguf=true` |""",
     ExportVariant.short_only: """\
 | engine | reads it correctly | what to set |
 |---|---|---|

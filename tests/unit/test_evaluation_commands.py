@@ -183,7 +183,9 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     assert code == 0 and "verified" in out and read_manifest(folder, "exports").details["dtype"] == "bf16"
 
 
-def test_export_writes_the_variants_asked_for_and_no_others(command, run_folder, tmp_path, make_checkpoint):
+def test_export_writes_the_variants_asked_for_and_no_others(
+    command, run_folder, tmp_path, make_checkpoint, model_folder
+):
     """YaRN, whose two attention scales only the variants with one window can say."""
     yarn = f"export.checkpoint={make_checkpoint(tmp_path / 'yarn', RopeMethod.yarn)}"
     folder = product_folder(run_folder, "exports")
@@ -197,9 +199,15 @@ def test_export_writes_the_variants_asked_for_and_no_others(command, run_folder,
     assert manifest.details["static_cost"] is None
     assert "was not measured for this model" in (folder / "hugging_face_long_only" / "README.md").read_text()
     assert "already complete" in command("export", yarn, both)[1]
-    code, out, _ = command("export", yarn, "export.variants=[long_only]", "export.cost_windows=0")
-    assert code == 0 and "hugging_face_short_only, which export.variants no longer names" in out
+    gguf = ("export.variants=[long_only]", "export.cost_windows=0", "export.gguf=true")
+    code, _, err = command("export", yarn, *gguf)
+    assert code == 2 and "is a byte-level BPE; set export.gguf_pretokenizer" in err
+    shutil.copy(MINIATURE / "tokenizer.model", model_folder)
+    code, out, err = command("export", yarn, *gguf)
+    assert code == 0, err
+    assert "hugging_face_short_only, which export.variants no longer names" in out
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hugging_face_long_only", "manifest.json"]
+    assert "hugging_face_long_only/model.gguf" in read_manifest(folder, "exports").files
 
 
 def test_export_refuses_bad_settings_together(command):

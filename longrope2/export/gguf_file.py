@@ -1,0 +1,179 @@
+"""An exported folder of a Llama class as one GGUF file with both factor tensors, for llama.cpp.
+
+llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the context of a sequence is larger than
+``rope.scaling.original_context_length``, else by ``rope_factors_short``, and multiplies cosine and sine by
+``rope.scaling.attn_factor`` in both cases. The choice is made by the size of the context, once: for a switch-free file
+export ``long_only`` or ``short_only``. ``rope.scaling.factor`` is left out, as it would divide all angles once more.
+
+Its own converter writes the factor tensors for few model classes, not for Llama's. Query and key rows are reordered,
+because GGUF's Llama pairs neighbouring channels where Hugging Face pairs the two halves of a head.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from longrope2.errors import ArtifactError
+from longrope2.rope import RescaleFactors, Window
+
+__all__ = ["GGUF_FILE", "check_gguf", "write_gguf"]
+
+GGUF_FILE = "model.gguf"
+FACTOR_TENSORS = {Window.LONG: "rope_factors_long.weight", Window.SHORT: "rope_factors_short.weight"}
+CLASSES = ("llama", "mistral")
+
+
+def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -> None:
+    """Refuse a model that cannot become a GGUF file here, before anything is written.
+
+    Args:
+        folder: Checkpoint or exported folder.
+        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
+        pretokenizer: See ``write_gguf``.
+
+    Raises:
+        ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer whose kind is not known.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] not in CLASSES:
+        raise ArtifactError(
+            f"export.gguf=true: {config['model_type']} models are not supported, {', '.join(CLASSES)} are"
+        )
+    if config.get("attention_bias") or config.get("mlp_bias") or config.get("partial_rotary_factor", 1) != 1:
+        raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
+    if not (tokenizer_folder / "tokenizer.model").is_file() and pretokenizer is None:
+        raise ArtifactError(
+            "export.gguf=true: this tokenizer is a byte-level BPE; set export.gguf_pretokenizer to llama.cpp's name for how "
+            "it splits text (llama-bpe for Llama 3, smollm for SmolLM2)"
+        )
+
+
+def write_gguf(
+    folder: Path, factors: RescaleFactors, path: Path, tokenizer_folder: Path, pretokenizer: str | None = None
+) -> None:
+    """Write config, factors, tokenizer and weights of an exported folder, then read the file back.
+
+    Args:
+        folder: Exported Hugging Face folder.
+        factors: What the folder applies in either window.
+        path: File to write.
+        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
+        pretokenizer: llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
+
+    Raises:
+        ArtifactError: see ``check_gguf``; or what was read back is not what was meant.
+    """
+    import gguf
+
+    check_gguf(folder, tokenizer_folder, pretokenizer)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_config(writer, config, factors)
+    _add_tokenizer(writer, folder, tokenizer_folder, config["vocab_size"], pretokenizer)
+    for window, name in FACTOR_TENSORS.items():
+        writer.add_tensor(name, np.array(factors.window_factors(window), dtype=np.float32))
+    bf16 = config["dtype"] == "bfloat16"
+    for name, values in _renamed_tensors(folder, config):
+        if bf16 and values.ndim > 1:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _check_read_back(path, factors, config)
+
+
+def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) -> None:
+    """Shape of the model and its RoPE."""
+    import gguf
+
+    writer.add_context_length(factors.target_len)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(factors.geometry.rotary_dim)
+    writer.add_value_length(factors.geometry.rotary_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    bf16 = config["dtype"] == "bfloat16"
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if bf16 else gguf.LlamaFileType.ALL_F32)
+    writer.add_rope_dimension_count(factors.geometry.rotary_dim)
+    writer.add_rope_freq_base(factors.geometry.rope_base)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(factors.geometry.original_len)
+    if factors.short_attention_scale != factors.long_attention_scale:
+        raise ArtifactError("export.gguf=true: GGUF has one attention factor for both windows")
+    writer.add_rope_scaling_attn_factors(factors.long_attention_scale)
+
+
+def _add_tokenizer(
+    writer: Any, folder: Path, tokenizer_folder: Path, vocab_size: int, pretokenizer: str | None
+) -> None:
+    """Tokens with their kinds; merges and special ids are found by gguf itself."""
+    import gguf
+
+    if (tokenizer_folder / "tokenizer.model").is_file():
+        vocab = gguf.SentencePieceVocab(tokenizer_folder)
+        tokens, scores, kinds = (list(column) for column in zip(*vocab.all_tokens(), strict=True))
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(scores + [-1000.0] * (vocab_size - len(tokens)))
+    else:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        by_id = {number: (token, gguf.TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()}
+        for added in tokenizer["added_tokens"]:
+            kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+            by_id[added["id"]] = added["content"], kind
+        tokens, kinds = (list(column) for column in zip(*(by_id[n] for n in sorted(by_id)), strict=True))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pretokenizer)
+    missing = range(len(tokens), vocab_size)
+    writer.add_token_list(tokens + [f"[PAD{number}]" for number in missing])
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED for _ in missing])
+    gguf.SpecialVocab(folder, load_merges=pretokenizer is not None, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Weights under their GGUF names, float32, query and key rows in GGUF's order."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    num_heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            renamed = names.get_name(name, try_suffixes=(".weight",))
+            if renamed is None:
+                raise ArtifactError(f"export.gguf=true: GGUF's Llama has no place for the weight {name}")
+            values = tensor.float().numpy()
+            for part, heads in num_heads.items():
+                if f".{part}." in name:
+                    values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+            yield renamed, np.ascontiguousarray(values)
+
+
+def _check_read_back(path: Path, factors: RescaleFactors, config: dict[str, Any]) -> None:
+    """The factors and lengths as a reader finds them, and a plausible number of tensors."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for window, name in FACTOR_TENSORS.items():
+        if not np.array_equal(tensors[name], np.array(factors.window_factors(window), dtype=np.float32)):
+            raise ArtifactError(f"{path}: {name} reads back as other factors")
+    expected = {
+        "llama.context_length": factors.target_len,
+        "llama.rope.scaling.original_context_length": factors.geometry.original_len,
+        "llama.rope.scaling.attn_factor": np.float32(factors.long_attention_scale),
+        "llama.block_count": config["num_hidden_layers"],
+    }
+    found = {key: reader.fields[key].contents() for key in expected}
+    if found != expected:
+        raise ArtifactError(f"{path}: reads back as {found}, not {expected}")

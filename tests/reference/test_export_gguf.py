@@ -1,0 +1,83 @@
+"""GGUF files of exports, read back by gguf itself and by transformers, which has a reader of its own."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from longrope2.errors import ArtifactError
+from longrope2.export import ExportVariant, variant_factors, write_hugging_face_folder
+from longrope2.export.gguf_file import write_gguf
+from longrope2.model import rope_geometry
+from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs `pip install gguf`")
+MODEL = Path("models/tiny")
+FACTORS = closed_form_factors(RopeMethod.ntk, rope_geometry(MODEL, 128), 2048)
+
+
+def exported(folder, variant=ExportVariant.dual, dtype=torch.float32):
+    write_hugging_face_folder(MODEL, FACTORS, folder, dtype, variant)
+    return folder
+
+
+@pytest.mark.parametrize("variant", [ExportVariant.dual, ExportVariant.long_only])
+def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
+    import gguf
+
+    applied = variant_factors(FACTORS, variant)
+    write_gguf(exported(tmp_path / "export", variant), applied, tmp_path / "model.gguf", MODEL)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for window, name in ((Window.SHORT, "short"), (Window.LONG, "long")):
+        expected = np.array(applied.window_factors(window), dtype=np.float32)
+        assert np.array_equal(tensors[f"rope_factors_{name}.weight"], expected)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["llama.rope.scaling.type"] == "longrope"
+    assert fields["llama.rope.scaling.original_context_length"] == 128
+    assert fields["llama.context_length"] == 2048
+    assert fields["llama.rope.scaling.attn_factor"] == 1.0
+    assert "llama.rope.scaling.factor" not in fields
+    assert fields["tokenizer.ggml.model"] == "llama"
+    pieces = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab = pieces if isinstance(pieces, dict) else {piece: number for number, (piece, _) in enumerate(pieces)}
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(vocab) and all(tokens[number] == piece for piece, number in vocab.items())
+    assert fields["tokenizer.ggml.bos_token_id"] == json.loads((MODEL / "config.json").read_text())["bos_token_id"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
+    """Its reader undoes the order of query and key rows and knows no longrope: the original RoPE, at a short length."""
+    write_gguf(exported(tmp_path / "export", dtype=dtype), FACTORS, tmp_path / "model.gguf", MODEL)
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    wanted = dict(expected.named_parameters())
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+    tokens = torch.arange(3, 103)[None]
+    assert (found.model.embed_tokens(tokens) - expected.model.embed_tokens(tokens)).abs().max() == 0
+
+
+def test_what_cannot_become_gguf_is_refused(tmp_path):
+    folder = exported(tmp_path / "export")
+    with pytest.raises(ArtifactError, match=r"byte-level BPE; set export\.gguf_pretokenizer"):
+        write_gguf(folder, FACTORS, tmp_path / "model.gguf", tmp_path)
+    two_scales = RescaleFactors(**{**vars(FACTORS), "long_attention_scale": 1.1})
+    with pytest.raises(ArtifactError, match="one attention factor for both windows"):
+        write_gguf(folder, two_scales, tmp_path / "model.gguf", MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"attention_bias": True}, "biases and partly rotated heads are not supported"),
+        ({"model_type": "qwen2"}, "qwen2 models are not supported, llama, mistral are"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ArtifactError, match=message):
+            write_gguf(folder, FACTORS, tmp_path / "model.gguf", MODEL)
