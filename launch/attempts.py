@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.node_agent import ENDED_PREFIX
+from longrope2.artifacts import PRODUCT_FOLDERS
 
 __all__ = ["ATTEMPTS_FILE", "Attempt", "FirstFailure", "decide", "first_failure", "progress_of"]
 
@@ -188,9 +189,9 @@ def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
 
 def progress_of(product: Path) -> int:
     """Finished steps of the newest checkpoint; for other stages the files in the folder and the lines of its journals."""
-    latest = product / "latest"
-    if latest.is_file():
-        return int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
+    if product.name == PRODUCT_FOLDERS["checkpoints"]:
+        latest = product / "latest"
+        return int(latest.read_text(encoding="utf-8").strip().removeprefix("step_")) if latest.is_file() else 0
     count = 0
     for path in product.rglob("*"):
         if path.is_file() and path.name not in (ATTEMPTS_FILE, "metrics.jsonl"):

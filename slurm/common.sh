@@ -118,10 +118,12 @@ check_network() {
     bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
 }
 
-# refuse NODES: the doctor has printed why. At its first start a job stops, somebody is watching; later ones go on without NODES.
+# refuse [NODES]: the doctor has printed why. At its first start a job stops, somebody is watching; a later one begins again
+# without NODES.
 refuse() {
-    if [ -n "$1" ] && [ "$START" -gt 0 ]; then
-        say "starts again without $1"
+    touch "$LOGS/refused"
+    if [ "$START" -gt 0 ] && ! third_in_a_row refused; then
+        say "starts again${1:+ without $1}"
         requeue "$1"
     fi
     fail "nothing was started${1:+; to do without: sbatch --exclude=$1 ...}"
@@ -146,7 +148,7 @@ on_every_node() {
     mkdir -p "$LOGS/$folder"
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         "${PYTHON[@]}" -m launch.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
-        --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + SLURM_JOB_ID % 20000))" \
+        --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + (SLURM_JOB_ID + 97 * START) % 12000))" \
         --rdzv-id="$SLURM_JOB_ID.$START.$folder" --log-dir="$LOGS/$folder" -m "$@"
 }
 
@@ -202,10 +204,8 @@ asked_to_stop() {
 
 # The same before there are ranks: begin again, but not for ever.
 stopped_before_the_ranks() {
-    local before=${LOGS%-*}
     touch "$LOGS/stopped-early"
-    [ ! -e "$before-$((START - 1))/stopped-early" ] || [ ! -e "$before-$((START - 2))/stopped-early" ] ||
-        fail "three times in a row the time limit came before the ranks had begun: give more --time"
+    ! third_in_a_row stopped-early || fail "three times in a row the time limit came before the ranks had begun: give more --time"
     say "asked to stop before the ranks had begun"
     requeue ""
 }
@@ -267,6 +267,12 @@ outside_this_job() {
     local name
     for name in $(compgen -v SLURM_); do [ "$name" = SLURM_CONF ] || unset "$name"; done
     exec "$@"
+}
+
+# third_in_a_row FILE: whether this start and the two before it have left FILE among their logs.
+third_in_a_row() {
+    local start
+    for start in "$START" $((START - 1)) $((START - 2)); do [ -e "${LOGS%-*}-$start/$1" ] || return 1; done
 }
 
 node_names() { scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,; }

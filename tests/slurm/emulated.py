@@ -43,6 +43,7 @@ SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=86400
+FirstJobId={first_job}
 KillWait=30
 SlurmdTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
@@ -150,7 +151,13 @@ class EmulatedSlurm:
         for name in ("state",):
             (self.folder / name).mkdir()
         text = SLURM_CONF.format(
-            folder=self.folder, port=port, nodes=self.nodes, first=port + 1, last=port + self.nodes, gpus=self.gpus
+            folder=self.folder,
+            port=port,
+            nodes=self.nodes,
+            first=port + 1,
+            last=port + self.nodes,
+            gpus=self.gpus,
+            first_job=random.randrange(1, 10000),  # ports of a job follow from its id: clusters side by side differ
         )
         (self.folder / "slurm.conf").write_text(text)
         for index in range(self.gpus):

@@ -56,7 +56,7 @@ def test_every_node_gets_the_right_torchrun_line(calls: tuple) -> None:
         assert seen["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
         assert call == [
             "-m", "launch.node_agent", "--nnodes=8", "--nproc-per-node=8", "--max-restarts=0", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=n1:{20000 + int(job_id)}", f"--rdzv-id={job_id}.0.ranks",
+            f"--rdzv-endpoint=n1:{20000 + int(job_id) % 12000}", f"--rdzv-id={job_id}.0.ranks",
             f"--log-dir=slurm/logs/train_llama3_128k-{job_id}/start-0/ranks", "-m", "launch.train", "--config",
             "runs/recorded/3_checkpoints/config.yaml",
         ]  # fmt: skip

@@ -109,20 +109,23 @@ def test_nodes_that_left_no_word(tmp_path: Path) -> None:
 
 
 def test_progress(tmp_path: Path) -> None:
-    """Steps of the newest checkpoint; without one files and the lines of journals, not metrics and attempts."""
-    assert progress_of(tmp_path) == 0
-    (tmp_path / "answers").mkdir()
-    for name, lines in (
-        ("a.jsonl", 3),
-        ("answers/b.jsonl", 2),
-        ("c.arrow", 7),
-        ("metrics.jsonl", 9),
-        ("attempts.jsonl", 9),
-    ):
-        (tmp_path / name).write_text("{}\n" * lines)
-    assert progress_of(tmp_path) == 3 + 3 + 2
-    (tmp_path / "latest").write_text("step_00000120\n")
-    assert progress_of(tmp_path) == 120
+    """Steps of the newest checkpoint; for other stages files and the lines of journals, not metrics and attempts."""
+    factors, checkpoints = tmp_path / "2_factors", tmp_path / "3_checkpoints"
+    assert progress_of(factors) == progress_of(checkpoints) == 0
+    for folder in (factors, checkpoints):
+        (folder / "answers").mkdir(parents=True)
+        for name, lines in (
+            ("a.jsonl", 3),
+            ("answers/b.jsonl", 2),
+            ("c", 7),
+            ("metrics.jsonl", 9),
+            ("attempts.jsonl", 9),
+        ):
+            (folder / name).write_text("{}\n" * lines)
+    assert progress_of(factors) == 3 + 3 + 2
+    assert progress_of(checkpoints) == 0
+    (checkpoints / "latest").write_text("step_00000120\n")
+    assert progress_of(checkpoints) == 120
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
