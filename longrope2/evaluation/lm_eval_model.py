@@ -116,7 +116,8 @@ class LongRope2LM(TemplateLM):
         """Log-probability of each continuation, and whether greedy decoding would give it."""
         pairs = []
         for request in requests:
-            context, continuation = request.args
+            arguments: Any = request.args
+            context, continuation = arguments
             if context:
                 context_ids, ids = self._encode_pair(context, continuation)
             else:
@@ -158,7 +159,8 @@ class LongRope2LM(TemplateLM):
 
     def _generate(self, request: Instance) -> str:
         """One answer."""
-        context, options = request.args
+        arguments: Any = request.args
+        context, options = arguments
         if options.get("do_sample") or float(options.get("temperature") or 0) > 0:
             raise DataError(f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false")
         until = options.get("until") or []

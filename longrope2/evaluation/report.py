@@ -15,6 +15,7 @@ from longrope2.evaluation.report_data import RunRecord, StageState, load_run
 from longrope2.evaluation.report_html import PAGE, bullet_list, change, image, interval, percent, table
 from longrope2.evaluation.report_limits import limits
 from longrope2.evaluation.report_plots import factors_figure, lengths_figure, search_figure
+from longrope2.evaluation.report_suite import suite_html
 from longrope2.evaluation.report_training import mix_images, training_images
 
 __all__ = ["REPORT_FILE", "render_report", "write_report"]
@@ -49,7 +50,9 @@ def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
 
 def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
     """The whole page."""
+    suite = [] if record.suite is None else [("Benchmarks", suite_html(record.suite))]
     sections = [
+        *suite,
         ("Comparison", _comparison(record)),
         ("Needles by depth and length", _needle_maps(record)),
         ("Short window kept", _retention(record)),
@@ -73,7 +76,7 @@ def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
 def _headline(record: RunRecord) -> str:
     """What happened, in two sentences."""
     if record.evaluation is None:
-        return "<p class=lead>Nothing has been evaluated yet.</p>"
+        return "" if record.suite is not None else "<p class=lead>Nothing has been evaluated yet.</p>"
     summary = record.evaluation
     longest = max(row["length"] for row in summary["needle"])
     at_longest = {row["subject"]: row for row in summary["needle"] if row["length"] == longest}

@@ -15,6 +15,7 @@ __all__ = ["RunRecord", "StageState", "load_run"]
 
 HISTORY_FILE = "history.json"
 EVALUATIONS_FILE = "evaluations.json"
+SUITE_FILE = "suite.json"
 FINAL_CHECKPOINT = "final"
 
 
@@ -44,6 +45,8 @@ class RunRecord:
     """Records of ``3_checkpoints/metrics.jsonl``, oldest first; of a step that was repeated, the last one."""
     evaluation: dict[str, Any] | None
     """Content of ``4_evaluations/evaluations.json``."""
+    suite: dict[str, Any] | None
+    """Content of ``4_evaluations/suite.json``: RULER, needle map, long and short tasks."""
 
 
 def load_run(folder: Path) -> RunRecord:
@@ -67,6 +70,7 @@ def load_run(folder: Path) -> RunRecord:
         search_history=_read_json(factors_folder / HISTORY_FILE),
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
         evaluation=_read_json(product_folder(folder, "evaluations") / EVALUATIONS_FILE),
+        suite=_read_json(product_folder(folder, "evaluations") / SUITE_FILE),
     )
 
 

@@ -1,6 +1,8 @@
 """Paired tests against scipy, the paper's values against their printed means, tables and verdicts, the gate."""
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from scipy import stats
 from longrope2.evaluation import paper_values as paper
 from longrope2.evaluation.calibration import calibration_rows, passed
 from longrope2.evaluation.paper_report import paper_tables, paper_text, verdict
+from longrope2.evaluation.report import write_report
 from longrope2.evaluation.statistics import (
     bootstrap_interval,
     macro_interval,
@@ -147,6 +150,32 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
     assert "extended infinitebench/kv_retrieval 131072: out of memory on cuda" in text
     assert "extended loft/nq: short 100.0 (2), long 90.0 (98)" in text
     assert "the base model was not calibrated" in text
+
+
+def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
+    """Numbers are read back out of the HTML's own tables."""
+    facts = [{"requested_depth": depth, "depth": depth + 0.01} for depth in (0.0, 1.0) for _ in range(50)]
+    needle = cell("extended", "needle_map", "needle_map", 8192, 0.5, facts=facts)
+    lost = {"subject": "extended", "suite": "ruler", "task": "vt", "length": 8192, "num_samples": 1, "score": None,
+            "num_missing": 1, "reason": "out of memory"}  # fmt: skip
+    pair = {"first": "extended", "second": "base", "suite": "ruler", "task": "cwe", "length": 131072, "difference": 0.125,
+            "interval": [-0.01, 0.26], "p_value": 0.0625, "num_better": 5, "num_worse": 1, "num_samples": 32}  # fmt: skip
+    rules = [{"score": "lm_eval/mmlu", "low": 64, "high": 68, "found": 55.25, "state": "broken"}]
+    kept = [{"subject": "extended", "suite": "lm_eval", "num_tasks": 5, "ratio": 0.986}]
+    summary = make_summary(
+        [needle, lost, cell("extended", "ruler", "cwe", 131072, 0.1)], paired=[pair], retention=kept,
+        calibration={"passed": False, "rules": rules},
+    )  # fmt: skip
+    folder = tmp_path / "run" / "4_evaluations"
+    folder.mkdir(parents=True)
+    (folder / "suite.json").write_text(json.dumps(summary))
+    text = write_report(tmp_path / "run").read_text()
+    heat = re.findall(r"<tr><th>(\d+) %</th><td [^>]*>(\d+)</td></tr>", text)
+    assert heat == [("0", "100"), ("100", "0")] and "realised depths 1.0, 1.0, 1.0 %" in text
+    assert "paper 9 agrees" in text and "<td>+12.5 [-1.0, +26.0]</td><td>0.0625</td><td>5 / 1 of 32</td>" in text
+    assert "<li>extended, ruler/vt 8192: out of memory</li>" in text and "98.6 %" in text
+    assert "<td>lm_eval/mmlu</td><td>64 to 68</td><td>55.25</td><td>broken</td>" in text
+    assert "Nothing has been evaluated yet" not in text
 
 
 def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
