@@ -75,7 +75,7 @@ def optimizer_record(engine: Any) -> dict[str, Any]:
     names, rows = [], []
     for name, parameter in engine.module.named_parameters():
         names.append(name)
-        rows.append([_sum_of_squares(shard) for shard in _shards(parameter)])
+        rows.append([_sum_of_squares(shard) for shard in _shards(engine, parameter)])
     totals = torch.tensor(rows, dtype=torch.float64, device=engine.device)
     dist.all_reduce(totals)
     record["sums"] = dict(zip(names, totals.tolist(), strict=True))
@@ -177,7 +177,7 @@ def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) ->
         )
 
 
-def _shards(parameter: torch.Tensor) -> list[torch.Tensor | None]:
+def _shards(engine: Any, parameter: torch.Tensor) -> list[torch.Tensor | None]:
     """This rank's part of a parameter's weights and moments in float32; None where it holds none."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -187,7 +187,12 @@ def _shards(parameter: torch.Tensor) -> list[torch.Tensor | None]:
     mapping: Any = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return [None] * len(STATES)
-    return [mapping.get_hp_fragment(), *(mapping.get_hp_fragment(state) for state in STATES[1:])]
+    # Not the mapping's own moments: DeepSpeed links them after the first group's first update, when others have none yet.
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    state, place = engine.basic_optimizer.state[flat], mapping.get_hp_fragment_address()
+    return [flat.narrow(0, place.start, place.numel),
+            *(state[moment].narrow(0, place.start, place.numel) if moment in state else None
+              for moment in STATES[1:])]  # fmt: skip
 
 
 def _sum_of_squares(shard: torch.Tensor | None) -> float:
