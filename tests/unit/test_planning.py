@@ -235,8 +235,8 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     plan_main()
     text = capsys.readouterr().out
     for words in ("8.030 B parameters, 7.505 B", "118.1 G a token", "64 A100, 8 a node",
-                  "floor of products and attention 38.3 h",
-                  "configured 8 sequence x 8 data, recompute full", "does not fit (one segment at a time):",
+                  "floor of products and attention 32.4 h",
+                  "configured 8 sequence x 8 data, recompute dense", "does not fit (one segment at a time):",
                   "8 sequence x 8 data, recompute none: 113 GiB of 74; the largest part is activations with 102 GiB",
                   "at most 13,440 forward passes of 131,072 tokens", "needles and perplexity of 6 models"):  # fmt: skip
         assert words in text
