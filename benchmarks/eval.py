@@ -64,7 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_folder(arguments.model))
     with tempfile.TemporaryDirectory() as temporary:
-        config = RulerConfig(tasks=arguments.tasks, num_samples=arguments.samples, **_questions(Path(temporary)))
+        squad, hotpotqa = _questions(Path(temporary))
+        config = RulerConfig(tasks=arguments.tasks, num_samples=arguments.samples, squad=squad, hotpotqa=hotpotqa)
         texts = _haystack()
         folder = arguments.folder or Path(temporary) / "samples"
         start, cpu = time.perf_counter(), _cpu_seconds()
@@ -73,9 +74,12 @@ def main() -> None:
         )  # fmt: skip
         ours = Cost(*_size(tasks), time.perf_counter() - start, _cpu_seconds() - cpu)
         _check(tasks)
+        columns = ("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
+        own_line = ours.line(f"ours, {arguments.workers} processes")
+        print(dict(zip(columns, own_line, strict=True)), flush=True)
         plain = _straightforward(FixedRuler(config, PromptEncoder(tokenizer), texts), arguments)
-    table = Table("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
-    table.add_row(*ours.line(f"ours, {arguments.workers} processes"))
+    table = Table(*columns)
+    table.add_row(*own_line)
     table.add_row(*plain.line("straightforward, 1 process"))
     console = Console()
     console.print(table)
@@ -143,7 +147,7 @@ def _haystack() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _questions(folder: Path) -> dict[str, str]:
+def _questions(folder: Path) -> tuple[str, str]:
     """Made-up question sets in the official layouts, enough documents for 131,072 tokens."""
     rng = random.Random(0)
 
@@ -168,10 +172,10 @@ def _questions(folder: Path) -> dict[str, str]:
         facts = [[context[3][0], 2], [context[7][0], 2]]
         entries.append({"question": f"What is the colour of what box {entry}-3 belongs to?", "answer": f"hue{entry}",
                         "context": context, "supporting_facts": facts})  # fmt: skip
-    paths = {"squad": folder / "squad.json", "hotpotqa": folder / "hotpotqa.json"}
-    paths["squad"].write_text(json.dumps({"data": articles}), encoding="utf-8")
-    paths["hotpotqa"].write_text(json.dumps(entries), encoding="utf-8")
-    return {key: str(path) for key, path in paths.items()}
+    squad, hotpotqa = folder / "squad.json", folder / "hotpotqa.json"
+    squad.write_text(json.dumps({"data": articles}), encoding="utf-8")
+    hotpotqa.write_text(json.dumps(entries), encoding="utf-8")
+    return str(squad), str(hotpotqa)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ because nothing can be made smaller, there is an error. The samples of a task ar
 in one go and tokenized whole: slow beside ``mode=fixed``.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,16 +162,14 @@ class UpstreamRuler:
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
         for _ in range(size // step + TRIES_AT_SMALLEST):
-            try:
+            # More needles than places, a repeated name: RULER catches everything.
+            with contextlib.suppress(ValueError, IndexError):
                 text, answers = draw(size)
-            except (ValueError, IndexError):  # more needles than places, a repeated name: RULER catches everything
-                used = length + 1
-            else:
                 used = self._count(text) + new_tokens
                 if used <= length:
                     return text, answers, used
             size -= step if size > step else 0
-        raise DataError(f"the length is too short: RULER's smallest prompt takes {used} tokens; use a longer one")
+        raise DataError("the length is too short: RULER's smallest prompt exceeds it; use a longer one")
 
     def _coded_words(self, streams: Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
