@@ -121,6 +121,9 @@ def main() -> None:
     parser.add_argument("--factors", type=Path, help="factors JSON for the untrained model")
     parser.add_argument("--method", default="ntk", help="closed form for the untrained model, without --factors")
     parser.add_argument("--target", type=int, default=2048, help="target window of a closed form")
+    parser.add_argument(
+        "--original", type=int, help="original window to assume, below the model's own, to measure quickly"
+    )
     parser.add_argument("--length", type=int, required=True, help="tokens of a text, beyond the original window")
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--samples", type=int, default=4, help="texts per depth")
@@ -151,7 +154,7 @@ def load(options: argparse.Namespace) -> tuple[WindowedModel, Path]:
     if path is not None:
         factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
     else:
-        geometry = rope_geometry(folder, settings["original_len"])
+        geometry = rope_geometry(folder, options.original or settings["original_len"])
         factors = closed_form_factors(RopeMethod(options.method), geometry, options.target)
     return load_windowed_model(folder, factors).eval(), folder
 
