@@ -41,7 +41,7 @@ VOCAB = 97
 ORIGINAL_LEN = 64
 DOC_ENDS = {"S": (40, 64, 100, 128, 190, 192, 256), "U": (30, 70, 135, 200, 250, 256), "L": (150, 256)}
 NUM_STEPS = 3
-TRAINING = TrainingConfig(learning_rate=1e-3, weight_decay=0.1, gradient_clip=0.5)
+TRAINING = TrainingConfig(learning_rate=1e-4, weight_decay=0.1, gradient_clip=0.5)
 
 
 @dataclass(frozen=True)
