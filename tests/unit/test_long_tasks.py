@@ -287,6 +287,7 @@ def test_faults_of_the_settings_are_reported_together():
     faults = "\n".join(long_task_faults(config, 8192))
     for part in ("longbench.tasks=['trek'] must be distinct names out of triviaqa, trec",
                  "length=9000 must be from 1 to target_len=8192", "num_samples=0 must be at least 1",
+                 "longbench.prompts is not set: its prompts are read from a checkout", "loft.prompts is not set",
                  "loft.data is not set", "loft.size must be 32k, 128k or 1m", "loft.max_new_tokens=0"):  # fmt: skip
         assert part in faults
     assert long_task_faults(LongTasksConfig(), 8192) == []

@@ -83,6 +83,13 @@ def long_task_faults(config: LongTasksConfig, target_len: int, key: str = "suite
         faults.append(f"{key}.length={config.length} must be from 1 to target_len={target_len}")
     if config.num_samples is not None and config.num_samples < 1:
         faults.append(f"{key}.num_samples={config.num_samples} must be at least 1, or null for all")
+    for name, chosen in (
+        ("longbench", config.longbench),
+        ("infinitebench", config.infinitebench),
+        ("loft", config.loft),
+    ):
+        if chosen.tasks and chosen.prompts is None:
+            faults.append(f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the benchmark")
     if config.loft.tasks and config.loft.data is None:
         faults.append(f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into")
     if config.loft.size not in ("32k", "128k", "1m") or config.loft.split not in ("test", "dev"):
