@@ -135,7 +135,7 @@ def end(product: Path, known: list[Attempt], code: int, *, stopped: bool, logs: 
     print(reason, file=sys.stderr)
     if failure is not None:
         print(f"--- rank {failure.rank} on {failure.node} ended first ({_how(failure.exit_code)}):", file=sys.stderr)
-        print("\n".join(failure.text.splitlines()[-TRACEBACK_LINES:]), file=sys.stderr)
+        print("\n".join(failure.text.splitlines()[-TRACEBACK_LINES:]) or "(it wrote nothing)", file=sys.stderr)
     print(verdict)
 
 
