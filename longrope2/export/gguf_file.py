@@ -155,7 +155,8 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
             values = tensor.float().numpy()
             for part, heads in num_heads.items():
                 if f".{part}." in name:
-                    values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+                    rows, columns = tensor.shape
+                    values = values.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
             yield renamed, np.ascontiguousarray(values)
 
 
