@@ -73,7 +73,12 @@ def answer_all(folder, subjects, tasks, shard=None, batch_tokens=1, generate=Non
     with AnswersLog(folder, shard) as log:
         return list(
             answer_questions(
-                questions, log, NumberTokenizer(), batch_tokens=batch_tokens, generate=generate or make_decoder(1, 8), **CPU
+                questions,
+                log,
+                NumberTokenizer(),
+                batch_tokens=batch_tokens,
+                generate=generate or make_decoder(1, 8),
+                **CPU,
             )
         )
 
