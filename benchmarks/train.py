@@ -238,7 +238,9 @@ def report_steps(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train", description="A training step and its loss, ours against other ways."
+    )
     parser.add_argument("--length", type=int, default=2048, help="tokens of a segment, a multiple of 32")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each way; the best counts")
     parser.add_argument("--loss-tokens", type=int, default=16_384)

@@ -178,7 +178,9 @@ def _most_layers(size: Slice, recompute: Recompute, device: torch.device, larges
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.slice", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.slice", description="One rank of a long run, on one device."
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model and segment, on whatever device there is")
     parser.add_argument("--layers", type=int, help="layers; as many as fit, at most 32, when not given")
     parser.add_argument("--recompute", type=Recompute, default=Recompute.dense, choices=list(Recompute))

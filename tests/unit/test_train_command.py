@@ -50,6 +50,13 @@ def test_windows_that_do_not_fit(tmp_path, monkeypatch, capsys) -> None:
     assert "target_len=300 must be a multiple of model.original_len=128" in message
 
 
+def test_activations_that_cannot_be_offloaded(tmp_path, monkeypatch, capsys) -> None:
+    faults = ("training.recompute=none", "training.offload_activations=true", "training.hang_timeout_s=0")
+    message = refused(tmp_path, monkeypatch, capsys, *faults)
+    assert "training.offload_activations=true needs training.recompute=full or dense; with none all stays" in message
+    assert "training.hang_timeout_s=0.0 must be above 0, or null" in message
+
+
 def test_missing_segments(tmp_path, monkeypatch, capsys) -> None:
     message = refused(tmp_path, monkeypatch, capsys, "rope=yarn")
     assert "1_segments holds no finished segments" in message
