@@ -1,4 +1,7 @@
-"""Every command of the README is one the demo runs (tests/pipeline/test_demo.py runs the demo), or a make target."""
+"""Every command of the README is one the demo runs, a make target, one that runs here, or a job script.
+
+tests/pipeline/test_demo.py runs the demo, tests/slurm the job scripts.
+"""
 
 import re
 import shlex
@@ -40,6 +43,36 @@ def test_further_commands_run(command: str, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "128 -> 2048" in ended.stdout
+
+
+def fenced_after(text: str) -> list[str]:
+    """Lines of the first fenced block after ``text``."""
+    block = re.search(re.escape(text) + r".*?```\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    return block[1].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "shows"),
+    zip(
+        fenced_after("## The real models, and a cluster"),
+        ["ready: nothing stops a run", "llama3_8b: 8.030 B parameters", "missing on this machine"],
+        strict=True,
+    ),
+)
+def test_commands_for_the_real_models_run(command: str, shows: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert shows in ended.stdout
+
+
+def test_job_scripts_exist() -> None:
+    scripts = [line.split()[-2 if line.startswith("sbatch") else 0] for line in fenced_after("`slurm/site.env`:")]
+    assert len(scripts) == 5
+    for script in scripts:
+        assert (ROOT / script).is_file(), script
 
 
 def test_make_targets_exist() -> None:
