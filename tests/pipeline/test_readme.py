@@ -54,10 +54,12 @@ def fenced_after(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("command", "shows"),
-    zip(
-        fenced_after("## The real models, and a cluster"),
-        ["ready: nothing stops a run", "llama3_8b: 8.030 B parameters", "missing on this machine"],
-        strict=True,
+    list(
+        zip(
+            fenced_after("## The real models, and a cluster"),
+            ["ready: nothing stops a run", "llama3_8b: 8.030 B parameters", "missing on this machine"],
+            strict=True,
+        )
     ),
 )
 def test_commands_for_the_real_models_run(command: str, shows: str) -> None:
