@@ -114,7 +114,7 @@ check_nodes() {
 # Between the nodes: clocks, and the bandwidth of an all-reduce.
 check_network() {
     local bad
-    on_every_node network launch.doctor network "$LOGS" --device "$DEVICE" || true
+    (on_every_node network launch.doctor network "$LOGS" --device "$DEVICE") || true
     bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
 }
 
@@ -141,12 +141,13 @@ over_all_ranks() {
     attempt "$(dirname "$config")" on_every_node ranks "$module" --config "$config"
 }
 
-# on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/node_agent.py) on every node of the job.
+# on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/node_agent.py) on every node of the job. For a subshell or the
+# background, where srun takes the shell's place: a signal sent there must reach srun, which hands it to the agents.
 on_every_node() {
     local folder=$1
     shift
     mkdir -p "$LOGS/$folder"
-    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
+    exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         "${PYTHON[@]}" -m launch.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + (SLURM_JOB_ID + 97 * START) % 12000))" \
         --rdzv-id="$SLURM_JOB_ID.$START.$folder" --log-dir="$LOGS/$folder" -m "$@"

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -64,6 +65,23 @@ class Job:
     def nodes(self) -> list[str]:
         """Nodes it runs on now."""
         return self.cluster.command("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"]).split()
+
+    def restarts(self) -> int:
+        """Times that Slurm has started it again."""
+        return int(self.cluster.job(self.id)["Restarts"])
+
+    def freeze_ranks(self) -> list[int]:
+        """Stop all ranks where they are, as a file system that hangs does."""
+        ranks = [pid for node in self.nodes() for pid in self.cluster.processes(node) if is_rank(pid)]
+        assert len(ranks) == 4
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        return ranks
+
+    def end_in_about_two_minutes(self) -> None:
+        """Move the time limit, which counts in whole minutes from the start."""
+        running = time.time() - datetime.fromisoformat(self.cluster.job(self.id)["StartTime"]).timestamp()
+        self.cluster.command("scontrol", "update", f"JobId={self.id}", f"TimeLimit={math.ceil(running / 60) + 1}")
 
     def attempts(self) -> list[tuple[str, int]]:
         """Outcome and exit code of every attempt, as the run folder keeps them."""
@@ -143,16 +161,31 @@ def test_node_dies(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -
 
 
 def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
-    """The limit is set so that, at the undisturbed run's pace, it comes in the middle of training."""
-    times = [record["time"] for record in undisturbed.records()]
-    began = datetime.fromisoformat(small_cluster.job(undisturbed.id)["StartTime"]).timestamp()
-    middle = 1.2 * (times[0] - began) + 0.4 * (times[-1] - times[0])
-    minutes = math.ceil((middle + 60) / 60)
-    job = Job(small_cluster, runs, "time_limit", f"--time={minutes}", f"--signal=B:USR1@{round(60 * minutes - middle)}")
-    ended = job.wait()
-    assert int(ended["Restarts"]) >= 1
-    assert "asked to stop" in job.log and "stopped by SIGUSR1 after step" in job.log
-    assert ("stopped", 75) in job.attempts()
+    """The real limit, twice: first the ranks cannot save before it (they are frozen), then they can.
+
+    The limit is moved while the job runs, so that it comes in the middle of training at any speed of the machine.
+    """
+    job = Job(small_cluster, runs, "time_limit", "--time=60", "--signal=B:USR1@45")
+    job.wait_for_steps(12)
+    job.freeze_ranks()
+    job.end_in_about_two_minutes()
+    wait_until(lambda: job.restarts() == 1, 300, "the job is requeued although its ranks had not saved")
+    small_cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    # Slurm's SIGCONT and SIGTERM let the frozen ranks save after all, so wait for the new ones before counting steps.
+    wait_until((job.logs / "start-1" / "ranks").is_dir, 600, "ranks start again")
+    job.wait_for_steps(len(job.records()) + 3)
+    frozen = job.freeze_ranks()
+    job.end_in_about_two_minutes()
+    wait_until(lambda: job.log.count("asked to stop\n") == 2, 300, "the job is told of its limit again")
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: job.restarts() == 2, 300, "the job is requeued")
+    small_cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.wait()
+    ended = [outcome for outcome in job.attempts() if outcome[0] != "begun"]
+    assert ended == [("stopped", 1), ("stopped", 75), ("done", 0)], job.log
+    assert "asked to stop, but the ranks had not saved in time: goes on from 10 " in job.log
+    assert "stopped by SIGUSR1 after step" in job.log
     assert job.result() == undisturbed.result()
 
 
