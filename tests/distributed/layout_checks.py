@@ -2,17 +2,16 @@
 
 import json
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import psutil
 import torch
 import torch.distributed as dist
 from parity_worker import TRAINING, SegmentsInMemory, factors, processes_of, release, tiny_llama, whole_weights
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import AttentionKernel, windowed
@@ -137,33 +136,8 @@ def check_recompute() -> dict[str, Any]:
     return found
 
 
-def resident_bytes() -> int:
-    """Memory of this process, weights that are mapped from a file included."""
-    return psutil.Process().memory_info().rss
-
-
-class PeakMemory:
-    """Largest growth of ``resident_bytes`` inside ``with``, sampled by a thread."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = resident_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.growth = self.peak - self.start
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, resident_bytes())
-
-
 def check_shares() -> dict[str, Any]:
-    """A model of 100 MB loaded in shares and whole: weights alike, memory of every rank."""
+    """A model of 100 MB loaded in shares and whole: weights alike, bytes that every rank holds."""
     config = LlamaConfig(
         vocab_size=2000, hidden_size=512, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=8,
         num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=64,
@@ -176,15 +150,22 @@ def check_shares() -> dict[str, Any]:
         LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20MB")
     dist.barrier()
     factors_of_it = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 64), 256)
-    with PeakMemory() as whole_memory:
-        whole = load_windowed_model(folder, factors_of_it)
-        assert all(p.isfinite().all() for p in whole.parameters())  # a mapped file is resident once it is read
+    whole = load_windowed_model(folder, factors_of_it)
     expected = {name: p.detach().clone() for name, p in whole.hf.named_parameters()}
     size = sum(p.numel() * 4 for p in expected.values())
     del whole
     shares = RankShares({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None, torch.float32)
-    with PeakMemory() as share_memory:
-        shared = load_windowed_model(folder, factors_of_it, take=shares.take, read=processes.is_main)
+    taken: list[Any] = []
+    held_by_now = []
+
+    def take(parameter: nn.Parameter) -> None:
+        """Hand over to DeepSpeed; count what this rank holds of all parameters so far, the new one still whole."""
+        whole_bytes = parameter.numel() * 4
+        shares.take(parameter)
+        held_by_now.append(whole_bytes + sum((p.data.numel() + p.ds_tensor.numel()) * 4 for p in taken))
+        taken.append(parameter)
+
+    shared = load_windowed_model(folder, factors_of_it, take=take, read=processes.is_main)
     held = sum(p.ds_tensor.numel() * 4 for p in shared.parameters()) / size
     equal = all(torch.equal(value, expected[name]) for name, value in whole_weights(shared).items())
     tied = shared.hf.lm_head.weight is shared.hf.model.embed_tokens.weight
@@ -197,7 +178,7 @@ def check_shares() -> dict[str, Any]:
     plain_weights = {name: p.detach() for name, p in plain.hf.named_parameters()}
     random_equal = all(torch.equal(value, plain_weights[name]) for name, value in whole_weights(random).items())
     mine = {"equal": equal, "tied": tied, "held": held, "random_equal": random_equal,
-            "share_growth": share_memory.growth / size, "whole_growth": whole_memory.growth / size}  # fmt: skip
+            "peak": max(held_by_now) / size}  # fmt: skip
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {"ranks": everyone, "bytes": size}

@@ -9,15 +9,12 @@ not. (Resident memory is too noisy for sizes like these, and torch's profiler do
 import gc
 import json
 import sys
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_storages import LiveStorages
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.model import WindowedModel
@@ -84,35 +81,6 @@ def train(recompute: str, sequence: int, store: OneSegment) -> None:
     if mpu is not None:
         mpu._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None
-
-
-class LiveStorages(TorchDispatchMode):
-    """Bytes of all storages made inside, now and at the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def freed(_: object) -> None:
-            del self._alive[key]
-            self.now -= num_bytes
-
-        self._alive[key] = weakref.ref(storage, freed)
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
 
 
 def measured_peak(case: str) -> int:
