@@ -1,6 +1,5 @@
 """GGUF files of exports, read back by gguf itself and by transformers, which has a reader of its own."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from longrope2.export.gguf_file import write_gguf
 from longrope2.model import rope_geometry
 from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs `pip install gguf`")
 MODEL = Path("models/tiny")
 FACTORS = closed_form_factors(RopeMethod.ntk, rope_geometry(MODEL, 128), 2048)
 

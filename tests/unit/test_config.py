@@ -34,6 +34,7 @@ def test_a_new_entry_of_a_dictionary_needs_a_plus() -> None:
     folder = ["target_len=2048", "corpus=folder", "corpus.folder=texts"]
     with pytest.raises(ConfigError, match=r"unknown key corpus.plan.sources.web; to add it, put \+ in front"):
         compose(PackConfig, "pack", [*folder, "corpus.plan.sources.web=5"])
+    assert not compose(PackConfig, "pack", folder).corpus.plan.is_given
     config = compose(PackConfig, "pack", [*folder, "+corpus.plan.sources.web=5", "corpus.plan.buckets.long=5"])
     assert config.corpus.plan.sources == {"web": 5} and config.corpus.plan.fixes_lengths
 
