@@ -20,6 +20,7 @@ from rich.table import Table
 from launch.doctor_rope import DoctorRoot
 from longrope2.attention import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.config import compose
+from longrope2.model import NormKernel, choose_norm, norm_fault
 from longrope2.tracking import WandbMode, resolve_mode
 from longrope2.training.config import OptimizerKind, Precision, compute_dtype
 from longrope2.training.optimizer import optimizer_fault
@@ -72,6 +73,7 @@ def find_all(config: DoctorRoot) -> list[Finding]:
         *_packages(),
         *_gpus(device),
         *_kernels(device),
+        *_norms(device),
         _fused_loss(),
         _apex(device),
         _compiler(device),
@@ -164,6 +166,18 @@ def _kernels(device: torch.device) -> list[Finding]:
         missing = fault is not None and kernel is AttentionKernel.flash_attn and device.type == "cuda"
         remedy = "pip install flash-attn --no-build-isolation; torch_varlen is the same algorithm" if missing else ""
         findings.append(Finding(State.fix if missing else State.ok, f"attention {kernel.value}", found, remedy))
+    return findings
+
+
+def _norms(device: torch.device) -> list[Finding]:
+    """Which kernels of RMS norms can run, and which one training takes."""
+    dtype = compute_dtype(Precision.auto, device)
+    chosen = choose_norm(NormKernel.auto, device, dtype).kernel
+    findings = []
+    for kernel in list(NormKernel)[1:]:
+        fault = norm_fault(kernel, device, dtype)
+        found = "chosen" if kernel is chosen else "runs" if fault is None else fault
+        findings.append(Finding(State.ok, f"norm {kernel.value}", found))
     return findings
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import AttentionKernel, choose_kernel, windowed
 from longrope2.attention.layout import build_layout
-from longrope2.model import WindowedModel
+from longrope2.model import NormKernel, WindowedModel, choose_norm, use_norm
 from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.training.config import Recompute
 from longrope2.training.flops import TrainingCost, peak_tflops
@@ -75,9 +75,12 @@ def measure(size: Slice, layers: int, recompute: Recompute, device: torch.device
     kernel = choose_kernel(AttentionKernel.auto, device, dtype)
     peak = peak_tflops(device, None, bf16=bf16)
     model, cost = _model(size, layers, device, dtype)
+    norm = choose_norm(NormKernel.auto, device, dtype)
+    use_norm(model.hf, norm.kernel)
     apply_recompute(model.hf, recompute)
     model.train()
-    found: dict[str, Any] = {"layers": layers, "recompute": recompute.value, "kernel": str(kernel), "windows": {}}
+    found: dict[str, Any] = {"layers": layers, "recompute": recompute.value, "kernel": str(kernel),
+                             "norm": str(norm), "windows": {}}  # fmt: skip
     for window in Window:
         seconds, memory = _passes(model, size, window, kernel.kernel, device, rounds)
         span = size.segment_tokens if window is Window.LONG else size.document_tokens

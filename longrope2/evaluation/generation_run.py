@@ -35,6 +35,9 @@ __all__ = [
     "shard_questions",
 ]
 
+LENGTH_CLASSES = 32
+"""Steps of a task's length; prompts of one step count as equally long."""
+
 GenerateAnswers = Callable[[WindowedModel, Sequence[Sample], Collection[int]], list[list[int]]]
 
 
@@ -89,8 +92,8 @@ def plan_questions(
 ) -> list[Question]:
     """Every question once, in the order in which they are put.
 
-    Within a subject: longest first; questions of equal length stay in the order of their prompts, so that prompts with
-    a common beginning follow each other.
+    Within a subject: longest first; questions of about one length are ordered by their prompts' ids, so that prompts
+    with much in common follow each other (lines of noise up to the needle, say) and are read once (``PrefixDecoder``).
     """
     questions, known = [], set()
     for subject in subjects:
@@ -101,8 +104,18 @@ def plan_questions(
                 if key not in known:
                     known.add(key)
                     own.append(Question(subject, task, sample, key))
-        questions += sorted(own, key=lambda q: (-q.task.length, q.task.suite, q.task.name, -q.num_tokens))
+        questions += sorted(own, key=_place_in_order)
     return questions
+
+
+def _place_in_order(question: Question) -> tuple[int, str, str, int, bytes]:
+    """Sort key of a question within its subject."""
+    task = question.task
+    length_class = -(
+        -LENGTH_CLASSES * question.num_tokens // task.length
+    )  # rounded up: prompts cut to length are in one
+    ids = question.sample.prompt_T.astype(">u4").tobytes()  # big-endian: bytes sort as the ids do
+    return -task.length, task.suite, task.name, -length_class, ids
 
 
 def shard_questions(questions: Sequence[Question], shard: Shard) -> list[Question]:

@@ -11,7 +11,7 @@ from longrope2.artifacts import resolve_model_folder
 from longrope2.attention import AttentionConfig
 from longrope2.config import StageConfig
 from longrope2.errors import ConfigError
-from longrope2.model import RopeConfig
+from longrope2.model import NormKernel, RopeConfig
 from longrope2.parallel import ParallelConfig, head_faults
 from longrope2.tracking import TrackingConfig
 from longrope2.training.zero import ZeroConfig, zero_faults
@@ -98,6 +98,9 @@ class TrainingConfig:
     """``auto`` is bf16 on a GPU and fp32 on a CPU."""
     recompute: Recompute = Recompute.none
     """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and recomputes the rest."""
+    norm: NormKernel = NormKernel.auto
+    """Kernel of the RMS norms: on a GPU ``auto`` takes the first of liger, apex and torch (its fused operator) that runs
+    here, and says so; ``model`` is transformers' own."""
     offload_activations: bool = False
     """Keep what ``recompute`` leaves in CPU memory: less GPU memory, slower steps."""
     selftest: bool = True

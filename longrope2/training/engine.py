@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from longrope2.model import WindowedModel, load_windowed_model
+from longrope2.model import WindowedModel, choose_norm, load_windowed_model, use_norm
 from longrope2.parallel import Processes
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.deepspeed_settings import deepspeed_settings
@@ -58,6 +58,7 @@ def wrap_model(
     """
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
+    use_norm(model.hf, choose_norm(config.training.norm, processes.device, dtype).kernel)
     apply_recompute(model.hf, config.training.recompute, offload=config.training.offload_activations)
     model.train()
     engine, *_ = deepspeed.initialize(

@@ -1,17 +1,28 @@
-"""What a run asks of the machine it runs on, beyond the configuration: its attention kernel and its optimizer."""
+"""What a run asks of the machine it runs on, beyond the configuration: its kernels and its optimizer."""
+
+from dataclasses import dataclass
 
 import torch
 
 from longrope2.attention import KernelChoice, choose_kernel
 from longrope2.errors import ConfigError
+from longrope2.model import NormChoice, choose_norm
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.optimizer import optimizer_fault
 
-__all__ = ["check_machine"]
+__all__ = ["MachineKernels", "check_machine"]
 
 
-def check_machine(config: TrainRoot, device: torch.device | None = None) -> KernelChoice:
-    """Check that the machine can do what is configured, and choose the attention kernel.
+@dataclass(frozen=True)
+class MachineKernels:
+    """The kernels of a run."""
+
+    attention: KernelChoice
+    norm: NormChoice
+
+
+def check_machine(config: TrainRoot, device: torch.device | None = None) -> MachineKernels:
+    """Check that the machine can do what is configured, and choose the kernels.
 
     Args:
         config: The run.
@@ -21,12 +32,16 @@ def check_machine(config: TrainRoot, device: torch.device | None = None) -> Kern
         ConfigError: a kernel or optimizer was asked for that cannot run here; all faults together.
     """
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    faults = [fault for fault in [optimizer_fault(config.training.optimizer, place)] if fault]
-    dtype = compute_dtype(config.training.precision, place)
-    try:
-        kernel = choose_kernel(config.attention.kernel, place, dtype, run=device is not None)
-    except ConfigError as error:
-        raise ConfigError([*error.faults, *faults]) from None
+    dtype, run = compute_dtype(config.training.precision, place), device is not None
+    faults, kernels = [], []
+    for choose, wanted in ((choose_kernel, config.attention.kernel), (choose_norm, config.training.norm)):
+        try:
+            kernels.append(choose(wanted, place, dtype, run=run))
+        except ConfigError as error:
+            faults += error.faults
+    fault = optimizer_fault(config.training.optimizer, place)
+    if fault:
+        faults.append(fault)
     if faults:
         raise ConfigError(faults)
-    return kernel
+    return MachineKernels(*kernels)

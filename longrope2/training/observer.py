@@ -9,7 +9,6 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from longrope2.artifacts import MANIFEST_NAME, write_text
-from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
 from longrope2.model import FACTORS_FILE
 from longrope2.parallel import Processes
@@ -17,6 +16,7 @@ from longrope2.tracking import MetricsLog
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.flops import TrainingCost, peak_tflops
 from longrope2.training.forecast import Forecast, ForecastCheck, make_forecast
+from longrope2.training.machine import MachineKernels
 from longrope2.training.plan import TrainingPlan
 from longrope2.training.report import memory_peak_gib, step_metrics
 from longrope2.training.step import StepReport
@@ -39,7 +39,7 @@ class TrainingObserver:
         folder: Path,
         first: int,
         processes: Processes,
-        kernel: KernelChoice,
+        kernels: MachineKernels,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -47,7 +47,7 @@ class TrainingObserver:
         self._cost = TrainingCost.from_config(plan.model_folder)
         bf16 = compute_dtype(config.training.precision, processes.device) is torch.bfloat16
         self._peak_tflops = peak_tflops(processes.device, config.training.peak_tflops, bf16=bf16)
-        facts = {**to_plain(config), "attention_kernel": str(kernel)}
+        facts = {**to_plain(config), "attention_kernel": str(kernels.attention), "norm_kernel": str(kernels.norm)}
         self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", facts)
         write_text(folder / FACTORS_FILE, plan.factors.to_json())
         self._metrics.log_files("config", [folder / "config.yaml"])

@@ -1,14 +1,12 @@
 """AdamW's implementations and parameter groups, and the learning rate of a step."""
 
-import importlib.metadata
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from longrope2.apex_package import apex_fault
 from longrope2.training.config import OptimizerKind, TrainingConfig
 
 __all__ = ["learning_rate", "make_optimizer", "optimizer_fault", "parameter_groups"]
@@ -71,28 +69,9 @@ def optimizer_fault(kind: OptimizerKind, device: torch.device) -> str | None:
         return None
     prefix = f"training.optimizer={kind.value} cannot run here: "
     if kind is OptimizerKind.apex_fused_adam:
-        fault = _apex_fault()
+        fault = apex_fault()
         if fault:
             return f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
     if device.type != "cuda":
         return f"{prefix}it needs a CUDA device, this is {device.type}; use torch_adamw"
     return None
-
-
-def _apex_fault() -> str | None:
-    """Whether the package called apex is NVIDIA's, without importing it: another project has had the name since 2013."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "NVIDIA apex is not installed"
-    if any(
-        (Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in spec.submodule_search_locations or ()
-    ):
-        return None
-    try:
-        version = importlib.metadata.version("apex")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    return (
-        f"the package apex found at {spec.origin} (version {version}) is not NVIDIA's, which has optimizers.FusedAdam; "
-        "the apex of the Python package index is a web toolkit of 2013"
-    )

@@ -10,7 +10,7 @@ from longrope2.artifacts import describe_input, model_identity, product_folder
 from longrope2.attention import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.config import to_plain
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model import factors_path, resolve_factors, rope_geometry
+from longrope2.model import NormKernel, choose_norm, factors_path, norm_fault, resolve_factors, rope_geometry
 from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule, check_at_start
 from longrope2.training.config import TrainRoot, check, compute_dtype
@@ -118,6 +118,7 @@ def describe_plan(
         f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
         f"sequence, ZeRO stage {config.parallel.zero_stage}",
         f"attention  {_kernel_line(config)}",
+        f"norms      {_norm_line(config)}",
         f"steps      {steps} of {batch} tokens{total}",
     ])  # fmt: skip
 
@@ -153,6 +154,17 @@ def _kernel_line(config: TrainRoot) -> str:
     if wanted is AttentionKernel.auto:
         return str(choose_kernel(wanted, device, dtype, run=False))
     fault = kernel_fault(wanted, device, dtype, run=False)
+    return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
+
+
+def _norm_line(config: TrainRoot) -> str:
+    """The same for the norms."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config.training.precision, device)
+    wanted = config.training.norm
+    if wanted is NormKernel.auto:
+        return str(choose_norm(wanted, device, dtype, run=False))
+    fault = norm_fault(wanted, device, dtype, run=False)
     return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
 
 

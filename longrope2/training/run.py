@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.artifacts import Manifest, product_folder, write_manifest
-from longrope2.attention import KernelChoice
 from longrope2.config import to_plain
 from longrope2.parallel import Processes, join_processes, leave_processes
 from longrope2.segments import SegmentStore
@@ -19,7 +18,7 @@ from longrope2.training.config import TrainRoot, final_dtype
 from longrope2.training.engine import make_engine
 from longrope2.training.guard import SkippedSteps, StepGuard
 from longrope2.training.heartbeat import Heartbeat
-from longrope2.training.machine import check_machine
+from longrope2.training.machine import MachineKernels, check_machine
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import TrainingPlan, make_plan, run_identity
@@ -71,7 +70,7 @@ class _Run:
     config: TrainRoot
     plan: TrainingPlan
     processes: Processes
-    kernel: KernelChoice
+    kernels: MachineKernels
     engine: Any
     folder: Path
     identity: dict[str, Any]
@@ -87,10 +86,10 @@ def _train(
 ) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
-    kernel = check_machine(config, processes.device)
+    kernels = check_machine(config, processes.device)
     if config.training.selftest:
         heartbeat.mark("self-test")
-        check_parity(config, plan.model_folder, processes, kernel.kernel)
+        check_parity(config, plan.model_folder, processes, kernels.attention.kernel)
     heartbeat.mark("loading the model")
     engine = make_engine(config, plan, processes)
     heartbeat.mark("loading a checkpoint")
@@ -100,11 +99,11 @@ def _train(
         engine, folder, identity, keep=config.training.keep_checkpoints,
         in_background=config.training.async_checkpoints,
     )  # fmt: skip
-    run = _Run(config, plan, processes, kernel, engine, folder, identity, skipped, writer, heartbeat)
+    run = _Run(config, plan, processes, kernels, engine, folder, identity, skipped, writer, heartbeat)
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
     with ExitStack() as stack:
         if processes.is_main:
-            observer = TrainingObserver(config, plan, folder, first, processes, kernel)
+            observer = TrainingObserver(config, plan, folder, first, processes, kernels)
             run.observer = stack.enter_context(observer)
         done = _train_steps(run, first, last, signals)
         if done == plan.total_steps:
@@ -157,7 +156,7 @@ def _batch_loader(run: _Run) -> Callable[[int], list[RankBatch]]:
     """A function from an optimizer step to this rank's micro-steps of it."""
     store = SegmentStore(run.plan.segments_folder)
     dims, group = run.processes.dims, run.processes.sequence_group
-    mixed, kernel = run.config.training.mixed, run.kernel.kernel
+    mixed, kernel = run.config.training.mixed, run.kernels.attention.kernel
 
     def load(step: int) -> list[RankBatch]:
         micro_steps = run.plan.schedule.micro_steps(step, dims.data)
@@ -177,7 +176,7 @@ def _finish(run: _Run) -> None:
     }
     manifest = Manifest(
         "checkpoint", inputs=run.identity, config=to_plain(run.config), seeds={"seed": run.config.seed}, counts=counts,
-        details={"attention_kernel": str(run.kernel)},
+        details={"attention_kernel": str(run.kernels.attention), "norm_kernel": str(run.kernels.norm)},
     )  # fmt: skip
     dtype = final_dtype(run.config.training, run.processes.device)
     save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest, dtype)

@@ -1,0 +1,165 @@
+"""Fused RMS norms in place of the model's own, which passes over its input once per elementary operation.
+
+``liger`` is Liger's Triton kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which also runs on a CPU.
+All compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and round differently in bf16. ``model`` leaves
+transformers' module alone. A kernel is tried on a few tokens before it is taken (see attention/kernels.py for why).
+
+Shape legend: T = tokens, H = hidden size.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longrope2.apex_package import apex_fault
+from longrope2.errors import ConfigError
+
+__all__ = ["NormChoice", "NormKernel", "choose_norm", "norm_fault", "use_norm"]
+
+NormFunction = Callable[[Tensor, Tensor, float], Tensor]
+"""Input [..., H], weight [H] and epsilon to the normed input."""
+
+
+class NormKernel(Enum):
+    """Kernels of RMS norms, and ``auto``: on a GPU the first of the fused ones that runs, on a CPU the model's own."""
+
+    auto = "auto"
+    liger = "liger"
+    apex = "apex"
+    torch = "torch"
+    model = "model"
+
+
+@dataclass(frozen=True)
+class NormChoice:
+    """The kernel of a run and why it was taken."""
+
+    kernel: NormKernel
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.value} ({self.reason})"
+
+
+def choose_norm(wanted: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> NormChoice:
+    """The norm kernel to use on a device.
+
+    Args:
+        wanted: ``training.norm``.
+        device: Where the model will run.
+        dtype: Number format of inputs and weights.
+        run: Also run the kernel on a few tokens; False only looks, and leaves the device alone.
+
+    Raises:
+        ConfigError: a kernel was asked for by name that cannot run here.
+    """
+    if wanted is not NormKernel.auto:
+        fault = norm_fault(wanted, device, dtype, run=run)
+        if fault:
+            raise ConfigError([f"training.norm={wanted.value} cannot run here: {fault}; use auto or model"])
+        return NormChoice(wanted, "forced by training.norm")
+    if device.type != "cuda":
+        return NormChoice(NormKernel.model, "auto, no GPU")
+    faults = []
+    for kernel in (NormKernel.liger, NormKernel.apex, NormKernel.torch):
+        fault = norm_fault(kernel, device, dtype, run=run)
+        if fault is None:
+            return NormChoice(kernel, "; ".join(["auto", *faults]))
+        faults.append(f"no {kernel.value}: {fault}")
+    return NormChoice(NormKernel.model, "; ".join(["auto", *faults]))
+
+
+def norm_fault(kernel: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
+    """Why a kernel cannot run on a device in a number format; None when it can."""
+    if kernel is NormKernel.model:
+        return None
+    if kernel is not NormKernel.torch and device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if kernel is NormKernel.liger and importlib.util.find_spec("liger_kernel") is None:
+        return "the liger-kernel package is not installed (pip install liger-kernel)"
+    if kernel is NormKernel.apex and (fault := apex_fault()):
+        return fault
+    return _fault_of_a_run(kernel, device, dtype) if run else None
+
+
+def use_norm(model: nn.Module, kernel: NormKernel) -> int:
+    """Make the model's RMS norms call a kernel; parameters, names and module hooks stay as they are.
+
+    Args:
+        model: A transformers model.
+        kernel: Any but ``auto``.
+
+    Returns:
+        How many modules call it. Norms that compute something else (Gemma's, which adds 1 to its weight; layer norms)
+        are left alone.
+    """
+    if kernel is NormKernel.model:
+        return 0
+    function, is_plain, replaced = _function(kernel), {}, 0
+    for module in model.modules():
+        kind = type(module)
+        if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+            continue
+        if kind not in is_plain:
+            is_plain[kind] = _is_plain(kind)
+        if is_plain[kind]:
+            # On the instance: DeepSpeed's hooks sit around the call and gather the weight before it.
+            module.forward = partial(_forward, function, module)
+            replaced += 1
+    return replaced
+
+
+def _forward(function: NormFunction, module: nn.Module, hidden: Tensor) -> Tensor:
+    """One norm; weight and epsilon are read at the call, when the weight is whole."""
+    weight_H, epsilon = module.weight, module.variance_epsilon
+    assert isinstance(weight_H, Tensor) and isinstance(epsilon, float)
+    return function(hidden, weight_H, epsilon)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a module class computes the formula above, found out with random numbers in float64 precision."""
+    hidden_size, epsilon = 8, 1e-5
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        module = kind(hidden_size, epsilon)
+        weight_H = torch.rand(hidden_size) + 0.5
+        module.weight = nn.Parameter(weight_H)
+        x_TH = torch.randn(4, hidden_size)
+        found_TH = module(x_TH).double()
+    x_TH, weight_H = x_TH.double(), weight_H.double()
+    expected_TH = x_TH / (x_TH.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight_H
+    return bool(torch.allclose(found_TH, expected_TH, rtol=1e-5, atol=1e-6))
+
+
+def _function(kernel: NormKernel) -> NormFunction:
+    """The kernel as a function."""
+    if kernel is NormKernel.liger:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
+
+        # No offset; transformers' rounding for Llama; the gradient it is given is not overwritten.
+        return lambda x, weight_H, epsilon: LigerRMSNormFunction.apply(x, weight_H, epsilon, 0.0, "llama", False)
+    if kernel is NormKernel.apex:
+        from apex.normalization.fused_layer_norm import (  # pyright: ignore[reportMissingImports]
+            fused_rms_norm_affine,
+        )
+
+        return lambda x, weight_H, epsilon: fused_rms_norm_affine(x, weight_H, weight_H.shape, epsilon)
+    return lambda x, weight_H, epsilon: F.rms_norm(x, weight_H.shape, weight_H, epsilon)
+
+
+def _fault_of_a_run(kernel: NormKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run a few tokens forward and backward."""
+    try:
+        x_TH = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
+        weight_H = torch.ones(64, device=device, dtype=dtype, requires_grad=True)
+        _function(kernel)(x_TH, weight_H, 1e-5).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
