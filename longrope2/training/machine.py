@@ -33,15 +33,18 @@ def check_machine(config: TrainRoot, device: torch.device | None = None) -> Mach
     """
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, run = compute_dtype(config.training.precision, place), device is not None
-    faults, kernels = [], []
-    for choose, wanted in ((choose_kernel, config.attention.kernel), (choose_norm, config.training.norm)):
-        try:
-            kernels.append(choose(wanted, place, dtype, run=run))
-        except ConfigError as error:
-            faults += error.faults
+    attention = norm = None
+    faults: list[str] = []
+    try:
+        attention = choose_kernel(config.attention.kernel, place, dtype, run=run)
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        norm = choose_norm(config.training.norm, place, dtype, run=run)
+    except ConfigError as error:
+        faults += error.faults
     fault = optimizer_fault(config.training.optimizer, place)
-    if fault:
-        faults.append(fault)
-    if faults:
+    faults += [fault] if fault else []
+    if attention is None or norm is None or faults:
         raise ConfigError(faults)
-    return MachineKernels(*kernels)
+    return MachineKernels(attention, norm)

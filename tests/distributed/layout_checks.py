@@ -11,12 +11,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from parity_worker import TRAINING, SegmentsInMemory, factors, processes_of, release, tiny_llama, whole_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import AttentionKernel, windowed
 from longrope2.errors import UserError
-from longrope2.model import WindowedModel, load_windowed_model, rope_geometry
+from longrope2.model import NormKernel, WindowedModel, load_windowed_model, rope_geometry
 from longrope2.parallel import ParallelConfig, Processes
 from longrope2.rope import RopeMethod, Window, closed_form_factors
 from longrope2.training import selftest, step
@@ -60,21 +60,32 @@ def check_selftest() -> dict[str, str | None]:
                 patch.object(WindowedModel, "use_window", always_short),
             ):
                 found["rotary window"] = run_selftest(processes, stage)
+            found["fused norm"] = run_selftest(processes, stage, NormKernel.torch)
+            with patch.object(torch.nn.functional, "rms_norm", norm_that_shrinks):
+                found["norm"] = run_selftest(processes, stage, NormKernel.torch)
         release(processes)
     found["random state"] = str(torch.equal(before, torch.random.get_rng_state()))
     return found
 
 
-def run_selftest(processes: Processes, zero_stage: int) -> str | None:
+def run_selftest(processes: Processes, zero_stage: int, norm: NormKernel = NormKernel.auto) -> str | None:
     """What the self-test of a model with one key/value head says."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"num_attention_heads": 4, "num_key_value_heads": 1, "model_type": "llama"}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         of_run = root(sequence=processes.dims.sequence, zero_stage=zero_stage)
+        of_run.training.norm = norm
         return message_of(lambda: check_parity(of_run, Path(folder), processes, AttentionKernel.sdpa))
 
 
 plain_scale, plain_step_alone = step.gradient_scale, selftest._step_alone
+
+
+plain_rms_norm = torch.nn.functional.rms_norm
+
+
+def norm_that_shrinks(x: Tensor, shape: Any, weight: Tensor, epsilon: float) -> Tensor:
+    return plain_rms_norm(x, shape, weight * 0.9, epsilon)
 
 
 def doubled_scale(*given: Any) -> float:

@@ -89,7 +89,7 @@ def test_one_process_with_deepspeed_equals_plain_torch() -> None:
 
 def test_selftest_passes_and_leaves_the_random_state(double: dict[str, Any]) -> None:
     found = double["selftest"]
-    assert [found[layout] for layout in ("2:3", "2:0", "1:3")] == [None] * 3
+    assert [found[layout] for layout in ("2:3", "2:0", "1:3", "fused norm")] == [None] * 4
     assert found["random state"] == "True"
 
 
@@ -99,6 +99,7 @@ def test_selftest_names_what_differs(double: dict[str, Any]) -> None:
     assert "long window: gradient norm" in scale and "window: loss" not in scale
     assert "1 data x 2 sequence, ZeRO stage 3; 4 query and 1 key/value heads" in scale
     assert "long window: loss" in rotary and "short window" not in rotary
+    assert "short window: loss" in double["selftest"]["norm"] and "long window: loss" in double["selftest"]["norm"]
 
 
 def test_ranks_that_work_on_different_things(double: dict[str, Any]) -> None:

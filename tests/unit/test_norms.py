@@ -1,6 +1,7 @@
 """Fused norms: the model's own outputs and gradients, which norms are replaced, and how a kernel is chosen."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_the_fused_norm_is_the_models_own(model_class: type, config_class: type,
 
 
 def test_the_kernel_is_called_for_every_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = built(LlamaForCausalLM, LlamaConfig), []
+    model: Any = built(LlamaForCausalLM, LlamaConfig)
+    calls: list[float] = []
     rms_norm = torch.nn.functional.rms_norm
     monkeypatch.setattr("torch.nn.functional.rms_norm", lambda *args: calls.append(args[3]) or rms_norm(*args))
     use_norm(model, NormKernel.torch)
