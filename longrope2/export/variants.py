@@ -46,9 +46,7 @@ def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleF
         FactorsError: ``dual`` with two attention scales, which no Hugging Face config can say.
     """
     if variant is ExportVariant.long_only:
-        return replace(
-            factors, short_factors=factors.factors, short_attention_scale=factors.long_attention_scale
-        )  # fmt: skip
+        return factors.in_both_windows()
     if variant is ExportVariant.short_only:
         return replace(
             factors, factors=factors.window_factors(Window.SHORT), long_attention_scale=factors.short_attention_scale,

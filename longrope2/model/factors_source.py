@@ -31,6 +31,8 @@ class RopeConfig:
     factors: str | None = None
     """Factors JSON or CSV for ``from_file``; model folder, config.json or hub id for ``from_hf``; for ``searched``,
     ``yarn_rcd`` and ``ntk_rcd``, a factors JSON instead of the run's own."""
+    both_windows: bool = False
+    """True uses the rescaled RoPE inside the original window too, as methods without a factor switch do."""
 
 
 def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
@@ -55,6 +57,12 @@ def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, r
         ArtifactError: the file is missing or damaged, or its factors are for another model or target; names the key.
         FactorsError: a closed form that does not exist for this geometry.
     """
+    factors = _long_window_factors(rope, geometry, target_len, run_folder)
+    return factors.in_both_windows() if rope.both_windows else factors
+
+
+def _long_window_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path) -> RescaleFactors:
+    """The factors as their source has them."""
     path = factors_path(rope, run_folder)
     if path is None:
         return closed_form_factors(rope.method, geometry, target_len)

@@ -9,7 +9,7 @@ Shape letters: I = cosine indices.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -105,6 +105,10 @@ class RescaleFactors:
     def attention_scale(self, window: Window) -> float:
         """Multiplier on cos and sin in one window."""
         return self.long_attention_scale if window is Window.LONG else self.short_attention_scale
+
+    def in_both_windows(self) -> "RescaleFactors":
+        """The same rescaled RoPE at every length: no factor switch, as models trained without mixed windows are read."""
+        return replace(self, short_factors=self.factors, short_attention_scale=self.long_attention_scale)
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` turns back into an equal value (floats are written exactly)."""

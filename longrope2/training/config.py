@@ -71,7 +71,8 @@ class TrainingConfig:
     same_kind_segments: int = 8
     """Segments in a row that share the window kind; a multiple of the data-parallel size, so that ranks wait for none."""
     mixed: bool = True
-    """False trains every segment with the rescaled RoPE and full attention (the paper's ablation)."""
+    """False trains every segment with the rescaled RoPE and full attention (the paper's ablation); the result is read
+    with the rescaled RoPE at every length."""
     optimizer: OptimizerKind = OptimizerKind.torch_adamw
     """AdamW of torch (fused on a GPU), of DeepSpeed, or of NVIDIA apex where that is installed."""
     learning_rate: float = 2e-5

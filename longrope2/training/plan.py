@@ -19,10 +19,10 @@ from longrope2.training.forecast import make_forecast
 __all__ = ["CHANGEABLE_TRAINING_KEYS", "TrainingPlan", "check_tokenizer_fits", "check_windows_fit", "describe_plan",
            "describe_segments", "make_plan", "make_schedule", "run_identity", "segments_folder"]  # fmt: skip
 
-# Fields of ``training`` that may change between the parts of one run: they do not change what is computed.
+# Fields of ``training`` that may change between the parts of one run: they change nothing that is computed but its rounding.
 CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps", "recompute",
                             "offload_activations", "max_skipped_steps", "peak_tflops", "prefetch_steps",
-                            "async_checkpoints", "final_dtype", "selftest", "hang_timeout_s")  # fmt: skip
+                            "async_checkpoints", "final_dtype", "selftest", "hang_timeout_s", "norm")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ def make_plan(config: TrainRoot, world_size: int) -> TrainingPlan:
     factors = resolve_factors(
         config.rope, rope_geometry(model_folder, config.model.original_len), config.target_len, config.run.folder
     )
+    if not config.training.mixed:
+        # A model that never sees the original RoPE in training is read with the rescaled one at every length.
+        factors = factors.in_both_windows()
     return TrainingPlan(model_folder, store.folder, factors, *make_schedule(store, config))
 
 
@@ -137,10 +140,13 @@ def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
     for changeable in CHANGEABLE_TRAINING_KEYS:
         del settings[changeable]
     path = factors_path(config.rope, config.run.folder)
+    factors = describe_input(path) if path else {"method": plan.factors.method}
+    if config.rope.both_windows:
+        factors["both_windows"] = True
     return {
         "model": model_identity(plan.model_folder),
         "segments": describe_input(plan.segments_folder),
-        "factors": describe_input(path) if path else {"method": plan.factors.method},
+        "factors": factors,
         "training": settings,
         "seed": config.seed,
     }

@@ -15,7 +15,7 @@ from longrope2.evaluation import ResultsLog, check, evaluated_lengths, measure_a
 from longrope2.evaluation import tasks as tasks_module
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, SubjectConfig
 from longrope2.model import RopeConfig
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN = 16, 64
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
@@ -140,6 +140,16 @@ def test_subjects_carry_their_weights_and_factors(make_config, base_folder, tmp_
     assert found[2].factors == found[4].factors == searched_factors()
     assert found[4].folder == tmp_path / "trained"
     assert set(found[2].source) == {"factors"} and set(found[4].source) == {"checkpoint"}
+
+
+def test_methods_without_a_factor_switch(make_config, base_folder):
+    """As plain YaRN is served: its table and attention scale at every length."""
+    static = SubjectConfig("yarn_static", rope=RopeConfig(RopeMethod.yarn, both_windows=True))
+    _, found = resolve_subjects(make_config(BASE, static), base_folder)
+    yarn = closed_form_factors(RopeMethod.yarn, GEOMETRY, TARGET_LEN)
+    assert found.factors.short_factors == found.factors.factors == yarn.factors
+    assert found.factors.short_attention_scale == yarn.long_attention_scale > 1
+    assert found.table_identity(Window.SHORT) == found.table_identity(Window.LONG)
 
 
 def resolve_one(make_config, base_folder, subject):

@@ -149,6 +149,14 @@ def test_windows_have_their_own_table_and_scale() -> None:
     assert own_short.tolist() == pytest.approx([t / 2 for t in theta], rel=3e-7)
 
 
+def test_in_both_windows_the_short_one_is_the_long_one() -> None:
+    static = small(long_attention_scale=1.2).in_both_windows()
+    assert torch.equal(static.inverse_frequencies(Window.SHORT), static.inverse_frequencies(Window.LONG))
+    assert static.inverse_frequencies(Window.LONG).equal(small().inverse_frequencies(Window.LONG))
+    assert (static.attention_scale(Window.SHORT), static.attention_scale(Window.LONG)) == (1.2, 1.2)
+    assert RescaleFactors.from_json(static.to_json()) == static
+
+
 def test_closed_forms_in_float64() -> None:
     geometry, target_len, scale = RopeGeometry(128, 5e5, 8192), 131072, 16.0
     methods = {method: closed_form_factors(method, geometry, target_len) for method in CLOSED_FORMS}

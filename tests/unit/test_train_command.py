@@ -10,7 +10,9 @@ import pytest
 from data_prep.pack import main as pack_main
 from launch.train import main
 from longrope2.command import run_command
+from longrope2.config import compose
 from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.training import TrainRoot, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,21 @@ def test_missing_segments(tmp_path, monkeypatch, capsys) -> None:
 def test_missing_factors(tmp_path, monkeypatch, capsys, packed) -> None:
     message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}")
     assert "rope.method=searched needs a factors file, but" in message and "rope.factors=FILE" in message
+
+
+@pytest.mark.parametrize(("mixed", "rope_of_short"), [(True, None), (False, "yarn")])
+def test_without_mixed_windows_the_model_has_one_rope(tmp_path, packed, mixed, rope_of_short) -> None:
+    """What was never trained with the original RoPE is not read with it."""
+    config = compose(TrainRoot, "train", [
+        "experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048",
+        "training.same_kind_segments=1", "parallel=single", "rope=yarn", f"segments={packed}", f"run.root={tmp_path}",
+        f"training.mixed={str(mixed).lower()}",
+    ])  # fmt: skip
+    factors = make_plan(config, 1).factors
+    yarn = closed_form_factors(RopeMethod.yarn, RopeGeometry(32, 10_000.0, 128), 256)
+    assert factors.factors == yarn.factors
+    assert factors.short_factors == (yarn.factors if rope_of_short else None)
+    assert factors.short_attention_scale == (yarn.long_attention_scale if rope_of_short else 1.0)
 
 
 @pytest.mark.parametrize(
