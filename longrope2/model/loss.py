@@ -1,12 +1,14 @@
 """Summed token loss straight from hidden states: the logits of a segment are never held at once.
 
-Shape legend: T = tokens, H = hidden size, V = vocabulary.
+Shape legend: T = tokens, C = tokens of a chunk, H = hidden size, V = vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 __all__ = ["IGNORED_LABEL", "token_loss_sum"]
 
@@ -26,19 +28,46 @@ def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tens
         head_VH: Output embedding.
         labels_T: Next-token ids, int64.
     """
-    if hasattr(F, "linear_cross_entropy") and hidden_TH.shape[0] >= hidden_TH.shape[1]:
+    # torch's own sums bf16 losses and, on a GPU, the weight gradient in bf16: only float32 is left to it.
+    is_float32 = hidden_TH.dtype is torch.float32
+    if is_float32 and hasattr(F, "linear_cross_entropy") and hidden_TH.shape[0] >= hidden_TH.shape[1]:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS, acc_dtype=torch.float32)
         return F.linear_cross_entropy(
             hidden_TH, head_VH, labels_T, reduction="sum", ignore_index=IGNORED_LABEL, options=options
-        ).float()
-    losses = [
-        checkpoint(_chunk_loss_sum, hidden, head_VH, labels, use_reentrant=False)
-        for hidden, labels in zip(hidden_TH.split(CHUNK_TOKENS), labels_T.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.stack(losses).sum()
+        )
+    loss_sum = _LossSum.apply(hidden_TH, head_VH, labels_T)
+    assert isinstance(loss_sum, Tensor)
+    return loss_sum
 
 
-def _chunk_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
-    """Loss of one chunk; its logits are recomputed in the backward pass."""
-    logits_TV = F.linear(hidden_TH, head_VH).float()
-    return F.cross_entropy(logits_TV, labels_T, reduction="sum", ignore_index=IGNORED_LABEL)
+class _LossSum(torch.autograd.Function):
+    """Gradients are made together with the loss, chunk by chunk, and whatever is summed over chunks is float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
+        """The loss; keeps both gradients for an upstream gradient of 1."""
+        loss_sum = torch.zeros((), device=hidden_TH.device)
+        ctx.hidden_gradient_TH = torch.empty_like(hidden_TH)
+        ctx.head_gradient_VH = torch.zeros_like(head_VH, dtype=torch.float32)
+        chunks = (x.split(CHUNK_TOKENS) for x in (hidden_TH, labels_T, ctx.hidden_gradient_TH))
+        for hidden_CH, labels_C, gradient_CH in zip(*chunks, strict=True):
+            is_ignored_C1 = (labels_C == IGNORED_LABEL)[:, None]
+            labels_C1 = labels_C[:, None].masked_fill(is_ignored_C1, 0)
+            log_probs_CV = F.linear(hidden_CH, head_VH).float().log_softmax(dim=-1)
+            loss_sum -= log_probs_CV.gather(1, labels_C1).masked_fill(is_ignored_C1, 0.0).sum()
+            gradient_CV = log_probs_CV.exp_()
+            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
+            gradient_CV = gradient_CV.masked_fill_(is_ignored_C1, 0.0).to(head_VH.dtype)
+            gradient_CH.copy_(gradient_CV @ head_VH)
+            ctx.head_gradient_VH += gradient_CV.T @ hidden_CH
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Both gradients, scaled in float32 before they are rounded; once, since the kept ones are used up."""
+        dtype = ctx.hidden_gradient_TH.dtype
+        hidden_gradient_TH = (ctx.hidden_gradient_TH.float() * upstream).to(dtype)
+        head_gradient_VH = ctx.head_gradient_VH.mul_(upstream).to(dtype)
+        del ctx.hidden_gradient_TH, ctx.head_gradient_VH
+        return hidden_gradient_TH, head_gradient_VH, None

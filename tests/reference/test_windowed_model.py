@@ -97,6 +97,26 @@ def test_loss_and_gradients_equal_plain_cross_entropy(num_tokens: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_loss_in_bf16_is_summed_and_scaled_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5000, 48, generator=generator).bfloat16().requires_grad_()
+    head = (0.3 * torch.randn(71, 48, generator=generator)).bfloat16().requires_grad_()
+    labels = torch.randint(0, 71, (5000,), generator=generator)
+    scale = 1 / 2999  # a bf16 number is 1e-3 away
+    found = token_loss_sum(hidden, head, labels)
+    expected = F.cross_entropy(hidden.double() @ head.double().T, labels, reduction="sum")
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    gradients = zip(
+        torch.autograd.grad(scale * found, [hidden, head]),
+        torch.autograd.grad(scale * expected, [hidden, head]),
+        strict=True,
+    )
+    for ours, theirs in gradients:
+        projection = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
+        assert projection.item() == pytest.approx(1, abs=3e-4)
+
+
 @pytest.mark.parametrize("num_tokens", [5, 2500])
 def test_no_target_means_zero_loss_and_zero_gradient(num_tokens: int) -> None:
     hidden = torch.randn(num_tokens, 48, requires_grad=True)
