@@ -152,6 +152,21 @@ def test_communication_types() -> None:
     assert settings(ZeroConfig(sequence_gradient_dtype=bf16))["seq_parallel_communication_data_type"] == "bf16"
 
 
+def test_the_format_of_the_forward_pass_under_sequence_parallelism() -> None:
+    """DeepSpeed reads this key itself and takes names of formats only."""
+    from deepspeed.runtime.config import get_communication_data_type
+
+    for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        found = settings(ZeroConfig(sequence_gradient_dtype=CommunicationType.auto), bf16=bf16)
+        assert get_communication_data_type(found, "seq_parallel_communication_data_type", "fp32") is expected
+
+
+def test_bf16_gradients_are_accumulated_in_float32_where_deepspeed_can() -> None:
+    for stage, expected in ((0, None), (1, None), (2, {"grad_accum_dtype": "fp32"}), (3, {"grad_accum_dtype": "fp32"})):
+        assert settings(ZeroConfig(), stage).get("data_types") == expected
+        assert "data_types" not in settings(ZeroConfig(), stage, bf16=False)
+
+
 def test_defaults_are_those_of_deepspeed() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
