@@ -141,7 +141,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**fields)
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
         raise ArtifactError(f"{path} is not a manifest of this project: {error}") from None
     if manifest.kind != kind:
         raise ArtifactError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}")

@@ -15,7 +15,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longrope2.artifacts import Manifest, fsync_folder, read_manifest, sha256_of_file, write_manifest, write_text
+from longrope2.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    fsync_folder,
+    read_manifest,
+    sha256_of_file,
+    write_manifest,
+    write_text,
+)
 from longrope2.errors import ArtifactError
 from longrope2.training.checkpoint_files import RankFiles, collect_hashes
 from longrope2.training.checkpoint_universal import ShardLayout, load_converted, optimizer_record
@@ -65,20 +73,23 @@ class CheckpointWriter:
             ArtifactError: a file of this or the checkpoint before could not be written.
         """
         self._join()
-        tag = f"step_{steps_done:08d}"
+        tag = _tag(steps_done)
         working = self._folder / f".{tag}.writing"
-        if dist.get_rank() == 0:
-            shutil.rmtree(working, ignore_errors=True)
-            working.mkdir(parents=True)
         files = RankFiles(dist.get_rank(), in_memory=self._in_background)
-        with files.taken_from(self._engine, working):  # save_checkpoint begins with a barrier: the folder is there
-            self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
-        manifest = Manifest(
-            STEP_KIND,
-            inputs=self._identity,
-            counts={"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row},
-            details={"shards": ShardLayout.of(self._engine).to_json(), "optimizer": optimizer_record(self._engine)},
-        )
+        try:
+            if dist.get_rank() == 0:
+                shutil.rmtree(working, ignore_errors=True)
+                working.mkdir(parents=True)
+            with files.taken_from(self._engine, working):  # save_checkpoint begins with a barrier: the folder is there
+                self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
+        except OSError as error:
+            self._failure = error
+            self.raise_if_failed()
+        counts = {"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        details = {"shards": ShardLayout.of(self._engine).to_json(), "optimizer": optimizer_record(self._engine)}
+        manifest = None
+        if dist.get_rank() == 0:  # the others need none, and it asks git for the commit
+            manifest = Manifest(STEP_KIND, inputs=self._identity, counts=counts, details=details)
         self._thread = threading.Thread(
             target=self._write, args=(files, working, tag, manifest), name="checkpoint-writer", daemon=True
         )
@@ -114,11 +125,11 @@ class CheckpointWriter:
             self._thread = None
         self.raise_if_failed()
 
-    def _write(self, files: RankFiles, working: Path, tag: str, manifest: Manifest) -> None:
+    def _write(self, files: RankFiles, working: Path, tag: str, manifest: Manifest | None) -> None:
         """The thread: this rank's files; on rank 0 then everything that makes them a checkpoint."""
         try:
             files.write()
-            if dist.get_rank() == 0:
+            if manifest is not None:
                 manifest.files = collect_hashes(working, dist.get_world_size())
                 self._publish(working, tag, manifest)
         except Exception as error:  # told to the training thread
@@ -132,8 +143,10 @@ class CheckpointWriter:
         working.rename(self._folder / tag)
         fsync_folder(self._folder)
         write_text(self._folder / LATEST_FILE, tag + "\n")
-        for old in _step_folders(self._folder)[: -self._keep]:
-            shutil.rmtree(old)
+        # A newer one was found damaged when the run was resumed: it must not take the place of an intact one.
+        intact = [path for path in _step_folders(self._folder) if path.name <= tag]
+        for path in set(_step_folders(self._folder)) - set(intact[-self._keep :]):
+            shutil.rmtree(path)
 
 
 def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[int, SkippedSteps]:
@@ -178,7 +191,7 @@ def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, Manifes
         try:
             manifest = read_manifest(candidate, STEP_KIND)
             _verify(candidate, manifest)
-        except ArtifactError as error:
+        except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
             log.warning("skipping a damaged checkpoint: %s", error)
             continue
         changed = [key for key in identity if manifest.inputs.get(key) != identity[key]]
@@ -192,13 +205,21 @@ def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, Manifes
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its hash."""
+    """Compare every file with its hash, and the cursor, which no hash covers, with the folder's name."""
+    steps = manifest.counts.get("steps")
+    if not isinstance(steps, int) or folder.name != _tag(steps):
+        raise ArtifactError(f"{folder / MANIFEST_NAME} says counts.steps={steps}, its folder another number")
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise ArtifactError(f"{path} is missing")
         if sha256_of_file(path) != expected:
             raise ArtifactError(f"{path} does not match its SHA-256")
+
+
+def _tag(steps_done: int) -> str:
+    """Name of a checkpoint."""
+    return f"step_{steps_done:08d}"
 
 
 def _step_folders(folder: Path) -> list[Path]:

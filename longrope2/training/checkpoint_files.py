@@ -76,7 +76,10 @@ class RankFiles:
             torch.save(state_dict, buffer)
         else:
             with atomic_path(Path(path)) as temporary:
-                torch.save(state_dict, temporary)
+                try:
+                    torch.save(state_dict, temporary)
+                except RuntimeError as error:  # torch's word for a disk that takes no more
+                    raise OSError(f"{path}: {error}") from error
             self._hashes[Path(path).name] = sha256_of_file(Path(path))
 
 

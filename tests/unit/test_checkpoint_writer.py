@@ -1,6 +1,7 @@
 """Writing a checkpoint while training goes on: what is on disk at every moment, and what a failure leaves."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.training import checkpoint_files, checkpoint_universal
+from longrope2.training import checkpoint, checkpoint_files, checkpoint_universal
 from longrope2.training.checkpoint import CheckpointWriter, _newest_intact, load_newest
 from longrope2.training.checkpoint_universal import ShardLayout, load_converted
 from longrope2.training.guard import SkippedSteps
@@ -124,6 +125,67 @@ def test_a_full_disk_ends_the_run_and_leaves_the_one_before(tmp_path: Path, monk
         writer.finish()
     with pytest.raises(ArtifactError, match="the same command goes on from there"):
         writer.raise_if_failed()
+    assert newest(folder) == "step_00000001"
+
+
+def test_a_full_disk_without_a_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_writer(PlainEngine(), tmp_path / "run", in_background=False)
+    writer.save(1, SkippedSteps())
+
+    def full(state: Any, path: Path) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtifactError, match="could not be written: .*file write failed.*the one before is intact"):
+        writer.save(2, SkippedSteps())
+    assert newest(tmp_path / "run") == "step_00000001"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_does_not_displace_an_intact_one(tmp_path: Path, keep: int) -> None:
+    """Resumed from step 1 because step 7 is damaged, the run saves at steps 2 and 3."""
+    folder = tmp_path / "run"
+    writer = make_writer(PlainEngine(), folder, keep=keep)
+    for step in (1, 7):
+        make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
+    (folder / "step_00000007" / "model.pt").write_bytes(b"damaged")
+    for step in (2, 3):
+        writer.save(step, SkippedSteps())
+        writer.finish()
+        assert newest(folder) == f"step_{step:08d}"
+    assert visible(folder) == ["latest", *["step_00000002", "step_00000003"][-keep:]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(b'"steps": 2', b'"steps": 3'),
+        lambda text: text.replace(b'"steps": 2', b'"steps": \xff'),
+        lambda text: text.replace(b'"counts"', b'"cou\xeets"'),
+    ],
+)
+def test_a_flipped_byte_in_the_newest_manifest(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
+    manifest = folder / "step_00000002" / "manifest.json"
+    before = manifest.read_bytes()
+    manifest.write_bytes(damage(before))
+    assert manifest.read_bytes() != before and newest(folder) == "step_00000001"
+
+
+def test_a_disk_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
+    hashed = checkpoint.sha256_of_file
+
+    def unreadable(path: Path) -> str:
+        if path.parent.name == "step_00000002":
+            raise OSError(5, "Input/output error", str(path))
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of_file", unreadable)
     assert newest(folder) == "step_00000001"
 
 
