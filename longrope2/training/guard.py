@@ -10,7 +10,8 @@ all of them. Then
 
 How: DeepSpeed computes the global norm inside its optimizer step, just before it calls the optimizer it wraps, once per
 group of parameters. Hooks of that optimizer take the gradients away before the step and put them back after it (DeepSpeed
-keeps some of these buffers), and an Adam without gradients does nothing.
+keeps some of these buffers), and an Adam without gradients does nothing, save that apex's counts the step all the same: the
+counters of groups are put back too.
 (DeepSpeed itself leaves a step out when the norm is not finite, before it comes to the hook.)
 """
 
@@ -41,6 +42,7 @@ class StepGuard:
         self._norm: float | None = None
         self._refused = False
         self._taken: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._counted: list[tuple[dict[str, Any], Any]] = []
         engine.basic_optimizer.register_step_pre_hook(self._take_gradients_if_refused)
         engine.basic_optimizer.register_step_post_hook(self._put_gradients_back)
 
@@ -61,6 +63,7 @@ class StepGuard:
         self._refused = not (math.isfinite(self._loss) and math.isfinite(norm) and norm <= self._max_norm)
         if self._refused:
             self._taken = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+            self._counted = [(group, group.get("step")) for group in optimizer.param_groups]
             for parameter, _ in self._taken:
                 parameter.grad = None
 
@@ -68,7 +71,11 @@ class StepGuard:
         """Hook: DeepSpeed goes on as after any step."""
         for parameter, gradient in self._taken:
             parameter.grad = gradient
-        self._taken = []
+        for group, step in self._counted:
+            group.pop("step", None)
+            if step is not None:
+                group["step"] = step
+        self._taken, self._counted = [], []
 
 
 @dataclass
