@@ -57,7 +57,15 @@ def join_processes(parallel: ParallelConfig) -> Processes:
     return Processes(dims, device, sequence_group, mpu)
 
 
-def leave_processes() -> None:
-    """Leave the process group; without it gloo and NCCL warn at exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_processes(*, failed: bool = False) -> None:
+    """Leave the process group; without it gloo and NCCL warn at exit.
+
+    Args:
+        failed: This rank ends with an error, perhaps alone. NCCL's orderly end would wait for the other ranks and for what
+            they were to do together, and the error would not be shown before: the end of the process aborts it instead.
+    """
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+        return
+    dist.destroy_process_group()

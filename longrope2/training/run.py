@@ -51,6 +51,7 @@ def train(config: TrainRoot) -> RunEnd:
     """
     with StopSignals() as signals:
         processes = join_processes(config.parallel)
+        failed = True
         try:
             plan = make_plan(config, processes.dims.world_size)
             heartbeat = Heartbeat(
@@ -58,9 +59,11 @@ def train(config: TrainRoot) -> RunEnd:
                 world_size=processes.dims.world_size, timeout_s=config.training.hang_timeout_s,
             )  # fmt: skip
             with heartbeat:
-                return _train(config, plan, processes, signals, heartbeat)
+                end = _train(config, plan, processes, signals, heartbeat)
+            failed = False
+            return end
         finally:
-            leave_processes()
+            leave_processes(failed=failed)
 
 
 @dataclass
