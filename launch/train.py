@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from launch.torchrun import CONFIG_FLAG, config_path_of_rank, note_config_of_ranks, run_under_torchrun, split_prepare
-from longrope2.artifacts import product_folder, read_manifest
+from longrope2.artifacts import MANIFEST_NAME, product_folder, read_manifest
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
@@ -60,8 +60,8 @@ def main() -> None:
     print(plan.describe(config, config.parallel.processes))
     folder = product_folder(config.run.folder, "checkpoints")
     check_machine(config)
+    complete = _is_complete(folder, config)
     claim_folder(folder, config, changeable=CHANGEABLE)
-    complete = _is_complete(folder)
     if prepare is not None:
         note_config_of_ranks(prepare, None if complete else folder / "config.yaml")
     if complete:
@@ -90,12 +90,22 @@ def _exit_unless_done(end: RunEnd) -> None:
     sys.exit(REQUEUE_EXIT_CODE)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the run has reached its end."""
+def _is_complete(folder: Path, config: TrainRoot) -> bool:
+    """Whether the run has reached its end.
+
+    Raises:
+        ConfigError: it has, with ``final/`` in another number format than this command asks for.
+    """
     try:
-        read_manifest(folder, "checkpoints")
+        manifest = read_manifest(folder, "checkpoints")
     except ArtifactError:
         return False
+    written, wanted = manifest.config["training"]["final_dtype"], config.training.final_dtype.value
+    if written != wanted:
+        raise ConfigError([
+            f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was written with {written}; to write it "
+            f"again from the newest checkpoint, remove {folder / MANIFEST_NAME}"
+        ])  # fmt: skip
     return True
 
 

@@ -238,6 +238,12 @@ def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[s
     faults = []
     if parallel.zero_stage not in (0, 1, 2, 3):
         faults.append(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3")
+    if parallel.replicate_below < 0:
+        faults.append(f"parallel.replicate_below={parallel.replicate_below} must not be negative")
+    if parallel.timeout_seconds <= 0:
+        faults.append(f"parallel.timeout_seconds={parallel.timeout_seconds} must be above 0")
+    if world_size < 1:
+        return [*faults, f"parallel.processes={world_size} must be above 0"]
     if parallel.sequence < 1 or world_size % parallel.sequence:
         allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
         return [*faults, f"parallel.sequence={parallel.sequence} does not divide {world_size} processes; use {allowed}"]
@@ -254,4 +260,4 @@ def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[s
         )
     model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = model["num_attention_heads"]
-    return faults + head_faults(parallel.sequence, heads, model.get("num_key_value_heads", heads))
+    return faults + head_faults(parallel.sequence, heads, model.get("num_key_value_heads") or heads)

@@ -55,7 +55,7 @@ def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str
         faults.append(f"zero.prefetch_elements={zero.prefetch_elements} must not be negative")
     if zero.hpz_size > 1 and stage != 3:
         faults.append(f"zero.hpz_size={zero.hpz_size} needs parallel.zero_stage=3, this run has {stage}; use 1")
-    if zero.hpz_size > 0 and world_size % zero.hpz_size:
+    if zero.hpz_size > 0 and world_size > 0 and world_size % zero.hpz_size:
         allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
         faults.append(f"zero.hpz_size={zero.hpz_size} does not divide {world_size} processes; use one of {allowed}")
     if zero.offload_optimizer and stage == 0:

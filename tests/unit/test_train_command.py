@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import main as pack_main
-from launch.train import main
+from launch.train import _is_complete, main
+from longrope2.artifacts import Manifest, write_manifest
 from longrope2.command import run_command
-from longrope2.config import compose
+from longrope2.config import compose, to_plain
+from longrope2.errors import ConfigError
 from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
 from longrope2.training import TrainRoot, make_plan
+from longrope2.training.config import check_rules
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,39 @@ def test_too_few_segments_for_a_step(tmp_path, monkeypatch, capsys, packed) -> N
         "training.global_batch_tokens=16384", "training.tokens=null",
     )  # fmt: skip
     assert "too few for one step of training.global_batch_tokens=16384" in message
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_no_processes(tmp_path, monkeypatch, capsys, processes: int) -> None:
+    message = refused(
+        tmp_path, monkeypatch, capsys, f"parallel.processes={processes}", "parallel.sequence=1",
+        "parallel.timeout_seconds=0", "parallel.replicate_below=-1",
+    )  # fmt: skip
+    assert "3 fault(s)" in message
+    assert f"parallel.processes={processes} must be above 0" in message
+    assert "parallel.timeout_seconds=0 must be above 0" in message
+    assert "parallel.replicate_below=-1 must not be negative" in message
+
+
+def test_key_value_heads_that_are_null_are_the_query_heads(tmp_path) -> None:
+    """As in configs of Phi-2 and older Llamas."""
+    model = json.loads((Path("models/tiny") / "config.json").read_text()) | {"num_key_value_heads": None}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = compose(TrainRoot, "train", ["experiment=tiny_extend", "parallel.sequence=3", "parallel.processes=3"])
+    with pytest.raises(ConfigError, match="cannot share 4 query and 4 key/value heads"):
+        check_rules(config, tmp_path, 3)
+
+
+def test_a_complete_run_in_another_final_format_is_not_passed_over(tmp_path) -> None:
+    config = compose(TrainRoot, "train", ["experiment=tiny_extend"])
+    assert not _is_complete(tmp_path, config)
+    write_manifest(tmp_path, Manifest("checkpoints", config=to_plain(config)))
+    assert _is_complete(tmp_path, config)
+    config = compose(TrainRoot, "train", ["experiment=tiny_extend", "training.final_dtype=fp32"])
+    with pytest.raises(
+        ConfigError, match="training.final_dtype=fp32, but .*final is complete and was written with auto"
+    ):
+        _is_complete(tmp_path, config)
 
 
 def test_faults_of_zero_beside_others(tmp_path, monkeypatch, capsys) -> None:
