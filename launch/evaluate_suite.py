@@ -84,9 +84,13 @@ def run_suite(
                 _gate(config, cells_of(subject) + short_rows)
         log.reread()
         cells = [row for subject in subjects for row in cells_of(subject)]
-    missing = sum(cell.get("num_missing", 0) for cell in cells if cell["score"] is None)
-    unfinished = missing > 0 and not given_up
-    if shard.count > 1 and (unfinished or (config.suite.short_tasks.tasks and shard.index > 0)):
+    lost = {(row.suite, row.task, row.length) for row in given_up}
+    missing = sum(
+        cell["num_missing"]
+        for cell in cells
+        if cell["score"] is None and (cell["suite"], cell["task"], cell["length"]) not in lost
+    )
+    if shard.count > 1 and (missing > 0 or (config.suite.short_tasks.tasks and shard.index > 0)):
         print(f"shard {shard.index + 1}/{shard.count} is done; {missing} answers of other shards are still missing. "
               "The same command without evaluation.shard sums up when they have ended")  # fmt: skip
         return False

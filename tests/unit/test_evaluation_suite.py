@@ -57,6 +57,32 @@ def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monke
     assert json.loads((folder / "suite.json").read_text()) == summary
 
 
+def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(evaluate, tmp_path, monkeypatch):
+    make_decoder = generation_run.make_decoder
+
+    def short_of_memory(rows, chunk):
+        decode = make_decoder(rows, chunk)
+
+        def generate(model, samples, stop_ids):
+            if len(samples[0].prompt_T) > 600:
+                raise MemoryError
+            return decode(model, samples, stop_ids)
+
+        return generate
+
+    monkeypatch.setattr("launch.evaluate_suite.make_decoder", short_of_memory)
+    folder = tmp_path / "r" / "4_evaluations"
+    code, out, err = evaluate("evaluation.shard=2/2")
+    assert code == 0, err
+    assert "shard 2/2 is done; 2 answers of other shards are still missing" in out
+    assert not (folder / "suite.json").exists() and not (folder / "manifest.json").exists()
+    code, out, err = evaluate("evaluation.shard=1/2")
+    assert code == 0, err
+    cells = json.loads((folder / "suite.json").read_text())["cells"]
+    assert [(c["length"], c["score"] is None, c.get("reason", "")[:13]) for c in cells] == [
+        (512, False, ""), (1024, True, "out of memory")] * 2  # fmt: skip
+
+
 def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_path):
     """The untrained base finds no needle at 8 times its window."""
     rule = "calibration.rules=[{score: needle_map/needle_map/1024, low: 50, high: 100}]"
