@@ -99,23 +99,23 @@ def plan_questions(
     for subject in subjects:
         own = []
         for task in tasks:
+            asked = []
             for sample in task.samples:
                 key = sample_key(subject, sample, dtype=dtype, stop_ids=stop_ids)
                 if key not in known:
                     known.add(key)
-                    own.append(Question(subject, task, sample, key))
-        questions += sorted(own, key=_place_in_order)
+                    asked.append(Question(subject, task, sample, key))
+            own += sorted(asked, key=_place_in_task)
+        questions += sorted(own, key=lambda question: (-question.task.length, question.task.suite, question.task.name))
     return questions
 
 
-def _place_in_order(question: Question) -> tuple[int, str, str, int, bytes]:
-    """Sort key of a question within its subject."""
-    task = question.task
-    length_class = -(
-        -LENGTH_CLASSES * question.num_tokens // task.length
-    )  # rounded up: prompts cut to length are in one
+def _place_in_task(question: Question) -> tuple[int, bytes]:
+    """Sort key of a question within its task: it copies the prompt, so no more than one task is sorted by it at a time."""
+    # Rounded up: prompts cut to length are in one.
+    length_class = -(-LENGTH_CLASSES * question.num_tokens // question.task.length)
     ids = question.sample.prompt_T.astype(">u4").tobytes()  # big-endian: bytes sort as the ids do
-    return -task.length, task.suite, task.name, -length_class, ids
+    return -length_class, ids
 
 
 def shard_questions(questions: Sequence[Question], shard: Shard) -> list[Question]:

@@ -15,7 +15,7 @@ from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.statistics import macro_interval, paired_test, score_interval
 from longrope2.evaluation.subjects import Subject
 
-__all__ = ["FIRST_VIEW", "average_rows", "effective_length", "paired_rows", "score_cells"]
+__all__ = ["EFFECTIVE_THRESHOLD", "FIRST_VIEW", "average_rows", "effective_length", "paired_rows", "score_cells"]
 
 FIRST_VIEW = 100  # the paper's sample count per RULER task: the first so many are shown beside all
 EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4k
@@ -117,8 +117,9 @@ def effective_length(averages: Sequence[dict[str, Any]], subject: str, suite: st
 
 
 def paired_rows(cells: Sequence[dict[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
-    """Paired test of every subject against ``reference`` (or of every pair) in every finished cell.
+    """Paired test of every subject against ``reference`` in every finished cell, of every pair where that has no score.
 
+    Beyond its window the base model may not have been asked, and the extended ones are then compared with each other.
     Cells are paired only where both hold the same samples in the same order.
     """
     rows = []
@@ -127,9 +128,10 @@ def paired_rows(cells: Sequence[dict[str, Any]], reference: str | None = None) -
         if cell["score"] is not None:
             by_place.setdefault((cell["suite"], cell["task"], cell["length"]), []).append(cell)
     for (suite, task, length), members in by_place.items():
+        all_pairs = reference not in [member["subject"] for member in members]
         for index, second in enumerate(members):
             for first in members[index + 1 :]:
-                asked = reference is None or reference in (first["subject"], second["subject"])
+                asked = all_pairs or reference in (first["subject"], second["subject"])
                 if not asked or first["samples"] != second["samples"]:
                     continue
                 names = {"first": first["subject"], "second": second["subject"]}

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -212,6 +213,25 @@ def test_another_fault_of_the_model_is_not_taken_for_memory(subjects, tasks, tmp
         answer_all(tmp_path, subjects, tasks, generate=generate)
 
 
+def test_questions_are_put_in_order_without_a_copy_of_every_prompt(subjects):
+    """The long suites ask 6,500 prompts of 131,072 tokens."""
+    num_tokens, names = 90_000, [f"task {n:02d}" for n in reversed(range(12))]
+    tasks = [
+        GenerationTask(
+            "ruler", name, num_tokens + 6,
+            tuple(Sample(np.full(num_tokens, number, dtype=np.int32), (name,), 6) for number in (3, 1, 2)), str.__eq__,
+        )
+        for name in names
+    ]  # fmt: skip
+    tracemalloc.start()
+    questions = plan_questions(subjects[:1], tasks, **ASKED)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 4 * num_tokens
+    assert [q.task.name for q in questions] == [name for name in sorted(names) for _ in range(3)]
+    assert [int(q.sample.prompt_T[0]) for q in questions] == [1, 2, 3] * len(names)
+
+
 def test_batches_hold_one_task_and_fit(subjects, tasks):
     questions = plan_questions(subjects, tasks, **ASKED)
     batches = batches_of(questions, 60)
@@ -240,6 +260,11 @@ def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expe
     assert [(p["first"], p["second"], p["task"]) for p in pairs] == [("ntk", "none", name) for name in "abc"]
     assert pairs[0]["difference"] == 0 and pairs[0]["p_value"] == 1
     assert pairs[2]["difference"] == by_place["ntk", "c"]["score"] - by_place["none", "c"]["score"]
+    # A base model that was not asked, beyond its window say, leaves the others to be compared with each other.
+    third = [by_place["ntk", task] | {"subject": "pi"} for task in "bc"]
+    asked = [cell for cell in cells if (cell["subject"], cell["task"]) != ("none", "c")]
+    found = [(p["first"], p["second"], p["task"]) for p in paired_rows([*asked, *third], "none")]
+    assert found == [("ntk", "none", "a"), ("ntk", "none", "b"), ("pi", "none", "b"), ("pi", "ntk", "c")]
 
 
 def test_effective_length_ends_at_the_first_gap():
