@@ -8,10 +8,11 @@ verdict weighs both sides' sampling error: the paper's RULER and LOFT cells rest
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean
 from typing import Any
 
 from longrope2.evaluation import paper_values as paper
-from longrope2.evaluation.generation_summary import EFFECTIVE_THRESHOLD
+from longrope2.evaluation.generation_summary import EFFECTIVE_THRESHOLD, FIRST_VIEW
 from longrope2.evaluation.statistics import NORMAL_95, macro_interval
 
 __all__ = ["PaperTable", "TableCell", "mean_cell", "paper_tables", "paper_text", "verdict"]
@@ -50,7 +51,7 @@ class PaperTable:
     rows: tuple[tuple[str, tuple[TableCell, ...]], ...]
 
 
-def verdict(ours: float, low: float, high: float, paper_value: float, paper_samples: int, num_tasks: int = 1) -> str:
+def verdict(ours: float, low: float, high: float, paper_value: float, paper_samples: float, num_tasks: int = 1) -> str:
     """Whether a score of ours and the paper's differ by more than chance (5 %).
 
     The paper's standard error is that of a share over its samples; for a mean of tasks it is the one at 50 %, which no
@@ -61,7 +62,7 @@ def verdict(ours: float, low: float, high: float, paper_value: float, paper_samp
         low: Lower end of its 95 % interval.
         high: Upper end.
         paper_value: The paper's score, 0 to 100.
-        paper_samples: Its samples per task.
+        paper_samples: Its samples per task; their harmonic mean where tasks differ, which gives the mean's own error.
         num_tasks: Tasks that both are means of.
     """
     share = 0.5 if num_tasks > 1 else min(max(paper_value / 100, 0.5 / paper_samples), 1 - 0.5 / paper_samples)
@@ -72,7 +73,7 @@ def verdict(ours: float, low: float, high: float, paper_value: float, paper_samp
     return "above" if ours > paper_value else "below"
 
 
-def mean_cell(cells: Sequence[dict[str, Any]], paper_value: float | None, paper_samples: int) -> TableCell:
+def mean_cell(cells: Sequence[dict[str, Any]], paper_value: float | None, paper_samples: float) -> TableCell:
     """The plain mean of finished cells; without a number when one is missing."""
     missing = [cell for cell in cells if cell["score"] is None]
     if missing or not cells:
@@ -223,7 +224,8 @@ def _grouped(
             own = {c["task"]: c for c in suite_cells if c["subject"] == subject["name"]}
             complete = set(tasks) == set(order)
             columns += [f"{name} mean", *tasks]
-            cells.append(mean_cell(list(own.values()), known.get(name) if complete else None, 100))
+            paper_samples = harmonic_mean([paper.NUM_SAMPLES[task] for task in order])
+            cells.append(mean_cell(list(own.values()), known.get(name) if complete else None, paper_samples))
             cells += [_cell(own.get(task), known.get(task), paper.NUM_SAMPLES.get(task, 100)) for task in tasks]
         rows.append((subject["name"], tuple(cells)))
     return PaperTable(title, tuple(columns), tuple(rows)) if columns else None
@@ -236,8 +238,10 @@ def _cell(cell: dict[str, Any] | None, paper_value: float | None, paper_samples:
     ours, low, high = (100 * value for value in (cell["score"], *cell["interval"]))
     judged = "" if paper_value is None else verdict(ours, low, high, paper_value, paper_samples)
     survived = cell.get("needle_survived")
-    note = "" if survived is None else f"needle survived truncation in {100 * survived:.0f} % of the prompts"
-    return TableCell(ours, low, high, paper_value, judged, note)
+    notes = [] if survived is None else [f"needle survived truncation in {100 * survived:.0f} % of the prompts"]
+    if cell["num_samples"] > FIRST_VIEW and "first_100" in cell:
+        notes.append(f"first {FIRST_VIEW} samples: {100 * cell['first_100']:.1f}")
+    return TableCell(ours, low, high, paper_value, judged, "; ".join(notes))
 
 
 def _paper_method(summary: dict[str, Any], subject: dict[str, Any]) -> str:

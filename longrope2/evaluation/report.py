@@ -264,6 +264,8 @@ def _flat_items(values: dict[str, Any], prefix: str) -> Iterator[str]:
 def _missing(record: RunRecord, product: str) -> str:
     """That a stage has not run, and how to run it."""
     stage = record.stages[product]
+    if product == "evaluations" and record.suite is not None:
+        return "<p class=missing>Not measured: the suite that was run has <code>suite.measures=false</code>.</p>"
     state = "is not finished" if stage.started else "has not been run"
     command = _command(product, record.folder.name)
     return f"<p class=missing>This stage {state}: <code>{command}</code></p>"

@@ -6,6 +6,7 @@ from typing import Any
 
 from longrope2.evaluation.paper_report import TableCell, paper_tables
 from longrope2.evaluation.report_html import table
+from longrope2.evaluation.statistics import score_interval
 
 __all__ = ["suite_html"]
 
@@ -70,11 +71,13 @@ def _heat(cell: dict[str, Any], depth: float) -> str:
     """One place of the map."""
     own = [(s, f) for s, f in zip(cell["scores"], cell["facts"], strict=True) if f["requested_depth"] == depth]
     share = sum(score for score, _ in own) / len(own)
+    low, high = score_interval([score for score, _ in own])
     realised = ", ".join(f"{100 * facts['depth']:.1f}" for _, facts in own[:3])
     shade = (
         f"background:color-mix(in srgb,#0b6e69 {100 * share:.0f}%,#f4f1ea);color:{'#fff' if share > 0.55 else '#222'}"
     )
-    return f"<td style='{shade}' title='{len(own)} samples; realised depths {realised} %'>{100 * share:.0f}</td>"
+    title = f"{len(own)} samples, 95 % interval {100 * low:.0f}-{100 * high:.0f} %; realised depths {realised} %"
+    return f"<td style='{shade}' title='{title}'>{100 * share:.0f}</td>"
 
 
 def _kept(summary: dict[str, Any]) -> str:
@@ -99,7 +102,12 @@ def _kept(summary: dict[str, Any]) -> str:
 def _sides(summary: dict[str, Any]) -> str:
     """Score by the RoPE side of the answer."""
     rows = [
-        [html.escape(c["subject"]), f"{c['suite']}/{c['task']}", f"{c['length'] or '':}", *_side_cells(c["sides"])]
+        [
+            html.escape(c["subject"]),
+            html.escape(f"{c['suite']}/{c['task']}"),
+            f"{c['length'] or '':}",
+            *_side_cells(c["sides"]),
+        ]
         for c in summary["cells"]
         if c["score"] is not None
     ]
@@ -119,7 +127,7 @@ def _pairs(summary: dict[str, Any]) -> str:
     """Paired tests on identical samples."""
     rows = [
         [
-            html.escape(f"{p['first']} - {p['second']}"), f"{p['suite']}/{p['task']}", f"{p['length'] or '':}",
+            html.escape(f"{p['first']} - {p['second']}"), html.escape(f"{p['suite']}/{p['task']}"), f"{p['length'] or '':}",
             f"{100 * p['difference']:+.1f} [{100 * p['interval'][0]:+.1f}, {100 * p['interval'][1]:+.1f}]",
             f"{p['p_value']:.3g}", f"{p['num_better']} / {p['num_worse']} of {p['num_samples']}",
         ]

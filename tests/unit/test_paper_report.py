@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from statistics import harmonic_mean
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 
 from longrope2.evaluation import paper_values as paper
 from longrope2.evaluation.calibration import calibration_rows, passed
-from longrope2.evaluation.paper_report import paper_tables, paper_text, verdict
+from longrope2.evaluation.paper_report import mean_cell, paper_tables, paper_text, verdict
 from longrope2.evaluation.report import write_report
 from longrope2.evaluation.statistics import (
     bootstrap_interval,
@@ -152,6 +153,28 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
     assert "the base model was not calibrated" in text
 
 
+def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
+    """Five short tasks rest on 39,452 questions, so 3 points below the paper's 55.7 are no chance; for 100 each they are."""
+    shares = dict(zip(paper.SHORT_COLUMNS, (0.62, 0.316, 0.787, 0.432, 0.478), strict=True))
+    cells = [cell("extended", "lm_eval", task, 0, share, paper.NUM_SAMPLES[task]) for task, share in shares.items()]
+    (table,) = paper_tables(make_summary(cells, averages=[]))
+    mean = dict(table.rows)["extended"][0]
+    assert (mean.paper, mean.verdict) == (55.7, "below") and mean.ours == pytest.approx(52.7, abs=0.05)
+    paper_error = 50 * math.sqrt(sum(1 / paper.NUM_SAMPLES[task] for task in shares)) / 5
+    reach = math.hypot((mean.high - mean.ours) / 1.96, paper_error) * 1.96
+    for distance, judged in ((0.99, "agrees"), (1.01, "below")):
+        found = mean_cell(
+            cells, mean.ours + distance * reach, harmonic_mean(paper.NUM_SAMPLES[task] for task in shares)
+        )
+        assert found.verdict == judged
+
+
+def test_the_first_100_samples_are_shown_beside_more():
+    cells = [cell("extended", "ruler", "vt", 4096, 0.9, 500, first_100=0.85)]
+    _, by_task = paper_tables(make_summary(cells))
+    assert by_task.rows[0][1][0].note == "first 100 samples: 85.0"
+
+
 def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
     """Numbers are read back out of the HTML's own tables."""
     facts = [{"requested_depth": depth, "depth": depth + 0.01} for depth in (0.0, 1.0) for _ in range(50)]
@@ -163,7 +186,8 @@ def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
     rules = [{"score": "lm_eval/mmlu", "low": 64, "high": 68, "found": 55.25, "state": "broken"}]
     kept = [{"subject": "extended", "suite": "lm_eval", "num_tasks": 5, "ratio": 0.986}]
     summary = make_summary(
-        [needle, lost, cell("extended", "ruler", "cwe", 131072, 0.1)], paired=[pair], retention=kept,
+        [needle, lost, cell("extended", "ruler", "cwe", 131072, 0.1), cell("extended", "lm_eval", "<script>", 0, 0.5)],
+        paired=[pair, pair | {"suite": "lm_eval", "task": "<script>"}], retention=kept,
         calibration={"passed": False, "rules": rules},
     )  # fmt: skip
     folder = tmp_path / "run" / "4_evaluations"
@@ -172,10 +196,16 @@ def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
     text = write_report(tmp_path / "run").read_text()
     heat = re.findall(r"<tr><th>(\d+) %</th><td [^>]*>(\d+)</td></tr>", text)
     assert heat == [("0", "100"), ("100", "0")] and "realised depths 1.0, 1.0, 1.0 %" in text
+    assert "50 samples, 95 % interval 93-100 %" in text and "50 samples, 95 % interval 0-7 %" in text
     assert "paper 9 agrees" in text and "<td>+12.5 [-1.0, +26.0]</td><td>0.0625</td><td>5 / 1 of 32</td>" in text
     assert "<li>extended, ruler/vt 8192: out of memory</li>" in text and "98.6 %" in text
     assert "<td>lm_eval/mmlu</td><td>64 to 68</td><td>55.25</td><td>broken</td>" in text
-    assert "Nothing has been evaluated yet" not in text
+    assert (
+        "Nothing has been evaluated yet" not in text
+        and "This stage is not finished: <code>python -m launch.eval" not in text
+    )
+    assert text.count("Not measured: the suite that was run has <code>suite.measures=false</code>") == 3
+    assert "<script>" not in text and text.count("lm_eval/&lt;script&gt;") == 2
 
 
 def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
