@@ -75,6 +75,13 @@ def test_longbench_prompts_are_whole_or_cut_in_the_middle(longbench_files, encod
     assert trivia.score(whole, "the town\nx") == 1.0 and lcc.score(whole, "# c\nTown") == 1.0
 
 
+def test_a_length_that_the_answer_alone_takes_is_refused(longbench_files, encoder):
+    with pytest.raises(
+        DataError, match="suite.long_tasks.length=60 leaves no room for a prompt: an answer may take 64"
+    ):
+        long_tasks(longbench_config(longbench_files), encoder, 60)
+
+
 def test_longbench_is_read_from_a_zip_too_and_limited(longbench_files, encoder):
     with zipfile.ZipFile(longbench_files / "data.zip", "w") as archive:
         archive.write(longbench_files / "data/trec.jsonl", "data/trec.jsonl")
@@ -275,6 +282,10 @@ def test_loft_without_texts_or_constants_is_refused(loft_files, encoder):
     with pytest.raises(DataError, match=r"retrieval.py is no checkout of .*common.py is missing"):
         config = loft_config(loft_files, "fever", prompts=str(loft_files / "prompts/constants/retrieval.py"))
         long_tasks(config, encoder, LENGTH)
+    rows = [{"qid": "q", "query_text": "tq", "answers": [["d9", 1]]}]
+    write_lines(loft_files / "data/hotpotqa/32k/test_queries.jsonl", rows)
+    with pytest.raises(DataError, match="hotpotqa: 'd9' is in no passage or row; are corpus and queries of one LOFT"):
+        long_tasks(loft_config(loft_files, "hotpotqa"), encoder, LENGTH)
 
 
 def test_faults_of_the_settings_are_reported_together():

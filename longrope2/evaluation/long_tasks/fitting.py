@@ -37,9 +37,16 @@ def cut_sample(
         length: Tokens that prompt and answer may take together.
         needle: Text that must be left for the question to be answerable; whether it is goes into the facts.
         facts: Further facts about the sample.
+
+    Raises:
+        DataError: the answer alone takes the whole length.
     """
     ids = encoder.bos_ids + encoder.encode_text(prompt)
     budget = length - max_new_tokens
+    if budget < 2:
+        raise DataError(
+            f"suite.long_tasks.length={length} leaves no room for a prompt: an answer may take {max_new_tokens} tokens"
+        )
     half = budget // 2
     kept = ids if len(ids) <= budget else [*ids[:half], *ids[len(ids) - half :]]
     known = dict(facts or {}) | {"prompt_tokens": len(kept), "tokens_cut": len(ids) - len(kept)}

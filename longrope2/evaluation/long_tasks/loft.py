@@ -54,13 +54,16 @@ def loft_task(
         name: read_rows(f"{key}.data", str(config.data), _places(task, config.size, name))
         for name in ("corpus", "few_shot_queries", f"{config.split}_queries")
     }
-    corpus = _corpus(parts["corpus"], f"{key}.data={config.data}, {task}")
-    numbers = {pid: str(number) for number, pid in enumerate(corpus)}
-    opening = _opening(prompts, corpus, numbers, parts["few_shot_queries"])
-    samples = []
-    for row in parts[f"{config.split}_queries"][:num_samples]:
-        query = prompts["test"] + prompts["query"].format(query=row["query_text"].strip()) + "\n"
-        gold = tuple(numbers[pid] for pid, _ in row["answers"])
+    place, samples, queries = f"{key}.data={config.data}, {task}", [], parts[f"{config.split}_queries"][:num_samples]
+    try:
+        corpus = _corpus(parts["corpus"], place)
+        numbers = {pid: str(number) for number, pid in enumerate(corpus)}
+        opening = _opening(prompts, corpus, numbers, parts["few_shot_queries"])
+        asked = [(row["query_text"].strip(), tuple(numbers[pid] for pid, _ in row["answers"])) for row in queries]
+    except KeyError as error:
+        raise DataError(f"{place}: {error} is in no passage or row; are corpus and queries of one LOFT set?") from None
+    for text, gold in asked:
+        query = prompts["test"] + prompts["query"].format(query=text) + "\n"
         samples.append(
             whole_sample(
                 encoder, opening + query, gold, max_new_tokens=config.max_new_tokens, length=length, name=f"loft/{task}"
