@@ -16,6 +16,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from longrope2.artifacts import resolve_model_folder
@@ -161,11 +162,13 @@ class LongRope2LM(TemplateLM):
         """One answer."""
         arguments: Any = request.args
         context, options = arguments
-        if options.get("do_sample") or float(options.get("temperature") or 0) > 0:
+        # The harness knows several names for the longest answer, and do_sample=false outranks a temperature.
+        options = normalize_gen_kwargs(
+            {key: value for key, value in options.items() if value is not None}, DEFAULT_NEW_TOKENS
+        )
+        if options["do_sample"]:
             raise DataError(f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false")
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        limit = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        stops, limit = list(options["until"]), options["max_gen_toks"]
         prompt_ids = self.tok_encode(context)
         self._check_fits(len(prompt_ids) + limit)
         stream, text, used = TextStream(self.tokenizer, prompt_ids), "", set()

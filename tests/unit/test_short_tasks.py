@@ -20,6 +20,7 @@ from longrope2.evaluation.short_tasks_config import (
     short_task_faults,
 )
 from longrope2.evaluation.subjects import Subject
+from longrope2.inference import generate_tokens
 from longrope2.model import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.rope import RopeMethod, closed_form_factors
 
@@ -106,6 +107,17 @@ def test_greedy_flag_agrees_with_generation_and_stops_are_kept_out(model, tokeni
     assert text == "" or greedy
     ((_, wrong),) = lm.loglikelihood([pair(context, " qzx qzx")], disable_tqdm=True)
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_the_longest_answer_is_heeded(model, tokenizer, name):
+    lm = LongRope2LM.around(model, tokenizer)
+    options = {name: 3, "do_sample": False, "temperature": 0.7, "until": None}
+    request = Instance("generate_until", {}, ("import os\nimport", options), 0, ("g", 0, 1))
+    prompt_ids = [tokenizer.bos_token_id, *tokenizer("import os\nimport", add_special_tokens=False).input_ids]
+    expected = [token.token_id for token in generate_tokens(model, prompt_ids, max_new_tokens=3)]
+    assert tokenizer.eos_token_id not in expected
+    assert lm.generate_until([request], disable_tqdm=True) == [tokenizer.decode(expected)]
 
 
 def test_rolling_log_likelihood_is_that_of_the_whole_text(model, tokenizer):
