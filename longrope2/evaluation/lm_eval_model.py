@@ -163,12 +163,12 @@ class LongRope2LM(TemplateLM):
         arguments: Any = request.args
         context, options = arguments
         # The harness knows several names for the longest answer, and do_sample=false outranks a temperature.
-        options = normalize_gen_kwargs(
+        wanted: Any = normalize_gen_kwargs(
             {key: value for key, value in options.items() if value is not None}, DEFAULT_NEW_TOKENS
         )
-        if options["do_sample"]:
+        if wanted["do_sample"]:
             raise DataError(f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false")
-        stops, limit = list(options["until"]), options["max_gen_toks"]
+        stops, limit = list(wanted["until"]), wanted["max_gen_toks"]
         prompt_ids = self.tok_encode(context)
         self._check_fits(len(prompt_ids) + limit)
         stream, text, used = TextStream(self.tokenizer, prompt_ids), "", set()
