@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,8 @@ def product_folder(run_folder: Path, product: str) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``, on failure remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, not the process id: processes in containers on a shared disk have equal ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as handle:

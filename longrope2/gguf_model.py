@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> Non
     if target.exists() and not (target / PROVENANCE_FILE).is_file():
         raise ArtifactError(f"model.path={path}: the conversion in {target} is unfinished; remove it")
     print(f"converting {path} once, into {target}", file=sys.stderr)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

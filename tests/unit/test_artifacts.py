@@ -116,3 +116,13 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_command(fails)
+
+
+def test_writers_with_equal_process_ids_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """Containers on a shared disk number their processes alike."""
+    with atomic_path(tmp_path / "x") as first, atomic_path(tmp_path / "x") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first.read_text() == "first"
+    assert (tmp_path / "x").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
