@@ -91,7 +91,8 @@ def run_suite(
         if cell["score"] is None and (cell["suite"], cell["task"], cell["length"]) not in lost
     )
     if shard.count > 1 and (missing > 0 or (config.suite.short_tasks.tasks and shard.index > 0)):
-        print(f"shard {shard.index + 1}/{shard.count} is done; {missing} answers of other shards are still missing. "
+        lacking = f"{missing} answers of other shards are" if missing else "the short tasks, which shard 1 asks, may be"
+        print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. "
               "The same command without evaluation.shard sums up when they have ended")  # fmt: skip
         return False
     summary = summarize_suite(config, subjects, cells + short_rows)
