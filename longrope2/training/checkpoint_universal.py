@@ -182,7 +182,10 @@ def _shards(engine: Any, parameter: torch.Tensor) -> list[torch.Tensor | None]:
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        moments = [safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]]
+        try:
+            moments = [safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]]
+        except KeyError:  # no step has been applied yet
+            moments = [None] * len(STATES[1:])
         return [safe_get_local_fp32_param(parameter), *moments]
     mapping: Any = getattr(parameter, "_hp_mapping", None)
     if mapping is None:

@@ -209,6 +209,25 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
     assert engine.loaded == ["step_00000001"] and visible(folder) == ["latest", "step_00000001"]
 
 
+def test_record_before_any_step_was_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed answers under ZeRO-3 when the guard has refused every step so far: the optimizer has no state."""
+    import deepspeed.utils
+
+    def no_state(parameter: torch.Tensor, name: str) -> torch.Tensor:
+        raise KeyError(name)
+
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_optimizer_state", no_state)
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_fp32_param", lambda parameter: parameter)
+    module = torch.nn.Linear(2, 1, bias=False)
+    module.weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    module.weight.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
+    engine = SimpleNamespace(
+        module=module, device="cpu", zero_optimization_stage=lambda: 3,
+        basic_optimizer=SimpleNamespace(state={}, param_groups=[{}]),
+    )  # fmt: skip
+    assert checkpoint_universal.optimizer_record(engine) == {"step": None, "sums": {"weight": [25.0, 0.0, 0.0]}}
+
+
 def test_which_layouts_load_directly() -> None:
     four = ShardLayout(4, 3, False)
     assert four.fits(ShardLayout(4, 3, False)) and not four.fits(ShardLayout(2, 3, False))
