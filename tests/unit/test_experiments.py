@@ -1,6 +1,7 @@
 """The paper's experiments and their baselines: complete, and planned on a machine that has nothing of them."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from launch.train import main
 from longrope2.command import run_command
 from longrope2.config import CONF_FOLDER, compose
+from longrope2.errors import ConfigError
 from longrope2.rope import RopeMethod
 from longrope2.training import TrainRoot
 
@@ -23,6 +25,18 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(sys, "argv", ["launch.train", *overrides, "dry_run=true"])
     main()
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", [p.stem for p in CONF_FOLDER.glob("*.yaml") if "experiment:" in p.read_text()])
+def test_an_experiment_that_does_not_exist_is_refused(config: str) -> None:
+    """Every stage that knows experiments; a schema of no fields is enough to choose groups."""
+
+    @dataclass
+    class Nothing:
+        pass
+
+    with pytest.raises(ConfigError, match="experiment=nope does not exist; choose experiment= one of .*llama3_8b_128k"):
+        compose(Nothing, config, ["model=tiny", "experiment=nope"])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
