@@ -26,6 +26,7 @@ from longrope2.planning import (
     ZeroBuffers,
     choose_layout,
     cost_table,
+    find_refusal,
     forward_hours,
     make_machine,
 )
@@ -90,11 +91,10 @@ def plan_run(config: PlanRoot) -> PlannedRun:
     machine = make_machine(config.hardware)
     shape = ModelShape.from_folder(_config_folder(config))
     workload, zero = make_workload(config), zero_buffers(config)
-    sequence = config.parallel.sequence
     configured = None
-    if config.parallel.processes % sequence == 0 and config.parallel.processes > 1:
+    if config.parallel.processes > 1:
         policy = RecomputePolicy(config.training.recompute.value)
-        offload = config.training.offload_activations
+        offload, sequence = config.training.offload_activations, config.parallel.sequence
         configured = Layout(config.parallel.processes // sequence, sequence, policy, offload=offload, zero=zero)
     num_forwards = most_candidates(config.search) * config.search.num_samples
     return PlannedRun(
@@ -104,6 +104,7 @@ def plan_run(config: PlanRoot) -> PlannedRun:
         shape=shape,
         workload=workload,
         configured=configured,
+        configured_refusal=None if configured is None else find_refusal(shape, workload, machine, configured),
         choice=choose_layout(shape, workload, machine, zero, config.plan.micro_batches),
         table=cost_table(shape, workload, machine, zero, config.plan.lengths, config.plan.gpu_counts),
         shown_layouts=config.plan.shown_layouts,
@@ -157,16 +158,25 @@ def _config_folder(config: PlanRoot) -> Path:
 
 def _faults(config: PlanRoot) -> list[str]:
     """Values that describe no run, beside those the hardware checks itself."""
-    training, plan, faults = config.training, config.plan, []
+    training, plan, parallel, faults = config.training, config.plan, config.parallel, []
     if training.tokens is None or training.tokens < training.global_batch_tokens:
         faults.append(
             f"training.tokens={training.tokens}: a plan needs a budget of at least one step of "
             f"training.global_batch_tokens={training.global_batch_tokens} tokens"
         )
-    if config.target_len < 1 or training.global_batch_tokens % max(1, config.target_len):
+    original = config.model.original_len
+    if original < 1 or config.target_len < original or config.target_len % original:
+        faults.append(
+            f"target_len={config.target_len} must be a multiple of model.original_len={original}, and not below it"
+        )
+    if training.global_batch_tokens < 1 or training.global_batch_tokens % max(1, config.target_len):
         faults.append(
             f"training.global_batch_tokens={training.global_batch_tokens} must be a multiple of "
             f"target_len={config.target_len}"
+        )
+    if parallel.processes < 1 or parallel.sequence < 1 or parallel.processes % parallel.sequence:
+        faults.append(
+            f"parallel.sequence={parallel.sequence} must divide parallel.processes={parallel.processes}, both above 0"
         )
     if not 0 <= plan.long_share <= 1:
         faults.append(f"plan.long_share={plan.long_share} must be from 0 to 1")

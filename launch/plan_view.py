@@ -12,6 +12,7 @@ from longrope2.planning import (
     Machine,
     MemoryPlan,
     ModelShape,
+    Refusal,
     RunTime,
     Workload,
     exchange_bytes,
@@ -40,6 +41,8 @@ class PlannedRun:
     workload: Workload
     configured: Layout | None
     """The layout that the configuration asks for; None when it asks for one process."""
+    configured_refusal: Refusal | None
+    """Why it cannot run on the machine; None when it can."""
     choice: Choice
     table: dict[tuple[int, int], Choice]
     shown_layouts: int
@@ -60,7 +63,9 @@ def print_plan(run: PlannedRun) -> None:
         console.print(_layouts_table(run))
         console.print("\n".join(_choice_lines(run)), highlight=False)
         named = {"best": best.layout}
-        if run.configured is not None and run.configured != best.layout:
+        refusal = run.configured_refusal
+        planned = refusal is None or refusal.memory is not None
+        if planned and run.configured is not None and run.configured != best.layout:
             named["configured"] = run.configured
         console.print(_memory_table(run, named))
         console.print(_time_table(run, named))
@@ -138,7 +143,10 @@ def _choice_lines(run: PlannedRun) -> list[str]:
     settings += ["training.offload_activations=true"] if layout.offload else []
     lines = [f"best       {layout_words(layout)}: {_time_words(best.time)}, {best.memory.peak / GIB:.1f} GiB",
              f"settings   {' '.join(settings)}  (pack with --align {layout.sequence})"]  # fmt: skip
-    if run.configured is not None:
+    refusal = run.configured_refusal
+    if refusal is not None:
+        lines.append(f"configured {layout_words(refusal.layout)}: cannot run: {refusal.reason}")
+    elif run.configured is not None:
         time = plan_time(run.shape, run.workload, run.configured, run.machine)
         peak = plan_memory(run.shape, run.workload, run.configured).peak / GIB
         lines.append(f"configured {layout_words(run.configured)}: {_time_words(time)}, {peak:.1f} GiB")

@@ -1,6 +1,6 @@
 """What a training takes before it is started: FLOPs, memory, time, and the best way to lay it out."""
 
-from longrope2.planning.choice import Candidate, Choice, Refusal, choose_layout, cost_table
+from longrope2.planning.choice import Candidate, Choice, Refusal, choose_layout, cost_table, find_refusal
 from longrope2.planning.hardware import GPUS, PEAK_BF16_TFLOPS, HardwareConfig, Machine, find_gpu, make_machine
 from longrope2.planning.layout import Layout, RecomputePolicy, ZeroBuffers
 from longrope2.planning.memory import MemoryPlan, load_bytes, plan_memory
@@ -27,6 +27,7 @@ __all__ = [
     "cost_table",
     "exchange_bytes",
     "find_gpu",
+    "find_refusal",
     "forward_hours",
     "gather_bytes",
     "load_bytes",

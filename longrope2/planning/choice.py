@@ -10,7 +10,7 @@ from longrope2.planning.memory import MemoryPlan, plan_memory
 from longrope2.planning.shape import ModelShape, Workload
 from longrope2.planning.timing import RunTime, plan_time
 
-__all__ = ["Candidate", "Choice", "Refusal", "choose_layout", "cost_table"]
+__all__ = ["Candidate", "Choice", "Refusal", "choose_layout", "cost_table", "find_refusal"]
 
 GIB = 2**30
 # The model of time is not good to one per cent, so memory decides between layouts that close.
@@ -72,17 +72,27 @@ def choose_layout(
     """Enumerate sequence and data sizes, recompute policies and micro-batches on all GPUs of a machine."""
     fitting, refused = [], []
     for layout in _layouts(machine.num_gpus, zero, micro_batches):
-        fault = _impossible(shape, workload, layout)
-        if fault:
-            refused.append(Refusal(layout, fault))
+        refusal = find_refusal(shape, workload, machine, layout)
+        if refusal is not None:
+            refused.append(refusal)
             continue
         memory = plan_memory(shape, workload, layout)
-        if memory.peak > machine.usable_bytes:
-            refused.append(Refusal(layout, _too_large(memory, machine), memory))
-        else:
-            fitting.append(Candidate(layout, memory, plan_time(shape, workload, layout, machine)))
+        fitting.append(Candidate(layout, memory, plan_time(shape, workload, layout, machine)))
     fitting.sort(key=lambda candidate: (round(candidate.time.hours, 3), candidate.memory.peak))
     return Choice(tuple(fitting), tuple(refused))
+
+
+def find_refusal(shape: ModelShape, workload: Workload, machine: Machine, layout: Layout) -> Refusal | None:
+    """Why a layout cannot run on a machine; None when it can."""
+    if layout.num_processes > machine.num_gpus:
+        return Refusal(layout, f"{layout.num_processes} processes need more than the {machine.num_gpus} GPUs there are")
+    fault = _impossible(shape, workload, layout)
+    if fault:
+        return Refusal(layout, fault)
+    memory = plan_memory(shape, workload, layout)
+    if memory.peak > machine.usable_bytes:
+        return Refusal(layout, _too_large(memory, machine), memory)
+    return None
 
 
 def cost_table(
@@ -117,6 +127,8 @@ def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | 
         return (
             f"{layout.sequence} processes cannot share {shape.num_heads} query and {shape.num_kv_heads} key/value heads"
         )
+    if workload.step_tokens % workload.target_len:
+        return f"a step of {workload.step_tokens} tokens is no whole number of segments of {workload.target_len}"
     if workload.target_len % layout.sequence:
         return f"{layout.sequence} processes cannot share {workload.target_len} tokens evenly"
     at_once = layout.data * layout.micro_batch

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from longrope2.errors import ArtifactError
 from longrope2.model.hf_files import CONFIG_FILE, read_model_config
 from longrope2.rope import Window
 
 __all__ = ["ModelShape", "Workload"]
 
+SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 FORWARD_AND_BACKWARD = 3
 # Causal attention computes half of the square of every span attended by itself.
 CAUSAL_SHARE = 0.5
@@ -29,8 +31,17 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
-        """Read a folder's config.json; nothing else of the model needs to be there."""
+        """Read a folder's config.json; nothing else of the model needs to be there.
+
+        Raises:
+            ArtifactError: no config.json, or one that lacks a size.
+        """
         config = read_model_config(folder / CONFIG_FILE)
+        missing = [key for key in SIZE_KEYS if config.get(key) is None]
+        if missing:
+            raise ArtifactError(
+                f"{folder / CONFIG_FILE} holds no {', '.join(missing)}; plans are made for Llama-like models"
+            )
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
             hidden=hidden,

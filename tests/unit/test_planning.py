@@ -12,10 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launch.plan import PlanRoot, plan_run
 from launch.plan import main as plan_main
 from longrope2.attention import build_layout
 from longrope2.command import run_command
-from longrope2.errors import ConfigError
+from longrope2.config import compose
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.model import WindowedModel
 from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.planning import (
@@ -29,6 +31,7 @@ from longrope2.planning import (
     choose_layout,
     exchange_bytes,
     find_gpu,
+    find_refusal,
     forward_hours,
     gather_bytes,
     load_bytes,
@@ -204,6 +207,29 @@ def test_nothing_fits_says_what_is_short() -> None:
     )
 
 
+def test_a_configured_layout_that_cannot_run_says_why() -> None:
+    def reason(machine=A100, workload=MIX, sequence: int = 8, recompute: str = "dense") -> str | None:
+        refusal = find_refusal(LLAMA, workload, machine, layout(recompute, sequence))
+        return refusal and refusal.reason
+
+    assert reason() is None
+    assert reason(sequence=64) == "64 processes cannot share 32 query and 8 key/value heads"
+    eight = dataclasses.replace(A100, num_gpus=8)
+    assert reason(eight) == "64 processes need more than the 8 GPUs there are"
+    assert reason(recompute="none") == "113 GiB of 74; the largest part is activations with 102 GiB"
+    uneven = dataclasses.replace(MIX, target_len=100_000)
+    assert reason(workload=uneven) == "a step of 8388608 tokens is no whole number of segments of 100000"
+    assert choose_layout(LLAMA, uneven, A100, ZeroBuffers()).fitting == ()
+
+
+def test_a_config_without_sizes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 9}))
+    with pytest.raises(
+        ArtifactError, match="holds no hidden_size, num_hidden_layers, num_attention_heads, intermediate"
+    ):
+        ModelShape.from_folder(tmp_path)
+
+
 def test_forward_passes_of_the_stages() -> None:
     products = 2 * (LLAMA.matrix_parameters - LLAMA.head_parameters) / 220e12
     attention = 2 * 32 * 4096 * 131_072 / 180e12
@@ -245,8 +271,33 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     assert [line.split()[0] for line in cost[2:9]] == ["8", "16", "32", "64", "128", "256", "512"]
 
 
-def test_command_refuses_what_is_no_run(monkeypatch, capsys, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+def test_command_says_that_the_configured_layout_cannot_run(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_8",
+                                      "plan.lengths=[131072]", "plan.gpu_counts=[8]"])  # fmt: skip
+    plan_main()
+    text = capsys.readouterr().out
+    reason = "64 processes need more than the 8 GPUs there are"
+    assert f"configured 8 sequence x 8 data, recompute dense: cannot run: {reason}" in text
+    assert "part             best  " in text and "configured long" not in text
+
+
+def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
+    overrides = [
+        "experiment=llama3_8b_128k",
+        "target_len=4096",
+        "training.global_batch_tokens=0",
+        "parallel.sequence=0",
+    ]
+    with pytest.raises(ConfigError) as raised:
+        plan_run(compose(PlanRoot, "plan", overrides))
+    assert raised.value.faults == (
+        "target_len=4096 must be a multiple of model.original_len=8192, and not below it",
+        "training.global_batch_tokens=0 must be a multiple of target_len=4096",
+        "parallel.sequence=0 must divide parallel.processes=64, both above 0",
+    )
+
+
+def test_command_refuses_what_is_no_run(monkeypatch, capsys) -> None:
     overrides = ["model=tiny", "target_len=2048", "training.tokens=null", "training.global_batch_tokens=5000",
                  "plan.long_share=2", "plan.short_document_tokens=0", "plan.gpu_counts=[]"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["launch.plan", *overrides])
