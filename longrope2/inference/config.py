@@ -1,5 +1,6 @@
 """Settings of a generation."""
 
+import math
 from dataclasses import dataclass, field
 
 from longrope2.config import MISSING, StageConfig
@@ -47,7 +48,7 @@ def check(config: GenerateRoot) -> None:
         faults.append(f"generate.max_new_tokens={config.generate.max_new_tokens} must be at least 1")
     if config.generate.prefill_chunk is not None and config.generate.prefill_chunk < 1:
         faults.append(f"generate.prefill_chunk={config.generate.prefill_chunk} must be at least 1, or null")
-    if config.generate.temperature < 0:
-        faults.append(f"generate.temperature={config.generate.temperature} must be 0 or more")
+    if not 0 <= config.generate.temperature < math.inf:
+        faults.append(f"generate.temperature={config.generate.temperature} must be 0 or more, and finite")
     if faults:
         raise ConfigError(faults)

@@ -128,7 +128,9 @@ class _Sampling:
         """The most likely token, or one drawn from the tempered distribution."""
         if self.temperature == 0:
             return int(logits_V.argmax())
-        return int(torch.multinomial(torch.softmax(logits_V / self.temperature, dim=-1), 1, generator=self.generator))
+        # Relative to the largest, so that a low temperature overflows to probability 0 and not to NaN.
+        relative_V = (logits_V - logits_V.max()) / self.temperature
+        return int(torch.multinomial(torch.softmax(relative_V, dim=-1), 1, generator=self.generator))
 
 
 def _generate(

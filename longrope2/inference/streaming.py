@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 __all__ = ["TextStream"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+MOST_BYTES = 4  # of a character in UTF-8
 
 
 class TextStream:
@@ -19,7 +20,7 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._context_ids = list(prompt_ids[-1:])
+        self._context_ids = self._whole_end(prompt_ids)
         self._pending_ids: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -36,6 +37,11 @@ class TextStream:
         text = self._pending_text()
         self._pending_ids = []
         return text
+
+    def _whole_end(self, ids: Sequence[int]) -> list[int]:
+        """The last token, or as many as its character has bytes: half a character would spoil the bytes that follow it."""
+        ends = [list(ids[-number:]) for number in range(1, min(len(ids), MOST_BYTES) + 1)]
+        return next((end for end in ends if UNFINISHED not in self._decode(end)), list(ids[-1:]))
 
     def _pending_text(self) -> str:
         """Text of the pending tokens, given the tokens before them."""

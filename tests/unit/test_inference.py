@@ -5,8 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longrope2.errors import DataError
-from longrope2.inference import TextStream, generate_batch, generate_tokens, window_for_length
+from longrope2.config import compose
+from longrope2.errors import ConfigError, DataError
+from longrope2.inference import GenerateRoot, TextStream, check, generate_batch, generate_tokens, window_for_length
 from longrope2.model import WindowedModel
 from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
 
@@ -93,7 +94,16 @@ def test_the_same_seed_samples_the_same_text(model):
 
 
 def test_low_temperature_is_greedy(model):
-    assert token_ids(model, [1, 2], max_new_tokens=20, temperature=1e-4) == token_ids(model, [1, 2], max_new_tokens=20)
+    greedy = token_ids(model, [1, 2], max_new_tokens=20)
+    for temperature in (1e-4, 1e-39):  # the logits over the second do not fit into float32
+        assert token_ids(model, [1, 2], max_new_tokens=20, temperature=temperature) == greedy
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    overrides = ["generate.prompt_file=x", f"generate.temperature={temperature}"]
+    with pytest.raises(ConfigError, match=r"generate\.temperature=\S+ must be 0 or more, and finite"):
+        check(compose(GenerateRoot, "generate", overrides))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,12 @@ def test_streamed_pieces_join_to_the_decoded_text(byte_tokenizer):
     assert pieces == [" day", "", "", "☃", " good", " day"]
     assert stream.finish() == ""
     assert "good" + "".join(pieces) == byte_tokenizer.decode([0, *generated])
+
+
+def test_a_prompt_that_ends_in_a_character_of_bytes_spoils_no_streamed_one(byte_tokenizer):
+    snowman, umbrella = ([2 + byte for byte in character.encode()] for character in "☃☂")
+    stream = TextStream(byte_tokenizer, prompt_ids=[0, *snowman])
+    assert [stream.push(token_id) for token_id in [*umbrella, 1]] == ["", "", "☂", " day"]
 
 
 def test_an_unfinished_character_is_shown_at_the_end_only(byte_tokenizer):
