@@ -26,7 +26,7 @@ from longrope2.artifacts import (
 )
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, to_plain
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
 from longrope2.export import (
     GGUF_FILE,
@@ -107,17 +107,15 @@ def make_plan(config: ExportRoot) -> ExportPlan:
 
 
 def _is_complete(folder: Path, config: ExportRoot, plan: ExportPlan) -> bool:
-    """Whether this very checkpoint has been exported in this very format, in every wanted variant."""
+    """Whether this very checkpoint has been exported with these very settings, and still stands there."""
     try:
         manifest = read_manifest(folder, "exports")
     except ArtifactError:
         return False
-    wanted = {
-        "dtype": config.export.dtype.value,
-        "variants": [variant.value for variant in config.export.variants],
-        "gguf": config.export.gguf,
-    }
-    return manifest.inputs == plan.inputs and all(manifest.details.get(key) == value for key, value in wanted.items())
+    # The checkpoint is compared by its content, wherever it stood.
+    found, wanted = (plain.get("export", {}) | {"checkpoint": None} for plain in (manifest.config, to_plain(config)))
+    there = all(final.is_dir() for final in final_folders(folder, config))
+    return there and manifest.inputs == plan.inputs and found == wanted
 
 
 def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[str, dict[int, float]]:
@@ -172,7 +170,10 @@ def _static_cost(plan: ExportPlan, config: ExportRoot) -> StaticCost | None:
         return None
     corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
     encoder = DocumentTokenizer(load_tokenizer(plan.checkpoint))
-    texts = random.Random(config.seed).sample([document.text for document in heldout_documents(corpus)], num_windows)
+    documents = [document.text for document in heldout_documents(corpus)]
+    if num_windows > len(documents):
+        raise ConfigError([f"export.cost_windows={num_windows} must be at most {len(documents)}, all texts there are"])
+    texts = random.Random(config.seed).sample(documents, num_windows)
     rows = [[encoder.bos_id, *encoder.encode(text[: 16 * original_len])][: original_len - 1] for text in texts]
     device, dtype = device_and_dtype()
     model = load_windowed_model(plan.checkpoint, plan.factors, device=device, dtype=dtype).eval()

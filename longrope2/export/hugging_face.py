@@ -23,9 +23,9 @@ from longrope2.rope import RescaleFactors
 
 __all__ = ["merged_config", "write_hugging_face_folder"]
 
-COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json",
+COPIED_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
                 "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -68,6 +68,11 @@ def write_hugging_face_folder(
     if (checkpoint / TOKENIZER_CONFIG).is_file():
         tokenizer_config = json.loads((checkpoint / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
         _write_json(folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": applied.target_len})
+    if (checkpoint / GENERATION_CONFIG).is_file():
+        generation_config = json.loads((checkpoint / GENERATION_CONFIG).read_text(encoding="utf-8"))
+        # Llama's says 4,096, with which transformers refuses longer prompts.
+        reach = {"max_length": applied.target_len} if "max_length" in generation_config else {}
+        _write_json(folder / GENERATION_CONFIG, generation_config | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
     write_text(folder / "README.md", model_card(base_config, config, factors, variant, cost))
 

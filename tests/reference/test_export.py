@@ -1,14 +1,20 @@
 """Exported folders, loaded by plain transformers, against our windowed model in both windows."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from longrope2.errors import ArtifactError, FactorsError
-from longrope2.export import LOGIT_TOLERANCE, verify_export, write_hugging_face_folder
+from launch import export as export_command
+from longrope2.artifacts import Manifest, write_manifest
+from longrope2.config import compose, to_plain
+from longrope2.errors import ArtifactError, ConfigError, FactorsError
+from longrope2.export import LOGIT_TOLERANCE, ExportRoot, verify_export, write_hugging_face_folder
 from longrope2.model import load_windowed_model
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 
@@ -129,6 +135,42 @@ def test_factors_and_card_stand_beside_the_weights(checkpoint, tmp_path):
     ):  # fmt: skip
         assert part in card
     assert "{" not in card
+
+
+def test_generation_reaches_to_the_end_of_the_window(checkpoint, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    for given, exported in (
+        ({"max_length": ORIGINAL_LEN, "eos_token_id": 2}, {"max_length": TARGET_LEN, "eos_token_id": 2}),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 3]}),
+    ):
+        (base / "generation_config.json").write_text(json.dumps(given))
+        write_hugging_face_folder(base, factors_with(), tmp_path / "exported", torch.float32)
+        assert json.loads((tmp_path / "exported" / "generation_config.json").read_text()) == exported
+
+
+def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp_path):
+    plan = export_command.ExportPlan(tmp_path, factors_with(), {"checkpoint": {"path": "x", "sha256": "y"}})
+
+    def is_complete(*overrides):
+        return export_command._is_complete(tmp_path, compose(ExportRoot, "export", overrides), plan)
+
+    made_with = to_plain(compose(ExportRoot, "export", ["export.cost_windows=0"]))
+    write_manifest(tmp_path, Manifest("exports", inputs=plan.inputs, config=made_with))
+    assert not is_complete("export.cost_windows=0")
+    (tmp_path / "hugging_face").mkdir()
+    assert is_complete("export.cost_windows=0") and is_complete("export.cost_windows=0", "export.checkpoint=elsewhere")
+    assert not is_complete() and not is_complete("export.cost_windows=0", "export.dtype=bf16")
+
+
+def test_more_texts_than_there_are_are_refused(monkeypatch):
+    model = Path(__file__).parents[2] / "models" / "tiny"
+    monkeypatch.setattr(export_command, "heldout_documents", lambda corpus: iter([SimpleNamespace(text="some")]))
+    with pytest.raises(ConfigError, match=r"export\.cost_windows=2 must be at most 1, all texts there are"):
+        export_command._static_cost(
+            export_command.ExportPlan(model, factors_with(), {}),
+            compose(ExportRoot, "export", ["export.cost_windows=2"]),
+        )
 
 
 def test_two_attention_scales_cannot_be_exported(checkpoint, tmp_path):
