@@ -6,6 +6,7 @@ downloaded and no weight is read; on a GPU each attention kernel is run on a few
 
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rich.table import Table
 from launch.doctor_rope import DoctorRoot
 from longrope2.attention import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.config import compose
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.model import NormKernel, choose_norm, norm_fault
 from longrope2.tracking import WandbMode, resolve_mode
 from longrope2.training.config import OptimizerKind, Precision, compute_dtype
@@ -37,6 +39,7 @@ OPTIONAL = {
 }
 # A run of the miniature takes some ten MiB; a checkpoint of an 8B model with its optimizer 16 bytes a parameter.
 SCARCE_GIB, ROOMY_GIB = 1, 300
+CONFIG_FILE, INDEX_FILE = "config.json", "model.safetensors.index.json"
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -239,7 +242,10 @@ def _hub(path: str) -> Finding:
 
 def _wandb() -> Finding:
     """Where Weights & Biases would record."""
-    mode = resolve_mode(WandbMode.auto)
+    try:
+        mode = resolve_mode(WandbMode.auto)
+    except ConfigError as error:
+        return Finding(State.blocker, "W&B login", error.faults[0], "change or unset WANDB_MODE")
     if mode is WandbMode.online:
         return Finding(State.ok, "W&B login", "online")
     remedy = "`wandb login` to watch runs online"
@@ -249,23 +255,34 @@ def _wandb() -> Finding:
 def _model(config: DoctorRoot) -> list[Finding]:
     """Weights and tokenizer of the configured model, on this machine."""
     name, path = config.model.name, config.model.path
-    folder = _local_folder(path)
+    try:
+        folder = _local_folder(path)
+    except ArtifactError as error:
+        return [Finding(State.blocker, f"model {name}", f"{path} is not on this machine", str(error))]
     if folder is None:
         remedy = f"model.path=FOLDER, or fetch it: hf download {path}"
         return [Finding(State.blocker, f"model {name}", f"{path} is not on this machine", remedy)]
-    weights = len(list(folder.glob("*.safetensors")))
-    found = f"{weights} weight file(s) in {folder}"
-    findings = [
-        Finding(State.ok, f"model {name}", found)
-        if weights
-        else Finding(State.blocker, f"model {name}", f"no *.safetensors in {folder}", "fetch the weights")
-    ]
+    weights, missing = len(list(folder.glob("*.safetensors"))), _missing_files(folder)
+    if not weights:
+        findings = [Finding(State.blocker, f"model {name}", f"no *.safetensors in {folder}", "fetch the weights")]
+    elif missing:
+        found = f"{', '.join(missing)} missing in {folder}"
+        findings = [Finding(State.blocker, f"model {name}", found, "fetch the missing files")]
+    else:
+        findings = [Finding(State.ok, f"model {name}", f"{weights} weight file(s) in {folder}")]
     there = [file for file in MODEL_FILES if (folder / file).is_file()]
     if there:
         return [*findings, Finding(State.ok, f"tokenizer {name}", ", ".join(there))]
     remedy = f"put {' or '.join(MODEL_FILES)} of the model beside its config.json"
     found = f"neither {' nor '.join(MODEL_FILES)} in {folder}"
     return [*findings, Finding(State.blocker, f"tokenizer {name}", found, remedy)]
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """Of config.json and the weight files that an index names, those that are not there."""
+    index = folder / INDEX_FILE
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    return sorted(name for name in {CONFIG_FILE, *named} if not (folder / name).is_file())
 
 
 def _local_folder(path: str) -> Path | None:

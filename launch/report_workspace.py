@@ -45,12 +45,16 @@ def run_workspace(record: RunRecord, run_name: str, tracking: TrackingConfig) ->
 
 
 def evaluated_metrics(names: set[str]) -> dict[str, dict[str, list[int]]]:
-    """Suite -> model -> lengths, from metric names ``eval/<suite>/<model>/<length>``."""
+    """Suite -> model -> lengths, from metric names ``eval/<suite>/<model>/<length>``.
+
+    Of a suite of tasks its average is shown: ``eval/ruler/average/<model>/<length>``, suite ``ruler/average``.
+    """
     found: dict[str, dict[str, list[int]]] = {}
     for name in sorted(names):
         parts = name.split("/")
-        if len(parts) == 4 and parts[0] == "eval" and parts[3].isdigit():
-            found.setdefault(parts[1], {}).setdefault(parts[2], []).append(int(parts[3]))
+        is_shown = len(parts) == 4 or (len(parts) == 5 and parts[2] == "average")
+        if is_shown and parts[0] == "eval" and parts[-1].isdigit():
+            found.setdefault("/".join(parts[1:-2]), {}).setdefault(parts[-2], []).append(int(parts[-1]))
     return {suite: {model: sorted(lengths) for model, lengths in models.items()} for suite, models in found.items()}
 
 

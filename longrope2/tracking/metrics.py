@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.artifacts import write_text
+from longrope2.errors import ConfigError
 
 __all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics", "resolve_mode"]
 
@@ -143,11 +144,19 @@ def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """``auto`` -> online when a key is configured (environment or ~/.netrc), else offline."""
+    """``auto`` -> ``WANDB_MODE``; without it online when a key is configured (environment or ~/.netrc), else offline.
+
+    Raises:
+        ConfigError: ``WANDB_MODE`` holds something else.
+    """
     if mode is not WandbMode.auto:
         return mode
-    if os.environ.get("WANDB_MODE"):
-        return WandbMode(os.environ["WANDB_MODE"])
+    named = os.environ.get("WANDB_MODE")
+    if named:
+        allowed = {mode.value: mode for mode in WandbMode if mode is not WandbMode.auto}
+        if named not in allowed:
+            raise ConfigError([f"WANDB_MODE={named} in the environment must be one of {', '.join(allowed)}"])
+        return allowed[named]
     if os.environ.get("WANDB_API_KEY"):
         return WandbMode.online
     netrc = Path.home() / ".netrc"

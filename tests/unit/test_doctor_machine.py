@@ -1,6 +1,7 @@
 """``launch.doctor`` without a word: every finding, its state and its remedy, on machines that have and lack things."""
 
 import io
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -90,6 +91,23 @@ def test_model_and_disk_that_are_not_there(tmp_path: Path, monkeypatch) -> None:
     assert found["model m"].found == "someone/model is not on this machine"
     assert found["model m"].remedy == "model.path=FOLDER, or fetch it: hf download someone/model"
     assert "accept the licence of someone/model" in found["hub login"].remedy
+
+
+def test_a_model_whose_files_are_not_all_there(tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    )
+    found = findings_of(tmp_path, tmp_path)["model m"]
+    assert (found.state, found.found) == (State.blocker, f"config.json, two.safetensors missing in {tmp_path}")
+
+
+def test_one_line_where_a_look_itself_fails(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    found = findings_of(tmp_path, "gguf://no_such_package/x.gguf")
+    assert found["model m"].state is found["W&B login"].state is State.blocker
+    assert "the package no_such_package is not installed" in found["model m"].remedy
+    assert found["W&B login"].found.startswith("WANDB_MODE=dryrun in the environment must be one of")
 
 
 def _nothing_cached(*_, **__):

@@ -6,7 +6,8 @@ import pytest
 import wandb
 from wandb_offline import history, offline_files, read_offline
 
-from longrope2.tracking import MetricsLog, TrackingConfig, WandbMode, read_metrics
+from longrope2.errors import ConfigError
+from longrope2.tracking import MetricsLog, TrackingConfig, WandbMode, read_metrics, resolve_mode
 
 STEPS = [{"train/loss": 2.5, "train/tokens": 100}, {"train/loss": 2.0, "train/tokens": 200}]
 
@@ -62,3 +63,7 @@ def test_environment_decides_for_auto(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WANDB_MODE", "disabled")
     write(tmp_path, WandbMode.auto, STEPS)
     assert not (tmp_path / "wandb").exists()
+    for named in ("dryrun", "auto"):
+        monkeypatch.setenv("WANDB_MODE", named)
+        with pytest.raises(ConfigError, match=f"WANDB_MODE={named} .* must be one of online, offline, disabled"):
+            resolve_mode(WandbMode.auto)

@@ -66,10 +66,13 @@ def test_names_of_evaluations() -> None:
         "eval/perplexity/a/128",
         "eval/retention/b/64",
         "eval/x/y/z/8",
+        "eval/ruler/average/a/64",
         "train/loss",
         "eval/a/b/c",
     }
-    assert evaluated_metrics(names) == {"perplexity": {"a": [128, 256]}, "retention": {"b": [64]}}
+    assert evaluated_metrics(names) == {
+        "perplexity": {"a": [128, 256]}, "retention": {"b": [64]}, "ruler/average": {"a": [64]}
+    }  # fmt: skip
 
 
 def test_mix_of_a_run_that_has_none(run) -> None:
