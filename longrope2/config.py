@@ -123,6 +123,9 @@ def load(root: type[Root], path: Path) -> Root:
 def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> None:
     """Write ``config.yaml`` into a product folder, unless another configuration already made the product there.
 
+    A key that the file does not have came later: its default was in force. Where the runs stand (``run.root``) is no part of
+    what was made: a run may be moved.
+
     Args:
         folder: Product folder.
         config: Configuration object of the stage.
@@ -135,10 +138,13 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     if path.is_file():
         found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
         wanted = _flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+        defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(type(config)), enum_to_str=True))
+        free = ("run.root", *changeable)
         faults = [
-            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key)}"
+            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key, defaults.get(key))}"
             for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key) and not any(f"{key}.".startswith(f"{c}.") for c in changeable)
+            if found.get(key, defaults.get(key)) != wanted.get(key)
+            and not any(f"{key}.".startswith(f"{c}.") for c in free)
         ]
         if faults:
             raise ConfigError([*faults, f"use another run.name, or remove {folder} to make it again"])

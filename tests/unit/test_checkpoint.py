@@ -66,6 +66,14 @@ def test_another_run(tmp_path: Path) -> None:
     assert "was written by another run: seed differ; use another run.name" in str(error)
 
 
+def test_inputs_may_be_moved_but_not_changed(tmp_path: Path) -> None:
+    identity = {"segments": {"path": "/before", "sha256": "a"}}
+    checkpoint(tmp_path, 2, identity)
+    assert isinstance(_newest_intact(tmp_path, {"segments": {"path": "/after", "sha256": "a"}}), tuple)
+    error = _newest_intact(tmp_path, {"segments": {"path": "/before", "sha256": "b"}})
+    assert "was written by another run: segments differ" in str(error)
+
+
 def test_too_many_skipped_steps_stop_the_run() -> None:
     skipped = SkippedSteps()
     for applied in (False, False, True, False, False):

@@ -22,7 +22,7 @@ def test_round_trip_through_the_run_folder(tmp_path: Path) -> None:
     config = compose(TrainRoot, "train", [*TINY, "training.tokens=8192", "rope=yarn"])
     dump(config, tmp_path / "config.yaml")
     assert load(TrainRoot, tmp_path / "config.yaml") == config
-    assert to_plain(config)["rope"] == {"method": "yarn", "factors": None}
+    assert to_plain(config)["rope"] == {"method": "yarn", "factors": None, "both_windows": False}
 
 
 def test_unknown_key_is_named_with_its_neighbours() -> None:
@@ -73,6 +73,18 @@ def test_config_file_of_another_schema(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("colour: red\n")
     with pytest.raises(ConfigError, match="unknown key colour"):
         load(TrainRoot, tmp_path / "config.yaml")
+
+
+def test_a_claimed_folder_may_be_moved_and_older_than_a_key(tmp_path: Path) -> None:
+    claim_folder(tmp_path, compose(TrainRoot, "train", [*TINY, "run.root=/before"]))
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("  norm: auto\n", ""))
+    assert "norm: auto" not in path.read_text()
+    claim_folder(tmp_path, compose(TrainRoot, "train", [*TINY, "run.root=/after"]))
+    assert "norm: auto" in path.read_text() and "/after" in path.read_text()
+    path.write_text(path.read_text().replace("  norm: auto\n", ""))
+    with pytest.raises(ConfigError, match="training.norm is model, but .* was made with auto"):
+        claim_folder(tmp_path, compose(TrainRoot, "train", [*TINY, "training.norm=model"]))
 
 
 def test_claimed_folder_refuses_another_configuration(tmp_path: Path) -> None:
