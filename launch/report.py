@@ -8,6 +8,7 @@ workspace.
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +83,12 @@ def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None
 
 def _changes(folder: Path) -> dict[Path, int]:
     """When each file that the report reads was last written."""
-    return {path: path.stat().st_mtime_ns for name in WATCHED for path in sorted(folder.glob(f"*/{name}"))}
+    changes = {}
+    for name in WATCHED:
+        for path in sorted(folder.glob(f"*/{name}")):
+            with suppress(FileNotFoundError):  # replaced or removed by the run just now
+                changes[path] = path.stat().st_mtime_ns
+    return changes
 
 
 def _workspace(arguments: list[str]) -> None:

@@ -87,6 +87,8 @@ def merged_config(
     """
     dtype_name = str(dtype).removeprefix("torch.")
     # Transformers 5 reads "dtype", older versions "torch_dtype".
+    # Names of code files beside the base model, which do not come along; transformers and vLLM have the classes themselves.
+    config = {key: value for key, value in config.items() if key != "auto_map"}
     return {
         **variant_keys(config, variant_factors(factors, variant), variant),
         **full_attention_keys(config),

@@ -8,6 +8,7 @@ matrix products, and one third of it for FlashAttention-2, which was made for th
 measured by this project; replace them by measurements of your machine with ``hardware.gemm_tflops`` and its siblings.
 """
 
+import re
 from dataclasses import dataclass
 
 from longrope2.config import MISSING
@@ -94,8 +95,8 @@ class Machine:
 
 
 def find_gpu(device_name: str) -> str | None:
-    """Key of ``GPUS`` for a device name as CUDA gives it; None for a GPU without rates."""
-    return next((kind for kind in GPUS if kind in device_name), None)
+    """Key of ``GPUS`` for a device name as CUDA gives it; None for a GPU without rates (an RTX A1000 is no A100)."""
+    return next((kind for kind in GPUS if re.search(rf"\b{kind}\b", device_name)), None)
 
 
 def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine:

@@ -1,8 +1,9 @@
 """Memory of one process by part, from the architecture and the layout alone.
 
 Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers as they are (no fused
-norms or MLP), a flash-like attention kernel, the chunked loss of ``longrope2.model``. Three moments can be the highest,
-and the prediction is the highest of them:
+MLP; fused norms, ``training.norm``, keep up to 8 H bytes a token and layer less than is counted here), a flash-like
+attention kernel, the chunked loss of ``longrope2.model``. Three moments can be the highest, and the prediction is the
+highest of them:
 
 - *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is summed up in float32;
 - *layer*: the backward pass of the last layer's MLP, all checkpoints still there, the layer's own activations on top
@@ -36,7 +37,8 @@ class MemoryPlan:
     """Bytes of one process by part; ``peak`` is the highest moment."""
 
     states: float
-    """Sharded weights, gradients, master weights and the optimizer's two moments; 16 bytes a parameter in bf16."""
+    """Sharded weights, gradients, master weights and the optimizer's two moments; 18 bytes a parameter in bf16, whose
+    gradients add up in float32."""
     checkpoints: float
     """Inputs of the layers, kept for recompute."""
     activations: float
@@ -131,8 +133,8 @@ def load_bytes(shape: ModelShape, layout: Layout) -> float:
 
 
 def _state_bytes(layout: Layout) -> int:
-    """Bytes a parameter under ZeRO-3: weight and gradient, float32 master weight, two moments."""
-    return 2 * layout.compute_bytes + 3 * BYTES_FP32
+    """Bytes a parameter under ZeRO-3: weight; in float32 the sum of gradients, the master weight, two moments."""
+    return layout.compute_bytes + 4 * BYTES_FP32
 
 
 def _second_copy_bytes(shape: ModelShape, layout: Layout) -> float:

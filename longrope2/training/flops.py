@@ -12,6 +12,7 @@ Convention (*causal* MFU):
 Many reports count the whole attention square: at 128k that is 1.7 times as much for LLaMA3-8B.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,4 +63,4 @@ def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -
     if configured is not None or device.type != "cuda" or not bf16:
         return configured
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -15,6 +15,7 @@ from longrope2.artifacts import Manifest, write_manifest
 from longrope2.config import compose, to_plain
 from longrope2.errors import ArtifactError, ConfigError, FactorsError
 from longrope2.export import LOGIT_TOLERANCE, ExportRoot, verify_export, write_hugging_face_folder
+from longrope2.export.hugging_face import merged_config
 from longrope2.model import load_windowed_model
 from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
 
@@ -103,6 +104,13 @@ def test_verification_finds_a_wrong_config(checkpoint, tmp_path, key, value, len
     expected = rf"at {length} tokens plain transformers gives logits that differ .* nothing was exported"
     with pytest.raises(ArtifactError, match=expected):
         verify_export(checkpoint, factors_with(), tmp_path, torch.float32, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+
+
+def test_code_files_that_do_not_come_along_are_not_named():
+    """Hub copies of Phi-3 name theirs; every engine has the class itself."""
+    base = {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+            "num_attention_heads": 2, "hidden_size": 32, "rope_theta": 50_000.0}  # fmt: skip
+    assert "auto_map" not in merged_config(base, factors_with(), torch.float32)
 
 
 def test_config_says_the_same_in_both_layouts(checkpoint, tmp_path):

@@ -1,6 +1,9 @@
 """Products on disk: atomic writes, manifests, model identity."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,13 @@ def test_writers_with_equal_process_ids_do_not_share_a_temporary_file(tmp_path: 
         assert first.read_text() == "first"
     assert (tmp_path / "x").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_output_that_nobody_reads_to_its_end() -> None:
+    """``python -m launch.generate ... | head -1``."""
+    code = "from longrope2.command import run_command\nrun_command(lambda: print('line\\n' * 1_000_000))"
+    shell = f'{sys.executable} -c "$CODE" | head -1; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(
+        ["bash", "-c", shell], env={**os.environ, "CODE": code}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "line\n", "")

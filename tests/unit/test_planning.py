@@ -96,8 +96,9 @@ def test_compute_floors(recompute: str, share: float, hours: float) -> None:
 
 def test_memory_of_llama_on_64_gpus_by_part() -> None:
     memory = plan_memory(LLAMA, MIX, layout("full"))
-    assert memory.states / GIB == pytest.approx(1.87, abs=0.01)
-    assert 8 * memory.states / GIB == pytest.approx(15, abs=0.1)  # on 8 GPUs
+    float32_sums = 2 * LLAMA.parameters / 64  # the reference counts gradients in bf16, 16 bytes a parameter
+    assert (memory.states - float32_sums) / GIB == pytest.approx(1.87, abs=0.01)
+    assert 8 * (memory.states - float32_sums) / GIB == pytest.approx(15, abs=0.1)  # on 8 GPUs
     assert memory.checkpoints / GIB == 4.0
     assert LLAMA.head_parameters * 4 / GIB == pytest.approx(2.0, abs=0.05)
     assert 131_072 // 8 * LLAMA.vocabulary * 4 / GIB == pytest.approx(7.8, abs=0.05) and memory.logits / GIB < 1
@@ -198,7 +199,7 @@ def test_nothing_fits_says_what_is_short() -> None:
     one = make_machine(HardwareConfig(gpu="A100"), num_gpus=1)
     choice = choose_layout(LLAMA, MIX, one, ZeroBuffers(), (1,))
     assert choice.best is None and choice.closest is not None
-    assert "the largest part is states with 120 GiB" in choice.closest.reason
+    assert "the largest part is states with 135 GiB" in choice.closest.reason
     uneven = choose_layout(LLAMA, dataclasses.replace(MIX, step_tokens=3 * 131_072), A100, ZeroBuffers(), (1,))
     assert "the 3 segments of a step cannot be worked on 8 at a time" in {r.reason for r in uneven.refused}
     odd = dataclasses.replace(MIX, target_len=131_073, step_tokens=131_073 * 64)
@@ -239,7 +240,7 @@ def test_forward_passes_of_the_stages() -> None:
 
 def test_gpus_are_found_by_the_name_cuda_gives() -> None:
     assert find_gpu("NVIDIA A100-SXM4-80GB") == "A100" and find_gpu("NVIDIA H100 80GB HBM3") == "H100"
-    assert find_gpu("NVIDIA GeForce RTX 4090") is None
+    assert find_gpu("NVIDIA GeForce RTX 4090") is None and find_gpu("NVIDIA RTX A1000 Laptop GPU") is None
     assert all(gpu.gemm_tflops < gpu.peak_tflops for gpu in GPUS.values())
 
 

@@ -326,6 +326,7 @@ def test_watching_writes_again_when_the_run_moves_on(tmp_path, capsys):
             more = {"step": 9, "train/tokens": 36_864, "train/loss_long": 3.0}
             with (checkpoints / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(more) + "\n")
+            (checkpoints / "factors.json").symlink_to("removed just now")
         if len(pages) == 4:
             raise KeyboardInterrupt
 

@@ -91,7 +91,7 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     ("name", "peak"),
     [("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0),
      ("NVIDIA H200", 989.0), ("NVIDIA H20", 148.0), ("NVIDIA L4", 121.0), ("NVIDIA L40S", 362.0), ("NVIDIA A10", 125.0),
-     ("NVIDIA A10G", 70.0), ("Quadro P400", None)],
+     ("NVIDIA A10G", 70.0), ("NVIDIA GH200 480GB", 989.0), ("NVIDIA RTX A1000", None), ("Quadro P400", None)],
 )  # fmt: skip
 def test_peak_by_device_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
