@@ -63,8 +63,10 @@ class _LossSum(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable  # whose type makes ctx positional
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         """Both gradients, scaled in float32 before they are rounded; once, since the kept ones are used up."""
         dtype = ctx.hidden_gradient_TH.dtype
         hidden_gradient_TH = (ctx.hidden_gradient_TH.float() * upstream).to(dtype)

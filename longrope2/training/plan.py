@@ -140,7 +140,7 @@ def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
     for changeable in CHANGEABLE_TRAINING_KEYS:
         del settings[changeable]
     path = factors_path(config.rope, config.run.folder)
-    factors = describe_input(path) if path else {"method": plan.factors.method}
+    factors: dict[str, Any] = {**describe_input(path)} if path else {"method": plan.factors.method}
     if config.rope.both_windows:
         factors["both_windows"] = True
     return {
