@@ -5,8 +5,7 @@ the flash-attn package (FlashAttention-2, the only one for A100): varlen for sho
 ``torch_varlen`` is the same algorithm inside torch (2.10 and later). All are exact, though they round differently, and all
 take fewer key/value than query heads.
 
-A kernel is chosen by looking (package there? GPU? number format?) and, on a GPU, by running it on a few tokens: a wheel that
-does not fit its torch imports well and fails at the first call.
+A kernel is chosen by looking (package there? GPU? number format?) and, on a GPU, by running it on a few tokens.
 
 Shape legend: B = 1 row, T = tokens, H = query heads, K = key/value heads, D = head dim, N = documents.
 """
@@ -21,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longrope2.errors import ConfigError
+from longrope2.kernel_choice import KernelChoice, first_that_runs, forced_kernel, why_it_fails
 
 __all__ = [
     "AttentionConfig",
     "AttentionKernel",
-    "KernelChoice",
     "choose_kernel",
     "dense_attention",
     "kernel_fault",
@@ -53,20 +51,9 @@ class AttentionConfig:
     """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value is used or refused."""
 
 
-@dataclass(frozen=True)
-class KernelChoice:
-    """The kernel of a run and why it was taken."""
-
-    kernel: AttentionKernel
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel.value} ({self.reason})"
-
-
 def choose_kernel(
     wanted: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
-) -> KernelChoice:
+) -> KernelChoice[AttentionKernel]:
     """The kernel to use on a device.
 
     Args:
@@ -78,18 +65,15 @@ def choose_kernel(
     Raises:
         ConfigError: a kernel was asked for by name that cannot run here.
     """
+
+    def fault_of(kernel: AttentionKernel) -> str | None:
+        return kernel_fault(kernel, device, dtype, run=run)
+
     if wanted is not AttentionKernel.auto:
-        fault = kernel_fault(wanted, device, dtype, run=run)
-        if fault:
-            raise ConfigError([f"attention.kernel={wanted.value} cannot run here: {fault}; use auto or sdpa"])
-        return KernelChoice(wanted, "forced by attention.kernel")
-    faults = []
-    for kernel in (AttentionKernel.flash_attn, AttentionKernel.torch_varlen):
-        fault = kernel_fault(kernel, device, dtype, run=run)
-        if fault is None:
-            return KernelChoice(kernel, "; ".join(["auto", *faults]))
-        faults.append(f"no {kernel.value}: {fault}")
-    return KernelChoice(AttentionKernel.sdpa, "; ".join(["auto", *faults]))
+        return forced_kernel("attention.kernel", wanted, fault_of(wanted), instead="auto or sdpa")
+    return first_that_runs(
+        (AttentionKernel.flash_attn, AttentionKernel.torch_varlen), fault_of, otherwise=AttentionKernel.sdpa
+    )
 
 
 def kernel_fault(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
@@ -167,14 +151,13 @@ def _torch_varlen(
 
 def _fault_of_a_run(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run two documents of a few tokens with grouped heads, forward and backward."""
-    try:
+
+    def attempt() -> None:
         q_THD = torch.ones(16, 4, 64, device=device, dtype=dtype, requires_grad=True)
         k_TKD, v_TKD = (torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
         cu_lens_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
         varlen_attention(kernel, q_THD, k_TKD, v_TKD, cu_lens_N, 10, 0.125).sum().backward()
         if kernel is AttentionKernel.flash_attn:
             dense_attention(q_THD[None], k_TKD[None], v_TKD[None], 0.125).sum().backward()
-        torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return None
+
+    return why_it_fails(attempt, device)

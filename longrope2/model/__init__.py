@@ -4,7 +4,7 @@ from longrope2.model.cost import ForwardCost
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.model.loss import IGNORED_LABEL, token_loss_sum
-from longrope2.model.norms import NormChoice, NormKernel, choose_norm, norm_fault, use_norm
+from longrope2.model.norms import NormKernel, choose_norm, norm_fault, use_norm
 from longrope2.model.scoring import head_nll, token_nll
 from longrope2.model.windowed import WindowedModel
 
@@ -12,7 +12,6 @@ __all__ = [
     "FACTORS_FILE",
     "IGNORED_LABEL",
     "ForwardCost",
-    "NormChoice",
     "NormKernel",
     "RopeConfig",
     "WindowedModel",

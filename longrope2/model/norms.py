@@ -2,14 +2,13 @@
 
 ``liger`` is Liger's Triton kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which also runs on a CPU.
 All compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and round differently in bf16. ``model`` leaves
-transformers' module alone. A kernel is tried on a few tokens before it is taken (see attention/kernels.py for why).
+transformers' module alone. A kernel is tried on a few tokens before it is taken (kernel_choice.py says why).
 
 Shape legend: T = tokens, H = hidden size.
 """
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longrope2.apex_package import apex_fault
-from longrope2.errors import ConfigError
+from longrope2.kernel_choice import KernelChoice, first_that_runs, forced_kernel, why_it_fails
 
-__all__ = ["NormChoice", "NormKernel", "choose_norm", "norm_fault", "use_norm"]
+__all__ = ["NormKernel", "choose_norm", "norm_fault", "use_norm"]
 
 NormFunction = Callable[[Tensor, Tensor, float], Tensor]
 """Input [..., H], weight [H] and epsilon to the normed input."""
@@ -36,18 +35,9 @@ class NormKernel(Enum):
     model = "model"
 
 
-@dataclass(frozen=True)
-class NormChoice:
-    """The kernel of a run and why it was taken."""
-
-    kernel: NormKernel
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel.value} ({self.reason})"
-
-
-def choose_norm(wanted: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> NormChoice:
+def choose_norm(
+    wanted: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
+) -> KernelChoice[NormKernel]:
     """The norm kernel to use on a device.
 
     Args:
@@ -59,20 +49,16 @@ def choose_norm(wanted: NormKernel, device: torch.device, dtype: torch.dtype, *,
     Raises:
         ConfigError: a kernel was asked for by name that cannot run here.
     """
+
+    def fault_of(kernel: NormKernel) -> str | None:
+        return norm_fault(kernel, device, dtype, run=run)
+
     if wanted is not NormKernel.auto:
-        fault = norm_fault(wanted, device, dtype, run=run)
-        if fault:
-            raise ConfigError([f"training.norm={wanted.value} cannot run here: {fault}; use auto or model"])
-        return NormChoice(wanted, "forced by training.norm")
+        return forced_kernel("training.norm", wanted, fault_of(wanted), instead="auto or model")
     if device.type != "cuda":
-        return NormChoice(NormKernel.model, "auto, no GPU")
-    faults = []
-    for kernel in (NormKernel.liger, NormKernel.apex, NormKernel.torch):
-        fault = norm_fault(kernel, device, dtype, run=run)
-        if fault is None:
-            return NormChoice(kernel, "; ".join(["auto", *faults]))
-        faults.append(f"no {kernel.value}: {fault}")
-    return NormChoice(NormKernel.model, "; ".join(["auto", *faults]))
+        return KernelChoice(NormKernel.model, "auto, no GPU")
+    fused = (NormKernel.liger, NormKernel.apex, NormKernel.torch)
+    return first_that_runs(fused, fault_of, otherwise=NormKernel.model)
 
 
 def norm_fault(kernel: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
@@ -154,12 +140,10 @@ def _function(kernel: NormKernel) -> NormFunction:
 
 def _fault_of_a_run(kernel: NormKernel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run a few tokens forward and backward."""
-    try:
+
+    def attempt() -> None:
         x_TH = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
         weight_H = torch.ones(64, device=device, dtype=dtype, requires_grad=True)
         _function(kernel)(x_TH, weight_H, 1e-5).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return None
+
+    return why_it_fails(attempt, device)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from longrope2.attention import KernelChoice, choose_kernel
+from longrope2.attention import AttentionKernel, choose_kernel
 from longrope2.errors import ConfigError
-from longrope2.model import NormChoice, choose_norm
+from longrope2.kernel_choice import KernelChoice
+from longrope2.model import NormKernel, choose_norm
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.optimizer import optimizer_fault
 
@@ -17,8 +18,8 @@ __all__ = ["MachineKernels", "check_machine"]
 class MachineKernels:
     """The kernels of a run."""
 
-    attention: KernelChoice
-    norm: NormChoice
+    attention: KernelChoice[AttentionKernel]
+    norm: KernelChoice[NormKernel]
 
 
 def check_machine(config: TrainRoot, device: torch.device | None = None) -> MachineKernels:

@@ -1,16 +1,19 @@
 """What a training run will do, checked before a process is started or a file written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longrope2.artifacts import describe_input, model_identity, product_folder
-from longrope2.attention import AttentionKernel, choose_kernel, kernel_fault
+from longrope2.attention import choose_kernel, kernel_fault
 from longrope2.config import to_plain
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model import NormKernel, choose_norm, factors_path, norm_fault, resolve_factors, rope_geometry
+from longrope2.kernel_choice import KernelChoice
+from longrope2.model import choose_norm, factors_path, norm_fault, resolve_factors, rope_geometry
 from longrope2.rope import RescaleFactors
 from longrope2.segments import SegmentStore, StepSchedule, check_at_start
 from longrope2.training.config import TrainRoot, check, compute_dtype
@@ -120,8 +123,8 @@ def describe_plan(
         f"rope       {method}, mixed windows {'on' if config.training.mixed else 'off'}",
         f"processes  {world_size}: {world_size // config.parallel.sequence} data x {config.parallel.sequence} "
         f"sequence, ZeRO stage {config.parallel.zero_stage}",
-        f"attention  {_kernel_line(config)}",
-        f"norms      {_norm_line(config)}",
+        f"attention  {_kernel_line(config, config.attention.kernel, choose_kernel, kernel_fault)}",
+        f"norms      {_kernel_line(config, config.training.norm, choose_norm, norm_fault)}",
         f"steps      {steps} of {batch} tokens{total}",
     ])  # fmt: skip
 
@@ -152,25 +155,15 @@ def run_identity(config: TrainRoot, plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def _kernel_line(config: TrainRoot) -> str:
-    """The attention kernel on the machine that plans, without touching its devices."""
+def _kernel_line(
+    config: TrainRoot, wanted: Enum, choose: Callable[..., KernelChoice[Any]], fault_of: Callable[..., str | None]
+) -> str:
+    """A kernel on the machine that plans, without touching its devices."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(config.training.precision, device)
-    wanted = config.attention.kernel
-    if wanted is AttentionKernel.auto:
-        return str(choose_kernel(wanted, device, dtype, run=False))
-    fault = kernel_fault(wanted, device, dtype, run=False)
-    return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
-
-
-def _norm_line(config: TrainRoot) -> str:
-    """The same for the norms."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(config.training.precision, device)
-    wanted = config.training.norm
-    if wanted is NormKernel.auto:
-        return str(choose_norm(wanted, device, dtype, run=False))
-    fault = norm_fault(wanted, device, dtype, run=False)
+    if wanted.value == "auto":
+        return str(choose(wanted, device, dtype, run=False))
+    fault = fault_of(wanted, device, dtype, run=False)
     return f"{wanted.value}, forced" + (f"; it cannot run on this machine: {fault}" if fault else "")
 
 

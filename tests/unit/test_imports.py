@@ -13,7 +13,7 @@ LAYERS = {
 }  # fmt: skip
 SHARED = {
     "errors": set(), "gguf_model": {"errors"}, "artifacts": {"errors", "gguf_model"},
-    "config": {"errors", "artifacts"}, "command": {"errors"}, "apex_package": set(),
+    "config": {"errors", "artifacts"}, "command": {"errors"}, "apex_package": set(), "kernel_choice": {"errors"},
 }  # fmt: skip
 DATA_PREP_MAY = {"segments", "rope", *SHARED}
 HYDRA_ONLY_IN = {"longrope2/config.py"}

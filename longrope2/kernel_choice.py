@@ -1,0 +1,69 @@
+"""How a kernel is chosen among several that compute the same: by looking, and by running it on a few tokens.
+
+A package that is installed says little: a wheel that does not fit its torch imports well and fails at the first call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+import torch
+
+from longrope2.errors import ConfigError
+
+__all__ = ["KernelChoice", "first_that_runs", "forced_kernel", "why_it_fails"]
+
+Kernel = TypeVar("Kernel", bound=Enum)
+
+
+@dataclass(frozen=True)
+class KernelChoice(Generic[Kernel]):
+    """The kernel of a run and why it was taken."""
+
+    kernel: Kernel
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.value} ({self.reason})"
+
+
+def forced_kernel(key: str, wanted: Kernel, fault: str | None, *, instead: str) -> KernelChoice[Kernel]:
+    """A kernel that was asked for by name.
+
+    Args:
+        key: Configuration key it was asked for with.
+        wanted: The kernel.
+        fault: Why it cannot run; None when it can.
+        instead: What to set instead.
+
+    Raises:
+        ConfigError: it cannot run.
+    """
+    if fault:
+        raise ConfigError([f"{key}={wanted.value} cannot run here: {fault}; use {instead}"])
+    return KernelChoice(wanted, f"forced by {key}")
+
+
+def first_that_runs(
+    kernels: Sequence[Kernel], fault_of: Callable[[Kernel], str | None], otherwise: Kernel
+) -> KernelChoice[Kernel]:
+    """The first kernel without a fault, or ``otherwise``; the reason holds the faults of those passed over."""
+    faults = []
+    for kernel in kernels:
+        fault = fault_of(kernel)
+        if fault is None:
+            return KernelChoice(kernel, "; ".join(["auto", *faults]))
+        faults.append(f"no {kernel.value}: {fault}")
+    return KernelChoice(otherwise, "; ".join(["auto", *faults]))
+
+
+def why_it_fails(attempt: Callable[[], None], device: torch.device) -> str | None:
+    """Run something on a device to its end; what it raised, in a line, or None."""
+    try:
+        attempt()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
