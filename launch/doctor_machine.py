@@ -7,6 +7,7 @@ downloaded and no weight is read; on a GPU each attention kernel is run on a few
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -217,6 +218,10 @@ def _disk(root: Path) -> Finding:
     place = root
     while not place.exists():
         place = place.parent if place.parent != place else Path.cwd()
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Finding(
+            State.blocker, "disk", f"{place.resolve()} cannot be written to", "set run.root to a folder of yours"
+        )
     free = shutil.disk_usage(place).free / GIB
     found = f"{free:,.0f} GiB free in {place.resolve()}"
     if free < SCARCE_GIB:

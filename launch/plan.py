@@ -16,6 +16,7 @@ from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
+from longrope2.model import NormKernel
 from longrope2.model.hf_files import find_config_file
 from longrope2.planning import (
     HardwareConfig,
@@ -23,7 +24,6 @@ from longrope2.planning import (
     ModelShape,
     RecomputePolicy,
     Workload,
-    ZeroBuffers,
     choose_layout,
     cost_table,
     find_refusal,
@@ -32,7 +32,7 @@ from longrope2.planning import (
 )
 from longrope2.search import SearchConfig, most_candidates
 from longrope2.training import TrainRoot
-from longrope2.training.zero import CommunicationType
+from longrope2.training.forecast import zero_buffers
 
 CLUSTER_FLAG, HARDWARE_KEY = "cluster=", "hardware="
 
@@ -90,12 +90,15 @@ def plan_run(config: PlanRoot) -> PlannedRun:
         raise ConfigError(faults)
     machine = make_machine(config.hardware)
     shape = ModelShape.from_folder(_config_folder(config))
-    workload, zero = make_workload(config), zero_buffers(config)
+    workload, zero = make_workload(config), zero_buffers(config.zero)
+    fused_norms = config.training.norm is not NormKernel.model
     configured = None
     if config.parallel.processes > 1:
         policy = RecomputePolicy(config.training.recompute.value)
         offload, sequence = config.training.offload_activations, config.parallel.sequence
-        configured = Layout(config.parallel.processes // sequence, sequence, policy, offload=offload, zero=zero)
+        configured = Layout(
+            config.parallel.processes // sequence, sequence, policy, offload=offload, zero=zero, fused_norms=fused_norms
+        )
     num_forwards = most_candidates(config.search) * config.search.num_samples
     return PlannedRun(
         name=config.model.name,
@@ -105,13 +108,16 @@ def plan_run(config: PlanRoot) -> PlannedRun:
         workload=workload,
         configured=configured,
         configured_refusal=None if configured is None else find_refusal(shape, workload, machine, configured),
-        choice=choose_layout(shape, workload, machine, zero, config.plan.micro_batches),
-        table=cost_table(shape, workload, machine, zero, config.plan.lengths, config.plan.gpu_counts),
+        choice=choose_layout(shape, workload, machine, zero, config.plan.micro_batches, fused_norms=fused_norms),
+        table=cost_table(
+            shape, workload, machine, zero, config.plan.lengths, config.plan.gpu_counts, fused_norms=fused_norms
+        ),
         shown_layouts=config.plan.shown_layouts,
         search_hours=forward_hours(shape, machine, [(config.target_len, num_forwards)]),
         search_forwards=num_forwards,
         evaluation_hours=forward_hours(shape, machine, evaluation_samples(config)),
         num_subjects=len(config.evaluation.subjects),
+        norm=config.training.norm,
     )
 
 
@@ -124,17 +130,6 @@ def make_workload(config: PlanRoot) -> Workload:
         total_tokens=config.training.tokens or 0,
         long_share=config.plan.long_share if config.training.mixed else 1.0,
         short_document_tokens=documents,
-    )
-
-
-def zero_buffers(config: TrainRoot) -> ZeroBuffers:
-    """The sizes that ZeRO is given."""
-    fp32 = config.zero.sequence_gradient_dtype is CommunicationType.fp32
-    return ZeroBuffers(
-        reduce_bucket=config.zero.reduce_bucket_elements,
-        max_live=config.zero.max_live_elements,
-        hpz_size=config.zero.hpz_size,
-        gradient_bytes=4 if fp32 else 2,
     )
 
 
@@ -178,6 +173,8 @@ def _faults(config: PlanRoot) -> list[str]:
         faults.append(
             f"parallel.sequence={parallel.sequence} must divide parallel.processes={parallel.processes}, both above 0"
         )
+    if parallel.zero_stage != 3:
+        faults.append(f"parallel.zero_stage={parallel.zero_stage}: the planner knows stage 3 only; set it to 3 to plan")
     if not 0 <= plan.long_share <= 1:
         faults.append(f"plan.long_share={plan.long_share} must be from 0 to 1")
     if plan.short_document_tokens is not None and not 1 <= plan.short_document_tokens <= config.target_len:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from longrope2.model import NormKernel
 from longrope2.planning import (
     Choice,
     HardwareConfig,
@@ -50,6 +51,7 @@ class PlannedRun:
     search_forwards: int
     evaluation_hours: float
     num_subjects: int
+    norm: NormKernel
 
 
 def print_plan(run: PlannedRun) -> None:
@@ -72,7 +74,7 @@ def print_plan(run: PlannedRun) -> None:
         console.print(_traffic_table(run, named))
     console.print("\n".join(_refused_lines(run)), highlight=False)
     console.print(_cost_table(run))
-    console.print("\n".join([*_stage_lines(run), *_closing_lines()]), highlight=False)
+    console.print("\n".join([*_stage_lines(run), *_closing_lines(run)]), highlight=False)
 
 
 def layout_words(layout: Layout) -> str:
@@ -253,11 +255,13 @@ def _stage_lines(run: PlannedRun) -> list[str]:
     ]
 
 
-def _closing_lines() -> list[str]:
+def _closing_lines(run: PlannedRun) -> list[str]:
     """What the figures are worth."""
     return [
         "",
         "Memory is counted from what the training keeps; tests/distributed/test_memory.py compares it with measured peaks.",
+        f"Norms are counted {'as transformers computes them' if run.norm is NormKernel.model else 'in one kernel'} "
+        f"(training.norm={run.norm.value}).",
         "Hours follow from the rates above, which are assumptions: longrope2/planning/timing.py says how.",
     ]
 

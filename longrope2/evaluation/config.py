@@ -7,7 +7,7 @@ from pathlib import Path
 from longrope2.artifacts import resolve_model_folder
 from longrope2.config import MISSING, StageConfig
 from longrope2.errors import ConfigError
-from longrope2.evaluation.suite import CalibrationConfig, SuiteConfig, suite_faults
+from longrope2.evaluation.suite import CalibrationConfig, SuiteConfig, calibration_faults, suite_faults
 from longrope2.model import RopeConfig
 from longrope2.rope import RopeMethod
 from longrope2.tracking import TrackingConfig
@@ -146,11 +146,7 @@ def check(config: EvaluateRoot) -> Path:
     """
     faults = _subject_faults(config.evaluation) + _range_faults(config.evaluation) + _length_faults(config)
     faults += suite_faults(config.suite, suite_lengths(config), config.model.original_len, config.target_len)
-    faults += [
-        f"calibration.rules[{index}]: score={rule.score!r} needs low={rule.low} below high={rule.high}, both 0 to 100"
-        for index, rule in enumerate(config.calibration.rules)
-        if not rule.score or not 0 <= rule.low < rule.high <= 100
-    ]
+    faults += calibration_faults(config.calibration)
     if faults:
         raise ConfigError(faults)
     return resolve_model_folder(config.model.path)

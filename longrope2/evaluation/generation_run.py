@@ -38,6 +38,8 @@ __all__ = [
 LENGTH_CLASSES = 32
 """Steps of a task's length; prompts of one step count as equally long."""
 
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 GenerateAnswers = Callable[[WindowedModel, Sequence[Sample], Collection[int]], list[list[int]]]
 
 
@@ -243,7 +245,7 @@ def _out_of_memory(question: Question, device: torch.device) -> NotMeasured:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch raises a plain RuntimeError on the CPU."""
+    """Whether an allocation failed; torch raises a plain RuntimeError on the CPU and for cuBLAS's own memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in OUT_OF_MEMORY_WORDS)

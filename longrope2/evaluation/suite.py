@@ -2,12 +2,25 @@
 
 from dataclasses import dataclass, field
 
-from longrope2.evaluation.long_tasks.config import LongTasksConfig, long_task_faults
+from longrope2.evaluation.long_tasks.config import (
+    INFINITEBENCH_TASKS,
+    LOFT_TASKS,
+    LONGBENCH_TASKS,
+    LongTasksConfig,
+    long_task_faults,
+)
 from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
-from longrope2.evaluation.ruler.config import RulerConfig, ruler_faults
+from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, ruler_faults
 from longrope2.evaluation.short_tasks_config import ShortTasksConfig, short_task_faults
 
-__all__ = ["CalibrationConfig", "CalibrationRule", "SuiteConfig", "suite_faults"]
+__all__ = ["CalibrationConfig", "CalibrationRule", "SuiteConfig", "calibration_faults", "suite_faults"]
+
+LM_EVAL = "lm_eval"
+TASKS_BY_SUITE = {
+    "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
+    "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
+}  # fmt: skip
+"""Scores by length; those of ``lm_eval`` are lm-eval's own tasks and have no length."""
 
 
 @dataclass
@@ -15,7 +28,7 @@ class CalibrationRule:
     """One score that the base model must reach before scores of extended ones are reported."""
 
     score: str = ""
-    """``<suite>/<task>`` or ``<suite>/<task>/<length>``, e.g. ``lm_eval/hellaswag`` or ``ruler/niah_single_1/4096``."""
+    """``lm_eval/<task>`` or ``<suite>/<task>/<length>``, e.g. ``lm_eval/hellaswag`` or ``ruler/niah_single_1/4096``."""
     low: float = 0.0
     """Lowest score allowed, 0 to 100."""
     high: float = 100.0
@@ -76,3 +89,28 @@ def suite_faults(suite: SuiteConfig, lengths: list[int], original_len: int, targ
         faults += needle_map_faults(suite.needle_map, lengths, "suite.needle_map")
     faults += long_task_faults(suite.long_tasks, target_len)
     return faults + short_task_faults(suite.short_tasks)
+
+
+def calibration_faults(config: CalibrationConfig) -> list[str]:
+    """Rules without a range, or on a score that no suite could ever give: they would never be broken."""
+    faults = []
+    for index, rule in enumerate(config.rules):
+        if not rule.score or not 0 <= rule.low < rule.high <= 100:
+            faults.append(
+                f"calibration.rules[{index}]: score={rule.score!r} needs low={rule.low} below high={rule.high}, both 0 to 100"
+            )
+        elif not _is_a_score(rule.score):
+            faults.append(
+                f"calibration.rules[{index}]: no suite gives a score {rule.score!r}; write {LM_EVAL}/TASK, or "
+                f"SUITE/TASK/LENGTH with one of {', '.join(TASKS_BY_SUITE)} and one of its tasks"
+            )
+    return faults
+
+
+def _is_a_score(name: str) -> bool:
+    """Whether a name has the form of a score, with a suite and a task that exist."""
+    suite, _, rest = name.partition("/")
+    task, slash, length = rest.partition("/")
+    if suite == LM_EVAL:
+        return bool(task) and not slash
+    return task in TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0

@@ -132,13 +132,24 @@ def _add_tokenizer(
         for added in tokenizer["added_tokens"]:
             kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
             by_id[added["id"]] = added["content"], kind
-        tokens, kinds = (list(column) for column in zip(*(by_id[n] for n in sorted(by_id)), strict=True))
+        all_ids = range(max(by_id) + 1)  # a vocabulary may leave ids out
+        tokens, kinds = (list(column) for column in zip(*(by_id.get(n, _unused(n)) for n in all_ids), strict=True))
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pretokenizer)
-    missing = range(len(tokens), vocab_size)
-    writer.add_token_list(tokens + [f"[PAD{number}]" for number in missing])
-    writer.add_token_types(kinds + [gguf.TokenType.UNUSED for _ in missing])
+    for number in range(len(tokens), vocab_size):
+        token, kind = _unused(number)
+        tokens.append(token)
+        kinds.append(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
     gguf.SpecialVocab(folder, load_merges=pretokenizer is not None, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _unused(number: int) -> tuple[str, int]:
+    """The entry of an id that is no token."""
+    import gguf
+
+    return f"[PAD{number}]", gguf.TokenType.UNUSED
 
 
 def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

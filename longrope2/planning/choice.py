@@ -68,10 +68,12 @@ def choose_layout(
     machine: Machine,
     zero: ZeroBuffers,
     micro_batches: Sequence[int] = (1, 2, 4),
+    *,
+    fused_norms: bool = False,
 ) -> Choice:
     """Enumerate sequence and data sizes, recompute policies and micro-batches on all GPUs of a machine."""
     fitting, refused = [], []
-    for layout in _layouts(machine.num_gpus, zero, micro_batches):
+    for layout in _layouts(machine.num_gpus, zero, micro_batches, fused_norms):
         refusal = find_refusal(shape, workload, machine, layout)
         if refusal is not None:
             refused.append(refusal)
@@ -102,23 +104,33 @@ def cost_table(
     zero: ZeroBuffers,
     lengths: Sequence[int],
     gpu_counts: Sequence[int],
+    *,
+    fused_norms: bool = False,
 ) -> dict[tuple[int, int], Choice]:
     """The choice for every target length and number of GPUs; the batch in tokens and everything else stays."""
     table = {}
     for length in lengths:
         for num_gpus in gpu_counts:
-            scaled = replace(workload, target_len=length)
-            table[length, num_gpus] = choose_layout(shape, scaled, replace(machine, num_gpus=num_gpus), zero, (1,))
+            scaled, cluster = replace(workload, target_len=length), replace(machine, num_gpus=num_gpus)
+            table[length, num_gpus] = choose_layout(shape, scaled, cluster, zero, (1,), fused_norms=fused_norms)
     return table
 
 
-def _layouts(num_gpus: int, zero: ZeroBuffers, micro_batches: Sequence[int]) -> Iterator[Layout]:
+def _layouts(num_gpus: int, zero: ZeroBuffers, micro_batches: Sequence[int], fused_norms: bool) -> Iterator[Layout]:
     """Every layout on ``num_gpus`` GPUs; only what recompute leaves can be offloaded."""
     for sequence in (n for n in range(1, num_gpus + 1) if num_gpus % n == 0):
         for micro_batch in micro_batches:
             for recompute in RecomputePolicy:
                 for offload in (False,) if recompute is RecomputePolicy.none else (False, True):
-                    yield Layout(num_gpus // sequence, sequence, recompute, micro_batch, offload, zero=zero)
+                    yield Layout(
+                        num_gpus // sequence,
+                        sequence,
+                        recompute,
+                        micro_batch,
+                        offload,
+                        zero=zero,
+                        fused_norms=fused_norms,
+                    )
 
 
 def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | None:

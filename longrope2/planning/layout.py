@@ -46,6 +46,8 @@ class Layout:
     bf16: bool = True
     """bf16 with float32 master weights; False is float32 throughout, as on a CPU."""
     zero: ZeroBuffers = ZeroBuffers()
+    fused_norms: bool = False
+    """Norms in one kernel (``training.norm``), which keeps no float32 copy of its input."""
 
     @property
     def num_processes(self) -> int:

@@ -1,9 +1,8 @@
 """Memory of one process by part, from the architecture and the layout alone.
 
-Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers as they are (no fused
-MLP; fused norms, ``training.norm``, keep up to 8 H bytes a token and layer less than is counted here), a flash-like
-attention kernel, the chunked loss of ``longrope2.model``. Three moments can be the highest, and the prediction is the
-highest of them:
+Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers (no fused MLP; norms
+fused or as they are), a flash-like attention kernel, the chunked loss of ``longrope2.model``. Three moments can be the
+highest, and the prediction is the highest of them:
 
 - *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is summed up in float32;
 - *layer*: the backward pass of the last layer's MLP, all checkpoints still there, the layer's own activations on top
@@ -113,11 +112,12 @@ def plan_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Memory
 def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     """What one layer keeps for its backward pass.
 
-    Two norms keep their input in float32 and two results each (4H + 2bH); then attention; then the MLP's gate, its
-    activation, the other branch and their product.
+    Two norms keep their input in float32 and two results each (4H + 2bH), fused ones input and result (2bH); then
+    attention; then the MLP's gate, its activation, the other branch and their product.
     """
     b = layout.compute_bytes
-    return 2 * (BYTES_FP32 + 2 * b) * shape.hidden + attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
+    norm = 2 * b if layout.fused_norms else BYTES_FP32 + 2 * b
+    return 2 * norm * shape.hidden + attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
 
 
 def attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:

@@ -8,9 +8,10 @@ A micro-step of one window kind takes
   upper bound where the loss keeps its gradient instead of its logits), at ``gemm_flops``;
 - *attention*: the forward kernel once, the backward kernel 2.5 times it (it computes five products instead of two), the
   forward kernel again with ``full`` recompute, at ``attention_flops``;
-- *elementwise*: norms, rotary, activations and residuals as unfused kernels, by the bytes they read and write;
-- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden behind anything;
-  short segments are packed with ``--align`` and exchange nothing;
+- *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the bytes they read and write;
+- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden behind anything; what
+  goes to other nodes and what stays inside travel at the same time, and the slower counts; short segments are packed
+  with ``--align`` and exchange nothing;
 - *offload*: with ``training.offload_activations`` what is kept travels to CPU memory and back, hidden behind nothing;
 - *gathers*: ZeRO-3 gathers the weights for the forward and the backward pass and reduces gradients, hidden behind the
   computing as far as that lasts.
@@ -140,11 +141,18 @@ def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
 
 
 def _exchange_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
-    """Forward, backward, and again where attention is recomputed; over the network once a segment spans nodes."""
+    """Forward, backward, and again where attention is recomputed.
+
+    Every process sends as much to each of the others; those on its node are reached over its links, the rest over the
+    network, both at once.
+    """
+    if layout.sequence == 1:
+        return 0.0
     passes = 3 if layout.recompute is RecomputePolicy.full else 2
-    inside = layout.sequence <= machine.gpus_per_node
-    rate = machine.node_link_bytes if inside else machine.network_bytes
-    return passes * exchange_bytes(shape, workload, layout) / rate
+    to_each = passes * exchange_bytes(shape, workload, layout) / (layout.sequence - 1)
+    on_node = min(layout.sequence, machine.gpus_per_node)
+    inside, outside = to_each * (on_node - 1), to_each * (layout.sequence - on_node)
+    return max(inside / machine.node_link_bytes, outside / machine.network_bytes)
 
 
 def _offload_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
@@ -172,10 +180,11 @@ def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> floa
 def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     """Bytes that a forward pass's elementwise kernels read and write, all layers, as transformers computes them.
 
-    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), two of them; two residual
-    sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
+    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), a fused one 2bH, two of
+    them; two residual sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
     """
     b = layout.compute_bytes
-    norms = 2 * (5 * b + 26) * shape.hidden if layout.bf16 else 2 * 24 * shape.hidden
+    norm = 2 * b if layout.fused_norms else 5 * b + 26 if layout.bf16 else 24
+    norms = 2 * norm * shape.hidden
     rest = 6 * b * shape.hidden + 9 * b * (shape.query_width + shape.kv_width) + 5 * b * shape.mlp
     return shape.num_layers * (norms + rest)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from longrope2.model import NormKernel
 from longrope2.planning import (
     HardwareConfig,
     Layout,
@@ -27,9 +28,9 @@ from longrope2.planning import (
 from longrope2.rope import Window
 from longrope2.training.config import TrainRoot, compute_dtype
 from longrope2.training.step import StepReport
-from longrope2.training.zero import CommunicationType
+from longrope2.training.zero import CommunicationType, ZeroConfig
 
-__all__ = ["Forecast", "ForecastCheck", "make_forecast"]
+__all__ = ["Forecast", "ForecastCheck", "make_forecast", "zero_buffers"]
 
 GIB = 2**30
 TOLERANCE = 0.15
@@ -150,19 +151,14 @@ def make_forecast(
     """
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training, parallel = config.training, config.parallel
-    zero = ZeroBuffers(
-        reduce_bucket=config.zero.reduce_bucket_elements,
-        max_live=config.zero.max_live_elements,
-        hpz_size=config.zero.hpz_size,
-        gradient_bytes=FP32_BYTES if config.zero.sequence_gradient_dtype is CommunicationType.fp32 else BF16_BYTES,
-    )
     layout = Layout(
         data=world_size // parallel.sequence,
         sequence=parallel.sequence,
         recompute=RecomputePolicy(training.recompute.value),
         offload=training.offload_activations,
         bf16=compute_dtype(training.precision, place) is torch.bfloat16,
-        zero=zero,
+        zero=zero_buffers(config.zero),
+        fused_norms=_norms_are_fused(training.norm, place),
     )
     share = ASSUMED_LONG_SHARE if long_share is None else long_share
     workload = Workload(
@@ -175,6 +171,21 @@ def make_forecast(
     shape = ModelShape.from_folder(model_folder)
     memory = plan_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
     return Forecast(shape, workload, layout, memory, _machine(place, world_size) if layout.bf16 else None)
+
+
+def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
+    """The sizes that ZeRO is given."""
+    return ZeroBuffers(
+        reduce_bucket=zero.reduce_bucket_elements,
+        max_live=zero.max_live_elements,
+        hpz_size=zero.hpz_size,
+        gradient_bytes=FP32_BYTES if zero.sequence_gradient_dtype is CommunicationType.fp32 else BF16_BYTES,
+    )
+
+
+def _norms_are_fused(norm: NormKernel, device: torch.device) -> bool:
+    """Whether a run takes a fused kernel; torch's own is always there on a GPU."""
+    return device.type == "cuda" if norm is NormKernel.auto else norm is not NormKernel.model
 
 
 def _machine(device: torch.device, world_size: int) -> Machine | None:

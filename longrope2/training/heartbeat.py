@@ -4,9 +4,10 @@ The training thread marks its progress in memory, which costs nothing. A thread 
 ``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead can be told from one that waits. Ranks
 make the same marks in the same order, so the rank with the fewest marks is the one the others wait for.
 
-When a rank has made no mark for ``training.hang_timeout_s``, its thread prints which ranks are behind, at which step and in
-which phase, prints the stacks of its own threads (also to ``rank_00003.stacks``), and ends the process with
-``HANG_EXIT_CODE``. Without it the run would sit on its nodes until the collectives time out, and not say why.
+When a rank has made no mark for ``training.hang_timeout_s``, another thread, which a stalled file system cannot hold, prints
+which ranks are behind, at which step and in which phase, prints the stacks of its own threads (also to
+``rank_00003.stacks``), and ends the process with ``HANG_EXIT_CODE``. Without it the run would sit on its nodes until
+the collectives time out, and not say why.
 """
 
 import faulthandler
@@ -27,6 +28,8 @@ HANG_EXIT_CODE = 76
 
 FOLDER = "heartbeats"
 WRITE_SECONDS = 5.0
+REPORT_SECONDS = 60.0
+"""Time to say who hangs: a stalled file system must not keep the process for ever."""
 MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
 
@@ -84,18 +87,23 @@ class Heartbeat:
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._now = (0, 0, "start", time.time())
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._write_often, name="heartbeat", daemon=True),
+            threading.Thread(target=self._watch, name="hang watch", daemon=True),
+        ]
 
     def __enter__(self) -> "Heartbeat":
         self._folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.mark("ended")
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._write()
 
     def mark(self, phase: str, step: int | None = None) -> None:
@@ -108,10 +116,14 @@ class Heartbeat:
         marks, latest_step, _, _ = self._now
         self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
 
-    def _watch(self) -> None:
-        """Write, and end the process when nothing moves."""
+    def _write_often(self) -> None:
+        """Show where this rank is."""
         while not self._stop.wait(self._interval):
             self._write()
+
+    def _watch(self) -> None:
+        """End the process when nothing moves."""
+        while not self._stop.wait(self._interval):
             if self._timeout_s is not None and time.time() - self._now[3] > self._timeout_s:
                 self._end_hung_process(self._timeout_s)
                 return
@@ -146,8 +158,19 @@ class Heartbeat:
         beats[self._rank] = self._beat()
         return beats
 
+    def _leave_without_report(self) -> None:
+        """Leave though the report is not done."""
+        print(
+            f"rank {self._rank}: no progress, and {self._folder} cannot be read or written", file=sys.stderr, flush=True
+        )
+        self._leave(HANG_EXIT_CODE)
+
     def _end_hung_process(self, timeout_s: float) -> None:
         """Say who is behind and where this process is; then leave."""
+        # The report below reads and writes files, and the file system may be what hangs.
+        out_of_time = threading.Timer(REPORT_SECONDS, self._leave_without_report)
+        out_of_time.daemon = True
+        out_of_time.start()
         text = describe_hang(self._read(), self._rank, timeout_s, MARKS_TO_LIVE * self._interval)
         print(f"{text}\nstacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
@@ -158,6 +181,7 @@ class Heartbeat:
         except OSError as error:
             print(f"the stacks could not be written to {self._folder}: {error}", file=sys.stderr)
         sys.stderr.flush()
+        out_of_time.cancel()
         self._leave(HANG_EXIT_CODE)
 
 

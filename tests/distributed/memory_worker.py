@@ -1,9 +1,10 @@
 """Run under torchrun: peak bytes of the tensors that are alive while a tiny random Llama trains.
 
-Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind`` per case; kind L is one long segment, S a short one of
-documents of 512 tokens. Every storage that an operator returns counts from then until it is freed, on whichever thread,
-DeepSpeed's buffers and what autograd saves included; scratch space inside one operator, the interpreter and libraries do
-not. (Resident memory is too noisy for sizes like these, and torch's profiler does not see what gloo's threads free.)
+Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind:norm`` per case; kind L is one long segment, S a short
+one of documents of 512 tokens. Every storage that an operator returns counts from then until it is freed, on whichever
+thread, DeepSpeed's buffers and what autograd saves included; scratch space inside one operator, the interpreter and
+libraries do not. (Resident memory is too noisy for sizes like these, and torch's profiler does not see what gloo's
+threads free.)
 """
 
 import gc
@@ -17,7 +18,7 @@ import torch
 from live_storages import LiveStorages
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.model import WindowedModel
+from longrope2.model import NormKernel, WindowedModel, use_norm
 from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes, make_groups
 from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
 from longrope2.segments import MicroStep, Segment
@@ -52,7 +53,7 @@ class OneSegment:
         return Segment(index, self.window, tokens, ends, names, names, (False,) * len(ends), False, 0)
 
 
-def train(recompute: str, sequence: int, store: OneSegment) -> None:
+def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
     """Two steps as ``launch.train`` makes them."""
     import deepspeed
 
@@ -62,6 +63,7 @@ def train(recompute: str, sequence: int, store: OneSegment) -> None:
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 10_000.0, ORIGINAL_LEN), store.tokens)
     training = TrainingConfig()
     model = WindowedModel(LlamaForCausalLM(LlamaConfig(**SIZES)), factors)
+    use_norm(model.hf, NormKernel(norm))
     apply_recompute(model.hf, Recompute(recompute))
     model.train()
     zero = ZeroConfig(reduce_bucket_elements=BUCKET_ELEMENTS)
@@ -85,11 +87,11 @@ def train(recompute: str, sequence: int, store: OneSegment) -> None:
 
 def measured_peak(case: str) -> int:
     """Highest sum of live storages, bytes."""
-    recompute, sequence, tokens, kind = case.split(":")
+    recompute, sequence, tokens, kind, norm = case.split(":")
     store = OneSegment(int(tokens), Window.LONG if kind == "L" else Window.SHORT)
     gc.collect()
     with LiveStorages() as storages:
-        train(recompute, int(sequence), store)
+        train(recompute, int(sequence), norm, store)
     return storages.peak
 
 

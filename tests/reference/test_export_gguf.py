@@ -64,6 +64,27 @@ def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
     assert (found.model.embed_tokens(tokens) - expected.model.embed_tokens(tokens)).abs().max() == 0
 
 
+def test_ids_that_are_no_tokens_do_not_move_the_others(tmp_path):
+    """A byte-level BPE whose vocabulary leaves ids 1 and 4 out."""
+    import gguf
+
+    folder = exported(tmp_path / "export")
+    vocabulary = {"a": 0, "b": 2, "ab": 3}
+    added = [{"id": 5, "content": "<end>", "special": True}, {"id": 6, "content": "<x>", "special": False}]
+    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_gguf(folder, FACTORS, tmp_path / "model.gguf", tmp_path, "llama-bpe")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert fields["tokenizer.ggml.tokens"][:8] == ["a", "[PAD1]", "b", "ab", "[PAD4]", "<end>", "<x>", "[PAD7]"]
+    normal, control, user, unused = (
+        int(gguf.TokenType[name]) for name in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED")
+    )
+    assert fields["tokenizer.ggml.token_type"][:8] == [normal, unused, normal, normal, unused, control, user, unused]
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == size
+    assert fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.pre"] == "llama-bpe"
+
+
 def test_what_cannot_become_gguf_is_refused(tmp_path):
     folder = exported(tmp_path / "export")
     with pytest.raises(ArtifactError, match=r"byte-level BPE; set export\.gguf_pretokenizer"):

@@ -112,6 +112,12 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
             ("calibration.rules=[{score: a, low: 5, high: 1}]",),
             "calibration.rules[0]: score='a' needs low=5.0 below high",
         ),
+        (
+            ("calibration.rules=[{score: ruler/niah_single1/4096, low: 5}]",),
+            "calibration.rules[0]: no suite gives a score 'ruler/niah_single1/4096'; write lm_eval/TASK, or SUITE/TASK/",
+        ),
+        (("calibration.rules=[{score: ruler/vt, low: 5}]",), "no suite gives a score 'ruler/vt'"),
+        (("calibration.rules=[{score: lm_eval/mmlu/4096, low: 5}]",), "no suite gives a score 'lm_eval/mmlu/4096'"),
         (("checkpoint=/nowhere",), "evaluation.subjects[1] (extended): checkpoint=/nowhere does not exist"),
     ],
 )

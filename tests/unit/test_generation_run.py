@@ -182,12 +182,20 @@ def test_a_shard_splits_among_ranks():
     assert sorted(part.index for part in parts) == list(range(6)) and {part.count for part in parts} == {6}
 
 
-def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expected, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expected, tmp_path, error):
     """A batch too large is split; a question too large ends its task at that length, for that subject alone."""
 
     def generate(model, samples, stop_ids):
         if sum(len(sample.prompt_T) for sample in samples) > 50:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return make_decoder(1, 8)(model, samples, stop_ids)
 
     done = answer_all(tmp_path, subjects, tasks, batch_tokens=10_000, generate=generate)

@@ -1,6 +1,7 @@
 """A rank without progress names the ranks that are behind and leaves with its own exit code."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -74,6 +75,27 @@ def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path, capfd: py
     assert "stacks of rank 0:" in printed and "test_a_hang_ends_the_process" in printed
     stacks = (folder / "rank_00000.stacks").read_text()
     assert "1 of 2 ranks are behind" in stacks and "test_heartbeat.py" in stacks
+
+
+def test_a_file_system_that_stalls_does_not_keep_a_hung_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank's file is a pipe without a reader: whoever opens it waits, as on a file server that is gone."""
+    monkeypatch.setattr("longrope2.training.heartbeat.REPORT_SECONDS", 0.5)
+    left = threading.Event()
+    heartbeat = Heartbeat(tmp_path, rank=0, world_size=1, timeout_s=1.0, leave=lambda code: left.set())
+    heartbeat.__enter__()
+    pipe = tmp_path / "heartbeats" / "rank_00000.new"
+    os.mkfifo(pipe)
+    stacks = tmp_path / "heartbeats" / "rank_00000.stacks"
+    os.mkfifo(stacks)
+    try:
+        assert left.wait(10)
+        assert f"rank 0: no progress, and {tmp_path / 'heartbeats'} cannot be read or written" in capfd.readouterr().err
+    finally:
+        for path in (pipe, stacks):  # let the threads go on
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        heartbeat._stop.set()
 
 
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(

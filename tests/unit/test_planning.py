@@ -147,6 +147,25 @@ def test_a_thin_network_shows_in_short_windows_only() -> None:
     assert exposed.total == pytest.approx(exposed.gathers)
 
 
+def test_a_segment_over_two_nodes_exchanges_over_links_and_network_at_once() -> None:
+    """By hand: 8 heads' worth of keys and values become 16 under 16 processes; 7 peers on the node, 8 beyond it."""
+    to_each = 2 * 32 * 8192 * (2 * 4096 + 2 * 16 * 128) * 2 / 16
+    time = plan_time(LLAMA, MIX, layout("dense", 16), A100).micro_steps[Window.LONG]
+    assert time.exchange == pytest.approx(8 * to_each / (0.7 * 25e9))
+    fast = dataclasses.replace(A100, network_bytes=A100.node_link_bytes * 2)
+    time = plan_time(LLAMA, MIX, layout("dense", 16), fast).micro_steps[Window.LONG]
+    assert time.exchange == pytest.approx(7 * to_each / (0.7 * 300e9))
+
+
+def test_fused_norms_keep_and_move_less() -> None:
+    """Two norms a layer: no float32 copy of 4096 channels, and 4 bytes a channel for 36."""
+    fused, plain = (layout("none", fused_norms=value) for value in (True, False))
+    saved = plan_memory(LLAMA, MIX, plain).activations - plan_memory(LLAMA, MIX, fused).activations
+    assert saved == 32 * 16_384 * 2 * 4096 * 4
+    times = [plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].elementwise for x in (plain, fused)]
+    assert times[0] - times[1] == pytest.approx(3 * 32 * 16_384 * 2 * 4096 * 32 / (0.85 * 2039e9))
+
+
 def test_offloading_costs_time_and_frees_checkpoints() -> None:
     kept, away = (layout("full", offload=offload) for offload in (False, True))
     freed = plan_memory(LLAMA, MIX, kept).peak - plan_memory(LLAMA, MIX, away).peak
@@ -264,7 +283,7 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     for words in ("8.030 B parameters, 7.505 B", "118.1 G a token", "64 A100, 8 a node",
                   "floor of products and attention 32.4 h",
                   "configured 8 sequence x 8 data, recompute dense", "does not fit (one segment at a time):",
-                  "8 sequence x 8 data, recompute none: 113 GiB of 74; the largest part is activations with 102 GiB",
+                  "8 sequence x 8 data, recompute none: 97 GiB of 74; the largest part is activations with 86 GiB",
                   "at most 13,440 forward passes of 131,072 tokens", "needles and perplexity of 6 models"):  # fmt: skip
         assert words in text
     cost = text[text.index("hours of 10 B tokens") :].splitlines()
@@ -288,6 +307,7 @@ def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
         "target_len=4096",
         "training.global_batch_tokens=0",
         "parallel.sequence=0",
+        "parallel.zero_stage=2",
     ]
     with pytest.raises(ConfigError) as raised:
         plan_run(compose(PlanRoot, "plan", overrides))
@@ -295,6 +315,7 @@ def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
         "target_len=4096 must be a multiple of model.original_len=8192, and not below it",
         "training.global_batch_tokens=0 must be a multiple of target_len=4096",
         "parallel.sequence=0 must divide parallel.processes=64, both above 0",
+        "parallel.zero_stage=2: the planner knows stage 3 only; set it to 3 to plan",
     )
 
 
