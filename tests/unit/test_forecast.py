@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from longrope2.config import ModelConfig
+from longrope2.model import NormKernel
 from longrope2.parallel import ParallelConfig
 from longrope2.planning import HardwareConfig, make_machine, plan_micro_step
 from longrope2.rope import Window
-from longrope2.training.config import Recompute, TrainingConfig, TrainRoot
+from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
 from longrope2.training.step import StepReport
 
@@ -46,6 +47,17 @@ def test_line_with_and_without_rates() -> None:
     assert "time unknown: no rates for this device" in llama_forecast(machine=False).line()
     assert "GiB a process in bf16, most in the backward pass" in line
     assert "GiB" not in llama_forecast(stage=2).line()
+
+
+@pytest.mark.parametrize(
+    ("norm", "device", "fused"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("model", "cuda", False), ("torch", "cpu", True)],
+)
+def test_norms_are_counted_as_the_run_will_compute_them(norm: str, device: str, fused: bool) -> None:
+    training = TrainingConfig(norm=NormKernel(norm), precision=Precision.fp32)  # no rates are asked of the device
+    config = TrainRoot(model=ModelConfig(name="m", original_len=8192), target_len=LENGTH, training=training)
+    found = make_forecast(config, LLAMA, 1, total_tokens=None, long_share=None, device=torch.device(device))
+    assert found.layout.fused_norms is fused
 
 
 def test_expected_step_is_that_of_the_segments_it_had() -> None:
