@@ -90,7 +90,7 @@ def paper_tables(summary: dict[str, Any]) -> list[PaperTable]:
     Args:
         summary: Content of ``suite.json``.
     """
-    tables = [_ruler_averages(summary), _long_tasks(summary), _short_tasks(summary)]
+    tables = [_needle_map(summary), _ruler_averages(summary), _long_tasks(summary), _short_tasks(summary)]
     tables += [_ruler_by_task(summary, subject) for subject in summary["subjects"]]
     return [table for table in tables if table is not None]
 
@@ -105,16 +105,18 @@ def paper_text(summary: dict[str, Any]) -> str:
             shown = [f"{name} {cell.text}" for name, cell in zip(table.columns, cells, strict=True)]
             lines.append(f"  {label:<{width}}  " + "; ".join(shown))
         parts.append("\n".join(lines))
+    lines = []
     for name, length in summary["effective_length"].items():
         if any(row["subject"] == name for row in summary["averages"]):
             reached = f"{length:,} tokens" if length else "below the shortest length"
-            parts.append(f"effective length of {name} (RULER average above {EFFECTIVE_THRESHOLD}): {reached}")
-    parts += [
+            lines.append(f"effective length of {name} (RULER average above {EFFECTIVE_THRESHOLD}): {reached}")
+    lines += [
         f"{row['suite']} inside {summary['original_len']:,} tokens: {row['subject']} keeps {100 * row['ratio']:.1f} % of "
-        f"{summary['reference']} over {row['num_tasks']} scores"
+        f"{summary['reference']} over {row['num_tasks']} score{'' if row['num_tasks'] == 1 else 's'}"
         for row in summary["retention"]
         if row["subject"] != summary["reference"]
     ]
+    parts += ["\n".join(lines)] if lines else []
     parts += _by_side(summary) + _missing(summary)
     return "\n\n".join(parts)
 
@@ -142,6 +144,19 @@ def _missing(summary: dict[str, Any]) -> list[str]:
         return [*parts, "the base model was not calibrated: no rules were given (calibration=...)"]
     shown = [f"  {r['score']}: {r['state']} ({r['low']:g} to {r['high']:g}, found {r['found']})" for r in rules]
     return [*parts, "calibration of the base model\n" + "\n".join(shown)]
+
+
+def _needle_map(summary: dict[str, Any]) -> PaperTable | None:
+    """Figure 6 without its depths, which the report draws; the paper prints no numbers."""
+    own = {(c["subject"], c["length"]): c for c in summary["cells"] if c["suite"] == "needle_map"}
+    if not own:
+        return None
+    lengths = sorted({length for _, length in own})
+    rows = [
+        (subject["name"], tuple(_cell(own.get((subject["name"], length)), None, 0) for length in lengths))
+        for subject in summary["subjects"]
+    ]
+    return PaperTable("Figure 6: needles retrieved, all depths", tuple(f"{n:,}" for n in lengths), tuple(rows))
 
 
 def _ruler_averages(summary: dict[str, Any]) -> PaperTable | None:

@@ -169,6 +169,28 @@ def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
         assert found.verdict == judged
 
 
+def test_the_needle_map_is_summed_up_by_length():
+    cells = [
+        cell("base", "needle_map", "needle_map", 4096, 0.9, 10),
+        cell("base", "needle_map", "needle_map", 8192, 0.8, 10),
+    ]
+    cells.append(cell("extended", "needle_map", "needle_map", 8192, 1.0, 10))
+    summary = make_summary(cells, averages=[], retention=[
+        {"subject": "extended", "suite": "needle_map", "num_tasks": 1, "ratio": 1.25},
+        {"subject": "untrained", "suite": "needle_map", "num_tasks": 2, "ratio": 0.5},
+    ])  # fmt: skip
+    low, high = (100 * end for end in wilson_interval(8, 10))
+    lines = paper_text(summary).splitlines()
+    assert lines[0] == "Figure 6: needles retrieved, all depths"
+    assert lines[1].startswith("  base       4,096 90.0 [") and lines[1].endswith(f"8,192 80.0 [{low:.1f}-{high:.1f}]")
+    assert lines[2].startswith("  extended   4,096 -; 8,192 100.0 [")
+    assert lines[5:8] == [
+        "needle_map inside 8,192 tokens: extended keeps 125.0 % of base over 1 score",
+        "needle_map inside 8,192 tokens: untrained keeps 50.0 % of base over 2 scores",
+        "",
+    ]
+
+
 def test_the_first_100_samples_are_shown_beside_more():
     cells = [cell("extended", "ruler", "vt", 4096, 0.9, 500, first_100=0.85)]
     _, by_task = paper_tables(make_summary(cells))
