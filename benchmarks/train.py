@@ -1,12 +1,16 @@
 """``python -m benchmarks.train``: a step of mixed windows, ours against two other ways; and the memory of the loss.
 
-Four ranks (gloo, ZeRO-3, sequence-parallel size 2) train one random Llama on the same 20 segments, 70 % long and 30 % short:
+Ranks (gloo, ZeRO-3; four, of which two share a segment) train one random Llama on the same 20 segments, 70 % long and 30 %
+short:
 
     ours          micro-steps of one window kind; short windows attend per document and exchange nothing
     random order  the same segments and code, paired across data-parallel groups by chance: a group with a short segment
                   waits for the other's long one in every gather of ZeRO-3
-    all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length
+    all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length; left out with
+                  ``--sequence 1``
 
+A rank that waits costs nothing where ranks share a core: compare the orders with one rank a core (``--ranks 2 --sequence 1``
+on two cores).
 Printed are seconds of forward, backward and update, ratios to ours (above 1: slower) and the model FLOPs each did (the
 convention of training/flops.py). The ways take turns; the best of ``--rounds`` counts, so that a noisy machine touches all
 alike. ``all alike`` has its own loss function replaced by ours, so that attention and order are all that differs.
@@ -32,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longrope2.command import run_command
 from longrope2.errors import ConfigError
 from longrope2.model import WindowedModel, token_loss_sum
 from longrope2.parallel import ParallelConfig, Processes, join_processes, leave_processes
@@ -45,7 +50,6 @@ from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import gradient_scale
 from longrope2.training.zero import ZeroConfig
 
-RANKS, SEQUENCE = 4, 2
 NUM_LONG, NUM_SHORT = 14, 6
 VOCABULARY, HIDDEN, LAYERS, HEADS = 1024, 128, 4, 8
 TRAINING = TrainingConfig()
@@ -82,14 +86,15 @@ def orders(processes: Processes) -> dict[str, list[int]]:
     total = NUM_LONG + NUM_SHORT
     alike = list(range(total))[me::data]
     mixed = np.random.default_rng(0).permutation(total).tolist()[me::data]
-    return {"ours": alike, "random order": mixed, "all alike": alike}
+    chosen = {"ours": alike, "random order": mixed}
+    return chosen | ({"all alike": alike} if processes.dims.sequence > 1 else {})
 
 
 def make_engine(model: torch.nn.Module, processes: Processes, micro_steps: int) -> Any:
     """DeepSpeed's engine, the same settings for all ways."""
     import deepspeed
 
-    parallel = ParallelConfig(sequence=SEQUENCE, zero_stage=3)
+    parallel = ParallelConfig(sequence=processes.dims.sequence, zero_stage=3)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, TRAINING),  # type: ignore[arg-type]
@@ -124,37 +129,37 @@ def seconds_of(engine: Any, forwards: list[Callable[[], torch.Tensor]], scale: f
     return float(seconds)
 
 
-def compare(length: int, rounds: int) -> dict[str, Any]:
-    """Time the three ways in turn; every rank calls this."""
-    processes = join_processes(ParallelConfig(sequence=SEQUENCE))
+def compare(length: int, rounds: int, sequence: int) -> dict[str, Any]:
+    """Time the ways in turn; every rank calls this."""
+    processes = join_processes(ParallelConfig(sequence=sequence))
     torch.set_num_threads(1)
-    config, store = model_config(length), RandomSegments(length)
+    store = RandomSegments(length)
     geometry = RopeGeometry(HIDDEN // HEADS, 10_000.0, length // 16)
     torch.manual_seed(0)
-    windowed = WindowedModel(LlamaForCausalLM(config), closed_form_factors(RopeMethod.yarn, geometry, length)).train()
-    plain = plain_ulysses(config)
+    factors = closed_form_factors(RopeMethod.yarn, geometry, length)
+    windowed = WindowedModel(LlamaForCausalLM(model_config(length)), factors).train()
     chosen = orders(processes)
     micro_steps = len(chosen["ours"])
-    engines = {
-        "ours": make_engine(windowed, processes, micro_steps),
-        "all alike": make_engine(plain, processes, micro_steps),
-    }
-    engines["random order"] = engines["ours"]
-    targets = RANKS // SEQUENCE * micro_steps * length
+    engines = dict.fromkeys(("ours", "random order"), make_engine(windowed, processes, micro_steps))
+    if "all alike" in chosen:
+        # A config of its own: it holds the choice of attention.
+        plain = plain_ulysses(model_config(length), sequence)
+        engines["all alike"] = make_engine(plain, processes, micro_steps)
+    targets = processes.dims.data * micro_steps * length
     scale = gradient_scale(processes.dims, 3, micro_steps, targets)
-    found: dict[str, Any] = {name: {"seconds": []} for name in ("ours", "random order", "all alike")}
+    found: dict[str, Any] = {name: {"seconds": []} for name in chosen}
     forwards = {name: forwards_of(name, engines[name], chosen[name], store, processes) for name in found}
     for _ in range(rounds + 1):  # the first is the warm-up
         for name in found:
             found[name]["seconds"].append(seconds_of(engines[name], forwards[name], scale))
     for name, entry in found.items():
         entry["seconds"] = min(entry["seconds"][1:])
-        entry["flops"] = flops_of(config, length, all_long=name == "all alike")
+        entry["flops"] = flops_of(model_config(length), length, all_long=name == "all alike")
     leave_processes()
     return found
 
 
-def plain_ulysses(config: LlamaConfig) -> PlainUlysses:
+def plain_ulysses(config: LlamaConfig, sequence: int) -> PlainUlysses:
     """The model under DeepSpeed's wrapper; our groups are released first, because the wrapper makes the same ones itself."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -166,7 +171,7 @@ def plain_ulysses(config: LlamaConfig) -> PlainUlysses:
         parallel_state_sp.initialize_sequence_parallel, lambda **given: None,
     )  # fmt: skip
     try:
-        UlyssesSPAttentionHF.register_with_transformers(plain.hf, "sdpa", SEQUENCE, 1, seq_length_is_variable=True)
+        UlyssesSPAttentionHF.register_with_transformers(plain.hf, "sdpa", sequence, 1, seq_length_is_variable=True)
     finally:
         parallel_state_sp.initialize_sequence_parallel = make_groups
     return plain.train()
@@ -236,12 +241,33 @@ def report_steps(found: dict[str, Any]) -> None:
         )
 
 
+def check(length: int, ranks: int, sequence: int) -> None:
+    """Refuse what cannot be shared evenly.
+
+    Raises:
+        ConfigError: all faults together.
+    """
+    faults = []
+    if length % 16 or 16 % sequence or HEADS // 2 % sequence:
+        faults.append(
+            f"--length {length} and --sequence {sequence}: 16 documents and {HEADS // 2} heads must divide evenly"
+        )
+    if ranks % sequence or NUM_LONG % (ranks // sequence) or NUM_SHORT % (ranks // sequence):
+        faults.append(
+            f"--ranks {ranks}: groups of {sequence} must share {NUM_LONG} long and {NUM_SHORT} short segments evenly"
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train", description="A training step and its loss, ours against other ways."
     )
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a segment, a multiple of 32")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a segment, 16 documents a rank")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=2, help="ranks that share a segment")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each way; the best counts")
     parser.add_argument("--loss-tokens", type=int, default=16_384)
     parser.add_argument("--loss-vocabulary", type=int, default=128_256)
@@ -249,24 +275,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--loss", nargs=4, help=argparse.SUPPRESS)  # one measurement in a process of its own
     given = parser.parse_args()
-    if given.length % 32:
-        raise ConfigError([f"--length {given.length} must be a multiple of 32: 16 documents on 2 ranks"])
+    check(given.length, given.ranks, given.sequence)
     if given.loss:
         print(loss_peak_bytes(given.loss[0], *map(int, given.loss[1:])))
         return
     if "RANK" in os.environ:
-        found = compare(given.length, given.rounds)
+        found = compare(given.length, given.rounds, given.sequence)
         if os.environ["RANK"] == "0":
             given.json.write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "steps.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.ranks}"]
         worker = [
             "-m",
             "benchmarks.train",
             "--length",
             str(given.length),
+            "--ranks",
+            str(given.ranks),
+            "--sequence",
+            str(given.sequence),
             "--rounds",
             str(given.rounds),
             "--json",
@@ -281,9 +310,15 @@ def main() -> None:
     for kind, peak in losses.items():
         print(f"  {kind:<6}{peak if isinstance(peak, str) else f'{peak / 2**20:.0f} MiB'}")
     if given.json:
-        figures = {"length": given.length, "steps": steps, "loss_peak_bytes": losses, "torch": torch.__version__}
+        settings = {
+            "length": given.length,
+            "ranks": given.ranks,
+            "sequence": given.sequence,
+            "torch": torch.__version__,
+        }
+        figures = {**settings, "steps": steps, "loss_peak_bytes": losses}
         given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -55,7 +55,14 @@ class WindowedModel(nn.Module):
             positions_BT: RoPE positions; taken from the layout, or 0..T-1, when not given.
             first_needed: The caller reads no hidden state before this position; the last layer's attention leaves
                 them out (needs ``layout=None``).
+
+        Raises:
+            RuntimeError: somebody chose another attention for the model's config, which would ignore the layout.
         """
+        if (chosen := self.hf.config._attn_implementation) != ATTENTION_NAME:
+            raise RuntimeError(
+                f"the attention of this model was changed to {chosen}; does another model share its config?"
+            )
         self.use_window(window)
         if positions_BT is None and layout is not None:
             positions_BT = layout.positions_BT

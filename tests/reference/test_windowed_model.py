@@ -139,6 +139,14 @@ def test_no_target_means_zero_loss_and_zero_gradient(num_tokens: int) -> None:
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_another_model_that_shares_the_config_cannot_take_the_layout_away() -> None:
+    hf = build("llama")
+    model = WindowedModel(hf, searched_like())
+    type(hf)(hf.config).set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="was changed to sdpa; does another model share its config"):
+        model.logits(torch.ones(1, 4, dtype=torch.int64), Window.SHORT, build_layout(Window.SHORT, [2, 4]))
+
+
 def test_set_factors_changes_only_the_long_window() -> None:
     tokens = torch.randint(1, 71, (1, LENGTH), generator=torch.Generator().manual_seed(3))
     model = WindowedModel(build("llama"), searched_like())
