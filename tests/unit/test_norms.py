@@ -1,5 +1,6 @@
 """Fused norms: the model's own outputs and gradients, which norms are replaced, and how a kernel is chosen."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_kernel_that_fails_when_run_is_passed_over() -> None:
     choice = choose_norm(NormKernel.auto, CUDA, torch.bfloat16)
     assert choice.kernel is NormKernel.model
-    assert "no torch: AssertionError: Torch not compiled with CUDA enabled" in choice.reason
+    assert re.search(
+        "no torch: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)", choice.reason
+    )
 
 
 def test_a_cpu_keeps_transformers_norms_unless_told() -> None:
