@@ -7,7 +7,6 @@ from longrope2.evaluation.ruler.metrics import (
     string_match_all,
     string_match_part,
     suite_score,
-    whole_word_score,
 )
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 
@@ -22,5 +21,4 @@ __all__ = [
     "string_match_all",
     "string_match_part",
     "suite_score",
-    "whole_word_score",
 ]

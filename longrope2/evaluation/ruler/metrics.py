@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from longrope2.evaluation.samples import Sample
 
-__all__ = ["clean_answer", "ruler_score", "string_match_all", "string_match_part", "suite_score", "whole_word_score"]
+__all__ = ["clean_answer", "ruler_score", "string_match_all", "string_match_part", "suite_score"]
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 PART_TASKS = ("qa_1", "qa_2")
@@ -32,15 +32,6 @@ def ruler_score(task: str, sample: Sample, text: str) -> float:
     """Score of one sample, 0 to 1: any reference for question answering, the share of all elsewhere."""
     match = string_match_part if task in PART_TASKS else string_match_all
     return match(sample.answers, text)
-
-
-def whole_word_score(task: str, sample: Sample, text: str) -> float:
-    """The same score over whole words: the reference "no" is not found in "know" (a defect of the substring rule)."""
-    prediction = clean_answer(text).lower()
-    found = [
-        re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", prediction) is not None for answer in sample.answers
-    ]
-    return float(any(found)) if task in PART_TASKS else sum(found) / len(found)
 
 
 def suite_score(scores: Sequence[float]) -> float:
