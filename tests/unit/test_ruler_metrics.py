@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longrope2.evaluation.ruler import ruler_score, string_match_all, string_match_part, suite_score, whole_word_score
+from longrope2.evaluation.ruler import ruler_score, string_match_all, string_match_part, suite_score
 from longrope2.evaluation.ruler.metrics import clean_answer
 from longrope2.evaluation.samples import Sample
 
