@@ -108,7 +108,7 @@ def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
                 torch.cat([F.pad(part, (0, 0, padding, 0)) for part, padding in zip(parts, paddings, strict=True)])
                 for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
             )
-            for layer in layers:  # not reset(): before transformers 5.2x it zeroed in place and freed nothing
+            for layer in layers:  # not reset(): in transformers 5.17 it zeroes in place and frees nothing
                 layer.keys = layer.values = torch.empty(0)
             yield keys_BKCD, values_BKCD
 
