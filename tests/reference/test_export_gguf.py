@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
 from longrope2.export import ExportVariant, variant_factors, write_hugging_face_folder
@@ -15,6 +16,10 @@ from longrope2.model import rope_geometry
 from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
 
 MODEL = Path("models/tiny")
+# Newer versions keep GGUF weights quantized unless told; older ones have no such setting.
+DEQUANTIZED = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+)
 FACTORS = closed_form_factors(RopeMethod.ntk, rope_geometry(MODEL, 128), 2048)
 
 
@@ -54,7 +59,7 @@ def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
     """Its reader undoes the order of query and key rows and knows no longrope: the original RoPE, at a short length."""
     write_gguf(exported(tmp_path / "export", dtype=dtype), FACTORS, tmp_path / "model.gguf", MODEL)
     found = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32, **DEQUANTIZED
     ).eval()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     wanted = dict(expected.named_parameters())
