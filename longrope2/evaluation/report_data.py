@@ -56,7 +56,8 @@ def load_run(folder: Path) -> RunRecord:
         ArtifactError: the folder does not exist or holds no product of a run, or one of its files is damaged.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} does not exist; give the run folder, or run.name=NAME of a run in run.root")
+        fault = "is a file" if folder.is_file() else "does not exist"
+        raise ArtifactError(f"{folder} {fault}; give the run folder, or run.name=NAME of a run in run.root")
     stages = {product: _stage(folder, product) for product in PRODUCT_FOLDERS}
     if not any(stage.started for stage in stages.values()):
         raise ArtifactError(f"{folder} holds no product of a run ({', '.join(PRODUCT_FOLDERS.values())})")

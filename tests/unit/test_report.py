@@ -227,6 +227,9 @@ def test_a_step_repeated_after_a_resume_counts_once(full_run):
 def test_folders_and_files_that_are_no_run(tmp_path, full_run):
     with pytest.raises(ArtifactError, match=r"nowhere does not exist; give the run folder, or run\.name=NAME"):
         write_report(tmp_path / "nowhere")
+    (tmp_path / "page.html").touch()
+    with pytest.raises(ArtifactError, match=r"page\.html is a file; give the run folder"):
+        write_report(tmp_path / "page.html")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match=r"empty holds no product of a run \(1_segments, 2_factors"):
         write_report(tmp_path / "empty")
