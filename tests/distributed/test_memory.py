@@ -43,7 +43,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_prediction_within_15_percent_of_the_measured_peak(peaks: dict[str, int], case: str) -> None:
     recompute, sequence, tokens, kind, norm = case.split(":")
-    if norm == "torch" and torch.__version__ < (2, 13):
+    if norm == "torch" and torch.__version__ < "2.13":  # compared as versions
         pytest.skip(
             "F.rms_norm on a CPU is several operators in torch 2.11, which keep more; fused there on a GPU only"
         )
