@@ -248,6 +248,8 @@ def check(length: int, ranks: int, sequence: int) -> None:
     Raises:
         ConfigError: all faults together.
     """
+    if min(length, ranks, sequence) < 1:
+        raise ConfigError([f"--length {length}, --ranks {ranks} and --sequence {sequence} must be at least 1"])
     faults = []
     if length % 16 or 16 % sequence or HEADS // 2 % sequence:
         faults.append(

@@ -10,15 +10,13 @@ import torch
 
 from longrope2.errors import DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
-from longrope2.evaluation.short_tasks_config import ShortTaskConfig, ShortTasksConfig, lm_eval_version
+from longrope2.evaluation.short_tasks_config import LM_EVAL_SUITE, ShortTaskConfig, ShortTasksConfig, lm_eval_version
 from longrope2.evaluation.statistics import score_interval
 from longrope2.evaluation.subjects import Subject
 from longrope2.model import WindowedModel
 from longrope2.rope import Window
 
 __all__ = ["measure_short_tasks", "short_task_rows"]
-
-SUITE = "lm_eval"
 
 
 def measure_short_tasks(
@@ -48,7 +46,7 @@ def measure_short_tasks(
             values = results.find(fingerprint)
             if values is None:
                 values = _measure(config, task, load(subject), tokenizer)
-            measurement = Measurement(subject.name, SUITE, 0, fingerprint, values | {"name": task.name})
+            measurement = Measurement(subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name})
             results.append(measurement)
             yield measurement
 
@@ -63,7 +61,7 @@ def short_task_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]
             side: [score for score, found in zip(scores, sides, strict=True) if found == side] for side in set(sides)
         }
         rows.append({
-            "subject": measurement.subject, "suite": SUITE, "task": values["name"], "length": 0,
+            "subject": measurement.subject, "suite": LM_EVAL_SUITE, "task": values["name"], "length": 0,
             "num_samples": len(scores), "score": values["score"], "interval": list(score_interval(scores)),
             "sides": {
                 side: {"num_samples": len(own), "score": sum(own) / len(own), "interval": list(score_interval(own))}

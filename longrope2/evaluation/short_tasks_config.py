@@ -9,8 +9,17 @@ from dataclasses import dataclass, field
 
 from longrope2.errors import ConfigError
 
-__all__ = ["ShortTaskConfig", "ShortTasksConfig", "lm_eval_version", "require_lm_eval", "short_task_faults"]
+__all__ = [
+    "LM_EVAL_SUITE",
+    "ShortTaskConfig",
+    "ShortTasksConfig",
+    "lm_eval_version",
+    "require_lm_eval",
+    "short_task_faults",
+]
 
+LM_EVAL_SUITE = "lm_eval"
+"""The suite that short tasks' scores belong to."""
 INSTALL = "pip install 'longrope2[lm-eval]'"
 
 

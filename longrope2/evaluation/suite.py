@@ -11,11 +11,10 @@ from longrope2.evaluation.long_tasks.config import (
 )
 from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
 from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, ruler_faults
-from longrope2.evaluation.short_tasks_config import ShortTasksConfig, short_task_faults
+from longrope2.evaluation.short_tasks_config import LM_EVAL_SUITE, ShortTasksConfig, short_task_faults
 
 __all__ = ["CalibrationConfig", "CalibrationRule", "SuiteConfig", "calibration_faults", "suite_faults"]
 
-LM_EVAL = "lm_eval"
 TASKS_BY_SUITE = {
     "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
     "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
@@ -101,7 +100,7 @@ def calibration_faults(config: CalibrationConfig) -> list[str]:
             )
         elif not _is_a_score(rule.score):
             faults.append(
-                f"calibration.rules[{index}]: no suite gives a score {rule.score!r}; write {LM_EVAL}/TASK, or "
+                f"calibration.rules[{index}]: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
                 f"SUITE/TASK/LENGTH with one of {', '.join(TASKS_BY_SUITE)} and one of its tasks"
             )
     return faults
@@ -111,6 +110,6 @@ def _is_a_score(name: str) -> bool:
     """Whether a name has the form of a score, with a suite and a task that exist."""
     suite, _, rest = name.partition("/")
     task, slash, length = rest.partition("/")
-    if suite == LM_EVAL:
+    if suite == LM_EVAL_SUITE:
         return bool(task) and not slash
     return task in TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0

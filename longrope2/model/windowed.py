@@ -35,7 +35,15 @@ class WindowedModel(nn.Module):
         self.rotary.set_factors(factors)
 
     def use_window(self, window: Window) -> None:
-        """Select the rotary table for the plain ``self.hf(...)`` calls that follow."""
+        """Select the rotary table for the plain ``self.hf(...)`` calls that follow.
+
+        Raises:
+            RuntimeError: somebody chose another attention for the model's config, which would ignore layouts and padding.
+        """
+        if (chosen := self.hf.config._attn_implementation) != ATTENTION_NAME:
+            raise RuntimeError(
+                f"the attention of this model was changed to {chosen}; does another model share its config?"
+            )
         self.rotary.window = Window(window)
 
     def hidden_states(
@@ -55,14 +63,7 @@ class WindowedModel(nn.Module):
             positions_BT: RoPE positions; taken from the layout, or 0..T-1, when not given.
             first_needed: The caller reads no hidden state before this position; the last layer's attention leaves
                 them out (needs ``layout=None``).
-
-        Raises:
-            RuntimeError: somebody chose another attention for the model's config, which would ignore the layout.
         """
-        if (chosen := self.hf.config._attn_implementation) != ATTENTION_NAME:
-            raise RuntimeError(
-                f"the attention of this model was changed to {chosen}; does another model share its config?"
-            )
         self.use_window(window)
         if positions_BT is None and layout is not None:
             positions_BT = layout.positions_BT

@@ -145,6 +145,8 @@ def test_another_model_that_shares_the_config_cannot_take_the_layout_away() -> N
     type(hf)(hf.config).set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="was changed to sdpa; does another model share its config"):
         model.logits(torch.ones(1, 4, dtype=torch.int64), Window.SHORT, build_layout(Window.SHORT, [2, 4]))
+    with pytest.raises(RuntimeError, match="was changed to sdpa"):
+        model.use_window(Window.LONG)  # before cached decoding
 
 
 def test_set_factors_changes_only_the_long_window() -> None:

@@ -107,6 +107,10 @@ def test_model_and_disk_that_are_not_there(tmp_path: Path, monkeypatch) -> None:
     assert found["hub login"].state is State.ok and found["W&B login"].state is State.fix
     monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
     assert findings_of(tmp_path, tmp_path / "empty")["disk"].state is State.blocker
+    (tmp_path / "file").touch()
+    closed = doctor_machine._disk(tmp_path / "file" / "runs")
+    assert (closed.state, closed.found) == (State.blocker, f"{tmp_path / 'file'} cannot be written to")
+    assert closed.remedy == "set run.root to a folder of yours"
     monkeypatch.setattr("huggingface_hub.snapshot_download", _nothing_cached)
     found = findings_of(tmp_path, "someone/model")
     assert found["model m"].found == "someone/model is not on this machine"
