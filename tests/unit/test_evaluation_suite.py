@@ -3,12 +3,15 @@
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from longrope2.artifacts import read_manifest
 from longrope2.evaluation import generation_run
 from longrope2.evaluation.answers import read_answers
+from longrope2.evaluation.suite import CalibrationConfig, CalibrationRule, calibration_faults
 
 SUBJECTS = "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
 
@@ -125,3 +128,10 @@ def test_faults_are_one_message_and_write_nothing(evaluate, tmp_path, arguments,
     code, _, err = evaluate(*arguments)
     assert code == 2 and message in err and "Traceback" not in err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("path", sorted(Path("conf/calibration").glob("*.yaml")), ids=lambda path: path.stem)
+def test_rules_that_are_shipped_can_be_tried(path):
+    rules = [CalibrationRule(**rule) for rule in yaml.safe_load(path.read_text())["rules"]]
+    rules += [CalibrationRule("ruler/average/4096", 5), CalibrationRule("loft/nq/131072", 5)]
+    assert calibration_faults(CalibrationConfig(rules)) == []
