@@ -1,12 +1,14 @@
-"""``python -m benchmarks.eval``: samples a second of RULER generation, ours against a straightforward generator.
+"""``python -m benchmarks.eval``: samples a second of RULER generation, ours against a
+straightforward generator.
 
-Ours: fitted by sums over tokens counted once, stored, worker processes. Straightforward: the same prompts, but every
-one is tokenized whole to be counted, after a binary search of the size by whole tokenizations for each task and length,
-as RULER does it; one process, measured on ``--compare`` samples a cell. Both are given in CPU seconds too, because those
-do not depend on what else the machine is doing. What was made is checked: no prompt over its length, and how full.
+Ours: fitted by sums over tokens counted once, stored, worker processes. Straightforward: the same
+prompts, but every one is tokenized whole to be counted, after a binary search of the size by whole
+tokenizations for each task and length, as RULER does it; one process, measured on ``--compare``
+samples a cell. Both are given in CPU seconds too, because those do not depend on what else the
+machine is doing. What was made is checked: no prompt over its length, and how full.
 
-The haystacks are the standard library's documentation, the questions are made up in the layouts of SQuAD and HotpotQA:
-nothing is downloaded.
+The haystacks are the standard library's documentation, the questions are made up in the layouts of
+SQuAD and HotpotQA: nothing is downloaded.
 """
 
 import argparse
@@ -22,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from longrope2.artifacts import resolve_model_folder
-from longrope2.evaluation.ruler import RULER_TASKS, RulerConfig, ruler_tasks
-from longrope2.evaluation.ruler.prompts import PromptEncoder, text_of
-from longrope2.evaluation.ruler.tasks import FixedRuler
+from longrope2.evaluation.prompts import PromptEncoder, text_of
+from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig
+from longrope2.evaluation.ruler.tasks import FixedRuler, ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
+from longrope2.model.folder import resolve_model_folder
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 SEARCH_STEPS = 12  # whole tokenizations of a binary search over the size
@@ -45,33 +47,55 @@ class Cost:
     def line(self, name: str) -> list[str]:
         """A row of the table."""
         rate = self.num_samples / self.wall_seconds
-        return [name, f"{self.num_samples:,}", f"{self.num_tokens:,}", f"{self.wall_seconds:.1f}",
-                f"{self.cpu_seconds:.1f}", f"{rate:,.1f}", f"{1e6 * self.cpu_seconds / self.num_tokens:.3f}"]  # fmt: skip
+        return [
+            name,
+            f"{self.num_samples:,}",
+            f"{self.num_tokens:,}",
+            f"{self.wall_seconds:.1f}",
+            f"{self.cpu_seconds:.1f}",
+            f"{rate:,.1f}",
+            f"{1e6 * self.cpu_seconds / self.num_tokens:.3f}",
+        ]
 
 
 def main() -> None:
     """Generate, check, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--model", default="models/tiny", help="folder, hub id or gguf://PACKAGE/FILE with the tokenizer"
+        "--model",
+        default="models/tiny",
+        help="folder, hub id or gguf://PACKAGE/FILE with the tokenizer",
     )
-    parser.add_argument("--samples", type=int, default=20, help="samples of every task and length (RULER: 500)")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="samples of every task and length (RULER: 500)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--tasks", nargs="+", default=list(RULER_TASKS))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--compare", type=int, default=1, help="samples a cell of the straightforward generator")
-    parser.add_argument("--folder", type=Path, help="keep the samples here; default: a temporary folder")
+    parser.add_argument(
+        "--compare", type=int, default=1, help="samples a cell of the straightforward generator"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="keep the samples here; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_folder(arguments.model))
     with tempfile.TemporaryDirectory() as temporary:
         squad, hotpotqa = _questions(Path(temporary))
-        config = RulerConfig(tasks=arguments.tasks, num_samples=arguments.samples, squad=squad, hotpotqa=hotpotqa)
+        config = RulerConfig(
+            tasks=arguments.tasks, num_samples=arguments.samples, squad=squad, hotpotqa=hotpotqa
+        )
         texts = _haystack()
         folder = arguments.folder or Path(temporary) / "samples"
         start, cpu = time.perf_counter(), _cpu_seconds()
         tasks = ruler_tasks(
-            config, tokenizer, texts, arguments.lengths, cache_folder=folder, workers=arguments.workers
-        )  # fmt: skip
+            config,
+            tokenizer,
+            texts,
+            arguments.lengths,
+            cache_folder=folder,
+            workers=arguments.workers,
+        )
         ours = Cost(*_size(tasks), time.perf_counter() - start, _cpu_seconds() - cpu)
         _check(tasks)
         columns = ("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
@@ -98,12 +122,16 @@ def _extrapolated(ours: Cost, arguments: argparse.Namespace) -> str:
 
 def _size(tasks: list[GenerationTask]) -> tuple[int, int]:
     """Samples and prompt tokens."""
-    return sum(len(task.samples) for task in tasks), sum(len(s.prompt_T) for task in tasks for s in task.samples)
+    return sum(len(task.samples) for task in tasks), sum(
+        len(s.prompt_T) for task in tasks for s in task.samples
+    )
 
 
 def _check(tasks: list[GenerationTask]) -> None:
     """No sample exceeds its length; print the smallest share of it that is filled, by task."""
-    table = Table("task", *[f"fill at {length}" for length in dict.fromkeys(task.length for task in tasks)])
+    table = Table(
+        "task", *[f"fill at {length}" for length in dict.fromkeys(task.length for task in tasks)]
+    )
     for name in dict.fromkeys(task.name for task in tasks):
         cells = []
         for task in (task for task in tasks if task.name == name):
@@ -131,7 +159,9 @@ def _straightforward(ruler: FixedRuler, arguments: argparse.Namespace) -> Cost:
                 wall += (time.perf_counter() - start) * share
                 cpu += (time.process_time() - start_cpu) * share
                 num_tokens += tokens
-    return Cost(len(arguments.tasks) * len(arguments.lengths) * arguments.compare, num_tokens, wall, cpu)
+    return Cost(
+        len(arguments.tasks) * len(arguments.lengths) * arguments.compare, num_tokens, wall, cpu
+    )
 
 
 def _cpu_seconds() -> float:
@@ -159,19 +189,30 @@ def _questions(folder: Path) -> tuple[str, str]:
         paragraphs = []
         for number in range(10):
             hue = f"hue{article}x{number}"
-            asked = {"question": f"What is the colour of box {article}-{number}?", "is_impossible": False,
-                     "answers": [{"text": hue}]}  # fmt: skip
+            asked = {
+                "question": f"What is the colour of box {article}-{number}?",
+                "is_impossible": False,
+                "answers": [{"text": hue}],
+            }
             text = f"{filler()} The colour of box {article}-{number} is {hue}. {filler()}"
             paragraphs.append({"context": text, "qas": [asked]})
         articles.append({"title": f"Article {article}", "paragraphs": paragraphs})
     entries = []
     for entry in range(250):
-        context = [[f"Box {entry}-{number}", [filler(), f" It is box {number}."]] for number in range(10)]
+        context = [
+            [f"Box {entry}-{number}", [filler(), f" It is box {number}."]] for number in range(10)
+        ]
         context[3][1].append(f" It belongs to box {entry}-7.")
         context[7][1].append(f" Its colour is hue{entry}.")
         facts = [[context[3][0], 2], [context[7][0], 2]]
-        entries.append({"question": f"What is the colour of what box {entry}-3 belongs to?", "answer": f"hue{entry}",
-                        "context": context, "supporting_facts": facts})  # fmt: skip
+        entries.append(
+            {
+                "question": f"What is the colour of what box {entry}-3 belongs to?",
+                "answer": f"hue{entry}",
+                "context": context,
+                "supporting_facts": facts,
+            }
+        )
     squad, hotpotqa = folder / "squad.json", folder / "hotpotqa.json"
     squad.write_text(json.dumps({"data": articles}), encoding="utf-8")
     hotpotqa.write_text(json.dumps(entries), encoding="utf-8")

@@ -1,15 +1,18 @@
-"""``python -m benchmarks.kv_policies``: what it costs not to read a text again when it outgrows the original window.
+"""``python -m benchmarks.kv_policies``: what it costs not to read a text again when it outgrows the
+original window.
 
-Texts with a needle begin within L0 and go on beyond it. The first L0 tokens are read with the original RoPE; then the
-cache is treated by one of three policies and the rest of the text is read with the rescaled RoPE:
+Texts with a needle begin within L0 and go on beyond it. The first L0 tokens are read with the
+original RoPE; then the cache is treated by one of three policies and the rest of the text is read
+with the rescaled RoPE:
 
 * ``reprefill``: the L0 tokens are read again. This is the model that was trained.
 * ``rerotate``: the cached keys are turned to the rescaled RoPE. Exact in layer 0 only.
-* ``stale``: the cache stays as it is. No policy of ours, but what engines do that switch the factors and keep the cache.
+* ``stale``: the cache stays as it is. No policy of ours, but what engines do that switch the
+  factors and keep the cache.
 
-Printed for each: seconds from the first token beyond L0 to its logits, needle accuracy (all tokens of the value are the
-most likely ones) and perplexity of the value, and the KL divergence of the next-token distribution from reprefill's, over
-the positions beyond L0, in nats.
+Printed for each: seconds from the first token beyond L0 to its logits, needle accuracy (all tokens
+of the value are the most likely ones) and perplexity of the value, and the KL divergence of the
+next-token distribution from reprefill's, over the positions beyond L0, in nats.
 
 Shape legend: N = positions beyond L0, V = vocabulary.
 """
@@ -29,15 +32,18 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache
 
-from data_prep.corpora import CorpusConfig, CorpusKind, heldout_documents
-from data_prep.needles import build_needle_set
-from longrope2.artifacts import resolve_model_folder
 from longrope2.config import CONF_FOLDER
-from longrope2.inference import prefill, rerotate_keys
-from longrope2.inference.cache import next_logits, single_row
-from longrope2.model import FACTORS_FILE, WindowedModel, load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
-from longrope2.segments import NeedleSample
+from longrope2.corpora.build import heldout_documents
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.needles import build_needle_set
+from longrope2.inference.cache import next_logits, prefill, rerotate_keys, single_row
+from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.folder import resolve_model_folder
+from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.needle_set import NeedleSample
 
 Crossing = Callable[[WindowedModel, list[int], DynamicCache], DynamicCache]
 
@@ -92,7 +98,9 @@ def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally
         log_p_NV = model.hf(input_ids=rest_BT, past_key_values=cache).logits[0].log_softmax(-1)
         if name == "reprefill":
             reference_NV = log_p_NV
-        tallies[name].divergence_nats.append((reference_NV.exp() * (reference_NV - log_p_NV)).sum(-1))
+        tallies[name].divergence_nats.append(
+            (reference_NV.exp() * (reference_NV - log_p_NV)).sum(-1)
+        )
         value_SV = log_p_NV[-len(labels_S) :]
         tallies[name].exact.append(bool((value_SV.argmax(-1) == labels_S).all()))
         tallies[name].value_nats.append(-float(value_SV.gather(1, labels_S[:, None]).mean()))
@@ -115,16 +123,26 @@ def report(tallies: dict[str, Tally]) -> None:
 
 def main() -> None:
     """Load, build the texts, measure, print."""
-    parser = argparse.ArgumentParser(description="what it costs not to read a text again at the switch")
+    parser = argparse.ArgumentParser(
+        description="what it costs not to read a text again at the switch"
+    )
     parser.add_argument("--model", default="tiny", help="name of a file in conf/model")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a trained checkpoint; its factors are used")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of a trained checkpoint; its factors are used"
+    )
     parser.add_argument("--factors", type=Path, help="factors JSON for the untrained model")
-    parser.add_argument("--method", default="ntk", help="closed form for the untrained model, without --factors")
+    parser.add_argument(
+        "--method", default="ntk", help="closed form for the untrained model, without --factors"
+    )
     parser.add_argument("--target", type=int, default=2048, help="target window of a closed form")
     parser.add_argument(
-        "--original", type=int, help="original window to assume, below the model's own, to measure quickly"
+        "--original",
+        type=int,
+        help="original window to assume, below the model's own, to measure quickly",
     )
-    parser.add_argument("--length", type=int, required=True, help="tokens of a text, beyond the original window")
+    parser.add_argument(
+        "--length", type=int, required=True, help="tokens of a text, beyond the original window"
+    )
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--samples", type=int, default=4, help="texts per depth")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,9 +150,13 @@ def main() -> None:
     model, folder = load(options)
     corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
     samples = build_needle_set(
-        load_tokenizer(folder), list(heldout_documents(corpus)), length=options.length, depths=options.depths,
-        num_samples=options.samples * len(options.depths), seed=options.seed,
-    ).samples  # fmt: skip
+        load_tokenizer(folder),
+        list(heldout_documents(corpus)),
+        length=options.length,
+        depths=options.depths,
+        num_samples=options.samples * len(options.depths),
+        seed=options.seed,
+    ).samples
     tallies = {name: Tally() for name in POLICIES}
     for sample in track(samples, description="texts", console=Console(stderr=True)):
         measure(model, sample, tallies)
@@ -148,7 +170,9 @@ def main() -> None:
 
 def load(options: argparse.Namespace) -> tuple[WindowedModel, Path]:
     """The model with its factors, and the folder of its tokenizer."""
-    settings = yaml.safe_load((CONF_FOLDER / "model" / f"{options.model}.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load(
+        (CONF_FOLDER / "model" / f"{options.model}.yaml").read_text(encoding="utf-8")
+    )
     folder = options.checkpoint or resolve_model_folder(settings["path"])
     path = options.checkpoint / FACTORS_FILE if options.checkpoint else options.factors
     if path is not None:

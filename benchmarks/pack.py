@@ -1,14 +1,17 @@
-"""``python -m benchmarks.pack``: the pack stage end to end against the tokenizer alone and against common tokenizing jobs.
+"""``python -m benchmarks.pack``: the pack stage end to end against the tokenizer alone and against
+common tokenizing jobs.
 
-All read the same JSON lines with the same tokenizer and the same number of processes, one after the other, several rounds
-in turn; the best time of each counts. Processes are started inside the measured time by all of them. Printed are tokens a
-second and ratios to ours: ``bare`` shows what everything but tokenizing costs (ours should reach 0.85 of it), the others
-are how text is usually tokenized (ours should be 1.3 times as fast, though it also plans, packs and verifies).
+All read the same JSON lines with the same tokenizer and the same number of processes, one after the
+other, several rounds in turn; the best time of each counts. Processes are started inside the
+measured time by all of them. Printed are tokens a second and ratios to ours: ``bare`` shows what
+everything but tokenizing costs (ours should reach 0.85 of it), the others are how text is usually
+tokenized (ours should be 1.3 times as fast, though it also plans, packs and verifies).
 
     ours       python -m data_prep.pack: scan, tokenize, plan, pack, check, write shards with hashes
     bare       the prepared tokenizer on batches of texts; nothing is written
-    megatron   after Megatron-LM's preprocess_data: a pool encodes line by line, the main process writes ids and an index
-    datatrove  its DocumentTokenizer on its local executor, where datatrove is installed
+    megatron   after Megatron-LM's preprocess_data: a pool encodes line by line, the main process
+    writes ids and an index datatrove  its DocumentTokenizer on its local executor, where datatrove
+    is installed
 """
 
 import argparse
@@ -26,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corpora import Split
-from data_prep.sample_corpus import SampleCorpus
-from data_prep.tokenization import (
+from longrope2.corpora.corpus import Split
+from longrope2.corpora.sample import SampleCorpus
+from longrope2.corpora.tokenizer import (
     BATCH_CHARACTERS,
     load_document_tokenizer,
     prepared_tokenizer,
@@ -54,11 +57,25 @@ def write_texts(folder: Path, megabytes: float, num_files: int) -> None:
 def ours(texts: Path, model: Path, work: Path, workers: int) -> int:
     """The whole stage; returns tokens tokenized."""
     subprocess.run(
-        [sys.executable, "-m", "data_prep.pack", "--target", "16384", "--corpus", "folder", f"corpus.folder={texts}",
-         f"model.path={model}", f"run.root={work}", "run.name=ours", f"workers={workers}", "corpus.heldout_fraction=0.0",
-         "tokens_per_unit=16777216"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "data_prep.pack",
+            "--target",
+            "16384",
+            "--corpus",
+            "folder",
+            f"corpus.folder={texts}",
+            f"model.path={model}",
+            f"run.root={work}",
+            "run.name=ours",
+            f"workers={workers}",
+            "corpus.heldout_fraction=0.0",
+            "tokens_per_unit=16777216",
+        ],
+        check=True,
+        capture_output=True,
+    )
     counts = json.loads((work / "ours" / "1_segments" / "manifest.json").read_text())["counts"]
     return counts["tokenized_tokens"]["folder"] - 2 * counts["num_documents_tokenized"]["folder"]
 
@@ -67,7 +84,11 @@ def bare(texts: Path, tokenizer: Path, workers: int) -> int:
     """Only the tokenizer; returns tokens."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return sum(
-            pool.starmap(_encode_file, [(path, tokenizer) for path in sorted(texts.glob("*.jsonl"))], chunksize=1)
+            pool.starmap(
+                _encode_file,
+                [(path, tokenizer) for path in sorted(texts.glob("*.jsonl"))],
+                chunksize=1,
+            )
         )
 
 
@@ -110,13 +131,19 @@ def datatrove(texts: Path, model: Path, work: Path, workers: int) -> int:
 def main() -> None:
     """Time all of them and print tokens a second and ratios."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--megabytes", type=float, default=200.0, help="text, in millions of characters")
+    parser.add_argument(
+        "--megabytes", type=float, default=200.0, help="text, in millions of characters"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--files", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, default=Path("models/tiny"), help="model folder with tokenizer.json")
+    parser.add_argument(
+        "--model", type=Path, default=Path("models/tiny"), help="model folder with tokenizer.json"
+    )
     given = parser.parse_args()
     # Processes instead of threads, for all alike.
     os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -134,7 +161,9 @@ def main() -> None:
         if importlib.util.find_spec("datatrove") is not None:
             ways["datatrove"] = lambda work: datatrove(texts, given.model, work, given.workers)
         best, tokens = _timed(ways, given.rounds)
-    print(f"{given.megabytes:g} M characters in {given.files} files, {given.workers} workers, best of {given.rounds}")
+    print(
+        f"{given.megabytes:g} M characters in {given.files} files, {given.workers} workers, best of {given.rounds}"
+    )
     for name, seconds in best.items():
         rate = tokens[name] / seconds
         ratio = tokens["ours"] / best["ours"] / rate
@@ -143,7 +172,9 @@ def main() -> None:
         )
 
 
-def _timed(ways: dict[str, Callable[[Path], int]], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
+def _timed(
+    ways: dict[str, Callable[[Path], int]], rounds: int
+) -> tuple[dict[str, float], dict[str, int]]:
     """Best seconds and tokens of each way."""
     best, tokens = dict.fromkeys(ways, float("inf")), {}
     for _ in range(rounds):
@@ -189,7 +220,10 @@ def _start_line_worker(model: Path) -> None:
 def _encode_line(line: str) -> list[int]:
     """Ids of one line's text with EOS behind them."""
     assert _line_encoder is not None
-    return [*_line_encoder(json.loads(line)["text"], add_special_tokens=False)["input_ids"], _line_encoder.eos_token_id]
+    return [
+        *_line_encoder(json.loads(line)["text"], add_special_tokens=False)["input_ids"],
+        _line_encoder.eos_token_id,
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""``python -m benchmarks.search``: a finished search, ours against a straightforward one, on the miniature.
+"""``python -m benchmarks.search``: a finished search, ours against a straightforward one, on the
+miniature.
 
-Straightforward: every candidate on every sample, logits of all positions, every layer whole. Ours: exact early
-termination with the hardest sample first, and only what the losses need in the last layer and the LM head. Both run
-the same evolution on the same samples in one process and must end with the same factors; rounds alternate, so that a
-noisy machine touches both alike. A third contestant is ours with the inexact ``search.pruning=racing``: what it saves
-and what its result is worth. Printed are forward tokens and wall time, and where our tokens went.
+Straightforward: every candidate on every sample, logits of all positions, every layer whole. Ours:
+exact early termination with the hardest sample first, and only what the losses need in the last
+layer and the LM head. Both run the same evolution on the same samples in one process and must end
+with the same factors; rounds alternate, so that a noisy machine touches both alike. A third
+contestant is ours with the inexact ``search.pruning=racing``: what it saves and what its result is
+worth. Printed are forward tokens and wall time, and where our tokens went.
 """
 
 import argparse
@@ -16,21 +18,17 @@ from pathlib import Path
 
 import torch
 
-from launch import search as command
 from longrope2.config import compose
-from longrope2.model import WindowedModel
-from longrope2.rope import RescaleFactors, Window
-from longrope2.search import (
-    Evaluator,
-    Evolution,
-    Journal,
-    PreparedSearch,
-    Pruning,
-    SampleLosses,
-    SearchConfig,
-    Workers,
-    perplexity,
-)
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.search import prepare as command
+from longrope2.search.config import Pruning, SearchConfig
+from longrope2.search.evaluator import Evaluator
+from longrope2.search.evolution import Evolution
+from longrope2.search.journal import Journal
+from longrope2.search.objective import SampleLosses, perplexity
+from longrope2.search.run import PreparedSearch
+from longrope2.search.workers import Workers
 
 
 class StraightforwardLosses:
@@ -48,7 +46,9 @@ class StraightforwardLosses:
         sample = self._samples[batch]
         tokens_T = torch.from_numpy(sample.tokens)
         logits_TV = self._model.logits(tokens_T[None, :-1], Window.LONG)[0]
-        losses_T = torch.nn.functional.cross_entropy(logits_TV, tokens_T[1:], reduction="none").double()
+        losses_T = torch.nn.functional.cross_entropy(
+            logits_TV, tokens_T[1:], reduction="none"
+        ).double()
         return [losses_T[sample.first_scored - 1 :].sum().item()]
 
 
@@ -81,27 +81,44 @@ def contestant(
 ) -> Contestant:
     """A search with a journal of its own."""
     evaluator = Evaluator(
-        losses, Journal(folder, {}), num_scored_tokens=prepared.losses.num_scored_tokens,
+        losses,
+        Journal(folder, {}),
+        num_scored_tokens=prepared.losses.num_scored_tokens,
         is_pruning=search.pruning is not Pruning.none,
-    )  # fmt: skip
+    )
     return Contestant(Evolution(prepared.space, search, evaluator, seed), evaluator)
 
 
 def main() -> None:
     """Run all three and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", type=int, default=2048, help="target window in tokens")
-    parser.add_argument("overrides", nargs="*", help="any key of conf/search.yaml; default: the paper's budget")
+    parser.add_argument(
+        "overrides", nargs="*", help="any key of conf/search.yaml; default: the paper's budget"
+    )
     arguments = parser.parse_args()
-    overrides = ["model=tiny", f"target_len={arguments.target}", "corpus=sample", *arguments.overrides]
+    overrides = [
+        "model=tiny",
+        f"target_len={arguments.target}",
+        "corpus=sample",
+        *arguments.overrides,
+    ]
     config = compose(command.SearchCommand, "search", overrides)
     model_folder, space = command.check(config)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = command.prepare(config, model_folder, space, Path(scratch), Workers())
-        plain_losses = StraightforwardLosses(command.load_search_model(model_folder, space), prepared.losses)
+        plain_losses = StraightforwardLosses(
+            command.load_search_model(model_folder, space), prepared.losses
+        )
         contestants = {
             name: contestant(
-                replace(config.search, pruning=pruning), config.seed, prepared, losses, Path(scratch) / name
+                replace(config.search, pruning=pruning),
+                config.seed,
+                prepared,
+                losses,
+                Path(scratch) / name,
             )
             for name, pruning, losses in [
                 ("straightforward", Pruning.none, plain_losses),
@@ -111,18 +128,25 @@ def main() -> None:
         }
         running = list(contestants.values())
         while running:
-            running = [contestant for contestant in running if contestant.advance(config.search.parents)]
+            running = [
+                contestant for contestant in running if contestant.advance(config.search.parents)
+            ]
     report(config, prepared.losses.num_scored_tokens, contestants)
 
 
-def report(config: command.SearchCommand, num_scored_tokens: int, contestants: dict[str, Contestant]) -> None:
+def report(
+    config: command.SearchCommand, num_scored_tokens: int, contestants: dict[str, Contestant]
+) -> None:
     """Same result? Tokens, seconds, and what the remaining tokens are."""
     plain, ours, _ = contestants.values()
     print(
         f"{'':16}{'candidates':>12}{'forward tokens':>18}{'fewer':>8}{'seconds':>10}{'shorter':>9}{'result':>10}{'c':>4}"
     )
     for name, contestant in contestants.items():
-        evolution, ratio = contestant.evolution, plain.evolution.num_losses / contestant.evolution.num_losses
+        evolution, ratio = (
+            contestant.evolution,
+            plain.evolution.num_losses / contestant.evolution.num_losses,
+        )
         print(
             f"{name:16}{evolution.num_candidates:>12,}{evolution.num_losses * config.target_len:>18,}{ratio:>7.2f}x"
             f"{contestant.seconds:>10.1f}{plain.seconds / contestant.seconds:>8.2f}x"

@@ -1,21 +1,25 @@
-"""``python -m benchmarks.train``: a step of mixed windows, ours against two other ways; and the memory of the loss.
+"""``python -m benchmarks.train``: a step of mixed windows, ours against two other ways; and the
+memory of the loss.
 
-Ranks (gloo, ZeRO-3; four, of which two share a segment) train one random Llama on the same 20 segments, 70 % long and 30 %
-short:
+Ranks (gloo, ZeRO-3; four, of which two share a segment) train one random Llama on the same 20
+segments, 70 % long and 30 % short:
 
-    ours          micro-steps of one window kind; short windows attend per document and exchange nothing
-    random order  the same segments and code, paired across data-parallel groups by chance: a group with a short segment
+    ours          micro-steps of one window kind; short windows attend per document and exchange
+    nothing random order  the same segments and code, paired across data-parallel groups by chance:
+    a group with a short segment
                   waits for the other's long one in every gather of ZeRO-3
-    all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length; left out with
-                  ``--sequence 1``
+    all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length;
+                  left out with ``--sequence 1``
 
-A rank that waits costs nothing where ranks share a core: compare the orders with one rank a core (``--ranks 2 --sequence 1``
-on two cores).
-Printed are seconds of forward, backward and update, ratios to ours (above 1: slower) and the model FLOPs each did (the
-convention of training/flops.py). The ways take turns; the best of ``--rounds`` counts, so that a noisy machine touches all
-alike. ``all alike`` has its own loss function replaced by ours, so that attention and order are all that differs.
+A rank that waits costs nothing where ranks share a core: compare the orders with one rank a core
+(``--ranks 2 --sequence 1`` on two cores). Printed are seconds of forward, backward and update,
+ratios to ours (above 1: slower) and the model FLOPs each did (the convention of training/flops.py).
+The ways take turns; the best of ``--rounds`` counts, so that a noisy machine touches all alike.
+``all alike`` has its own loss function replaced by ours, so that attention and order are all that
+differs.
 
-Then the peak memory of the summed loss with its backward pass, fused against plain logits, each in a process of its own.
+Then the peak memory of the summed loss with its backward pass, fused against plain logits, each in
+a process of its own.
 """
 
 import argparse
@@ -38,17 +42,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.command import run_command
 from longrope2.errors import ConfigError
-from longrope2.model import WindowedModel, token_loss_sum
-from longrope2.parallel import ParallelConfig, Processes, join_processes, leave_processes
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.segments import MicroStep, Segment
+from longrope2.model.loss import token_loss_sum
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.parallel.processes import Processes, join_processes, leave_processes
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import RankBatch, load_rank_batch
-from longrope2.training.config import TrainingConfig
-from longrope2.training.deepspeed_settings import deepspeed_settings
-from longrope2.training.flops import TrainingCost
+from longrope2.training.config import TrainingConfig, ZeroConfig
+from longrope2.training.engine import deepspeed_settings
+from longrope2.training.forecast import TrainingCost
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import gradient_scale
-from longrope2.training.zero import ZeroConfig
 
 NUM_LONG, NUM_SHORT = 14, 6
 VOCABULARY, HIDDEN, LAYERS, HEADS = 1024, 128, 4, 8
@@ -75,9 +83,14 @@ class RandomSegments:
 def model_config(length: int) -> LlamaConfig:
     """The model of all three ways."""
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, max_position_embeddings=length,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        max_position_embeddings=length,
+    )
 
 
 def orders(processes: Processes) -> dict[str, list[int]]:
@@ -98,7 +111,9 @@ def make_engine(model: torch.nn.Module, processes: Processes, micro_steps: int) 
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, TRAINING),  # type: ignore[arg-type]
-        config=deepspeed_settings(TRAINING, parallel, ZeroConfig(), micro_steps=micro_steps, bf16=False),
+        config=deepspeed_settings(
+            TRAINING, parallel, ZeroConfig(), micro_steps=micro_steps, bf16=False
+        ),
         mpu=processes.mpu,
     )
     return engine
@@ -113,8 +128,12 @@ class PlainUlysses(torch.nn.Module):
 
     def forward(self, batch: RankBatch, positions_BT: torch.Tensor) -> torch.Tensor:
         """Summed loss of this rank's tokens."""
-        hidden = self.hf.model(input_ids=batch.tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
-        return token_loss_sum(hidden.flatten(0, 1), self.hf.lm_head.weight, batch.labels_BT.flatten())
+        hidden = self.hf.model(
+            input_ids=batch.tokens_BT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+        return token_loss_sum(
+            hidden.flatten(0, 1), self.hf.lm_head.weight, batch.labels_BT.flatten()
+        )
 
 
 def seconds_of(engine: Any, forwards: list[Callable[[], torch.Tensor]], scale: float) -> float:
@@ -149,7 +168,9 @@ def compare(length: int, rounds: int, sequence: int) -> dict[str, Any]:
     targets = processes.dims.data * micro_steps * length
     scale = gradient_scale(processes.dims, 3, micro_steps, targets)
     found: dict[str, Any] = {name: {"seconds": []} for name in chosen}
-    forwards = {name: forwards_of(name, engines[name], chosen[name], store, processes) for name in found}
+    forwards = {
+        name: forwards_of(name, engines[name], chosen[name], store, processes) for name in found
+    }
     for _ in range(rounds + 1):  # the first is the warm-up
         for name in found:
             found[name]["seconds"].append(seconds_of(engines[name], forwards[name], scale))
@@ -169,10 +190,13 @@ def plain_ulysses(config: LlamaConfig, sequence: int) -> PlainUlysses:
     plain = PlainUlysses(config)
     plain.hf.set_attn_implementation("sdpa")
     make_groups, parallel_state_sp.initialize_sequence_parallel = (
-        parallel_state_sp.initialize_sequence_parallel, lambda **given: None,
-    )  # fmt: skip
+        parallel_state_sp.initialize_sequence_parallel,
+        lambda **given: None,
+    )
     try:
-        UlyssesSPAttentionHF.register_with_transformers(plain.hf, "sdpa", sequence, 1, seq_length_is_variable=True)
+        UlyssesSPAttentionHF.register_with_transformers(
+            plain.hf, "sdpa", sequence, 1, seq_length_is_variable=True
+        )
     finally:
         parallel_state_sp.initialize_sequence_parallel = make_groups
     return plain.train()
@@ -224,9 +248,20 @@ def compare_losses(tokens: int, vocabulary: int, hidden: int) -> dict[str, int |
     needed, available = PLAIN_COPIES * tokens * vocabulary * 4, psutil.virtual_memory().available
     for kind in ("fused", "plain"):
         if kind == "plain" and needed > available:
-            found[kind] = f"needs up to {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+            found[kind] = (
+                f"needs up to {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+            )
             continue
-        command = [sys.executable, "-m", "benchmarks.train", "--loss", kind, str(tokens), str(vocabulary), str(hidden)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train",
+            "--loss",
+            kind,
+            str(tokens),
+            str(vocabulary),
+            str(hidden),
+        ]
         ended = subprocess.run(command, capture_output=True, text=True, check=True)
         found[kind] = int(ended.stdout.split()[-1])
     return found
@@ -249,7 +284,9 @@ def check(length: int, ranks: int, sequence: int) -> None:
         ConfigError: all faults together.
     """
     if min(length, ranks, sequence) < 1:
-        raise ConfigError([f"--length {length}, --ranks {ranks} and --sequence {sequence} must be at least 1"])
+        raise ConfigError(
+            [f"--length {length}, --ranks {ranks} and --sequence {sequence} must be at least 1"]
+        )
     faults = []
     if length % 16 or 16 % sequence or HEADS // 2 % sequence:
         faults.append(
@@ -266,17 +303,24 @@ def check(length: int, ranks: int, sequence: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description="A training step and its loss, ours against other ways."
+        prog="python -m benchmarks.train",
+        description="A training step and its loss, ours against other ways.",
     )
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a segment, 16 documents a rank")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of a segment, 16 documents a rank"
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=2, help="ranks that share a segment")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each way; the best counts")
     parser.add_argument("--loss-tokens", type=int, default=16_384)
     parser.add_argument("--loss-vocabulary", type=int, default=128_256)
-    parser.add_argument("--loss-hidden", type=int, default=64, help="small, so that logits are what counts")
+    parser.add_argument(
+        "--loss-hidden", type=int, default=64, help="small, so that logits are what counts"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--loss", nargs=4, help=argparse.SUPPRESS)  # one measurement in a process of its own
+    parser.add_argument(
+        "--loss", nargs=4, help=argparse.SUPPRESS
+    )  # one measurement in a process of its own
     given = parser.parse_args()
     check(given.length, given.ranks, given.sequence)
     if given.loss:
@@ -289,7 +333,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "steps.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.ranks}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={given.ranks}",
+        ]
         worker = [
             "-m",
             "benchmarks.train",
@@ -304,7 +354,12 @@ def main() -> None:
             "--json",
             str(output),
         ]
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ, "DS_ACCELERATOR": "cpu"}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+        }
         subprocess.run([*launcher, *worker], env=environment, check=True)
         steps = json.loads(output.read_text())
     report_steps(steps)

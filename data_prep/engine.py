@@ -1,19 +1,25 @@
 """Units of work on the cores of this machine or on a Slurm cluster.
 
-A job numbers its units; every unit writes its result under a temporary name, fsyncs and renames it, and is skipped once
-that is there. Units may therefore run anywhere, in any order, twice, and after any interruption, and give the same bytes.
+A job numbers its units; every unit writes its result under a temporary name, fsyncs and renames it,
+and is skipped once that is there. Units may therefore run anywhere, in any order, twice, and after
+any interruption, and give the same bytes.
 
-Why not datatrove's executors: its local executor runs tasks in a ``multiprocessing`` pool, where a worker killed by
-``kill -9`` or for memory is replaced and its task lost, so the run waits for ever (a process pool of
-``concurrent.futures`` fails at once, and the next run resumes); a task counts as done by an empty file that is written
-apart from its data and not synced; and its Slurm executor fixes the number of tasks of every stage when the first is
-submitted, while here each stage's units follow from what the one before has measured. Slurm is reached through
-submitit instead: one job array per stage, and this process waits, shows progress and goes on.
+Why not datatrove's executors: its local executor runs tasks in a ``multiprocessing`` pool, where a
+worker killed by ``kill -9`` or for memory is replaced and its task lost, so the run waits for ever
+(a process pool of ``concurrent.futures`` fails at once, and the next run resumes); a task counts as
+done by an empty file that is written apart from its data and not synced; and its Slurm executor
+fixes the number of tasks of every stage when the first is submitted, while here each stage's units
+follow from what the one before has measured. Slurm is reached through submitit instead: one job
+array per stage, and this process waits, shows progress and goes on.
+
+Progress of a stage on stderr: a bar with tokens a second and time left on a terminal, one line
+otherwise.
 """
 
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +28,13 @@ from enum import Enum
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
-from longrope2.errors import DataError, UserError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["ClusterConfig", "ClusterKind", "UnitJob", "run_units", "worker_count"]
+from longrope2.errors import DataError, UserError
 
 # As many threads as processes, not their product.
 SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -46,23 +54,27 @@ class ClusterConfig:
     """Where units run (``conf/cluster``); changes no byte of the result."""
 
     kind: ClusterKind = ClusterKind.local
-    """``local``: processes of this machine. ``slurm``: job arrays; needs ``sbatch`` here and a file system shared by
-    all nodes under ``run.root``."""
+    """``local``: processes of this machine. ``slurm``: job arrays; needs ``sbatch`` here and a
+    file system shared by all nodes under ``run.root``."""
     partition: str | None = None
     """Slurm partition; null: the cluster's default."""
     account: str | None = None
     """Slurm account; null: the user's default."""
     jobs: int = 64
-    """Array tasks per stage at most; each takes one core and works through its share of the units."""
+    """Array tasks per stage at most; each takes one core and works through its share of the
+    units."""
     memory_gb: float = 4.0
     """Memory of an array task in GiB."""
     minutes: int = 720
-    """Time limit of an array task; one that reaches it is requeued and goes on with its unfinished units."""
+    """Time limit of an array task; one that reaches it is requeued and goes on with its unfinished
+    units."""
 
     def faults(self) -> list[str]:
         """What is wrong with the values."""
         limits = {"jobs": self.jobs, "memory_gb": self.memory_gb, "minutes": self.minutes}
-        return [f"cluster.{key}={value} must be above 0" for key, value in limits.items() if value <= 0]
+        return [
+            f"cluster.{key}={value} must be above 0" for key, value in limits.items() if value <= 0
+        ]
 
 
 class UnitJob(Protocol):
@@ -77,7 +89,8 @@ def worker_count(workers: int, num_units: int, *, small: bool) -> int:
     """Processes to use.
 
     Args:
-        workers: As asked; 0 means: as many as there are cores, or none but this one if the work is small.
+        workers: As asked; 0 means: as many as there are cores, or none but this one if the work is
+            small.
         num_units: More processes than units are of no use.
         small: Starting processes would take longer than the work.
     """
@@ -99,7 +112,8 @@ def run_units(
         logs: Folder for the files and logs of Slurm jobs.
 
     Raises:
-        DataError: units failed (all others were done first), a worker process was killed, or Slurm refused or lost a job.
+        DataError: units failed (all others were done first), a worker process was killed, or Slurm
+            refused or lost a job.
     """
     if not numbers:
         return
@@ -117,7 +131,9 @@ def run_units(
             yield number, outcome
     if failures:
         shown = "\n".join(f"  - {text}" for text in failures[:8])
-        raise DataError(f"{len(failures)} of {len(numbers)} units failed; all others are done and kept:\n{shown}")
+        raise DataError(
+            f"{len(failures)} of {len(numbers)} units failed; all others are done and kept:\n{shown}"
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,9 @@ def _attempt(job: UnitJob, number: int) -> Any:
         return _Failure(str(error))
 
 
-_job: UnitJob | None = None  # of this worker process; set once, so that large jobs are not sent with every unit
+_job: UnitJob | None = (
+    None  # of this worker process; set once, so that large jobs are not sent with every unit
+)
 
 
 def _start_worker(job: UnitJob) -> None:
@@ -179,7 +197,9 @@ def _in_processes(job: UnitJob, numbers: Sequence[int], workers: int) -> Iterato
     """On ``workers`` processes, forked from a server that has the imports done and no threads."""
     context = get_context("forkserver")
     context.set_forkserver_preload([type(job).__module__, __name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(job,)
+    ) as pool:
         futures = {pool.submit(_run_in_worker, number): number for number in numbers}
         try:
             for future in as_completed(futures):
@@ -193,14 +213,21 @@ def _in_processes(job: UnitJob, numbers: Sequence[int], workers: int) -> Iterato
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _on_slurm(job: UnitJob, numbers: Sequence[int], cluster: ClusterConfig, logs: Path) -> Iterator[tuple[int, Any]]:
+def _on_slurm(
+    job: UnitJob, numbers: Sequence[int], cluster: ClusterConfig, logs: Path
+) -> Iterator[tuple[int, Any]]:
     """As one job array; yields as array tasks end."""
     from submitit.helpers import as_completed as jobs_as_completed
 
     executor = slurm_executor(cluster, logs)
     count = min(cluster.jobs, len(numbers))
-    submitted = executor.map_array(_ShareOfUnits(job), [tuple(numbers[first::count]) for first in range(count)])
-    print(f"slurm: {count} array tasks, first id {submitted[0].job_id}, logs in {logs}", file=sys.stderr)
+    submitted = executor.map_array(
+        _ShareOfUnits(job), [tuple(numbers[first::count]) for first in range(count)]
+    )
+    print(
+        f"slurm: {count} array tasks, first id {submitted[0].job_id}, logs in {logs}",
+        file=sys.stderr,
+    )
     for task in jobs_as_completed(submitted, poll_frequency=SLURM_POLL_SECONDS):
         error = task.exception()
         if error is None:
@@ -219,12 +246,75 @@ def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=20)
     except RuntimeError as error:
-        raise DataError(f"cluster=slurm: {error}; run this where sbatch is, or use cluster=local") from None
+        raise DataError(
+            f"cluster=slurm: {error}; run this where sbatch is, or use cluster=local"
+        ) from None
     extra = {"account": cluster.account} if cluster.account else {}
     executor.update_parameters(
-        name="pack", mem_gb=cluster.memory_gb, timeout_min=cluster.minutes, cpus_per_task=1,
-        slurm_array_parallelism=cluster.jobs, slurm_additional_parameters=extra,
+        name="pack",
+        mem_gb=cluster.memory_gb,
+        timeout_min=cluster.minutes,
+        cpus_per_task=1,
+        slurm_array_parallelism=cluster.jobs,
+        slurm_additional_parameters=extra,
         slurm_setup=[f"export {name}={value}" for name, value in SINGLE_THREADED.items()],
         **({"slurm_partition": cluster.partition} if cluster.partition else {}),
-    )  # fmt: skip
+    )
     return executor
+
+
+class StageProgress:
+    """Shows how far a stage is.
+
+    Args:
+        title: What is being done, a participle.
+        num_units: Units of work.
+        sizes: Size of each unit (bytes, tokens), where the bar and the time left go by size; all
+            known or none.
+    """
+
+    def __init__(self, title: str, num_units: int, sizes: list[int] | None = None) -> None:
+        self._title, self._num_units, self._sizes = title, num_units, sizes
+        self._tokens = 0
+        done = MofNCompleteColumn() if sizes is None else TextColumn("{task.percentage:.0f}%")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            done,
+            TextColumn("{task.fields[rate]}"),
+        )
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> "StageProgress":
+        total = self._num_units if self._sizes is None else max(1, sum(self._sizes))
+        self._began = time.monotonic()
+        self._bar.start()
+        self._task = self._bar.add_task(self._title, total=total, rate="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        if kind is None and self._num_units:
+            print(f"{self._title}: {self._num_units} units, {self._rate()}", file=sys.stderr)
+
+    def advance(self, number: int, tokens: int) -> None:
+        """Unit ``number`` is done and had ``tokens`` tokens."""
+        self._tokens += tokens
+        step = 1 if self._sizes is None else self._sizes[number]
+        self._bar.update(self._task, advance=step, rate=self._rate())
+
+    def _rate(self) -> str:
+        seconds = max(1e-6, time.monotonic() - self._began)
+        return f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"

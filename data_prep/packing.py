@@ -1,15 +1,17 @@
-"""Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted for.
+"""Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted
+for.
 
-Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k tokens so that no
-document crosses a chunk (k sequence-parallel ranks then attend locally); room that no document fits is padding. Chunks
-that make up no whole segment at the end are left out, the emptiest ones, where filling the segment up would cost more
-padding than MAX_FILLING of all short tokens.
+Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k
+tokens so that no document crosses a chunk (k sequence-parallel ranks then attend locally); room
+that no document fits is padding. Chunks that make up no whole segment at the end are left out, the
+emptiest ones, where filling the segment up would cost more padding than MAX_FILLING of all short
+tokens.
 
-Long segments are never padded. Departure from the paper, which concatenates documents and cuts every L tokens:
-documents that fit in L are kept whole (best-fit-decreasing, after "Fewer Truncations Improve Language Modeling",
-arXiv 2404.10830), and documents longer than L, which must be cut anyway, fill the remaining gaps exactly: their slices
-continue in other segments without a new BOS. When no such document is left, the documents of the emptiest segments are
-cut instead.
+Long segments are never padded. Departure from the paper, which concatenates documents and cuts
+every L tokens: documents that fit in L are kept whole (best-fit-decreasing, after "Fewer
+Truncations Improve Language Modeling", arXiv 2404.10830), and documents longer than L, which must
+be cut anyway, fill the remaining gaps exactly: their slices continue in other segments without a
+new BOS. When no such document is left, the documents of the emptiest segments are cut instead.
 
 Whatever is left out at the end is returned and counted.
 """
@@ -23,10 +25,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from longrope2.rope import Window
-
-__all__ = ["DraftSegment", "LongPacking", "PackedDocument", "Piece", "ShortPacking", "best_fit_decreasing", "pack_long",
-           "pack_short"]  # fmt: skip
+from longrope2.rope.factors import Window
 
 MAX_FILLING = 0.005
 
@@ -103,7 +102,9 @@ class LongPacking:
     num_cut_documents: int = 0
 
 
-def best_fit_decreasing(documents: Iterable[Document], capacity: int) -> list[tuple[int, list[Document]]]:
+def best_fit_decreasing(
+    documents: Iterable[Document], capacity: int
+) -> list[tuple[int, list[Document]]]:
     """Put documents into bins: longest first, each into the fullest bin that still has room.
 
     Documents of equal length keep their order, and of equally full bins the oldest is taken.
@@ -139,7 +140,9 @@ def best_fit_decreasing(documents: Iterable[Document], capacity: int) -> list[tu
     return list(zip(room_of, bins, strict=True))
 
 
-def pack_short(documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int) -> ShortPacking:
+def pack_short(
+    documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int
+) -> ShortPacking:
     """Pack whole documents so that none crosses a multiple of ``target_len / alignment``.
 
     Args:
@@ -153,7 +156,9 @@ def pack_short(documents: Sequence[PackedDocument], *, target_len: int, alignmen
     bins = best_fit_decreasing(documents, capacity)
     num_odd = len(bins) % alignment
     missing = (alignment - num_odd) % alignment * capacity
-    num_left_out = num_odd if len(bins) > alignment and missing > MAX_FILLING * sum(map(len, documents)) else 0
+    num_left_out = (
+        num_odd if len(bins) > alignment and missing > MAX_FILLING * sum(map(len, documents)) else 0
+    )
     by_room = sorted(range(len(bins)), key=lambda index: bins[index][0])
     left_out = set(by_room[len(bins) - num_left_out :])
     chunks = []
@@ -164,8 +169,13 @@ def pack_short(documents: Sequence[PackedDocument], *, target_len: int, alignmen
     while len(chunks) % alignment:
         chunks.append(_padding(capacity))
     groups = (chunks[first : first + alignment] for first in range(0, len(chunks), alignment))
-    segments = [DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk)) for group in groups]
-    return ShortPacking(segments, [_whole(document) for index in sorted(left_out) for document in bins[index][1]])
+    segments = [
+        DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk))
+        for group in groups
+    ]
+    return ShortPacking(
+        segments, [_whole(document) for index in sorted(left_out) for document in bins[index][1]]
+    )
 
 
 def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int) -> LongPacking:
@@ -183,7 +193,9 @@ def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int
     while waiting:
         room, members = waiting[0]
         while fillers.num_tokens < room:
-            _, dissolved = waiting.pop()  # the emptiest; in the end it is the one to be filled itself
+            _, dissolved = (
+                waiting.pop()
+            )  # the emptiest; in the end it is the one to be filled itself
             fillers.extend(dissolved)
             if not waiting:
                 break

@@ -1,9 +1,17 @@
 """Quotas: which candidates are packed, until each bucket of each source has its tokens.
 
-Documents are taken in an order that depends on the seed and their ids only, so the choice does not depend on how the
-corpus is read. A document is used in one bucket: short pieces of a text never reappear in the long segments.
+Documents are taken in an order that depends on the seed and their ids only, so the choice does not
+depend on how the corpus is read. A document is used in one bucket: short pieces of a text never
+reappear in the long segments.
 
 Shape letters: P parts (see ``candidates.py``).
+
+Candidates: documents that may be packed, after duplicates and over-long documents are dealt with.
+
+Whatever is left out is counted, in tokens and documents, by source and reason.
+
+Shape letters: D documents, P parts (a document, or one of the parts that an over-long document is
+cut into).
 """
 
 from collections import Counter
@@ -12,13 +20,187 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.candidates import WHOLE, Account, Candidates
-from data_prep.corpora import ShortOverlong, stable_fraction
-from data_prep.document_table import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
+from data_prep.config import Overlong
+from data_prep.duplicates import near_duplicates
+from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
+from longrope2.corpora.config import ShortOverlong
+from longrope2.corpora.corpus import stable_fraction
 
-__all__ = ["Demand", "Selection", "TokenizedDocument", "select_documents"]
-
+WHOLE = -1  # number of a part that is the whole document
 MOST_WINDOWS = 1_000_000  # of one part; keeps the numbers of windows apart
+
+
+@dataclass
+class Account:
+    """What happened to documents on the way to the segments.
+
+    Attributes:
+        left_out: (source, reason) -> tokens left out.
+        num_left_out: (source, reason) -> documents of which something was left out for that reason.
+        added_boundaries: Source -> BOS and EOS tokens that cutting added.
+        num_split: Source -> documents longer than the longest bucket that were cut into parts.
+        num_windowed: Source -> documents cut into short windows.
+    """
+
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    added_boundaries: Counter[str] = field(default_factory=Counter)
+    num_split: Counter[str] = field(default_factory=Counter)
+    num_windowed: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, source: str, reason: str, tokens: int, documents: int) -> None:
+        """Count something that is left out, unless it is nothing."""
+        if documents:
+            self.left_out[source, reason] += tokens
+            self.num_left_out[source, reason] += documents
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Parts of documents, in the order in which they are chosen.
+
+    Attributes:
+        document_P: Document of each part.
+        start_P: First content token of the part in its document.
+        content_P: Content tokens of the part; with BOS and EOS it is two longer.
+        number_P: Number of the part in its document, or ``WHOLE``.
+    """
+
+    document_P: np.ndarray
+    start_P: np.ndarray
+    content_P: np.ndarray
+    number_P: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document_P)
+
+    @property
+    def tokens_P(self) -> np.ndarray:
+        """Tokens with BOS and EOS."""
+        return self.content_P + NUM_BOUNDARY_TOKENS
+
+    def take(self, where: np.ndarray) -> "Candidates":
+        """Some of them."""
+        return Candidates(
+            *(a[where] for a in (self.document_P, self.start_P, self.content_P, self.number_P))
+        )
+
+
+def find_candidates(
+    table: DocumentTable,
+    lengths: LengthBuckets,
+    overlong: Overlong,
+    *,
+    drop_exact: bool,
+    drop_near: bool,
+) -> tuple[Candidates, Account]:
+    """Drop duplicates and bring every document within the longest bucket.
+
+    Args:
+        table: All tokenized documents.
+        lengths: The buckets.
+        overlong: What happens to documents longer than the longest of them.
+        drop_exact: Of documents with the same text only the first in order stays, whatever its
+            source.
+        drop_near: The same for similar texts (needs signatures in the table).
+    """
+    account = Account()
+    stays_D = _without_duplicates(table, drop_exact, drop_near, account)
+    candidates = _within(lengths.longest, table, stays_D, overlong, account)
+    keys = (candidates.number_P, candidates.document_P, table.order_D[candidates.document_P])
+    return candidates.take(np.lexsort(keys)), account
+
+
+def measure_supply(
+    table: DocumentTable, candidates: Candidates, lengths: LengthBuckets
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Source -> domain -> bucket -> tokens of all candidates."""
+    bucket_P = lengths.codes(candidates.tokens_P)
+    cell_P = table.domain_D[candidates.document_P] * len(lengths.names) + bucket_P
+    sums = np.bincount(
+        cell_P, candidates.tokens_P, minlength=len(table.domains) * len(lengths.names)
+    )
+    supply: dict[str, dict[str, dict[str, float]]] = {}
+    for code, (source, domain) in enumerate(table.domains):
+        cells = sums[code * len(lengths.names) : (code + 1) * len(lengths.names)].tolist()
+        supply.setdefault(source, {})[domain] = dict(zip(lengths.names, cells, strict=True))
+    return supply
+
+
+def _without_duplicates(
+    table: DocumentTable, drop_exact: bool, drop_near: bool, account: Account
+) -> np.ndarray:
+    """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
+    stays_D = np.ones(len(table), dtype=bool)
+    by_order = np.lexsort((np.arange(len(table)), table.order_D))
+    if drop_exact and len(table):
+        _, first = np.unique(table.text_hash_D2[by_order], axis=0, return_index=True)
+        stays_D[:] = False
+        stays_D[by_order[first]] = True
+        _leave_out(table, ~stays_D, "exact duplicate", account)
+    if drop_near:
+        remaining = by_order[stays_D[by_order]]
+        similar_D = np.zeros(len(table), dtype=bool)
+        similar_D[remaining[near_duplicates(table.values("signature", remaining))]] = True
+        stays_D &= ~similar_D
+        _leave_out(table, similar_D, "near duplicate", account)
+    return stays_D
+
+
+def _within(
+    longest: int, table: DocumentTable, stays_D: np.ndarray, overlong: Overlong, account: Account
+) -> Candidates:
+    """Documents as parts of at most ``longest`` tokens."""
+    over_D = stays_D & (table.tokens_D > longest)
+    content_D = table.tokens_D - NUM_BOUNDARY_TOKENS
+    most = longest - NUM_BOUNDARY_TOKENS
+    pieces_D = stays_D.astype(np.int64)
+    if overlong is Overlong.drop:
+        pieces_D[over_D] = 0
+        _leave_out(table, over_D, f"longer than {longest} tokens", account)
+    elif overlong is Overlong.cap:
+        for source, own_D in _by_source(table, over_D):
+            beyond = int((content_D[own_D] - most).sum())
+            account.leave_out(
+                source, f"beyond the first {longest} tokens", beyond, int(own_D.sum())
+            )
+        content_D = np.minimum(content_D, most)
+    else:
+        pieces_D[over_D] = -(-content_D[over_D] // most)
+        for source, own_D in _by_source(table, over_D):
+            account.num_split[source] += int(own_D.sum())
+            account.added_boundaries[source] += NUM_BOUNDARY_TOKENS * int(
+                (pieces_D[own_D] - 1).sum()
+            )
+    return _cut_evenly(content_D, pieces_D)
+
+
+def _cut_evenly(content_D: np.ndarray, pieces_D: np.ndarray) -> Candidates:
+    """Every document in ``pieces_D`` parts of nearly equal length, so that none of them is a short remainder."""
+    document_P = np.repeat(np.arange(len(pieces_D)), pieces_D)
+    number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
+    count_P = pieces_D[document_P]
+    share_P, longer_P = content_D[document_P] // count_P, content_D[document_P] % count_P
+    return Candidates(
+        document_P=document_P,
+        start_P=number_P * share_P + np.minimum(number_P, longer_P),
+        content_P=share_P + (number_P < longer_P),
+        number_P=np.where(count_P == 1, WHOLE, number_P),
+    )
+
+
+def _leave_out(table: DocumentTable, where_D: np.ndarray, reason: str, account: Account) -> None:
+    """Count whole documents that are left out."""
+    for source, own_D in _by_source(table, where_D):
+        account.leave_out(source, reason, int(table.tokens_D[own_D].sum()), int(own_D.sum()))
+
+
+def _by_source(table: DocumentTable, where_D: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """``where_D`` divided by source; sources without any are left out."""
+    divided = (
+        (source, where_D & (table.source_D == code)) for code, source in enumerate(table.sources)
+    )
+    return [(source, own_D) for source, own_D in divided if own_D.any()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +220,10 @@ class Demand:
     """Tokens wanted, BOS and EOS included.
 
     Attributes:
-        cells: (source, bucket) -> tokens, None for all there is; cells that are missing want nothing.
-        domains: (source, domain) -> bucket -> tokens: how the cells of a source are divided; domains without an entry
-            are taken as they come.
+        cells: (source, bucket) -> tokens, None for all there is; cells that are missing want
+            nothing.
+        domains: (source, domain) -> bucket -> tokens: how the cells of a source are divided;
+            domains without an entry are taken as they come.
     """
 
     cells: Mapping[tuple[str, str], int | None]
@@ -67,19 +250,27 @@ class Selection:
 
 
 def select_documents(
-    table: DocumentTable, candidates: Candidates, demand: Demand, lengths: LengthBuckets,
-    short_overlong: Mapping[str, ShortOverlong], account: Account, *, seed: int,
-) -> Selection:  # fmt: skip
+    table: DocumentTable,
+    candidates: Candidates,
+    demand: Demand,
+    lengths: LengthBuckets,
+    short_overlong: Mapping[str, ShortOverlong],
+    account: Account,
+    *,
+    seed: int,
+) -> Selection:
     """Choose candidates until every cell of ``demand`` has its tokens.
 
-    The document that meets a quota still counts, so a cell gets at most one document more than it wants.
+    The document that meets a quota still counts, so a cell gets at most one document more than it
+    wants.
 
     Args:
         table: All documents.
         candidates: Parts that may be chosen, in order.
         demand: Tokens wanted.
         lengths: The buckets.
-        short_overlong: Source -> whether documents longer than L0 may be cut into windows for the short bucket.
+        short_overlong: Source -> whether documents longer than L0 may be cut into windows for the
+            short bucket.
         account: Gets what is left out.
         seed: Seed of the choice between cutting a document into windows and packing it whole.
     """
@@ -88,12 +279,18 @@ def select_documents(
     for code, source in enumerate(table.sources):
         own = candidates.take(table.source_D[candidates.document_P] == code)
         chooser = _Chooser(table, own, source, demand, lengths, account, tokens)
-        windows = short_overlong.get(source) is ShortOverlong.split and demand.of(source, "short") != 0
+        windows = (
+            short_overlong.get(source) is ShortOverlong.split and demand.of(source, "short") != 0
+        )
         chosen.append(chooser.choose_with_windows(seed) if windows else chooser.choose())
     empty = np.zeros(0, np.int64)
     names = ("document_P", "start_P", "content_P", "number_P")
-    columns = [np.concatenate([empty, *(getattr(parts, name) for parts, _ in chosen)]) for name in names]
-    return Selection(Candidates(*columns), np.concatenate([empty, *(bucket_P for _, bucket_P in chosen)]), tokens)
+    columns = [
+        np.concatenate([empty, *(getattr(parts, name) for parts, _ in chosen)]) for name in names
+    ]
+    return Selection(
+        Candidates(*columns), np.concatenate([empty, *(bucket_P for _, bucket_P in chosen)]), tokens
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +317,9 @@ class _Chooser:
             self.tokens[self.source, bucket] += int(self.own.tokens_P[taken].sum())
             reason = f"{bucket} quota met" if wanted else f"no quota for {bucket} documents"
             num_documents = len(np.unique(self.own.document_P[left]))
-            self.account.leave_out(self.source, reason, int(self.own.tokens_P[left].sum()), num_documents)
+            self.account.leave_out(
+                self.source, reason, int(self.own.tokens_P[left].sum()), num_documents
+            )
         return self.own.take(taken_P), bucket_P[taken_P]
 
     def _until_met(self, there: np.ndarray, bucket: str, wanted: int | None) -> np.ndarray:
@@ -146,33 +345,50 @@ class _Chooser:
         long_quota = _sum_or_none([room[bucket] for bucket in self.lengths.names[1:]])
         doc_ids = self.table.values("doc_id", self.own.document_P)
         codes = self.lengths.codes(self.own.tokens_P).tolist()
-        rows = zip(self.own.document_P.tolist(), self.own.start_P.tolist(), self.own.content_P.tolist(),
-                   self.own.number_P.tolist(), strict=True)  # fmt: skip
+        rows = zip(
+            self.own.document_P.tolist(),
+            self.own.start_P.tolist(),
+            self.own.content_P.tolist(),
+            self.own.number_P.tolist(),
+            strict=True,
+        )
         kept: list[tuple[int, ...]] = []
         for doc_id, code, row in zip(doc_ids, codes, rows, strict=True):
-            if code == 0 or _serves_long(doc_id, self.demand.of(self.source, "short"), long_quota, seed):
+            if code == 0 or _serves_long(
+                doc_id, self.demand.of(self.source, "short"), long_quota, seed
+            ):
                 pieces = [row]
             else:
                 pieces, code = self._windows(*row), 0
-            kept += [(*piece, code) for piece in pieces if self._fits(piece[2], self.lengths.names[code], room)]
+            kept += [
+                (*piece, code)
+                for piece in pieces
+                if self._fits(piece[2], self.lengths.names[code], room)
+            ]
         columns = np.asarray(kept, dtype=np.int64).reshape(-1, 5).T
         return Candidates(*columns[:4]), columns[4]
 
-    def _windows(self, document: int, start: int, content: int, number: int) -> list[tuple[int, int, int, int]]:
+    def _windows(
+        self, document: int, start: int, content: int, number: int
+    ) -> list[tuple[int, int, int, int]]:
         """Consecutive windows of at most L0 tokens, each with BOS and EOS of its own."""
         step = self.lengths.limits[0] - NUM_BOUNDARY_TOKENS
         firsts = range(0, content, step)
         self.account.num_windowed[self.source] += 1
         self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
         base = 0 if number == WHOLE else (number + 1) * MOST_WINDOWS
-        return [(document, start + f, min(step, content - f), base + i) for i, f in enumerate(firsts)]
+        return [
+            (document, start + f, min(step, content - f), base + i) for i, f in enumerate(firsts)
+        ]
 
     def _fits(self, content: int, bucket: str, room: dict[str, int | None]) -> bool:
         """Take a piece while its bucket has room; the piece that meets the quota still counts."""
         left, tokens = room[bucket], content + NUM_BOUNDARY_TOKENS
         if left == 0:
             reason = (
-                f"{bucket} quota met" if self.demand.of(self.source, bucket) else f"no quota for {bucket} documents"
+                f"{bucket} quota met"
+                if self.demand.of(self.source, bucket)
+                else f"no quota for {bucket} documents"
             )
             self.account.leave_out(self.source, reason, tokens, 1)
             return False

@@ -1,30 +1,161 @@
-"""The tokenize stage: one pass over the text of each unit, in bounded memory, ids and an index to disk.
+"""The tokenize stage: one pass over the text of each unit, in bounded memory, ids and an index to
+disk.
 
-Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record batch of the corpus, and
-the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one document, whichever is more, at about 200 bytes
-a token while it is encoded. A book of 2 million characters needs about 0.1 GiB for a moment.
+Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record
+batch of the corpus, and the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one
+document, whichever is more, at about 200 bytes a token while it is encoded. A book of 2 million
+characters needs about 0.1 GiB for a moment.
+
+Retrieval documents as a unit of the tokenize stage, so that they resume, pack and account like any
+other text.
+
+Their haystack is text of the train split, so the units it is taken from are read once more; plans
+without retrieval documents read everything once.
+
+What one reading covers: a unit of the corpus, or several small ones, and the classes that thin its
+documents.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpora import RETRIEVAL_SOURCE, Corpus, Document, Split, split_of
-from data_prep.exclusions import Exclusions
-from data_prep.near_duplicates import SIGNATURE_BYTES, signature_of
-from data_prep.retrieval_unit import RetrievalPlan, retrieval_documents
+from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
 from data_prep.token_files import HASH_BYTES, IndexRow, TokenizedUnit, UnitAccount, UnitWriter
-from data_prep.tokenization import BATCH_CHARACTERS, DocumentTokenizer, prepared_tokenizer
-from data_prep.unit_groups import CharacterClasses, UnitGroup
+from longrope2.corpora.corpus import (
+    RETRIEVAL_SOURCE,
+    Corpus,
+    Document,
+    Split,
+    Unit,
+    split_of,
+    stable_fraction,
+)
+from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
+from longrope2.corpora.tokenizer import BATCH_CHARACTERS, DocumentTokenizer, prepared_tokenizer
 
-__all__ = ["NOT_NEEDED", "TokenizeJob", "UnitTask", "order_of"]
-
+HAYSTACK_CHARACTERS_PER_TOKEN = 4  # generous, only bounds how much haystack is kept and indexed
 NOT_NEEDED = "beyond what the quota needs"
 HELD_OUT = "held out for search and evaluation"
 EXCLUDED = "on the exclusion list"
 ALREADY_READ = "tokenized by an earlier reading"
 FULL_BAND = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RetrievalPlan:
+    """What to generate.
+
+    Attributes:
+        config: Shape of the documents.
+        tokens: Bucket -> tokens wanted.
+        limits: Bucket -> (above, up to) tokens of a document, BOS and EOS included.
+        target_len: L in tokens.
+        haystack_units: Units to take haystack from.
+        seed: Seed of everything drawn.
+    """
+
+    config: RetrievalConfig
+    tokens: Mapping[str, int]
+    limits: Mapping[str, tuple[int, int]]
+    target_len: int
+    haystack_units: tuple[Unit, ...]
+    seed: int
+
+
+def retrieval_documents(
+    corpus: Corpus, plan: RetrievalPlan, encoder: DocumentTokenizer
+) -> Iterator[Document]:
+    """Generate documents for all buckets.
+
+    Raises:
+        DataError: a window cannot hold a needle and its question, or the haystack is too small.
+    """
+    most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(plan.tokens.values()) + plan.target_len)
+    texts = _haystack_texts(corpus, plan.haystack_units, plan.seed, most)
+    generator = RetrievalDocuments(encoder, texts, plan.config, seed=plan.seed)
+    for bucket, tokens in plan.tokens.items():
+        above, up_to = plan.limits[bucket]
+        yield from generator.documents(bucket, tokens, above=above, up_to=up_to)
+
+
+def _haystack_texts(
+    corpus: Corpus, units: Sequence[Unit], seed: int, num_characters: int
+) -> list[str]:
+    """Texts of the train split in an order drawn from the seed, just enough for ``num_characters``.
+
+    Only the texts that come first in that order are held while reading.
+    """
+    kept: list[tuple[float, str, str]] = []  # a heap: the last in order on top
+    size = 0
+    for unit in units:
+        for document in corpus.read(unit, Counter()):
+            if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
+                continue
+            place = stable_fraction("haystack", seed, document.doc_id)
+            heapq.heappush(kept, (-place, document.doc_id, document.text))
+            size += len(document.text)
+            while size - len(kept[0][2]) >= num_characters:
+                size -= len(heapq.heappop(kept)[2])
+    return [text for _, _, text in sorted(kept, key=lambda item: -item[0])]
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one source that are read together, so that a folder of small files does not become
+    as many work units.
+
+    Attributes:
+        units: The units, in order.
+    """
+
+    units: tuple[Unit, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the first unit."""
+        return self.units[0].name
+
+    @property
+    def source(self) -> str:
+        """The source of all of them."""
+        return self.units[0].source
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Stored size of all, None if one is unknown."""
+        sizes = [unit.size_bytes for unit in self.units]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def read(self, corpus: Corpus, skipped: Counter[str]) -> Iterator[tuple[int, Document]]:
+        """Documents of all units, each with the place of its unit."""
+        for place, unit in enumerate(self.units):
+            for document in corpus.read(unit, skipped):
+                yield place, document
+
+
+@dataclass(frozen=True)
+class CharacterClasses:
+    """Buckets guessed from characters, before tokens are counted.
+
+    Attributes:
+        names: Bucket names, shortest documents first.
+        limits: Most characters of each class but the last.
+    """
+
+    names: tuple[str, ...]
+    limits: tuple[float, ...]
+
+    def of(self, num_characters: int) -> str:
+        """Class of a document."""
+        for name, limit in zip(self.names, self.limits, strict=False):
+            if num_characters <= limit:
+                return name
+        return self.names[-1]
 
 
 @dataclass(frozen=True)
@@ -35,8 +166,8 @@ class UnitTask:
         unit: What to read.
         stem: Name of its files.
         classes: How to guess a document's bucket.
-        bands: Class -> (from, to): documents whose order, as a fraction, lies in the band are tokenized. A plan that needs
-            a tenth of the short documents tokenizes a tenth.
+        bands: Class -> (from, to): documents whose order, as a fraction, lies in the band are
+            tokenized. A plan that needs a tenth of the short documents tokenizes a tenth.
         is_first: No earlier reading; later ones account only for what the earlier did not.
     """
 
@@ -69,7 +200,9 @@ class TokenizeJob:
         encoder = prepared_tokenizer(self.tokenizer_file)
         account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
         signature_bytes = SIGNATURE_BYTES if self.with_signatures else 0
-        with UnitWriter(self.folder, task.stem, encoder.dtype, signature_bytes=signature_bytes) as writer:
+        with UnitWriter(
+            self.folder, task.stem, encoder.dtype, signature_bytes=signature_bytes
+        ) as writer:
             for batch in _batches(self._wanted(task, encoder, account)):
                 ids_of_batch = encoder.encode_contents([document.text for document, _ in batch])
                 for (document, row), ids in zip(batch, ids_of_batch, strict=True):
@@ -86,7 +219,10 @@ class TokenizeJob:
         """Documents to tokenize, with their index rows; all others are counted."""
         if task.unit.source == RETRIEVAL_SOURCE:
             assert self.retrieval is not None
-            documents = ((0, document) for document in retrieval_documents(self.corpus, self.retrieval, encoder))
+            documents = (
+                (0, document)
+                for document in retrieval_documents(self.corpus, self.retrieval, encoder)
+            )
         else:
             documents = task.unit.read(self.corpus, account.skipped)
         for place, document in documents:
@@ -99,7 +235,15 @@ class TokenizeJob:
             if reason is None:
                 signature = signature_of(document.text) if self.with_signatures else b""
                 num_characters = len(document.text)
-                row = IndexRow(document.doc_id, place, document.domain, num_characters, text_hash, order, signature)
+                row = IndexRow(
+                    document.doc_id,
+                    place,
+                    document.domain,
+                    num_characters,
+                    text_hash,
+                    order,
+                    signature,
+                )
                 yield document, row
             elif task.is_first or reason == NOT_NEEDED:
                 account.leave_out(reason, len(document.text))
@@ -120,7 +264,9 @@ class TokenizeJob:
 
 def order_of(seed: int, doc_id: str) -> int:
     """64-bit number by which documents are chosen, smallest first; depends on seed and id alone."""
-    return int.from_bytes(hashlib.blake2b(f"order\0{seed}\0{doc_id}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"order\0{seed}\0{doc_id}".encode(), digest_size=8).digest(), "big"
+    )
 
 
 def _batches(

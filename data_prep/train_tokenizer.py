@@ -1,9 +1,10 @@
-"""Train the miniature's tokenizer: SentencePiece BPE on the sample corpus, also written for Hugging Face.
+"""Train the miniature's tokenizer: SentencePiece BPE on the sample corpus, also written for Hugging
+Face.
 
-``python -m data_prep.train_tokenizer --output models/tiny`` writes ``tokenizer.model`` (SentencePiece),
-``tokenizer.json`` and ``tokenizer_config.json``. Both forms give the same ids: identity normalisation, every space
-kept, no space added in front, digits one by one, unknown characters as bytes. The same Python version gives the same
-files.
+``python -m data_prep.train_tokenizer --output models/tiny`` writes ``tokenizer.model``
+(SentencePiece), ``tokenizer.json`` and ``tokenizer_config.json``. Both forms give the same ids:
+identity normalisation, every space kept, no space added in front, digits one by one, unknown
+characters as bytes. The same Python version gives the same files.
 """
 
 import argparse
@@ -14,15 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.corpora import Split
-from data_prep.needles import draw_key, draw_value, needle_wording
-from data_prep.sample_corpus import SampleCorpus
-from longrope2.artifacts import atomic_path, write_text
+from longrope2.corpora.corpus import Split
+from longrope2.corpora.needles import draw_key, draw_value, needle_wording
+from longrope2.corpora.sample import SampleCorpus
+from longrope2.files.artifacts import atomic_path, write_text
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-__all__ = ["hugging_face_tokenizer_json", "main", "train_sentencepiece"]
 
 VOCABULARY_SIZE = 2048
 SPACE_MARKER = "\u2581"
@@ -37,34 +36,64 @@ def train_sentencepiece(sentences: Iterator[str], vocabulary_size: int) -> bytes
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=vocabulary_size,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True, character_coverage=0.9999, num_threads=1, minloglevel=1,
-    )  # fmt: skip
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary_size,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        split_digits=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.9999,
+        num_threads=1,
+        minloglevel=1,
+    )
     return model.getvalue()
 
 
 def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
     """The same tokenizer as a ``tokenizer.json`` of the ``tokenizers`` library; it puts BOS in front by default."""
     import sentencepiece
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
-        models.BPE(vocabulary, _merges(processor, vocabulary), unk_token=UNK, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocabulary,
+            _merges(processor, vocabulary),
+            unk_token=UNK,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE_MARKER)
-    # No piece holds the marker after another character, so cutting in front of a run of markers changes no id; it
-    # keeps long documents linear and lets the library cache words.
+    # No piece holds the marker after another character, so cutting in front of a run of markers
+    # changes no id; it keeps long documents linear and lets the library cache words.
     words = Regex(f"{SPACE_MARKER}+[^{SPACE_MARKER}]*|[^{SPACE_MARKER}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (UNK, BOS, EOS)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (UNK, BOS, EOS)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
@@ -73,8 +102,12 @@ def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="model folder that gets the tokenizer files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="model folder that gets the tokenizer files"
+    )
     parser.add_argument("--vocabulary-size", type=int, default=VOCABULARY_SIZE)
     arguments = parser.parse_args()
     model = train_sentencepiece(_training_lines(), arguments.vocabulary_size)
@@ -82,9 +115,12 @@ def main() -> None:
         temporary.write_bytes(model)
     write_text(arguments.output / "tokenizer.json", hugging_face_tokenizer_json(model) + "\n")
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
         "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+    }
     write_text(arguments.output / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
     print(f"wrote tokenizer.model, tokenizer.json and tokenizer_config.json to {arguments.output}")
 
@@ -100,7 +136,9 @@ def _training_lines() -> Iterator[str]:
             yield text.strip("\n")
 
 
-def _merges(processor: "SentencePieceProcessor", vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(
+    processor: "SentencePieceProcessor", vocabulary: dict[str, int]
+) -> list[tuple[str, str]]:
     """Merge rules in the order in which SentencePiece applies them (best score of the merged piece first)."""
     merges = []
     for piece, index in vocabulary.items():
@@ -108,7 +146,9 @@ def _merges(processor: "SentencePieceProcessor", vocabulary: dict[str, int]) -> 
             continue
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         parts = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
-        merges += [(-processor.get_score(index), vocabulary[a], vocabulary[b], a, b) for a, b in parts]
+        merges += [
+            (-processor.get_score(index), vocabulary[a], vocabulary[b], a, b) for a, b in parts
+        ]
     return [(a, b) for *_, a, b in sorted(merges)]
 
 

@@ -1,8 +1,8 @@
 """The audit of a finished folder: is every segment what it says, and is every token accounted for?
 
-Nothing here trusts the packer: hashes are computed again, every segment is held against the rules of the format, tokens
-are added up against the list of documents and the account of the manifest, and a sample of documents is read from the
-corpus and tokenized again.
+Nothing here trusts the packer: hashes are computed again, every segment is held against the rules
+of the format, tokens are added up against the list of documents and the account of the manifest,
+and a sample of documents is read from the corpus and tokenized again.
 """
 
 from collections import Counter, defaultdict
@@ -13,16 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_prep.corpora import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction
-from data_prep.document_list import DOCUMENTS_FILE
-from data_prep.document_table import NUM_BOUNDARY_TOKENS
-from data_prep.token_files import HASH_BYTES
-from data_prep.tokenization import DocumentTokenizer
-from longrope2.artifacts import sha256_of_bytes, sha256_of_file
+from data_prep.account import DOCUMENTS_FILE
+from data_prep.token_files import HASH_BYTES, NUM_BOUNDARY_TOKENS
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction
+from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
-from longrope2.segments import SegmentRules, SegmentStore, check_segment, rules_of
-
-__all__ = ["Audit", "SegmentRules", "check_segment", "compare_with_source", "verify_folder"]
+from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+from longrope2.segments.format import SegmentStore, check_segment, rules_of
 
 QUOTA_TOLERANCE = 0.01
 
@@ -37,7 +34,8 @@ class Audit:
         num_tokens: Tokens in segments, padding included.
         num_documents: Documents (or parts) in the list.
         num_compared: Documents compared with their source.
-        num_decoded: Of these, documents whose runs of ids all decode to a passage of the source text.
+        num_decoded: Of these, documents whose runs of ids all decode to a passage of the source
+            text.
         pieces: Document id -> its runs of ids in the segments; only of the documents to compare.
     """
 
@@ -76,7 +74,9 @@ def verify_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     store = SegmentStore(folder)
     store.verify()
     audit = Audit(
-        num_segments=len(store), num_shards=len(store.manifest.files), num_tokens=len(store) * store.target_len
+        num_segments=len(store),
+        num_shards=len(store.manifest.files),
+        num_tokens=len(store) * store.target_len,
     )
     listed = _read_list(store)
     audit.num_documents = len(listed)
@@ -89,7 +89,9 @@ def verify_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     return audit
 
 
-def compare_with_source(folder: Path, audit: Audit, corpus: Corpus, encoder: DocumentTokenizer) -> None:
+def compare_with_source(
+    folder: Path, audit: Audit, corpus: Corpus, encoder: DocumentTokenizer
+) -> None:
     """Read the sampled documents again and compare text hash and ids; counts into ``audit``.
 
     Raises:
@@ -103,7 +105,9 @@ def compare_with_source(folder: Path, audit: Audit, corpus: Corpus, encoder: Doc
     units = {unit.name: unit for unit in corpus.units()}
     for name, rows in sorted(by_unit.items()):
         if name not in units:
-            raise ArtifactError(f"{folder}: unit {name} is not in the corpus any more; was it changed or moved?")
+            raise ArtifactError(
+                f"{folder}: unit {name} is not in the corpus any more; was it changed or moved?"
+            )
         for row, text in _texts(corpus, units[name], rows, folder):
             _compare(row, text, audit, encoder, folder)
 
@@ -119,7 +123,9 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
         return {}
     path = store.folder / DOCUMENTS_FILE
     if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
-        raise ArtifactError(f"{path}: missing, or its SHA-256 differs from the manifest; pack again")
+        raise ArtifactError(
+            f"{path}: missing, or its SHA-256 differs from the manifest; pack again"
+        )
     names = ["doc_id", "source", "unit", "num_tokens", "offset", "text_hash"]
     columns = (column.to_pylist() for column in pq.read_table(path, columns=names).columns)
     rows = {row[0]: _Listed(*row) for row in zip(*columns, strict=True)}
@@ -153,7 +159,12 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
         padding += segment.num_padding
         starts = [0, *segment.doc_ends[:-1].tolist()]
         rows = zip(
-            starts, segment.doc_ends.tolist(), segment.doc_ids, segment.sources, segment.doc_is_padding, strict=True
+            starts,
+            segment.doc_ends.tolist(),
+            segment.doc_ids,
+            segment.sources,
+            segment.doc_is_padding,
+            strict=True,
         )
         for start, end, doc_id, source, is_padding in rows:
             if not is_padding:
@@ -168,11 +179,15 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
     return found
 
 
-def _check_documents(store: SegmentStore, listed: dict[str, _Listed], found: dict[str, int]) -> None:
+def _check_documents(
+    store: SegmentStore, listed: dict[str, _Listed], found: dict[str, int]
+) -> None:
     """Every document of the list is in the segments with all its tokens, but for the rest at the end of shuffle units."""
     unknown = next((doc_id for doc_id in found if doc_id not in listed), None)
     if unknown is not None:
-        raise ArtifactError(f"{store.folder}: document {unknown} is in the segments but not in {DOCUMENTS_FILE}")
+        raise ArtifactError(
+            f"{store.folder}: document {unknown} is in the segments but not in {DOCUMENTS_FILE}"
+        )
     rest: Counter[str] = Counter()
     for row in listed.values():
         left = row.num_tokens - found.get(row.doc_id, 0)
@@ -183,7 +198,10 @@ def _check_documents(store: SegmentStore, listed: dict[str, _Listed], found: dic
         rest[row.source] += left
     for source in {*rest, *store.manifest.counts["rest_tokens"]}:
         _require_equal(
-            store, f"rest_tokens.{source}", rest[source], store.manifest.counts["rest_tokens"].get(source, 0)
+            store,
+            f"rest_tokens.{source}",
+            rest[source],
+            store.manifest.counts["rest_tokens"].get(source, 0),
         )
 
 
@@ -210,14 +228,18 @@ def _check_quotas(store: SegmentStore) -> None:
         for bucket, wanted in cells.items():
             got = counts["chosen_tokens"].get(source, {}).get(bucket, 0)
             if got > wanted * (1 + QUOTA_TOLERANCE) + limits[bucket]:
-                raise ArtifactError(f"{store.folder}: {source}/{bucket} has {got} tokens chosen, {wanted} were wanted")
+                raise ArtifactError(
+                    f"{store.folder}: {source}/{bucket} has {got} tokens chosen, {wanted} were wanted"
+                )
             if got < wanted and f"{source}/{bucket}" not in reported:
                 raise ArtifactError(
                     f"{store.folder}: {source}/{bucket} has {got} of {wanted} tokens, no shortfall reported"
                 )
 
 
-def _texts(corpus: Corpus, unit: Unit, rows: list[_Listed], folder: Path) -> Iterable[tuple[_Listed, str]]:
+def _texts(
+    corpus: Corpus, unit: Unit, rows: list[_Listed], folder: Path
+) -> Iterable[tuple[_Listed, str]]:
     """Rows with the texts of their documents, read from one unit."""
     wanted: dict[str, list[_Listed]] = defaultdict(list)
     for row in rows:
@@ -231,22 +253,31 @@ def _texts(corpus: Corpus, unit: Unit, rows: list[_Listed], folder: Path) -> Ite
             yield row, document.text
         if not missing:
             return
-    raise ArtifactError(f"{folder}: document {min(missing)} is not in {unit.name} any more; was the corpus changed?")
+    raise ArtifactError(
+        f"{folder}: document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
+    )
 
 
-def _compare(row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path) -> None:
+def _compare(
+    row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path
+) -> None:
     """Compare the runs of one document with its text."""
     if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
         raise ArtifactError(
             f"{folder}: the text of {row.doc_id} is not the one that was packed; was the corpus changed?"
         )
-    content = encoder.encode_contents([text])[0][row.offset : row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS]
+    content = encoder.encode_contents([text])[0][
+        row.offset : row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
+    ]
     expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
     pieces = audit.pieces[row.doc_id]
     if any(not _holds(expected, piece) for piece in pieces):
-        raise ArtifactError(f"{folder}: ids of {row.doc_id} in the segments are not those of its text")
+        raise ArtifactError(
+            f"{folder}: ids of {row.doc_id} in the segments are not those of its text"
+        )
     audit.num_compared += 1
-    # Ids that stand for parts of a character, where a document was cut there, have no text of their own.
+    # Ids that stand for parts of a character, where a document was cut there, have no text of their
+    # own.
     audit.num_decoded += all(encoder.decode(_without(piece, encoder)) in text for piece in pieces)
 
 
@@ -259,7 +290,11 @@ def _without(piece: np.ndarray, encoder: DocumentTokenizer) -> np.ndarray:
 
 def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
     """Whether ``piece`` is a run of ``ids``."""
-    whole, part, width = ids.tobytes(), np.ascontiguousarray(piece).astype(ids.dtype).tobytes(), ids.dtype.itemsize
+    whole, part, width = (
+        ids.tobytes(),
+        np.ascontiguousarray(piece).astype(ids.dtype).tobytes(),
+        ids.dtype.itemsize,
+    )
     place = whole.find(part)
     while place >= 0 and place % width:
         place = whole.find(part, place + 1)
@@ -268,4 +303,6 @@ def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
 
 def _require_equal(store: SegmentStore, name: str, found: int, expected: int) -> None:
     if found != expected:
-        raise ArtifactError(f"{store.folder}: counts.{name} is {expected} in the manifest, the segments give {found}")
+        raise ArtifactError(
+            f"{store.folder}: counts.{name} is {expected} in the manifest, the segments give {found}"
+        )

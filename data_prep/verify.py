@@ -1,42 +1,48 @@
-"""Audit packed segments: ``python -m data_prep.verify runs/x/1_segments [--sample 50] [--no-source]``.
+"""Audit packed segments: ``python -m data_prep.verify runs/x/1_segments [--sample 50]
+[--no-source]``.
 
-Checks the hash of every shard, every rule of every segment (tags, spans, BOS and EOS, no control ids inside documents,
-short documents at most L0), the quotas, and that every token that was read is packed or accounted for; then reads a sample
-of documents from the corpus again and compares text and ids. Ends with exit code 2 and the reason if anything differs.
+Checks the hash of every shard, every rule of every segment (tags, spans, BOS and EOS, no control
+ids inside documents, short documents at most L0), the quotas, and that every token that was read is
+packed or accounted for; then reads a sample of documents from the corpus again and compares text
+and ids. Ends with exit code 2 and the reason if anything differs.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.corpora import build_corpus
-from data_prep.pack import PackConfig
-from longrope2.artifacts import model_identity, resolve_model_folder
+from data_prep.config import PackConfig
 from longrope2.command import run_command
 from longrope2.config import load
+from longrope2.corpora.build import build_corpus
 from longrope2.errors import ArtifactError
-from longrope2.segments import SegmentStore
-
-__all__ = ["main"]
+from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.segments.format import SegmentStore
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_prep.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a 1_segments folder")
-    parser.add_argument("--sample", type=int, default=50, metavar="N", help="documents compared with their source")
+    parser.add_argument(
+        "--sample", type=int, default=50, metavar="N", help="documents compared with their source"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which documents")
-    parser.add_argument("--no-source", action="store_true", help="do not read the corpus (it may be elsewhere)")
+    parser.add_argument(
+        "--no-source", action="store_true", help="do not read the corpus (it may be elsewhere)"
+    )
     given = parser.parse_args(arguments)
     run_command(lambda: _verify(given.folder, 0 if given.no_source else given.sample, given.seed))
 
 
 def _verify(folder: Path, sample: int, seed: int) -> None:
     """Audit and print what held."""
-    from data_prep.tokenization import load_document_tokenizer
     from data_prep.verification import compare_with_source, verify_folder
+    from longrope2.corpora.tokenizer import load_document_tokenizer
 
     audit = verify_folder(folder, sample=sample, seed=seed)
     print(
@@ -50,8 +56,12 @@ def _verify(folder: Path, sample: int, seed: int) -> None:
     model_folder = resolve_model_folder(config.model.path)
     packed_with = SegmentStore(folder).manifest.inputs["model"]["tokenizer_sha256"]
     if model_identity(model_folder)["tokenizer_sha256"] != packed_with:
-        raise ArtifactError(f"{folder} was packed with another tokenizer than model.path={config.model.path} has now")
-    compare_with_source(folder, audit, build_corpus(config.corpus), load_document_tokenizer(model_folder))
+        raise ArtifactError(
+            f"{folder} was packed with another tokenizer than model.path={config.model.path} has now"
+        )
+    compare_with_source(
+        folder, audit, build_corpus(config.corpus), load_document_tokenizer(model_folder)
+    )
     print(
         f"{audit.num_compared} documents have the text and the ids of their source; the ids of {audit.num_decoded} of them "
         "decode to passages of it"

@@ -1,7 +1,9 @@
-"""``python -m launch.demo`` (``make demo``): the whole flow on the miniature, with the commands a user would type.
+"""``python -m launch.demo`` (``make demo``): the whole flow on the miniature, with the commands a
+user would type.
 
-Every stage is the real command in a process of its own; finished stages are reused. ``--fresh`` starts over,
-``--baseline`` also trains YaRN on the same segments for the same steps (about five minutes more).
+Every stage is the real command in a process of its own; finished stages are reused. ``--fresh``
+starts over, ``--baseline`` also trains YaRN on the same segments for the same steps (about five
+minutes more).
 """
 
 import argparse
@@ -44,27 +46,69 @@ def stages(root: Path, with_baseline: bool) -> list[Stage]:
     run = (f"run.name={NAME}", *place(root))
     baseline = Stage(
         f"train the baseline {BASELINE}: the same segments and steps",
-        ("launch.train", "experiment=tiny_extend", f"run.name={NAME}_{BASELINE}", *place(root), segments,
-         f"rope={BASELINE}"),
-    )  # fmt: skip
+        (
+            "launch.train",
+            "experiment=tiny_extend",
+            f"run.name={NAME}_{BASELINE}",
+            *place(root),
+            segments,
+            f"rope={BASELINE}",
+        ),
+    )
     compared = "miniature_baseline" if with_baseline else "miniature"
     return [
-        Stage("pack the sample corpus into 2,048-token segments, tagged short or long",
-              ("data_prep.pack", "--target", "2048", "--corpus", "sample", "--model", "tiny", "--align", "2", *run)),
-        Stage("search the rescale factors and the critical dimension with needle-driven perplexity",
-              ("launch.search", "model=tiny", "target_len=2048", "corpus=sample", "search=quick", *run)),
-        Stage("train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
-              ("launch.train", "experiment=tiny_extend", *run)),
+        Stage(
+            "pack the sample corpus into 2,048-token segments, tagged short or long",
+            (
+                "data_prep.pack",
+                "--target",
+                "2048",
+                "--corpus",
+                "sample",
+                "--model",
+                "tiny",
+                "--align",
+                "2",
+                *run,
+            ),
+        ),
+        Stage(
+            "search the rescale factors and the critical dimension with needle-driven perplexity",
+            (
+                "launch.search",
+                "model=tiny",
+                "target_len=2048",
+                "corpus=sample",
+                "search=quick",
+                *run,
+            ),
+        ),
+        Stage(
+            "train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
+            ("launch.train", "experiment=tiny_extend", *run),
+        ),
         *([baseline] if with_baseline else []),
-        Stage("evaluate the base model, the baselines and the result",
-              ("launch.evaluate", "model=tiny", "target_len=2048", f"evaluation={compared}", *run)),
-        Stage("export a Hugging Face folder and check it against plain transformers",
-              ("launch.export", "model=tiny", "target_len=2048", *run)),
-        Stage("generate across the window: the prompt is far longer than the base model's 128 tokens",
-              ("launch.generate", "model=tiny", "target_len=2048", *run,
-               f"generate.prompt_file={run_folder / PROMPT_FILE}", "generate.max_new_tokens=8")),
+        Stage(
+            "evaluate the base model, the baselines and the result",
+            ("launch.evaluate", "model=tiny", "target_len=2048", f"evaluation={compared}", *run),
+        ),
+        Stage(
+            "export a Hugging Face folder and check it against plain transformers",
+            ("launch.export", "model=tiny", "target_len=2048", *run),
+        ),
+        Stage(
+            "generate across the window: the prompt is far longer than the base model's 128 tokens",
+            (
+                "launch.generate",
+                "model=tiny",
+                "target_len=2048",
+                *run,
+                f"generate.prompt_file={run_folder / PROMPT_FILE}",
+                "generate.max_new_tokens=8",
+            ),
+        ),
         Stage("write the report", ("launch.report", str(run_folder))),
-    ]  # fmt: skip
+    ]
 
 
 def place(root: Path) -> tuple[str, ...]:
@@ -76,7 +120,9 @@ def main() -> None:
     """Run the flow and end with where to look and what to try next."""
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove the demo's runs first")
-    parser.add_argument("--baseline", action="store_true", help="train YaRN too, for the same steps")
+    parser.add_argument(
+        "--baseline", action="store_true", help="train YaRN too, for the same steps"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of all runs")
     arguments = parser.parse_args()
     run_folder = arguments.root / NAME
@@ -87,12 +133,17 @@ def main() -> None:
     began = time.monotonic()
     planned = stages(arguments.root, arguments.baseline)
     for number, stage in enumerate(planned, 1):
-        console.print(f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]\n$ {stage.command}", soft_wrap=True)
+        console.print(
+            f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]\n$ {stage.command}",
+            soft_wrap=True,
+        )
         if "launch.generate" in stage.arguments:
             write_prompt(run_folder)
         run_stage(stage)
     minutes = (time.monotonic() - began) / 60
-    console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]")
+    console.print(
+        f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]"
+    )
     console.print(
         "Next: the same with YaRN trained beside it (on this miniature it retrieves more, see LAB_NOTES.md):\n"
         "make demo BASELINE=1",
@@ -108,15 +159,19 @@ def run_stage(stage: Stage) -> None:
     """
     ended = subprocess.run([sys.executable, "-m", *stage.arguments], check=False)
     if ended.returncode != 0:
-        raise UserError(f"the demo stopped: {stage.command} ended with code {ended.returncode}; its message is above")
+        raise UserError(
+            f"the demo stopped: {stage.command} ended with code {ended.returncode}; its message is above"
+        )
 
 
 def write_prompt(run_folder: Path) -> None:
     """The first held-out needle sample of the evaluation at the target length, as text, without its answer."""
-    from longrope2.model import load_tokenizer
-    from longrope2.segments import NeedleSet
+    from longrope2.model.loading import load_tokenizer
+    from longrope2.segments.needle_set import NeedleSet
 
-    sample = NeedleSet.load(run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow").samples[0]
+    sample = NeedleSet.load(
+        run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow"
+    ).samples[0]
     tokens = list(sample.tokens[1 : sample.value_start])
     text = load_tokenizer(Path("models/tiny")).decode(tokens)
     (run_folder / PROMPT_FILE).write_text(text, encoding="utf-8")

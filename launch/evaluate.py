@@ -1,9 +1,10 @@
-"""``python -m launch.evaluate``: compare models by what ``suite=`` names; by default needles, perplexity and retention.
+"""``python -m launch.evaluate``: compare models by what ``suite=`` names; by default needles,
+perplexity and retention.
 
-Every finished measurement is a line of ``4_evaluations/results.jsonl`` and every answer a line of ``answers/``, so the same
-command resumes after a kill and a second run measures only what is new. Needles and text come from the held-out split of
-the corpus. Questions are spread over torchrun's ranks, and over Slurm arrays with ``evaluation.shard=i/n``; the shard
-that ends last sums up.
+Every finished measurement is a line of ``4_evaluations/results.jsonl`` and every answer a line of
+``answers/``, so the same command resumes after a kill and a second run measures only what is new.
+Needles and text come from the held-out split of the corpus. Questions are spread over torchrun's
+ranks, and over Slurm arrays with ``evaluation.shard=i/n``; the shard that ends last sums up.
 """
 
 import json
@@ -12,38 +13,40 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.corpora import build_corpus, heldout_documents
-from launch.evaluate_measures import EvaluateCommand, build_tasks, measure
-from launch.evaluate_suite import own_shard, run_suite
-from longrope2.artifacts import (
+from longrope2.command import run_command
+from longrope2.config import claim_folder, compose, to_plain
+from longrope2.corpora.build import build_corpus, heldout_documents
+from longrope2.errors import ConfigError
+from longrope2.evaluation.config import check, evaluated_lengths, suite_lengths, use_checkpoint
+from longrope2.evaluation.results import Measurement
+from longrope2.evaluation.run import EvaluateCommand, build_tasks, measure, own_shard, run_suite
+from longrope2.evaluation.subjects import Subject, resolve_subjects
+from longrope2.evaluation.summary import comparison_table, summarize
+from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
-    model_identity,
     product_folder,
     read_manifest,
     write_manifest,
     write_text,
 )
-from longrope2.command import run_command
-from longrope2.config import claim_folder, compose, to_plain
-from longrope2.errors import ConfigError
-from longrope2.evaluation import (
-    Measurement,
-    Subject,
-    check,
-    comparison_table,
-    evaluated_lengths,
-    resolve_subjects,
-    suite_lengths,
-    summarize,
-    use_checkpoint,
-)
-from longrope2.model import load_tokenizer
-from longrope2.tracking import MetricsLog
+from longrope2.model.folder import model_identity
+from longrope2.model.loading import load_tokenizer
+from longrope2.report.paper import paper_text
+from longrope2.tracking.metrics import MetricsLog
 
 EVALUATIONS_FILE = "evaluations.json"
 # Results are told apart by what they were measured on, so these may change from run to run.
-CHANGEABLE = ("dry_run", "tracking", "evaluation", "corpus", "seed", "suite", "calibration", "checkpoint")
+CHANGEABLE = (
+    "dry_run",
+    "tracking",
+    "evaluation",
+    "corpus",
+    "seed",
+    "suite",
+    "calibration",
+    "checkpoint",
+)
 
 
 def main() -> None:
@@ -67,21 +70,28 @@ def main() -> None:
     claim_folder(own_folder, config, changeable=CHANGEABLE)
     for needle_set in needle_sets:
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
-    tracking = MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", to_plain(config))
+    tracking = MetricsLog(
+        own_folder, config.tracking, config.run.name, "evaluate", to_plain(config)
+    )
     with tracking:
         measurements = measure(config, subjects, tasks, folder, tracking) if measures else []
         if measures:
             _summarize(config, subjects, measurements, folder)
         if asks:
             texts = [document.text for document in heldout_documents(config.corpus)]
-            if not run_suite(config, subjects, load_tokenizer(base_folder), texts, folder, tracking):
+            tokenizer = load_tokenizer(base_folder)
+            found = run_suite(config, subjects, tokenizer, texts, folder, tracking)
+            if found is None:
                 return
+            Console(width=160).print(paper_text(found), markup=False, highlight=False)
     if asks or measures:
         _write_manifest(config, base_folder, subjects, measurements, folder)
         print(f"evaluations in {folder}")
 
 
-def _summarize(config: EvaluateCommand, subjects: list[Subject], measurements: list[Measurement], folder: Path) -> None:
+def _summarize(
+    config: EvaluateCommand, subjects: list[Subject], measurements: list[Measurement], folder: Path
+) -> None:
     """Write and show what was measured without generating."""
     summary = summarize(subjects, measurements, config.evaluation.reference)
     write_text(folder / EVALUATIONS_FILE, json.dumps(summary, indent=2) + "\n")
@@ -98,10 +108,12 @@ def check_seed(config: EvaluateCommand) -> None:
     if not (factors_folder / MANIFEST_NAME).is_file():
         return
     if read_manifest(factors_folder, "factors").seeds.get("seed") == config.evaluation.needle.seed:
-        raise ConfigError([
-            f"evaluation.needle.seed={config.evaluation.needle.seed} is the seed of the needles that the factors in "
-            f"{factors_folder} were searched on; give another one"
-        ])  # fmt: skip
+        raise ConfigError(
+            [
+                f"evaluation.needle.seed={config.evaluation.needle.seed} is the seed of the needles that the factors in "
+                f"{factors_folder} were searched on; give another one"
+            ]
+        )
 
 
 def describe(config: EvaluateCommand, subjects: list[Subject]) -> str:
@@ -119,22 +131,33 @@ def describe(config: EvaluateCommand, subjects: list[Subject]) -> str:
     if not suite.measures:
         lines = lines[:1]
     if suite.ruler is not None:
-        lines.append(f"ruler      {len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples, "
-                     f"{suite.ruler.mode.value}, at {', '.join(map(str, suite_lengths(config)))}")  # fmt: skip
+        lines.append(
+            f"ruler      {len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples, "
+            f"{suite.ruler.mode.value}, at {', '.join(map(str, suite_lengths(config)))}"
+        )
     if suite.needle_map is not None:
-        lines.append(f"needle map {len(suite.needle_map.depths)} depths x {suite.needle_map.repeats}, "
-                     f"{suite.needle_map.haystack.value}, at {', '.join(map(str, suite_lengths(config)))}")  # fmt: skip
+        lines.append(
+            f"needle map {len(suite.needle_map.depths)} depths x {suite.needle_map.repeats}, "
+            f"{suite.needle_map.haystack.value}, at {', '.join(map(str, suite_lengths(config)))}"
+        )
     long_tasks = suite.long_tasks
     names = [*long_tasks.longbench.tasks, *long_tasks.infinitebench.tasks, *long_tasks.loft.tasks]
     lines += [f"long tasks {', '.join(names)}"] if names else []
     short_names = [task.name for task in suite.short_tasks.tasks]
     lines += [f"short      {', '.join(short_names)}"] if short_names else []
-    lines += [f"subject    {s.name}: {s.factors.method}{', trained' if s.trained else ''}" for s in subjects]
+    lines += [
+        f"subject    {s.name}: {s.factors.method}{', trained' if s.trained else ''}"
+        for s in subjects
+    ]
     return "\n".join(lines)
 
 
 def _write_manifest(
-    config: EvaluateCommand, base_folder: Path, subjects: list[Subject], measurements: list[Measurement], folder: Path
+    config: EvaluateCommand,
+    base_folder: Path,
+    subjects: list[Subject],
+    measurements: list[Measurement],
+    folder: Path,
 ) -> None:
     """Mark the evaluation as finished."""
     inputs = {
@@ -144,7 +167,10 @@ def _write_manifest(
     }
     seeds = {"seed": config.seed, "needle": config.evaluation.needle.seed}
     counts = {"num_subjects": len(subjects), "num_measurements": len(measurements)}
-    write_manifest(folder, Manifest("evaluations", inputs=inputs, config=to_plain(config), seeds=seeds, counts=counts))
+    write_manifest(
+        folder,
+        Manifest("evaluations", inputs=inputs, config=to_plain(config), seeds=seeds, counts=counts),
+    )
 
 
 if __name__ == "__main__":

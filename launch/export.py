@@ -1,7 +1,9 @@
-"""``python -m launch.export``: the run's trained model as Hugging Face folders, checked by loading them again.
+"""``python -m launch.export``: the run's trained model as Hugging Face folders, checked by loading
+them again.
 
-A folder (``5_exports/hugging_face``, or one per ``export.variants``) appears only after plain transformers has loaded it and
-given the logits of the trained model on either side of the window switch, as far as the folder reaches.
+A folder (``5_exports/hugging_face``, or one per ``export.variants``) appears only after plain
+transformers has loaded it and given the logits of the trained model on either side of the window
+switch, as far as the folder reaches.
 """
 
 import random
@@ -12,37 +14,30 @@ from pathlib import Path
 
 import torch
 
-from data_prep.corpora import CorpusConfig, CorpusKind, heldout_documents
-from data_prep.tokenization import DocumentTokenizer
-from longrope2.artifacts import (
+from longrope2.command import run_command
+from longrope2.config import claim_folder, compose, to_plain
+from longrope2.corpora.build import heldout_documents
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.tokenizer import DocumentTokenizer
+from longrope2.errors import ArtifactError, ConfigError
+from longrope2.evaluation.scoring import device_and_dtype
+from longrope2.evaluation.subjects import check_same_model, read_checkpoint_factors
+from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
+from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.model_card import StaticCost, measure_static_cost
+from longrope2.export.variants import ExportRoot, ExportVariant, check, variant_factors
+from longrope2.export.verification import verify_export
+from longrope2.files.artifacts import (
     Manifest,
     describe_input,
-    model_identity,
     product_folder,
     read_manifest,
-    resolve_model_folder,
     sha256_of_file,
     write_manifest,
 )
-from longrope2.command import run_command
-from longrope2.config import claim_folder, compose, to_plain
-from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
-from longrope2.export import (
-    GGUF_FILE,
-    ExportRoot,
-    ExportVariant,
-    StaticCost,
-    check,
-    check_gguf,
-    measure_static_cost,
-    variant_factors,
-    verify_export,
-    write_gguf,
-    write_hugging_face_folder,
-)
-from longrope2.model import load_tokenizer, load_windowed_model
-from longrope2.rope import RescaleFactors
+from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.model.loading import load_tokenizer, load_windowed_model
+from longrope2.rope.factors import RescaleFactors
 
 COST_TEXT = "held-out Python documentation and sources"
 
@@ -63,7 +58,9 @@ def main() -> None:
     plan = make_plan(config)
     folder = product_folder(config.run.folder, "exports")
     factors = plan.factors
-    print(f"checkpoint {plan.checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}")
+    print(
+        f"checkpoint {plan.checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}"
+    )
     for final in final_folders(folder, config):
         print(f"export     {final}, {config.export.dtype.value}, rope {factors.method}")
     if config.dry_run:
@@ -75,7 +72,9 @@ def main() -> None:
     differences = _publish(plan, config, folder)
     for name, by_length in differences.items():
         for length, difference in by_length.items():
-            print(f"verified   at {length} tokens: {name} differs by at most {difference:.1e} of the largest logit")
+            print(
+                f"verified   at {length} tokens: {name} differs by at most {difference:.1e} of the largest logit"
+            )
     print(f"export in {', '.join(map(str, final_folders(folder, config)))}")
 
 
@@ -85,7 +84,8 @@ def final_folders(folder: Path, config: ExportRoot) -> list[Path]:
 
 
 def make_plan(config: ExportRoot) -> ExportPlan:
-    """Find the checkpoint and check that it is finished and belongs to the configured model and lengths.
+    """Find the checkpoint and check that it is finished and belongs to the configured model and
+    lengths.
 
     Raises:
         ArtifactError: it does not.
@@ -94,15 +94,21 @@ def make_plan(config: ExportRoot) -> ExportPlan:
     own = product_folder(config.run.folder, "checkpoints") / "final"
     checkpoint = Path(config.export.checkpoint) if config.export.checkpoint else own
     if not checkpoint.is_dir():
-        raise ArtifactError(f"export.checkpoint={checkpoint} does not exist; run launch.train first")
+        raise ArtifactError(
+            f"export.checkpoint={checkpoint} does not exist; run launch.train first"
+        )
     factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
     check_same_model(
-        f"export.checkpoint={checkpoint}", model_identity(checkpoint), resolve_model_folder(config.model.path)
+        f"export.checkpoint={checkpoint}",
+        model_identity(checkpoint),
+        resolve_model_folder(config.model.path),
     )
     for variant in config.export.variants:
         variant_factors(factors, variant)
     if config.export.gguf:
-        check_gguf(checkpoint, resolve_model_folder(config.model.path), config.export.gguf_pretokenizer)
+        check_gguf(
+            checkpoint, resolve_model_folder(config.model.path), config.export.gguf_pretokenizer
+        )
     return ExportPlan(checkpoint, factors, {"checkpoint": describe_input(checkpoint)})
 
 
@@ -113,7 +119,10 @@ def _is_complete(folder: Path, config: ExportRoot, plan: ExportPlan) -> bool:
     except ArtifactError:
         return False
     # The checkpoint is compared by its content, wherever it stood.
-    found, wanted = (plain.get("export", {}) | {"checkpoint": None} for plain in (manifest.config, to_plain(config)))
+    found, wanted = (
+        plain.get("export", {}) | {"checkpoint": None}
+        for plain in (manifest.config, to_plain(config))
+    )
     there = all(final.is_dir() for final in final_folders(folder, config))
     return there and manifest.inputs == plan.inputs and found == wanted
 
@@ -129,12 +138,27 @@ def _publish(plan: ExportPlan, config: ExportRoot, folder: Path) -> dict[str, di
             shutil.rmtree(temporary, ignore_errors=True)
             weights_from = unverified[0] if temporary is not unverified[0] else None
             write_hugging_face_folder(
-                plan.checkpoint, plan.factors, temporary, config.export.dtype.torch_dtype, variant, cost, weights_from
+                plan.checkpoint,
+                plan.factors,
+                temporary,
+                config.export.dtype.torch_dtype,
+                variant,
+                cost,
+                weights_from,
             )
             differences[variant.folder_name] = _verify(plan, config, variant, temporary)
             if config.export.gguf:
-                applied, base_folder = variant_factors(plan.factors, variant), resolve_model_folder(config.model.path)
-                write_gguf(temporary, applied, temporary / GGUF_FILE, base_folder, config.export.gguf_pretokenizer)
+                applied, base_folder = (
+                    variant_factors(plan.factors, variant),
+                    resolve_model_folder(config.model.path),
+                )
+                write_gguf(
+                    temporary,
+                    applied,
+                    temporary / GGUF_FILE,
+                    base_folder,
+                    config.export.gguf_pretokenizer,
+                )
         (folder / "manifest.json").unlink(missing_ok=True)
         _remove_former(folder, finals)
         for temporary, final in zip(unverified, finals, strict=True):
@@ -156,11 +180,22 @@ def _remove_former(folder: Path, finals: list[Path]) -> None:
                 print(f"removed    {former}, which export.variants no longer names")
 
 
-def _verify(plan: ExportPlan, config: ExportRoot, variant: ExportVariant, folder: Path) -> dict[int, float]:
+def _verify(
+    plan: ExportPlan, config: ExportRoot, variant: ExportVariant, folder: Path
+) -> dict[int, float]:
     """Compare a folder with the trained model in the windows that it holds."""
-    applied, original_len = variant_factors(plan.factors, variant), plan.factors.geometry.original_len
-    lengths = [length for length in (original_len - 1, original_len, original_len + 1) if length <= applied.target_len]
-    return verify_export(plan.checkpoint, applied, folder, config.export.dtype.torch_dtype, lengths[-2:])
+    applied, original_len = (
+        variant_factors(plan.factors, variant),
+        plan.factors.geometry.original_len,
+    )
+    lengths = [
+        length
+        for length in (original_len - 1, original_len, original_len + 1)
+        if length <= applied.target_len
+    ]
+    return verify_export(
+        plan.checkpoint, applied, folder, config.export.dtype.torch_dtype, lengths[-2:]
+    )
 
 
 def _static_cost(plan: ExportPlan, config: ExportRoot) -> StaticCost | None:
@@ -172,9 +207,16 @@ def _static_cost(plan: ExportPlan, config: ExportRoot) -> StaticCost | None:
     encoder = DocumentTokenizer(load_tokenizer(plan.checkpoint))
     documents = [document.text for document in heldout_documents(corpus)]
     if num_windows > len(documents):
-        raise ConfigError([f"export.cost_windows={num_windows} must be at most {len(documents)}, all texts there are"])
+        raise ConfigError(
+            [
+                f"export.cost_windows={num_windows} must be at most {len(documents)}, all texts there are"
+            ]
+        )
     texts = random.Random(config.seed).sample(documents, num_windows)
-    rows = [[encoder.bos_id, *encoder.encode(text[: 16 * original_len])][: original_len - 1] for text in texts]
+    rows = [
+        [encoder.bos_id, *encoder.encode(text[: 16 * original_len])][: original_len - 1]
+        for text in texts
+    ]
     device, dtype = device_and_dtype()
     model = load_windowed_model(plan.checkpoint, plan.factors, device=device, dtype=dtype).eval()
     return measure_static_cost(model, [torch.tensor(row) for row in rows], COST_TEXT)
@@ -195,7 +237,8 @@ def _write_manifest(
         "original_len": plan.factors.geometry.original_len,
         "target_len": plan.factors.target_len,
         "largest_relative_logit_difference": {
-            name: {str(length): value for length, value in by_length.items()} for name, by_length in differences.items()
+            name: {str(length): value for length, value in by_length.items()}
+            for name, by_length in differences.items()
         },
         "static_cost": None if cost is None else asdict(cost),
     }
@@ -204,7 +247,9 @@ def _write_manifest(
         for final in final_folders(folder, config)
         for path in sorted(final.iterdir())
     }
-    manifest = Manifest("exports", inputs=plan.inputs, config=to_plain(config), files=files, details=details)
+    manifest = Manifest(
+        "exports", inputs=plan.inputs, config=to_plain(config), files=files, details=details
+    )
     write_manifest(folder, manifest)
 
 

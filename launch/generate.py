@@ -1,7 +1,8 @@
-"""``python -m launch.generate``: continue a text with a trained model, across the end of its original window.
+"""``python -m launch.generate``: continue a text with a trained model, across the end of its
+original window.
 
-The text goes to standard output as it comes; where the RoPE switched is said once, on standard error. The prompt comes
-from a file, or with ``generate.prompt_file=-`` from standard input.
+The text goes to standard output as it comes; where the RoPE switched is said once, on standard
+error. The prompt comes from a file, or with ``generate.prompt_file=-`` from standard input.
 """
 
 import sys
@@ -9,15 +10,25 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.tokenization import DocumentTokenizer
-from longrope2.artifacts import model_identity, product_folder, resolve_model_folder
 from longrope2.command import run_command
 from longrope2.config import compose
+from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation import check_same_model, device_and_dtype, read_checkpoint_factors
-from longrope2.inference import GenerateRoot, KvPolicy, TextStream, check, generate_tokens, window_for_length
-from longrope2.model import WindowedModel, load_tokenizer, load_windowed_model
-from longrope2.rope import RescaleFactors, Window
+from longrope2.evaluation.scoring import device_and_dtype
+from longrope2.evaluation.subjects import check_same_model, read_checkpoint_factors
+from longrope2.files.artifacts import product_folder
+from longrope2.inference.cache import KvPolicy
+from longrope2.inference.generation import (
+    GenerateRoot,
+    TextStream,
+    check,
+    generate_tokens,
+    window_for_length,
+)
+from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.model.loading import load_tokenizer, load_windowed_model
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
 
 STANDARD_INPUT = "-"
 SWITCHED = {
@@ -33,7 +44,9 @@ def main() -> None:
     prompt = read_prompt(config.generate.prompt_file)
     checkpoint, factors = find_checkpoint(config)
     if config.dry_run:
-        print(f"checkpoint {checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}")
+        print(
+            f"checkpoint {checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}"
+        )
         print(f"prompt     {_prompt_name(config.generate.prompt_file)}: {len(prompt)} characters")
         return
     device, dtype = device_and_dtype()
@@ -50,14 +63,18 @@ def find_checkpoint(config: GenerateRoot) -> tuple[Path, RescaleFactors]:
     own = product_folder(config.run.folder, "checkpoints") / "final"
     checkpoint = Path(config.generate.checkpoint) if config.generate.checkpoint else own
     if not checkpoint.is_dir():
-        raise ArtifactError(f"generate.checkpoint={checkpoint} does not exist; run launch.train first")
+        raise ArtifactError(
+            f"generate.checkpoint={checkpoint} does not exist; run launch.train first"
+        )
     factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
     base_folder = resolve_model_folder(config.model.path)
     check_same_model(f"generate.checkpoint={checkpoint}", model_identity(checkpoint), base_folder)
     return checkpoint, factors
 
 
-def stream_text(model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateRoot) -> None:
+def stream_text(
+    model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateRoot
+) -> None:
     """Print the continuation of ``prompt`` as it comes; say on standard error where the rescaled RoPE begins."""
     generate, original_len = config.generate, model.factors.geometry.original_len
     encoder = DocumentTokenizer(tokenizer)
@@ -75,11 +92,15 @@ def stream_text(model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt
     )
     window = window_for_length(len(prompt_ids), original_len)
     if window is Window.LONG:
-        _say(f"the prompt has {len(prompt_ids)} tokens, more than {original_len}: rescaled RoPE from the start")
+        _say(
+            f"the prompt has {len(prompt_ids)} tokens, more than {original_len}: rescaled RoPE from the start"
+        )
     for number, token in enumerate(tokens):
         if token.window is not window:
             window = token.window
-            _say(f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: {SWITCHED[generate.kv_policy]}")
+            _say(
+                f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: {SWITCHED[generate.kv_policy]}"
+            )
         print(text.push(token.token_id), end="", flush=True)
     print(text.finish())
 

@@ -1,11 +1,12 @@
-"""``python -m launch.lm_eval --model longrope2 --model_args ... --tasks ...``: the harness's command with our model in it.
+"""``python -m launch.lm_eval --model longrope2 --model_args ... --tasks ...``: the harness's
+command with our model in it.
 
-lm-eval finds models by import alone, so this registers ours and hands over. ``python -m launch.evaluate suite=short``
-runs the same from our configuration, with results kept per task.
+lm-eval finds models by import alone, so this registers ours and hands over. ``python -m
+launch.evaluate suite=short`` runs the same from our configuration, with results kept per task.
 """
 
 from longrope2.command import run_command
-from longrope2.evaluation.short_tasks_config import require_lm_eval
+from longrope2.evaluation.config import require_lm_eval
 
 
 def main() -> None:

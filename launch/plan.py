@@ -1,9 +1,10 @@
-"""``python -m launch.plan experiment=llama3_8b_128k cluster=a100_64``: what a training takes, before it is started.
+"""``python -m launch.plan experiment=llama3_8b_128k cluster=a100_64``: what a training takes,
+before it is started.
 
-Reads config.json only (the model's, or the copy in ``model.config_folder``): no weights, no segments, no GPU. Prints
-parameters and FLOPs, the best layout of the processes by enumeration, its memory by part and time by part, what does not
-fit and why, what other targets and machines cost, and what search and evaluation cost. ``cluster=NAME`` is short for
-``hardware=NAME``.
+Reads config.json only (the model's, or the copy in ``model.config_folder``): no weights, no
+segments, no GPU. Prints parameters and FLOPs, the best layout of the processes by enumeration, its
+memory by part and time by part, what does not fit and why, what other targets and machines cost,
+and what search and evaluation cost. ``cluster=NAME`` is short for ``hardware=NAME``.
 """
 
 import sys
@@ -11,27 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.plan_view import PlannedRun, print_plan
 from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
-from longrope2.model import NormKernel
-from longrope2.model.hf_files import find_config_file
-from longrope2.planning import (
-    HardwareConfig,
-    Layout,
-    ModelShape,
-    RecomputePolicy,
-    Workload,
-    choose_layout,
-    cost_table,
-    find_refusal,
-    forward_hours,
-    make_machine,
-)
-from longrope2.search import SearchConfig, most_candidates
-from longrope2.training import TrainRoot
+from longrope2.model.norms import NormKernel
+from longrope2.model.shape import ModelShape, Workload, find_config_file
+from longrope2.planning.choice import choose_layout, cost_table, find_refusal
+from longrope2.planning.hardware import HardwareConfig, make_machine
+from longrope2.planning.memory import Layout, RecomputePolicy
+from longrope2.planning.timing import forward_hours
+from longrope2.planning.view import PlannedRun, print_plan
+from longrope2.search.config import SearchConfig
+from longrope2.search.run import most_candidates
+from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import zero_buffers
 
 CLUSTER_FLAG, HARDWARE_KEY = "cluster=", "hardware="
@@ -44,7 +38,8 @@ class PlanConfig:
     long_share: float = 0.7
     """Share of long segments, 0 to 1; the rest is short."""
     short_document_tokens: float | None = None
-    """Mean length of the documents in short segments, weighted by length; null is half of ``model.original_len``."""
+    """Mean length of the documents in short segments, weighted by length; null is half of
+    ``model.original_len``."""
     micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Segments at once that are tried; the trainer runs 1."""
     lengths: list[int] = field(default_factory=lambda: [131_072, 262_144, 524_288, 1_048_576])
@@ -73,7 +68,9 @@ def main() -> None:
 def with_hardware(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``cluster=NAME`` as ``hardware=NAME``; the group ``cluster`` says where units of packing run."""
     return [
-        HARDWARE_KEY + argument.removeprefix(CLUSTER_FLAG) if argument.startswith(CLUSTER_FLAG) else argument
+        HARDWARE_KEY + argument.removeprefix(CLUSTER_FLAG)
+        if argument.startswith(CLUSTER_FLAG)
+        else argument
         for argument in arguments
     ]
 
@@ -97,7 +94,12 @@ def plan_run(config: PlanRoot) -> PlannedRun:
         policy = RecomputePolicy(config.training.recompute.value)
         offload, sequence = config.training.offload_activations, config.parallel.sequence
         configured = Layout(
-            config.parallel.processes // sequence, sequence, policy, offload=offload, zero=zero, fused_norms=fused_norms
+            config.parallel.processes // sequence,
+            sequence,
+            policy,
+            offload=offload,
+            zero=zero,
+            fused_norms=fused_norms,
         )
     num_forwards = most_candidates(config.search) * config.search.num_samples
     return PlannedRun(
@@ -107,10 +109,20 @@ def plan_run(config: PlanRoot) -> PlannedRun:
         shape=shape,
         workload=workload,
         configured=configured,
-        configured_refusal=None if configured is None else find_refusal(shape, workload, machine, configured),
-        choice=choose_layout(shape, workload, machine, zero, config.plan.micro_batches, fused_norms=fused_norms),
+        configured_refusal=None
+        if configured is None
+        else find_refusal(shape, workload, machine, configured),
+        choice=choose_layout(
+            shape, workload, machine, zero, config.plan.micro_batches, fused_norms=fused_norms
+        ),
         table=cost_table(
-            shape, workload, machine, zero, config.plan.lengths, config.plan.gpu_counts, fused_norms=fused_norms
+            shape,
+            workload,
+            machine,
+            zero,
+            config.plan.lengths,
+            config.plan.gpu_counts,
+            fused_norms=fused_norms,
         ),
         shown_layouts=config.plan.shown_layouts,
         search_hours=forward_hours(shape, machine, [(config.target_len, num_forwards)]),
@@ -136,10 +148,17 @@ def make_workload(config: PlanRoot) -> Workload:
 def evaluation_samples(config: PlanRoot) -> list[tuple[int, float]]:
     """Lengths and numbers of samples of needles and perplexity, over all subjects; tasks that generate are not counted."""
     evaluation, original = config.evaluation, config.model.original_len
-    root = EvaluateRoot(run=config.run, model=config.model, target_len=config.target_len, evaluation=evaluation)
-    at_each = len(evaluation.needle.depths) * evaluation.needle.samples_per_depth + evaluation.perplexity.num_windows
+    root = EvaluateRoot(
+        run=config.run, model=config.model, target_len=config.target_len, evaluation=evaluation
+    )
+    at_each = (
+        len(evaluation.needle.depths) * evaluation.needle.samples_per_depth
+        + evaluation.perplexity.num_windows
+    )
     subjects = len(evaluation.subjects)
-    samples: list[tuple[int, float]] = [(length, at_each * subjects) for length in evaluated_lengths(root)]
+    samples: list[tuple[int, float]] = [
+        (length, at_each * subjects) for length in evaluated_lengths(root)
+    ]
     return [*samples, (original, evaluation.retention.num_windows * subjects)]
 
 
@@ -174,11 +193,18 @@ def _faults(config: PlanRoot) -> list[str]:
             f"parallel.sequence={parallel.sequence} must divide parallel.processes={parallel.processes}, both above 0"
         )
     if parallel.zero_stage != 3:
-        faults.append(f"parallel.zero_stage={parallel.zero_stage}: the planner knows stage 3 only; set it to 3 to plan")
+        faults.append(
+            f"parallel.zero_stage={parallel.zero_stage}: the planner knows stage 3 only; set it to 3 to plan"
+        )
     if not 0 <= plan.long_share <= 1:
         faults.append(f"plan.long_share={plan.long_share} must be from 0 to 1")
-    if plan.short_document_tokens is not None and not 1 <= plan.short_document_tokens <= config.target_len:
-        faults.append(f"plan.short_document_tokens={plan.short_document_tokens} must be from 1 to target_len, or null")
+    if (
+        plan.short_document_tokens is not None
+        and not 1 <= plan.short_document_tokens <= config.target_len
+    ):
+        faults.append(
+            f"plan.short_document_tokens={plan.short_document_tokens} must be from 1 to target_len, or null"
+        )
     for name in ("micro_batches", "lengths", "gpu_counts"):
         values = getattr(plan, name)
         if not values or min(values) < 1:

@@ -1,8 +1,8 @@
 """``python -m launch.report runs/demo`` (or ``run.name=demo``): write the run's ``report.html``.
 
-``python -m launch.report runs/demo --watch`` writes it again whenever the run has something new, until Ctrl-C; the page
-reloads itself in the browser. ``python -m launch.report workspace runs/demo tracking.entity=TEAM`` builds the run's W&B
-workspace.
+``python -m launch.report runs/demo --watch`` writes it again whenever the run has something new,
+until Ctrl-C; the page reloads itself in the browser. ``python -m launch.report workspace runs/demo
+tracking.entity=TEAM`` builds the run's W&B workspace.
 """
 
 import sys
@@ -15,8 +15,8 @@ from pathlib import Path
 from longrope2.command import run_command
 from longrope2.config import RunConfig, compose
 from longrope2.errors import ConfigError
-from longrope2.evaluation.report import REPORT_FILE, write_report
-from longrope2.tracking import TrackingConfig
+from longrope2.report.page import REPORT_FILE, write_report
+from longrope2.tracking.metrics import TrackingConfig
 
 WATCH_FLAG, WORKSPACE_WORD = "--watch", "workspace"
 # Between looks at the run folder; the page reloads at the same pace.
@@ -62,7 +62,8 @@ def run_folder(arguments: list[str]) -> Path:
 
 
 def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None:
-    """Write the report whenever a file it reads has changed, until Ctrl-C; then once more, as a page that rests.
+    """Write the report whenever a file it reads has changed, until Ctrl-C; then once more, as a
+    page that rests.
 
     Raises:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
@@ -93,7 +94,7 @@ def _changes(folder: Path) -> dict[Path, int]:
 
 def _workspace(arguments: list[str]) -> None:
     """Build, save, say where it is."""
-    from launch.report_workspace import save_workspace  # wandb loads for seconds
+    from longrope2.report.workspace import save_workspace  # wandb loads for seconds
 
     paths = [argument for argument in arguments if "=" not in argument]
     settings = [argument for argument in arguments if "=" in argument]

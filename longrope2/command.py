@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from longrope2.errors import UserError
 
-__all__ = ["run_command"]
-
 
 def run_command(main: Callable[[], None]) -> None:
     """Run ``main``; on a ``UserError`` print ``error: <text>`` to stderr and exit with code 2."""
@@ -17,7 +15,9 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output (head, a pager) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter's last flush fails again
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

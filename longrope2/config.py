@@ -1,8 +1,10 @@
-"""Configuration glue: typed Hydra schemas in, one checked object out. Only this module and the mains know Hydra.
+"""Configuration glue: typed Hydra schemas in, one checked object out. Only this module and the
+mains know Hydra.
 
-A root schema (``PackConfig``, ``TrainRoot``, ...) stands beside the code it configures. ``compose`` registers it, merges
-the YAML of ``conf/`` and the user's overrides into it, and turns every fault into a ``ConfigError`` that names the key.
-The resolved configuration is written into the run folder; ranks read that file and never compose.
+A root schema (``PackConfig``, ``TrainRoot``, ...) stands beside the code it configures. ``compose``
+registers it, merges the YAML of ``conf/`` and the user's overrides into it, and turns every fault
+into a ``ConfigError`` that names the key. The resolved configuration is written into the run
+folder; ranks read that file and never compose.
 """
 
 import dataclasses
@@ -20,21 +22,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longrope2.artifacts import write_text
 from longrope2.errors import ConfigError
-
-__all__ = [
-    "CONF_FOLDER",
-    "MISSING",
-    "ModelConfig",
-    "RunConfig",
-    "StageConfig",
-    "claim_folder",
-    "compose",
-    "dump",
-    "load",
-    "to_plain",
-]
+from longrope2.files.artifacts import write_text
 
 CONF_FOLDER = Path(__file__).parent.parent / "conf"
 Root = TypeVar("Root")
@@ -66,7 +55,8 @@ class ModelConfig:
     original_len: int = MISSING
     """L0: pre-trained window in tokens. A setting of ours, never guessed from config.json."""
     config_folder: str | None = None
-    """Folder with the model's config.json alone: what a dry run plans from where the model itself is not."""
+    """Folder with the model's config.json alone: what a dry run plans from where the model itself
+    is not."""
     from_scratch: bool = False
     """Initialise the weights at random instead of loading them (pre-training a miniature)."""
 
@@ -113,7 +103,9 @@ def load(root: type[Root], path: Path) -> Root:
         ConfigError: the file is missing or does not fit the schema.
     """
     if not path.is_file():
-        raise ConfigError([f"--config {path}: no such file; run the stage once without --config to write it"])
+        raise ConfigError(
+            [f"--config {path}: no such file; run the stage once without --config to write it"]
+        )
     try:
         return _to_object(OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
@@ -121,10 +113,11 @@ def load(root: type[Root], path: Path) -> Root:
 
 
 def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> None:
-    """Write ``config.yaml`` into a product folder, unless another configuration already made the product there.
+    """Write ``config.yaml`` into a product folder, unless another configuration already made the
+    product there.
 
-    A key that the file does not have came later: its default was in force. Where the runs stand (``run.root``) is no part of
-    what was made: a run may be moved.
+    A key that the file does not have came later: its default was in force. Where the runs stand
+    (``run.root``) is no part of what was made: a run may be moved.
 
     Args:
         folder: Product folder.
@@ -132,13 +125,16 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
         changeable: Dotted keys (or their parents) that may differ from the configuration found.
 
     Raises:
-        ConfigError: the folder holds a product of another configuration; names each key that differs.
+        ConfigError: the folder holds a product of another configuration; names each key that
+            differs.
     """
     path = folder / "config.yaml"
     if path.is_file():
         found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
         wanted = _flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-        defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(type(config)), enum_to_str=True))
+        defaults = _flatten(
+            OmegaConf.to_container(OmegaConf.structured(type(config)), enum_to_str=True)
+        )
         free = ("run.root", *changeable)
         faults = [
             f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key, defaults.get(key))}"
@@ -147,7 +143,9 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
             and not any(f"{key}.".startswith(f"{c}.") for c in free)
         ]
         if faults:
-            raise ConfigError([*faults, f"use another run.name, or remove {folder} to make it again"])
+            raise ConfigError(
+                [*faults, f"use another run.name, or remove {folder} to make it again"]
+            )
     dump(config, path)
 
 
@@ -155,7 +153,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested containers -> dotted keys."""
     if not isinstance(node, dict):
         return {prefix.removesuffix("."): node}
-    return {k: v for name, child in node.items() for k, v in _flatten(child, f"{prefix}{name}.").items()}
+    return {
+        k: v for name, child in node.items() for k, v in _flatten(child, f"{prefix}{name}.").items()
+    }
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -176,7 +176,11 @@ def _to_object(composed: Any) -> Any:
 
 def _explain(error: Exception) -> str:
     """One line for a user from a Hydra or OmegaConf error: the key, what was given, what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if (
+        isinstance(error, MissingConfigException)
+        and error.missing_cfg_file
+        and error.options is not None
+    ):
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice} does not exist; choose {group}= one of {', '.join(sorted(error.options))}"
     cause: BaseException = error
@@ -185,14 +189,25 @@ def _explain(error: Exception) -> str:
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", "\n".join(lines))
     if unknown:
-        return _explain_unknown_key(lines, unknown.group(1), getattr(cause, "full_key", None), cause)
-    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "In '", "You may be able"))]
+        return _explain_unknown_key(
+            lines, unknown.group(1), getattr(cause, "full_key", None), cause
+        )
+    kept = [
+        line
+        for line in lines
+        if not line.startswith(("object_type", "reference_type", "In '", "You may be able"))
+    ]
     return " ".join(dict.fromkeys(kept))
 
 
-def _explain_unknown_key(lines: list[str], key: str, full_key: str | None, cause: BaseException) -> str:
+def _explain_unknown_key(
+    lines: list[str], key: str, full_key: str | None, cause: BaseException
+) -> str:
     """Name the unknown key in full and list its neighbours when the schema is known."""
-    named = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), full_key or key)
+    named = next(
+        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")),
+        full_key or key,
+    )
     schema = getattr(cause, "object_type", None)
     text = f"unknown key {named}"
     if isinstance(schema, type) and dataclasses.is_dataclass(schema):

@@ -1,12 +1,10 @@
 """Errors meant for users: each says what was given, what is allowed, and which key to change.
 
-Every command turns a ``UserError`` into one message on stderr and exit code 2, without a traceback. Anything
-else is a fault of this project and keeps its traceback.
+Every command turns a ``UserError`` into one message on stderr and exit code 2, without a traceback.
+Anything else is a fault of this project and keeps its traceback.
 """
 
 from collections.abc import Sequence
-
-__all__ = ["ArtifactError", "ConfigError", "DataError", "FactorsError", "UserError"]
 
 
 class UserError(Exception):

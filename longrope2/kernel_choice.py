@@ -1,20 +1,45 @@
-"""How a kernel is chosen among several that compute the same: by looking, and by running it on a few tokens.
+"""How a kernel is chosen among several that compute the same: by looking, and by running it on a
+few tokens.
 
-A package that is installed says little: a wheel that does not fit its torch imports well and fails at the first call.
+A package that is installed says little: a wheel that does not fit its torch imports well and fails
+at the first call.
+
+NVIDIA's apex, told apart from the package of that name on the Python package index.
 """
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from longrope2.errors import ConfigError
 
-__all__ = ["KernelChoice", "first_that_runs", "forced_kernel", "why_it_fails"]
-
 Kernel = TypeVar("Kernel", bound=Enum)
+
+
+def apex_fault() -> str | None:
+    """Why NVIDIA's apex is not here, without importing it: another project has had the name since 2013. None if it is."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "NVIDIA apex is not installed"
+    if any(
+        (Path(folder) / "optimizers" / "fused_adam.py").is_file()
+        for folder in spec.submodule_search_locations or ()
+    ):
+        return None
+    try:
+        version = importlib.metadata.version("apex")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    return (
+        f"the package apex found at {spec.origin} (version {version}) is not NVIDIA's, which has optimizers.FusedAdam; "
+        "the apex of the Python package index is a web toolkit of 2013"
+    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +53,9 @@ class KernelChoice(Generic[Kernel]):
         return f"{self.kernel.value} ({self.reason})"
 
 
-def forced_kernel(key: str, wanted: Kernel, fault: str | None, *, instead: str) -> KernelChoice[Kernel]:
+def forced_kernel(
+    key: str, wanted: Kernel, fault: str | None, *, instead: str
+) -> KernelChoice[Kernel]:
     """A kernel that was asked for by name.
 
     Args:
@@ -64,6 +91,10 @@ def why_it_fails(attempt: Callable[[], None], device: torch.device) -> str | Non
         attempt()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a binary that does not fit throws is the reason it cannot run
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    except (
+        Exception
+    ) as error:  # whatever a binary that does not fit throws is the reason it cannot run
+        return (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
     return None

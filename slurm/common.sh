@@ -2,7 +2,7 @@
 # What every job script shares; sourced by them inside a job. Node and GPU counts come from Slurm alone.
 #
 # A stage: site settings, doctor on every node, configuration composed and checked once, ranks, and what comes next:
-# done, again (asked to stop, time limit, a rank or a node that failed), or stop with a message (launch/attempts.py).
+# done, again (asked to stop, time limit, a rank or a node that failed), or stop with a message (launch/cluster/attempts.py).
 # Logs: slurm/logs/NAME-ID.log, and beside it NAME-ID/start-N/ with a file for every rank and every node's check.
 set -euo pipefail
 
@@ -141,14 +141,14 @@ over_all_ranks() {
     attempt "$(dirname "$config")" on_every_node ranks "$module" --config "$config"
 }
 
-# on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/node_agent.py) on every node of the job. For a subshell or the
+# on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/cluster/node_agent.py) on every node of the job. For a subshell or the
 # background, where srun takes the shell's place: a signal sent there must reach srun, which hands it to the agents.
 on_every_node() {
     local folder=$1
     shift
     mkdir -p "$LOGS/$folder"
     exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
-        "${PYTHON[@]}" -m launch.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
+        "${PYTHON[@]}" -m launch.cluster.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + (SLURM_JOB_ID + 97 * START) % 12000))" \
         --rdzv-id="$SLURM_JOB_ID.$START.$folder" --log-dir="$LOGS/$folder" -m "$@"
 }
@@ -158,7 +158,7 @@ attempt() {
     local code
     PRODUCT=$1
     shift
-    "${PYTHON[@]}" -m launch.attempts begin "$PRODUCT"
+    "${PYTHON[@]}" -m launch.cluster.attempts begin "$PRODUCT"
     trap asked_to_stop USR1
     trap terminated TERM
     trap out_of_time ALRM
@@ -179,7 +179,7 @@ conclude() {
     trap '' USR1
     [ -z "${TIMER:-}" ] || kill "$TIMER" 2>/dev/null || true
     [ -z "${TERMINATED:-}" ] || finish 143 # Slurm itself decides what comes next
-    verdict=$("${PYTHON[@]}" -m launch.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
+    verdict=$("${PYTHON[@]}" -m launch.cluster.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
         --nodes "$(node_names)" ${STOPPED:+--stopped})
     case $verdict in
         done) ;;
@@ -217,7 +217,7 @@ terminated() {
     [ -z "${TERMINATED:-}" ] || return 0
     TERMINATED=1
     say "terminated by Slurm"
-    "${PYTHON[@]}" -m launch.attempts terminated "$PRODUCT"
+    "${PYTHON[@]}" -m launch.cluster.attempts terminated "$PRODUCT"
 }
 
 # SIGALRM, from asked_to_stop: the ranks did not end in time.

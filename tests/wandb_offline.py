@@ -14,7 +14,9 @@ CHUNK_HEADER, FULL, LAST = struct.Struct("<IHB"), 1, 4
 
 def offline_files(folder: Path) -> list[Path]:
     """The files of all offline runs below a product folder, oldest first."""
-    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    return sorted(
+        folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime
+    )
 
 
 def read_offline(file: Path) -> list[wandb_internal_pb2.Record]:
@@ -30,7 +32,10 @@ def read_offline(file: Path) -> list[wandb_internal_pb2.Record]:
 def history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, Any]]:
     """What was logged, one dictionary a call."""
     return [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        {
+            item.key or item.nested_key[0]: json.loads(item.value_json)
+            for item in record.history.item
+        }
         for record in records
         if record.WhichOneof("record_type") == "history"
     ]

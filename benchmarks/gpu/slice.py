@@ -1,12 +1,14 @@
-"""``python -m benchmarks.gpu.slice``: what one rank of a long run computes, on one device, without the others.
+"""``python -m benchmarks.gpu.slice``: what one rank of a long run computes, on one device, without
+the others.
 
-With 8 ranks per segment of 131,072 tokens, a rank of LLaMA3-8B runs every dense product over its 16,384 tokens, and
-attention for 4 of 32 query heads and 1 of 8 key/value heads over all 131,072. Both are done here with the training code
-itself; the exchange between ranks is replaced by a rearrangement in memory of the same shape and size, so communication is
-all that is missing (and parameter gathers, and the optimizer). Layers are as many as asked for, or as fit.
+With 8 ranks per segment of 131,072 tokens, a rank of LLaMA3-8B runs every dense product over its
+16,384 tokens, and attention for 4 of 32 query heads and 1 of 8 key/value heads over all 131,072.
+Both are done here with the training code itself; the exchange between ranks is replaced by a
+rearrangement in memory of the same shape and size, so communication is all that is missing (and
+parameter gathers, and the optimizer). Layers are as many as asked for, or as fit.
 
-Per window kind: seconds of forward and backward, tokens per second, peak memory, FLOPs and causal MFU (training/flops.py).
-``--tiny`` shows on a CPU that the script works.
+Per window kind: seconds of forward and backward, tokens per second, peak memory, FLOPs and causal
+MFU (training/flops.py). ``--tiny`` shows on a CPU that the script works.
 """
 
 import argparse
@@ -22,13 +24,17 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.attention import AttentionKernel, choose_kernel, windowed
+from longrope2.attention import windowed
+from longrope2.attention.kernels import AttentionKernel, choose_kernel
 from longrope2.attention.layout import build_layout
-from longrope2.model import NormKernel, WindowedModel, choose_norm, use_norm
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.model.norms import NormKernel, choose_norm, use_norm
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training.config import Recompute
-from longrope2.training.flops import TrainingCost, peak_tflops
-from longrope2.training.recompute import apply_recompute
+from longrope2.training.engine import apply_recompute
+from longrope2.training.forecast import TrainingCost, peak_tflops
 
 __all__ = ["LLAMA3_8B", "TINY", "Slice", "measure"]
 
@@ -56,11 +62,21 @@ class Slice:
 
 
 LLAMA3_8B = Slice()
-TINY = Slice(segment_tokens=512, document_tokens=32, hidden=64, intermediate=96, heads=8, kv_heads=8, vocabulary=101,
-             rope_base=10_000.0)  # fmt: skip
+TINY = Slice(
+    segment_tokens=512,
+    document_tokens=32,
+    hidden=64,
+    intermediate=96,
+    heads=8,
+    kv_heads=8,
+    vocabulary=101,
+    rope_base=10_000.0,
+)
 
 
-def measure(size: Slice, layers: int, recompute: Recompute, device: torch.device, *, rounds: int = 3) -> dict[str, Any]:
+def measure(
+    size: Slice, layers: int, recompute: Recompute, device: torch.device, *, rounds: int = 3
+) -> dict[str, Any]:
     """Both windows through a model of ``layers`` layers.
 
     Args:
@@ -79,26 +95,41 @@ def measure(size: Slice, layers: int, recompute: Recompute, device: torch.device
     use_norm(model.hf, norm.kernel)
     apply_recompute(model.hf, recompute)
     model.train()
-    found: dict[str, Any] = {"layers": layers, "recompute": recompute.value, "kernel": str(kernel),
-                             "norm": str(norm), "windows": {}}  # fmt: skip
+    found: dict[str, Any] = {
+        "layers": layers,
+        "recompute": recompute.value,
+        "kernel": str(kernel),
+        "norm": str(norm),
+        "windows": {},
+    }
     for window in Window:
         seconds, memory = _passes(model, size, window, kernel.kernel, device, rounds)
         span = size.segment_tokens if window is Window.LONG else size.document_tokens
         flops = cost.flops(size.local_tokens, float(size.segment_tokens) * span / size.sequence)
         found["windows"][window.value] = {
-            "seconds": seconds, "tokens_per_second": size.local_tokens / seconds, "tflop": flops / 1e12,
-            "memory_peak_bytes": memory, "mfu": flops / seconds / (peak * 1e12) if peak else None,
-        }  # fmt: skip
+            "seconds": seconds,
+            "tokens_per_second": size.local_tokens / seconds,
+            "tflop": flops / 1e12,
+            "memory_peak_bytes": memory,
+            "mfu": flops / seconds / (peak * 1e12) if peak else None,
+        }
     return found
 
 
-def _model(size: Slice, layers: int, device: torch.device, dtype: torch.dtype) -> tuple[WindowedModel, TrainingCost]:
+def _model(
+    size: Slice, layers: int, device: torch.device, dtype: torch.dtype
+) -> tuple[WindowedModel, TrainingCost]:
     """A random model made on the device, and what it costs."""
     config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
-        tie_word_embeddings=False, max_position_embeddings=size.segment_tokens,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        tie_word_embeddings=False,
+        max_position_embeddings=size.segment_tokens,
+    )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         cost = TrainingCost.from_config(Path(folder))
@@ -111,15 +142,24 @@ def _model(size: Slice, layers: int, device: torch.device, dtype: torch.dtype) -
 
 
 def _passes(
-    model: WindowedModel, size: Slice, window: Window, kernel: AttentionKernel, device: torch.device, rounds: int
+    model: WindowedModel,
+    size: Slice,
+    window: Window,
+    kernel: AttentionKernel,
+    device: torch.device,
+    rounds: int,
 ) -> tuple[float, int | None]:
     """Best seconds of forward and backward, and the peak memory."""
     ends = list(range(size.document_tokens, size.segment_tokens + 1, size.document_tokens))
     everyone: Any = _NoGroup(size.sequence)
     layout = build_layout(
-        window, ends, sequence_rank=size.sequence - 1, sequence_group=everyone, sequence_size=size.sequence,
+        window,
+        ends,
+        sequence_rank=size.sequence - 1,
+        sequence_group=everyone,
+        sequence_size=size.sequence,
         kernel=kernel,
-    ).to(device)  # fmt: skip
+    ).to(device)
     tokens_BT = torch.randint(size.vocabulary, (1, size.local_tokens), device=device)
     labels_BT = torch.randint(size.vocabulary, (1, size.local_tokens), device=device)
     times = []
@@ -147,16 +187,24 @@ class _NoGroup:
     size: int
 
 
-def _tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, group: _NoGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens_to_heads(
+    q: Tensor, k: Tensor, v: Tensor, group: _NoGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """[B, H, T, D] -> [B, H / n, T * n, D], as the exchange would leave it: other ranks' tokens are our other heads'."""
-    shares = [x.unflatten(1, (group.size, x.shape[1] // group.size)).transpose(1, 2).flatten(2, 3) for x in (q, k, v)]
+    shares = [
+        x.unflatten(1, (group.size, x.shape[1] // group.size)).transpose(1, 2).flatten(2, 3)
+        for x in (q, k, v)
+    ]
     return shares[0].contiguous(), shares[1].contiguous(), shares[2].contiguous()
 
 
 def _heads_to_tokens(out_BThD: Tensor, group: _NoGroup) -> Tensor:
     """[B, T * n, H / n, D] -> [B, T, H, D]."""
     return (
-        out_BThD.unflatten(1, (group.size, out_BThD.shape[1] // group.size)).transpose(1, 2).flatten(2, 3).contiguous()
+        out_BThD.unflatten(1, (group.size, out_BThD.shape[1] // group.size))
+        .transpose(1, 2)
+        .flatten(2, 3)
+        .contiguous()
     )
 
 
@@ -166,7 +214,9 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _most_layers(size: Slice, recompute: Recompute, device: torch.device, largest: int) -> dict[str, Any]:
+def _most_layers(
+    size: Slice, recompute: Recompute, device: torch.device, largest: int
+) -> dict[str, Any]:
     """The measurement with the most layers that fit, found by halving."""
     layers = largest
     while True:
@@ -184,9 +234,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.slice", description="One rank of a long run, on one device."
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and segment, on whatever device there is")
-    parser.add_argument("--layers", type=int, help="layers; as many as fit, at most 32, when not given")
-    parser.add_argument("--recompute", type=Recompute, default=Recompute.dense, choices=list(Recompute))
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and segment, on whatever device there is"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="layers; as many as fit, at most 32, when not given"
+    )
+    parser.add_argument(
+        "--recompute", type=Recompute, default=Recompute.dense, choices=list(Recompute)
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,7 +251,9 @@ def main() -> None:
     size = TINY if given.tiny else LLAMA3_8B
     layers = given.layers or (2 if given.tiny else None)
     found = (
-        measure(size, layers, given.recompute, device) if layers else _most_layers(size, given.recompute, device, 32)
+        measure(size, layers, given.recompute, device)
+        if layers
+        else _most_layers(size, given.recompute, device, 32)
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     figures = {"device": name, "torch": torch.__version__, "slice": size.__dict__, **found}

@@ -1,13 +1,16 @@
 """Which attention kernel runs, and thin adapters to those that are not part of every torch.
 
-``sdpa`` is torch's scaled_dot_product_attention, called per document: it runs everywhere, CPUs included. ``flash_attn`` is
-the flash-attn package (FlashAttention-2, the only one for A100): varlen for short windows, dense for long ones.
-``torch_varlen`` is the same algorithm inside torch (2.10 and later). All are exact, though they round differently, and all
-take fewer key/value than query heads.
+``sdpa`` is torch's scaled_dot_product_attention, called per document: it runs everywhere, CPUs
+included. ``flash_attn`` is the flash-attn package (FlashAttention-2, the only one for A100): varlen
+for short windows, dense for long ones. ``torch_varlen`` is the same algorithm inside torch (2.10
+and later). All are exact, though they round differently, and all take fewer key/value than query
+heads.
 
-A kernel is chosen by looking (package there? GPU? number format?) and, on a GPU, by running it on a few tokens.
+A kernel is chosen by looking (package there? GPU? number format?) and, on a GPU, by running it on a
+few tokens.
 
-Shape legend: B = 1 row, T = tokens, H = query heads, K = key/value heads, D = head dim, N = documents.
+Shape legend: B = 1 row, T = tokens, H = query heads, K = key/value heads, D = head dim, N =
+documents.
 """
 
 import importlib.util
@@ -21,15 +24,6 @@ import torch
 from torch import Tensor
 
 from longrope2.kernel_choice import KernelChoice, first_that_runs, forced_kernel, why_it_fails
-
-__all__ = [
-    "AttentionConfig",
-    "AttentionKernel",
-    "choose_kernel",
-    "dense_attention",
-    "kernel_fault",
-    "varlen_attention",
-]
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
@@ -48,7 +42,8 @@ class AttentionConfig:
     """How attention is computed."""
 
     kernel: AttentionKernel = AttentionKernel.auto
-    """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value is used or refused."""
+    """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value
+    is used or refused."""
 
 
 def choose_kernel(
@@ -72,11 +67,15 @@ def choose_kernel(
     if wanted is not AttentionKernel.auto:
         return forced_kernel("attention.kernel", wanted, fault_of(wanted), instead="auto or sdpa")
     return first_that_runs(
-        (AttentionKernel.flash_attn, AttentionKernel.torch_varlen), fault_of, otherwise=AttentionKernel.sdpa
+        (AttentionKernel.flash_attn, AttentionKernel.torch_varlen),
+        fault_of,
+        otherwise=AttentionKernel.sdpa,
     )
 
 
-def kernel_fault(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
+def kernel_fault(
+    kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
+) -> str | None:
     """Why a kernel cannot run on a device in a number format; None when it can."""
     if kernel is AttentionKernel.sdpa:
         return None
@@ -85,8 +84,13 @@ def kernel_fault(kernel: AttentionKernel, device: torch.device, dtype: torch.dty
     if dtype not in HALF_PRECISIONS:
         return f"it needs bf16, this is {str(dtype).removeprefix('torch.')} (training.precision)"
     if kernel is AttentionKernel.flash_attn and importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
-    if kernel is AttentionKernel.torch_varlen and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return (
+            "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+        )
+    if (
+        kernel is AttentionKernel.torch_varlen
+        and importlib.util.find_spec("torch.nn.attention.varlen") is None
+    ):
         return f"torch {torch.__version__} has no varlen_attn; it came with 2.10"
     return _fault_of_a_run(kernel, device, dtype) if run else None
 
@@ -115,7 +119,15 @@ def varlen_attention(
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         return flash_attn_varlen_func(
-            q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, softmax_scale=scaling, causal=True
+            q_THD,
+            k_TKD,
+            v_TKD,
+            cu_lens_N,
+            cu_lens_N,
+            max_len,
+            max_len,
+            softmax_scale=scaling,
+            causal=True,
         )
     return _torch_varlen(q_THD, k_TKD, v_TKD, cu_lens_N, max_len, scaling)
 
@@ -134,11 +146,15 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn  # not in every torch this project runs on
 
     known = inspect.signature(varlen_attn).parameters
-    keywords: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    keywords: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
     if "scale" in known:
         keywords["scale"] = scaling
     elif not math.isclose(scaling, q_THD.shape[-1] ** -0.5):
-        raise RuntimeError(f"varlen_attn of torch {torch.__version__} takes no scale, and this model's is {scaling}")
+        raise RuntimeError(
+            f"varlen_attn of torch {torch.__version__} takes no scale, and this model's is {scaling}"
+        )
     group = q_THD.shape[1] // k_TKD.shape[1]
     if group > 1 and "enable_gqa" in known:
         keywords["enable_gqa"] = True
@@ -149,12 +165,16 @@ def _torch_varlen(
     return out_THD
 
 
-def _fault_of_a_run(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+def _fault_of_a_run(
+    kernel: AttentionKernel, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Run two documents of a few tokens with grouped heads, forward and backward."""
 
     def attempt() -> None:
         q_THD = torch.ones(16, 4, 64, device=device, dtype=dtype, requires_grad=True)
-        k_TKD, v_TKD = (torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+        k_TKD, v_TKD = (
+            torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
+        )
         cu_lens_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
         varlen_attention(kernel, q_THD, k_TKD, v_TKD, cu_lens_N, 10, 0.125).sum().backward()
         if kernel is AttentionKernel.flash_attn:

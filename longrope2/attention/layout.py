@@ -1,10 +1,13 @@
-"""What attention must know about one segment, worked out once per micro-step and shared by all layers.
+"""What attention must know about one segment, worked out once per micro-step and shared by all
+layers.
 
-A short window confines attention to each document; a long window is causal over the whole segment (paper, section 3.3).
-Under sequence parallelism a rank holds one contiguous chunk of the segment. When no document of a short segment crosses
-a chunk border (the packer's ``align``), the rank attends locally and nothing is exchanged.
+A short window confines attention to each document; a long window is causal over the whole segment
+(paper, section 3.3). Under sequence parallelism a rank holds one contiguous chunk of the segment.
+When no document of a short segment crosses a chunk border (the packer's ``align``), the rank
+attends locally and nothing is exchanged.
 
-Shape legend: T = tokens this rank attends over, N = documents (of a bucket), S = padded length of a bucket.
+Shape legend: T = tokens this rank attends over, N = documents (of a bucket), S = padded length of a
+bucket.
 """
 
 from collections.abc import Sequence
@@ -16,24 +19,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longrope2.attention.kernels import AttentionKernel
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 
-__all__ = ["DocumentBucket", "SegmentLayout", "build_layout", "chunk_bounds"]
-
-# Measured on a CPU (benchmarks/attention.py): below about 100 tokens one call per document is slower than a padded batch.
+# Measured on a CPU (benchmarks/attention.py): below about 100 tokens one call per document is
+# slower than a padded batch.
 BATCHED_BELOW_TOKENS = 96
 
 
 @dataclass(frozen=True)
 class DocumentBucket:
-    """Small documents of similar length, padded on the right to one length and attended in one batched call.
+    """Small documents of similar length, padded on the right to one length and attended in one
+    batched call.
 
-    Right padding is exact under a causal mask: no real query sees a later key. Lengths inside a bucket differ by less
-    than a factor of two, so at most half of the work is padding.
+    Right padding is exact under a causal mask: no real query sees a later key. Lengths inside a
+    bucket differ by less than a factor of two, so at most half of the work is padding.
     """
 
     token_index_NS: Tensor
-    """Position of each slot's token in the rank's tokens; padding slots repeat the document's last token."""
+    """Position of each slot's token in the rank's tokens; padding slots repeat the document's last
+    token."""
     slot_index_T: Tensor
     """Flat slots (n * S + s) that hold real tokens, in reading order."""
 
@@ -44,13 +48,15 @@ class SegmentLayout:
 
     window: Window
     positions_BT: Tensor
-    """RoPE positions of the rank's own tokens, int64, [1, local tokens]: restart per document in a short window."""
+    """RoPE positions of the rank's own tokens, int64, [1, local tokens]: restart per document in a
+    short window."""
     buckets: tuple[DocumentBucket, ...]
     """Small documents, batched by length."""
     spans: tuple[tuple[int, int], ...]
     """First and one-past-last token of every other document, attended one by one."""
     restore_T: Tensor | None
-    """Puts the outputs of buckets and spans, laid end to end, back into token order; None when they are in it."""
+    """Puts the outputs of buckets and spans, laid end to end, back into token order; None when they
+    are in it."""
     exchange_group: ProcessGroup | None
     """Sequence-parallel group when heads must be exchanged for tokens, else None."""
     kernel: AttentionKernel = AttentionKernel.sdpa
@@ -67,13 +73,19 @@ class SegmentLayout:
             return None if x is None else x.to(device, non_blocking=True)
 
         buckets = tuple(
-            DocumentBucket(b.token_index_NS.to(device, non_blocking=True), b.slot_index_T.to(device, non_blocking=True))
+            DocumentBucket(
+                b.token_index_NS.to(device, non_blocking=True),
+                b.slot_index_T.to(device, non_blocking=True),
+            )
             for b in self.buckets
         )
         return replace(
-            self, positions_BT=self.positions_BT.to(device, non_blocking=True), buckets=buckets,
-            restore_T=moved(self.restore_T), cu_lens_N=moved(self.cu_lens_N),
-        )  # fmt: skip
+            self,
+            positions_BT=self.positions_BT.to(device, non_blocking=True),
+            buckets=buckets,
+            restore_T=moved(self.restore_T),
+            cu_lens_N=moved(self.cu_lens_N),
+        )
 
 
 def chunk_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
@@ -96,7 +108,8 @@ def build_layout(
 
     Args:
         window: The segment's tag. It decides; positions never do.
-        doc_ends: Cumulative document ends of the whole segment, the last one is its length in tokens.
+        doc_ends: Cumulative document ends of the whole segment, the last one is its length in
+            tokens.
         sequence_rank: Which contiguous chunk this rank holds.
         sequence_group: Ranks that share the segment; needed when ``sequence_size`` > 1.
         sequence_size: Number of ranks that share the segment.
@@ -126,7 +139,9 @@ def build_layout(
     buckets, order = _bucket_documents(small, device)
     restore_T = None
     if buckets:
-        restore_T = torch.argsort(torch.cat([*order, *(torch.arange(a, b, device=device) for a, b in large)]))
+        restore_T = torch.argsort(
+            torch.cat([*order, *(torch.arange(a, b, device=device) for a, b in large)])
+        )
     return SegmentLayout(window, positions_T[None], buckets, large, restore_T, exchange)
 
 

@@ -1,31 +1,214 @@
-"""Settings of an evaluation: who is compared, at which lengths, on how much."""
+"""Settings of an evaluation: who is compared, at which lengths, on how much.
 
+Settings of short tasks: which, with how many worked examples, and which of the harness's numbers
+counts.
+
+The paper (Table 4) names tasks but no shot counts. The harness is calibrated on the original models
+first: what reproduces their published scores is what conf/suite/paper.yaml freezes.
+
+Suites: which benchmarks an evaluation runs, and the values that the base model must reproduce
+first.
+"""
+
+import importlib.metadata
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longrope2.artifacts import resolve_model_folder
 from longrope2.config import MISSING, StageConfig
 from longrope2.errors import ConfigError
-from longrope2.evaluation.suite import CalibrationConfig, SuiteConfig, calibration_faults, suite_faults
-from longrope2.model import RopeConfig
-from longrope2.rope import RopeMethod
-from longrope2.tracking import TrackingConfig
+from longrope2.evaluation.long_tasks.config import (
+    INFINITEBENCH_TASKS,
+    LOFT_TASKS,
+    LONGBENCH_TASKS,
+    LongTasksConfig,
+    long_task_faults,
+)
+from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
+from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, ruler_faults
+from longrope2.model.factors_source import RopeConfig
+from longrope2.model.folder import resolve_model_folder
+from longrope2.rope.methods import RopeMethod
+from longrope2.tracking.metrics import TrackingConfig
 
-__all__ = [
-    "EvaluateRoot",
-    "EvaluationConfig",
-    "NeedleConfig",
-    "PerplexityConfig",
-    "RetentionConfig",
-    "SubjectConfig",
-    "check",
-    "evaluated_lengths",
-    "suite_lengths",
-    "use_checkpoint",
-]
-
+LM_EVAL_SUITE = "lm_eval"
+"""The suite that short tasks' scores belong to."""
+INSTALL = "pip install 'longrope2[lm-eval]'"
+TASKS_BY_SUITE = {
+    "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
+    "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
+}  # fmt: skip
+"""Scores by length; those of ``lm_eval`` are lm-eval's own tasks and have no length."""
 SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass
+class ShortTaskConfig:
+    """One task of lm-eval."""
+
+    name: str = ""
+    """Its name in our tables."""
+    task: str = ""
+    """Its name, or that of a group of tasks, in lm-eval."""
+    metric: str = "acc,none"
+    """Metric and filter, e.g. ``acc_norm,none`` or ``exact_match,flexible-extract``."""
+    num_fewshot: int | None = None
+    """Worked examples in front of each question; null is the task's own."""
+
+
+@dataclass
+class ShortTasksConfig:
+    """Short tasks, all read with the RoPE side that each sequence's own length asks for."""
+
+    tasks: list[ShortTaskConfig] = field(default_factory=list)
+    include_path: str | None = None
+    """Folder with task files of your own for lm-eval."""
+    limit: int | None = None
+    """Only the first so many questions of each task; null is all."""
+
+
+def short_task_faults(config: ShortTasksConfig, key: str = "suite.short_tasks") -> list[str]:
+    """What is wrong with the values, each fault naming its key."""
+    faults = []
+    names = [task.name for task in config.tasks]
+    for index, task in enumerate(config.tasks):
+        place = f"{key}.tasks[{index}]"
+        if not task.name or not task.task or names.count(task.name) > 1:
+            faults.append(
+                f"{place}: name={task.name!r} and task={task.task!r} must be given, every name once"
+            )
+        if task.metric.count(",") != 1:
+            faults.append(
+                f"{place}.metric={task.metric!r} must be METRIC,FILTER as lm-eval prints it, e.g. acc,none"
+            )
+        if task.num_fewshot is not None and task.num_fewshot < 0:
+            faults.append(f"{place}.num_fewshot={task.num_fewshot} must be 0 or more, or null")
+    if config.limit is not None and config.limit < 1:
+        faults.append(f"{key}.limit={config.limit} must be at least 1, or null for all")
+    if config.tasks and lm_eval_version() is None:
+        faults.append(f"{key}.tasks needs lm-eval, which is not installed: {INSTALL}")
+    return faults
+
+
+def lm_eval_version() -> str | None:
+    """Installed version of lm-eval."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_lm_eval() -> None:
+    """Refuse to go on without lm-eval.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if lm_eval_version() is None:
+        raise ConfigError([f"lm-eval is not installed: {INSTALL}"])
+
+
+@dataclass
+class CalibrationRule:
+    """One score that the base model must reach before scores of extended ones are reported."""
+
+    score: str = ""
+    """``lm_eval/<task>`` or ``<suite>/<task>/<length>``, e.g. ``lm_eval/hellaswag`` or
+    ``ruler/niah_single_1/4096``."""
+    low: float = 0.0
+    """Lowest score allowed, 0 to 100."""
+    high: float = 100.0
+    """Highest score allowed: far above the published value, the harness measures something else."""
+
+
+@dataclass
+class CalibrationConfig:
+    """The gate on the base model."""
+
+    rules: list[CalibrationRule] = field(default_factory=list)
+    """Rules on scores that the suite measures; others are left aside and said to be."""
+    required: bool = True
+    """False reports extended models even if the base model breaks a rule, with a remark."""
+
+
+@dataclass
+class SuiteConfig:
+    """What is run."""
+
+    measures: bool = True
+    """Needle perplexity, text perplexity and retention, as ``evaluation`` sets them."""
+    lengths: list[int] | None = None
+    """Lengths of RULER and the needle map in tokens; null is ``evaluation.lengths``."""
+    base_beyond_window: bool = True
+    """Whether the reference subject is asked beyond ``model.original_len`` too, where it is out of
+    its depth."""
+    ruler: RulerConfig | None = None
+    needle_map: NeedleMapConfig | None = None
+    long_tasks: LongTasksConfig = field(default_factory=LongTasksConfig)
+    short_tasks: ShortTasksConfig = field(default_factory=ShortTasksConfig)
+
+    @property
+    def generates(self) -> bool:
+        """Whether any part asks for answers."""
+        long_tasks = self.long_tasks
+        tasks = long_tasks.longbench.tasks + long_tasks.infinitebench.tasks + long_tasks.loft.tasks
+        return self.ruler is not None or self.needle_map is not None or bool(tasks)
+
+
+def suite_faults(
+    suite: SuiteConfig, lengths: list[int], original_len: int, target_len: int
+) -> list[str]:
+    """What is wrong with a suite, each fault naming its key.
+
+    Args:
+        suite: The suite.
+        lengths: Lengths of RULER and the needle map, as they will be used.
+        original_len: L0.
+        target_len: L.
+    """
+    faults = []
+    if not suite.measures and not suite.generates and not suite.short_tasks.tasks:
+        faults.append(
+            "suite runs nothing: set suite.measures=true, or choose suite=paper or another one"
+        )
+    if suite.ruler is not None or suite.needle_map is not None:
+        if any(not 1 <= length <= target_len for length in lengths) or len(set(lengths)) < len(
+            lengths
+        ):
+            faults.append(
+                f"suite.lengths={lengths} must be distinct lengths of at most target_len={target_len}"
+            )
+    if suite.ruler is not None:
+        faults += ruler_faults(suite.ruler, lengths, "suite.ruler")
+    if suite.needle_map is not None:
+        faults += needle_map_faults(suite.needle_map, lengths, "suite.needle_map")
+    faults += long_task_faults(suite.long_tasks, target_len)
+    return faults + short_task_faults(suite.short_tasks)
+
+
+def calibration_faults(config: CalibrationConfig) -> list[str]:
+    """Rules without a range, or on a score that no suite could ever give: they would never be broken."""
+    faults = []
+    for index, rule in enumerate(config.rules):
+        if not rule.score or not 0 <= rule.low < rule.high <= 100:
+            faults.append(
+                f"calibration.rules[{index}]: score={rule.score!r} needs low={rule.low} below high={rule.high}, both 0 to 100"
+            )
+        elif not _is_a_score(rule.score):
+            faults.append(
+                f"calibration.rules[{index}]: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
+                f"SUITE/TASK/LENGTH with one of {', '.join(TASKS_BY_SUITE)} and one of its tasks"
+            )
+    return faults
+
+
+def _is_a_score(name: str) -> bool:
+    """Whether a name has the form of a score, with a suite and a task that exist."""
+    suite, _, rest = name.partition("/")
+    task, slash, length = rest.partition("/")
+    if suite == LM_EVAL_SUITE:
+        return bool(task) and not slash
+    return task in TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0
 
 
 @dataclass
@@ -35,9 +218,11 @@ class SubjectConfig:
     name: str = MISSING
     """Row of the tables; letters, digits and ``_ . + -``."""
     rope: RopeConfig | None = None
-    """Rescaling of the base model, untrained. Exactly one of ``rope`` and ``checkpoint`` is given."""
+    """Rescaling of the base model, untrained. Exactly one of ``rope`` and ``checkpoint`` is
+    given."""
     checkpoint: str | None = None
-    """Folder of a finished checkpoint (``.../3_checkpoints/final``), which brings its own factors."""
+    """Folder of a finished checkpoint (``.../3_checkpoints/final``), which brings its own
+    factors."""
 
 
 @dataclass
@@ -59,7 +244,8 @@ class PerplexityConfig:
     num_windows: int = 16
     """Places in the text; each is scored at every length."""
     scored_tokens: int = 64
-    """Tokens scored at each place, at the end of the window; at least two below the shortest length."""
+    """Tokens scored at each place, at the end of the window; at least two below the shortest
+    length."""
 
 
 @dataclass
@@ -86,13 +272,15 @@ class EvaluationConfig:
     batch_tokens: int = 8192
     """Tokens of one forward pass; a longer sample goes alone. Changes speed and memory only."""
     prefill_chunk: int = 2048
-    """Tokens of a prompt that are read at a time before an answer; bounds the memory of activations."""
+    """Tokens of a prompt that are read at a time before an answer; bounds the memory of
+    activations."""
     decode_rows: int = 1
-    """Answers decoded together. 1 gives the same answers whatever else is asked, bit for bit, and reads what prompts have
-    in common once; more is faster on a GPU where answers are short of work, and may turn a tie."""
+    """Answers decoded together. 1 gives the same answers whatever else is asked, bit for bit,
+    and reads what prompts have in common once; more is faster on a GPU where answers are short
+    of work, and may turn a tie."""
     shard: str = "1/1"
-    """``i/n``: this process answers every n-th question, from the i-th on (Slurm arrays). Ranks of torchrun split a shard
-    again. The run is summed up by the shard that finishes last."""
+    """``i/n``: this process answers every n-th question, from the i-th on (Slurm arrays). Ranks
+    of torchrun split a shard again. The run is summed up by the shard that finishes last."""
     workers: int = 0
     """Processes that generate samples; 0 works in this one. Changes no sample."""
     sample_cache: str = "runs/.samples"
@@ -107,7 +295,8 @@ class EvaluateRoot(StageConfig):
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     checkpoint: str | None = None
-    """Folder of a finished checkpoint to evaluate beside the base model, instead of ``evaluation.subjects``."""
+    """Folder of a finished checkpoint to evaluate beside the base model, instead of
+    ``evaluation.subjects``."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -123,13 +312,17 @@ def evaluated_lengths(config: EvaluateRoot) -> list[int]:
 
 def suite_lengths(config: EvaluateRoot) -> list[int]:
     """Lengths of RULER and the needle map in tokens, ascending."""
-    return evaluated_lengths(config) if config.suite.lengths is None else sorted(config.suite.lengths)
+    return (
+        evaluated_lengths(config) if config.suite.lengths is None else sorted(config.suite.lengths)
+    )
 
 
 def use_checkpoint(config: EvaluateRoot) -> None:
     """Replace the subjects by the base model and ``checkpoint``, where one is given."""
     if config.checkpoint is not None:
-        reference = SubjectConfig(name=config.evaluation.reference, rope=RopeConfig(method=RopeMethod.none))
+        reference = SubjectConfig(
+            name=config.evaluation.reference, rope=RopeConfig(method=RopeMethod.none)
+        )
         trained = SubjectConfig(name="extended", checkpoint=config.checkpoint)
         config.evaluation.subjects = [reference, trained]
 
@@ -144,8 +337,14 @@ def check(config: EvaluateRoot) -> Path:
         ConfigError: all faults together, each naming its key.
         ArtifactError: the base model cannot be found.
     """
-    faults = _subject_faults(config.evaluation) + _range_faults(config.evaluation) + _length_faults(config)
-    faults += suite_faults(config.suite, suite_lengths(config), config.model.original_len, config.target_len)
+    faults = (
+        _subject_faults(config.evaluation)
+        + _range_faults(config.evaluation)
+        + _length_faults(config)
+    )
+    faults += suite_faults(
+        config.suite, suite_lengths(config), config.model.original_len, config.target_len
+    )
     faults += calibration_faults(config.calibration)
     if faults:
         raise ConfigError(faults)
@@ -157,15 +356,21 @@ def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
     names = [subject.name for subject in evaluation.subjects]
     faults = []
     if not names:
-        faults.append("evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}")
+        faults.append(
+            "evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}"
+        )
     elif evaluation.reference not in names:
-        faults.append(f"evaluation.reference={evaluation.reference} is not among the subjects: {', '.join(names)}")
+        faults.append(
+            f"evaluation.reference={evaluation.reference} is not among the subjects: {', '.join(names)}"
+        )
     for index, subject in enumerate(evaluation.subjects):
         key = f"evaluation.subjects[{index}]"
         if not SUBJECT_NAME.fullmatch(subject.name):
             faults.append(f"{key}.name={subject.name!r} may hold letters, digits and _ . + - only")
         if subject.name in names[:index]:
-            faults.append(f"{key}.name={subject.name} is used twice; give every subject its own name")
+            faults.append(
+                f"{key}.name={subject.name} is used twice; give every subject its own name"
+            )
         if (subject.rope is None) == (subject.checkpoint is None):
             given = "both rope and checkpoint" if subject.rope else "neither rope nor checkpoint"
             faults.append(f"{key} ({subject.name}) has {given}; give exactly one of them")
@@ -183,12 +388,18 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
         "prefill_chunk": evaluation.prefill_chunk,
         "decode_rows": evaluation.decode_rows,
     }
-    faults = [f"evaluation.{key}={value} must be at least 1" for key, value in positive.items() if value < 1]
+    faults = [
+        f"evaluation.{key}={value} must be at least 1"
+        for key, value in positive.items()
+        if value < 1
+    ]
     if evaluation.workers < 0:
         faults.append(f"evaluation.workers={evaluation.workers} must be at least 0")
     depths = evaluation.needle.depths
     if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
-        faults.append(f"evaluation.needle.depths={depths} must be distinct numbers from 0 to 1, at least one")
+        faults.append(
+            f"evaluation.needle.depths={depths} must be distinct numbers from 0 to 1, at least one"
+        )
     return faults
 
 
@@ -196,11 +407,19 @@ def _length_faults(config: EvaluateRoot) -> list[str]:
     """Windows and lengths that do not fit each other."""
     original, target = config.model.original_len, config.target_len
     if original < 1 or target < original or target % original:
-        return [f"target_len={target} must be a multiple of model.original_len={original}, and not below it"]
+        return [
+            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
+        ]
     lengths, scored = evaluated_lengths(config), config.evaluation.perplexity.scored_tokens
     faults = []
-    if not lengths or len(set(lengths)) < len(lengths) or any(not 2 <= length <= target for length in lengths):
-        faults.append(f"evaluation.lengths={lengths} must be distinct lengths from 2 to target_len={target}")
+    if (
+        not lengths
+        or len(set(lengths)) < len(lengths)
+        or any(not 2 <= length <= target for length in lengths)
+    ):
+        faults.append(
+            f"evaluation.lengths={lengths} must be distinct lengths from 2 to target_len={target}"
+        )
     elif scored > lengths[0] - 2:
         faults.append(
             f"evaluation.perplexity.scored_tokens={scored} must be at least 2 below the shortest length evaluated, "

@@ -1,8 +1,10 @@
-"""Our model for lm-evaluation-harness (``--model longrope2``): each sequence on its own RoPE side, nothing ever cut.
+"""Our model for lm-evaluation-harness (``--model longrope2``): each sequence on its own RoPE side,
+nothing ever cut.
 
-The harness's own Hugging Face model pads batches and lets the padded length choose the RoPE of all rows, and it cuts
-prompts that are too long with a warning. Here a sequence's own length (context and continuation, BOS included) decides,
-padding is never read, and a prompt that does not fit is an error. Every text begins with BOS where the tokenizer has one.
+The harness's own Hugging Face model pads batches and lets the padded length choose the RoPE of all
+rows, and it cuts prompts that are too long with a warning. Here a sequence's own length (context
+and continuation, BOS included) decides, padding is never read, and a prompt that does not fit is an
+error. Every text begins with BOS where the tokenizer has one.
 
 Shape legend: B = rows, T = tokens, K = scored tokens, V = vocabulary.
 """
@@ -19,15 +21,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from longrope2.artifacts import resolve_model_folder
 from longrope2.errors import DataError
+from longrope2.evaluation.scoring import device_and_dtype
 from longrope2.evaluation.subjects import read_checkpoint_factors
-from longrope2.evaluation.tasks import device_and_dtype
-from longrope2.inference import TextStream, generate_tokens, window_for_length
-from longrope2.model import WindowedModel, load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
-
-__all__ = ["LongRope2LM"]
+from longrope2.inference.generation import TextStream, generate_tokens, window_for_length
+from longrope2.model.folder import resolve_model_folder
+from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own default
 BATCH_TOKENS = 8192
@@ -61,10 +63,12 @@ class LongRope2LM(TemplateLM):
             target_len: L.
             checkpoint: Folder of a trained checkpoint, which brings its own factors.
             factors: Factors file for the base model.
-            rope: Closed-form rescaling of the base model (pi, ntk, yarn, ...), if neither of the two is given.
+            rope: Closed-form rescaling of the base model (pi, ntk, yarn, ...), if neither of the
+                two is given.
             batch_size: Not used; batches are sized by tokens.
             max_batch_size: Not used.
-            device: Not used, the harness names a GPU even where there is none; a GPU is used if there is one.
+            device: Not used, the harness names a GPU even where there is none; a GPU is used if
+                there is one.
         """
         folder = Path(checkpoint) if checkpoint else resolve_model_folder(model)
         found_device, dtype = device_and_dtype()
@@ -73,18 +77,24 @@ class LongRope2LM(TemplateLM):
         elif factors:
             found = RescaleFactors.from_json(Path(factors).read_text(encoding="utf-8"))
         else:
-            found = closed_form_factors(RopeMethod(rope), rope_geometry(folder, original_len), target_len)
+            found = closed_form_factors(
+                RopeMethod(rope), rope_geometry(folder, original_len), target_len
+            )
         loaded = load_windowed_model(folder, found, device=found_device, dtype=dtype).eval()
         self._set_up(loaded, load_tokenizer(folder))
 
     @classmethod
-    def around(cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS) -> "LongRope2LM":
+    def around(
+        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+    ) -> "LongRope2LM":
         """Around a model that is loaded already."""
         lm = cls.__new__(cls)
         lm._set_up(model, tokenizer, batch_tokens)
         return lm
 
-    def _set_up(self, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS) -> None:
+    def _set_up(
+        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
         """Take the parts over."""
         TemplateLM.__init__(self)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
@@ -108,12 +118,16 @@ class LongRope2LM(TemplateLM):
         """For the harness's request cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids, behind BOS unless ``add_special_tokens`` is False; text never gives a special id."""
         ids = self.tokenizer(string, add_special_tokens=False).input_ids
         return ids if add_special_tokens is False else self.bos_ids + ids
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would give it."""
         pairs = []
         for request in requests:
@@ -122,18 +136,26 @@ class LongRope2LM(TemplateLM):
             if context:
                 context_ids, ids = self._encode_pair(context, continuation)
             else:
-                context_ids, ids = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+                context_ids, ids = (
+                    [self.prefix_token_id],
+                    self.tok_encode(continuation, add_special_tokens=False),
+                )
             pairs.append(((context, continuation), context_ids, ids))
             self._note(request, len(context_ids) + len(ids))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Batches of one RoPE side each, the longest first."""
         for _, context_ids, ids in requests:
             self._check_fits(len(context_ids) + len(ids))
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        order = sorted(
+            range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
+        )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
         for batch in self._batches(order, [len(r[1]) + len(r[2]) for r in requests]):
@@ -144,7 +166,9 @@ class LongRope2LM(TemplateLM):
         bar.close()
         return results
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-probability of whole texts, each in one window."""
         pairs = []
         for request in requests:
@@ -156,23 +180,31 @@ class LongRope2LM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, each up to the first of its stop strings."""
-        return [self._generate(request) for request in tqdm(requests, desc="answers", disable=disable_tqdm)]
+        return [
+            self._generate(request)
+            for request in tqdm(requests, desc="answers", disable=disable_tqdm)
+        ]
 
     def _generate(self, request: Instance) -> str:
         """One answer."""
         arguments: Any = request.args
         context, options = arguments
-        # The harness knows several names for the longest answer, and do_sample=false outranks a temperature.
+        # The harness knows several names for the longest answer, and do_sample=false outranks a
+        # temperature.
         wanted: Any = normalize_gen_kwargs(
             {key: value for key, value in options.items() if value is not None}, DEFAULT_NEW_TOKENS
         )
         if wanted["do_sample"]:
-            raise DataError(f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false")
+            raise DataError(
+                f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false"
+            )
         stops, limit = list(wanted["until"]), wanted["max_gen_toks"]
         prompt_ids = self.tok_encode(context)
         self._check_fits(len(prompt_ids) + limit)
         stream, text, used = TextStream(self.tokenizer, prompt_ids), "", set()
-        for token in generate_tokens(self.model, prompt_ids, max_new_tokens=limit, stop_ids={self.eot_token_id}):
+        for token in generate_tokens(
+            self.model, prompt_ids, max_new_tokens=limit, stop_ids={self.eot_token_id}
+        ):
             used.add(token.window.value)
             if token.token_id == self.eot_token_id:
                 break
@@ -182,7 +214,12 @@ class LongRope2LM(TemplateLM):
         else:
             text += stream.finish()
         self.sides[str(request.task_name), int(request.doc_id or 0)] |= used
-        return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
+        return text[
+            : min(
+                (place for stop in stops if stop and (place := text.find(stop)) >= 0),
+                default=len(text),
+            )
+        ]
 
     def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """Neighbours of one RoPE side whose padded tokens fit together."""
@@ -210,7 +247,9 @@ class LongRope2LM(TemplateLM):
             first, stop = len(context_ids), len(context_ids) + len(ids)
             logits_KV = head(hidden_BTH[number, first - 1 : stop - 1]).float()
             targets_K = tokens_BT[number, first:stop]
-            log_probs_K = torch.log_softmax(logits_KV, dim=-1).gather(-1, targets_K[:, None]).squeeze(-1)
+            log_probs_K = (
+                torch.log_softmax(logits_KV, dim=-1).gather(-1, targets_K[:, None]).squeeze(-1)
+            )
             greedy = bool((logits_KV.argmax(-1) == targets_K).all())
             results.append((float(log_probs_K.double().sum()), greedy))
         return results
@@ -221,7 +260,9 @@ class LongRope2LM(TemplateLM):
 
     def _note(self, request: Instance, num_tokens: int) -> None:
         """Keep the side of a request."""
-        self.sides[str(request.task_name), int(request.doc_id or 0)].add(self._window(num_tokens).value)
+        self.sides[str(request.task_name), int(request.doc_id or 0)].add(
+            self._window(num_tokens).value
+        )
 
     def _check_fits(self, num_tokens: int) -> None:
         """Nothing is cut."""

@@ -1,8 +1,8 @@
 """The needle map: one needle at every depth of every length, several times, answered by generation.
 
-The paper shows it as a heat map of depth by length with 10 samples a cell. Prompts are those of RULER's single needle
-in our wording, so a cell's samples differ in key, value and haystack. A sample's realised depth, in tokens of haystack
-in front of the needle, is in its facts.
+The paper shows it as a heat map of depth by length with 10 samples a cell. Prompts are those of
+RULER's single needle in our wording, so a cell's samples differ in key, value and haystack. A
+sample's realised depth, in tokens of haystack in front of the needle, is in its facts.
 """
 
 import random
@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrope2.errors import ConfigError
-from longrope2.evaluation.ruler.fit import Build, fitted_sample, joins_exactly
+from longrope2.evaluation.prompts import Draft, PromptEncoder
 from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, texts_sha256
-from longrope2.evaluation.ruler.metrics import string_match_all
-from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt
-from longrope2.evaluation.ruler.prompts import Draft, PromptEncoder
-from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION
-from longrope2.evaluation.sample_store import SampleRecipe, SampleStore
-from longrope2.evaluation.samples import GenerationTask, Sample
+from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, string_match_all
+from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION, Build, fitted_sample, joins_exactly
+from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["MapHaystack", "NeedleMapConfig", "needle_map_faults", "needle_map_tasks"]
 
 VALUE_DIGITS = 7
 SPARE_TOKENS = 8  # words that a model may put in front of the value
@@ -48,12 +43,15 @@ class NeedleMapConfig:
     repeats: int = 10
     """Samples of every depth and length: 10 in the paper."""
     haystack: MapHaystack = MapHaystack.essay
-    """``essay``: the evaluation's texts. ``noise``: repeated lines, which small models manage further out."""
+    """``essay``: the evaluation's texts. ``noise``: repeated lines, which small models manage
+    further out."""
     seed: int = 7002
     """Seed of keys, values and haystacks."""
 
 
-def needle_map_faults(config: NeedleMapConfig, lengths: Sequence[int], key: str = "evaluation.needle_map") -> list[str]:
+def needle_map_faults(
+    config: NeedleMapConfig, lengths: Sequence[int], key: str = "evaluation.needle_map"
+) -> list[str]:
     """What is wrong with the values, each fault naming its key (``key`` is where ``config`` stands)."""
     faults = []
     depths = config.depths
@@ -76,10 +74,11 @@ def needle_map_tasks(
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[GenerationTask]:
-    """One task per length, of ``repeats`` samples for every depth: all depths once, then all again, ...
+    """One task per length, of ``repeats`` samples for every depth: all depths once, then all again,
+    ...
 
-    ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised), ``repeat``,
-    ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
+    ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised),
+    ``repeat``, ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
 
     Args:
         config: Settings.
@@ -124,11 +123,18 @@ class _Maker:
         """How they are made."""
         config = self.config
         identity = {
-            "suite": "needle_map", "version": GENERATOR_VERSION, "length": self.length, "seed": config.seed,
-            "depths": config.depths, "haystack": config.haystack.value, "texts": texts,
+            "suite": "needle_map",
+            "version": GENERATOR_VERSION,
+            "length": self.length,
+            "seed": config.seed,
+            "depths": config.depths,
+            "haystack": config.haystack.value,
+            "texts": texts,
             "tokenizer": self.encoder.fingerprint,
-        }  # fmt: skip
-        return SampleRecipe("needle_map", self.length, len(config.depths) * config.repeats, identity, self.make)
+        }
+        return SampleRecipe(
+            "needle_map", self.length, len(config.depths) * config.repeats, identity, self.make
+        )
 
     def make(self, first: int, stop: int) -> list[Sample]:
         """Samples first .. stop - 1; the joining of pieces is confirmed on the first of them."""
@@ -137,7 +143,11 @@ class _Maker:
         whole = not joins_exactly(self._build(first), self.encoder, budget)
         return [
             fitted_sample(
-                self._build(index), self.encoder, length=self.length, max_new_tokens=new_tokens, tokenize_whole=whole
+                self._build(index),
+                self.encoder,
+                length=self.length,
+                max_new_tokens=new_tokens,
+                tokenize_whole=whole,
             )
             for index in range(first, stop)
         ]

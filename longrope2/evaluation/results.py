@@ -1,21 +1,33 @@
-"""Finished measurements on disk, one JSON line each: a rerun after a kill measures only what is missing.
+"""Finished measurements on disk, one JSON line each: a rerun after a kill measures only what is
+missing.
 
-A line is identified by a fingerprint of everything its values depend on (weights, RoPE table of the window used, data),
-not by the subject's name: changed weights or samples are measured anew, and two subjects that are the same model in
-the short window share one measurement.
+A line is identified by a fingerprint of everything its values depend on (weights, RoPE table of the
+window used, data), not by the subject's name: changed weights or samples are measured anew, and two
+subjects that are the same model in the short window share one measurement.
+
+Answers of generation tasks on disk, one JSON line each: whatever was answered before a kill is
+never asked again.
+
+Every shard of an evaluation appends to a file of its own (``answers.jsonl``,
+``answers-2-of-4.jsonl``, ...) and reads those of all when it starts, so shards never wait for each
+other and a later run may have more or fewer of them. A last line torn by a kill is cut off; damage
+anywhere else is refused. A line is identified by a fingerprint of everything the answer depends on,
+so subjects that are the same model for a question (below L0, say) share one answer.
 """
 
+import fcntl
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from longrope2.errors import ArtifactError
-
-__all__ = ["RESULTS_FILE", "Measurement", "ResultsLog"]
+from longrope2.errors import ArtifactError, ConfigError
 
 RESULTS_FILE = "results.jsonl"
+ANSWERS_PATTERN = "answers*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -76,3 +88,150 @@ def _read(path: Path) -> list[Measurement]:
                 f"{path}, line {number} is not a measurement ({error}); remove the file to measure everything anew"
             ) from None
     return measurements
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the questions one process answers: those whose number is ``index`` modulo ``count``."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """From ``i/n`` with i from 1 to n.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ConfigError([f"evaluation.shard={text} must be i/n with i from 1 to n, e.g. 3/8"])
+        return cls(int(found[1]) - 1, int(found[2]))
+
+    def within(self, rank: int, world_size: int) -> "Shard":
+        """This shard split again among the ranks of one launch."""
+        return Shard(self.index * world_size + rank, self.count * world_size)
+
+    @property
+    def file_name(self) -> str:
+        """File that the shard appends to."""
+        return (
+            "answers.jsonl"
+            if self.count == 1
+            else f"answers-{self.index + 1}-of-{self.count}.jsonl"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered to one sample."""
+
+    key: str
+    """Fingerprint of weights, RoPE tables, dtype and sample."""
+    subject: str
+    """Subject it was computed for; others may share it."""
+    suite: str
+    task: str
+    length: int
+    sample_sha256: str
+    text: str
+    token_ids: tuple[int, ...]
+    """New tokens, the end-of-text token included where there was one."""
+    num_short: int
+    """New tokens predicted by a forward pass with the original RoPE."""
+    num_long: int
+    """New tokens predicted with the rescaled RoPE."""
+
+    @property
+    def side(self) -> str:
+        """RoPE side or sides of the answer: ``short``, ``long``, or ``both`` when it crossed L0."""
+        return "both" if self.num_short and self.num_long else "long" if self.num_long else "short"
+
+
+class AnswersLog:
+    """Answers of all shards in memory, and this shard's file to append to; use it in ``with``."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        """Open the shard's file, mend its end, read every file.
+
+        Raises:
+            ArtifactError: another process has the shard's file open, or a file is damaged.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        path = folder / shard.file_name
+        self._file = path.open("ab")
+        try:
+            _lock(self._file, path)
+            _cut_torn_line(path)
+            self._answers = read_answers(folder)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def find(self, key: str) -> Answer | None:
+        """The answer known under a fingerprint."""
+        return self._answers.get(key)
+
+    def append(self, answers: Iterable[Answer]) -> None:
+        """Add lines and force them to disk."""
+        added = list(answers)
+        self._file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in added).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._answers.update({answer.key: answer for answer in added})
+
+    def reread(self) -> None:
+        """Take in what other shards have written meanwhile."""
+        self._answers.update(read_answers(self.folder))
+
+    def close(self) -> None:
+        """Close the file and let another process have it."""
+        self._file.close()
+
+    def __enter__(self) -> "AnswersLog":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def read_answers(folder: Path) -> dict[str, Answer]:
+    """Fingerprint -> answer over the files of all shards; a torn last line (a shard that still
+    writes) is left out.
+
+    Raises:
+        ArtifactError: a whole line is no answer; names file and line.
+    """
+    answers: dict[str, Answer] = {}
+    for path in sorted(folder.glob(ANSWERS_PATTERN)):
+        data = path.read_bytes()
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+            try:
+                fields = json.loads(line)
+                answer = Answer(**{**fields, "token_ids": tuple(fields["token_ids"])})
+            except (ValueError, TypeError, KeyError) as error:
+                raise ArtifactError(
+                    f"{path}, line {number} is not an answer ({error}); remove the line to have it answered anew"
+                ) from None
+            answers[answer.key] = answer
+    return answers
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Refuse a second writer."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ArtifactError(
+            f"{path} is being written by another process; wait for it, or give each process its own evaluation.shard"
+        ) from None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line without its line feed."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

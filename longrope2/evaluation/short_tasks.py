@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from longrope2.errors import DataError
+from longrope2.evaluation.config import (
+    LM_EVAL_SUITE,
+    ShortTaskConfig,
+    ShortTasksConfig,
+    lm_eval_version,
+)
 from longrope2.evaluation.results import Measurement, ResultsLog
-from longrope2.evaluation.short_tasks_config import LM_EVAL_SUITE, ShortTaskConfig, ShortTasksConfig, lm_eval_version
 from longrope2.evaluation.statistics import score_interval
 from longrope2.evaluation.subjects import Subject
-from longrope2.model import WindowedModel
-from longrope2.rope import Window
-
-__all__ = ["measure_short_tasks", "short_task_rows"]
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import Window
 
 
 def measure_short_tasks(
@@ -38,7 +41,8 @@ def measure_short_tasks(
         dtype: Of the weights.
 
     Raises:
-        DataError: a task or its data cannot be had, a metric that the task has not, or a question beyond the window.
+        DataError: a task or its data cannot be had, a metric that the task has not, or a question
+            beyond the window.
     """
     for subject in subjects:
         for task in config.tasks:
@@ -46,7 +50,9 @@ def measure_short_tasks(
             values = results.find(fingerprint)
             if values is None:
                 values = _measure(config, task, load(subject), tokenizer)
-            measurement = Measurement(subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name})
+            measurement = Measurement(
+                subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name}
+            )
             results.append(measurement)
             yield measurement
 
@@ -58,21 +64,36 @@ def short_task_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]
         values = measurement.values
         scores, sides = values["scores"], values["sides"]
         by_side = {
-            side: [score for score, found in zip(scores, sides, strict=True) if found == side] for side in set(sides)
+            side: [score for score, found in zip(scores, sides, strict=True) if found == side]
+            for side in set(sides)
         }
-        rows.append({
-            "subject": measurement.subject, "suite": LM_EVAL_SUITE, "task": values["name"], "length": 0,
-            "num_samples": len(scores), "score": values["score"], "interval": list(score_interval(scores)),
-            "sides": {
-                side: {"num_samples": len(own), "score": sum(own) / len(own), "interval": list(score_interval(own))}
-                for side, own in sorted(by_side.items())
-            },
-            "scores": scores, "samples": values["questions"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "subject": measurement.subject,
+                "suite": LM_EVAL_SUITE,
+                "task": values["name"],
+                "length": 0,
+                "num_samples": len(scores),
+                "score": values["score"],
+                "interval": list(score_interval(scores)),
+                "sides": {
+                    side: {
+                        "num_samples": len(own),
+                        "score": sum(own) / len(own),
+                        "interval": list(score_interval(own)),
+                    }
+                    for side, own in sorted(by_side.items())
+                },
+                "scores": scores,
+                "samples": values["questions"],
+            }
+        )
     return rows
 
 
-def _measure(config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any) -> dict[str, Any]:
+def _measure(
+    config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any
+) -> dict[str, Any]:
     """Run one task."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -84,9 +105,14 @@ def _measure(config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedMod
     lm = lm_class.around(model, tokenizer)
     try:
         found = run_tasks(
-            lm, tasks=[task.task], num_fewshot=task.num_fewshot, limit=config.limit, log_samples=True,
-            bootstrap_iters=0, task_manager=TaskManager(include_path=config.include_path),
-        )  # fmt: skip
+            lm,
+            tasks=[task.task],
+            num_fewshot=task.num_fewshot,
+            limit=config.limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=config.include_path),
+        )
     except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -104,7 +130,9 @@ def _values(
     totals = {**found.get("groups", {}), **found["results"]}.get(task.task, {})
     if task.metric not in totals:
         known = ", ".join(key for key in totals if "," in key and "stderr" not in key)
-        raise DataError(f"suite.short_tasks: {task.task} has no metric {task.metric!r}; it has {known}")
+        raise DataError(
+            f"suite.short_tasks: {task.task} has no metric {task.metric!r}; it has {known}"
+        )
     metric, chosen_filter = task.metric.split(",")
     scores, found_sides, questions = [], [], []
     for name, samples in sorted(found["samples"].items()):
@@ -114,13 +142,24 @@ def _values(
                 used = sides[name, sample["doc_id"]]
                 found_sides.append(next(iter(used)) if len(used) == 1 else "both")
                 questions.append(sample["doc_hash"][:16])
-    return {"score": totals[task.metric], "scores": scores, "sides": found_sides, "questions": questions}
+    return {
+        "score": totals[task.metric],
+        "scores": scores,
+        "sides": found_sides,
+        "questions": questions,
+    }
 
 
-def _fingerprint(config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: torch.dtype) -> str:
+def _fingerprint(
+    config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: torch.dtype
+) -> str:
     """Hash of everything a measurement depends on, the data set's own version aside."""
     tables = [subject.table_identity(window) for window in Window]
-    settings = asdict(task) | {"limit": config.limit, "include_path": config.include_path, "lm_eval": lm_eval_version()}
+    settings = asdict(task) | {
+        "limit": config.limit,
+        "include_path": config.include_path,
+        "lm_eval": lm_eval_version(),
+    }
     original_len = subject.factors.geometry.original_len
     parts = [subject.weights_sha256, tables, original_len, str(dtype), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

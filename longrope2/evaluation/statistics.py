@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["PairedTest", "bootstrap_interval", "macro_interval", "paired_test", "score_interval", "wilson_interval"]
-
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 RESAMPLES = 10_000
 MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
@@ -21,7 +19,8 @@ class PairedTest:
         num_samples: Pairs.
         difference: Mean difference of the scores, -1 to 1.
         interval: 95 % percentile bootstrap interval of the mean difference.
-        p_value: Two-sided: McNemar's exact test for scores of 0 and 1, sign-flip randomization for others.
+        p_value: Two-sided: McNemar's exact test for scores of 0 and 1, sign-flip randomization for
+            others.
         method: ``mcnemar`` or ``randomization``.
         num_better: Samples on which the first scores higher.
         num_worse: Samples on which the second does.
@@ -37,7 +36,8 @@ class PairedTest:
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """95 % score interval of a success probability (Wilson 1927): stays inside [0, 1] and is honest at 0 and 1.
+    """95 % score interval of a success probability (Wilson 1927): stays inside [0, 1] and is honest
+    at 0 and 1.
 
     Args:
         num_correct: Successes, 0 .. ``num_samples``.
@@ -71,14 +71,20 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float]:
 def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, float]:
     """95 % interval of the plain mean of task means, tasks fixed and samples drawn at random.
 
-    The half-widths of independent tasks add in squares. Each side is taken on its own, because Wilson intervals near 0
-    and 1 are lopsided.
+    The half-widths of independent tasks add in squares. Each side is taken on its own, because
+    Wilson intervals near 0 and 1 are lopsided.
     """
     means = [sum(scores) / len(scores) for scores in scores_by_task]
     intervals = [score_interval(scores) for scores in scores_by_task]
     count = len(means)
-    below = math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, intervals, strict=True))) / count
-    above = math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, intervals, strict=True))) / count
+    below = (
+        math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, intervals, strict=True)))
+        / count
+    )
+    above = (
+        math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, intervals, strict=True)))
+        / count
+    )
     mean = sum(means) / count
     return max(mean - below, 0.0), min(mean + above, 1.0)
 
@@ -95,7 +101,9 @@ def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) 
         ValueError: the numbers of samples differ, or there are none.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"paired scores need the same samples: {len(first)} and {len(second)} scores")
+        raise ValueError(
+            f"paired scores need the same samples: {len(first)} and {len(second)} scores"
+        )
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     binary = all(score in (0, 1) for score in (*first, *second))
@@ -133,5 +141,8 @@ def _randomization(differences: np.ndarray, seed: int) -> float:
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """Means of resamples with replacement, a block at a time to bound the memory."""
     rng = np.random.default_rng(seed)
-    blocks = [values[rng.integers(0, values.size, size=(500, values.size))].mean(1) for _ in range(RESAMPLES // 500)]
+    blocks = [
+        values[rng.integers(0, values.size, size=(500, values.size))].mean(1)
+        for _ in range(RESAMPLES // 500)
+    ]
     return np.concatenate(blocks)

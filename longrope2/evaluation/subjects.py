@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrope2.artifacts import describe_input, model_identity, read_manifest, weights_sha256
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
-from longrope2.model import FACTORS_FILE, RopeConfig, factors_path, resolve_factors, rope_geometry
-from longrope2.rope import RescaleFactors, RopeGeometry, Window
-
-__all__ = ["Subject", "check_same_model", "read_checkpoint_factors", "resolve_subjects"]
+from longrope2.files.artifacts import describe_input, read_manifest
+from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
+from longrope2.model.folder import model_identity, weights_sha256
+from longrope2.model.loading import rope_geometry
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     """All subjects of the configuration, in its order.
 
     Raises:
-        ArtifactError: a checkpoint or factors file is missing, damaged, or was made for another model or target;
-            names the subject's key and the path.
+        ArtifactError: a checkpoint or factors file is missing, damaged, or was made for another
+            model or target; names the subject's key and the path.
     """
     geometry = rope_geometry(base_folder, config.model.original_len)
     base_weights = weights_sha256(base_folder)
@@ -47,10 +48,18 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     for index, subject in enumerate(config.evaluation.subjects):
         try:
             if subject.checkpoint is not None:
-                subjects.append(_trained(subject, Path(subject.checkpoint), base_folder, geometry, config.target_len))
+                subjects.append(
+                    _trained(
+                        subject, Path(subject.checkpoint), base_folder, geometry, config.target_len
+                    )
+                )
             else:
-                factors, source = _base_factors(subject.rope or RopeConfig(), config, base_folder, geometry)
-                subjects.append(Subject(subject.name, base_folder, factors, base_weights, False, source))
+                factors, source = _base_factors(
+                    subject.rope or RopeConfig(), config, base_folder, geometry
+                )
+                subjects.append(
+                    Subject(subject.name, base_folder, factors, base_weights, False, source)
+                )
         except (ArtifactError, FactorsError) as error:
             raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
     return subjects
@@ -60,7 +69,8 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
     """The factors that stand beside a checkpoint's weights.
 
     Raises:
-        ArtifactError: the checkpoint is unfinished, has no factors, or was trained for other lengths.
+        ArtifactError: the checkpoint is unfinished, has no factors, or was trained for other
+            lengths.
     """
     read_manifest(folder, "checkpoint")
     path = folder / FACTORS_FILE
@@ -72,7 +82,9 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
         ("target_len", factors.target_len, target_len),
     ):
         if found != wanted:
-            raise ArtifactError(f"{path} is for {key}={found}, but {key}={wanted} is set; set {key}={found}")
+            raise ArtifactError(
+                f"{path} is for {key}={found}, but {key}={wanted} is set; set {key}={found}"
+            )
     return factors
 
 
@@ -100,10 +112,19 @@ def _trained(
 ) -> Subject:
     """A checkpoint with its own factors."""
     if not folder.is_dir():
-        raise ArtifactError(f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out")
+        raise ArtifactError(
+            f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out"
+        )
     factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
-    return Subject(subject.name, folder, factors, weights_sha256(folder), True, {"checkpoint": describe_input(folder)})
+    return Subject(
+        subject.name,
+        folder,
+        factors,
+        weights_sha256(folder),
+        True,
+        {"checkpoint": describe_input(folder)},
+    )
 
 
 def _base_factors(

@@ -1,12 +1,14 @@
 """An exported folder of a Llama class as one GGUF file with both factor tensors, for llama.cpp.
 
-llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the context of a sequence is larger than
-``rope.scaling.original_context_length``, else by ``rope_factors_short``, and multiplies cosine and sine by
-``rope.scaling.attn_factor`` in both cases. The choice is made by the size of the context, once: for a switch-free file
-export ``long_only`` or ``short_only``. ``rope.scaling.factor`` is left out, as it would divide all angles once more.
+llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the context of a
+sequence is larger than ``rope.scaling.original_context_length``, else by ``rope_factors_short``,
+and multiplies cosine and sine by ``rope.scaling.attn_factor`` in both cases. The choice is made by
+the size of the context, once: for a switch-free file export ``long_only`` or ``short_only``.
+``rope.scaling.factor`` is left out, as it would divide all angles once more.
 
-Its own converter writes the factor tensors for few model classes, not for Llama's. Query and key rows are reordered,
-because GGUF's Llama pairs neighbouring channels where Hugging Face pairs the two halves of a head.
+Its own converter writes the factor tensors for few model classes, not for Llama's. Query and key
+rows are reordered, because GGUF's Llama pairs neighbouring channels where Hugging Face pairs the
+two halves of a head.
 """
 
 import json
@@ -18,12 +20,13 @@ import numpy as np
 from safetensors.torch import load_file
 
 from longrope2.errors import ArtifactError
-from longrope2.rope import RescaleFactors, Window
-
-__all__ = ["GGUF_FILE", "check_gguf", "write_gguf"]
+from longrope2.rope.factors import RescaleFactors, Window
 
 GGUF_FILE = "model.gguf"
-FACTOR_TENSORS = {Window.LONG: "rope_factors_long.weight", Window.SHORT: "rope_factors_short.weight"}
+FACTOR_TENSORS = {
+    Window.LONG: "rope_factors_long.weight",
+    Window.SHORT: "rope_factors_short.weight",
+}
 CLASSES = ("llama", "mistral")
 
 
@@ -36,14 +39,19 @@ def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -
         pretokenizer: See ``write_gguf``.
 
     Raises:
-        ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer whose kind is not known.
+        ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer
+            whose kind is not known.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] not in CLASSES:
         raise ArtifactError(
             f"export.gguf=true: {config['model_type']} models are not supported, {', '.join(CLASSES)} are"
         )
-    if config.get("attention_bias") or config.get("mlp_bias") or config.get("partial_rotary_factor", 1) != 1:
+    if (
+        config.get("attention_bias")
+        or config.get("mlp_bias")
+        or config.get("partial_rotary_factor", 1) != 1
+    ):
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
     if not (tokenizer_folder / "tokenizer.model").is_file() and pretokenizer is None:
         raise ArtifactError(
@@ -53,7 +61,11 @@ def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -
 
 
 def write_gguf(
-    folder: Path, factors: RescaleFactors, path: Path, tokenizer_folder: Path, pretokenizer: str | None = None
+    folder: Path,
+    factors: RescaleFactors,
+    path: Path,
+    tokenizer_folder: Path,
+    pretokenizer: str | None = None,
 ) -> None:
     """Write config, factors, tokenizer and weights of an exported folder, then read the file back.
 
@@ -128,12 +140,18 @@ def _add_tokenizer(
         writer.add_token_scores(scores + [-1000.0] * (vocab_size - len(tokens)))
     else:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        by_id = {number: (token, gguf.TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()}
+        by_id = {
+            number: (token, gguf.TokenType.NORMAL)
+            for token, number in tokenizer["model"]["vocab"].items()
+        }
         for added in tokenizer["added_tokens"]:
             kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
             by_id[added["id"]] = added["content"], kind
         all_ids = range(max(by_id) + 1)  # a vocabulary may leave ids out
-        tokens, kinds = (list(column) for column in zip(*(by_id.get(n, _unused(n)) for n in all_ids), strict=True))
+        tokens, kinds = (
+            list(column)
+            for column in zip(*(by_id.get(n, _unused(n)) for n in all_ids), strict=True)
+        )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pretokenizer)
     for number in range(len(tokens), vocab_size):
@@ -142,7 +160,9 @@ def _add_tokenizer(
         kinds.append(kind)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(folder, load_merges=pretokenizer is not None, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    gguf.SpecialVocab(folder, load_merges=pretokenizer is not None, n_vocab=vocab_size).add_to_gguf(
+        writer, quiet=True
+    )
 
 
 def _unused(number: int) -> tuple[str, int]:
@@ -162,12 +182,16 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
         for name, tensor in load_file(file).items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:
-                raise ArtifactError(f"export.gguf=true: GGUF's Llama has no place for the weight {name}")
+                raise ArtifactError(
+                    f"export.gguf=true: GGUF's Llama has no place for the weight {name}"
+                )
             values = tensor.float().numpy()
             for part, heads in num_heads.items():
                 if f".{part}." in name:
                     rows, columns = tensor.shape
-                    values = values.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
+                    values = (
+                        values.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
+                    )
             yield renamed, np.ascontiguousarray(values)
 
 
@@ -178,7 +202,9 @@ def _check_read_back(path: Path, factors: RescaleFactors, config: dict[str, Any]
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     for window, name in FACTOR_TENSORS.items():
-        if not np.array_equal(tensors[name], np.array(factors.window_factors(window), dtype=np.float32)):
+        if not np.array_equal(
+            tensors[name], np.array(factors.window_factors(window), dtype=np.float32)
+        ):
             raise ArtifactError(f"{path}: {name} reads back as other factors")
     expected = {
         "llama.context_length": factors.target_len,

@@ -1,7 +1,9 @@
-"""A checkpoint as a Hugging Face folder that plain transformers loads, with one window's RoPE or both in its config.json.
+"""A checkpoint as a Hugging Face folder that plain transformers loads, with one window's RoPE or
+both in its config.json.
 
-The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor explicit; see
-``RescaleFactors.to_hf_config`` and ``variants``). The weights are the checkpoint's, cast to the wanted format.
+The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor
+explicit; see ``RescaleFactors.to_hf_config`` and ``variants``). The weights are the checkpoint's,
+cast to the wanted format.
 """
 
 import json
@@ -14,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longrope2.artifacts import write_text
-from longrope2.export.model_card import model_card
-from longrope2.export.static_cost import StaticCost
-from longrope2.export.variants import ExportVariant, full_attention_keys, variant_factors, variant_keys
-from longrope2.model import FACTORS_FILE
-from longrope2.rope import RescaleFactors
-
-__all__ = ["merged_config", "write_hugging_face_folder"]
+from longrope2.export.model_card import StaticCost, model_card
+from longrope2.export.variants import (
+    ExportVariant,
+    full_attention_keys,
+    variant_factors,
+    variant_keys,
+)
+from longrope2.files.artifacts import write_text
+from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.rope.factors import RescaleFactors
 
 COPIED_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
                 "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
@@ -47,8 +51,8 @@ def write_hugging_face_folder(
         dtype: Number format of floating-point weights.
         variant: Which windows the folder holds.
         cost: What a static choice costs, for the card; None is said to be unmeasured.
-        weights_from: A folder already written from this checkpoint in this format; its weight files are shared (hard
-            links where the file system has them).
+        weights_from: A folder already written from this checkpoint in this format; its weight files
+            are shared (hard links where the file system has them).
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
@@ -67,7 +71,9 @@ def write_hugging_face_folder(
             shutil.copyfile(checkpoint / name, folder / name)
     if (checkpoint / TOKENIZER_CONFIG).is_file():
         tokenizer_config = json.loads((checkpoint / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        _write_json(folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": applied.target_len})
+        _write_json(
+            folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": applied.target_len}
+        )
     if (checkpoint / GENERATION_CONFIG).is_file():
         generation_config = json.loads((checkpoint / GENERATION_CONFIG).read_text(encoding="utf-8"))
         # Llama's says 4,096, with which transformers refuses longer prompts.
@@ -78,16 +84,21 @@ def write_hugging_face_folder(
 
 
 def merged_config(
-    config: dict[str, Any], factors: RescaleFactors, dtype: torch.dtype, variant: ExportVariant = ExportVariant.dual
+    config: dict[str, Any],
+    factors: RescaleFactors,
+    dtype: torch.dtype,
+    variant: ExportVariant = ExportVariant.dual,
 ) -> dict[str, Any]:
-    """The base model's config.json with a variant's RoPE keys, full attention, and the weights' number format.
+    """The base model's config.json with a variant's RoPE keys, full attention, and the weights'
+    number format.
 
     Raises:
         FactorsError: ``dual``, and the attention scales of the two windows differ.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     # Transformers 5 reads "dtype", older versions "torch_dtype".
-    # Names of code files beside the base model, which do not come along; transformers and vLLM have the classes themselves.
+    # Names of code files beside the base model, which do not come along; transformers and vLLM have
+    # the classes themselves.
     config = {key: value for key, value in config.items() if key != "auto_map"}
     return {
         **variant_keys(config, variant_factors(factors, variant), variant),

@@ -1,12 +1,21 @@
-"""The README of an exported model: what it is, which engines read it correctly, and what a static choice costs."""
+"""The README of an exported model: what it is, which engines read it correctly, and what a static
+choice costs.
 
+What it costs to read short texts with the rescaled RoPE, as an engine without a switch must.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from longrope2.export.static_cost import StaticCost
-from longrope2.export.variants import ExportVariant, variant_factors
-from longrope2.rope import RescaleFactors
+import torch
+from torch import Tensor
 
-__all__ = ["model_card"]
+from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.model.scoring import token_nll
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
 
 CARD = """\
 ---
@@ -57,7 +66,6 @@ the trained model's on either side of the end of the original window, as far as 
 
 {cost}
 """
-
 TITLES = {
     ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
     ExportVariant.long_only: "window of {target_len:,} tokens, one RoPE for all lengths",
@@ -122,6 +130,44 @@ attention, so the folder's config.json has none.
 """
 
 
+@dataclass(frozen=True)
+class StaticCost:
+    """Perplexity of the same short texts under either RoPE."""
+
+    short_perplexity: float
+    long_perplexity: float
+    num_windows: int
+    max_tokens: int
+    text: str
+    """What the texts were."""
+
+    @property
+    def ratio(self) -> float:
+        """Above 1: what a static choice of the rescaled RoPE loses on short texts."""
+        return self.long_perplexity / self.short_perplexity
+
+
+def measure_static_cost(model: WindowedModel, windows: Sequence[Tensor], text: str) -> StaticCost:
+    """Perplexity of every token but the first.
+
+    Args:
+        model: The trained model.
+        windows: Token ids of texts within L0, BOS first, each [T].
+        text: What they are, for the record.
+    """
+    perplexities = {}
+    for window in Window:
+        nats = [
+            token_nll(model, tokens_T[None].to(model.hf.device), window).flatten()
+            for tokens_T in windows
+        ]
+        perplexities[window] = math.exp(torch.cat(nats).double().mean())
+    longest = max(len(tokens_T) for tokens_T in windows)
+    return StaticCost(
+        perplexities[Window.SHORT], perplexities[Window.LONG], len(windows), longest, text
+    )
+
+
 def model_card(
     base_config: dict[str, Any],
     config: dict[str, Any],
@@ -158,15 +204,21 @@ def model_card(
         critical_index="none" if factors.critical_index is None else factors.critical_index,
         attention_factor=applied.long_attention_scale,
         dtype=config["dtype"],
-        short_factors="all 1, the original RoPE" if applied.short_factors is None else _numbers(applied.short_factors),
-        beyond="" if variant is ExportVariant.short_only else f"Beyond: {_numbers(applied.factors)}.\n",
+        short_factors="all 1, the original RoPE"
+        if applied.short_factors is None
+        else _numbers(applied.short_factors),
+        beyond=""
+        if variant is ExportVariant.short_only
+        else f"Beyond: {_numbers(applied.factors)}.\n",
         attention=_attention(base_config, config),
         transformers_version=transformers.__version__,
         engines=ENGINES[variant].format(
             **lengths,
             transformers_rows=_transformers_rows(config, variant),
             cache_note=cache_note.format(**lengths),
-            short_engines="every engine that knows the base model" if unscaled else "transformers, vLLM, SGLang",
+            short_engines="every engine that knows the base model"
+            if unscaled
+            else "transformers, vLLM, SGLang",
         ),
         attention_factor_note="It needs no rescaling of RoPE." if unscaled else NOTE,
         cost=_cost(cost, variant, lengths),
@@ -176,7 +228,9 @@ def model_card(
 def _transformers_rows(config: dict[str, Any], variant: ExportVariant) -> str:
     """Versions of transformers, by model class."""
     if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
-        return PHI3_ROWS.format(limits=", with two limits below" if variant is ExportVariant.dual else "")
+        return PHI3_ROWS.format(
+            limits=", with two limits below" if variant is ExportVariant.dual else ""
+        )
     return TRANSFORMERS_ROWS[variant]
 
 
@@ -195,7 +249,11 @@ def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, in
         return "Nothing inside {original_len:,} tokens; beyond them this variant does not read at all.".format(
             **lengths
         )
-    subject = "This variant reads" if variant is ExportVariant.long_only else "An engine set to the long window reads"
+    subject = (
+        "This variant reads"
+        if variant is ExportVariant.long_only
+        else "An engine set to the long window reads"
+    )
     if cost is None:
         return f"{subject} short texts with the rescaled RoPE. What that costs was not measured for this model."
     return (

@@ -1,24 +1,29 @@
-"""Three ways to say an extended model in a config.json, for engines that switch the RoPE and for those that cannot.
+"""Three ways to say an extended model in a config.json, for engines that switch the RoPE and for
+those that cannot.
 
-``dual`` holds the RoPE of both windows; whoever loads it must switch at L0. An engine that chooses once at load gets what
-it can serve without a switch: ``long_only`` applies the rescaled RoPE at every length, ``short_only`` is the model inside
-its original window.
+``dual`` holds the RoPE of both windows; whoever loads it must switch at L0. An engine that chooses
+once at load gets what it can serve without a switch: ``long_only`` applies the rescaled RoPE at
+every length, ``short_only`` is the model inside its original window.
 
-vLLM and SGLang do not read ``attention_factor``: they multiply cosine and sine by sqrt(1 + ln s / ln L0) in both windows
-unless ``short_mscale`` and ``long_mscale`` stand in the RoPE keys. transformers warns about the two and ignores them. So
-all three are written and say the same.
+vLLM and SGLang do not read ``attention_factor``: they multiply cosine and sine by sqrt(1 + ln s /
+ln L0) in both windows unless ``short_mscale`` and ``long_mscale`` stand in the RoPE keys.
+transformers warns about the two and ignores them. So all three are written and say the same.
+
+Settings of an export.
 """
 
-from dataclasses import replace
+import importlib.util
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
-from longrope2.errors import FactorsError
-from longrope2.rope import UNSCALED_TYPE, RescaleFactors, Window
-
-__all__ = ["ExportVariant", "full_attention_keys", "variant_factors", "variant_keys"]
+from longrope2.config import StageConfig
+from longrope2.errors import ConfigError, FactorsError
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.hf_config import UNSCALED_TYPE
 
 RESCALING_KEYS = ("rope_scaling", "original_max_position_embeddings")
 
@@ -49,10 +54,13 @@ def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleF
         return factors.in_both_windows()
     if variant is ExportVariant.short_only:
         return replace(
-            factors, factors=factors.window_factors(Window.SHORT), long_attention_scale=factors.short_attention_scale,
-            target_len=factors.geometry.original_len, critical_index=None,
+            factors,
+            factors=factors.window_factors(Window.SHORT),
+            long_attention_scale=factors.short_attention_scale,
+            target_len=factors.geometry.original_len,
+            critical_index=None,
             method="none" if factors.short_factors is None else factors.method,
-        )  # fmt: skip
+        )
     if factors.short_attention_scale != factors.long_attention_scale:
         raise FactorsError(
             f"attention scale is {factors.short_attention_scale} in the short window and "
@@ -63,7 +71,9 @@ def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleF
     return factors
 
 
-def variant_keys(config: dict[str, Any], factors: RescaleFactors, variant: ExportVariant) -> dict[str, Any]:
+def variant_keys(
+    config: dict[str, Any], factors: RescaleFactors, variant: ExportVariant
+) -> dict[str, Any]:
     """``config`` with the RoPE keys of a variant; the rest as it is.
 
     Args:
@@ -74,22 +84,34 @@ def variant_keys(config: dict[str, Any], factors: RescaleFactors, variant: Expor
     kept = {key: value for key, value in config.items() if key not in RESCALING_KEYS}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     keys = factors.to_hf_config(head_dim)
-    if variant is ExportVariant.short_only and factors.method == "none" and factors.long_attention_scale == 1:
+    if (
+        variant is ExportVariant.short_only
+        and factors.method == "none"
+        and factors.long_attention_scale == 1
+    ):
         # The model as it was: no engine needs to know any rescaling to read it.
         unscaled = {"rope_type": UNSCALED_TYPE, "rope_theta": factors.geometry.rope_base}
         partial = {key: value for key, value in keys.items() if key == "partial_rotary_factor"}
-        own = {"max_position_embeddings": factors.target_len, "rope_theta": factors.geometry.rope_base}
+        own = {
+            "max_position_embeddings": factors.target_len,
+            "rope_theta": factors.geometry.rope_base,
+        }
         return {**kept, **own, **partial, "rope_parameters": {**unscaled, **partial}}
-    magnitudes = {"short_mscale": factors.short_attention_scale, "long_mscale": factors.long_attention_scale}
+    magnitudes = {
+        "short_mscale": factors.short_attention_scale,
+        "long_mscale": factors.long_attention_scale,
+    }
     for layout in ("rope_scaling", "rope_parameters"):
         keys[layout] = {**keys[layout], **magnitudes}
     return {**kept, **keys}
 
 
 def full_attention_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Changes to a config.json whose sliding window contradicts the full attention that the model was trained with.
+    """Changes to a config.json whose sliding window contradicts the full attention that the model
+    was trained with.
 
-    Asked of the model class, whose default may be a window that config.json does not mention (Mistral).
+    Asked of the model class, whose default may be a window that config.json does not mention
+    (Mistral).
     """
     if not getattr(AutoConfig.for_model(**config), "sliding_window", None):
         return {}
@@ -99,3 +121,69 @@ def full_attention_keys(config: dict[str, Any]) -> dict[str, Any]:
     if "layer_types" in config:
         changes["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     return changes
+
+
+class ExportDtype(Enum):
+    """Number format of the exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The format in torch."""
+        return torch.float32 if self is ExportDtype.fp32 else torch.bfloat16
+
+
+@dataclass
+class ExportConfig:
+    """What is exported, and how."""
+
+    checkpoint: str | None = None
+    """Folder of a finished checkpoint; null is the run's own ``3_checkpoints/final``."""
+    dtype: ExportDtype = ExportDtype.fp32
+    """Number format of the weights: fp32 is what was trained, bf16 half the size. RoPE tables are
+    always float32."""
+    variants: list[ExportVariant] = field(default_factory=lambda: [ExportVariant.dual])
+    """Folders to write: ``dual`` (both windows, for transformers), ``long_only`` and
+    ``short_only`` (one window each, for engines that choose once at load, such as vLLM). They
+    share their weight files."""
+    gguf: bool = False
+    """Also write ``model.gguf`` into each folder, with both factor tensors, for llama.cpp (Llama
+    classes; needs the package ``gguf``). llama.cpp chooses the factors once, by the size of its
+    context."""
+    gguf_pretokenizer: str | None = None
+    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, smollm);
+    a SentencePiece tokenizer needs none."""
+    cost_windows: int = 8
+    """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for
+    the model cards (perplexity of held-out Python documentation and sources under either RoPE);
+    0 leaves it unmeasured, and the cards say so."""
+
+
+@dataclass
+class ExportRoot(StageConfig):
+    """Configuration of ``launch.export``."""
+
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def check(config: ExportRoot) -> None:
+    """Values outside their range.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+    """
+    faults = []
+    variants = config.export.variants
+    if not variants or len(set(variants)) != len(variants):
+        given = [variant.value for variant in variants]
+        faults.append(
+            f"export.variants={given} must name one or more of dual, long_only, short_only, each once"
+        )
+    if config.export.gguf and importlib.util.find_spec("gguf") is None:
+        faults.append("export.gguf=true needs the gguf package; run `pip install gguf`")
+    if config.export.cost_windows < 0:
+        faults.append(f"export.cost_windows={config.export.cost_windows} must be 0 or more")
+    if faults:
+        raise ConfigError(faults)

@@ -1,4 +1,5 @@
-"""Proof that an exported folder is the trained model: plain transformers against our windowed model, both windows.
+"""Proof that an exported folder is the trained model: plain transformers against our windowed
+model, both windows.
 
 Shape legend: T = tokens, V = vocabulary.
 """
@@ -12,21 +13,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
-from longrope2.evaluation import device_and_dtype
-from longrope2.inference import window_for_length
-from longrope2.model import load_windowed_model
-from longrope2.rope import RescaleFactors
+from longrope2.evaluation.scoring import device_and_dtype
+from longrope2.inference.generation import window_for_length
+from longrope2.model.loading import load_windowed_model
+from longrope2.rope.factors import RescaleFactors
 
-__all__ = ["LOGIT_TOLERANCE", "verify_export"]
-
-LOGIT_TOLERANCE = 1e-4  # of the largest logit, float32: two attention kernels differ by rounding, no more
-COMPARED_TOKENS = 64  # last positions compared; the logits of a whole long window do not fit in memory
+LOGIT_TOLERANCE = (
+    1e-4  # of the largest logit, float32: two attention kernels differ by rounding, no more
+)
+COMPARED_TOKENS = (
+    64  # last positions compared; the logits of a whole long window do not fit in memory
+)
 
 
 def verify_export(
-    checkpoint: Path, factors: RescaleFactors, folder: Path, dtype: torch.dtype, lengths: Sequence[int]
+    checkpoint: Path,
+    factors: RescaleFactors,
+    folder: Path,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
 ) -> dict[int, float]:
-    """Compare logits on random tokens, computed in float32 from weights rounded to the exported format.
+    """Compare logits on random tokens, computed in float32 from weights rounded to the exported
+    format.
 
     Args:
         checkpoint: What was exported, run by our own windowed model, which is told the window.
@@ -60,7 +68,11 @@ def verify_export(
 
 @torch.inference_mode()
 def _our_logits(
-    checkpoint: Path, factors: RescaleFactors, dtype: torch.dtype, lengths: Sequence[int], device: torch.device
+    checkpoint: Path,
+    factors: RescaleFactors,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    device: torch.device,
 ) -> dict[int, Tensor]:
     """Last logits [T, V] of the checkpoint at each length."""
     model = load_windowed_model(checkpoint, factors, device=device, dtype=torch.float32).eval()
@@ -71,21 +83,28 @@ def _our_logits(
     for length in lengths:
         window = window_for_length(length, factors.geometry.original_len)
         tokens_BT = _random_tokens(length, vocab_size).to(device)
-        logits[length] = model.logits(tokens_BT, window, keep=slice(-COMPARED_TOKENS, None))[0].cpu()
+        logits[length] = model.logits(tokens_BT, window, keep=slice(-COMPARED_TOKENS, None))[
+            0
+        ].cpu()
     return logits
 
 
 @torch.inference_mode()
-def _transformers_logits(folder: Path, lengths: Sequence[int], device: torch.device) -> dict[int, Tensor]:
+def _transformers_logits(
+    folder: Path, lengths: Sequence[int], device: torch.device
+) -> dict[int, Tensor]:
     """Last logits [T, V] of the exported model at each length."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
     return {
         length: model(
-            input_ids=_random_tokens(length, model.config.vocab_size).to(device), logits_to_keep=COMPARED_TOKENS
-        ).logits[0].cpu()
+            input_ids=_random_tokens(length, model.config.vocab_size).to(device),
+            logits_to_keep=COMPARED_TOKENS,
+        )
+        .logits[0]
+        .cpu()
         for length in lengths
-    }  # fmt: skip
+    }
 
 
 def _random_tokens(length: int, vocab_size: int) -> Tensor:

@@ -1,12 +1,15 @@
 """Greedy generation for many prompts, each in the window that its own length asks for.
 
-Prompts are read one at a time: a prefill fills the processor by itself, and what it computes is then bit for bit what the
-prompt alone would give. Only the decoding is batched, over rows of one window and similar length: shorter rows are padded
-on the left of the cache, their padding is masked and their positions are their own, so a row's tokens do not depend on
-its batch mates. Matrix products of another shape round differently, which moves logits by about 1e-6 of the largest in
-float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit for bit generation one by one.
+Prompts are read one at a time: a prefill fills the processor by itself, and what it computes is
+then bit for bit what the prompt alone would give. Only the decoding is batched, over rows of one
+window and similar length: shorter rows are padded on the left of the cache, their padding is masked
+and their positions are their own, so a row's tokens do not depend on its batch mates. Matrix
+products of another shape round differently, which moves logits by about 1e-6 of the largest in
+float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit for bit generation one by
+one.
 
-A row that outgrows L0 leaves its batch and is read again with the rescaled RoPE once the short rows are done.
+A row that outgrows L0 leaves its batch and is read again with the rescaled RoPE once the short rows
+are done.
 
 Shape legend: B = rows, V = vocabulary.
 """
@@ -20,11 +23,14 @@ from transformers import DynamicCache
 
 from longrope2.errors import DataError
 from longrope2.inference.cache import KvPolicy, join_caches, next_logits, single_row
-from longrope2.inference.generation import GeneratedToken, check_request, switch_window, window_for_length
+from longrope2.inference.generation import (
+    GeneratedToken,
+    check_request,
+    switch_window,
+    window_for_length,
+)
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope import Window
-
-__all__ = ["generate_batch"]
+from longrope2.rope.factors import Window
 
 
 @dataclass
@@ -59,7 +65,8 @@ def generate_batch(
 
     Args:
         model: Model with both RoPE tables; its factors say where L0 and L are.
-        prompts: Token ids of each prompt, BOS included if the model wants one; any lengths, any order.
+        prompts: Token ids of each prompt, BOS included if the model wants one; any lengths, any
+            order.
         max_new_tokens: Upper bound on the new tokens, one for all or one per prompt.
         stop_ids: Ids that end a sequence; the one that does is its last token.
         prefill_chunk: Tokens of a prompt read at a time; None reads it at once.
@@ -70,12 +77,15 @@ def generate_batch(
         New tokens of each prompt, in the order given.
 
     Raises:
-        DataError: an empty prompt, one that exceeds the target length, or an option outside its range; names the prompt.
+        DataError: an empty prompt, one that exceeds the target length, or an option outside its
+            range; names the prompt.
     """
     rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk, max_rows)
     group = _GroupDecoder(model, frozenset(stop_ids), prefill_chunk, kv_policy)
     for window in (Window.SHORT, Window.LONG):  # a row only ever moves from the first to the second
-        waiting = sorted((row for row in rows if group.belongs(row, window)), key=lambda row: len(row.ids))
+        waiting = sorted(
+            (row for row in rows if group.belongs(row, window)), key=lambda row: len(row.ids)
+        )
         for first in range(0, len(waiting), max_rows):
             group.decode(waiting[first : first + max_rows], window)
     return [row.tokens for row in rows]
@@ -89,14 +99,22 @@ def _checked_rows(
     max_rows: int,
 ) -> list[_Row]:
     """A row per prompt; all prompts are checked before the first is read."""
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    limits = (
+        [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    )
     if len(limits) != len(prompts):
-        raise DataError(f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; give one each, or one")
+        raise DataError(
+            f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; give one each, or one"
+        )
     if max_rows < 1:
         raise DataError(f"max_rows={max_rows} must be at least 1")
     for number, (prompt_ids, limit) in enumerate(zip(prompts, limits, strict=True)):
-        check_request(prompt_ids, limit, model.factors.target_len, prefill_chunk, f"prompt {number}")
-    return [_Row(list(prompt_ids), limit) for prompt_ids, limit in zip(prompts, limits, strict=True)]
+        check_request(
+            prompt_ids, limit, model.factors.target_len, prefill_chunk, f"prompt {number}"
+        )
+    return [
+        _Row(list(prompt_ids), limit) for prompt_ids, limit in zip(prompts, limits, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -110,12 +128,17 @@ class _GroupDecoder:
 
     def belongs(self, row: _Row, window: Window) -> bool:
         """Whether the row still wants tokens and its length asks for this window."""
-        return row.num_left > 0 and window_for_length(len(row.ids), self.model.factors.geometry.original_len) is window
+        return (
+            row.num_left > 0
+            and window_for_length(len(row.ids), self.model.factors.geometry.original_len) is window
+        )
 
     def decode(self, rows: list[_Row], window: Window) -> None:
         """Continue all rows until each has stopped or outgrown the window."""
         for row in rows:
-            logits_V, row.cache = switch_window(self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy)
+            logits_V, row.cache = switch_window(
+                self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy
+            )
             row.append(int(logits_V.argmax()), window, self.stop_ids)
         active = self._still_in(rows, window)
         if not active:
@@ -124,11 +147,15 @@ class _GroupDecoder:
         for row in active:
             row.cache = None
         while active:
-            for row, token_id in zip(active, self._step(active, cache, first_key_B, window), strict=True):
+            for row, token_id in zip(
+                active, self._step(active, cache, first_key_B, window), strict=True
+            ):
                 row.append(token_id, window, self.stop_ids)
             active, first_key_B = self._drop_leavers(active, cache, first_key_B, window)
 
-    def _step(self, rows: list[_Row], cache: DynamicCache, first_key_B: Tensor, window: Window) -> list[int]:
+    def _step(
+        self, rows: list[_Row], cache: DynamicCache, first_key_B: Tensor, window: Window
+    ) -> list[int]:
         """The most likely next token of each row."""
         device = self.model.hf.device
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
@@ -156,6 +183,8 @@ class _GroupDecoder:
         """Rows that go on in this window; one that leaves keeps its cache only to be re-rotated."""
         staying = [row for row in rows if self.belongs(row, window)]
         for row in rows:
-            if not self.belongs(row, window) and (row.num_left == 0 or self.kv_policy is KvPolicy.reprefill):
+            if not self.belongs(row, window) and (
+                row.num_left == 0 or self.kv_policy is KvPolicy.reprefill
+            ):
                 row.cache = None
         return staying

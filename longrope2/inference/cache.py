@@ -1,8 +1,11 @@
-"""transformers' key/value cache: filled chunk by chunk, joined into batches, and re-rotated at the switch.
+"""transformers' key/value cache: filled chunk by chunk, joined into batches, and re-rotated at the
+switch.
 
-Every forward names its window, and all chunks of a sequence are read with one: a cache never holds keys of two RoPEs.
+Every forward names its window, and all chunks of a sequence are read with one: a cache never holds
+keys of two RoPEs.
 
-Shape legend: B = rows, T = tokens, K = key/value heads, C = cached tokens, D = head dim, I = rotary dim / 2, V = vocabulary.
+Shape legend: B = rows, T = tokens, K = key/value heads, C = cached tokens, D = head dim, I = rotary
+dim / 2, V = vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope import RescaleFactors, Window
-
-__all__ = ["KvPolicy", "join_caches", "next_logits", "prefill", "rerotate_keys", "single_row"]
+from longrope2.rope.factors import RescaleFactors, Window
 
 
 class _FilledLayer(Protocol):
@@ -37,8 +38,9 @@ class KvPolicy(Enum):
     reprefill = "reprefill"
     """The sequence is read again with the rescaled RoPE: exact, the model that was trained."""
     rerotate = "rerotate"
-    """The cached keys are turned to the rescaled RoPE in place: cheap, and inexact beyond layer 0, because deeper keys
-    and values were computed from hidden states under the original RoPE."""
+    """The cached keys are turned to the rescaled RoPE in place: cheap, and inexact beyond layer
+    0, because deeper keys and values were computed from hidden states under the original
+    RoPE."""
 
 
 @torch.inference_mode()
@@ -58,17 +60,23 @@ def next_logits(
         cache: Grows by T.
         window: Which RoPE reads them.
         positions_BT: Their positions; None continues after the cached ones.
-        first_key_B: First cached key of each row that is no padding (only with T = 1); None where there is none.
+        first_key_B: First cached key of each row that is no padding (only with T = 1); None where
+            there is none.
 
     Returns:
         Logits after the last token of each row, [B, V], float32, on the model's device.
     """
-    # Every call names the window: between two steps the caller may have used the model for something else.
+    # Every call names the window: between two steps the caller may have used the model for
+    # something else.
     model.use_window(window)
     output = model.hf(
-        input_ids=tokens_BT.to(model.hf.device), position_ids=positions_BT, past_key_values=cache, use_cache=True,
-        logits_to_keep=1, first_key_B=first_key_B,
-    )  # fmt: skip
+        input_ids=tokens_BT.to(model.hf.device),
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        first_key_B=first_key_B,
+    )
     return output.logits[:, -1].float()
 
 
@@ -81,7 +89,8 @@ def prefill(
         model: Model with both RoPE tables.
         ids: The sequence.
         window: Decided by the length of the whole sequence, never by a chunk's.
-        chunk_tokens: Tokens read at a time, which bounds the memory of activations; None reads all at once.
+        chunk_tokens: Tokens read at a time, which bounds the memory of activations; None reads all
+            at once.
 
     Returns:
         Logits after the last token, [V], and the cache.
@@ -93,7 +102,8 @@ def prefill(
 
 
 def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
-    """One cache of several rows, shorter ones padded with zeros on the left; the given caches are emptied.
+    """One cache of several rows, shorter ones padded with zeros on the left; the given caches are
+    emptied.
 
     Returns:
         The joined cache, and the index of each row's first key that is no padding, [B].
@@ -105,10 +115,17 @@ def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
         # Layer by layer, so that at most one layer stands in memory twice.
         for layers in zip(*map(_layers, caches), strict=True):
             keys_BKCD, values_BKCD = (
-                torch.cat([F.pad(part, (0, 0, padding, 0)) for part, padding in zip(parts, paddings, strict=True)])
+                torch.cat(
+                    [
+                        F.pad(part, (0, 0, padding, 0))
+                        for part, padding in zip(parts, paddings, strict=True)
+                    ]
+                )
                 for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
             )
-            for layer in layers:  # not reset(): in transformers 5.17 it zeroes in place and frees nothing
+            for (
+                layer
+            ) in layers:  # not reset(): in transformers 5.17 it zeroes in place and frees nothing
                 layer.keys = layer.values = torch.empty(0)
             yield keys_BKCD, values_BKCD
 
@@ -119,7 +136,8 @@ def single_row(cache: DynamicCache, row: int, first_key: int) -> DynamicCache:
     """A copy of one row of a joined cache, without its padding."""
     rows = slice(row, row + 1)
     return DynamicCache(
-        (layer.keys[rows, :, first_key:].clone(), layer.values[rows, :, first_key:].clone()) for layer in _layers(cache)
+        (layer.keys[rows, :, first_key:].clone(), layer.values[rows, :, first_key:].clone())
+        for layer in _layers(cache)
     )
 
 
@@ -127,13 +145,15 @@ def single_row(cache: DynamicCache, row: int, first_key: int) -> DynamicCache:
 def rerotate_keys(cache: DynamicCache, factors: RescaleFactors) -> None:
     """Turn the keys of a sequence read with the original RoPE to the rescaled one, in place.
 
-    k' = R(p theta_long - p theta_short) k at position p, times the ratio of the attention scales. Exact in layer 0; see
-    ``KvPolicy.rerotate``.
+    k' = R(p theta_long - p theta_short) k at position p, times the ratio of the attention scales.
+    Exact in layer 0; see ``KvPolicy.rerotate``.
     """
     positions_C1 = torch.arange(cache.get_seq_length(), dtype=torch.float32)[:, None]
-    # The float32 angles that the rotary module computed, so that their difference undoes exactly those.
+    # The float32 angles that the rotary module computed, so that their difference undoes exactly
+    # those.
     angles_CI = [
-        (positions_C1 * factors.inverse_frequencies(window)).double() for window in (Window.LONG, Window.SHORT)
+        (positions_C1 * factors.inverse_frequencies(window)).double()
+        for window in (Window.LONG, Window.SHORT)
     ]
     turn_CI = angles_CI[0] - angles_CI[1]
     scale = factors.long_attention_scale / factors.short_attention_scale

@@ -1,28 +1,37 @@
 """Generation with the factor switch of LongRoPE2 inference, one sequence, token by token.
 
-A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward pass that reads the
-first token beyond L0 reads the whole sequence again, with the rescaled RoPE, into a fresh cache; cached decoding then
-goes on. Length exactly L0 is still short (arXiv 2502.20082, section 3.3).
+A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward
+pass that reads the first token beyond L0 reads the whole sequence again, with the rescaled RoPE,
+into a fresh cache; cached decoding then goes on. Length exactly L0 is still short (arXiv
+2502.20082, section 3.3).
 
-Re-rotating the cached keys instead (``KvPolicy.rerotate``) is exact in layer 0 only: deeper keys depend on hidden states
-that were computed under the other factors. The choice belongs to the sequence, never to a batch (see ``batch``).
+Re-rotating the cached keys instead (``KvPolicy.rerotate``) is exact in layer 0 only: deeper keys
+depend on hidden states that were computed under the other factors. The choice belongs to the
+sequence, never to a batch (see ``batch``).
 
 Shape legend: V = vocabulary.
+
+Token ids to text, piece by piece, without ever printing half a character.
+
+Settings of a generation.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from longrope2.errors import DataError
+from longrope2.config import MISSING, StageConfig
+from longrope2.errors import ConfigError, DataError
 from longrope2.inference.cache import KvPolicy, next_logits, prefill, rerotate_keys
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 
-__all__ = ["GeneratedToken", "check_request", "generate_tokens", "switch_window", "window_for_length"]
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+MOST_BYTES = 4  # of a character in UTF-8
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,17 @@ def window_for_length(num_tokens: int, original_len: int) -> Window:
 
 
 def check_request(
-    prompt_ids: Sequence[int], max_new_tokens: int, target_len: int, prefill_chunk: int | None, name: str
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    target_len: int,
+    prefill_chunk: int | None,
+    name: str,
 ) -> None:
     """Refuse a sequence that cannot be generated.
 
     Raises:
-        DataError: empty prompt, prompt plus new tokens beyond the target length, or a chunk below 1; says ``name``.
+        DataError: empty prompt, prompt plus new tokens beyond the target length, or a chunk below
+            1; says ``name``.
     """
     if not prompt_ids:
         raise DataError(f"{name} has no tokens; give at least one (BOS counts)")
@@ -55,7 +69,9 @@ def check_request(
             f"{max(target_len - len(prompt_ids), 0)}"
         )
     if prefill_chunk is not None and prefill_chunk < 1:
-        raise DataError(f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt at once")
+        raise DataError(
+            f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt at once"
+        )
 
 
 def generate_tokens(
@@ -85,25 +101,41 @@ def generate_tokens(
         Iterator over the new tokens; every step computes exactly one.
 
     Raises:
-        DataError: empty prompt, or prompt plus new tokens beyond the target length, or temperature below 0.
+        DataError: empty prompt, or prompt plus new tokens beyond the target length, or temperature
+            below 0.
     """
     check_request(prompt_ids, max_new_tokens, model.factors.target_len, prefill_chunk, "the prompt")
     if temperature < 0:
-        raise DataError(f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples")
+        raise DataError(
+            f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
+        )
     # The checks run at the call, not at the first step: hence a generator of its own below.
     sampling = _Sampling(temperature, torch.Generator().manual_seed(seed))
-    return _generate(model, list(prompt_ids), max_new_tokens, frozenset(stop_ids), sampling, prefill_chunk, kv_policy)
+    return _generate(
+        model,
+        list(prompt_ids),
+        max_new_tokens,
+        frozenset(stop_ids),
+        sampling,
+        prefill_chunk,
+        kv_policy,
+    )
 
 
 def switch_window(
-    model: WindowedModel, ids: Sequence[int], cache: DynamicCache | None, prefill_chunk: int | None, kv_policy: KvPolicy
+    model: WindowedModel,
+    ids: Sequence[int],
+    cache: DynamicCache | None,
+    prefill_chunk: int | None,
+    kv_policy: KvPolicy,
 ) -> tuple[Tensor, DynamicCache]:
     """Read a sequence for the first time in the window that its length asks for.
 
     Args:
         model: Model with both RoPE tables.
         ids: The whole sequence.
-        cache: All of it but the last token, as read in the short window; None at the start of a generation.
+        cache: All of it but the last token, as read in the short window; None at the start of a
+            generation.
         prefill_chunk: Tokens read at a time.
         kv_policy: Whether ``cache`` is re-rotated or dropped.
 
@@ -128,9 +160,12 @@ class _Sampling:
         """The most likely token, or one drawn from the tempered distribution."""
         if self.temperature == 0:
             return int(logits_V.argmax())
-        # Relative to the largest, so that a low temperature overflows to probability 0 and not to NaN.
+        # Relative to the largest, so that a low temperature overflows to probability 0 and not to
+        # NaN.
         relative_V = (logits_V - logits_V.max()) / self.temperature
-        return int(torch.multinomial(torch.softmax(relative_V, dim=-1), 1, generator=self.generator))
+        return int(
+            torch.multinomial(torch.softmax(relative_V, dim=-1), 1, generator=self.generator)
+        )
 
 
 def _generate(
@@ -156,3 +191,103 @@ def _generate(
         yield GeneratedToken(token_id, window)
         if token_id in stop_ids:
             return
+
+
+class TextStream:
+    """Decodes a growing sequence and hands out each piece of text once.
+
+    A token's text depends on its left neighbour (word-start marks) and a character may need several
+    byte tokens. So every piece is decoded together with the tokens of the piece before it, and text
+    that ends in an unfinished character waits for the next token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._context_ids = self._whole_end(prompt_ids)
+        self._pending_ids: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Text that ``token_id`` completes; empty while a character is unfinished."""
+        self._pending_ids.append(token_id)
+        text = self._pending_text()
+        if text.endswith(UNFINISHED):
+            return ""
+        self._context_ids, self._pending_ids = self._pending_ids, []
+        return text
+
+    def finish(self) -> str:
+        """What still waits, replacement characters included."""
+        text = self._pending_text()
+        self._pending_ids = []
+        return text
+
+    def _whole_end(self, ids: Sequence[int]) -> list[int]:
+        """The last token, or as many as its character has bytes: half a character would spoil the bytes that follow it."""
+        ends = [list(ids[-number:]) for number in range(1, min(len(ids), MOST_BYTES) + 1)]
+        return next((end for end in ends if UNFINISHED not in self._decode(end)), list(ids[-1:]))
+
+    def _pending_text(self) -> str:
+        """Text of the pending tokens, given the tokens before them."""
+        context = self._decode(self._context_ids)
+        return self._decode(self._context_ids + self._pending_ids)[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+
+@dataclass
+class GenerateConfig:
+    """What is continued, and how far."""
+
+    prompt_file: str = MISSING
+    """UTF-8 text file with the prompt, ``-`` for standard input; a BOS token is put in front of
+    it."""
+    max_new_tokens: int = 128
+    """Upper bound on the new tokens; an end-of-text token ends earlier."""
+    temperature: float = 0.0
+    """0 takes the most likely token; above 0, softmax(logits / temperature) is sampled from, with
+    ``seed``."""
+    prefill_chunk: int | None = 8192
+    """Tokens of the prompt read at a time, all with the RoPE that the whole prompt's length asks
+    for: bounds the memory of activations, not of the cache. null reads the prompt at once."""
+    kv_policy: KvPolicy = KvPolicy.reprefill
+    """When the text outgrows the original window: ``reprefill`` reads it again (exact),
+    ``rerotate`` turns the cached keys (cheap, inexact beyond layer 0; python -m
+    benchmarks.kv_policies measures its loss)."""
+    checkpoint: str | None = None
+    """Folder of a finished checkpoint; null is the run's own ``3_checkpoints/final``."""
+
+
+@dataclass
+class GenerateRoot(StageConfig):
+    """Configuration of ``launch.generate``."""
+
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+def check(config: GenerateRoot) -> None:
+    """Values outside their range.
+
+    Raises:
+        ConfigError: all faults together, each naming its key.
+    """
+    faults = []
+    if config.generate.max_new_tokens < 1:
+        faults.append(
+            f"generate.max_new_tokens={config.generate.max_new_tokens} must be at least 1"
+        )
+    if config.generate.prefill_chunk is not None and config.generate.prefill_chunk < 1:
+        faults.append(
+            f"generate.prefill_chunk={config.generate.prefill_chunk} must be at least 1, or null"
+        )
+    if not 0 <= config.generate.temperature < math.inf:
+        faults.append(
+            f"generate.temperature={config.generate.temperature} must be 0 or more, and finite"
+        )
+    if faults:
+        raise ConfigError(faults)

@@ -3,20 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from longrope2.artifacts import product_folder
 from longrope2.errors import ArtifactError, FactorsError
-from longrope2.model.hf_files import CONFIG_FILE, find_config_file, read_model_config
-from longrope2.rope import (
+from longrope2.files.artifacts import product_folder
+from longrope2.model.shape import CONFIG_FILE, find_config_file, read_model_config
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import (
     CLOSED_FORMS,
     CRITICAL_INDEX_METHODS,
-    RescaleFactors,
-    RopeGeometry,
     RopeMethod,
     closed_form_factors,
     critical_index_factors,
 )
-
-__all__ = ["FACTORS_FILE", "RopeConfig", "factors_path", "read_factors", "resolve_factors"]
 
 FACTORS_FILE = "factors.json"
 
@@ -26,42 +24,54 @@ class RopeConfig:
     """Which RoPE rescaling the long window uses."""
 
     method: RopeMethod = RopeMethod.searched
-    """``searched`` reads the run's own search result; ``yarn_rcd`` and ``ntk_rcd`` read its critical index; ``from_file``
-    and ``from_hf`` read ``factors``; the rest are closed forms."""
+    """``searched`` reads the run's own search result; ``yarn_rcd`` and ``ntk_rcd`` read its
+    critical index; ``from_file`` and ``from_hf`` read ``factors``; the rest are closed forms."""
     factors: str | None = None
-    """Factors JSON or CSV for ``from_file``; model folder, config.json or hub id for ``from_hf``; for ``searched``,
-    ``yarn_rcd`` and ``ntk_rcd``, a factors JSON instead of the run's own."""
+    """Factors JSON or CSV for ``from_file``; model folder, config.json or hub id for
+    ``from_hf``; for ``searched``, ``yarn_rcd`` and ``ntk_rcd``, a factors JSON instead of the
+    run's own."""
     both_windows: bool = False
-    """True uses the rescaled RoPE inside the original window too, as methods without a factor switch do."""
+    """True uses the rescaled RoPE inside the original window too, as methods without a factor
+    switch do."""
 
 
 def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
     """The file the factors are read from, or None for a closed form.
 
     Raises:
-        ArtifactError: ``from_file`` or ``from_hf`` without ``rope.factors``, or a published config that is not found.
+        ArtifactError: ``from_file`` or ``from_hf`` without ``rope.factors``, or a published config
+            that is not found.
     """
     if rope.method in CLOSED_FORMS:
         return None
     if rope.method is RopeMethod.from_hf:
-        return find_config_file(_given(rope, "a model folder, a config.json or a hub id"), "rope.factors")
+        return find_config_file(
+            _given(rope, "a model folder, a config.json or a hub id"), "rope.factors"
+        )
     if rope.method is RopeMethod.from_file:
         return Path(_given(rope, "a factors file, .json or .csv"))
-    return Path(rope.factors) if rope.factors else product_folder(run_folder, "factors") / FACTORS_FILE
+    return (
+        Path(rope.factors) if rope.factors else product_folder(run_folder, "factors") / FACTORS_FILE
+    )
 
 
-def resolve_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path) -> RescaleFactors:
+def resolve_factors(
+    rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path
+) -> RescaleFactors:
     """The factors for this model and target.
 
     Raises:
-        ArtifactError: the file is missing or damaged, or its factors are for another model or target; names the key.
+        ArtifactError: the file is missing or damaged, or its factors are for another model or
+            target; names the key.
         FactorsError: a closed form that does not exist for this geometry.
     """
     factors = _long_window_factors(rope, geometry, target_len, run_folder)
     return factors.in_both_windows() if rope.both_windows else factors
 
 
-def _long_window_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path) -> RescaleFactors:
+def _long_window_factors(
+    rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path
+) -> RescaleFactors:
     """The factors as their source has them."""
     path = factors_path(rope, run_folder)
     if path is None:
@@ -85,7 +95,8 @@ def _long_window_factors(rope: RopeConfig, geometry: RopeGeometry, target_len: i
 
 
 def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
-    """Factors for this model and target from whatever holds some: a JSON or CSV file, or a published model.
+    """Factors for this model and target from whatever holds some: a JSON or CSV file, or a
+    published model.
 
     Args:
         given: Factors file; or a model folder, its config.json, or a hub id.
@@ -94,7 +105,8 @@ def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) 
         key: Configuration key it was given with, for messages.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or for another model or target; names the path and ``key``.
+        ArtifactError: the file is missing, damaged, or for another model or target; names the path
+            and ``key``.
     """
     path = Path(given)
     if path.suffix.lower() in (".json", ".csv") and path.name != CONFIG_FILE:
@@ -107,14 +119,18 @@ def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) ->
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".csv":
-            return RescaleFactors.from_csv(text, geometry, target_len, provenance={"source": path.name})
+            return RescaleFactors.from_csv(
+                text, geometry, target_len, provenance={"source": path.name}
+            )
         factors = RescaleFactors.from_json(text)
     except (OSError, UnicodeDecodeError, FactorsError) as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
     if factors.geometry != geometry:
         raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")
     if factors.target_len != target_len:
-        raise ArtifactError(f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}")
+        raise ArtifactError(
+            f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}"
+        )
     return factors
 
 
@@ -125,10 +141,14 @@ def _given(rope: RopeConfig, what: str) -> str:
     return rope.factors
 
 
-def _read_published(path: Path, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
-    """Factors of a published config.json, which must reach at least this far (``dynamic`` reaches any length).
+def _read_published(
+    path: Path, geometry: RopeGeometry, target_len: int, key: str
+) -> RescaleFactors:
+    """Factors of a published config.json, which must reach at least this far (``dynamic`` reaches
+    any length).
 
-    Its own pre-trained window may differ from ours: public Phi-3 configs say 4096 where the paper's window is 2048.
+    Its own pre-trained window may differ from ours: public Phi-3 configs say 4096 where the paper's
+    window is 2048.
     """
     try:
         config = read_model_config(path)

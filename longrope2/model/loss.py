@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED_LABEL", "token_loss_sum"]
-
 IGNORED_LABEL = -100
 CHUNK_TOKENS = 1024
 
@@ -19,21 +17,33 @@ CHUNK_TOKENS = 1024
 def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
     """Sum over tokens of -log p(label), float32 scalar; labels of ``IGNORED_LABEL`` count nothing.
 
-    A sum, not a mean: the caller divides by the targets of the whole optimizer step, over ranks and micro-steps. If no
-    label counts the result is an exact zero that still carries (zero) gradients, so that a rank without targets keeps
-    in step with the others.
+    A sum, not a mean: the caller divides by the targets of the whole optimizer step, over ranks and
+    micro-steps. If no label counts the result is an exact zero that still carries (zero) gradients,
+    so that a rank without targets keeps in step with the others.
 
     Args:
         hidden_TH: Final hidden states.
         head_VH: Output embedding.
         labels_T: Next-token ids, int64.
     """
-    # torch's own sums bf16 losses and, on a GPU, the weight gradient in bf16: only float32 is left to it.
+    # torch's own sums bf16 losses and, on a GPU, the weight gradient in bf16: only float32 is left
+    # to it.
     is_float32 = hidden_TH.dtype is torch.float32
-    if is_float32 and hasattr(F, "linear_cross_entropy") and hidden_TH.shape[0] >= hidden_TH.shape[1]:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS, acc_dtype=torch.float32)
+    if (
+        is_float32
+        and hasattr(F, "linear_cross_entropy")
+        and hidden_TH.shape[0] >= hidden_TH.shape[1]
+    ):
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=CHUNK_TOKENS, acc_dtype=torch.float32
+        )
         return F.linear_cross_entropy(
-            hidden_TH, head_VH, labels_T, reduction="sum", ignore_index=IGNORED_LABEL, options=options
+            hidden_TH,
+            head_VH,
+            labels_T,
+            reduction="sum",
+            ignore_index=IGNORED_LABEL,
+            options=options,
         )
     loss_sum = _LossSum.apply(hidden_TH, head_VH, labels_T)
     assert isinstance(loss_sum, Tensor)
@@ -56,7 +66,9 @@ class _LossSum(torch.autograd.Function):
             log_probs_CV = F.linear(hidden_CH, head_VH).float().log_softmax(dim=-1)
             loss_sum -= log_probs_CV.gather(1, labels_C1).masked_fill(is_ignored_C1, 0.0).sum()
             gradient_CV = log_probs_CV.exp_()
-            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
+            gradient_CV.scatter_add_(
+                1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32)
+            )
             gradient_CV = gradient_CV.masked_fill_(is_ignored_C1, 0.0).to(head_VH.dtype)
             gradient_CH.copy_(gradient_CV @ head_VH)
             ctx.head_gradient_VH += gradient_CV.T @ hidden_CH

@@ -1,8 +1,10 @@
-"""Fused RMS norms in place of the model's own, which passes over its input once per elementary operation.
+"""Fused RMS norms in place of the model's own, which passes over its input once per elementary
+operation.
 
-``liger`` is Liger's Triton kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which also runs on a CPU.
-All compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and round differently in bf16. ``model`` leaves
-transformers' module alone. A kernel is tried on a few tokens before it is taken (kernel_choice.py says why).
+``liger`` is Liger's Triton kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which
+also runs on a CPU. All compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and
+round differently in bf16. ``model`` leaves transformers' module alone. A kernel is tried on a few
+tokens before it is taken (kernel_choice.py says why).
 
 Shape legend: T = tokens, H = hidden size.
 """
@@ -16,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longrope2.apex_package import apex_fault
-from longrope2.kernel_choice import KernelChoice, first_that_runs, forced_kernel, why_it_fails
-
-__all__ = ["NormKernel", "choose_norm", "norm_fault", "use_norm"]
+from longrope2.kernel_choice import (
+    KernelChoice,
+    apex_fault,
+    first_that_runs,
+    forced_kernel,
+    why_it_fails,
+)
 
 NormFunction = Callable[[Tensor, Tensor, float], Tensor]
 """Input [..., H], weight [H] and epsilon to the normed input."""
@@ -61,7 +66,9 @@ def choose_norm(
     return first_that_runs(fused, fault_of, otherwise=NormKernel.model)
 
 
-def norm_fault(kernel: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True) -> str | None:
+def norm_fault(
+    kernel: NormKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
+) -> str | None:
     """Why a kernel cannot run on a device in a number format; None when it can."""
     if kernel is NormKernel.model:
         return None
@@ -75,15 +82,16 @@ def norm_fault(kernel: NormKernel, device: torch.device, dtype: torch.dtype, *, 
 
 
 def use_norm(model: nn.Module, kernel: NormKernel) -> int:
-    """Make the model's RMS norms call a kernel; parameters, names and module hooks stay as they are.
+    """Make the model's RMS norms call a kernel; parameters, names and module hooks stay as they
+    are.
 
     Args:
         model: A transformers model.
         kernel: Any but ``auto``.
 
     Returns:
-        How many modules call it. Norms that compute something else (Gemma's, which adds 1 to its weight; layer norms)
-        are left alone.
+        How many modules call it. Norms that compute something else (Gemma's, which adds 1 to its
+        weight; layer norms) are left alone.
     """
     if kernel is NormKernel.model:
         return 0
@@ -95,7 +103,8 @@ def use_norm(model: nn.Module, kernel: NormKernel) -> int:
         if kind not in is_plain:
             is_plain[kind] = _is_plain(kind)
         if is_plain[kind]:
-            # On the instance: DeepSpeed's hooks sit around the call and gather the weight before it.
+            # On the instance: DeepSpeed's hooks sit around the call and gather the weight before
+            # it.
             module.forward = partial(_forward, function, module)
             replaced += 1
     return replaced
@@ -128,13 +137,15 @@ def _function(kernel: NormKernel) -> NormFunction:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
         # No offset; transformers' rounding for Llama; the gradient it is given is not overwritten.
-        return lambda x, weight_H, epsilon: LigerRMSNormFunction.apply(x, weight_H, epsilon, 0.0, "llama", False)
-    if kernel is NormKernel.apex:
-        from apex.normalization.fused_layer_norm import (  # pyright: ignore[reportMissingImports]
-            fused_rms_norm_affine,
+        return lambda x, weight_H, epsilon: LigerRMSNormFunction.apply(
+            x, weight_H, epsilon, 0.0, "llama", False
         )
+    if kernel is NormKernel.apex:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine  # pyright: ignore[reportMissingImports]
 
-        return lambda x, weight_H, epsilon: fused_rms_norm_affine(x, weight_H, weight_H.shape, epsilon)
+        return lambda x, weight_H, epsilon: fused_rms_norm_affine(
+            x, weight_H, weight_H.shape, epsilon
+        )
     return lambda x, weight_H, epsilon: F.rms_norm(x, weight_H.shape, weight_H, epsilon)
 
 

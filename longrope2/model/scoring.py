@@ -1,8 +1,8 @@
 """Loss of some tokens of a text, without computing what those losses do not need.
 
-Only the positions that predict a scored token pass the LM head. In the last layer only they need queries and the MLP:
-keys and values of the earlier positions are still computed, everything else there is left out. That is exact: no other
-layer reads the last one's output.
+Only the positions that predict a scored token pass the LM head. In the last layer only they need
+queries and the MLP: keys and values of the earlier positions are still computed, everything else
+there is left out. That is exact: no other layer reads the last one's output.
 
 Shape legend: B = rows, T = tokens, H = hidden size, S = scored tokens.
 """
@@ -16,17 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 
-__all__ = ["head_nll", "token_nll"]
-
-HEAD_CHUNK_TOKENS = 1024  # scored positions that pass the LM head together; bounds the memory of plain perplexity
-CUT_BELOW_SCORED = 1024  # above, the mask of "last queries, all keys" costs more memory than the cut saves
+HEAD_CHUNK_TOKENS = (
+    1024  # scored positions that pass the LM head together; bounds the memory of plain perplexity
+)
+CUT_BELOW_SCORED = (
+    1024  # above, the mask of "last queries, all keys" costs more memory than the cut saves
+)
 
 
 @torch.no_grad()
-def token_nll(model: WindowedModel, tokens_BT: Tensor, window: Window, first_scored: int = 1) -> Tensor:
-    """Negative log-likelihood of the tokens from ``first_scored`` on, each row plain causal from position 0.
+def token_nll(
+    model: WindowedModel, tokens_BT: Tensor, window: Window, first_scored: int = 1
+) -> Tensor:
+    """Negative log-likelihood of the tokens from ``first_scored`` on, each row plain causal from
+    position 0.
 
     The last token is only predicted, never fed.
 
@@ -53,7 +58,9 @@ def head_nll(model: WindowedModel, hidden_BSH: Tensor, labels_BS: Tensor) -> Ten
     losses_BS = [
         F.cross_entropy(head(hidden).float().transpose(1, 2), labels, reduction="none")
         for hidden, labels in zip(
-            hidden_BSH.split(HEAD_CHUNK_TOKENS, dim=1), labels_BS.split(HEAD_CHUNK_TOKENS, dim=1), strict=True
+            hidden_BSH.split(HEAD_CHUNK_TOKENS, dim=1),
+            labels_BS.split(HEAD_CHUNK_TOKENS, dim=1),
+            strict=True,
         )
     ]
     return torch.cat(losses_BS, dim=1)
@@ -61,9 +68,11 @@ def head_nll(model: WindowedModel, hidden_BSH: Tensor, labels_BS: Tensor) -> Ten
 
 @contextmanager
 def _last_layer_from(model: WindowedModel, first: int) -> Iterator[None]:
-    """Confine the last layer's MLP to the positions from ``first`` on; the others' rows become zero, unread.
+    """Confine the last layer's MLP to the positions from ``first`` on; the others' rows become
+    zero, unread.
 
-    A model whose last layer has no ``mlp`` (a mixture of experts, say) computes it for all positions.
+    A model whose last layer has no ``mlp`` (a mixture of experts, say) computes it for all
+    positions.
     """
     mlp = getattr(model.hf.base_model.layers[-1], "mlp", None)
     if not isinstance(mlp, nn.Module):

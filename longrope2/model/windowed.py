@@ -1,20 +1,55 @@
 """A Hugging Face causal model whose window is an explicit input of every forward.
 
-Nothing of the model is re-implemented: its rotary module is replaced and its attention goes through the registry.
+Nothing of the model is re-implemented: its rotary module is replaced and its attention goes through
+the registry.
 
 Shape legend: B = rows, T = tokens, H = hidden size, V = vocabulary.
+
+The rotary module that applies exactly the table it is told to.
+
+transformers picks a table from ``max(position_ids)``, which under sequence parallelism makes ranks
+of one segment disagree. Here the window is set from the segment's tag before the forward, and
+positions only index the table.
+
+Shape legend: B = rows, T = tokens, I = rotary dim / 2 cosine indices, R = rotary dim.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from longrope2.attention import ATTENTION_NAME, SegmentLayout, register_attention
+from longrope2.attention.layout import SegmentLayout
+from longrope2.attention.windowed import ATTENTION_NAME, register_attention
 from longrope2.model.loss import token_loss_sum
-from longrope2.model.rotary import WindowedRotary
-from longrope2.rope import RescaleFactors, Window
+from longrope2.rope.factors import RescaleFactors, Window
 
-__all__ = ["WindowedModel"]
+
+class WindowedRotary(nn.Module):
+    """Stands in for a transformers rotary module: same call, explicit window.
+
+    The frequency tables are float32 and deliberately not registered as buffers: DeepSpeed's bf16
+    mode casts buffers, and bf16 frequencies break long prompts.
+    """
+
+    def __init__(self, factors: RescaleFactors) -> None:
+        super().__init__()
+        self.window = Window.SHORT
+        self.set_factors(factors)
+
+    def set_factors(self, factors: RescaleFactors) -> None:
+        """Replace both tables."""
+        self._tables_I = {window: factors.inverse_frequencies(window) for window in Window}
+        self._scales = {window: factors.attention_scale(window) for window in Window}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for ``position_ids`` [B, T], each [B, T, R] in the dtype of ``x``; angles are float32."""
+        table_I = self._tables_I[self.window] = self._tables_I[self.window].to(x.device)
+        angles_BTI = position_ids[..., None].float() * table_I
+        angles_BTR = torch.cat((angles_BTI, angles_BTI), dim=-1)
+        scale = self._scales[self.window]
+        return (angles_BTR.cos() * scale).to(x.dtype), (angles_BTR.sin() * scale).to(x.dtype)
 
 
 class WindowedModel(nn.Module):
@@ -38,7 +73,8 @@ class WindowedModel(nn.Module):
         """Select the rotary table for the plain ``self.hf(...)`` calls that follow.
 
         Raises:
-            RuntimeError: somebody chose another attention for the model's config, which would ignore layouts and padding.
+            RuntimeError: somebody chose another attention for the model's config, which would
+                ignore layouts and padding.
         """
         if (chosen := self.hf.config._attn_implementation) != ATTENTION_NAME:
             raise RuntimeError(
@@ -61,19 +97,27 @@ class WindowedModel(nn.Module):
             window: Which RoPE table to apply.
             layout: Structure of the segment; None means every row is plain causal from position 0.
             positions_BT: RoPE positions; taken from the layout, or 0..T-1, when not given.
-            first_needed: The caller reads no hidden state before this position; the last layer's attention leaves
-                them out (needs ``layout=None``).
+            first_needed: The caller reads no hidden state before this position; the last layer's
+                attention leaves them out (needs ``layout=None``).
         """
         self.use_window(window)
         if positions_BT is None and layout is not None:
             positions_BT = layout.positions_BT
         outputs = self.hf.base_model(
-            input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, layout=layout, first_needed=first_needed
+            input_ids=tokens_BT,
+            position_ids=positions_BT,
+            use_cache=False,
+            layout=layout,
+            first_needed=first_needed,
         )
         return outputs.last_hidden_state
 
     def logits(
-        self, tokens_BT: Tensor, window: Window, layout: SegmentLayout | None = None, keep: slice | None = None
+        self,
+        tokens_BT: Tensor,
+        window: Window,
+        layout: SegmentLayout | None = None,
+        keep: slice | None = None,
     ) -> Tensor:
         """Float32 logits [B, kept, V] of the positions in ``keep`` (all when None); only those pass the LM head."""
         hidden_BTH = self.hidden_states(tokens_BT, window, layout)
@@ -81,7 +125,9 @@ class WindowedModel(nn.Module):
             hidden_BTH = hidden_BTH[:, keep]
         return self.hf.get_output_embeddings()(hidden_BTH).float()
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, window: Window, layout: SegmentLayout | None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor, window: Window, layout: SegmentLayout | None
+    ) -> Tensor:
         """Summed token loss of this rank's tokens (see ``token_loss_sum``); the training forward."""
         hidden_BTH = self.hidden_states(tokens_BT, window, layout)
         head_VH = self.hf.get_output_embeddings().weight

@@ -1,7 +1,8 @@
 """The process grid: a sequence axis inside a data axis, and the groups that reduce over them.
 
-Consecutive ranks share a segment (sequence axis, innermost, so that it stays inside a node); ranks of different data
-index work on different segments. ZeRO shards over the whole grid: every rank reduces gradients with every other.
+Consecutive ranks share a segment (sequence axis, innermost, so that it stays inside a node); ranks
+of different data index work on different segments. ZeRO shards over the whole grid: every rank
+reduces gradients with every other.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from longrope2.errors import ConfigError
-
-__all__ = ["ParallelConfig", "ParallelDims", "head_faults", "make_groups"]
 
 
 @dataclass
@@ -24,9 +23,11 @@ class ParallelConfig:
     sequence: int = 1
     """Processes that share one segment (sequence-parallel size)."""
     zero_stage: int = 3
-    """DeepSpeed ZeRO stage: 0 replicates everything, 3 shards parameters, gradients and optimizer state."""
+    """DeepSpeed ZeRO stage: 0 replicates everything, 3 shards parameters, gradients and optimizer
+    state."""
     replicate_below: int = 100_000
-    """Parameters with fewer elements than this stay whole on every rank under ZeRO-3 (saves many small gathers)."""
+    """Parameters with fewer elements than this stay whole on every rank under ZeRO-3 (saves many
+    small gathers)."""
     timeout_seconds: int = 1800
     """How long a collective may wait before the run is stopped."""
 
@@ -36,7 +37,8 @@ class ParallelDims:
     """Sizes of the two axes and this process's place on them."""
 
     data: int
-    """Groups that work on different segments; the loss and gradients are summed over this axis and the next."""
+    """Groups that work on different segments; the loss and gradients are summed over this axis and
+    the next."""
     sequence: int
     """Ranks that share a segment; attention exchanges heads for tokens over this axis."""
     rank: int = 0
@@ -65,16 +67,21 @@ class ParallelDims:
         """
         if sequence < 1 or world_size % sequence:
             allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            raise ConfigError([f"parallel.sequence={sequence} does not divide {world_size} processes; use {allowed}"])
+            raise ConfigError(
+                [
+                    f"parallel.sequence={sequence} does not divide {world_size} processes; use {allowed}"
+                ]
+            )
         return cls(data=world_size // sequence, sequence=sequence, rank=rank)
 
 
 def head_faults(sequence: int, num_query_heads: int, num_kv_heads: int) -> list[str]:
     """Why the model's heads cannot be shared by ``sequence`` ranks; empty when they can."""
     allowed = [
-        n for n in range(1, num_query_heads + 1)
+        n
+        for n in range(1, num_query_heads + 1)
         if num_query_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
-    ]  # fmt: skip
+    ]
     if sequence in allowed:
         return []
     return [

@@ -11,8 +11,6 @@ from torch.distributed import ProcessGroup
 
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 
-__all__ = ["Processes", "join_processes", "leave_processes", "world_size_from_environment"]
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -37,13 +35,17 @@ def world_size_from_environment() -> int | None:
 def join_processes(parallel: ParallelConfig) -> Processes:
     """Join torchrun's process group, or make one of this process alone; NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed warns when it has to find out by itself
     import deepspeed
 
     deepspeed.init_distributed(
@@ -61,8 +63,9 @@ def leave_processes(*, failed: bool = False) -> None:
     """Leave the process group; without it gloo and NCCL warn at exit.
 
     Args:
-        failed: This rank ends with an error, perhaps alone. NCCL's orderly end would wait for the other ranks and for what
-            they were to do together, and the error would not be shown before: the end of the process aborts it instead.
+        failed: This rank ends with an error, perhaps alone. NCCL's orderly end would wait for the
+            other ranks and for what they were to do together, and the error would not be shown
+            before: the end of the process aborts it instead.
     """
     if not dist.is_initialized():
         return

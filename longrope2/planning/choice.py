@@ -3,14 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from longrope2.parallel import head_faults
+from longrope2.model.shape import ModelShape, Workload
+from longrope2.parallel.dims import head_faults
 from longrope2.planning.hardware import Machine
-from longrope2.planning.layout import Layout, RecomputePolicy, ZeroBuffers
-from longrope2.planning.memory import MemoryPlan, plan_memory
-from longrope2.planning.shape import ModelShape, Workload
+from longrope2.planning.memory import Layout, MemoryPlan, RecomputePolicy, ZeroBuffers, plan_memory
 from longrope2.planning.timing import RunTime, plan_time
-
-__all__ = ["Candidate", "Choice", "Refusal", "choose_layout", "cost_table", "find_refusal"]
 
 GIB = 2**30
 # The model of time is not good to one per cent, so memory decides between layouts that close.
@@ -45,9 +42,11 @@ class Choice:
 
     @property
     def best(self) -> Candidate | None:
-        """Of those within ``CLOSE_ENOUGH`` of the fastest that the trainer can run, the one that takes least memory.
+        """Of those within ``CLOSE_ENOUGH`` of the fastest that the trainer can run, the one that
+        takes least memory.
 
-        The trainer works on one segment a group at a time, so a larger micro-batch is shown but never chosen.
+        The trainer works on one segment a group at a time, so a larger micro-batch is shown but
+        never chosen.
         """
         runnable = [candidate for candidate in self.fitting if candidate.layout.micro_batch == 1]
         if not runnable:
@@ -59,7 +58,9 @@ class Choice:
     def closest(self) -> Refusal | None:
         """The refused layout that takes least memory, when memory alone is in the way."""
         short = [refusal for refusal in self.refused if refusal.memory is not None]
-        return min(short, key=lambda refusal: refusal.memory.peak if refusal.memory else 0.0, default=None)
+        return min(
+            short, key=lambda refusal: refusal.memory.peak if refusal.memory else 0.0, default=None
+        )
 
 
 def choose_layout(
@@ -84,10 +85,15 @@ def choose_layout(
     return Choice(tuple(fitting), tuple(refused))
 
 
-def find_refusal(shape: ModelShape, workload: Workload, machine: Machine, layout: Layout) -> Refusal | None:
+def find_refusal(
+    shape: ModelShape, workload: Workload, machine: Machine, layout: Layout
+) -> Refusal | None:
     """Why a layout cannot run on a machine; None when it can."""
     if layout.num_processes > machine.num_gpus:
-        return Refusal(layout, f"{layout.num_processes} processes need more than the {machine.num_gpus} GPUs there are")
+        return Refusal(
+            layout,
+            f"{layout.num_processes} processes need more than the {machine.num_gpus} GPUs there are",
+        )
     fault = _impossible(shape, workload, layout)
     if fault:
         return Refusal(layout, fault)
@@ -111,12 +117,19 @@ def cost_table(
     table = {}
     for length in lengths:
         for num_gpus in gpu_counts:
-            scaled, cluster = replace(workload, target_len=length), replace(machine, num_gpus=num_gpus)
-            table[length, num_gpus] = choose_layout(shape, scaled, cluster, zero, (1,), fused_norms=fused_norms)
+            scaled, cluster = (
+                replace(workload, target_len=length),
+                replace(machine, num_gpus=num_gpus),
+            )
+            table[length, num_gpus] = choose_layout(
+                shape, scaled, cluster, zero, (1,), fused_norms=fused_norms
+            )
     return table
 
 
-def _layouts(num_gpus: int, zero: ZeroBuffers, micro_batches: Sequence[int], fused_norms: bool) -> Iterator[Layout]:
+def _layouts(
+    num_gpus: int, zero: ZeroBuffers, micro_batches: Sequence[int], fused_norms: bool
+) -> Iterator[Layout]:
     """Every layout on ``num_gpus`` GPUs; only what recompute leaves can be offloaded."""
     for sequence in (n for n in range(1, num_gpus + 1) if num_gpus % n == 0):
         for micro_batch in micro_batches:
@@ -136,9 +149,7 @@ def _layouts(num_gpus: int, zero: ZeroBuffers, micro_batches: Sequence[int], fus
 def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | None:
     """Why heads, tokens or segments cannot be shared like this; None when they can."""
     if head_faults(layout.sequence, shape.num_heads, shape.num_kv_heads):
-        return (
-            f"{layout.sequence} processes cannot share {shape.num_heads} query and {shape.num_kv_heads} key/value heads"
-        )
+        return f"{layout.sequence} processes cannot share {shape.num_heads} query and {shape.num_kv_heads} key/value heads"
     if workload.step_tokens % workload.target_len:
         return f"a step of {workload.step_tokens} tokens is no whole number of segments of {workload.target_len}"
     if workload.target_len % layout.sequence:

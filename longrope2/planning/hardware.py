@@ -1,11 +1,14 @@
-"""GPUs and clusters as the planner sees them: peaks from data sheets, and the rates it expects to be sustained.
+"""GPUs and clusters as the planner sees them: peaks from data sheets, and the rates it expects to
+be sustained.
 
-The kernel-efficiency model: matrix products run at ``gemm_tflops``, attention kernels at ``attention_tflops`` (of the
-FLOPs they really execute), everything elementwise at ``memory_efficiency`` of the memory bandwidth, messages at
-``link_efficiency`` of the links. A100: 220 and 180 TFLOP/s with FlashAttention-2, assumptions of this project that put
-the paper's recipe at a floor of 32.4 to 38.3 h (the paper took 54 h). H100 and H200: the A100's share of the peak for
-matrix products, and one third of it for FlashAttention-2, which was made for the A100. None of these rates has been
-measured by this project; replace them by measurements of your machine with ``hardware.gemm_tflops`` and its siblings.
+The kernel-efficiency model: matrix products run at ``gemm_tflops``, attention kernels at
+``attention_tflops`` (of the FLOPs they really execute), everything elementwise at
+``memory_efficiency`` of the memory bandwidth, messages at ``link_efficiency`` of the links. A100:
+220 and 180 TFLOP/s with FlashAttention-2, assumptions of this project that put the paper's recipe
+at a floor of 32.4 to 38.3 h (the paper took 54 h). H100 and H200: the A100's share of the peak for
+matrix products, and one third of it for FlashAttention-2, which was made for the A100. None of
+these rates has been measured by this project; replace them by measurements of your machine with
+``hardware.gemm_tflops`` and its siblings.
 """
 
 import re
@@ -14,9 +17,8 @@ from dataclasses import dataclass
 from longrope2.config import MISSING
 from longrope2.errors import ConfigError
 
-__all__ = ["GPUS", "PEAK_BF16_TFLOPS", "Gpu", "HardwareConfig", "Machine", "find_gpu", "make_machine"]
-
-# Dense bf16 peak by what the device's name contains, the first match counts; from NVIDIA's data sheets.
+# Dense bf16 peak by what the device's name contains, the first match counts; from NVIDIA's data
+# sheets.
 PEAK_BF16_TFLOPS = {
     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H800": 989.0, "H20": 148.0,
     "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0,
@@ -55,13 +57,16 @@ class HardwareConfig:
     gpus_per_node: int = 8
     """GPUs joined by NVLink."""
     network_gb_per_second: float = 25.0
-    """Network bandwidth per GPU, one direction, GB/s: 25 is a 200 Gb/s adapter for each, 3.125 one adapter for eight."""
+    """Network bandwidth per GPU, one direction, GB/s: 25 is a 200 Gb/s adapter for each, 3.125 one
+    adapter for eight."""
     host_link_gb_per_second: float = 20.0
-    """Bandwidth to CPU memory per GPU with all GPUs of a node copying, GB/s; for ``training.offload_activations``."""
+    """Bandwidth to CPU memory per GPU with all GPUs of a node copying, GB/s; for
+    ``training.offload_activations``."""
     memory_gib: float | None = None
     """Memory of one GPU, GiB."""
     usable_memory: float = 0.92
-    """Share of the memory a plan may fill; the rest is for the CUDA context, NCCL and fragmentation."""
+    """Share of the memory a plan may fill; the rest is for the CUDA context, NCCL and
+    fragmentation."""
     gemm_tflops: float | None = None
     """Sustained TFLOP/s of matrix products."""
     attention_tflops: float | None = None
@@ -100,7 +105,8 @@ def find_gpu(device_name: str) -> str | None:
 
 
 def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine:
-    """The cluster a configuration describes, with ``num_gpus`` GPUs instead of its own number if given.
+    """The cluster a configuration describes, with ``num_gpus`` GPUs instead of its own number if
+    given.
 
     Raises:
         ConfigError: an unknown GPU, or values out of range; all faults together.
@@ -133,7 +139,13 @@ def _faults(config: HardwareConfig) -> list[str]:
     for name in ("num_gpus", "gpus_per_node"):
         if getattr(config, name) < 1:
             faults.append(f"hardware.{name}={getattr(config, name)} must be at least 1")
-    for name in ("network_gb_per_second", "host_link_gb_per_second", "memory_gib", "gemm_tflops", "attention_tflops"):
+    for name in (
+        "network_gb_per_second",
+        "host_link_gb_per_second",
+        "memory_gib",
+        "gemm_tflops",
+        "attention_tflops",
+    ):
         value = getattr(config, name)
         if value is not None and not value > 0:
             faults.append(f"hardware.{name}={value} must be above 0")

@@ -1,29 +1,31 @@
 """Memory of one process by part, from the architecture and the layout alone.
 
-Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers (no fused MLP; norms
-fused or as they are), a flash-like attention kernel, the chunked loss of ``longrope2.model``. Three moments can be the
-highest, and the prediction is the highest of them:
+Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers
+(no fused MLP; norms fused or as they are), a flash-like attention kernel, the chunked loss of
+``longrope2.model``. Three moments can be the highest, and the prediction is the highest of them:
 
-- *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is summed up in float32;
-- *layer*: the backward pass of the last layer's MLP, all checkpoints still there, the layer's own activations on top
-  (the buffers of the exchange come later, when the MLP's are gone);
+- *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is
+  summed up in float32;
+- *layer*: the backward pass of the last layer's MLP, all checkpoints still there, the layer's own
+  activations on top (the buffers of the exchange come later, when the MLP's are gone);
 - *update*: the optimizer, when no activation is left.
 
-Not in it: the CUDA context, NCCL and fragmentation (``hardware.usable_memory`` leaves room for them), loading (every
-process holds the whole model for a moment before it is sharded), and float32 tables of cosines.
+Not in it: the CUDA context, NCCL and fragmentation (``hardware.usable_memory`` leaves room for
+them), loading (every process holds the whole model for a moment before it is sharded), and float32
+tables of cosines.
 
-Symbols: H hidden size, Q and K widths of queries and of keys, F width of the MLP, V vocabulary, T local tokens, b bytes of
-the compute format.
+Symbols: H hidden size, Q and K widths of queries and of keys, F width of the MLP, V vocabulary, T
+local tokens, b bytes of the compute format.
+
+One way to run a training on a number of processes: what the planner chooses between.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
-from longrope2.planning.layout import BYTES_FP32, Layout, RecomputePolicy
-from longrope2.planning.shape import ModelShape, Workload
+from longrope2.model.shape import ModelShape, Workload
 
-__all__ = ["LOSS_CHUNK_TOKENS", "MemoryPlan", "attention_bytes_per_token", "load_bytes", "plan_memory",
-           "saved_layer_bytes_per_token"]  # fmt: skip
-
+BYTES_FP32, BYTES_BF16 = 4, 2
 # Tokens whose logits exist at once (longrope2.model.loss.CHUNK_TOKENS; a test compares).
 LOSS_CHUNK_TOKENS = 1024
 # Logits, their softmax in place of the gradient, and the product of one chunk.
@@ -31,13 +33,80 @@ LOGITS_COPIES = 2
 SUB_GROUP_ELEMENTS = 1_000_000_000
 
 
+class RecomputePolicy(Enum):
+    """What the backward pass computes again; the values of ``training.recompute``."""
+
+    none = "none"
+    dense = "dense"
+    """All of a layer but attention: queries, keys, values and output are kept."""
+    full = "full"
+
+
+@dataclass(frozen=True)
+class ZeroBuffers:
+    """Sizes that DeepSpeed's ZeRO-3 is given, in elements (``zero.*`` of the configuration)."""
+
+    reduce_bucket: int = 500_000_000
+    max_live: int = 1_000_000_000
+    hpz_size: int = 1
+    gradient_bytes: int = BYTES_FP32
+    """Bytes of a gradient on its way under sequence parallelism, float32 by default."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes and what each of them keeps."""
+
+    data: int
+    """Groups that work on different segments."""
+    sequence: int
+    """Processes that share a segment."""
+    recompute: RecomputePolicy
+    micro_batch: int = 1
+    """Segments that a group works on at once."""
+    offload: bool = False
+    """Keep what recompute leaves between layers in CPU memory."""
+    bf16: bool = True
+    """bf16 with float32 master weights; False is float32 throughout, as on a CPU."""
+    zero: ZeroBuffers = ZeroBuffers()
+    fused_norms: bool = False
+    """Norms in one kernel (``training.norm``), which keeps no float32 copy of its input."""
+
+    @property
+    def num_processes(self) -> int:
+        """All processes."""
+        return self.data * self.sequence
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in forward and backward."""
+        return BYTES_BF16 if self.bf16 else BYTES_FP32
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient on its way: without sequence parallelism those of the compute format."""
+        return self.zero.gradient_bytes if self.sequence > 1 else self.compute_bytes
+
+    def local_tokens(self, workload: Workload) -> int:
+        """Tokens a process holds in one micro-step."""
+        return self.micro_batch * workload.target_len // self.sequence
+
+    def kv_width(self, shape: ModelShape) -> int:
+        """Width of the exchanged keys, and of the values: repeated where there are fewer heads than processes."""
+        return max(shape.num_kv_heads, self.sequence) * shape.head_dim
+
+    def micro_steps(self, workload: Workload) -> float:
+        """Micro-steps of one optimizer step."""
+        return workload.segments_per_step / (self.data * self.micro_batch)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of one process by part; ``peak`` is the highest moment."""
 
     states: float
-    """Sharded weights, gradients, master weights and the optimizer's two moments; 18 bytes a parameter in bf16, whose
-    gradients add up in float32."""
+    """Sharded weights, gradients, master weights and the optimizer's two moments; 18 bytes a
+    parameter in bf16, whose gradients add up in float32."""
     checkpoints: float
     """Inputs of the layers, kept for recompute."""
     activations: float
@@ -65,7 +134,9 @@ class MemoryPlan:
     @property
     def moments(self) -> dict[str, float]:
         """Bytes at each moment that can be the highest."""
-        kept = self.states + self.communication + self.checkpoints + self.activations + self.attention
+        kept = (
+            self.states + self.communication + self.checkpoints + self.activations + self.attention
+        )
         return {
             "loss": kept + self.head + self.logits,
             "layer": kept + self.layer + self.gathered,
@@ -90,7 +161,11 @@ def plan_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Memory
     shard = shape.parameters / world
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
     keeps_inputs = recompute is not RecomputePolicy.none
-    kept_attention = attention_bytes_per_token(shape, layout) * tokens if recompute is RecomputePolicy.dense else 0.0
+    kept_attention = (
+        attention_bytes_per_token(shape, layout) * tokens
+        if recompute is RecomputePolicy.dense
+        else 0.0
+    )
     on_gpu = 0 if layout.offload else 1
     bucket = layout.zero.reduce_bucket * layout.gradient_bytes
     filled = min(layout.zero.reduce_bucket, shape.parameters) * layout.gradient_bytes
@@ -112,8 +187,9 @@ def plan_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Memory
 def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     """What one layer keeps for its backward pass.
 
-    Two norms keep their input in float32 and two results each (4H + 2bH), fused ones input and result (2bH); then
-    attention; then the MLP's gate, its activation, the other branch and their product.
+    Two norms keep their input in float32 and two results each (4H + 2bH), fused ones input and
+    result (2bH); then attention; then the MLP's gate, its activation, the other branch and their
+    product.
     """
     b = layout.compute_bytes
     norm = 2 * b if layout.fused_norms else BYTES_FP32 + 2 * b

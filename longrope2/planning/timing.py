@@ -1,34 +1,40 @@
-"""Time of a training step by part, from a stated kernel-efficiency model, and what follows: hours, tokens/s/GPU, MFU.
+"""Time of a training step by part, from a stated kernel-efficiency model, and what follows: hours,
+tokens/s/GPU, MFU.
 
 A micro-step of one window kind takes
 
-    products + attention + elementwise + exchange + offload + max(0, gathers - (products + attention + elementwise))
+    products + attention + elementwise + exchange + offload + max(0, gathers - (products + attention
+    + elementwise))
 
-- *products*: 2 N forward, 4 N backward, 2 N again with any recompute (N: layers and LM head; the LM head's share is an
-  upper bound where the loss keeps its gradient instead of its logits), at ``gemm_flops``;
-- *attention*: the forward kernel once, the backward kernel 2.5 times it (it computes five products instead of two), the
-  forward kernel again with ``full`` recompute, at ``attention_flops``;
-- *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the bytes they read and write;
-- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden behind anything; what
-  goes to other nodes and what stays inside travel at the same time, and the slower counts; short segments are packed
-  with ``--align`` and exchange nothing;
-- *offload*: with ``training.offload_activations`` what is kept travels to CPU memory and back, hidden behind nothing;
-- *gathers*: ZeRO-3 gathers the weights for the forward and the backward pass and reduces gradients, hidden behind the
-  computing as far as that lasts.
+- *products*: 2 N forward, 4 N backward, 2 N again with any recompute (N: layers and LM head; the LM
+  head's share is an upper bound where the loss keeps its gradient instead of its logits), at
+  ``gemm_flops``;
+- *attention*: the forward kernel once, the backward kernel 2.5 times it (it computes five products
+  instead of two), the forward kernel again with ``full`` recompute, at ``attention_flops``;
+- *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the
+  bytes they read and write;
+- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden
+  behind anything; what goes to other nodes and what stays inside travel at the same time, and the
+  slower counts; short segments are packed with ``--align`` and exchange nothing;
+- *offload*: with ``training.offload_activations`` what is kept travels to CPU memory and back,
+  hidden behind nothing;
+- *gathers*: ZeRO-3 gathers the weights for the forward and the backward pass and reduces gradients,
+  hidden behind the computing as far as that lasts.
 
-An optimizer step is its micro-steps and one update. Not in it: reading segments (ahead, in a thread), checkpoints,
-uneven documents.
+An optimizer step is its micro-steps and one update. Not in it: reading segments (ahead, in a
+thread), checkpoints, uneven documents.
+
+What the stages around the training cost: forward passes only, at the rates of the kernel-efficiency
+model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import Machine
-from longrope2.planning.layout import Layout, RecomputePolicy
-from longrope2.planning.memory import plan_memory
-from longrope2.planning.shape import ModelShape, Workload
-from longrope2.rope import Window
-
-__all__ = ["MicroStepTime", "RunTime", "exchange_bytes", "gather_bytes", "plan_micro_step", "plan_time"]
+from longrope2.planning.memory import Layout, RecomputePolicy, plan_memory
+from longrope2.rope.factors import Window
 
 ATTENTION_BACKWARD = 2.5
 # Weight, gradient and three float32 numbers a parameter, read and written.
@@ -90,7 +96,9 @@ def plan_time(shape: ModelShape, workload: Workload, layout: Layout, machine: Ma
     num_micro_steps = layout.micro_steps(workload)
     update = UPDATE_BYTES * shape.parameters / layout.num_processes / machine.memory_bytes
     step = num_micro_steps * sum(workload.share(w) * micro[w].total for w in Window) + update
-    floor = num_micro_steps * sum(workload.share(w) * (micro[w].products + micro[w].attention) for w in Window)
+    floor = num_micro_steps * sum(
+        workload.share(w) * (micro[w].products + micro[w].attention) for w in Window
+    )
     steps = workload.total_tokens / workload.step_tokens
     rate = workload.step_tokens / step / layout.num_processes
     return RunTime(
@@ -118,7 +126,9 @@ def plan_micro_step(
         products=product_passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
         attention=attention_passes * forward_attention * tokens / machine.attention_flops,
         elementwise=elementwise * tokens / machine.memory_bytes,
-        exchange=_exchange_seconds(shape, workload, layout, machine) if window is Window.LONG else 0.0,
+        exchange=_exchange_seconds(shape, workload, layout, machine)
+        if window is Window.LONG
+        else 0.0,
         offload=_offload_seconds(shape, workload, layout, machine),
         gathers=_gather_seconds(shape, layout, machine),
     )
@@ -137,14 +147,18 @@ def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
     """Bytes of one micro-step's gathers of the whole model (forward and backward), and of its reduced gradients."""
     if layout.num_processes == 1:
         return 0.0, 0.0
-    return 2.0 * layout.compute_bytes * shape.parameters, float(layout.gradient_bytes * shape.parameters)
+    return 2.0 * layout.compute_bytes * shape.parameters, float(
+        layout.gradient_bytes * shape.parameters
+    )
 
 
-def _exchange_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
+def _exchange_seconds(
+    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine
+) -> float:
     """Forward, backward, and again where attention is recomputed.
 
-    Every process sends as much to each of the others; those on its node are reached over its links, the rest over the
-    network, both at once.
+    Every process sends as much to each of the others; those on its node are reached over its links,
+    the rest over the network, both at once.
     """
     if layout.sequence == 1:
         return 0.0
@@ -155,7 +169,9 @@ def _exchange_seconds(shape: ModelShape, workload: Workload, layout: Layout, mac
     return max(inside / machine.node_link_bytes, outside / machine.network_bytes)
 
 
-def _offload_seconds(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> float:
+def _offload_seconds(
+    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine
+) -> float:
     """What is kept in CPU memory, there and back."""
     if not layout.offload:
         return 0.0
@@ -178,13 +194,35 @@ def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> floa
 
 
 def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Bytes that a forward pass's elementwise kernels read and write, all layers, as transformers computes them.
+    """Bytes that a forward pass's elementwise kernels read and write, all layers, as transformers
+    computes them.
 
-    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), a fused one 2bH, two of
-    them; two residual sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
+    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), a
+    fused one 2bH, two of them; two residual sums 6bH; rotary 9b per channel of queries and keys;
+    the MLP's activation and product 5bF.
     """
     b = layout.compute_bytes
     norm = 2 * b if layout.fused_norms else 5 * b + 26 if layout.bf16 else 24
     norms = 2 * norm * shape.hidden
     rest = 6 * b * shape.hidden + 9 * b * (shape.query_width + shape.kv_width) + 5 * b * shape.mlp
     return shape.num_layers * (norms + rest)
+
+
+def forward_hours(
+    shape: ModelShape, machine: Machine, samples: Iterable[tuple[int, float]]
+) -> float:
+    """Hours of forward passes spread evenly over all GPUs; loading and elementwise kernels are not
+    in it.
+
+    Args:
+        shape: The model; the LM head is left out, which the search and the evaluation give a few
+            positions only.
+        machine: The cluster.
+        samples: Length in tokens and number of samples of that length.
+    """
+    seconds = 0.0
+    for length, number in samples:
+        products = 2.0 * shape.num_layers * shape.layer_parameters / machine.gemm_flops
+        attention = shape.attention_flops(length) / machine.attention_flops
+        seconds += number * length * (products + attention)
+    return seconds / machine.num_gpus / SECONDS_PER_HOUR

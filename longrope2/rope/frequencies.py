@@ -1,10 +1,22 @@
-"""Rotary frequencies, their periods in tokens, and the two critical dimensions [LongRoPE2, arXiv 2502.20082, sec. 2-3].
+"""Rotary frequencies, their periods in tokens, and the two critical dimensions [LongRoPE2, arXiv
+2502.20082, sec. 2-3].
 
-Symbols: d = rotary dimension of a head, i = cosine index 0 .. d/2-1, b = RoPE base, theta_i = b^(-2i/d) radians per
-token, T_i = 2 pi / theta_i tokens, L0 = pre-trained window in tokens. Dimensions are counted as cosine indices
-throughout (the paper's "dimension index" of its figures); two channels of a head share one.
+Symbols: d = rotary dimension of a head, i = cosine index 0 .. d/2-1, b = RoPE base, theta_i =
+b^(-2i/d) radians per token, T_i = 2 pi / theta_i tokens, L0 = pre-trained window in tokens.
+Dimensions are counted as cosine indices throughout (the paper's "dimension index" of its figures);
+two channels of a head share one.
 
 Shape letters: I = cosine indices.
+
+The formulas of closed-form rescaling, one function per formula: geometry in, lambda_i per cosine
+index out.
+
+Methods choose their usual constants (``methods.py``), a published config brings its own
+(``hf_reading.py``). Where ``transformers`` has the method, it is the reference (tests/reference):
+well-known codebases disagree, most of all on YaRN's ramp.
+
+Symbols: s = scale, d = rotary dimension, b = RoPE base, c = critical index, turns_i = L0 / T_i
+(turns of dimension i inside L0).
 """
 
 import math
@@ -15,9 +27,13 @@ from torch import Tensor
 
 from longrope2.errors import FactorsError
 
-__all__ = ["RopeGeometry", "inverse_frequencies", "periods", "ten_period_index", "theoretical_critical_index"]
-
-SHORTEST_ORIGINAL_LEN = 7  # the smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign
+SHORTEST_ORIGINAL_LEN = (
+    7  # the smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign
+)
+YARN_BETA_FAST = 32.0  # turns in L0 above which YaRN leaves a dimension alone
+YARN_BETA_SLOW = 1.0  # turns in L0 below which YaRN interpolates fully
+LLAMA3_LOW_FREQUENCY_TURNS = 1.0  # Llama 3.1: fewer turns in L0 are interpolated fully
+LLAMA3_HIGH_FREQUENCY_TURNS = 4.0  # Llama 3.1: more turns in L0 are left alone
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,8 @@ class RopeGeometry:
 
     Attributes:
         rotary_dim: Rotated channels of a head (head dimension times the rotated part), even.
-        rope_base: Base of the frequencies (``rope_theta`` of a Hugging Face config), dimensionless, > 1.
+        rope_base: Base of the frequencies (``rope_theta`` of a Hugging Face config), dimensionless,
+            > 1.
         original_len: L0, pre-trained window in tokens.
 
     Raises:
@@ -39,9 +56,13 @@ class RopeGeometry:
 
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise FactorsError(f"rotary_dim={self.rotary_dim}: the rotated channels of a head must be even, 2 or more")
+            raise FactorsError(
+                f"rotary_dim={self.rotary_dim}: the rotated channels of a head must be even, 2 or more"
+            )
         if not (math.isfinite(self.rope_base) and self.rope_base > 1):
-            raise FactorsError(f"rope_base={self.rope_base}: the RoPE base must be a finite number above 1")
+            raise FactorsError(
+                f"rope_base={self.rope_base}: the RoPE base must be a finite number above 1"
+            )
         if self.original_len < SHORTEST_ORIGINAL_LEN:
             raise FactorsError(
                 f"original_len={self.original_len}: the pre-trained window must be at least {SHORTEST_ORIGINAL_LEN} "
@@ -66,16 +87,19 @@ def periods(geometry: RopeGeometry) -> Tensor:
 
 
 def theoretical_critical_index(geometry: RopeGeometry) -> int:
-    """First cosine index that never completes a turn inside L0: ceil((d/2) log_b(L0 / 2 pi))  [sec. 2, TCD].
+    """First cosine index that never completes a turn inside L0: ceil((d/2) log_b(L0 / 2 pi))  [sec.
+    2, TCD].
 
     Returns:
-        An index in [0, d/2]; d/2 means that every dimension completes a turn, so none is out of distribution.
+        An index in [0, d/2]; d/2 means that every dimension completes a turn, so none is out of
+        distribution.
     """
     return _index_with_turns(geometry, turns=1)
 
 
 def ten_period_index(geometry: RopeGeometry) -> int:
-    """First cosine index with fewer than ten turns inside L0: the lower end of the critical-dimension search.
+    """First cosine index with fewer than ten turns inside L0: the lower end of the
+    critical-dimension search.
 
     ceil((d/2) log_b(L0 / (10 * 2 pi)))  [sec. 3.2, Algorithm 1]; in [0, d/2].
     """
@@ -85,5 +109,140 @@ def ten_period_index(geometry: RopeGeometry) -> int:
 def _index_with_turns(geometry: RopeGeometry, turns: int) -> int:
     """First index whose period exceeds L0 / turns, clipped to the existing indices."""
     window_ratio = geometry.original_len / (turns * 2 * math.pi)
-    index = math.ceil(geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base))
+    index = math.ceil(
+        geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
+    )
     return min(max(index, 0), geometry.num_frequencies)
+
+
+def base_change(geometry: RopeGeometry, base_ratio: float) -> tuple[float, ...]:
+    """lambda_i = (b'/b)^(2i/d) of a change of base by ``base_ratio`` = b'/b."""
+    return tuple(
+        base_ratio ** (2 * i / geometry.rotary_dim) for i in range(geometry.num_frequencies)
+    )
+
+
+def ntk_base_ratio(geometry: RopeGeometry, target_len: int) -> float:
+    """b'/b of the paper's NTK: b' = b^(ln(L / 2 pi) / ln(L0 / 2 pi))  [LongRoPE2 sec. 2.3, after Liu et al.]."""
+    exponent = math.log(target_len / (2 * math.pi)) / math.log(
+        geometry.original_len / (2 * math.pi)
+    )
+    return geometry.rope_base ** (exponent - 1)
+
+
+def ntk_aware(geometry: RopeGeometry, last_factor: float) -> tuple[float, ...]:
+    """Base change b' = b * x^(d / (d - 2)), which gives the last dimension exactly the factor x.
+
+    Raises:
+        FactorsError: two rotated channels, for which the exponent does not exist.
+    """
+    if geometry.rotary_dim == 2:
+        raise FactorsError(
+            "rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2; use another rope.method"
+        )
+    return base_change(geometry, last_factor ** (geometry.rotary_dim / (geometry.rotary_dim - 2)))
+
+
+def ntk_at_index(geometry: RopeGeometry, scale: float, critical_index: int) -> tuple[float, ...]:
+    """Base change that meets the bound exactly at c: lambda_i = s^(i/c), above s beyond it.
+
+    Raises:
+        FactorsError: c is 0, where no change of base gives a factor other than 1.
+    """
+    if critical_index < 1:
+        raise FactorsError(
+            f"critical_index={critical_index}: a change of base leaves index 0 alone; give 1 or more"
+        )
+    return tuple(scale ** (i / critical_index) for i in range(geometry.num_frequencies))
+
+
+def yarn_ramp(
+    geometry: RopeGeometry,
+    scale: float,
+    beta_fast: float = YARN_BETA_FAST,
+    beta_slow: float = YARN_BETA_SLOW,
+    rounded: bool = True,
+) -> tuple[float, ...]:
+    """YaRN's ramp [arXiv 2309.00071, sec. 3.2]: 1 above ``beta_fast`` turns, s below ``beta_slow``.
+
+    Args:
+        geometry: Its original length is the one the turns are counted in.
+        scale: s, factor of full interpolation.
+        beta_fast: Turns in L0 where the ramp begins.
+        beta_slow: Turns in L0 where it ends.
+        rounded: Round both ends outward to whole indices (``truncate`` of transformers).
+    """
+    low, high = _fractional_index(geometry, beta_fast), _fractional_index(geometry, beta_slow)
+    if rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = (
+        max(low, 0),
+        min(high, geometry.rotary_dim - 1),
+    )  # the upper clip is transformers' own, twice too far
+    width = high - low if high != low else 0.001
+    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(geometry.num_frequencies))
+    return tuple(_blend(part, scale) for part in ramp)
+
+
+def yarn_ramp_to_index(
+    geometry: RopeGeometry, scale: float, critical_index: int
+) -> tuple[float, ...]:
+    """YaRN's ramp ending at c instead of at one turn: s for every i >= c; it begins where YaRN's
+    begins.
+
+    Where c lies at or below that beginning nothing is left of the ramp: 1 below c, s from it on.
+    """
+    low = max(math.floor(_fractional_index(geometry, YARN_BETA_FAST)), 0)
+    width = max(critical_index - low, 1)
+    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(critical_index))
+    return (
+        *(_blend(part, scale) for part in ramp),
+        *[scale] * (geometry.num_frequencies - critical_index),
+    )
+
+
+def llama3_bands(
+    geometry: RopeGeometry,
+    scale: float,
+    low_turns: float = LLAMA3_LOW_FREQUENCY_TURNS,
+    high_turns: float = LLAMA3_HIGH_FREQUENCY_TURNS,
+) -> tuple[float, ...]:
+    """Llama 3.1: s below ``low_turns`` in L0, 1 above ``high_turns``, between them a ramp in the
+    frequency.
+
+    Raises:
+        FactorsError: the bands overlap.
+    """
+    if not high_turns > low_turns:
+        raise FactorsError(
+            f"high_freq_factor={high_turns} must be above low_freq_factor={low_turns}"
+        )
+    factors = []
+    for i in range(geometry.num_frequencies):
+        turns = geometry.original_len / (
+            2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim)
+        )
+        kept = min(max((turns - low_turns) / (high_turns - low_turns), 0.0), 1.0)
+        factors.append(_blend(1.0 - kept, scale))
+    return tuple(factors)
+
+
+def yarn_attention_scale(scale: float, weight: float = 1.0) -> float:
+    """0.1 * weight * ln s + 1 on cos and sin [YaRN, sec. 3.4]; 1 where nothing is stretched."""
+    return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+
+def longrope_attention_scale(scale: float, original_len: int) -> float:
+    """sqrt(1 + ln s / ln L0) on cos and sin, transformers' default for ``longrope``; 1 where nothing is stretched."""
+    return 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original_len))
+
+
+def _blend(interpolated: float, scale: float) -> float:
+    """Factor of a frequency that is ``interpolated`` parts theta / s and the rest theta."""
+    return 1.0 / (interpolated / scale + (1.0 - interpolated))
+
+
+def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
+    """The real-valued cosine index that completes ``turns`` turns inside L0."""
+    window_ratio = geometry.original_len / (turns * 2 * math.pi)
+    return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)

@@ -1,15 +1,24 @@
 """Rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
 
-Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in ``closed_forms.py``; here are the
-methods' names and the constants they are known with.
+Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in
+``closed_forms.py``; here are the methods' names and the constants they are known with.
 
 Symbols: s = L / L0, c = critical index.
+
+What holds on either side of a critical dimension: NTK scaling below it, the out-of-distribution
+bound above it.
+
+[LongRoPE2, arXiv 2502.20082, sec. 3.2.] Index convention of this project: the first freely chosen
+factor stands AT the critical index c. The paper's Algorithms 1 and 2 slice one lower; the arrays
+its authors released do not.
 """
 
 from enum import StrEnum
 
 from longrope2.errors import FactorsError
-from longrope2.rope.closed_forms import (
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import (
+    RopeGeometry,
     base_change,
     llama3_bands,
     ntk_at_index,
@@ -19,10 +28,8 @@ from longrope2.rope.closed_forms import (
     yarn_ramp,
     yarn_ramp_to_index,
 )
-from longrope2.rope.factors import RescaleFactors
-from longrope2.rope.frequencies import RopeGeometry
 
-__all__ = ["CLOSED_FORMS", "CRITICAL_INDEX_METHODS", "RopeMethod", "closed_form_factors", "critical_index_factors"]
+BOUND_TOLERANCE = 1e-9  # relative: a ramp that ends at s may land one rounding below it
 
 
 class RopeMethod(StrEnum):
@@ -66,7 +73,9 @@ CLOSED_FORMS = (
 CRITICAL_INDEX_METHODS = (RopeMethod.yarn_rcd, RopeMethod.ntk_rcd)
 
 
-def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: int) -> RescaleFactors:
+def closed_form_factors(
+    method: RopeMethod, geometry: RopeGeometry, target_len: int
+) -> RescaleFactors:
     """Rescale factors of a method that needs no search.
 
     Args:
@@ -98,7 +107,9 @@ def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: 
             factors = llama3_bands(geometry, scale)
         case _:
             allowed = ", ".join(closed_form.value for closed_form in CLOSED_FORMS)
-            raise FactorsError(f"rope.method={method.value} has no closed form; use one of {allowed}")
+            raise FactorsError(
+                f"rope.method={method.value} has no closed form; use one of {allowed}"
+            )
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -112,12 +123,14 @@ def closed_form_factors(method: RopeMethod, geometry: RopeGeometry, target_len: 
 def critical_index_factors(
     method: RopeMethod, geometry: RopeGeometry, target_len: int, critical_index: int
 ) -> RescaleFactors:
-    """YaRN or NTK with the critical dimension corrected to c, the real one  [LongRoPE2 sec. 4.3, Table 5].
+    """YaRN or NTK with the critical dimension corrected to c, the real one  [LongRoPE2 sec. 4.3,
+    Table 5].
 
-    The paper says only that it applies the critical dimension its search found to both methods. Chosen here: each
-    method keeps its form and the point it ties to the theoretical critical dimension moves to c. NTK's base change gives
-    s at the (real-valued) theoretical index; ``ntk_rcd`` gives s at c: lambda_i = s^(i/c). YaRN's ramp ends at the first
-    index with less than one turn in L0; ``yarn_rcd`` ends it at c, so lambda_i = s for i >= c. Its beginning, 32 turns
+    The paper says only that it applies the critical dimension its search found to both methods.
+    Chosen here: each method keeps its form and the point it ties to the theoretical critical
+    dimension moves to c. NTK's base change gives s at the (real-valued) theoretical index;
+    ``ntk_rcd`` gives s at c: lambda_i = s^(i/c). YaRN's ramp ends at the first index with less than
+    one turn in L0; ``yarn_rcd`` ends it at c, so lambda_i = s for i >= c. Its beginning, 32 turns
     in L0, is no critical dimension and stays, and so does YaRN's attention scale.
 
     Args:
@@ -127,18 +140,24 @@ def critical_index_factors(
         critical_index: c, cosine index; 1 or more for ``ntk_rcd``.
 
     Raises:
-        FactorsError: another method, a critical index outside its range, or ``target_len`` below L0.
+        FactorsError: another method, a critical index outside its range, or ``target_len`` below
+            L0.
     """
     scale, last = _scale(geometry, target_len), geometry.num_frequencies - 1
     if not 0 <= critical_index <= last:
         raise FactorsError(f"critical_index={critical_index}: must be a cosine index, 0 .. {last}")
     if method is RopeMethod.yarn_rcd:
-        factors, attention_scale = yarn_ramp_to_index(geometry, scale, critical_index), yarn_attention_scale(scale)
+        factors, attention_scale = (
+            yarn_ramp_to_index(geometry, scale, critical_index),
+            yarn_attention_scale(scale),
+        )
     elif method is RopeMethod.ntk_rcd:
         factors, attention_scale = ntk_at_index(geometry, scale, critical_index), 1.0
     else:
         allowed = ", ".join(allowed.value for allowed in CRITICAL_INDEX_METHODS)
-        raise FactorsError(f"rope.method={method.value} takes no critical index; use one of {allowed}")
+        raise FactorsError(
+            f"rope.method={method.value} takes no critical index; use one of {allowed}"
+        )
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -158,3 +177,46 @@ def _scale(geometry: RopeGeometry, target_len: int) -> float:
             "give a target of at least the pre-trained window"
         )
     return target_len / geometry.original_len
+
+
+def ntk_part(critical_index: int, critical_factor: float) -> tuple[float, ...]:
+    """Factors below the critical index: lambda_i = lambda_c^(i/c) for i < c.
+
+    This is a change of base to b_c = b * lambda_c^(d / (2c)), which gives exactly lambda_c at c
+    [sec. 3.2].
+
+    Args:
+        critical_index: c, cosine index, >= 0 (0 gives an empty part).
+        critical_factor: lambda_c, dimensionless, > 0.
+
+    Returns:
+        c factors, the first one 1.
+
+    Raises:
+        FactorsError: a value outside its range.
+    """
+    if critical_index < 0:
+        raise FactorsError(f"critical_index={critical_index}: a cosine index is 0 or more")
+    if not critical_factor > 0:
+        raise FactorsError(
+            f"lambda[{critical_index}]={critical_factor}: a rescale factor must be above 0"
+        )
+    return tuple(critical_factor ** (index / critical_index) for index in range(critical_index))
+
+
+def satisfies_bound(factors: RescaleFactors, critical_index: int) -> bool:
+    """Whether lambda_i >= s for every i >= c: no angle beyond those seen in pre-training [sec. 2,
+    OOD bound].
+
+    Args:
+        factors: The long window's factors are looked at.
+        critical_index: c, the first cosine index the bound applies to.
+    """
+    return first_out_of_bound(factors, critical_index) is None
+
+
+def first_out_of_bound(factors: RescaleFactors, critical_index: int) -> int | None:
+    """The first index i >= c with lambda_i < s, where the bound of ``satisfies_bound`` is broken; None if it holds."""
+    least = factors.scale * (1 - BOUND_TOLERANCE)
+    indices = range(critical_index, len(factors.factors))
+    return next((i for i in indices if factors.factors[i] < least), None)

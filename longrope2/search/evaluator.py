@@ -1,9 +1,10 @@
-"""Evaluate rescale factors: losses from the journal where known, computed where not, stopped where pointless.
+"""Evaluate rescale factors: losses from the journal where known, computed where not, stopped where
+pointless.
 
-Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends neither on their order nor on
-who computed them, and a partial sum never exceeds the full one. Once a partial sum is above the bound, the full sum
-is above it for certain: stopping there is exact, in any order. So the batch that was hardest for the candidates before
-comes first.
+Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends
+neither on their order nor on who computed them, and a partial sum never exceeds the full one. Once
+a partial sum is above the bound, the full sum is above it for certain: stopping there is exact, in
+any order. So the batch that was hardest for the candidates before comes first.
 """
 
 import itertools
@@ -14,12 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from longrope2.rope import RescaleFactors
+from longrope2.rope.factors import RescaleFactors
 from longrope2.search.journal import Journal, factors_key
 from longrope2.search.objective import perplexity
 from longrope2.search.workers import Score
-
-__all__ = ["BatchLosses", "Evaluator", "Race"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class BatchLosses(Protocol):
 
 @dataclass(frozen=True)
 class Race:
-    """The inexact rule of ``search.pruning=racing``, fixed for a round so that all workers judge alike.
+    """The inexact rule of ``search.pruning=racing``, fixed for a round so that all workers judge
+    alike.
 
     Attributes:
         order: Batches in the order they are run.
@@ -55,11 +55,16 @@ class Race:
     limits: tuple[float, ...]
 
     @classmethod
-    def against(cls, batch_losses: Mapping[int, float], margin: float, least_batches: int) -> "Race":
+    def against(
+        cls, batch_losses: Mapping[int, float], margin: float, least_batches: int
+    ) -> "Race":
         """Race against a candidate's losses, hardest batch first, with a relative margin."""
         order = tuple(sorted(batch_losses, key=lambda batch: (-batch_losses[batch], batch)))
         sums = itertools.accumulate(batch_losses[batch] for batch in order)
-        limits = [total * (1 + margin) if n >= least_batches else math.inf for n, total in enumerate(sums, start=1)]
+        limits = [
+            total * (1 + margin) if n >= least_batches else math.inf
+            for n, total in enumerate(sums, start=1)
+        ]
         return cls(order, tuple(limits))
 
     def is_lost(self, losses: Mapping[int, float]) -> bool:
@@ -82,7 +87,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, losses: BatchLosses, journal: Journal, *, num_scored_tokens: int, is_pruning: bool = True
+        self,
+        losses: BatchLosses,
+        journal: Journal,
+        *,
+        num_scored_tokens: int,
+        is_pruning: bool = True,
     ) -> None:
         self.num_losses_computed = 0
         self._losses = losses
@@ -98,7 +108,10 @@ class Evaluator:
         return self._journal.num_losses
 
     def evaluate(
-        self, factors: RescaleFactors, bound: Callable[[], float] = lambda: math.inf, race: Race | None = None
+        self,
+        factors: RescaleFactors,
+        bound: Callable[[], float] = lambda: math.inf,
+        race: Race | None = None,
     ) -> Score:
         """Sum the losses of all samples, or stop as soon as the sum is above the bound.
 
@@ -115,7 +128,11 @@ class Evaluator:
             if batch in known:
                 continue
             total = _sum_of(known)
-            if total == math.inf or (self._is_pruning and total > bound()) or (race and race.is_lost(_by_batch(known))):
+            if (
+                total == math.inf
+                or (self._is_pruning and total > bound())
+                or (race and race.is_lost(_by_batch(known)))
+            ):
                 return self._score(known)
             known[batch] = self._computed(factors, batch)
             self._learn_hardness(batch, known[batch])
@@ -133,9 +150,14 @@ class Evaluator:
 
     def _computed(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Losses of one batch, journalled before they are used."""
-        losses = [loss if math.isfinite(loss) else math.inf for loss in self._losses(factors, batch)]
+        losses = [
+            loss if math.isfinite(loss) else math.inf for loss in self._losses(factors, batch)
+        ]
         if math.inf in losses:
-            logger.warning("factors %s gave a loss that is not finite; they count as worst", factors_key(factors))
+            logger.warning(
+                "factors %s gave a loss that is not finite; they count as worst",
+                factors_key(factors),
+            )
         self._journal.add(factors, batch, losses)
         self.num_losses_computed += len(losses)
         return losses

@@ -1,11 +1,13 @@
 """The journal of a search: every loss that was computed, so that a killed search repeats nothing.
 
-JSON lines. The first names what the losses depend on (model, samples, target length, ...); each further one holds the
-losses of one batch of samples under one set of factors, appended and flushed as soon as it is known. ``null`` stands
-for a loss that was not finite. A last line torn by a crash is cut off; damage anywhere else is refused.
+JSON lines. The first names what the losses depend on (model, samples, target length, ...); each
+further one holds the losses of one batch of samples under one set of factors, appended and flushed
+as soon as it is known. ``null`` stands for a loss that was not finite. A last line torn by a crash
+is cut off; damage anywhere else is refused.
 
-Every worker of a search appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``, ...) and reads them all when
-it starts, so workers never wait for each other, and a later run may have more or fewer of them.
+Every worker of a search appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``, ...)
+and reads them all when it starts, so workers never wait for each other, and a later run may have
+more or fewer of them.
 """
 
 import fcntl
@@ -17,9 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from longrope2.errors import ArtifactError
-from longrope2.rope import RescaleFactors
-
-__all__ = ["JOURNAL_FILE", "Journal", "factors_key"]
+from longrope2.rope.factors import RescaleFactors
 
 VERSION = 2
 JOURNAL_FILE = "journal.jsonl"
@@ -38,7 +38,9 @@ class Journal:
         num_losses: Sample losses known: those found in the files and those added since.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any], worker: int = 0, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, header: Mapping[str, Any], worker: int = 0, writes: bool = True
+    ) -> None:
         """Open or start the journal of a worker, and read those of all.
 
         Args:
@@ -48,7 +50,8 @@ class Journal:
             writes: False for the processes of a worker that leave writing to another one.
 
         Raises:
-            ArtifactError: another search has the file open, a journal is damaged, or belongs to another search.
+            ArtifactError: another search has the file open, a journal is damaged, or belongs to
+                another search.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / (f"journal.{worker}.jsonl" if worker else JOURNAL_FILE)
@@ -70,11 +73,13 @@ class Journal:
     def add(self, factors: RescaleFactors, batch: int, losses: list[float]) -> None:
         """Record the losses of one batch of samples under these factors."""
         key = factors_key(factors)
-        self._append({
-            "factors": key,
-            "batch": batch,
-            "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        })  # fmt: skip
+        self._append(
+            {
+                "factors": key,
+                "batch": batch,
+                "losses": [loss if math.isfinite(loss) else None for loss in losses],
+            }
+        )
         self._remember(key, batch, losses)
 
     def __enter__(self) -> "Journal":
@@ -89,7 +94,9 @@ class Journal:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ArtifactError(f"{self._path} is in use by another search; wait for it, or end it") from None
+            raise ArtifactError(
+                f"{self._path} is in use by another search; wait for it, or end it"
+            ) from None
 
     def _read_all(self, folder: Path, header: dict[str, Any]) -> None:
         """Load what all workers have written; cut a torn last line off the own file and give it a header."""

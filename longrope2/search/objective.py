@@ -1,14 +1,22 @@
 """What a candidate is judged by: the loss of scored tokens of fixed samples at the target length.
 
-Needle-driven perplexity [LongRoPE2, arXiv 2502.20082, sec. 3.2] scores the tokens of the value only; plain perplexity
-scores every token. Both are exp(mean negative log-likelihood over the scored tokens of all samples).
+Needle-driven perplexity [LongRoPE2, arXiv 2502.20082, sec. 3.2] scores the tokens of the value
+only; plain perplexity scores every token. Both are exp(mean negative log-likelihood over the scored
+tokens of all samples).
 
-Shape legend: B = samples of a batch, T = tokens of a sample (of this process's chunk), H = hidden size, S = scored tokens.
+Shape legend: B = samples of a batch, T = tokens of a sample (of this process's chunk), H = hidden
+size, S = scored tokens.
+
+What must hold before a search may start: it would otherwise optimise noise.
+
+(a) the scored tokens are there, whole, and inside the window; (b) the loss depends on the rescale
+factors; (c) inside its own window the model retrieves the needle, and taking the needle away raises
+the loss of the value.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +24,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from longrope2.attention import build_layout, chunk_bounds
-from longrope2.errors import DataError
-from longrope2.model import WindowedModel, head_nll, token_nll
-from longrope2.rope import RescaleFactors, Window
+from longrope2.attention.layout import build_layout, chunk_bounds
+from longrope2.errors import ArtifactError, DataError
+from longrope2.model.scoring import head_nll, token_nll
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.search.config import SearchConfig
+from longrope2.search.workers import Score
 from longrope2.segments.needle_set import NeedleSet
-
-__all__ = ["SampleLosses", "ScoredSample", "cut_documents", "needle_samples", "perplexity", "samples_sha256"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +57,15 @@ def needle_samples(needles: NeedleSet) -> list[ScoredSample]:
     return [ScoredSample(sample.through_value, sample.value_start) for sample in needles.samples]
 
 
-def cut_documents(documents: Iterable[Sequence[int]], bos_id: int, length: int, num_samples: int) -> list[ScoredSample]:
-    """Long documents scored on every token: BOS and the first ``length - 1`` ids, documents joined where too short.
+def cut_documents(
+    documents: Iterable[Sequence[int]], bos_id: int, length: int, num_samples: int
+) -> list[ScoredSample]:
+    """Long documents scored on every token: BOS and the first ``length - 1`` ids, documents joined
+    where too short.
 
     Args:
-        documents: Ids of texts without BOS, in the order they are to be used; each serves one sample only.
+        documents: Ids of texts without BOS, in the order they are to be used; each serves one
+            sample only.
         bos_id: Put in front of every sample.
         length: Tokens of a sample.
         num_samples: Samples wanted.
@@ -67,7 +80,9 @@ def cut_documents(documents: Iterable[Sequence[int]], bos_id: int, length: int, 
             break
         joined = np.concatenate([joined, np.asarray(document, dtype=np.int64)])
         if len(joined) >= length - 1:
-            samples.append(ScoredSample(np.concatenate([[bos_id], joined[: length - 1]]), first_scored=1))
+            samples.append(
+                ScoredSample(np.concatenate([[bos_id], joined[: length - 1]]), first_scored=1)
+            )
             joined = np.empty(0, dtype=np.int64)
     if len(samples) < num_samples:
         raise DataError(
@@ -95,8 +110,9 @@ def perplexity(loss_sum: float, num_scored_tokens: int) -> float:
 class SampleLosses:
     """The loss of every sample under given factors, in fixed batches.
 
-    With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of the tokens, heads are
-    exchanged for tokens in every layer, and the losses are summed over the group.
+    With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of
+    the tokens, heads are exchanged for tokens in every layer, and the losses are summed over the
+    group.
 
     Attributes:
         samples: The frozen samples.
@@ -142,19 +158,130 @@ class SampleLosses:
         """Loss of one sample whose tokens are spread over a group; the same number on all of its processes."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         num_inputs = len(sample.tokens) - 1
-        # Padded on the right to a multiple of the group's size: under a causal mask no scored token sees it.
+        # Padded on the right to a multiple of the group's size: under a causal mask no scored token
+        # sees it.
         padded = np.pad(sample.tokens, (0, -num_inputs % size), mode="edge")
         start, stop = chunk_bounds(len(padded) - 1, rank, size)
         layout = build_layout(
-            self._window, [len(padded) - 1], sequence_rank=rank, sequence_group=group, sequence_size=size,
+            self._window,
+            [len(padded) - 1],
+            sequence_rank=rank,
+            sequence_group=group,
+            sequence_size=size,
             device=self._model.hf.device,
-        )  # fmt: skip
+        )
         tokens_T = torch.from_numpy(padded).to(self._model.hf.device)
         hidden_BTH = self._model.hidden_states(tokens_T[None, start:stop], self._window, layout)
         first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
         losses_BS = head_nll(
-            self._model, hidden_BTH[:, first - start : last - start], tokens_T[None, first + 1 : last + 1]
+            self._model,
+            hidden_BTH[:, first - start : last - start],
+            tokens_T[None, first + 1 : last + 1],
         )
         loss = losses_BS.double().sum()
         dist.all_reduce(loss, group=group)
         return loss.item()
+
+
+@dataclass(frozen=True)
+class NeedleGuidance:
+    """How well the needle guides inside the original window.
+
+    Attributes:
+        needle_ppl: Perplexity of the value with the needle in the text.
+        control_ppl: The same without the needle.
+    """
+
+    needle_ppl: float
+    control_ppl: float
+
+
+def check_needle_labels(
+    needles: NeedleSet,
+    length: int,
+    bos_id: int,
+    decode: Callable[[Sequence[int] | np.ndarray], str],
+) -> None:
+    """Self-test (a): exactly ``length`` tokens, one BOS at the front, and the whole value at the
+    end.
+
+    Raises:
+        ArtifactError: a sample breaks one of these; names the sample.
+    """
+    if not needles.samples:
+        raise ArtifactError("the needle set holds no samples")
+    for number, sample in enumerate(needles.samples):
+        if len(sample.tokens) != length:
+            raise ArtifactError(
+                f"needle sample {number} has {len(sample.tokens)} tokens, target_len is {length}"
+            )
+        if sample.tokens[0] != bos_id or np.count_nonzero(sample.tokens == bos_id) != 1:
+            raise ArtifactError(
+                f"needle sample {number} does not hold exactly one BOS ({bos_id}), at its front"
+            )
+        scored = decode(sample.through_value[sample.value_start :]).strip()
+        if scored != sample.value:
+            raise ArtifactError(
+                f"needle sample {number}: the scored tokens read {scored!r}, not {sample.value!r}"
+            )
+
+
+def check_factors_matter(unscaled: Score, interpolated: Score) -> None:
+    """Self-test (b): unscaled and interpolated RoPE give different losses on the samples of the
+    search.
+
+    It costs nothing: both are among the closed forms that every search is compared with.
+
+    Raises:
+        ArtifactError: they do not: the model's RoPE is applied elsewhere, and every candidate would
+            score the same.
+    """
+    if unscaled.batch_losses == interpolated.batch_losses:
+        raise ArtifactError(
+            f"the loss is {unscaled.loss_sum:.6g} with the unscaled and with the interpolated RoPE alike: this model does "
+            "not apply the rescale factors it is given; its class is not supported"
+        )
+
+
+def check_needle_guidance(
+    with_needle: SampleLosses,
+    without_needle: SampleLosses,
+    factors: RescaleFactors,
+    config: SearchConfig,
+) -> NeedleGuidance:
+    """Self-test (c), on samples of the original window computed with the original RoPE.
+
+    Args:
+        with_needle: Needle samples of the original length, in the short window.
+        without_needle: The same keys and texts without the needle.
+        factors: Any factors of the model; their short window is used.
+        config: Holds the two limits.
+
+    Raises:
+        DataError: the model does not retrieve inside its own window, or does not use the needle.
+    """
+    guidance = NeedleGuidance(
+        _perplexity(with_needle, factors), _perplexity(without_needle, factors)
+    )
+    original_len = factors.geometry.original_len
+    advice = "this model cannot guide a needle search; use search.objective=perplexity"
+    if not guidance.needle_ppl <= config.max_needle_ppl_at_original:
+        raise DataError(
+            f"needle perplexity at {original_len} tokens, inside the original window, is {guidance.needle_ppl:.4g}, "
+            f"above search.max_needle_ppl_at_original={config.max_needle_ppl_at_original:g}: {advice}"
+        )
+    gain = float(np.log(guidance.control_ppl) - np.log(guidance.needle_ppl))
+    if not gain >= config.min_needle_loss_gain:
+        raise DataError(
+            f"the needle lowers the loss of its value by {gain:.4g} nats per token at {original_len} tokens, below "
+            f"search.min_needle_loss_gain={config.min_needle_loss_gain:g}: {advice}"
+        )
+    return guidance
+
+
+def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
+    """Perplexity over all samples."""
+    batches = (losses(factors, batch) for batch in range(losses.num_batches))
+    return perplexity(
+        math.fsum(loss for batch in batches for loss in batch), losses.num_scored_tokens
+    )

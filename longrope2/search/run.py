@@ -1,38 +1,194 @@
-"""Run a prepared search and write its product: journal, factors, history, metrics and, last, the manifest."""
+"""Run a prepared search and write its product: journal, factors, history, metrics and, last, the
+manifest.
+
+What a search costs: counted, measured, and projected to other hardware.
+
+What a finished search leaves behind: the best factors, and the history that reports are drawn from.
+"""
 
 import collections
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from longrope2.artifacts import Manifest, sha256_of_file, write_manifest, write_text
 from longrope2.config import StageConfig, to_plain
-from longrope2.model import FACTORS_FILE, ForwardCost
-from longrope2.parallel import ParallelConfig
-from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
-from longrope2.search.budget import SECONDS_PER_HOUR, SearchBudget, most_candidates, projected_hours
-from longrope2.search.config import Pruning, SearchConfig
+from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
+from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.shape import ForwardCost
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search.config import Algorithm, Objective, Pruning, SearchConfig
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
-from longrope2.search.journal import JOURNAL_FILE, Journal
-from longrope2.search.objective import SampleLosses, samples_sha256
-from longrope2.search.outcome import BASELINE_METHODS, best_factors, search_history, value_name
-from longrope2.search.selftests import NeedleGuidance, check_factors_matter
+from longrope2.search.journal import Journal
+from longrope2.search.objective import (
+    NeedleGuidance,
+    SampleLosses,
+    check_factors_matter,
+    samples_sha256,
+)
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Score, Workers
 from longrope2.segments.needle_set import NeedleSet
-from longrope2.tracking import MetricsLog, TrackingConfig, read_metrics
+from longrope2.tracking.metrics import MetricsLog, TrackingConfig, read_metrics
 
-__all__ = ["HISTORY_FILE", "JOURNAL_FILE", "NEEDLES_FILE", "PreparedSearch", "SearchRoot", "run_search"]
-
+SECONDS_PER_HOUR = 3600.0
+BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
 HISTORY_FILE = "history.json"
 NEEDLES_FILE = "needles.arrow"
-NEEDLES_FILES = (NEEDLES_FILE, "needles.json")  # the samples, and for readers the record of what they are made of
+NEEDLES_FILES = (
+    NEEDLES_FILE,
+    "needles.json",
+)  # the samples, and for readers the record of what they are made of
+
+
+def most_candidates(config: SearchConfig) -> int:
+    """Candidates of a search that finds a new one in every draw."""
+    mutations = config.parents if config.mutations is None else config.mutations
+    return config.population + config.iterations * (mutations + config.crossovers)
+
+
+def projected_hours(
+    cost: ForwardCost, target_len: int, num_forwards: int, config: SearchConfig
+) -> float:
+    """Hours on ``search.projected_gpus`` GPUs, each sustaining ``search.projected_tflops``; loading not included."""
+    rate = config.projected_gpus * config.projected_tflops * 1e12
+    return cost.flops(target_len) * num_forwards / rate / SECONDS_PER_HOUR
+
+
+@dataclass(frozen=True)
+class SearchBudget:
+    """Account of a finished search.
+
+    Attributes:
+        num_candidates: Distinct candidates evaluated.
+        num_terminated: Those of them stopped early.
+        num_forwards: Forward passes of one sample that the search and the closed forms cost, over
+            all processes and resumptions: as many as the journals hold.
+        num_forwards_saved: Those that early termination saved.
+        forward_tokens: ``num_forwards`` times the target length.
+        seconds: Wall time of this run of the command; less than the search took if it was resumed.
+        device_hours: The same times the number of processes.
+        sustained_tflops: TFLOP/s of one process in this run; None when all was known already.
+        projected_hours: The forward passes on the hardware that ``search.projected_*`` describe.
+    """
+
+    num_candidates: int
+    num_terminated: int
+    num_forwards: int
+    num_forwards_saved: int
+    forward_tokens: int
+    seconds: float
+    device_hours: float
+    sustained_tflops: float | None
+    projected_hours: float
+
+
+def _critical(config: SearchConfig) -> str:
+    """Where the critical index came from."""
+    if config.algorithm is Algorithm.longrope:
+        return "none"
+    return "searched" if config.critical is None else "fixed"
+
+
+def value_name(objective: Objective) -> str:
+    """Name of the objective's value in histories and metrics."""
+    return "needle_ppl" if objective is Objective.needle else "ppl"
+
+
+def best_factors(
+    evolution: Evolution,
+    evaluator: Evaluator,
+    space: SearchSpace,
+    config: SearchConfig,
+    *,
+    long_factors: RescaleFactors | None = None,
+    **provenance: str,
+) -> RescaleFactors:
+    """The rescale factors of the best candidate, with what they were chosen by.
+
+    With ``long_factors`` the candidate gives the short window's factors, and those are the long
+    window's.
+    """
+    best = evolution.best
+    found = space.to_factors(
+        best.candidate,
+        method=config.algorithm.value,
+        objective=config.objective.value,
+        dims=config.dims.value,
+        critical=_critical(config),
+        **{value_name(config.objective): repr(evaluator.value(best.loss_sum))},
+        **provenance,
+    )
+    if long_factors is None:
+        return found
+    short = {f"short_{key}": value for key, value in found.provenance.items()}
+    return replace(
+        long_factors, short_factors=found.factors, provenance={**long_factors.provenance, **short}
+    )
+
+
+def search_history(
+    evolution: Evolution,
+    evaluator: Evaluator,
+    space: SearchSpace,
+    config: SearchConfig,
+    *,
+    baselines: Mapping[str, float],
+    guidance: NeedleGuidance | None,
+    sample_len: int,
+    budget: SearchBudget,
+) -> dict[str, Any]:
+    """Everything a report needs, as plain JSON values.
+
+    All but ``budget`` and the costs in ``rounds`` is the same however often the search was
+    interrupted and for any number of workers. Keys: ``algorithm``, ``objective`` and
+    ``value_name``; ``sample_len``; ``budget`` (see ``SearchBudget``); ``best_value``,
+    ``critical_index``, ``theoretical_critical_index``, ``ten_period_index``; ``baselines`` (method
+    -> value on the same samples); ``rounds`` (see ``Round``); ``kept`` (best candidates: value,
+    critical index, factors); ``needle_ppl_at_original`` and ``control_ppl_at_original`` of the
+    self-test, null without one.
+    """
+    return {
+        "algorithm": config.algorithm.value,
+        "objective": config.objective.value,
+        "value_name": value_name(config.objective),
+        "best_value": evaluator.value(evolution.best.loss_sum),
+        "critical_index": evolution.best.critical_index if space.is_bounded else None,
+        "theoretical_critical_index": theoretical_critical_index(space.geometry),
+        "ten_period_index": ten_period_index(space.geometry),
+        "original_len": space.geometry.original_len,
+        "target_len": space.target_len,
+        "sample_len": sample_len,
+        "budget": asdict(budget),
+        "baselines": dict(baselines),
+        "needle_ppl_at_original": guidance.needle_ppl if guidance else None,
+        "control_ppl_at_original": guidance.control_ppl if guidance else None,
+        "rounds": [asdict(finished) for finished in evolution.rounds],
+        "kept": [
+            {
+                "value": evaluator.value(ranked.loss_sum),
+                "critical_index": ranked.critical_index if space.is_bounded else None,
+                "factors": list(space.to_factors(ranked.candidate).factors),
+            }
+            for ranked in evolution.kept
+        ],
+    }
 
 
 @dataclass
@@ -42,7 +198,8 @@ class SearchRoot(StageConfig):
     search: SearchConfig = field(default_factory=SearchConfig)
     """The evolutionary search."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Processes that share the candidates; ``parallel.sequence`` of them hold every sample together."""
+    """Processes that share the candidates; ``parallel.sequence`` of them hold every sample
+    together."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
 
@@ -55,8 +212,10 @@ class PreparedSearch:
         space: Where candidates lie.
         losses: Losses of the samples under given factors.
         cost: Floating-point operations of a forward pass.
-        sample_len: Tokens of a sample: the target window, or the original one for short-window factors.
-        long_factors: The long window's factors when the search is for the short window's; else None.
+        sample_len: Tokens of a sample: the target window, or the original one for short-window
+            factors.
+        long_factors: The long window's factors when the search is for the short window's; else
+            None.
         guidance: Figures of the needle self-test; None for the plain-perplexity objective.
         needles: The needle set to freeze; None for the plain-perplexity objective.
         inputs: ``model`` and ``corpus`` for the manifest.
@@ -72,12 +231,15 @@ class PreparedSearch:
     inputs: dict[str, dict[str, Any]]
 
 
-def run_search(config: SearchRoot, prepared: PreparedSearch, folder: Path, workers: Workers) -> None:
-    """Search, or go on with a killed search, and write the product into ``folder``; every process calls it.
+def run_search(
+    config: SearchRoot, prepared: PreparedSearch, folder: Path, workers: Workers
+) -> None:
+    """Search, or go on with a killed search, and write the product into ``folder``; every process
+    calls it.
 
     Raises:
-        ArtifactError: the folder's journal is damaged, in use, or of another search; or the model does not apply the
-            factors it is given (self-test b).
+        ArtifactError: the folder's journal is damaged, in use, or of another search; or the model
+            does not apply the factors it is given (self-test b).
         FactorsError: no candidate gave a finite loss.
     """
     started = time.monotonic()
@@ -95,7 +257,9 @@ def run_search(config: SearchRoot, prepared: PreparedSearch, folder: Path, worke
         )
         scores = _baseline_scores(prepared.space, evaluator, workers)
         check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
-        baselines = {method.value: evaluator.value(score.loss_sum) for method, score in scores.items()}
+        baselines = {
+            method.value: evaluator.value(score.loss_sum) for method, score in scores.items()
+        }
         evolution = Evolution(prepared.space, config.search, evaluator, config.seed, workers)
         if workers.is_main:
             _run_with_progress(config, evolution, evaluator, folder)
@@ -104,7 +268,15 @@ def run_search(config: SearchRoot, prepared: PreparedSearch, folder: Path, worke
     workers.wait_for_all("journals are written")
     if workers.is_main:
         num_forwards = Journal(folder, header, writes=False).num_losses
-        budget = _budget(config, prepared, evolution, workers, num_forwards, num_known, time.monotonic() - started)
+        budget = _budget(
+            config,
+            prepared,
+            evolution,
+            workers,
+            num_forwards,
+            num_known,
+            time.monotonic() - started,
+        )
         _write_product(config, prepared, evolution, evaluator, baselines, folder, budget)
     workers.wait_for_all("the product is written")
 
@@ -123,7 +295,9 @@ def _journal_header(config: SearchRoot, prepared: PreparedSearch) -> dict[str, A
     }
 
 
-def _baseline_scores(space: SearchSpace, evaluator: Evaluator, workers: Workers) -> dict[RopeMethod, Score]:
+def _baseline_scores(
+    space: SearchSpace, evaluator: Evaluator, workers: Workers
+) -> dict[RopeMethod, Score]:
     """Scores of the closed-form methods on the same samples."""
     queue = workers.queue("baselines", len(BASELINE_METHODS))
     while (task := queue.claim()) is not None:
@@ -149,27 +323,44 @@ def _budget(
         num_candidates=evolution.num_candidates,
         num_terminated=evolution.num_terminated,
         num_forwards=num_forwards,
-        num_forwards_saved=evolution.num_candidates * prepared.losses.num_samples - evolution.num_losses,
+        num_forwards_saved=evolution.num_candidates * prepared.losses.num_samples
+        - evolution.num_losses,
         forward_tokens=num_forwards * prepared.sample_len,
         seconds=round(seconds, 1),
         device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
         sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
-        projected_hours=projected_hours(prepared.cost, prepared.sample_len, num_forwards, config.search),
+        projected_hours=projected_hours(
+            prepared.cost, prepared.sample_len, num_forwards, config.search
+        ),
     )
 
 
-def _run_with_progress(config: SearchRoot, evolution: Evolution, evaluator: Evaluator, folder: Path) -> None:
+def _run_with_progress(
+    config: SearchRoot, evolution: Evolution, evaluator: Evaluator, folder: Path
+) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
     search, name = config.search, value_name(config.search.objective)
-    columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    num_logged = sum("iteration" in record for record in read_metrics(folder))  # a resume logs no round twice
+    columns = (
+        TextColumn("search"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    num_logged = sum(
+        "iteration" in record for record in read_metrics(folder)
+    )  # a resume logs no round twice
     tracking = MetricsLog(folder, config.tracking, config.run.name, "search", to_plain(config))
     with tracking, Progress(*columns) as progress:
         bar = progress.add_task("", total=most_candidates(search))
         for _ in evolution.steps():
             best = evolution.kept[0] if evolution.kept else None
-            text = f"{name} {evaluator.value(best.loss_sum):.4g} at c={best.critical_index}" if best else "no value yet"
+            text = (
+                f"{name} {evaluator.value(best.loss_sum):.4g} at c={best.critical_index}"
+                if best
+                else "no value yet"
+            )
             progress.update(bar, advance=1, description=text)
             num_logged = _log_rounds(tracking, evolution, name, num_logged)
         _log_rounds(tracking, evolution, name, num_logged)
@@ -209,17 +400,26 @@ def _write_product(
         samples_sha256=samples_hash,
     )
     history = search_history(
-        evolution, evaluator, prepared.space, config.search, baselines=baselines, guidance=prepared.guidance,
-        sample_len=prepared.sample_len, budget=budget,
-    )  # fmt: skip
+        evolution,
+        evaluator,
+        prepared.space,
+        config.search,
+        baselines=baselines,
+        guidance=prepared.guidance,
+        sample_len=prepared.sample_len,
+        budget=budget,
+    )
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
     files = [FACTORS_FILE, HISTORY_FILE, *(NEEDLES_FILES if prepared.needles is not None else ())]
-    write_manifest(folder, Manifest(
-        "factors",
-        inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},
-        config=to_plain(config),
-        seeds={"seed": config.seed},
-        counts=asdict(budget),
-        files={name: sha256_of_file(folder / name) for name in files},
-    ))  # fmt: skip
+    write_manifest(
+        folder,
+        Manifest(
+            "factors",
+            inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},
+            config=to_plain(config),
+            seeds={"seed": config.seed},
+            counts=asdict(budget),
+            files={name: sha256_of_file(folder / name) for name in files},
+        ),
+    )

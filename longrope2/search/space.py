@@ -1,11 +1,13 @@
-"""The search space: a critical index and the factors from it upwards [LongRoPE2, arXiv 2502.20082, sec. 3.2].
+"""The search space: a critical index and the factors from it upwards [LongRoPE2, arXiv 2502.20082,
+sec. 3.2].
 
-Every factor at or above the critical index c lies in [s, 2s] (out-of-distribution bound), factors never decrease with
-the index, and those below c follow from the one at c by NTK scaling. With ``dims=all`` the factors below c are chosen
-freely too, between 1 and the next one.
+Every factor at or above the critical index c lies in [s, 2s] (out-of-distribution bound), factors
+never decrease with the index, and those below c follow from the one at c by NTK scaling. With
+``dims=all`` the factors below c are chosen freely too, between 1 and the next one.
 
-The first-generation search [LongRoPE, arXiv 2402.13753] has neither bound nor critical index: every factor is free
-between 1 and 1.25 s. Its count of leading tokens kept unscaled is left out: no published model uses one.
+The first-generation search [LongRoPE, arXiv 2402.13753] has neither bound nor critical index: every
+factor is free between 1 and 1.25 s. Its count of leading tokens kept unscaled is left out: no
+published model uses one.
 
 Free factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
 """
@@ -14,20 +16,18 @@ import math
 from dataclasses import dataclass
 
 from longrope2.errors import FactorsError
-from longrope2.rope import (
-    RescaleFactors,
-    RopeGeometry,
-    RopeMethod,
-    closed_form_factors,
-    ntk_part,
-    ten_period_index,
-    theoretical_critical_index,
-)
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
+from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
 from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 
-__all__ = ["Candidate", "SearchSpace"]
-
-SEED_METHODS = (RopeMethod.pi, RopeMethod.ntk, RopeMethod.ntk_aware, RopeMethod.yarn, RopeMethod.llama3)
+SEED_METHODS = (
+    RopeMethod.pi,
+    RopeMethod.ntk,
+    RopeMethod.ntk_aware,
+    RopeMethod.yarn,
+    RopeMethod.llama3,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Candidate:
 
     Attributes:
         critical_index: c, cosine index; the number of cosine indices where nothing is bounded.
-        steps: Freely chosen factors in grid steps, non-decreasing: those from c upwards, or all with ``dims=all``.
+        steps: Freely chosen factors in grid steps, non-decreasing: those from c upwards, or all
+            with ``dims=all``.
     """
 
     critical_index: int
@@ -64,28 +65,38 @@ class SearchSpace:
     highest_ratio: float = 2.0
 
     @classmethod
-    def from_config(cls, config: SearchConfig, geometry: RopeGeometry, target_len: int) -> "SearchSpace":
+    def from_config(
+        cls, config: SearchConfig, geometry: RopeGeometry, target_len: int
+    ) -> "SearchSpace":
         """The space that the settings ask for.
 
         Raises:
-            FactorsError: ``search.critical`` is no cosine index of the model, or every dimension turns ten times in the
-                pre-trained window.
+            FactorsError: ``search.critical`` is no cosine index of the model, or every dimension
+                turns ten times in the pre-trained window.
         """
         last = geometry.num_frequencies - 1
         if config.algorithm is Algorithm.longrope:
             indices = (geometry.num_frequencies,)
         elif config.critical is not None:
             if not 0 <= config.critical <= last:
-                raise FactorsError(f"search.critical={config.critical}: must be null or a cosine index, 0 .. {last}")
+                raise FactorsError(
+                    f"search.critical={config.critical}: must be null or a cosine index, 0 .. {last}"
+                )
             indices = (config.critical,)
         else:
-            indices = tuple(range(ten_period_index(geometry), min(theoretical_critical_index(geometry), last) + 1))
+            indices = tuple(
+                range(
+                    ten_period_index(geometry), min(theoretical_critical_index(geometry), last) + 1
+                )
+            )
         if not indices:
             raise FactorsError(
                 f"every dimension turns ten times or more in original_len={geometry.original_len}: no critical "
                 f"dimension to search; check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
             )
-        return cls(geometry, target_len, indices, config.dims, round(1 / config.grid), config.highest_ratio)
+        return cls(
+            geometry, target_len, indices, config.dims, round(1 / config.grid), config.highest_ratio
+        )
 
     @property
     def lowest_step(self) -> int:
@@ -95,7 +106,9 @@ class SearchSpace:
     @property
     def highest_step(self) -> int:
         """``highest_ratio`` times s (2s), rounded down to the grid, but never below s rounded up."""
-        highest = self.highest_ratio * self.target_len * self.steps_per_unit / self.geometry.original_len
+        highest = (
+            self.highest_ratio * self.target_len * self.steps_per_unit / self.geometry.original_len
+        )
         return max(math.floor(highest), self.lowest_step)
 
     @property
@@ -113,7 +126,10 @@ class SearchSpace:
 
     def candidate(self, critical_index: int, factors: tuple[float, ...]) -> Candidate | None:
         """The candidate on the grid with these factors (one per cosine index), or None if they leave the space."""
-        steps = tuple(round(factor * self.steps_per_unit) for factor in factors[self.first_free(critical_index) :])
+        steps = tuple(
+            round(factor * self.steps_per_unit)
+            for factor in factors[self.first_free(critical_index) :]
+        )
         candidate = Candidate(critical_index, steps)
         return candidate if self.contains(candidate) else None
 
@@ -124,7 +140,10 @@ class SearchSpace:
             critical in self.critical_indices
             and len(candidate.steps) == self.geometry.num_frequencies - first
             and all(a <= b for a, b in zip(candidate.steps, candidate.steps[1:], strict=False))
-            and all(step >= self.least_step(first + n, critical) for n, step in enumerate(candidate.steps))
+            and all(
+                step >= self.least_step(first + n, critical)
+                for n, step in enumerate(candidate.steps)
+            )
             and candidate.steps[-1] <= self.highest_step
         )
 
@@ -146,7 +165,9 @@ class SearchSpace:
                 seeds.append(candidate)
         return seeds
 
-    def to_factors(self, candidate: Candidate, method: str = "longrope2", **provenance: str) -> RescaleFactors:
+    def to_factors(
+        self, candidate: Candidate, method: str = "longrope2", **provenance: str
+    ) -> RescaleFactors:
         """The rescale factors of a candidate; attention scale 1 in both windows."""
         free = tuple(step / self.steps_per_unit for step in candidate.steps)
         below = ntk_part(self.first_free(candidate.critical_index), free[0])

@@ -1,9 +1,10 @@
 """Candidates spread over workers by work-stealing, without a coordinator.
 
-A worker is one process, or one sequence-parallel group of processes that hold every sample together. All workers run the
-same deterministic search; within a round each takes the next open task from a counter in torch's key-value store, and
-publishes its score in a log there. Nothing depends on who computed what, so the result is the same for any number of
-workers. A worker that dies takes its process group with it (torchrun ends the others); what was finished is in the
+A worker is one process, or one sequence-parallel group of processes that hold every sample
+together. All workers run the same deterministic search; within a round each takes the next open
+task from a counter in torch's key-value store, and publishes its score in a log there. Nothing
+depends on who computed what, so the result is the same for any number of workers. A worker that
+dies takes its process group with it (torchrun ends the others); what was finished is in the
 journals, and the same command goes on from there.
 """
 
@@ -17,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 
-from longrope2.parallel import Processes
-
-__all__ = ["Score", "TaskQueue", "Workers"]
+from longrope2.parallel.processes import Processes
 
 POLL_SECONDS = 0.02
-GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun, long before this
+GIVE_UP_AFTER = timedelta(
+    days=7
+)  # a dead worker ends its fellows through torchrun, long before this
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class Workers:
         self.is_leader = processes is None or processes.dims.sequence_rank == 0
         self._group: ProcessGroup | None = processes.sequence_group if processes else None
         # The store behind the default process group has no public accessor.
-        self._store: Store = dist.distributed_c10d._get_default_store() if processes else HashStore()
+        self._store: Store = (
+            dist.distributed_c10d._get_default_store() if processes else HashStore()
+        )
         self._store.set_timeout(GIVE_UP_AFTER)
 
     @property
@@ -95,7 +98,9 @@ class Workers:
         device = self.processes.device if self.processes else torch.device("cpu")
         length = torch.tensor([len(value)], device=device)
         dist.broadcast(length, group=self._group, group_src=0)
-        numbers = torch.tensor(value if self.is_leader else [0.0] * int(length), dtype=torch.float64, device=device)
+        numbers = torch.tensor(
+            value if self.is_leader else [0.0] * int(length), dtype=torch.float64, device=device
+        )
         dist.broadcast(numbers, group=self._group, group_src=0)
         return numbers.tolist()
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longrope2.artifacts import atomic_path, sha256_of_bytes, write_text
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import atomic_path, sha256_of_bytes, write_text
 
-__all__ = ["NeedleSample", "NeedleSet"]
-
-SCHEMA = pa.schema([
-    ("tokens", pa.list_(pa.int64())),
-    ("value_start", pa.int64()),
-    ("key", pa.string()),
-    ("value", pa.string()),
-    ("depth", pa.float64()),
-    ("record", pa.string()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int64())),
+        ("value_start", pa.int64()),
+        ("key", pa.string()),
+        ("value", pa.string()),
+        ("depth", pa.float64()),
+        ("record", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,8 @@ class NeedleSample:
         key: What was asked for.
         value: The digits to retrieve.
         depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
-        record: Wording, positions in tokens, hash of the haystack, and the books it was taken from; plain JSON values.
+        record: Wording, positions in tokens, hash of the haystack, and the books it was taken from;
+            plain JSON values.
     """
 
     tokens: np.ndarray
@@ -64,13 +65,20 @@ class NeedleSet:
     def __post_init__(self) -> None:
         for number, sample in enumerate(self.samples):
             if len(sample.tokens) != self.length:
-                raise ArtifactError(f"needle sample {number} has {len(sample.tokens)} tokens, not {self.length}")
+                raise ArtifactError(
+                    f"needle sample {number} has {len(sample.tokens)} tokens, not {self.length}"
+                )
             if not 0 < sample.value_start < self.length - 1:
-                raise ArtifactError(f"needle sample {number} has its value at {sample.value_start} of {self.length}")
+                raise ArtifactError(
+                    f"needle sample {number} has its value at {sample.value_start} of {self.length}"
+                )
 
     def save(self, path: Path) -> None:
         """Write the set as one Arrow file, atomically, after a record for readers beside it (``.json``)."""
-        write_text(path.with_suffix(".json"), json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n")
+        write_text(
+            path.with_suffix(".json"),
+            json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n",
+        )
         columns = [
             [sample.tokens for sample in self.samples],
             [sample.value_start for sample in self.samples],
@@ -80,7 +88,9 @@ class NeedleSet:
             [json.dumps(sample.record, sort_keys=True) for sample in self.samples],
         ]
         schema = SCHEMA.with_metadata({"needle_length": str(self.length)})
-        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema)
+        table = pa.table(
+            [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema
+        )
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
             with pa.ipc.new_stream(sink, schema) as writer:
                 writer.write_table(table)
@@ -89,12 +99,16 @@ class NeedleSet:
         """What the samples are, without their tokens: keys, values, positions, books and hashes; plain JSON values."""
         samples = [
             {
-                "number": number, "key": sample.key, "value": sample.value, "depth": sample.depth,
+                "number": number,
+                "key": sample.key,
+                "value": sample.value,
+                "depth": sample.depth,
                 "value_start": sample.value_start,
-                "tokens_sha256": sha256_of_bytes(sample.tokens.astype("<i8").tobytes()), **sample.record,
+                "tokens_sha256": sha256_of_bytes(sample.tokens.astype("<i8").tobytes()),
+                **sample.record,
             }
             for number, sample in enumerate(self.samples)
-        ]  # fmt: skip
+        ]
         return {"length": self.length, "num_samples": len(samples), "samples": samples}
 
     @classmethod
@@ -110,12 +124,18 @@ class NeedleSet:
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{path} is not a needle set: {error}") from None
         if not table.schema.equals(SCHEMA) or b"needle_length" not in (table.schema.metadata or {}):
-            raise ArtifactError(f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}")
+            raise ArtifactError(
+                f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
+            )
         samples = [
             NeedleSample(
-                tokens=np.asarray(row["tokens"], dtype=np.int64), value_start=row["value_start"], key=row["key"],
-                value=row["value"], depth=row["depth"], record=json.loads(row["record"]),
+                tokens=np.asarray(row["tokens"], dtype=np.int64),
+                value_start=row["value_start"],
+                key=row["key"],
+                value=row["value"],
+                depth=row["depth"],
+                record=json.loads(row["record"]),
             )
             for row in table.to_pylist()
-        ]  # fmt: skip
+        ]
         return cls(samples=samples, length=int(table.schema.metadata[b"needle_length"]))

@@ -1,20 +1,21 @@
-"""Which segments a step trains on: a pure function of the step, so that the training cursor is one integer.
+"""Which segments a step trains on: a pure function of the step, so that the training cursor is one
+integer.
 
-ZeRO-3 makes all data-parallel groups advance together, so a micro-step costs as much as its most expensive segment. Each
-micro-step therefore draws segments of one window kind only. The kinds follow the exact short/long ratio at every
-point of the run (error diffusion), and the segments of a kind are visited in a seeded random order, each once an epoch.
+ZeRO-3 makes all data-parallel groups advance together, so a micro-step costs as much as its most
+expensive segment. Each micro-step therefore draws segments of one window kind only. The kinds
+follow the exact short/long ratio at every point of the run (error diffusion), and the segments of a
+kind are visited in a seeded random order, each once an epoch.
 
-The unit of the schedule is a *group* of ``group_size`` segments of one kind. It does not depend on the number of
-processes: any data-parallel size that divides ``group_size`` sees the same segments in the same optimizer step.
+The unit of the schedule is a *group* of ``group_size`` segments of one kind. It does not depend on
+the number of processes: any data-parallel size that divides ``group_size`` sees the same segments
+in the same optimizer step.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from longrope2.rope import Window
-
-__all__ = ["MicroStep", "StepSchedule"]
+from longrope2.rope.factors import Window
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class StepSchedule:
         for group in range(step * groups_per_step, (step + 1) * groups_per_step):
             window, ids = self._group(group)
             steps += [
-                MicroStep(window, ids[first : first + data_size]) for first in range(0, self.group_size, data_size)
+                MicroStep(window, ids[first : first + data_size])
+                for first in range(0, self.group_size, data_size)
             ]
         return steps
 
@@ -78,8 +80,12 @@ class StepSchedule:
         # Exact error diffusion in integers: the long groups are spread evenly over the epoch.
         long_before = place * num_long // self.groups_per_epoch
         is_long = (place + 1) * num_long // self.groups_per_epoch > long_before
-        window, number = (Window.LONG, long_before) if is_long else (Window.SHORT, place - long_before)
-        order = np.random.default_rng([self.seed, epoch, int(is_long)]).permutation(self._ids(window))
+        window, number = (
+            (Window.LONG, long_before) if is_long else (Window.SHORT, place - long_before)
+        )
+        order = np.random.default_rng([self.seed, epoch, int(is_long)]).permutation(
+            self._ids(window)
+        )
         chosen = order[number * self.group_size : (number + 1) * self.group_size]
         return window, tuple(int(i) for i in chosen)
 

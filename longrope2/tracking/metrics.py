@@ -1,8 +1,9 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
-The file is the record: one line per ``log`` call, appended and flushed, so a killed run keeps its history and a resumed
-one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``. The stages of a run are
-one W&B group, and a resumed stage continues its W&B run, whose id is kept in the product folder.
+The file is the record: one line per ``log`` call, appended and flushed, so a killed run keeps its
+history and a resumed one goes on below it. W&B runs offline unless the user is logged in; its
+x-axis is ``train/tokens``. The stages of a run are one W&B group, and a resumed stage continues its
+W&B run, whose id is kept in the product folder.
 """
 
 import json
@@ -16,10 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from longrope2.artifacts import write_text
 from longrope2.errors import ConfigError
-
-__all__ = ["METRICS_FILE", "MetricsLog", "TrackingConfig", "WandbMode", "read_metrics", "resolve_mode"]
+from longrope2.files.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
@@ -51,7 +50,12 @@ class MetricsLog:
     """Open on one rank only; close it (or use ``with``) so that W&B flushes."""
 
     def __init__(
-        self, folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]
+        self,
+        folder: Path,
+        tracking: TrackingConfig,
+        run_name: str,
+        stage: str,
+        config: dict[str, Any],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
@@ -69,7 +73,8 @@ class MetricsLog:
         """Keep small files with the W&B run, as an artifact.
 
         Args:
-            kind: Type of the artifact, and the end of its name: ``config``, ``factors``, ``manifest``.
+            kind: Type of the artifact, and the end of its name: ``config``, ``factors``,
+                ``manifest``.
             paths: Files, of different names.
         """
         if self._wandb is None:
@@ -108,7 +113,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]) -> Any:
+def _start_wandb(
+    folder: Path, tracking: TrackingConfig, run_name: str, stage: str, config: dict[str, Any]
+) -> Any:
     """Start or continue the W&B run of this stage; None when disabled."""
     mode = resolve_mode(tracking.wandb)
     if mode is WandbMode.disabled:
@@ -126,11 +133,15 @@ def _start_wandb(folder: Path, tracking: TrackingConfig, run_name: str, stage: s
         dir=str(folder),
         mode=mode.value,  # type: ignore[arg-type]
         config=config,
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True),
+        settings=wandb.Settings(
+            silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True
+        ),
     )
     run.define_metric("train/tokens")
     for group in METRIC_GROUPS:
-        run.define_metric(f"{group}/*", step_metric="train/tokens" if group in ("train", "perf") else None)
+        run.define_metric(
+            f"{group}/*", step_metric="train/tokens" if group in ("train", "perf") else None
+        )
     return run
 
 
@@ -144,7 +155,8 @@ def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """``auto`` -> ``WANDB_MODE``; without it online when a key is configured (environment or ~/.netrc), else offline.
+    """``auto`` -> ``WANDB_MODE``; without it online when a key is configured (environment or
+    ~/.netrc), else offline.
 
     Raises:
         ConfigError: ``WANDB_MODE`` holds something else.
@@ -155,7 +167,9 @@ def resolve_mode(mode: WandbMode) -> WandbMode:
     if named:
         allowed = {mode.value: mode for mode in WandbMode if mode is not WandbMode.auto}
         if named not in allowed:
-            raise ConfigError([f"WANDB_MODE={named} in the environment must be one of {', '.join(allowed)}"])
+            raise ConfigError(
+                [f"WANDB_MODE={named} in the environment must be one of {', '.join(allowed)}"]
+            )
         return allowed[named]
     if os.environ.get("WANDB_API_KEY"):
         return WandbMode.online

@@ -1,7 +1,9 @@
-"""The W&B workspace a user watches, built by code: one section per question, over the runs of one extension.
+"""The W&B workspace a user watches, built by code: one section per question, over the runs of one
+extension.
 
-Needs the package wandb-workspaces (extra ``dashboards``) and, to be saved, a W&B login. Panels read the metric names that
-the stages log; mix and heat maps are logged by ``launch.report workspace`` under ``MIX_KEY`` and ``NEEDLE_MAPS_KEY``.
+Needs the package wandb-workspaces (extra ``dashboards``) and, to be saved, a W&B login. Panels read
+the metric names that the stages log; mix and heat maps are logged by ``launch.report workspace``
+under ``MIX_KEY`` and ``NEEDLE_MAPS_KEY``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,6 @@ from typing import Any
 
 from longrope2.errors import ConfigError
 from longrope2.tracking.metrics import TrackingConfig
-
-__all__ = ["MIX_KEY", "NEEDLE_MAPS_KEY", "build_workspace"]
 
 NEEDLE_MAPS_KEY = "report/needle_maps"
 MIX_KEY = "report/mix_tokens"
@@ -28,7 +28,11 @@ SPEED_PANELS = (
     ("Model FLOPs utilisation, causal FLOPs", ("perf/mfu",), False),
     ("Peak memory of a process, GiB", ("perf/memory_peak_gib",), False),
     ("Seconds of a step", ("perf/step_seconds",), False),
-    ("Seconds of a micro-step by window", ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long"), False),
+    (
+        "Seconds of a micro-step by window",
+        ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long"),
+        False,
+    ),
 )
 SEARCH_PANELS = (
     ("Best perplexity so far", ("search/best_needle_ppl", "search/best_ppl"), True),
@@ -48,7 +52,8 @@ def build_workspace(
         tracking: Project and team.
         run_name: The run's name, also the group of its stages in W&B.
         mix_sources: Names of the sources of the training mix.
-        evaluated: Suite (``needle_accuracy``) -> model -> lengths in tokens that have been evaluated.
+        evaluated: Suite (``needle_accuracy``) -> model -> lengths in tokens that have been
+            evaluated.
 
     Raises:
         ConfigError: the package is not installed, or ``tracking.entity`` is not known.
@@ -56,9 +61,13 @@ def build_workspace(
     try:
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise ConfigError(["wandb-workspaces is not installed; pip install 'longrope2[dashboards]'"]) from None
+        raise ConfigError(
+            ["wandb-workspaces is not installed; pip install 'longrope2[dashboards]'"]
+        ) from None
     if tracking.entity is None:
-        raise ConfigError(["tracking.entity is null; give the W&B user or team that the workspace belongs to"])
+        raise ConfigError(
+            ["tracking.entity is null; give the W&B user or team that the workspace belongs to"]
+        )
     sections = [
         _lines_section("Training", TRAINING_PANELS, TOKENS),
         _lines_section("Speed and memory", SPEED_PANELS, TOKENS),
@@ -83,7 +92,8 @@ def _lines_section(name: str, panels: Sequence[tuple[str, Sequence[str], bool]],
     import wandb_workspaces.workspaces as ws
 
     plots: list[Any] = [
-        wr.LinePlot(title=title, x=x, y=list(metrics), log_y=log_y, title_x=x) for title, metrics, log_y in panels
+        wr.LinePlot(title=title, x=x, y=list(metrics), log_y=log_y, title_x=x)
+        for title, metrics, log_y in panels
     ]
     return ws.Section(name=name, panels=plots, is_open=True, layout_settings=_layout(len(plots)))
 
@@ -93,8 +103,12 @@ def _mix_section(sources: Sequence[str]) -> Any:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    metrics: list[Any] = [f"{MIX_KEY}/{source}/{window}" for source in sources for window in ("short", "long")]
-    plots: list[Any] = [wr.BarPlot(title="Tokens by source and window", metrics=metrics, orientation="h")]
+    metrics: list[Any] = [
+        f"{MIX_KEY}/{source}/{window}" for source in sources for window in ("short", "long")
+    ]
+    plots: list[Any] = [
+        wr.BarPlot(title="Tokens by source and window", metrics=metrics, orientation="h")
+    ]
     return ws.Section(name="Mix", panels=plots, is_open=True, layout_settings=_layout(1))
 
 
@@ -111,7 +125,9 @@ def _suite_section(suite: str, models: Mapping[str, Sequence[int]]) -> Any:
         )
         for model, lengths in models.items()
     ]
-    return ws.Section(name=f"Evaluation: {suite}", panels=plots, is_open=True, layout_settings=_layout(len(plots)))
+    return ws.Section(
+        name=f"Evaluation: {suite}", panels=plots, is_open=True, layout_settings=_layout(len(plots))
+    )
 
 
 def _maps_section() -> Any:
@@ -120,9 +136,13 @@ def _maps_section() -> Any:
     import wandb_workspaces.workspaces as ws
 
     plots: list[Any] = [
-        wr.MediaBrowser(title="Needles by depth and length", media_keys=[NEEDLE_MAPS_KEY], num_columns=2)
+        wr.MediaBrowser(
+            title="Needles by depth and length", media_keys=[NEEDLE_MAPS_KEY], num_columns=2
+        )
     ]
-    return ws.Section(name="Needle heat maps", panels=plots, is_open=True, layout_settings=_layout(1))
+    return ws.Section(
+        name="Needle heat maps", panels=plots, is_open=True, layout_settings=_layout(1)
+    )
 
 
 def _layout(num_panels: int) -> Any:

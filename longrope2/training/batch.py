@@ -1,8 +1,18 @@
 """One rank's share of a micro-step: tokens, labels, window and layout.
 
 Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
+
+The batches of coming steps, read while the present step computes.
+
+One thread reads ahead: it touches only this rank's slice of each segment, and builds labels and
+layouts on the CPU. Moving a batch to the device stays with the training thread, just before the
+step. What is read is a pure function of the step, so reading ahead changes when a batch is made and
+nothing else.
 """
 
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longrope2.attention import AttentionKernel, SegmentLayout, build_layout, chunk_bounds
-from longrope2.model import IGNORED_LABEL
-from longrope2.parallel import ParallelDims
-from longrope2.rope import Window
-from longrope2.segments import MicroStep, Segment
-
-__all__ = ["RankBatch", "SegmentSource", "load_rank_batch", "next_token_labels"]
+from longrope2.attention.kernels import AttentionKernel
+from longrope2.attention.layout import SegmentLayout, build_layout, chunk_bounds
+from longrope2.model.loss import IGNORED_LABEL
+from longrope2.parallel.dims import ParallelDims
+from longrope2.rope.factors import Window
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class RankBatch:
     num_targets: int
     """Labels of this rank that count."""
     squared_lengths: int
-    """Of the whole segment: the squared length of each document in a short window, of the segment in a long one."""
+    """Of the whole segment: the squared length of each document in a short window, of the segment
+    in a long one."""
 
     def to(self, device: torch.device | str) -> "RankBatch":
         """The same batch with its tensors on ``device``."""
@@ -52,19 +63,25 @@ class SegmentSource(Protocol):
         ...
 
 
-def next_token_labels(segment: Segment, window: Window, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Label of every position from ``start`` to ``stop``, int64: the next token, or ``IGNORED_LABEL``.
+def next_token_labels(
+    segment: Segment, window: Window, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Label of every position from ``start`` to ``stop``, int64: the next token, or
+    ``IGNORED_LABEL``.
 
-    Ignored are the segment's last position, padding, the token before padding, and in a short window the last token of
-    every document: the next document is not its continuation (paper, section 3.3). A long window predicts across
-    document ends, as its attention spans them. Only the tokens from ``start`` to one past ``stop`` are read.
+    Ignored are the segment's last position, padding, the token before padding, and in a short
+    window the last token of every document: the next document is not its continuation (paper,
+    section 3.3). A long window predicts across document ends, as its attention spans them. Only the
+    tokens from ``start`` to one past ``stop`` are read.
     """
     stop = len(segment.tokens) if stop is None else stop
     labels_T = np.full(stop - start, IGNORED_LABEL, dtype=np.int64)
     following = segment.tokens[start + 1 : stop + 1]
     labels_T[: len(following)] = following
     doc_starts = np.concatenate([[0], segment.doc_ends[:-1]])
-    for doc_start, doc_end, is_padding in zip(doc_starts, segment.doc_ends, segment.doc_is_padding, strict=True):
+    for doc_start, doc_end, is_padding in zip(
+        doc_starts, segment.doc_ends, segment.doc_is_padding, strict=True
+    ):
         first = max(doc_start - 1, 0) if is_padding else doc_end - 1
         if is_padding or window is Window.SHORT:
             labels_T[max(first - start, 0) : max(doc_end - start, 0)] = IGNORED_LABEL
@@ -80,7 +97,8 @@ def load_rank_batch(
     mixed: bool = True,
     kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> RankBatch:
-    """Read this rank's contiguous chunk of its data-parallel group's segment, and no other tokens of it; on the CPU.
+    """Read this rank's contiguous chunk of its data-parallel group's segment, and no other tokens
+    of it; on the CPU.
 
     Args:
         store: The packed segments.
@@ -91,7 +109,9 @@ def load_rank_batch(
         kernel: What will compute the attention.
     """
     segment = store.segment(micro_step.segment_ids[dims.data_rank])
-    assert segment.window is micro_step.window, f"segment {segment.index} is {segment.window}, not {micro_step.window}"
+    assert segment.window is micro_step.window, (
+        f"segment {segment.index} is {segment.window}, not {micro_step.window}"
+    )
     window = segment.window if mixed else Window.LONG
     start, stop = chunk_bounds(len(segment.tokens), dims.sequence_rank, dims.sequence)
     labels_T = next_token_labels(segment, window, start, stop)
@@ -118,3 +138,28 @@ def _squared_lengths(segment: Segment, window: Window) -> int:
     """What the segment's causal attention costs, in squared tokens."""
     ends = segment.doc_ends[-1:] if window is Window.LONG else segment.doc_ends
     return int((np.diff(ends, prepend=0).astype(np.int64) ** 2).sum())
+
+
+def step_batches(
+    load: Callable[[int], list[RankBatch]], steps: range, *, ahead: int, device: torch.device | str
+) -> Generator[list[RankBatch], None, None]:
+    """This rank's micro-steps of each step, in order; close the generator when it is not read to
+    its end.
+
+    Args:
+        load: Makes the batches of one step on the CPU.
+        steps: Steps to come, 0-based.
+        ahead: Steps read ahead at most; 0 reads each step when it is asked for.
+        device: Where the batches are handed over.
+    """
+    if ahead == 0:
+        yield from ([batch.to(device) for batch in load(step)] for step in steps)
+        return
+    waiting: deque[Future[list[RankBatch]]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-reader") as reader:
+        waiting.extend(reader.submit(load, step) for step in steps[:ahead])
+        for position in range(len(steps)):
+            batches = waiting.popleft().result()
+            if position + ahead < len(steps):
+                waiting.append(reader.submit(load, steps[position + ahead]))
+            yield [batch.to(device) for batch in batches]

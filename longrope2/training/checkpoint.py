@@ -1,54 +1,145 @@
 """Checkpoints that can be trusted: hashed when written, verified when read, ``latest`` moved last.
 
-``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training cursor; the cursor is the
-number of finished optimizer steps, and everything else (order of segments, learning rate) is a pure function of it, save
-for the count of skipped steps, which is kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed
-when it is complete: whatever ends the run in between, the one before is untouched and is used.
-Another number of ranks takes the way of ``checkpoint_universal.py``; ``checkpoint_final.py`` writes the result of a run.
+``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training
+cursor; the cursor is the number of finished optimizer steps, and everything else (order of
+segments, learning rate) is a pure function of it, save for the count of skipped steps, which is
+kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed when it is
+complete: whatever ends the run in between, the one before is untouched and is used. Another number
+of ranks takes the way of ``checkpoint_universal.py``; ``checkpoint_final.py`` writes the result of
+a run.
+
+How the files of a checkpoint come to disk: DeepSpeed says what is in them, this module writes them.
+
+DeepSpeed 0.19.8 has engines of its own that write beside the training
+(``DecoupledCheckpointEngine``, DataStates). They are not used: the first hands the live tensors to
+another process and must be done before the next update, reports a writer that died by writing
+nothing, and neither hashes nor fsyncs; the second needs a package that is not on the Python index.
+Here DeepSpeed's own ``save_checkpoint`` runs as ever, and only its last act is replaced: the state
+is serialised into memory, which fixes it, and a thread writes the bytes while training goes on.
 """
 
+import contextlib
+import io
+import json
 import logging
+import os
 import shutil
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from longrope2.artifacts import (
+from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
+    atomic_path,
     fsync_folder,
     read_manifest,
+    sha256_of_bytes,
     sha256_of_file,
     write_manifest,
     write_text,
 )
-from longrope2.errors import ArtifactError
-from longrope2.training.checkpoint_files import RankFiles, collect_hashes
-from longrope2.training.checkpoint_universal import ShardLayout, load_converted, optimizer_record
-from longrope2.training.guard import SkippedSteps
+from longrope2.training.step import SkippedSteps
+from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
-__all__ = ["CheckpointWriter", "load_newest"]
-
+POLL_SECONDS = 0.05
 LATEST_FILE = "latest"
 STEP_KIND = "training_state"
-
 log = logging.getLogger(__name__)
+
+
+class RankFiles:
+    """The files that one rank contributes to one checkpoint."""
+
+    def __init__(self, rank: int, *, in_memory: bool) -> None:
+        """Files of rank ``rank``; ``in_memory`` keeps their bytes until ``write``, else they are written at once."""
+        self._rank = rank
+        self._in_memory = in_memory
+        self._waiting: dict[Path, io.BytesIO] = {}
+        self._hashes: dict[str, str] = {}
+        self._folder = Path()
+
+    @contextlib.contextmanager
+    def taken_from(self, engine: Any, folder: Path) -> Iterator[None]:
+        """While open, the engine's checkpoint files, which belong in ``folder``, come here.
+
+        The engine is without its sequence-parallel groups meanwhile: it would note their size as a
+        tensor-parallel one, and stages 1 and 2 could not be converted.
+        """
+        self._folder = folder
+        saver, mpu = engine.checkpoint_engine, engine.mpu
+        saver.save, engine.mpu = self._take, None  # the former hides the method of its class
+        try:
+            yield
+        finally:
+            del saver.save
+            engine.mpu = mpu
+
+    def write(self) -> None:
+        """Write what waits in memory, read it back, and leave the list of all hashes for the rank that publishes."""
+        for path, buffer in self._waiting.items():
+            data = buffer.getbuffer()
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = sha256_of_bytes(data)
+            if sha256_of_file(path) != digest:
+                raise OSError(f"{path} reads back otherwise than it was written")
+            self._hashes[path.name] = digest
+            del data
+            buffer.close()
+        self._waiting.clear()
+        write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
+
+    def _take(self, state_dict: Any, path: str) -> None:
+        """In place of the engine's ``save``."""
+        if self._in_memory:
+            self._waiting[Path(path)] = buffer = io.BytesIO()
+            torch.save(state_dict, buffer)
+        else:
+            with atomic_path(Path(path)) as temporary:
+                try:
+                    torch.save(state_dict, temporary)
+                except RuntimeError as error:  # torch's word for a disk that takes no more
+                    raise OSError(f"{path}: {error}") from error
+            self._hashes[Path(path).name] = sha256_of_file(Path(path))
+
+
+def collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
+    """Wait until every rank has written its files into ``folder``; file name -> SHA-256 of all of
+    them.
+
+    Ranks tell each other by files, not by collectives: those belong to the training thread. A rank
+    that failed leaves no list; it ends the run itself.
+    """
+    hashes: dict[str, str] = {}
+    for rank in range(num_ranks):
+        path = _list_of(folder, rank)
+        while not path.is_file():
+            time.sleep(POLL_SECONDS)
+        hashes |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return dict(sorted(hashes.items()))
+
+
+def _list_of(folder: Path, rank: int) -> Path:
+    """Where a rank lists its hashes until they are in the manifest."""
+    return folder / f"rank_{rank:05d}.json"
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run; every rank has one and calls it at the same steps."""
 
     def __init__(
-        self,
-        engine: Any,
-        folder: Path,
-        identity: dict[str, Any],
-        *,
-        keep: int,
-        in_background: bool,
+        self, engine: Any, folder: Path, identity: dict[str, Any], *, keep: int, in_background: bool
     ) -> None:
         """Prepare to write.
 
@@ -57,7 +148,8 @@ class CheckpointWriter:
             folder: ``3_checkpoints`` of the run.
             identity: Stored in every manifest and compared on resume.
             keep: Newest checkpoints kept.
-            in_background: Let training go on while files are written; costs host memory for a rank's share of the state.
+            in_background: Let training go on while files are written; costs host memory for a
+                rank's share of the state.
         """
         self._engine = engine
         self._folder = folder
@@ -68,7 +160,8 @@ class CheckpointWriter:
         self._failure: Exception | None = None
 
     def save(self, steps_done: int, skipped: SkippedSteps) -> None:
-        """Begin to write ``step_<n>``; with ``in_background`` it is complete only after the next ``save`` or ``finish``.
+        """Begin to write ``step_<n>``; with ``in_background`` it is complete only after the next
+        ``save`` or ``finish``.
 
         Raises:
             ArtifactError: a file of this or the checkpoint before could not be written.
@@ -81,18 +174,30 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 shutil.rmtree(working, ignore_errors=True)
                 working.mkdir(parents=True)
-            with files.taken_from(self._engine, working):  # save_checkpoint begins with a barrier: the folder is there
+            with files.taken_from(
+                self._engine, working
+            ):  # save_checkpoint begins with a barrier: the folder is there
                 self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
         except OSError as error:
             self._failure = error
             self.raise_if_failed()
-        counts = {"steps": steps_done, "skipped_steps": skipped.total, "skipped_in_a_row": skipped.in_a_row}
-        details = {"shards": ShardLayout.of(self._engine).to_json(), "optimizer": optimizer_record(self._engine)}
+        counts = {
+            "steps": steps_done,
+            "skipped_steps": skipped.total,
+            "skipped_in_a_row": skipped.in_a_row,
+        }
+        details = {
+            "shards": ShardLayout.of(self._engine).to_json(),
+            "optimizer": optimizer_record(self._engine),
+        }
         manifest = None
         if dist.get_rank() == 0:  # the others need none, and it asks git for the commit
             manifest = Manifest(STEP_KIND, inputs=self._identity, counts=counts, details=details)
         self._thread = threading.Thread(
-            target=self._write, args=(files, working, tag, manifest), name="checkpoint-writer", daemon=True
+            target=self._write,
+            args=(files, working, tag, manifest),
+            name="checkpoint-writer",
+            daemon=True,
         )
         self._thread.start()
         if not self._in_background:
@@ -144,7 +249,8 @@ class CheckpointWriter:
         working.rename(self._folder / tag)
         fsync_folder(self._folder)
         write_text(self._folder / LATEST_FILE, tag + "\n")
-        # A newer one was found damaged when the run was resumed: it must not take the place of an intact one.
+        # A newer one was found damaged when the run was resumed: it must not take the place of an
+        # intact one.
         intact = [path for path in _step_folders(self._folder) if path.name <= tag]
         for path in set(_step_folders(self._folder)) - set(intact[-self._keep :]):
             shutil.rmtree(path)
@@ -156,11 +262,12 @@ def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[in
     One that another number of ranks wrote is converted first.
 
     Returns:
-        Finished optimizer steps, and how many of them were skipped; zeros when there is no checkpoint.
+        Finished optimizer steps, and how many of them were skipped; zeros when there is no
+        checkpoint.
 
     Raises:
-        ArtifactError: there are checkpoints and all are damaged, they belong to another run, or the newest cannot be
-            converted.
+        ArtifactError: there are checkpoints and all are damaged, they belong to another run, or the
+            newest cannot be converted.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -177,13 +284,19 @@ def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[in
     if written_as is None or written_as.fits(ShardLayout.of(engine)):
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
-            raise ArtifactError(f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before")
+            raise ArtifactError(
+                f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before"
+            )
     else:
         load_converted(engine, folder / tag, written_as, manifest.details["optimizer"])
-    return counts["steps"], SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
+    return counts["steps"], SkippedSteps(
+        counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0)
+    )
 
 
-def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, Manifest] | ArtifactError | None:
+def _newest_intact(
+    folder: Path, identity: dict[str, Any]
+) -> tuple[str, Manifest] | ArtifactError | None:
     """Name and manifest of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
     candidates = _step_folders(folder)
     if not candidates:
@@ -195,26 +308,34 @@ def _newest_intact(folder: Path, identity: dict[str, Any]) -> tuple[str, Manifes
         except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
             log.warning("skipping a damaged checkpoint: %s", error)
             continue
-        changed = [key for key in identity if _content(manifest.inputs.get(key)) != _content(identity[key])]
+        changed = [
+            key for key in identity if _content(manifest.inputs.get(key)) != _content(identity[key])
+        ]
         if changed:
             return ArtifactError(
                 f"{candidate} was written by another run: {', '.join(changed)} differ; "
                 "use another run.name, or remove the checkpoints to start over"
             )
         return candidate.name, manifest
-    return ArtifactError(f"no checkpoint in {folder} is intact ({len(candidates)} damaged); remove them to start over")
+    return ArtifactError(
+        f"no checkpoint in {folder} is intact ({len(candidates)} damaged); remove them to start over"
+    )
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its hash, and the cursor, which no hash covers, with the folder's name."""
     steps = manifest.counts.get("steps")
     if not isinstance(steps, int) or folder.name != _tag(steps):
-        raise ArtifactError(f"{folder / MANIFEST_NAME} says counts.steps={steps}, its folder another number")
+        raise ArtifactError(
+            f"{folder / MANIFEST_NAME} says counts.steps={steps}, its folder another number"
+        )
     paths = [folder / name for name in manifest.files]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ArtifactError(f"{missing[0]} is missing")
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock: 100 GB of an 8B model should not take minutes
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # hashing leaves Python's lock: 100 GB of an 8B model should not take minutes
         hashes = list(pool.map(sha256_of_file, paths))
     for path, found, expected in zip(paths, hashes, manifest.files.values(), strict=True):
         if found != expected:

@@ -1,4 +1,7 @@
-"""Settings of a training run, and the checks that cross their fields."""
+"""Settings of a training run, and the checks that cross their fields.
+
+Settings of DeepSpeed's ZeRO beyond the stage, and the checks that cross them.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -7,25 +10,93 @@ from pathlib import Path
 
 import torch
 
-from longrope2.artifacts import resolve_model_folder
-from longrope2.attention import AttentionConfig
+from longrope2.attention.kernels import AttentionConfig
 from longrope2.config import StageConfig
 from longrope2.errors import ConfigError
-from longrope2.model import NormKernel, RopeConfig
-from longrope2.parallel import ParallelConfig, head_faults
-from longrope2.tracking import TrackingConfig
-from longrope2.training.zero import ZeroConfig, zero_faults
+from longrope2.model.factors_source import RopeConfig
+from longrope2.model.folder import resolve_model_folder
+from longrope2.model.norms import NormKernel
+from longrope2.parallel.dims import ParallelConfig, head_faults
+from longrope2.tracking.metrics import TrackingConfig
 
-__all__ = [
-    "OptimizerKind",
-    "Precision",
-    "Recompute",
-    "TrainRoot",
-    "TrainingConfig",
-    "check",
-    "check_rules",
-    "compute_dtype",
-]
+
+class CommunicationType(Enum):
+    """Number format in which gradients travel between ranks."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class ZeroConfig:
+    """How ZeRO shards and communicates; the stage itself is ``parallel.zero_stage``. Defaults are
+    DeepSpeed's.
+
+    Sizes count elements, not bytes: larger buckets mean fewer, longer messages and more memory for
+    buffers.
+    """
+
+    hpz_size: int = 1
+    """Ranks (a node, say) that together hold a second full copy of the parameters, so that the
+    gathers of the backward pass stay among them; 1 keeps none. Stage 3 only; divides the number
+    of processes."""
+    reduce_bucket_elements: int = 500_000_000
+    """Gradients reduced in one message. Stages 1 to 3."""
+    gather_bucket_elements: int = 500_000_000
+    """Updated parameters gathered in one message. Stages 1 and 2."""
+    prefetch_elements: int = 50_000_000
+    """Parameters gathered ahead of their use. Stage 3."""
+    max_live_elements: int = 1_000_000_000
+    """Gathered parameters kept at most before the next are released. Stage 3."""
+    overlap_communication: bool | None = None
+    """Reduce gradients while the backward pass goes on; null is on for stage 3 and off below."""
+    gradient_dtype: CommunicationType = CommunicationType.auto
+    """Format of reduced gradients without sequence parallelism; ``auto`` is that of the forward
+    pass."""
+    sequence_gradient_dtype: CommunicationType = CommunicationType.fp32
+    """The same with ``parallel.sequence`` > 1; bf16 halves the traffic, fp32 sums the chunks of a
+    segment exactly."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in CPU memory and update there. Stages 1 to 3,
+    ``training.optimizer=torch_adamw``."""
+    pin_memory: bool = True
+    """Page-locked CPU memory for the offloaded state: faster copies."""
+
+
+def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str) -> list[str]:
+    """Values that are out of range or do not fit the stage, the processes or the optimizer; empty when all fit."""
+    faults = [
+        f"zero.{name}={getattr(zero, name)} must be above 0"
+        for name in (
+            "hpz_size",
+            "reduce_bucket_elements",
+            "gather_bucket_elements",
+            "max_live_elements",
+        )
+        if getattr(zero, name) <= 0
+    ]
+    if zero.prefetch_elements < 0:
+        faults.append(f"zero.prefetch_elements={zero.prefetch_elements} must not be negative")
+    if zero.hpz_size > 1 and stage != 3:
+        faults.append(
+            f"zero.hpz_size={zero.hpz_size} needs parallel.zero_stage=3, this run has {stage}; use 1"
+        )
+    if zero.hpz_size > 0 and world_size > 0 and world_size % zero.hpz_size:
+        allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        faults.append(
+            f"zero.hpz_size={zero.hpz_size} does not divide {world_size} processes; use one of {allowed}"
+        )
+    if zero.offload_optimizer and stage == 0:
+        faults.append(
+            "zero.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, this run has 0"
+        )
+    if zero.offload_optimizer and optimizer != "torch_adamw":
+        faults.append(
+            f"zero.offload_optimizer=true updates on the CPU, where training.optimizer={optimizer} cannot run; "
+            "use training.optimizer=torch_adamw"
+        )
+    return faults
 
 
 class Precision(Enum):
@@ -67,12 +138,14 @@ class TrainingConfig:
     tokens: int | None = None
     """Token budget; null trains one pass over the segments. Rounded down to whole steps."""
     global_batch_tokens: int = 8_388_608
-    """Tokens of one optimizer step over all processes: a multiple of ``target_len`` * ``same_kind_segments``."""
+    """Tokens of one optimizer step over all processes: a multiple of ``target_len`` *
+    ``same_kind_segments``."""
     same_kind_segments: int = 8
-    """Segments in a row that share the window kind; a multiple of the data-parallel size, so that ranks wait for none."""
+    """Segments in a row that share the window kind; a multiple of the data-parallel size, so that
+    ranks wait for none."""
     mixed: bool = True
-    """False trains every segment with the rescaled RoPE and full attention (the paper's ablation); the result is read
-    with the rescaled RoPE at every length."""
+    """False trains every segment with the rescaled RoPE and full attention (the paper's
+    ablation); the result is read with the rescaled RoPE at every length."""
     optimizer: OptimizerKind = OptimizerKind.torch_adamw
     """AdamW of torch (fused on a GPU), of DeepSpeed, or of NVIDIA apex where that is installed."""
     learning_rate: float = 2e-5
@@ -86,29 +159,34 @@ class TrainingConfig:
     beta2: float = 0.95
     """AdamW's second decay rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms and embeddings decay only with ``decay_norms_and_embeddings``."""
+    """Decoupled weight decay on matrices; norms and embeddings decay only with
+    ``decay_norms_and_embeddings``."""
     decay_norms_and_embeddings: bool = False
     """Decay every parameter alike."""
     gradient_clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     skip_grad_norm: float | None = None
-    """Gradient norm (before clipping) above which a step is skipped; null skips only steps that are not finite."""
+    """Gradient norm (before clipping) above which a step is skipped; null skips only steps that are
+    not finite."""
     max_skipped_steps: int = 5
     """Steps in a row that may be skipped before the run stops."""
     precision: Precision = Precision.auto
     """``auto`` is bf16 on a GPU and fp32 on a CPU."""
     recompute: Recompute = Recompute.none
-    """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and recomputes the rest."""
+    """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and
+    recomputes the rest."""
     norm: NormKernel = NormKernel.auto
-    """Kernel of the RMS norms: on a GPU ``auto`` takes the first of liger, apex and torch (its fused operator) that runs
-    here, and says so; ``model`` is transformers' own."""
+    """Kernel of the RMS norms: on a GPU ``auto`` takes the first of liger, apex and torch (its
+    fused operator) that runs here, and says so; ``model`` is transformers' own."""
     offload_activations: bool = False
     """Keep what ``recompute`` leaves in CPU memory: less GPU memory, slower steps."""
     selftest: bool = True
-    """Before the model is loaded, compare a tiny one in this layout of processes with one process alone (seconds)."""
+    """Before the model is loaded, compare a tiny one in this layout of processes with one process
+    alone (seconds)."""
     hang_timeout_s: float | None = 1200.0
-    """Seconds without progress after which a rank says which ranks are behind, and ends the run; null waits for ever. Above
-    the longest step, checkpoint or model load, and below ``parallel.timeout_seconds``, or that comes first."""
+    """Seconds without progress after which a rank says which ranks are behind, and ends the run;
+    null waits for ever. Above the longest step, checkpoint or model load, and below
+    ``parallel.timeout_seconds``, or that comes first."""
     prefetch_steps: int = 1
     """Steps whose segments are read ahead in a thread; 0 reads each step when it begins."""
     checkpoint_steps: int = 200
@@ -116,13 +194,16 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     async_checkpoints: bool = True
-    """Write checkpoints while training goes on; false waits for the disk and keeps no copy of the state in memory."""
+    """Write checkpoints while training goes on; false waits for the disk and keeps no copy of the
+    state in memory."""
     final_dtype: FinalDtype = FinalDtype.auto
-    """Weights of ``final/``; ``auto`` is the format of the forward pass; fp32 after bf16 gives the master weights."""
+    """Weights of ``final/``; ``auto`` is the format of the forward pass; fp32 after bf16 gives the
+    master weights."""
     log_steps: int = 1
     """Steps between metric records."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one device for ``perf/mfu``; null takes the bf16 peak of a known GPU, and leaves it out otherwise."""
+    """Peak TFLOP/s of one device for ``perf/mfu``; null takes the bf16 peak of a known GPU, and
+    leaves it out otherwise."""
     stop_after_step: int | None = None
     """Stop with a checkpoint after this many steps; the same command goes on from there."""
 
@@ -175,7 +256,11 @@ def check_rules(config: TrainRoot, folder: Path, world_size: int) -> None:
     Raises:
         ConfigError: all faults together, each naming its key.
     """
-    faults = _range_faults(config.training) + _window_faults(config) + _parallel_faults(config, folder, world_size)
+    faults = (
+        _range_faults(config.training)
+        + _window_faults(config)
+        + _parallel_faults(config, folder, world_size)
+    )
     faults += zero_faults(
         config.zero,
         stage=config.parallel.zero_stage,
@@ -188,8 +273,16 @@ def check_rules(config: TrainRoot, folder: Path, world_size: int) -> None:
 
 def _range_faults(training: TrainingConfig) -> list[str]:
     """Values outside their range."""
-    above_zero = ("global_batch_tokens", "same_kind_segments", "learning_rate", "gradient_clip", "checkpoint_steps",
-                  "keep_checkpoints", "log_steps", "max_skipped_steps")  # fmt: skip
+    above_zero = (
+        "global_batch_tokens",
+        "same_kind_segments",
+        "learning_rate",
+        "gradient_clip",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "log_steps",
+        "max_skipped_steps",
+    )
     faults = [
         f"training.{name}={getattr(training, name)} must be above 0"
         for name in above_zero
@@ -199,7 +292,9 @@ def _range_faults(training: TrainingConfig) -> list[str]:
         if not 0 <= getattr(training, name) < 1:
             faults.append(f"training.{name}={getattr(training, name)} must be in [0, 1)")
     if not 0 <= training.min_learning_rate_ratio <= 1:
-        faults.append(f"training.min_learning_rate_ratio={training.min_learning_rate_ratio} must be in [0, 1]")
+        faults.append(
+            f"training.min_learning_rate_ratio={training.min_learning_rate_ratio} must be in [0, 1]"
+        )
     for name in ("weight_decay", "warmup_steps", "prefetch_steps"):
         if getattr(training, name) < 0:
             faults.append(f"training.{name}={getattr(training, name)} must not be negative")
@@ -208,7 +303,9 @@ def _range_faults(training: TrainingConfig) -> list[str]:
         if value is not None and value <= 0:
             faults.append(f"training.{name}={value} must be above 0, or null")
     if training.offload_activations and training.recompute is Recompute.none:
-        faults.append("training.offload_activations=true needs training.recompute=full or dense; with none all stays")
+        faults.append(
+            "training.offload_activations=true needs training.recompute=full or dense; with none all stays"
+        )
     return faults
 
 
@@ -217,7 +314,9 @@ def _window_faults(config: TrainRoot) -> list[str]:
     target, original, training = config.target_len, config.model.original_len, config.training
     faults = []
     if original < 1 or target < original or target % original:
-        faults.append(f"target_len={target} must be a multiple of model.original_len={original}, and not below it")
+        faults.append(
+            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
+        )
     group_tokens = max(1, target * training.same_kind_segments)
     if training.global_batch_tokens % group_tokens:
         faults.append(
@@ -246,7 +345,10 @@ def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[s
         return [*faults, f"parallel.processes={world_size} must be above 0"]
     if parallel.sequence < 1 or world_size % parallel.sequence:
         allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        return [*faults, f"parallel.sequence={parallel.sequence} does not divide {world_size} processes; use {allowed}"]
+        return [
+            *faults,
+            f"parallel.sequence={parallel.sequence} does not divide {world_size} processes; use {allowed}",
+        ]
     if config.target_len % parallel.sequence:
         faults.append(
             f"target_len={config.target_len} must be a multiple of parallel.sequence={parallel.sequence}, "

@@ -1,19 +1,207 @@
-"""The DeepSpeed engine around the windowed model."""
+"""The DeepSpeed engine around the windowed model.
 
+DeepSpeed's dictionary from typed fields; nothing else in this project writes to it, and no
+DeepSpeed JSON is kept.
+
+What the backward pass computes again instead of remembering: ``training.recompute``.
+
+- ``none``: everything is remembered.
+- ``full``: of a decoder layer only its input; the whole layer runs again, attention included.
+- ``dense``: its input and what attention's backward reads; everything but attention (the dense
+  products, norms, rotary) runs again. At 131,072 tokens attention is most of the work, so this is
+  nearly as fast as ``none`` (attention/kept.py says what it costs in memory).
+
+All three give the same loss and gradients: nothing is approximated, and the recomputation repeats
+the same operations. ``training.offload_activations`` keeps what is remembered between layers in CPU
+memory.
+
+ZeRO-3 from the first parameter on: each rank keeps its share of a parameter as soon as it exists.
+
+Without this DeepSpeed shards a model that every rank has loaded whole. The sharding itself is
+DeepSpeed's own (``deepspeed.zero.Init``): rank 0's values are broadcast, every rank keeps its part.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from longrope2.model import WindowedModel, choose_norm, load_windowed_model, use_norm
-from longrope2.parallel import Processes
-from longrope2.training.config import TrainRoot, compute_dtype
-from longrope2.training.deepspeed_settings import deepspeed_settings
+from longrope2.attention.windowed import kept_attention_contexts
+from longrope2.errors import ConfigError
+from longrope2.model.loading import load_windowed_model
+from longrope2.model.norms import choose_norm, use_norm
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.parallel.processes import Processes
+from longrope2.training.config import (
+    CommunicationType,
+    Recompute,
+    TrainingConfig,
+    TrainRoot,
+    ZeroConfig,
+    compute_dtype,
+)
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.plan import TrainingPlan
-from longrope2.training.recompute import apply_recompute
-from longrope2.training.shares import RankShares
 
-__all__ = ["make_engine", "take_in_shares", "wrap_model"]
+NEVER = 1_000_000_000
+
+
+def deepspeed_settings(
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    zero: ZeroConfig,
+    *,
+    micro_steps: int,
+    bf16: bool,
+) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given; one segment per micro-step and process group.
+
+    Without ZeRO and in float32 DeepSpeed clips but does not report the norm: there ``run_step``
+    clips instead.
+
+    Args:
+        training: For clipping.
+        parallel: For the stage and the size below which parameters stay whole.
+        zero: Everything else about ZeRO.
+        micro_steps: Micro-steps of one optimizer step.
+        bf16: Forward and backward in bf16 with float32 master weights.
+    """
+    clips_itself = parallel.zero_stage > 0 or bf16
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": training.gradient_clip if clips_itself else 0.0,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": _zero_section(parallel, zero),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam is compiled on first use; torch's is there
+        "seq_parallel_communication_data_type": _sequence_gradient_dtype(zero, bf16=bf16).value,
+        "steps_per_print": NEVER,
+    }
+    if zero.gradient_dtype is not CommunicationType.auto:
+        settings["communication_data_type"] = zero.gradient_dtype.value
+    if bf16 and parallel.zero_stage >= 2:
+        # DeepSpeed would add up the micro-steps in bf16, 8 bits for 64 of them on 8 GPUs. Stages 0
+        # and 1 know no other way.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _sequence_gradient_dtype(zero: ZeroConfig, *, bf16: bool) -> CommunicationType:
+    """DeepSpeed has no word for ``auto`` here: the format of the forward pass by name."""
+    if zero.sequence_gradient_dtype is not CommunicationType.auto:
+        return zero.sequence_gradient_dtype
+    return CommunicationType.bf16 if bf16 else CommunicationType.fp32
+
+
+def _zero_section(parallel: ParallelConfig, zero: ZeroConfig) -> dict[str, Any]:
+    """The keys that the stage reads.
+
+    ``reduce_scatter`` stays on: with it ZeRO-3 divides gradients by the whole world, as
+    ``gradient_scale`` assumes.
+    """
+    section: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_scatter": True}
+    if parallel.zero_stage == 0:
+        return section
+    section["reduce_bucket_size"] = zero.reduce_bucket_elements
+    if zero.overlap_communication is not None:
+        section["overlap_comm"] = zero.overlap_communication
+    if zero.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": zero.pin_memory}
+    if parallel.zero_stage < 3:
+        section["allgather_bucket_size"] = zero.gather_bucket_elements
+        return section
+    return section | {
+        "stage3_param_persistence_threshold": parallel.replicate_below,
+        "stage3_prefetch_bucket_size": zero.prefetch_elements,
+        "stage3_max_live_parameters": zero.max_live_elements,
+        "zero_hpz_partition_size": zero.hpz_size,
+    }
+
+
+def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> None:
+    """Checkpoint every decoder layer of a transformers model as the policy says; it acts in
+    training mode only.
+
+    Args:
+        hf: The model.
+        policy: ``training.recompute``.
+        offload: ``training.offload_activations``; needs a policy other than ``none``.
+
+    Raises:
+        ConfigError: the model class has no layers that can be checkpointed.
+    """
+    if policy is Recompute.none:
+        return
+    try:
+        hf._set_gradient_checkpointing(
+            enable=True,
+            gradient_checkpointing_func=partial(_checkpointed, policy=policy, offload=offload),
+        )
+    except ValueError:
+        raise ConfigError(
+            [
+                f"training.recompute={policy.value}: {type(hf).__name__} has no layers that can be recomputed; use none"
+            ]
+        ) from None
+
+
+def _checkpointed(
+    layer: Callable[..., Any], *inputs: Tensor, policy: Recompute, offload: bool
+) -> Any:
+    """One layer's forward; ``inputs`` are what it is given by position, its hidden states."""
+    contexts = noop_context_fn
+    if policy is Recompute.dense:
+        contexts = partial(kept_attention_contexts, on_cpu=offload)
+    # The checkpoint saves the layer's inputs under the hooks that are open around it, and no other
+    # tensor.
+    with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+class RankShares:
+    """Takes the parameters of one model, in the same order on all ranks."""
+
+    def __init__(
+        self, settings: dict[str, Any], mpu: ModuleType | None, dtype: torch.dtype
+    ) -> None:
+        """Prepare for the engine that will own the parameters.
+
+        Args:
+            settings: DeepSpeed's dictionary of that engine.
+            mpu: Its sequence-parallel groups.
+            dtype: Number format of the parameters.
+        """
+        self._settings, self._mpu, self._dtype = settings, mpu, dtype
+        self._first: Any = None
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """Keep this rank's share of rank 0's values; the rest is released. Every rank calls this."""
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+            return
+        from deepspeed.runtime.zero import (
+            Init,  # by now loaded with DS_ACCELERATOR set (processes.py)
+        )
+        from deepspeed.utils import groups
+
+        holder = nn.Module()
+        holder.register_parameter("first", parameter)
+        Init(
+            module=holder,
+            config_dict_or_path=self._settings,
+            dtype=self._dtype,
+            mpu=self._mpu,
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        )
+        self._first = parameter
 
 
 def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> Any:
@@ -35,7 +223,12 @@ def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> 
 
 
 def take_in_shares(
-    model: WindowedModel, config: TrainRoot, processes: Processes, *, micro_steps: int, dtype: torch.dtype
+    model: WindowedModel,
+    config: TrainRoot,
+    processes: Processes,
+    *,
+    micro_steps: int,
+    dtype: torch.dtype,
 ) -> None:
     """Under ZeRO-3, leave each rank its share of a model that is whole; arguments as for ``wrap_model``."""
     shares = _shares(config, processes, micro_steps, dtype)
@@ -45,7 +238,12 @@ def take_in_shares(
 
 
 def wrap_model(
-    model: WindowedModel, config: TrainRoot, processes: Processes, *, micro_steps: int, dtype: torch.dtype
+    model: WindowedModel,
+    config: TrainRoot,
+    processes: Processes,
+    *,
+    micro_steps: int,
+    dtype: torch.dtype,
 ) -> Any:
     """The DeepSpeed engine that the configuration asks for, around a model; every rank calls this.
 
@@ -59,7 +257,9 @@ def wrap_model(
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
     use_norm(model.hf, choose_norm(config.training.norm, processes.device, dtype).kernel)
-    apply_recompute(model.hf, config.training.recompute, offload=config.training.offload_activations)
+    apply_recompute(
+        model.hf, config.training.recompute, offload=config.training.offload_activations
+    )
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -70,7 +270,9 @@ def wrap_model(
     return engine
 
 
-def _shares(config: TrainRoot, processes: Processes, micro_steps: int, dtype: torch.dtype) -> RankShares | None:
+def _shares(
+    config: TrainRoot, processes: Processes, micro_steps: int, dtype: torch.dtype
+) -> RankShares | None:
     """What keeps this rank's part of each parameter; None where ranks hold the whole model."""
     if config.parallel.zero_stage < 3:
         return None
@@ -80,5 +282,9 @@ def _shares(config: TrainRoot, processes: Processes, micro_steps: int, dtype: to
 def _settings(config: TrainRoot, micro_steps: int, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
     return deepspeed_settings(
-        config.training, config.parallel, config.zero, micro_steps=micro_steps, bf16=dtype is torch.bfloat16
+        config.training,
+        config.parallel,
+        config.zero,
+        micro_steps=micro_steps,
+        bf16=dtype is torch.bfloat16,
     )

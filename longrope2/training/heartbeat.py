@@ -1,18 +1,29 @@
-"""Who hangs, where: every rank notes what it does, and a thread on every rank notices when nothing moves any more.
+"""Who hangs, where: every rank notes what it does, and a thread on every rank notices when nothing
+moves any more.
 
-The training thread marks its progress in memory, which costs nothing. A thread beside it writes the latest mark to
-``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead can be told from one that waits. Ranks
-make the same marks in the same order, so the rank with the fewest marks is the one the others wait for.
+The training thread marks its progress in memory, which costs nothing. A thread beside it writes the
+latest mark to ``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead
+can be told from one that waits. Ranks make the same marks in the same order, so the rank with the
+fewest marks is the one the others wait for.
 
-When a rank has made no mark for ``training.hang_timeout_s``, another thread, which a stalled file system cannot hold, prints
-which ranks are behind, at which step and in which phase, prints the stacks of its own threads (also to
-``rank_00003.stacks``), and ends the process with ``HANG_EXIT_CODE``. Without it the run would sit on its nodes until
-the collectives time out, and not say why.
+When a rank has made no mark for ``training.hang_timeout_s``, another thread, which a stalled file
+system cannot hold, prints which ranks are behind, at which step and in which phase, prints the
+stacks of its own threads (also to ``rank_00003.stacks``), and ends the process with
+``HANG_EXIT_CODE``. Without it the run would sit on its nodes until the collectives time out, and
+not say why.
+
+Stop signals: a cluster that wants its nodes back gets a checkpoint, not a dead run.
+
+SIGTERM (cancelled, preempted) and SIGUSR1 (``#SBATCH --signal=USR1@300``: the time limit is near)
+are remembered, not obeyed at once. Between two optimizer steps all ranks agree whether any of them
+was asked to stop; so none stops alone while the others wait in a collective, and what is saved is a
+whole step.
 """
 
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,18 +31,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
-__all__ = ["HANG_EXIT_CODE", "Beat", "Heartbeat", "describe_hang"]
+import torch
+import torch.distributed as dist
 
 HANG_EXIT_CODE = 76
-"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, told apart from 1, 2 and 75 (``stopping.py``)."""
-
+"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, told apart from 1, 2 and 75
+(``stopping.py``)."""
 FOLDER = "heartbeats"
 WRITE_SECONDS = 5.0
 REPORT_SECONDS = 60.0
 """Time to say who hangs: a stalled file system must not keep the process for ever."""
 MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
+REQUEUE_EXIT_CODE = 75
+"""Exit code of a run that saved and stopped because of a signal: the same command goes on from
+there.
+
+It is EX_TEMPFAIL of sysexits.h ("try again later"), apart from 0 (done or stopped as configured), 1
+(a fault of this project, or a killed rank) and 2 (a fault of the user's), so that a job script can
+requeue on it and on nothing else.
+"""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,9 @@ class Beat:
         line += f"{now - self.since:.0f} s"
         silent = now - self.written
         if silent > sign_of_life_seconds:
-            line += f"; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
+            line += (
+                f"; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
+            )
         return line
 
 
@@ -78,11 +102,17 @@ class Heartbeat:
             product: The run's ``3_checkpoints``.
             rank: This process.
             world_size: All processes.
-            timeout_s: Seconds without a mark after which the process ends; None only writes the files.
+            timeout_s: Seconds without a mark after which the process ends; None only writes the
+                files.
             leave: Ends the process at once, without the clean-up that may hang too.
         """
         self._folder = product / FOLDER
-        self._rank, self._world_size, self._timeout_s, self._leave = rank, world_size, timeout_s, leave
+        self._rank, self._world_size, self._timeout_s, self._leave = (
+            rank,
+            world_size,
+            timeout_s,
+            leave,
+        )
         self._interval = WRITE_SECONDS if timeout_s is None else min(WRITE_SECONDS, timeout_s / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._now = (0, 0, "start", time.time())
@@ -161,7 +191,9 @@ class Heartbeat:
     def _leave_without_report(self) -> None:
         """Leave though the report is not done."""
         print(
-            f"rank {self._rank}: no progress, and {self._folder} cannot be read or written", file=sys.stderr, flush=True
+            f"rank {self._rank}: no progress, and {self._folder} cannot be read or written",
+            file=sys.stderr,
+            flush=True,
         )
         self._leave(HANG_EXIT_CODE)
 
@@ -185,7 +217,9 @@ class Heartbeat:
         self._leave(HANG_EXIT_CODE)
 
 
-def describe_hang(beats: Sequence[Beat | None], rank: int, timeout_s: float, sign_of_life_seconds: float) -> str:
+def describe_hang(
+    beats: Sequence[Beat | None], rank: int, timeout_s: float, sign_of_life_seconds: float
+) -> str:
     """Which ranks the others wait for.
 
     Args:
@@ -199,11 +233,51 @@ def describe_hang(beats: Sequence[Beat | None], rank: int, timeout_s: float, sig
     known = [beat for beat in beats if beat is not None]
     fewest = min(beat.marks for beat in known)
     behind = [beat for beat in known if beat.marks == fewest]
-    lines = [f"rank {rank}: no progress for training.hang_timeout_s={timeout_s:g} s at step {mine.step}, {mine.phase}"]
-    lines += [f"rank {number}: wrote no heartbeat" for number, beat in enumerate(beats) if beat is None]
+    lines = [
+        f"rank {rank}: no progress for training.hang_timeout_s={timeout_s:g} s at step {mine.step}, {mine.phase}"
+    ]
+    lines += [
+        f"rank {number}: wrote no heartbeat" for number, beat in enumerate(beats) if beat is None
+    ]
     if len(behind) == len(beats):
         lines.append("all ranks are at the same place; the stacks tell what they wait for:")
     else:
         lines.append(f"{len(behind)} of {len(beats)} ranks are behind:")
     lines += [f"  {beat.describe(mine.written, sign_of_life_seconds)}" for beat in behind]
     return "\n".join(lines)
+
+
+class StopSignals:
+    """Remembers that a stop was asked for, from ``with`` to the end of it; main thread only."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """The first stop signal this process got."""
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        # A launcher may start ranks with these blocked, so that one which comes while they import
+        # is kept until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def any_rank_asked(self, device: torch.device | str) -> bool:
+        """Whether any rank was asked to stop, the same answer on all ranks; one all-reduce of one
+        number.
+
+        Every rank calls this at the same point of its steps.
+
+        Args:
+            device: Where the process group's backend wants its tensors.
+        """
+        asked = torch.tensor(int(self.received is not None), device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler; the first signal names the stop."""
+        self.received = self.received or signal.Signals(number)

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from longrope2.apex_package import apex_fault
+from longrope2.kernel_choice import apex_fault
 from longrope2.training.config import OptimizerKind, TrainingConfig
-
-__all__ = ["learning_rate", "make_optimizer", "optimizer_fault", "parameter_groups"]
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
-    """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then a cosine to the floor.
+    """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then a cosine to the
+    floor.
 
     A pure function of the step, so that a resumed run needs no scheduler state.
     """
@@ -22,26 +21,37 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
         return training.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
     floor = training.min_learning_rate_ratio
-    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return training.learning_rate * (
+        floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    )
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Parameters by weight decay: matrices decay; norms, biases and embeddings do with ``decay_norms_and_embeddings`` only.
+    """Parameters by weight decay: matrices decay; norms, biases and embeddings do with
+    ``decay_norms_and_embeddings`` only.
 
-    A tied LM head is the embedding; an untied one is a matrix. Groups without parameters are left out.
+    A tied LM head is the embedding; an untied one is a matrix. Groups without parameters are left
+    out.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     decayed, plain = [], []
     for parameter in model.parameters():
         # Under ZeRO-3 a sharded parameter reports an empty shape; ds_shape holds the real one.
         rank = len(getattr(parameter, "ds_shape", parameter.shape))
         is_matrix = rank > 1 and id(parameter) not in embeddings
         (decayed if is_matrix or training.decay_norms_and_embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig, *, offloaded: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, training: TrainingConfig, *, offloaded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay, as ``training.optimizer`` asks.
 
     Args:
@@ -50,7 +60,10 @@ def make_optimizer(model: nn.Module, training: TrainingConfig, *, offloaded: boo
         offloaded: DeepSpeed keeps parameters and state on the CPU (``zero.offload_optimizer``).
     """
     groups = parameter_groups(model, training)
-    settings: dict[str, Any] = {"lr": training.learning_rate, "betas": (training.beta1, training.beta2)}
+    settings: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": (training.beta1, training.beta2),
+    }
     if training.optimizer is OptimizerKind.deepspeed_fused_adam:
         from deepspeed.ops.adam import FusedAdam  # compiled for the GPU on first use
 
@@ -71,7 +84,9 @@ def optimizer_fault(kind: OptimizerKind, device: torch.device) -> str | None:
     if kind is OptimizerKind.apex_fused_adam:
         fault = apex_fault()
         if fault:
-            return f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
+            return (
+                f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
+            )
     if device.type != "cuda":
         return f"{prefix}it needs a CUDA device, this is {device.type}; use torch_adamw"
     return None

@@ -7,27 +7,27 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from longrope2.artifacts import Manifest, product_folder, write_manifest
 from longrope2.config import to_plain
-from longrope2.parallel import Processes, join_processes, leave_processes
-from longrope2.segments import SegmentStore
-from longrope2.training.batch import RankBatch, load_rank_batch
+from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.parallel.processes import Processes, join_processes, leave_processes
+from longrope2.segments.format import SegmentStore
+from longrope2.training.batch import RankBatch, load_rank_batch, step_batches
 from longrope2.training.checkpoint import CheckpointWriter, load_newest
-from longrope2.training.checkpoint_final import save_final
 from longrope2.training.config import TrainRoot, final_dtype
 from longrope2.training.engine import make_engine
-from longrope2.training.guard import SkippedSteps, StepGuard
-from longrope2.training.heartbeat import Heartbeat
-from longrope2.training.machine import MachineKernels, check_machine
+from longrope2.training.final import save_final
+from longrope2.training.heartbeat import Heartbeat, StopSignals
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
-from longrope2.training.plan import TrainingPlan, make_plan, run_identity
-from longrope2.training.prefetch import step_batches
+from longrope2.training.plan import (
+    MachineKernels,
+    TrainingPlan,
+    check_machine,
+    make_plan,
+    run_identity,
+)
 from longrope2.training.selftest import check_parity
-from longrope2.training.step import run_step
-from longrope2.training.stopping import StopSignals
-
-__all__ = ["RunEnd", "train"]
+from longrope2.training.step import SkippedSteps, StepGuard, run_step
 
 
 class RunEnd(Enum):
@@ -38,15 +38,18 @@ class RunEnd(Enum):
     stopped = "stopped"
     """``training.stop_after_step`` was reached."""
     interrupted = "interrupted"
-    """A stop signal came; everything is saved and the same command goes on (``REQUEUE_EXIT_CODE``)."""
+    """A stop signal came; everything is saved and the same command goes on
+    (``REQUEUE_EXIT_CODE``)."""
 
 
 def train(config: TrainRoot) -> RunEnd:
-    """Train to the end of the plan, to ``stop_after_step`` or to a stop signal, from the newest intact checkpoint on.
+    """Train to the end of the plan, to ``stop_after_step`` or to a stop signal, from the newest
+    intact checkpoint on.
 
     Raises:
         ConfigError: faults in the configuration, all together.
-        ArtifactError: segments, model, factors or checkpoints that are missing or belong to something else.
+        ArtifactError: segments, model, factors or checkpoints that are missing or belong to
+            something else.
         UserError: ``training.max_skipped_steps`` steps in a row could not be applied.
     """
     with StopSignals() as signals:
@@ -55,9 +58,11 @@ def train(config: TrainRoot) -> RunEnd:
         try:
             plan = make_plan(config, processes.dims.world_size)
             heartbeat = Heartbeat(
-                product_folder(config.run.folder, "checkpoints"), rank=processes.dims.rank,
-                world_size=processes.dims.world_size, timeout_s=config.training.hang_timeout_s,
-            )  # fmt: skip
+                product_folder(config.run.folder, "checkpoints"),
+                rank=processes.dims.rank,
+                world_size=processes.dims.world_size,
+                timeout_s=config.training.hang_timeout_s,
+            )
             with heartbeat:
                 end = _train(config, plan, processes, signals, heartbeat)
             failed = False
@@ -85,7 +90,11 @@ class _Run:
 
 
 def _train(
-    config: TrainRoot, plan: TrainingPlan, processes: Processes, signals: StopSignals, heartbeat: Heartbeat
+    config: TrainRoot,
+    plan: TrainingPlan,
+    processes: Processes,
+    signals: StopSignals,
+    heartbeat: Heartbeat,
 ) -> RunEnd:
     """The run on one rank."""
     folder = product_folder(config.run.folder, "checkpoints")
@@ -99,10 +108,15 @@ def _train(
     identity = run_identity(config, plan)
     first, skipped = load_newest(engine, folder, identity)
     writer = CheckpointWriter(
-        engine, folder, identity, keep=config.training.keep_checkpoints,
+        engine,
+        folder,
+        identity,
+        keep=config.training.keep_checkpoints,
         in_background=config.training.async_checkpoints,
-    )  # fmt: skip
-    run = _Run(config, plan, processes, kernels, engine, folder, identity, skipped, writer, heartbeat)
+    )
+    run = _Run(
+        config, plan, processes, kernels, engine, folder, identity, skipped, writer, heartbeat
+    )
     last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
     with ExitStack() as stack:
         if processes.is_main:
@@ -114,7 +128,9 @@ def _train(
     if done < last:
         if processes.is_main:
             name = signals.received.name if signals.received else "a stop signal to another rank"
-            print(f"stopped by {name} after step {done}, all of it saved; the same command goes on from there")
+            print(
+                f"stopped by {name} after step {done}, all of it saved; the same command goes on from there"
+            )
         return RunEnd.interrupted
     return RunEnd.complete if done == plan.total_steps else RunEnd.stopped
 
@@ -124,7 +140,10 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
     training, processes = run.config.training, run.processes
     guard = StepGuard(run.engine, training.skip_grad_norm)
     batches = step_batches(
-        _batch_loader(run), range(first, last), ahead=training.prefetch_steps, device=processes.device
+        _batch_loader(run),
+        range(first, last),
+        ahead=training.prefetch_steps,
+        device=processes.device,
     )
     done = saved = first
     with closing(batches):
@@ -132,10 +151,16 @@ def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
             run.heartbeat.mark("reading segments", done + 1)
             rate = learning_rate(done, run.plan.total_steps, training)
             report = run_step(
-                run.engine, guard, next(batches), processes.dims, zero_stage=run.config.parallel.zero_stage,
-                learning_rate=rate, gradient_clip=training.gradient_clip,
-                step=done + 1, mark=run.heartbeat.mark,
-            )  # fmt: skip
+                run.engine,
+                guard,
+                next(batches),
+                processes.dims,
+                zero_stage=run.config.parallel.zero_stage,
+                learning_rate=rate,
+                gradient_clip=training.gradient_clip,
+                step=done + 1,
+                mark=run.heartbeat.mark,
+            )
             done += 1
             run.skipped.count(report.applied)
             if run.observer is not None:
@@ -163,7 +188,10 @@ def _batch_loader(run: _Run) -> Callable[[int], list[RankBatch]]:
 
     def load(step: int) -> list[RankBatch]:
         micro_steps = run.plan.schedule.micro_steps(step, dims.data)
-        return [load_rank_batch(store, micro, dims, group, mixed=mixed, kernel=kernel) for micro in micro_steps]
+        return [
+            load_rank_batch(store, micro, dims, group, mixed=mixed, kernel=kernel)
+            for micro in micro_steps
+        ]
 
     return load
 
@@ -178,9 +206,16 @@ def _finish(run: _Run) -> None:
         "skipped_steps": run.skipped.total,
     }
     manifest = Manifest(
-        "checkpoint", inputs=run.identity, config=to_plain(run.config), seeds={"seed": run.config.seed}, counts=counts,
-        details={"attention_kernel": str(run.kernels.attention), "norm_kernel": str(run.kernels.norm)},
-    )  # fmt: skip
+        "checkpoint",
+        inputs=run.identity,
+        config=to_plain(run.config),
+        seeds={"seed": run.config.seed},
+        counts=counts,
+        details={
+            "attention_kernel": str(run.kernels.attention),
+            "norm_kernel": str(run.kernels.norm),
+        },
+    )
     dtype = final_dtype(run.config.training, run.processes.device)
     save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest, dtype)
     if run.processes.is_main:

@@ -1,13 +1,16 @@
 """Before GPU hours are spent: does this layout of processes compute what one process computes?
 
-A tiny random Llama, with the relation of query and key/value heads to the sequence-parallel size that the real model has,
-takes one step per window kind through the configured parallelism (same grid, ZeRO stage, sharded parameters, recompute
-policy), in float32 and without changing its weights. Every rank computes the same losses and gradients alone, in plain
-torch over whole segments. Loss and gradient norm must agree within ``RELATIVE``. A wrong gradient scale, a mask or RoPE
-table of the wrong window, a segment put together in the wrong order: each shows here within seconds, and later not at all.
+A tiny random Llama, with the relation of query and key/value heads to the sequence-parallel size
+that the real model has, takes one step per window kind through the configured parallelism (same
+grid, ZeRO stage, sharded parameters, recompute policy), in float32 and without changing its
+weights. Every rank computes the same losses and gradients alone, in plain torch over whole
+segments. Loss and gradient norm must agree within ``RELATIVE``. A wrong gradient scale, a mask or
+RoPE table of the wrong window, a segment put together in the wrong order: each shows here within
+seconds, and later not at all.
 
-The kernel is the run's own where it can compute in float32; flash kernels cannot, and are checked by running them when they
-are chosen (attention/kernels.py). Nothing is left behind: random state and DeepSpeed's counters are as before.
+The kernel is the run's own where it can compute in float32; flash kernels cannot, and are checked
+by running them when they are chosen (attention/kernels.py). Nothing is left behind: random state
+and DeepSpeed's counters are as before.
 """
 
 import math
@@ -20,21 +23,21 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.attention import AttentionKernel, kernel_fault
+from longrope2.attention.kernels import AttentionKernel, kernel_fault
 from longrope2.errors import UserError
-from longrope2.model import WindowedModel
-from longrope2.model.hf_files import CONFIG_FILE, read_model_config
-from longrope2.parallel import ParallelDims, Processes
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.segments import MicroStep, Segment
+from longrope2.model.shape import CONFIG_FILE, read_model_config
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelDims
+from longrope2.parallel.processes import Processes
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import Precision, TrainRoot
+from longrope2.training.config import CommunicationType, Precision, TrainRoot
 from longrope2.training.engine import take_in_shares, wrap_model
-from longrope2.training.guard import StepGuard
-from longrope2.training.step import run_step
-from longrope2.training.zero import CommunicationType
-
-__all__ = ["check_parity", "tiny_heads"]
+from longrope2.training.step import StepGuard, run_step
 
 RELATIVE = 1e-4
 VOCABULARY, HEAD_DIM, LAYERS = 61, 16, 2
@@ -52,7 +55,9 @@ class _Sums:
     gradient_norm: float
 
 
-def check_parity(config: TrainRoot, model_folder: Path, processes: Processes, kernel: AttentionKernel) -> None:
+def check_parity(
+    config: TrainRoot, model_folder: Path, processes: Processes, kernel: AttentionKernel
+) -> None:
     """Run the self-test; every rank calls this before it loads the model.
 
     Args:
@@ -62,21 +67,26 @@ def check_parity(config: TrainRoot, model_folder: Path, processes: Processes, ke
         kernel: The run's attention kernel.
 
     Raises:
-        UserError: loss or gradient norm differ from one process; names window, quantity and both values.
+        UserError: loss or gradient norm differ from one process; names window, quantity and both
+            values.
     """
     if kernel_fault(kernel, processes.device, torch.float32, run=False):
         kernel = AttentionKernel.sdpa
     model = read_model_config(model_folder / CONFIG_FILE)
     heads = model["num_attention_heads"]
-    heads, kv_heads = tiny_heads(processes.dims.sequence, heads, model.get("num_key_value_heads") or heads)
+    heads, kv_heads = tiny_heads(
+        processes.dims.sequence, heads, model.get("num_key_value_heads") or heads
+    )
     with _nothing_left_behind(processes.device):
         found = _steps_in_layout(_tiny_config(config), heads, kv_heads, processes, kernel)
         expected = {window: _step_alone(window, heads, kv_heads, processes) for window in Window}
-    faults = [fault for window in Window for fault in _differences(window, found[window], expected[window])]
+    faults = [
+        fault
+        for window in Window
+        for fault in _differences(window, found[window], expected[window])
+    ]
     if faults:
-        layout = (
-            f"{processes.dims.data} data x {processes.dims.sequence} sequence, ZeRO stage {config.parallel.zero_stage}"
-        )
+        layout = f"{processes.dims.data} data x {processes.dims.sequence} sequence, ZeRO stage {config.parallel.zero_stage}"
         raise UserError(
             f"the self-test before training failed: {'; '.join(faults)} (layout: {layout}; {heads} query and {kv_heads} "
             "key/value heads). Training would not compute what it should. Compare the installed versions of deepspeed, "
@@ -85,10 +95,12 @@ def check_parity(config: TrainRoot, model_folder: Path, processes: Processes, ke
 
 
 def tiny_heads(sequence: int, heads: int, kv_heads: int) -> tuple[int, int]:
-    """Query and key/value heads of the tiny model: as few as keep the real model's relation to the sequence-parallel size.
+    """Query and key/value heads of the tiny model: as few as keep the real model's relation to the
+    sequence-parallel size.
 
-    One key/value head per rank where they divide evenly (two where the real model has several), as many as the real
-    model has where they are replicated, and two query heads per key/value head where the real model groups them.
+    One key/value head per rank where they divide evenly (two where the real model has several), as
+    many as the real model has where they are replicated, and two query heads per key/value head
+    where the real model groups them.
     """
     if kv_heads >= sequence:
         tiny_kv = sequence * min(2, kv_heads // sequence)
@@ -106,7 +118,9 @@ def _tiny_config(config: TrainRoot) -> TrainRoot:
         reduce_bucket_elements=min(BUCKET_ELEMENTS, config.zero.reduce_bucket_elements),
         gather_bucket_elements=min(BUCKET_ELEMENTS, config.zero.gather_bucket_elements),
     )
-    return replace(config, training=training, zero=zero, parallel=replace(config.parallel, replicate_below=0))
+    return replace(
+        config, training=training, zero=zero, parallel=replace(config.parallel, replicate_below=0)
+    )
 
 
 def _steps_in_layout(
@@ -122,14 +136,23 @@ def _steps_in_layout(
         store = _TinySegments(window, processes.dims)
         batches = [
             load_rank_batch(
-                store, store.micro_step(number), processes.dims, processes.sequence_group, kernel=kernel
+                store,
+                store.micro_step(number),
+                processes.dims,
+                processes.sequence_group,
+                kernel=kernel,
             ).to(processes.device)
             for number in range(2)
         ]
         report = run_step(
-            engine, guard, batches, processes.dims, zero_stage=config.parallel.zero_stage, learning_rate=0.0,
+            engine,
+            guard,
+            batches,
+            processes.dims,
+            zero_stage=config.parallel.zero_stage,
+            learning_rate=0.0,
             gradient_clip=config.training.gradient_clip,
-        )  # fmt: skip
+        )
         sums[window] = _Sums(report.loss, report.gradient_norm)
     engine.destroy()
     return sums
@@ -152,7 +175,10 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
 
 def _differences(window: Window, found: _Sums, expected: _Sums) -> Iterator[str]:
     """What of one window's step is not the same."""
-    pairs = (("loss", found.loss, expected.loss), ("gradient norm", found.gradient_norm, expected.gradient_norm))
+    pairs = (
+        ("loss", found.loss, expected.loss),
+        ("gradient norm", found.gradient_norm, expected.gradient_norm),
+    )
     for name, value, alone in pairs:
         if not math.isclose(value, alone, rel_tol=RELATIVE):
             yield f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
@@ -163,12 +189,21 @@ def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedMode
     torch.manual_seed(0)
     original_len = CHUNK_TOKENS // 2
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=HEAD_DIM, tie_word_embeddings=False, initializer_range=0.2,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
         max_position_embeddings=original_len,
-    )  # fmt: skip
+    )
     geometry = RopeGeometry(rotary_dim=HEAD_DIM, rope_base=10_000.0, original_len=original_len)
-    factors = closed_form_factors(RopeMethod.yarn, geometry, CHUNK_TOKENS * max(2, processes.dims.sequence))
+    factors = closed_form_factors(
+        RopeMethod.yarn, geometry, CHUNK_TOKENS * max(2, processes.dims.sequence)
+    )
     return WindowedModel(LlamaForCausalLM(config), factors).to(processes.device)
 
 
@@ -187,13 +222,21 @@ class _TinySegments:
     def segment(self, index: int) -> Segment:
         """Random tokens; documents of 7 and 17 tokens within each rank's chunk, or of 10 across them."""
         if KINDS[self.window][index // self._data] == "aligned":
-            ends = [start + end for start in range(0, self._length, CHUNK_TOKENS) for end in (7, CHUNK_TOKENS)]
+            ends = [
+                start + end
+                for start in range(0, self._length, CHUNK_TOKENS)
+                for end in (7, CHUNK_TOKENS)
+            ]
         else:
             ends = [*range(10, self._length, 10), self._length]
-        tokens = np.random.default_rng(index).integers(0, VOCABULARY, self._length).astype(np.uint16)
+        tokens = (
+            np.random.default_rng(index).integers(0, VOCABULARY, self._length).astype(np.uint16)
+        )
         names = tuple(str(number) for number in range(len(ends)))
         padded = tuple(end == self._length for end in ends)
-        return Segment(index, self.window, tokens, np.array(ends, np.int32), names, names, padded, False, 0)
+        return Segment(
+            index, self.window, tokens, np.array(ends, np.int32), names, names, padded, False, 0
+        )
 
 
 @contextmanager
@@ -201,8 +244,14 @@ def _nothing_left_behind(device: torch.device) -> Iterator[None]:
     """Random states and DeepSpeed's counters of sharded parameters are as before afterwards."""
     from deepspeed.runtime.zero import Init  # by now loaded with DS_ACCELERATOR set (processes.py)
 
-    names = ("param_id", "num_persisted_parameters", "num_persisted_elements", "apply_param_persistence",
-             "param_persistence_threshold", "model_persistence_threshold")  # fmt: skip
+    names = (
+        "param_id",
+        "num_persisted_parameters",
+        "num_persisted_elements",
+        "apply_param_persistence",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+    )
     before = {name: getattr(Init, name) for name in names}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

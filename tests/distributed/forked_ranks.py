@@ -1,7 +1,8 @@
-"""Ranks of ``train``, forked from one process that has imported everything: a launch costs a second or two, not twenty.
+"""Ranks of ``train``, forked from one process that has imported everything: a launch costs a second
+or two, not twenty.
 
-Run as a script, it reads one JSON request a line (config.yaml, number of ranks, and whom to kill when) and answers each with
-the exit codes of the ranks. ``ForkedRanks`` is the tests' end of it.
+Run as a script, it reads one JSON request a line (config.yaml, number of ranks, and whom to kill
+when) and answers each with the exit codes of the ranks. ``ForkedRanks`` is the tests' end of it.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 POLL_SECONDS = 0.002
 TIMEOUT_SECONDS = 900
-# What a run imports sooner or later; the optimizer module is DeepSpeed's, and brings the compiler of torch with it.
+# What a run imports sooner or later; the optimizer module is DeepSpeed's, and brings the compiler
+# of torch with it.
 SLOW_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3", "pyarrow",
                 "deepspeed.runtime.zero.stage_1_and_2", "longrope2.training.run",
                 "transformers.models.llama.modeling_llama")  # fmt: skip
@@ -43,27 +45,40 @@ class ForkedRanks:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(self.log)], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, __file__, str(self.log)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
     def run(self, config: Path, ranks: int, kill: dict[str, Any] | None = None) -> list[int]:
-        """Exit codes (negative: signals) of ``ranks`` ranks of ``train`` on a written configuration.
+        """Exit codes (negative: signals) of ``ranks`` ranks of ``train`` on a written
+        configuration.
 
         Args:
             config: A ``config.yaml``.
             ranks: Processes.
-            kill: ``{"rank": r, "after_steps": n, "writing": bool, "delay": seconds}``: SIGKILL rank r that long after n
-                more metric records are there and, with ``writing``, a checkpoint is being written; then all others.
+            kill: ``{"rank": r, "after_steps": n, "writing": bool, "delay": seconds}``: SIGKILL rank
+                r that long after n more metric records are there and, with ``writing``, a
+                checkpoint is being written; then all others.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"config": str(config), "ranks": ranks, "kill": kill}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"config": str(config), "ranks": ranks, "kill": kill}) + "\n"
+        )
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, f"the process that forks ended: {self.printed()[-3000:]}"
@@ -84,7 +99,9 @@ def serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(json.dumps(run_ranks(Path(request["config"]), request["ranks"], request["kill"])) + "\n")
+        answers.write(
+            json.dumps(run_ranks(Path(request["config"]), request["ranks"], request["kill"])) + "\n"
+        )
         answers.flush()
 
 
@@ -143,17 +160,24 @@ def fork_rank(config: Path, rank: int, ranks: int, port: int) -> int:
     if pid:
         return pid
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     try:
         from longrope2.config import load
-        from longrope2.training import RunEnd, TrainRoot, train
+        from longrope2.training.config import TrainRoot
+        from longrope2.training.run import RunEnd, train
 
         ended = train(load(TrainRoot, config))
         code = 75 if ended is RunEnd.interrupted else 0
         if "wandb" in sys.modules:
-            sys.modules["wandb"].teardown()  # what the end of an interpreter does: its service writes the rest
+            sys.modules[
+                "wandb"
+            ].teardown()  # what the end of an interpreter does: its service writes the rest
     except BaseException:
         traceback.print_exc()
         code = 1

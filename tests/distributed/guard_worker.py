@@ -1,4 +1,5 @@
-"""Train a tiny random Llama with steps that must be refused beside a twin without them; write what came out.
+"""Train a tiny random Llama with steps that must be refused beside a twin without them; write what
+came out.
 
 Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case; precision ``offload`` is fp32
 with the optimizer on the CPU.
@@ -14,16 +15,16 @@ import torch
 from parity_worker import SegmentsInMemory, factors, tiny_llama
 from torch import Tensor
 
-from longrope2.model import WindowedModel, windowed
-from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes
-from longrope2.segments import MicroStep
+from longrope2.model import windowed
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig, ParallelDims
+from longrope2.parallel.processes import join_processes, leave_processes
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import TrainingConfig
-from longrope2.training.deepspeed_settings import deepspeed_settings
-from longrope2.training.guard import StepGuard
+from longrope2.training.config import TrainingConfig, ZeroConfig
+from longrope2.training.engine import deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
-from longrope2.training.step import run_step
-from longrope2.training.zero import ZeroConfig
+from longrope2.training.step import StepGuard, run_step
 
 KINDS = "SL"
 MAX_NORM = 1e4
@@ -49,11 +50,16 @@ def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
     """One optimizer step per loss function; the weights, the optimizer's state and the reports."""
     import deepspeed
 
-    bf16, zero = precision == "bf16", ZeroConfig(offload_optimizer=precision == "offload", pin_memory=False)
+    bf16, zero = (
+        precision == "bf16",
+        ZeroConfig(offload_optimizer=precision == "offload", pin_memory=False),
+    )
     parallel = ParallelConfig(zero_stage=zero_stage, replicate_below=0)
     training = TrainingConfig(learning_rate=1e-2, gradient_clip=0.5)
     dims = ParallelDims.from_world(1, 1)
-    model = WindowedModel(tiny_llama(kv_heads=2).to(torch.bfloat16 if bf16 else torch.float32), factors())
+    model = WindowedModel(
+        tiny_llama(kv_heads=2).to(torch.bfloat16 if bf16 else torch.float32), factors()
+    )
     store = SegmentsInMemory(KINDS)
     micro = [MicroStep(store.segment(i).window, (i,)) for i in range(len(KINDS))]
     engine, *_ = deepspeed.initialize(
@@ -67,20 +73,35 @@ def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
         with patch.object(windowed, "token_loss_sum", loss):
             batches = [load_rank_batch(store, m, dims, None) for m in micro]
             reports.append(
-                run_step(engine, guard, batches, dims, zero_stage=zero_stage, learning_rate=1e-2, gradient_clip=0.5)
+                run_step(
+                    engine,
+                    guard,
+                    batches,
+                    dims,
+                    zero_stage=zero_stage,
+                    learning_rate=1e-2,
+                    gradient_clip=0.5,
+                )
             )
     weights = []
     for _, parameter in model.hf.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             weights.append(parameter.detach().double().sum().item())
     state = [
-        {name: value.double().sum().item() for name, value in entry.items() if torch.is_tensor(value)}
+        {
+            name: value.double().sum().item()
+            for name, value in entry.items()
+            if torch.is_tensor(value)
+        }
         for entry in engine.basic_optimizer.state.values()
     ]
     return {
-        "weights": weights, "state": state, "applied": [r.applied for r in reports],
-        "losses": [r.loss for r in reports], "norms": [r.gradient_norm for r in reports],
-    }  # fmt: skip
+        "weights": weights,
+        "state": state,
+        "applied": [r.applied for r in reports],
+        "losses": [r.loss for r in reports],
+        "norms": [r.gradient_norm for r in reports],
+    }
 
 
 def main() -> None:
@@ -90,11 +111,14 @@ def main() -> None:
     for case in sys.argv[2:]:
         stage, precision = case.split(":")
         results[case] = {
-            "guarded": run(int(stage), precision,
-                           [plain_loss, nan_loss, infinite_gradient, huge_loss, plain_loss]),
+            "guarded": run(
+                int(stage),
+                precision,
+                [plain_loss, nan_loss, infinite_gradient, huge_loss, plain_loss],
+            ),
             "twin": run(int(stage), precision, [plain_loss, plain_loss]),
             "once": run(int(stage), precision, [plain_loss]),
-        }  # fmt: skip
+        }
     Path(sys.argv[1]).write_text(json.dumps(results))
     leave_processes()
 

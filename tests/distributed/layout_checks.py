@@ -10,24 +10,34 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from parity_worker import TRAINING, SegmentsInMemory, factors, processes_of, release, tiny_llama, whole_weights
+from parity_worker import (
+    TRAINING,
+    SegmentsInMemory,
+    factors,
+    processes_of,
+    release,
+    tiny_llama,
+    whole_weights,
+)
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.attention import AttentionKernel, windowed
+from longrope2.attention import windowed
+from longrope2.attention.kernels import AttentionKernel
 from longrope2.errors import UserError
-from longrope2.model import NormKernel, WindowedModel, load_windowed_model, rope_geometry
-from longrope2.parallel import ParallelConfig, Processes
-from longrope2.rope import RopeMethod, Window, closed_form_factors
+from longrope2.model.loading import load_windowed_model, rope_geometry
+from longrope2.model.norms import NormKernel
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.parallel.processes import Processes
+from longrope2.rope.factors import Window
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training import selftest, step
-from longrope2.training.agreement import check_agreement, fingerprints
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import Precision, Recompute, TrainRoot
-from longrope2.training.engine import wrap_model
-from longrope2.training.guard import StepGuard
+from longrope2.training.engine import RankShares, wrap_model
 from longrope2.training.selftest import check_parity
-from longrope2.training.shares import RankShares
-from longrope2.training.step import run_step
+from longrope2.training.step import StepGuard, check_agreement, fingerprints, run_step
 
 
 def root(*, sequence: int, zero_stage: int = 3, recompute: Recompute = Recompute.none) -> TrainRoot:
@@ -68,14 +78,18 @@ def check_selftest() -> dict[str, str | None]:
     return found
 
 
-def run_selftest(processes: Processes, zero_stage: int, norm: NormKernel = NormKernel.auto) -> str | None:
+def run_selftest(
+    processes: Processes, zero_stage: int, norm: NormKernel = NormKernel.auto
+) -> str | None:
     """What the self-test of a model with one key/value head says."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"num_attention_heads": 4, "num_key_value_heads": 1, "model_type": "llama"}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         of_run = root(sequence=processes.dims.sequence, zero_stage=zero_stage)
         of_run.training.norm = norm
-        return message_of(lambda: check_parity(of_run, Path(folder), processes, AttentionKernel.sdpa))
+        return message_of(
+            lambda: check_parity(of_run, Path(folder), processes, AttentionKernel.sdpa)
+        )
 
 
 plain_scale, plain_step_alone = step.gradient_scale, selftest._step_alone
@@ -109,14 +123,24 @@ def check_disagreement() -> dict[str, str | None]:
     processes = processes_of(2)
     rank = dist.get_rank()
     found: dict[str, str | None] = {}
-    for name, kinds, first in (("same", "LL", 0), ("segment", "LL", rank), ("window", "LS" if rank else "LL", 0)):
+    for name, kinds, first in (
+        ("same", "LL", 0),
+        ("segment", "LL", rank),
+        ("window", "LS" if rank else "LL", 0),
+    ):
         store = SegmentsInMemory(kinds)
-        micro = store.micro_steps(processes.dims)[first:] + store.micro_steps(processes.dims)[:first]
-        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
+        micro = (
+            store.micro_steps(processes.dims)[first:] + store.micro_steps(processes.dims)[:first]
+        )
+        batches = [
+            load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
+        ]
         sums = torch.tensor(fingerprints(batches, processes.dims), dtype=torch.float64)
         dist.all_reduce(sums)
         values = sums.tolist()
-        found[name] = message_of(lambda v=values, b=batches: check_agreement(v, b, processes.dims, 7))
+        found[name] = message_of(
+            lambda v=values, b=batches: check_agreement(v, b, processes.dims, 7)
+        )
     release(processes)
     return found
 
@@ -131,17 +155,31 @@ def check_recompute() -> dict[str, Any]:
         config = root(sequence=2, recompute=policy)
         model = WindowedModel(tiny_llama(2), factors())
         engine = wrap_model(model, config, processes, micro_steps=len(micro), dtype=torch.float32)
-        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
+        batches = [
+            load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
+        ]
         with (
-            patch.object(windowed, "document_attention", wraps=windowed.document_attention) as attention,
+            patch.object(
+                windowed, "document_attention", wraps=windowed.document_attention
+            ) as attention,
             patch.object(windowed, "tokens_to_heads", wraps=windowed.tokens_to_heads) as exchange,
         ):
-            report = run_step(engine, StepGuard(engine), batches, processes.dims, zero_stage=3, learning_rate=1e-2,
-                              gradient_clip=0.5)  # fmt: skip
+            report = run_step(
+                engine,
+                StepGuard(engine),
+                batches,
+                processes.dims,
+                zero_stage=3,
+                learning_rate=1e-2,
+                gradient_clip=0.5,
+            )
         found[policy.value] = {
-            "loss": report.loss, "norm": report.gradient_norm, "attention": attention.call_count,
-            "exchange": exchange.call_count, "weights": whole_weights(model),
-        }  # fmt: skip
+            "loss": report.loss,
+            "norm": report.gradient_norm,
+            "attention": attention.call_count,
+            "exchange": exchange.call_count,
+            "weights": whole_weights(model),
+        }
         engine.destroy()
         release(processes)
     return found
@@ -150,9 +188,15 @@ def check_recompute() -> dict[str, Any]:
 def check_shares() -> dict[str, Any]:
     """A model of 100 MB loaded in shares and whole: weights alike, bytes that every rank holds."""
     config = LlamaConfig(
-        vocab_size=2000, hidden_size=512, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=8,
-        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=9,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
     processes = processes_of(1)
     folders: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
@@ -165,7 +209,11 @@ def check_shares() -> dict[str, Any]:
     expected = {name: p.detach().clone() for name, p in whole.hf.named_parameters()}
     size = sum(p.numel() * 4 for p in expected.values())
     del whole
-    shares = RankShares({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None, torch.float32)
+    shares = RankShares(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+        None,
+        torch.float32,
+    )
     taken: list[Any] = []
     held_by_now = []
 
@@ -173,7 +221,9 @@ def check_shares() -> dict[str, Any]:
         """Hand over to DeepSpeed; count what this rank holds of all parameters so far, the new one still whole."""
         whole_bytes = parameter.numel() * 4
         shares.take(parameter)
-        held_by_now.append(whole_bytes + sum((p.data.numel() + p.ds_tensor.numel()) * 4 for p in taken))
+        held_by_now.append(
+            whole_bytes + sum((p.data.numel() + p.ds_tensor.numel()) * 4 for p in taken)
+        )
         taken.append(parameter)
 
     shared = load_windowed_model(folder, factors_of_it, take=take, read=processes.is_main)
@@ -184,12 +234,23 @@ def check_shares() -> dict[str, Any]:
     torch.manual_seed(3)
     plain = load_windowed_model(folder, factors_of_it, from_scratch=True)
     torch.manual_seed(3)
-    shares = RankShares({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None, torch.float32)
+    shares = RankShares(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+        None,
+        torch.float32,
+    )
     random = load_windowed_model(folder, factors_of_it, from_scratch=True, take=shares.take)
     plain_weights = {name: p.detach() for name, p in plain.hf.named_parameters()}
-    random_equal = all(torch.equal(value, plain_weights[name]) for name, value in whole_weights(random).items())
-    mine = {"equal": equal, "tied": tied, "held": held, "random_equal": random_equal,
-            "peak": max(held_by_now) / size}  # fmt: skip
+    random_equal = all(
+        torch.equal(value, plain_weights[name]) for name, value in whole_weights(random).items()
+    )
+    mine = {
+        "equal": equal,
+        "tied": tied,
+        "held": held,
+        "random_equal": random_equal,
+        "peak": max(held_by_now) / size,
+    }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {"ranks": everyone, "bytes": size}

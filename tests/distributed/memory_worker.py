@@ -1,10 +1,10 @@
 """Run under torchrun: peak bytes of the tensors that are alive while a tiny random Llama trains.
 
-Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind:norm`` per case; kind L is one long segment, S a short
-one of documents of 512 tokens. Every storage that an operator returns counts from then until it is freed, on whichever
-thread, DeepSpeed's buffers and what autograd saves included; scratch space inside one operator, the interpreter and
-libraries do not. (Resident memory is too noisy for sizes like these, and torch's profiler does not see what gloo's
-threads free.)
+Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind:norm`` per case; kind L is one
+long segment, S a short one of documents of 512 tokens. Every storage that an operator returns
+counts from then until it is freed, on whichever thread, DeepSpeed's buffers and what autograd saves
+included; scratch space inside one operator, the interpreter and libraries do not. (Resident memory
+is too noisy for sizes like these, and torch's profiler does not see what gloo's threads free.)
 """
 
 import gc
@@ -18,18 +18,20 @@ import torch
 from live_storages import LiveStorages
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.model import NormKernel, WindowedModel, use_norm
-from longrope2.parallel import ParallelConfig, ParallelDims, join_processes, leave_processes, make_groups
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.segments import MicroStep, Segment
+from longrope2.model.norms import NormKernel, use_norm
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
+from longrope2.parallel.processes import join_processes, leave_processes
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import Recompute, TrainingConfig
-from longrope2.training.deepspeed_settings import deepspeed_settings
-from longrope2.training.guard import StepGuard
+from longrope2.training.config import Recompute, TrainingConfig, ZeroConfig
+from longrope2.training.engine import apply_recompute, deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
-from longrope2.training.recompute import apply_recompute
-from longrope2.training.step import run_step
-from longrope2.training.zero import ZeroConfig
+from longrope2.training.step import StepGuard, run_step
 
 SIZES = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -49,8 +51,14 @@ class OneSegment:
         span = self.tokens if self.window is Window.LONG else DOCUMENT_TOKENS
         ends = np.arange(span, self.tokens + 1, span, dtype=np.int32)
         names = tuple(map(str, ends))
-        tokens = np.random.default_rng(index).integers(0, SIZES["vocab_size"], self.tokens).astype(np.uint16)
-        return Segment(index, self.window, tokens, ends, names, names, (False,) * len(ends), False, 0)
+        tokens = (
+            np.random.default_rng(index)
+            .integers(0, SIZES["vocab_size"], self.tokens)
+            .astype(np.uint16)
+        )
+        return Segment(
+            index, self.window, tokens, ends, names, names, (False,) * len(ends), False, 0
+        )
 
 
 def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
@@ -58,9 +66,13 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
     import deepspeed
 
     parallel = ParallelConfig(sequence=sequence, zero_stage=3, replicate_below=0)
-    dims = ParallelDims.from_world(torch.distributed.get_world_size(), sequence, torch.distributed.get_rank())
+    dims = ParallelDims.from_world(
+        torch.distributed.get_world_size(), sequence, torch.distributed.get_rank()
+    )
     group, mpu = make_groups(dims)
-    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 10_000.0, ORIGINAL_LEN), store.tokens)
+    factors = closed_form_factors(
+        RopeMethod.pi, RopeGeometry(32, 10_000.0, ORIGINAL_LEN), store.tokens
+    )
     training = TrainingConfig()
     model = WindowedModel(LlamaForCausalLM(LlamaConfig(**SIZES)), factors)
     use_norm(model.hf, NormKernel(norm))
@@ -77,9 +89,14 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
     for step in range(NUM_STEPS):
         micro = MicroStep(store.window, tuple(range(step, step + dims.data)))
         run_step(
-            engine, guard, [load_rank_batch(store, micro, dims, group)], dims, zero_stage=3, learning_rate=1e-4,
+            engine,
+            guard,
+            [load_rank_batch(store, micro, dims, group)],
+            dims,
+            zero_stage=3,
+            learning_rate=1e-4,
             gradient_clip=1.0,
-        )  # fmt: skip
+        )
     if mpu is not None:
         mpu._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None

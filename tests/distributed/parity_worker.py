@@ -1,8 +1,9 @@
-"""Run under torchrun: train a tiny random Llama three steps in each requested layout and write what came out.
+"""Run under torchrun: train a tiny random Llama three steps in each requested layout and write what
+came out.
 
-Arguments: OUTPUT.pt, then one ``zero_stage:sequence:kv_heads:segments`` per case, where ``segments`` is a word over
-S (short, aligned), U (short, unaligned) and L (long), or the name of a check in ``layout_checks.py``. Weights, data and
-batch are the same for every layout.
+Arguments: OUTPUT.pt, then one ``zero_stage:sequence:kv_heads:segments`` per case, where
+``segments`` is a word over S (short, aligned), U (short, unaligned) and L (long), or the name of a
+check in ``layout_checks.py``. Weights, data and batch are the same for every layout.
 """
 
 import os
@@ -17,29 +18,28 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.model import WindowedModel
-from longrope2.parallel import (
-    ParallelConfig,
-    ParallelDims,
-    Processes,
-    join_processes,
-    leave_processes,
-    make_groups,
-)
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.segments import MicroStep, Segment
+from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
+from longrope2.parallel.processes import Processes, join_processes, leave_processes
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import TrainingConfig
-from longrope2.training.deepspeed_settings import deepspeed_settings
-from longrope2.training.guard import StepGuard
+from longrope2.training.config import TrainingConfig, ZeroConfig
+from longrope2.training.engine import deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
-from longrope2.training.step import run_step
-from longrope2.training.zero import ZeroConfig
+from longrope2.training.step import StepGuard, run_step
 
 LENGTH = 256
 VOCAB = 97
 ORIGINAL_LEN = 64
-DOC_ENDS = {"S": (40, 64, 100, 128, 190, 192, 256), "U": (30, 70, 135, 200, 250, 256), "L": (150, 256)}
+DOC_ENDS = {
+    "S": (40, 64, 100, 128, 190, 192, 256),
+    "U": (30, 70, 135, 200, 250, 256),
+    "L": (150, 256),
+}
 NUM_STEPS = 3
 TRAINING = TrainingConfig(learning_rate=1e-4, weight_decay=0.1, gradient_clip=0.5)
 
@@ -57,7 +57,9 @@ class SegmentsInMemory:
         tokens = np.random.default_rng(index).integers(0, VOCAB, LENGTH).astype(np.uint16)
         window = Window.LONG if kind == "L" else Window.SHORT
         names = tuple(str(i) for i in range(len(ends)))
-        return Segment(index, window, tokens, np.array(ends, np.int32), names, names, padded, False, 0)
+        return Segment(
+            index, window, tokens, np.array(ends, np.int32), names, names, padded, False, 0
+        )
 
     def micro_steps(self, dims: ParallelDims) -> list[MicroStep]:
         """Consecutive segments of one kind form the micro-steps, ``dims.data`` at a time."""
@@ -68,10 +70,16 @@ class SegmentsInMemory:
 def tiny_llama(kv_heads: int) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=kv_heads == 4,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        tie_word_embeddings=kv_heads == 4,
         max_position_embeddings=ORIGINAL_LEN,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
@@ -82,7 +90,9 @@ def factors() -> RescaleFactors:
 
 def processes_of(sequence: int) -> Processes:
     """This process in a grid with ``sequence`` ranks per segment."""
-    dims = ParallelDims.from_world(int(os.environ.get("WORLD_SIZE", "1")), sequence, torch.distributed.get_rank())
+    dims = ParallelDims.from_world(
+        int(os.environ.get("WORLD_SIZE", "1")), sequence, torch.distributed.get_rank()
+    )
     return Processes(dims, torch.device("cpu"), *make_groups(dims))
 
 
@@ -117,21 +127,35 @@ def train_case(case: str) -> dict[str, Any]:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, TRAINING),
-        config=deepspeed_settings(TRAINING, parallel, ZeroConfig(), micro_steps=len(micro), bf16=False),
+        config=deepspeed_settings(
+            TRAINING, parallel, ZeroConfig(), micro_steps=len(micro), bf16=False
+        ),
         mpu=processes.mpu,
     )
     guard = StepGuard(engine)
     steps = []
     for step in range(1, NUM_STEPS + 1):
-        batches = [load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro]
+        batches = [
+            load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
+        ]
         report = run_step(
-            engine, guard, batches, processes.dims, zero_stage=parallel.zero_stage,
-            learning_rate=TRAINING.learning_rate, gradient_clip=TRAINING.gradient_clip, step=step,
-        )  # fmt: skip
-        steps.append({
-            "loss": report.loss, "gradient_norm": report.gradient_norm,
-            "by_window": [report.loss_by_window[w] for w in Window], "targets": list(report.targets_by_window.values()),
-        })  # fmt: skip
+            engine,
+            guard,
+            batches,
+            processes.dims,
+            zero_stage=parallel.zero_stage,
+            learning_rate=TRAINING.learning_rate,
+            gradient_clip=TRAINING.gradient_clip,
+            step=step,
+        )
+        steps.append(
+            {
+                "loss": report.loss,
+                "gradient_norm": report.gradient_norm,
+                "by_window": [report.loss_by_window[w] for w in Window],
+                "targets": list(report.targets_by_window.values()),
+            }
+        )
     weights = whole_weights(model)
     engine.destroy()
     release(processes)

@@ -1,7 +1,8 @@
 """The training steps of a parity case in plain torch and transformers, in one process.
 
-Each document by itself (no packing, no mask of ours), eager attention, transformers' own RoPE code in both windows, torch's
-AdamW: nothing of this project but the segments' tokens and the factors' numbers.
+Each document by itself (no packing, no mask of ours), eager attention, transformers' own RoPE code
+in both windows, torch's AdamW: nothing of this project but the segments' tokens and the factors'
+numbers.
 """
 
 from itertools import pairwise
@@ -21,17 +22,21 @@ from parity_worker import (
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 
 
 def long_model(short: nn.Module) -> nn.Module:
     """The same weights (shared, not copied) under transformers' ``longrope`` with our factors."""
     config = short.config.to_dict()
     config["rope_parameters"] = {
-        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": LENGTH / ORIGINAL_LEN,
-        "original_max_position_embeddings": ORIGINAL_LEN, "short_factor": [1.0] * len(factors().factors),
-        "long_factor": list(factors().factors), "attention_factor": factors().long_attention_scale,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "factor": LENGTH / ORIGINAL_LEN,
+        "original_max_position_embeddings": ORIGINAL_LEN,
+        "short_factor": [1.0] * len(factors().factors),
+        "long_factor": list(factors().factors),
+        "attention_factor": factors().long_attention_scale,
+    }
     config["max_position_embeddings"] = LENGTH
     model = LlamaForCausalLM(type(short.config).from_dict(config))
     for module, twin in zip(model.modules(), short.modules(), strict=True):
@@ -41,7 +46,9 @@ def long_model(short: nn.Module) -> nn.Module:
     return model
 
 
-def losses_of(model: nn.Module, tokens: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, int]:
+def losses_of(
+    model: nn.Module, tokens: torch.Tensor, spans: list[tuple[int, int]]
+) -> tuple[torch.Tensor, int]:
     """Summed loss of the spans, each run by itself, and the number of targets."""
     total, targets = torch.zeros(()), 0
     for start, end in spans:
@@ -59,9 +66,13 @@ def train(kv_heads: int, kinds: str) -> dict[str, Any]:
     matrices = [p for n, p in short.named_parameters() if p.dim() > 1 and "embed" not in n]
     others = [p for n, p in short.named_parameters() if p.dim() == 1 or "embed" in n]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": TRAINING.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=TRAINING.learning_rate, betas=(TRAINING.beta1, TRAINING.beta2),
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": TRAINING.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=TRAINING.learning_rate,
+        betas=(TRAINING.beta1, TRAINING.beta2),
+    )
     steps = []
     for _ in range(NUM_STEPS):
         sums, targets = dict.fromkeys(Window, torch.zeros(())), dict.fromkeys(Window, 0)
@@ -70,9 +81,15 @@ def train(kv_heads: int, kinds: str) -> dict[str, Any]:
             spans = [(0, LENGTH)]
             if segment.window is Window.SHORT:
                 bounds = pairwise([0, *segment.doc_ends.tolist()])
-                spans = [span for span, pad in zip(bounds, segment.doc_is_padding, strict=True) if not pad]
+                spans = [
+                    span
+                    for span, pad in zip(bounds, segment.doc_is_padding, strict=True)
+                    if not pad
+                ]
             model = long if segment.window is Window.LONG else short
-            total, number = losses_of(model, torch.from_numpy(segment.tokens.astype("int64")), spans)
+            total, number = losses_of(
+                model, torch.from_numpy(segment.tokens.astype("int64")), spans
+            )
             sums[segment.window] = sums[segment.window] + total
             targets[segment.window] += number
         loss = sum(sums.values()) / sum(targets.values())
@@ -80,8 +97,14 @@ def train(kv_heads: int, kinds: str) -> dict[str, Any]:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(short.parameters(), TRAINING.gradient_clip)
         optimizer.step()
-        steps.append({
-            "loss": loss.item(), "gradient_norm": norm.item(), "targets": list(targets.values()),
-            "by_window": [(sums[w] / targets[w]).item() if targets[w] else float("nan") for w in Window],
-        })  # fmt: skip
+        steps.append(
+            {
+                "loss": loss.item(),
+                "gradient_norm": norm.item(),
+                "targets": list(targets.values()),
+                "by_window": [
+                    (sums[w] / targets[w]).item() if targets[w] else float("nan") for w in Window
+                ],
+            }
+        )
     return {"steps": steps, "weights": {name: p.detach() for name, p in short.named_parameters()}}

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.pack import main as pack_main
-from longrope2.artifacts import product_folder
 from longrope2.config import compose, dump
-from longrope2.training import TrainRoot
+from longrope2.files.artifacts import product_folder
+from longrope2.training.config import TrainRoot
 
 SETTINGS = [
     "experiment=tiny_extend", "rope=yarn", "target_len=256", "model.from_scratch=true", "tracking.wandb=disabled",
@@ -19,19 +19,38 @@ SETTINGS = [
 
 def pack_segments(folder: Path, align: int, tokens: int) -> None:
     """Segments of 256 tokens, about ``tokens`` of each kind, in ``folder/packed/1_segments``."""
-    pack_main([
-        "--target", "256", "--corpus", "sample", "--model", "tiny", "--align", str(align), "run.name=packed",
-        f"run.root={folder}", f"corpus.quotas.stdlib_modules={{short: {tokens}, long: {tokens}}}",
-        "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 0, long: 0}",
-    ])  # fmt: skip
+    pack_main(
+        [
+            "--target",
+            "256",
+            "--corpus",
+            "sample",
+            "--model",
+            "tiny",
+            "--align",
+            str(align),
+            "run.name=packed",
+            f"run.root={folder}",
+            f"corpus.quotas.stdlib_modules={{short: {tokens}, long: {tokens}}}",
+            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+            "corpus.quotas.retrieval={short: 0, long: 0}",
+        ]
+    )
 
 
 def write_config(runs: Path, name: str, *overrides: str) -> Path:
     """The ``config.yaml`` of one part of a run, where ranks read it."""
     config = compose(
-        TrainRoot, "train",
-        [*SETTINGS, f"run.root={runs}", f"run.name={name}", f"segments={runs}/packed/1_segments", *overrides],
-    )  # fmt: skip
+        TrainRoot,
+        "train",
+        [
+            *SETTINGS,
+            f"run.root={runs}",
+            f"run.name={name}",
+            f"segments={runs}/packed/1_segments",
+            *overrides,
+        ],
+    )
     path = product_folder(config.run.folder, "checkpoints") / "config.yaml"
     dump(config, path)
     return path
@@ -48,7 +67,9 @@ def losses(runs: Path, name: str) -> dict[int, tuple[float, float]]:
     found: dict[int, tuple[float, float]] = {}
     for record in records(runs, name):
         values = (record["train/loss"], record["train/grad_norm"])
-        assert found.setdefault(record["step"], values) == values, f"step {record['step']} was not repeated exactly"
+        assert found.setdefault(record["step"], values) == values, (
+            f"step {record['step']} was not repeated exactly"
+        )
     return found
 
 

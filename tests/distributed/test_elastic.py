@@ -9,11 +9,15 @@ import torch
 from forked_ranks import ForkedRanks
 from small_runs import losses, pack_segments, weights, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]  # minutes; an hour where cores are shared
 
 STEPS = 8
 SAME = 1e-6
-# Weight decay, and an embedding that must not decay: two parameter groups with hyperparameters of their own.
+# Weight decay, and an embedding that must not decay: two parameter groups with hyperparameters of
+# their own.
 TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=4",
             "training.checkpoint_steps=100", "training.weight_decay=0.5")  # fmt: skip
 Outcome = tuple[dict[int, tuple[float, float]], dict[str, torch.Tensor]]
@@ -32,7 +36,9 @@ def ranks(runs: Path) -> Iterator[ForkedRanks]:
         yield server
 
 
-def train(ranks: ForkedRanks, runs: Path, name: str, data: int, sequence: int, *overrides: str) -> None:
+def train(
+    ranks: ForkedRanks, runs: Path, name: str, data: int, sequence: int, *overrides: str
+) -> None:
     world = data * sequence
     parallel = (f"parallel.processes={world}", f"parallel.sequence={sequence}")
     config = write_config(runs, name, *TRAINING, *parallel, *overrides)
@@ -50,7 +56,9 @@ def check_same(runs: Path, name: str, undisturbed: Outcome) -> None:
     found = losses(runs, name)
     assert sorted(found) == sorted(undisturbed[0]) == list(range(1, STEPS + 1))
     for step, (expected, _) in undisturbed[0].items():
-        assert math.isclose(expected, found[step][0], rel_tol=SAME), f"step {step}: {found[step][0]}, not {expected}"
+        assert math.isclose(expected, found[step][0], rel_tol=SAME), (
+            f"step {step}: {found[step][0]}, not {expected}"
+        )
     after = weights(runs, name)
     assert after.keys() == undisturbed[1].keys()
     for key, expected in undisturbed[1].items():
@@ -58,16 +66,28 @@ def check_same(runs: Path, name: str, undisturbed: Outcome) -> None:
         assert distance < SAME, f"{key}: {distance}"
 
 
-def test_four_ranks_two_ranks_four_ranks(ranks: ForkedRanks, runs: Path, undisturbed: Outcome) -> None:
+def test_four_ranks_two_ranks_four_ranks(
+    ranks: ForkedRanks, runs: Path, undisturbed: Outcome
+) -> None:
     train(ranks, runs, "elastic", 2, 2, "training.stop_after_step=3")
     train(ranks, runs, "elastic", 2, 1, "training.stop_after_step=5")
     train(ranks, runs, "elastic", 1, 4)
     printed = ranks.printed()
-    assert "step_00000003 was written by 4 ranks at ZeRO stage 3; converting it for 2 ranks at stage 3" in printed
+    assert (
+        "step_00000003 was written by 4 ranks at ZeRO stage 3; converting it for 2 ranks at stage 3"
+        in printed
+    )
     assert "step_00000003 converted and verified: step 3, 38 parameters" in printed
-    assert "step_00000005 was written by 2 ranks at ZeRO stage 3; converting it for 4 ranks at stage 3" in printed
+    assert (
+        "step_00000005 was written by 2 ranks at ZeRO stage 3; converting it for 4 ranks at stage 3"
+        in printed
+    )
     check_same(runs, "elastic", undisturbed)
-    left = [p.name for p in (runs / "elastic" / "3_checkpoints").iterdir() if p.name.startswith((".step", "latest_"))]
+    left = [
+        p.name
+        for p in (runs / "elastic" / "3_checkpoints").iterdir()
+        if p.name.startswith((".step", "latest_"))
+    ]
     assert left == []
 
 

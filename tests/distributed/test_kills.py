@@ -8,9 +8,12 @@ import pytest
 from forked_ranks import ForkedRanks
 from small_runs import losses, pack_segments, records, write_config
 
-from longrope2.artifacts import sha256_of_file
+from longrope2.files.artifacts import sha256_of_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]  # minutes; an hour where cores are shared
 
 KILLS = 20
 STEPS = 40
@@ -34,7 +37,9 @@ def ranks(runs: Path) -> Iterator[ForkedRanks]:
 
 
 def outcome(runs: Path, name: str) -> tuple[dict[int, tuple[float, float]], str]:
-    return losses(runs, name), sha256_of_file(runs / name / "3_checkpoints" / "final" / "model.safetensors")
+    return losses(runs, name), sha256_of_file(
+        runs / name / "3_checkpoints" / "final" / "model.safetensors"
+    )
 
 
 def random_kill(chance: random.Random) -> dict:
@@ -42,11 +47,18 @@ def random_kill(chance: random.Random) -> dict:
     writing = chance.random() < 0.6
     steps = chance.choice([0, 1, 1, 2, 2, 3])
     delay = chance.uniform(0, 0.03 if writing else 0.3 if steps else 3.0)
-    return {"rank": chance.randrange(RANKS), "after_steps": steps, "writing": writing, "delay": delay}
+    return {
+        "rank": chance.randrange(RANKS),
+        "after_steps": steps,
+        "writing": writing,
+        "delay": delay,
+    }
 
 
 def test_twenty_kills(ranks: ForkedRanks, runs: Path) -> None:
-    assert ranks.run(write_config(runs, "undisturbed", *TRAINING), RANKS) == [0] * RANKS, ranks.printed()[-4000:]
+    assert ranks.run(write_config(runs, "undisturbed", *TRAINING), RANKS) == [0] * RANKS, (
+        ranks.printed()[-4000:]
+    )
     chance = random.Random(5)
     config = write_config(runs, "killed", *TRAINING)
     folder = config.parent

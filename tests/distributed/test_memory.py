@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longrope2.planning import Layout, ModelShape, RecomputePolicy, Workload, ZeroBuffers, plan_memory
+from longrope2.model.shape import ModelShape, Workload
+from longrope2.planning.memory import Layout, RecomputePolicy, ZeroBuffers, plan_memory
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 # recompute:sequence:tokens:kind:norm, on two processes.
@@ -21,7 +22,14 @@ CASES = [
     "full:1:2048:S:model",
 ]
 SHAPE = ModelShape(
-    hidden=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, mlp=704, vocabulary=4096, tied=False
+    hidden=256,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp=704,
+    vocabulary=4096,
+    tied=False,
 )
 BUCKET_ELEMENTS, PROCESSES = 1_000_000, 2
 
@@ -32,16 +40,22 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     ended = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(output), *CASES], env=environment, capture_output=True, text=True,
-        timeout=800, check=False,
-    )  # fmt: skip
+        [sys.executable, *launcher, str(WORKER), str(output), *CASES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
     return json.loads(output.read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_prediction_within_15_percent_of_the_measured_peak(peaks: dict[str, int], case: str) -> None:
+def test_prediction_within_15_percent_of_the_measured_peak(
+    peaks: dict[str, int], case: str
+) -> None:
     recompute, sequence, tokens, kind, norm = case.split(":")
     if norm == "torch" and torch.__version__ < "2.13":  # compared as versions
         pytest.skip(

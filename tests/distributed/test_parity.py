@@ -17,19 +17,27 @@ RELATIVE = 1e-5
 STREAMS = ("SSSS", "UUUU", "LLLL", "SSSSLLLL")
 KV_HEADS = (4, 1)  # divisible by every size; replicated for 2 and 4 ranks
 # Every ZeRO stage, sequence-parallel size, stream and head layout, on four ranks in one launch.
-ALL_LAYOUTS = [f"{z}:{s}:{kv}:{kinds}" for z, s, kv, kinds in product((0, 3), (1, 2, 4), KV_HEADS, STREAMS)]
+ALL_LAYOUTS = [
+    f"{z}:{s}:{kv}:{kinds}" for z, s, kv, kinds in product((0, 3), (1, 2, 4), KV_HEADS, STREAMS)
+]
 # The part of them that two ranks show, and two query heads per key/value head.
 FEW_LAYOUTS = ["3:2:4:SSLL", "3:1:4:SSLL", "0:2:4:SSLL", "3:2:2:UULL", "3:2:1:LLUU"]
 CHECKS = ["selftest", "disagreement", "recompute", "shares"]
 
 
 def run_cases(processes: int, cases: list[str]) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.pt"
         command = [sys.executable, *launcher, str(WORKER), str(output), *cases]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=800, check=False
+        )
         assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
         return torch.load(output)
 
@@ -50,8 +58,12 @@ def assert_equal_to_plain(found: dict[str, Any], case: str) -> None:
     for step_expected, step_found in zip(expected["steps"], found["steps"], strict=True):
         assert step_found["targets"] == step_expected["targets"]
         assert step_found["loss"] == pytest.approx(step_expected["loss"], rel=RELATIVE)
-        assert step_found["gradient_norm"] == pytest.approx(step_expected["gradient_norm"], rel=RELATIVE)
-        assert step_found["by_window"] == pytest.approx(step_expected["by_window"], rel=RELATIVE, nan_ok=True)
+        assert step_found["gradient_norm"] == pytest.approx(
+            step_expected["gradient_norm"], rel=RELATIVE
+        )
+        assert step_found["by_window"] == pytest.approx(
+            step_expected["by_window"], rel=RELATIVE, nan_ok=True
+        )
     assert found["weights"].keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
         difference = (found["weights"][name] - value).double().norm() / value.double().norm()
@@ -99,13 +111,19 @@ def test_selftest_names_what_differs(double: dict[str, Any]) -> None:
     assert "long window: gradient norm" in scale and "window: loss" not in scale
     assert "1 data x 2 sequence, ZeRO stage 3; 4 query and 1 key/value heads" in scale
     assert "long window: loss" in rotary and "short window" not in rotary
-    assert "short window: loss" in double["selftest"]["norm"] and "long window: loss" in double["selftest"]["norm"]
+    assert (
+        "short window: loss" in double["selftest"]["norm"]
+        and "long window: loss" in double["selftest"]["norm"]
+    )
 
 
 def test_ranks_that_work_on_different_things(double: dict[str, Any]) -> None:
     found = double["disagreement"]
     assert found["same"] is None
-    assert "step 7: rank 1 works on segments 1 0, its sequence-parallel group on 0 1" in found["segment"]
+    assert (
+        "step 7: rank 1 works on segments 1 0, its sequence-parallel group on 0 1"
+        in found["segment"]
+    )
     assert "step 7: rank 1 works on windows long short, the others on long long" in found["window"]
 
 
@@ -116,7 +134,9 @@ def test_recompute_policies_under_zero_3(double: dict[str, Any]) -> None:
     for found, runs in ((none, 1), (dense, 1), (full, 2)):
         assert found["attention"] == found["exchange"] == runs * layers_and_micro_steps
         assert (found["loss"], found["norm"]) == (none["loss"], none["norm"])
-        assert all(torch.equal(value, none["weights"][name]) for name, value in found["weights"].items())
+        assert all(
+            torch.equal(value, none["weights"][name]) for name, value in found["weights"].items()
+        )
 
 
 def test_no_rank_holds_the_whole_model(double: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from data_prep.pack import main as pack_main
-from longrope2.artifacts import sha256_of_file
-from longrope2.training import REQUEUE_EXIT_CODE
+from longrope2.files.artifacts import sha256_of_file
+from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -30,20 +30,40 @@ TRAIN = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with packed segments in ``packed/1_segments``."""
     folder = tmp_path_factory.mktemp("runs")
-    pack_main([
-        "--target", "256", "--corpus", "sample", "--model", "tiny", "--align", "2", "run.name=packed",
-        f"run.root={folder}", "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
-        "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 0, long: 0}",
-    ])  # fmt: skip
+    pack_main(
+        [
+            "--target",
+            "256",
+            "--corpus",
+            "sample",
+            "--model",
+            "tiny",
+            "--align",
+            "2",
+            "run.name=packed",
+            f"run.root={folder}",
+            "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
+            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+            "corpus.quotas.retrieval={short: 0, long: 0}",
+        ]
+    )
     return folder
 
 
 def command(runs: Path, name: str, *overrides: str) -> list[str]:
-    return [*TRAIN, f"run.root={runs}", f"run.name={name}", f"segments={runs}/packed/1_segments", *overrides]
+    return [
+        *TRAIN,
+        f"run.root={runs}",
+        f"run.name={name}",
+        f"segments={runs}/packed/1_segments",
+        *overrides,
+    ]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    ended = subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+    )
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-5000:]
     return ended
 
@@ -81,11 +101,15 @@ def test_stopped_and_continued(runs: Path, undisturbed: tuple) -> None:
 
 
 def test_killed_rank(runs: Path, undisturbed: tuple) -> None:
-    process = subprocess.Popen(command(runs, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(runs, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics = runs / "killed" / "3_checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.02)
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=120) != 0
@@ -104,7 +128,9 @@ def test_stop_signal_to_the_command(runs: Path, undisturbed: tuple) -> None:
     metrics = runs / "signal" / "3_checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before the signal"
+        )
         time.sleep(0.005)
     process.terminate()
     output = process.communicate(timeout=200)[0]

@@ -16,7 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-COSTS = ("num_losses", "num_terminated")  # of a round: where an evaluation stops depends on the other workers
+COSTS = (
+    "num_losses",
+    "num_terminated",
+)  # of a round: where an evaluation stops depends on the other workers
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -26,10 +29,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     for file in (ROOT / "models" / "tiny").glob("tokenizer*"):
         shutil.copy(file, folder / "model")
@@ -42,11 +52,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
     return [
-        sys.executable, "-m", "launch.search", f"model.path={folder / 'model'}", "target_len=256", "corpus=folder",
-        f"corpus.folder={folder / 'corpus'}", f"run.root={folder}", f"run.name={run_name}", "tracking.wandb=disabled",
-        "search.population=12", "search.iterations=4", "search.parents=4", "search.num_samples=4",
-        "search.max_needle_ppl_at_original=1e30", "search.min_needle_loss_gain=-1e9", *overrides,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "launch.search",
+        f"model.path={folder / 'model'}",
+        "target_len=256",
+        "corpus=folder",
+        f"corpus.folder={folder / 'corpus'}",
+        f"run.root={folder}",
+        f"run.name={run_name}",
+        "tracking.wandb=disabled",
+        "search.population=12",
+        "search.iterations=4",
+        "search.parents=4",
+        "search.num_samples=4",
+        "search.max_needle_ppl_at_original=1e30",
+        "search.min_needle_loss_gain=-1e9",
+        *overrides,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -57,7 +80,9 @@ def environment() -> dict[str, str]:
 def searched(folder: Path, run_name: str, *overrides: str) -> Path:
     """Run a search to its end; returns the product."""
     command = command_of(folder, run_name, *overrides)
-    ended = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return folder / run_name / "2_factors"
 
@@ -66,7 +91,9 @@ def result(product: Path) -> dict[str, Any]:
     """Everything that must not depend on the number of workers."""
     history = json.loads((product / "history.json").read_text())
     del history["budget"]
-    history["rounds"] = [{k: v for k, v in entry.items() if k not in COSTS} for entry in history["rounds"]]
+    history["rounds"] = [
+        {k: v for k, v in entry.items() if k not in COSTS} for entry in history["rounds"]
+    ]
     return {"factors": (product / "factors.json").read_bytes(), "history": history}
 
 
@@ -80,7 +107,9 @@ def test_two_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
     product = searched(folder, "two", "parallel.processes=2")
     assert result(product) == result(alone)
     journals = [product / "journal.jsonl", product / "journal.1.jsonl"]
-    entries = [json.loads(line) for journal in journals for line in journal.read_text().splitlines()[1:]]
+    entries = [
+        json.loads(line) for journal in journals for line in journal.read_text().splitlines()[1:]
+    ]
     places = [(entry["factors"], entry["batch"]) for entry in entries]
     assert len(places) == len(set(places)), "a loss was computed twice"
     assert len(journals[1].read_text().splitlines()) > 5, "the second worker did next to nothing"
@@ -92,7 +121,9 @@ def test_four_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_share_samples_find_the_same_within_rounding(folder: Path, alone: Path) -> None:
+def test_processes_that_share_samples_find_the_same_within_rounding(
+    folder: Path, alone: Path
+) -> None:
     """Two workers of two processes each; sums are rounded elsewhere, so values agree to 1e-5, not bit for bit."""
     product = searched(folder, "shared", "parallel.processes=4", "parallel.sequence=2")
     ours, theirs = (json.loads((p / "history.json").read_text()) for p in (product, alone))
@@ -108,14 +139,21 @@ def test_processes_that_share_samples_find_the_same_within_rounding(folder: Path
 def test_a_dead_worker_loses_nothing(folder: Path, alone: Path) -> None:
     """Kill -9 of one worker ends the search with a message; the same command, with fewer workers, goes on."""
     with subprocess.Popen(
-        command_of(folder, "killed", "parallel.processes=2"), env=environment(), cwd=ROOT, stderr=subprocess.PIPE,
+        command_of(folder, "killed", "parallel.processes=2"),
+        env=environment(),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
         text=True,
-    ) as running:  # fmt: skip
+    ) as running:
         journal = folder / "killed" / "2_factors" / "journal.1.jsonl"
         while not journal.is_file() or journal.read_bytes().count(b"\n") < 4:
             assert running.poll() is None, "the search ended before it could be killed"
             time.sleep(0.001)
-        ranks = [p for p in psutil.Process(running.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        ranks = [
+            p
+            for p in psutil.Process(running.pid).children(recursive=True)
+            if p.environ().get("RANK") == "1"
+        ]
         ranks[-1].send_signal(signal.SIGKILL)
         stderr = running.communicate()[1]
     assert running.returncode != 0

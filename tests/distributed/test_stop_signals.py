@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import main as pack_main
-from longrope2.artifacts import sha256_of_file
-from longrope2.training import REQUEUE_EXIT_CODE
+from longrope2.files.artifacts import sha256_of_file
+from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +29,21 @@ TRAIN = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with packed segments in ``packed/1_segments``."""
     folder = tmp_path_factory.mktemp("runs")
-    pack_main([
-        "--target", "256", "--corpus", "sample", "--model", "tiny", "run.name=packed", f"run.root={folder}",
-        "corpus.quotas.stdlib_modules={short: 4000, long: 4000}", "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-        "corpus.quotas.retrieval={short: 0, long: 0}",
-    ])  # fmt: skip
+    pack_main(
+        [
+            "--target",
+            "256",
+            "--corpus",
+            "sample",
+            "--model",
+            "tiny",
+            "run.name=packed",
+            f"run.root={folder}",
+            "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
+            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+            "corpus.quotas.retrieval={short: 0, long: 0}",
+        ]
+    )
     return folder
 
 
@@ -68,7 +78,9 @@ def test_stopped_by_a_signal_and_continued(runs: Path) -> None:
     stopped = start(runs, "stopped")
     deadline = time.monotonic() + 400
     while len(records(runs, "stopped")) < 3:
-        assert stopped.poll() is None and time.monotonic() < deadline, printed(runs, "stopped")[-3000:]
+        assert stopped.poll() is None and time.monotonic() < deadline, printed(runs, "stopped")[
+            -3000:
+        ]
         time.sleep(0.005)
     stopped.send_signal(signal.SIGUSR1)
     assert stopped.wait(timeout=200) == REQUEUE_EXIT_CODE, printed(runs, "stopped")[-3000:]

@@ -12,7 +12,10 @@ from small_runs import pack_segments, records, write_config
 from transformers import AutoModelForCausalLM
 from wandb_offline import history, offline_files, read_offline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes; an hour where cores are shared
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]  # minutes; an hour where cores are shared
 
 RANKS, STEPS = 4, 200
 TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=2",
@@ -59,27 +62,50 @@ def test_wandb_has_every_metric_and_product(trained: Path, runs: Path) -> None:
     assert len(files) == 2, "one file for each part of the run"
     parts = [read_offline(file) for file in files]
     started = [next(r.run for r in part if r.WhichOneof("record_type") == "run") for part in parts]
-    assert len({run.run_id for run in started}) == 1, "the second part continues the first one's run"
+    assert len({run.run_id for run in started}) == 1, (
+        "the second part continues the first one's run"
+    )
     assert {(run.run_group, run.job_type) for run in started} == {("tracked", "train")}
     logged = [row for part in parts for row in history(part)]
     assert [row["_step"] for row in logged] == list(range(1, STEPS + 1))
     assert {name for row in logged for name in row} >= NAMES
     for row, record in zip(logged, records(runs, "tracked"), strict=True):
-        assert {k: v for k, v in row.items() if "/" in k} == {k: v for k, v in record.items() if "/" in k}
-    x_axes = {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in parts[0]
-              if r.WhichOneof("record_type") == "metric"}  # fmt: skip
+        assert {k: v for k, v in row.items() if "/" in k} == {
+            k: v for k, v in record.items() if "/" in k
+        }
+    x_axes = {
+        r.metric.glob_name or r.metric.name: r.metric.step_metric
+        for r in parts[0]
+        if r.WhichOneof("record_type") == "metric"
+    }
     assert (x_axes["train/*"], x_axes["perf/*"]) == ("train/tokens", "train/tokens")
-    kept = [{r.artifact.type: {e.path for e in r.artifact.manifest.contents} for r in part
-             if r.WhichOneof("record_type") == "artifact"} for part in parts]  # fmt: skip
-    started_with = {"config": {"config.yaml"}, "factors": {"factors.json"}, "segments": {"manifest.json"}}
+    kept = [
+        {
+            r.artifact.type: {e.path for e in r.artifact.manifest.contents}
+            for r in part
+            if r.WhichOneof("record_type") == "artifact"
+        }
+        for part in parts
+    ]
+    started_with = {
+        "config": {"config.yaml"},
+        "factors": {"factors.json"},
+        "segments": {"manifest.json"},
+    }
     assert kept == [started_with, started_with | {"manifest": {"manifest.json"}}]
     settings = {update.key: json.loads(update.value_json) for update in started[0].config.update}
-    assert (settings["seed"], settings["training"]["learning_rate"], settings["target_len"]) == (0, 1e-3, 256)
+    assert (settings["seed"], settings["training"]["learning_rate"], settings["target_len"]) == (
+        0,
+        1e-3,
+        256,
+    )
 
 
 def test_final_weights_are_bf16_and_complete(trained: Path) -> None:
     """Gathered from four ranks under ZeRO-3; reference: the master weights of the last checkpoint, joined by DeepSpeed."""
-    loaded, report = AutoModelForCausalLM.from_pretrained(trained / "final", dtype="auto", output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        trained / "final", dtype="auto", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     masters = get_fp32_state_dict_from_zero_checkpoint(str(trained), tag=f"step_{STEPS:08d}")
     for name, parameter in loaded.named_parameters():

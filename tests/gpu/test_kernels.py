@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention import AttentionKernel, build_layout, choose_kernel, kernel_fault, windowed_attention
-from longrope2.rope import Window
+from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
+from longrope2.attention.layout import build_layout
+from longrope2.attention.windowed import windowed_attention
+from longrope2.rope.factors import Window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,17 +17,29 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 LENGTH = 1024
 DOC_ENDS = (1, 3, 40, 167, 168, 700, 1023, 1024)
-# A bf16 number carries 8 bits; attention rounds q, k, v, the weights and the result, so a few times 2 ** -8 of the largest.
+# A bf16 number carries 8 bits; attention rounds q, k, v, the weights and the result, so a few times
+# 2 ** -8 of the largest.
 BF16_TOLERANCE = 4 * 2**-8
 
 
 def attended(
-    kernel: AttentionKernel, dtype: torch.dtype, window: Window, heads: int, kv_heads: int, head_dim: int
+    kernel: AttentionKernel,
+    dtype: torch.dtype,
+    window: Window,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
 ) -> list[Tensor]:
     """Output and gradients of q, k and v, float32, from values that bf16 holds exactly."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, LENGTH, head_dim), *[(1, kv_heads, LENGTH, head_dim)] * 2, (1, LENGTH, heads, head_dim)]
-    values = [torch.randn(shape, generator=generator).bfloat16().to(DEVICE, dtype) for shape in shapes]
+    shapes = [
+        (1, heads, LENGTH, head_dim),
+        *[(1, kv_heads, LENGTH, head_dim)] * 2,
+        (1, LENGTH, heads, head_dim),
+    ]
+    values = [
+        torch.randn(shape, generator=generator).bfloat16().to(DEVICE, dtype) for shape in shapes
+    ]
     q, k, v = (x.requires_grad_() for x in values[:3])
     layout = build_layout(window, DOC_ENDS, device=DEVICE, kernel=kernel)
     out = windowed_attention(q, k, v, layout, head_dim**-0.5)
@@ -37,7 +51,9 @@ def attended(
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 96), (4, 1, 128), (8, 2, 64)])
 @pytest.mark.parametrize("window", list(Window))
 @pytest.mark.parametrize("kernel", list(AttentionKernel)[1:])
-def test_kernel_equals_sdpa(kernel: AttentionKernel, window: Window, heads: int, kv_heads: int, head_dim: int) -> None:
+def test_kernel_equals_sdpa(
+    kernel: AttentionKernel, window: Window, heads: int, kv_heads: int, head_dim: int
+) -> None:
     fault = kernel_fault(kernel, DEVICE, torch.bfloat16)
     if fault:
         pytest.skip(f"{kernel.value}: {fault}")
@@ -50,4 +66,7 @@ def test_kernel_equals_sdpa(kernel: AttentionKernel, window: Window, heads: int,
 
 def test_something_faster_than_sdpa_is_chosen() -> None:
     """Torch has carried a varlen kernel since 2.10, so a GPU for bf16 never falls back to one call per document."""
-    assert choose_kernel(AttentionKernel.auto, DEVICE, torch.bfloat16).kernel is not AttentionKernel.sdpa
+    assert (
+        choose_kernel(AttentionKernel.auto, DEVICE, torch.bfloat16).kernel
+        is not AttentionKernel.sdpa
+    )

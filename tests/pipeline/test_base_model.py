@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_prep.corpora import CorpusConfig, CorpusKind, heldout_texts
-from data_prep.needles import build_needle_set
-from longrope2.model import load_tokenizer
+from longrope2.corpora.build import heldout_texts
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.needles import build_needle_set
+from longrope2.model.loading import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent.parent / "models" / "tiny"
 
@@ -20,7 +21,12 @@ def exact_share(length: int, num_samples: int) -> float:
     texts = heldout_texts(CorpusConfig(name="sample", kind=CorpusKind.sample))
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
     needles = build_needle_set(
-        load_tokenizer(FOLDER), texts, length=length, depths=depths, num_samples=num_samples, seed=31
+        load_tokenizer(FOLDER),
+        texts,
+        length=length,
+        depths=depths,
+        num_samples=num_samples,
+        seed=31,
     )
     hits = []
     for sample in needles.samples:

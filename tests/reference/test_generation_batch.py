@@ -7,23 +7,37 @@ import torch
 from test_generation import FACTORS, ORIGINAL_LEN, generate_without_cache, random_llama
 from transformers import DynamicCache
 
-from longrope2.inference import GeneratedToken, KvPolicy, generate_batch, generate_tokens, prefill, rerotate_keys
-from longrope2.inference.cache import join_caches, next_logits
-from longrope2.model import WindowedModel
-from longrope2.rope import Window
+from longrope2.inference.batch import generate_batch
+from longrope2.inference.cache import KvPolicy, join_caches, next_logits, prefill, rerotate_keys
+from longrope2.inference.generation import GeneratedToken, generate_tokens
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import Window
 
-LENGTHS = (ORIGINAL_LEN - 2, 2 * ORIGINAL_LEN, ORIGINAL_LEN, 3, ORIGINAL_LEN - 1, ORIGINAL_LEN + 1, 33, 9)
+LENGTHS = (
+    ORIGINAL_LEN - 2,
+    2 * ORIGINAL_LEN,
+    ORIGINAL_LEN,
+    3,
+    ORIGINAL_LEN - 1,
+    ORIGINAL_LEN + 1,
+    33,
+    9,
+)
 NEW_TOKENS = (20, 12, 20, 30, 1, 20, 25, 7)
 
 
 def random_ids(length, seed=0):
-    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(100 * seed + length)).tolist()
+    return torch.randint(
+        97, (length,), generator=torch.Generator().manual_seed(100 * seed + length)
+    ).tolist()
 
 
 @pytest.fixture(scope="module")
 def model():
     rope_parameters = {"rope_type": "default", "rope_theta": FACTORS.geometry.rope_base}
-    return WindowedModel(random_llama(max_position_embeddings=ORIGINAL_LEN, rope_parameters=rope_parameters), FACTORS)
+    return WindowedModel(
+        random_llama(max_position_embeddings=ORIGINAL_LEN, rope_parameters=rope_parameters), FACTORS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,8 @@ def expected():
     """The new tokens of each prompt, by plain transformers."""
     longrope_model = random_llama(**FACTORS.to_hf_config())
     return [
-        generate_without_cache(longrope_model, random_ids(n), new) for n, new in zip(LENGTHS, NEW_TOKENS, strict=True)
+        generate_without_cache(longrope_model, random_ids(n), new)
+        for n, new in zip(LENGTHS, NEW_TOKENS, strict=True)
     ]
 
 
@@ -48,13 +63,19 @@ def test_mixed_lengths_equal_generation_without_cache(model, expected, max_rows,
     assert ids_of(rows) == expected
     for length, row in zip(LENGTHS, rows, strict=True):
         num_short = min(max(ORIGINAL_LEN - length + 1, 0), len(row))
-        assert [token.window for token in row] == [Window.SHORT] * num_short + [Window.LONG] * (len(row) - num_short)
+        assert [token.window for token in row] == [Window.SHORT] * num_short + [Window.LONG] * (
+            len(row) - num_short
+        )
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 7])
 def test_streamed_tokens_in_chunks_equal_generation_without_cache(model, expected, prefill_chunk):
     for length, new, wanted in zip(LENGTHS, NEW_TOKENS, expected, strict=True):
-        tokens = list(generate_tokens(model, random_ids(length), max_new_tokens=new, prefill_chunk=prefill_chunk))
+        tokens = list(
+            generate_tokens(
+                model, random_ids(length), max_new_tokens=new, prefill_chunk=prefill_chunk
+            )
+        )
         assert [token.token_id for token in tokens] == wanted
 
 
@@ -71,7 +92,9 @@ def test_one_row_at_a_time_is_bit_for_bit_the_stream(model):
     """Logits, not tokens: what max_rows=1 computes is what generate_tokens computes."""
     seen = {"batch": [], "stream": []}
     for name in seen:
-        hook = model.hf.lm_head.register_forward_hook(lambda *args, name=name: seen[name].append(args[2].clone()))
+        hook = model.hf.lm_head.register_forward_hook(
+            lambda *args, name=name: seen[name].append(args[2].clone())
+        )
         if name == "batch":
             generate_batch(model, [random_ids(14)], max_new_tokens=10, max_rows=1)
         else:
@@ -133,14 +156,23 @@ def rerotating_reference(model, prompt_ids, num_tokens):
 def test_rerotation_in_batches_equals_one_by_one_and_differs_from_the_exact_policy(model, expected):
     prompts = [random_ids(length) for length in LENGTHS]
     options = {"max_new_tokens": NEW_TOKENS, "kv_policy": KvPolicy.rerotate}
-    crossing = [n for n, (length, new) in enumerate(zip(LENGTHS, NEW_TOKENS, strict=True))
-                if length <= ORIGINAL_LEN < length + new - 1]  # fmt: skip
+    crossing = [
+        n
+        for n, (length, new) in enumerate(zip(LENGTHS, NEW_TOKENS, strict=True))
+        if length <= ORIGINAL_LEN < length + new - 1
+    ]
     assert len(crossing) == 3
     rows = ids_of(generate_batch(model, prompts, **options))
     for number, prompt_ids in enumerate(prompts):
-        stream = generate_tokens(model, prompt_ids, max_new_tokens=NEW_TOKENS[number], kv_policy=KvPolicy.rerotate)
+        stream = generate_tokens(
+            model, prompt_ids, max_new_tokens=NEW_TOKENS[number], kv_policy=KvPolicy.rerotate
+        )
         assert rows[number] == [token.token_id for token in stream]
-        wanted = rerotating_reference(model, prompt_ids, NEW_TOKENS[number]) if number in crossing else expected[number]
+        wanted = (
+            rerotating_reference(model, prompt_ids, NEW_TOKENS[number])
+            if number in crossing
+            else expected[number]
+        )
         assert rows[number] == wanted
     assert [rows[n] for n in crossing] != [expected[n] for n in crossing]
 
@@ -154,7 +186,9 @@ def test_rerotation_respects_rotated_part_and_attention_scales():
     def rotated(window):
         table_I = factors.inverse_frequencies(window)
         angles_CI = (torch.arange(12.0)[:, None] * table_I).double()
-        turn_CI = torch.polar(torch.full_like(angles_CI, factors.attention_scale(window)), angles_CI)
+        turn_CI = torch.polar(
+            torch.full_like(angles_CI, factors.attention_scale(window)), angles_CI
+        )
         pairs = torch.complex(unrotated_C[..., :8], unrotated_C[..., 8:16]) * turn_CI
         return torch.cat((pairs.real, pairs.imag, unrotated_C[..., 16:]), dim=-1).float()
 

@@ -10,7 +10,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Model:
 
     @property
     def geometry(self) -> RopeGeometry:
-        return RopeGeometry(round(self.head_dim * self.rotated_part), self.rope_base, self.original_len)
+        return RopeGeometry(
+            round(self.head_dim * self.rotated_part), self.rope_base, self.original_len
+        )
 
 
 MODELS = [
@@ -37,7 +41,9 @@ MODELS = [
     Model("qwen2_7b", 128, 1.0, 1e6, 32768, 131072),
     Model("smollm2_135m", 64, 1.0, 1e5, 8192, 65536),
     Model("tiny", 32, 1.0, 1e4, 128, 2048),
-    Model("every_dimension_trained", 128, 1.0, 1e4, 131072, 262144),  # YaRN's ramp is clipped at both ends
+    Model(
+        "every_dimension_trained", 128, 1.0, 1e4, 131072, 262144
+    ),  # YaRN's ramp is clipped at both ends
 ]
 RELATIVE = 1e-6
 
@@ -48,11 +54,17 @@ def config_of(model: Model, scaling: dict[str, Any], max_position_embeddings: in
         num_attention_heads=4,
         head_dim=model.head_dim,
         max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_theta": model.rope_base, "partial_rotary_factor": model.rotated_part, **scaling},
+        rope_parameters={
+            "rope_theta": model.rope_base,
+            "partial_rotary_factor": model.rotated_part,
+            **scaling,
+        },
     )
 
 
-def theirs(model: Model, rope_type: str, seq_len: int | None = None, **keys: Any) -> tuple[torch.Tensor, float]:
+def theirs(
+    model: Model, rope_type: str, seq_len: int | None = None, **keys: Any
+) -> tuple[torch.Tensor, float]:
     scale = model.target_len / model.original_len
     scaling = {"rope_type": rope_type, "factor": scale, **keys}
     window = model.original_len if rope_type == "dynamic" else model.target_len
@@ -64,7 +76,9 @@ def theirs(model: Model, rope_type: str, seq_len: int | None = None, **keys: Any
 
 def assert_same(ours: RescaleFactors, expected: tuple[torch.Tensor, float]) -> None:
     inverse_frequencies, attention_scale = expected
-    torch.testing.assert_close(ours.inverse_frequencies(Window.LONG), inverse_frequencies, rtol=RELATIVE, atol=0)
+    torch.testing.assert_close(
+        ours.inverse_frequencies(Window.LONG), inverse_frequencies, rtol=RELATIVE, atol=0
+    )
     assert ours.attention_scale(Window.LONG) == pytest.approx(attention_scale, rel=RELATIVE)
 
 
@@ -78,12 +92,18 @@ def assert_same(ours: RescaleFactors, expected: tuple[torch.Tensor, float]) -> N
         (
             RopeMethod.llama3,
             "llama3",
-            {"original_max_position_embeddings": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            {
+                "original_max_position_embeddings": 0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_closed_forms(model: Model, method: RopeMethod, rope_type: str, keys: dict[str, Any]) -> None:
+def test_closed_forms(
+    model: Model, method: RopeMethod, rope_type: str, keys: dict[str, Any]
+) -> None:
     if "original_max_position_embeddings" in keys:
         keys = {**keys, "original_max_position_embeddings": model.original_len}
     ours = closed_form_factors(method, model.geometry, model.target_len)
@@ -109,14 +129,23 @@ def searched_like(model: Model, attention_scale: float) -> RescaleFactors:
 def test_longrope_config_gives_our_tables_bit_for_bit(model: Model, attention_scale: float) -> None:
     ours = searched_like(model, attention_scale)
     keys = ours.to_hf_config(head_dim=model.head_dim)
-    config = LlamaConfig(hidden_size=4 * model.head_dim, num_attention_heads=4, head_dim=model.head_dim, **keys)
-    for window, seq_len in ((Window.SHORT, model.original_len), (Window.LONG, model.original_len + 1)):
-        inverse_frequencies, scale = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=seq_len)
+    config = LlamaConfig(
+        hidden_size=4 * model.head_dim, num_attention_heads=4, head_dim=model.head_dim, **keys
+    )
+    for window, seq_len in (
+        (Window.SHORT, model.original_len),
+        (Window.LONG, model.original_len + 1),
+    ):
+        inverse_frequencies, scale = ROPE_INIT_FUNCTIONS["longrope"](
+            config, torch.device("cpu"), seq_len=seq_len
+        )
         assert torch.equal(ours.inverse_frequencies(window), inverse_frequencies)
         assert ours.attention_scale(window) == scale
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m.rotated_part == 1.0], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "model", [m for m in MODELS if m.rotated_part == 1.0], ids=lambda m: m.name
+)
 def test_short_window_is_the_default_rope_bit_for_bit(model: Model) -> None:
     config = config_of(model, {"rope_type": "default"}, model.original_len)
     default = LlamaRotaryEmbedding(config).inv_freq
@@ -126,7 +155,9 @@ def test_short_window_is_the_default_rope_bit_for_bit(model: Model) -> None:
 def test_default_attention_factor_of_an_imported_config() -> None:
     model = MODELS[1]
     lists = {"short_factor": [1.0] * 64, "long_factor": [16.0] * 64}
-    _, attention_factor = theirs(model, "longrope", original_max_position_embeddings=model.original_len, **lists)
+    _, attention_factor = theirs(
+        model, "longrope", original_max_position_embeddings=model.original_len, **lists
+    )
     config = {
         "head_dim": 128,
         "rope_theta": model.rope_base,
@@ -135,7 +166,11 @@ def test_default_attention_factor_of_an_imported_config() -> None:
         "rope_scaling": {"type": "longrope", **lists},
     }
     imported = RescaleFactors.from_hf_config(config)
-    assert imported.long_attention_scale == imported.short_attention_scale == pytest.approx(attention_factor, rel=1e-12)
+    assert (
+        imported.long_attention_scale
+        == imported.short_attention_scale
+        == pytest.approx(attention_factor, rel=1e-12)
+    )
     assert attention_factor == pytest.approx(math.sqrt(1 + math.log(16) / math.log(8192)))
 
 

@@ -7,9 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.errors import DataError
 from longrope2.evaluation.scoring import score_values, score_windows
-from longrope2.inference import generate_tokens
-from longrope2.model import WindowedModel
-from longrope2.rope import RescaleFactors, RopeGeometry
+from longrope2.inference.generation import generate_tokens
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
@@ -24,9 +25,16 @@ FACTORS = RescaleFactors(
 def random_llama(**rope_config):
     torch.manual_seed(5)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, initializer_range=0.3, **rope_config,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        **rope_config,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -46,7 +54,11 @@ EOS = 0  # closes the sample; never read, whatever it is
 
 def sample_of(prompt_ids, value_ids):
     return NeedleSample(
-        tokens=np.array([*prompt_ids, *value_ids, EOS]), value_start=len(prompt_ids), key="k", value="v", depth=0.0
+        tokens=np.array([*prompt_ids, *value_ids, EOS]),
+        value_start=len(prompt_ids),
+        key="k",
+        value="v",
+        depth=0.0,
     )
 
 
@@ -63,7 +75,10 @@ def samples_around_greedy(model, length):
         prompt_ids = rng.integers(VOCAB_SIZE, size=length - num_value - 1).tolist()
         value_ids = greedy(model, prompt_ids, num_value)
         if number % 2:
-            kept, wrong = value_ids[: number % num_value], (value_ids[number % num_value] + 1) % VOCAB_SIZE
+            kept, wrong = (
+                value_ids[: number % num_value],
+                (value_ids[number % num_value] + 1) % VOCAB_SIZE,
+            )
             value_ids = [*kept, wrong]
             value_ids += greedy(model, [*prompt_ids, *value_ids], num_value - len(value_ids))
         samples.append(sample_of(prompt_ids, value_ids))
@@ -73,7 +88,9 @@ def samples_around_greedy(model, length):
 @pytest.mark.parametrize("length", [ORIGINAL_LEN, 3 * ORIGINAL_LEN])
 def test_exact_match_equals_real_greedy_generation(windowed_model, length):
     needle_set = samples_around_greedy(windowed_model, length)
-    found = [score.exact for score in score_values(windowed_model, needle_set, batch_tokens=5 * length)]
+    found = [
+        score.exact for score in score_values(windowed_model, needle_set, batch_tokens=5 * length)
+    ]
     generated = []
     for sample in needle_set.samples:
         ids, start = sample.through_value.tolist(), sample.value_start
@@ -102,14 +119,18 @@ def test_value_likelihood_equals_transformers(windowed_model, plain_model, lengt
 
 def test_scores_do_not_depend_on_the_batch(windowed_model):
     needle_set = samples_around_greedy(windowed_model, TARGET_LEN)
-    alone, together = (score_values(windowed_model, needle_set, batch_tokens=n) for n in (1, 100_000))
+    alone, together = (
+        score_values(windowed_model, needle_set, batch_tokens=n) for n in (1, 100_000)
+    )
     assert [s.exact for s in alone] == [s.exact for s in together]
     assert [s.nll for s in alone] == pytest.approx([s.nll for s in together], rel=1e-4)
 
 
 def test_a_value_across_the_window_border_is_refused(windowed_model):
     needle_set = NeedleSet(samples=[sample_of(range(ORIGINAL_LEN), [1])], length=ORIGINAL_LEN + 2)
-    with pytest.raises(DataError, match=r"evaluation\.lengths: .* 18 tokens .* original window \(16 tokens\)"):
+    with pytest.raises(
+        DataError, match=r"evaluation\.lengths: .* 18 tokens .* original window \(16 tokens\)"
+    ):
         score_values(windowed_model, needle_set, batch_tokens=64)
 
 

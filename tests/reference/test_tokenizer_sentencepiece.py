@@ -4,10 +4,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from data_prep.corpora import Split
-from data_prep.needle_words import ADJECTIVES, NOUNS
-from data_prep.sample_corpus import SampleCorpus
-from data_prep.tokenization import DocumentTokenizer
+from longrope2.corpora.corpus import Split
+from longrope2.corpora.needles import ADJECTIVES, NOUNS
+from longrope2.corpora.sample import SampleCorpus
+from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
 
 NASTY = [
@@ -42,7 +42,9 @@ def test_ids_and_round_trip_on_the_sample_corpus(encoder, processor):
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "a</s>b", "<unk>", "</s><s></s>"])
 def test_control_text_never_becomes_a_control_id(encoder, hugging_face, text):
-    assert hugging_face.encode(text, add_special_tokens=False) != encoder.encode(text)  # plain use does inject
+    assert hugging_face.encode(text, add_special_tokens=False) != encoder.encode(
+        text
+    )  # plain use does inject
     ids = encoder.encode(text)
     assert not {0, 1, 2} & set(ids) and encoder.decode(ids) == text
     # The private copy did not change the caller's tokenizer.
@@ -50,7 +52,11 @@ def test_control_text_never_becomes_a_control_id(encoder, hugging_face, text):
 
 
 def test_plain_auto_tokenizer(hugging_face):
-    assert (hugging_face.unk_token_id, hugging_face.bos_token_id, hugging_face.eos_token_id) == (0, 1, 2)
+    assert (hugging_face.unk_token_id, hugging_face.bos_token_id, hugging_face.eos_token_id) == (
+        0,
+        1,
+        2,
+    )
     assert len(hugging_face) == 2048
     assert hugging_face("some text").input_ids[0] == 1
     ids = hugging_face("def f(x):\n    return  x", add_special_tokens=False).input_ids
@@ -68,11 +74,13 @@ def test_token_spans_cut_text_exactly(encoder):
     [spans] = encoder.token_spans([text])
     assert len(spans) == len(encoder.encode(text)) == encoder.count_tokens([text])[0]
     ascii_spans = encoder.token_spans(["plain text, 42 words\n"])[0]
-    assert "".join("plain text, 42 words\n"[a:b] for a, b in ascii_spans) == "plain text, 42 words\n"
+    assert (
+        "".join("plain text, 42 words\n"[a:b] for a, b in ascii_spans) == "plain text, 42 words\n"
+    )
 
 
 def test_tokenizers_that_cannot_be_used(hugging_face, tmp_path):
-    from data_prep.tokenization import load_document_tokenizer
+    from longrope2.corpora.tokenizer import load_document_tokenizer
 
     with pytest.raises(DataError, match="holds no tokenizer that can be loaded"):
         load_document_tokenizer(tmp_path)
@@ -86,7 +94,9 @@ def test_tokenizers_that_cannot_be_used(hugging_face, tmp_path):
 def test_text_that_becomes_a_control_id_is_refused(hugging_face, tmp_path):
     hugging_face.save_pretrained(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
-    other.add_tokens(["STOP"], special_tokens=False)  # matched in text even with encode_special_tokens
+    other.add_tokens(
+        ["STOP"], special_tokens=False
+    )  # matched in text even with encode_special_tokens
     other.eos_token = "STOP"
     encoder = DocumentTokenizer(other)
     encoder.eos_id = other.convert_tokens_to_ids("STOP")

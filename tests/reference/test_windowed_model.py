@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from longrope2.attention import build_layout
-from longrope2.model import IGNORED_LABEL, WindowedModel, token_loss_sum
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.attention.layout import build_layout
+from longrope2.model.loss import IGNORED_LABEL, token_loss_sum
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 LENGTH, ORIGINAL = 192, 32
 SIZES = {
@@ -23,7 +26,9 @@ def build(family: str, rope: dict | None = None) -> PreTrainedModel:
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=16, **extra)).eval()
     # Phi3Config's own top-level default (4096) would override the one inside rope_parameters.
-    return Phi3ForCausalLM(Phi3Config(**SIZES, original_max_position_embeddings=ORIGINAL, **extra)).eval()
+    return Phi3ForCausalLM(
+        Phi3Config(**SIZES, original_max_position_embeddings=ORIGINAL, **extra)
+    ).eval()
 
 
 def searched_like() -> RescaleFactors:
@@ -34,9 +39,14 @@ def searched_like() -> RescaleFactors:
 def as_transformers(family: str) -> PreTrainedModel:
     """The same weights with transformers' own longrope."""
     rope = {
-        "rope_type": "longrope", "rope_theta": 10_000.0, "long_factor": list(searched_like().factors),
-        "short_factor": [1.0] * 8, "original_max_position_embeddings": ORIGINAL, "attention_factor": 1.0, "factor": 6.0,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "long_factor": list(searched_like().factors),
+        "short_factor": [1.0] * 8,
+        "original_max_position_embeddings": ORIGINAL,
+        "attention_factor": 1.0,
+        "factor": 6.0,
+    }
     return build(family, rope)
 
 
@@ -77,7 +87,9 @@ def test_packed_short_documents_equal_the_documents_alone() -> None:
     tokens = torch.randint(1, 71, (1, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         packed = model.logits(tokens, Window.SHORT, build_layout(Window.SHORT, ends))
-        alone = [build("llama")(tokens[:, a:b]).logits for a, b in zip([0, *ends], ends, strict=False)]
+        alone = [
+            build("llama")(tokens[:, a:b]).logits for a, b in zip([0, *ends], ends, strict=False)
+        ]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=2e-6)
 
 
@@ -92,7 +104,9 @@ def test_loss_and_gradients_equal_plain_cross_entropy(num_tokens: int) -> None:
     expected = 0.25 * F.cross_entropy(hidden.double() @ head.double().T, labels, reduction="sum")
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(
-        torch.autograd.grad(found, [hidden, head]), torch.autograd.grad(expected, [hidden, head]), strict=True
+        torch.autograd.grad(found, [hidden, head]),
+        torch.autograd.grad(expected, [hidden, head]),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -143,8 +157,12 @@ def test_another_model_that_shares_the_config_cannot_take_the_layout_away() -> N
     hf = build("llama")
     model = WindowedModel(hf, searched_like())
     type(hf)(hf.config).set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="was changed to sdpa; does another model share its config"):
-        model.logits(torch.ones(1, 4, dtype=torch.int64), Window.SHORT, build_layout(Window.SHORT, [2, 4]))
+    with pytest.raises(
+        RuntimeError, match="was changed to sdpa; does another model share its config"
+    ):
+        model.logits(
+            torch.ones(1, 4, dtype=torch.int64), Window.SHORT, build_layout(Window.SHORT, [2, 4])
+        )
     with pytest.raises(RuntimeError, match="was changed to sdpa"):
         model.use_window(Window.LONG)  # before cached decoding
 
@@ -156,5 +174,7 @@ def test_set_factors_changes_only_the_long_window() -> None:
         short = model.logits(tokens, Window.SHORT)
         model.set_factors(closed_form_factors(RopeMethod.pi, GEOMETRY, LENGTH))
         assert torch.equal(model.logits(tokens, Window.SHORT), short)
-        pi = build("llama", {"rope_type": "linear", "factor": 6.0, "rope_theta": 10_000.0})(tokens).logits
+        pi = build("llama", {"rope_type": "linear", "factor": 6.0, "rope_theta": 10_000.0})(
+            tokens
+        ).logits
         torch.testing.assert_close(model.logits(tokens, Window.LONG), pi, rtol=0, atol=2e-6)

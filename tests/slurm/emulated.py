@@ -1,8 +1,10 @@
-"""A real Slurm of emulated nodes on this machine: Debian's munged, slurmctld and one slurmd per node.
+"""A real Slurm of emulated nodes on this machine: Debian's munged, slurmctld and one slurmd per
+node.
 
-Each slurmd lives in UTS and mount namespaces of its own, so that a job on n2 sees the host name n2 and resolves n1, n2, ...;
-GPUs are copies of /dev/null that Slurm counts and binds. CPUs and memory are declared, not enforced. All nodes share this
-machine's network and files. Nothing outside the cluster's folder is touched, and stopping it ends its own processes only.
+Each slurmd lives in UTS and mount namespaces of its own, so that a job on n2 sees the host name n2
+and resolves n1, n2, ...; GPUs are copies of /dev/null that Slurm counts and binds. CPUs and memory
+are declared, not enforced. All nodes share this machine's network and files. Nothing outside the
+cluster's folder is touched, and stopping it ends its own processes only.
 """
 
 import contextlib
@@ -70,14 +72,18 @@ class EmulatedSlurm:
 
     def __init__(self, nodes: int, gpus: int) -> None:
         self.nodes, self.gpus = nodes, gpus
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: daemons put sockets there
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+        )  # short: daemons put sockets there
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> "EmulatedSlurm":
         self._write_files()
         self._start_munge()
         self.command("slurmctld")
-        wait_until(lambda: "UP" in self.command("scontrol", "ping", check=False), 20, "slurmctld answers")
+        wait_until(
+            lambda: "UP" in self.command("scontrol", "ping", check=False), 20, "slurmctld answers"
+        )
         for number in range(1, self.nodes + 1):
             self.start_node(f"n{number}")
         wait_until(self._all_up, 60, "all nodes are up")
@@ -96,14 +102,18 @@ class EmulatedSlurm:
 
     def command(self, *words: str, check: bool = True) -> str:
         """Output of a command that talks to this cluster."""
-        ended = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
         assert not check or ended.returncode == 0, f"{words}: {ended.stdout}{ended.stderr}"
         return ended.stdout
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node (again)."""
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        inside = f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name}"
+        inside = (
+            f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name}"
+        )
         self.command("unshare", "--uts", "--mount", "--propagation", "slave", "bash", "-ec", inside)
 
     def crash_node(self, name: str) -> None:
@@ -157,12 +167,16 @@ class EmulatedSlurm:
             first=port + 1,
             last=port + self.nodes,
             gpus=self.gpus,
-            first_job=random.randrange(1, 10000),  # ports of a job follow from its id: clusters side by side differ
+            first_job=random.randrange(
+                1, 10000
+            ),  # ports of a job follow from its id: clusters side by side differ
         )
         (self.folder / "slurm.conf").write_text(text)
         for index in range(self.gpus):
             os.mknod(self.folder / f"nvidia{index}", 0o20666, os.makedev(1, 3))
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/nvidia[0-{self.gpus - 1}]\n")
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/nvidia[0-{self.gpus - 1}]\n"
+        )
         names = "".join(f"127.0.1.{number} n{number}\n" for number in range(1, self.nodes + 1))
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + names)
 
@@ -173,9 +187,14 @@ class EmulatedSlurm:
         self.folder.chmod(0o755)
         where = self.folder
         self.command(
-            "munged", "--force", f"--socket={where}/munge.sock", f"--key-file={key}", f"--pid-file={where}/munged.pid",
-            f"--seed-file={where}/munge.seed", f"--log-file={where}/munged.log",
-        )  # fmt: skip
+            "munged",
+            "--force",
+            f"--socket={where}/munge.sock",
+            f"--key-file={key}",
+            f"--pid-file={where}/munged.pid",
+            f"--seed-file={where}/munge.seed",
+            f"--log-file={where}/munged.log",
+        )
 
     def _pid(self, name: str) -> int | None:
         file = self.folder / f"{name}.pid"
@@ -184,7 +203,9 @@ class EmulatedSlurm:
             program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
         except (OSError, ValueError):
             return None
-        return pid if program.startswith(name.split("-")[0]) else None  # Debian has slurmd-wlm, slurmctld-wlm
+        return (
+            pid if program.startswith(name.split("-")[0]) else None
+        )  # Debian has slurmd-wlm, slurmctld-wlm
 
     def _end(self, name: str) -> None:
         pid = self._pid(name)

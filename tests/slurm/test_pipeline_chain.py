@@ -40,9 +40,13 @@ WORDS_OF_SOME = ("tracking.wandb=disabled",)
 def pipeline(checkout: Path, cluster: EmulatedSlurm, *words: str) -> tuple[dict[str, str], str]:
     """Stage -> job id, and what was printed."""
     tracked = [word for word in WORDS if word not in WORDS_OF_SOME]
-    tracked += [f"{stage}:{word}" for word in WORDS_OF_SOME for stage in ("search", "train", "evaluate")]
+    tracked += [
+        f"{stage}:{word}" for word in WORDS_OF_SOME for stage in ("search", "train", "evaluate")
+    ]
     command = ["slurm/pipeline.sh", "llama3_128k", *tracked, *words]
-    ended = subprocess.run(command, cwd=checkout, env=cluster.environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=checkout, env=cluster.environment, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     return dict(re.findall(r"^(\w+) +job (\d+)", ended.stdout, re.MULTILINE)), ended.stdout
 
@@ -54,7 +58,10 @@ def states(cluster: EmulatedSlurm, jobs: dict[str, str]) -> dict[str, str]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """File -> hash of the segments themselves."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.arrow"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.arrow"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +69,34 @@ def failed(checkout: Path, small_cluster: EmulatedSlurm) -> tuple[dict[str, str]
     """A chain whose training is asked for something impossible."""
     jobs, printed = pipeline(checkout, small_cluster, "train:training.learning_rate=-1")
     assert tuple(jobs) == STAGES
-    assert f"squeue -j {','.join(jobs.values())}" in printed and "tail -f runs/chain/pipeline.log" in printed
+    assert (
+        f"squeue -j {','.join(jobs.values())}" in printed
+        and "tail -f runs/chain/pipeline.log" in printed
+    )
     again = subprocess.run(
-        ["slurm/pipeline.sh", "llama3_128k", "run.name=chain"], cwd=checkout, env=small_cluster.environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["slurm/pipeline.sh", "llama3_128k", "run.name=chain"],
+        cwd=checkout,
+        env=small_cluster.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert again.returncode == 2 and "runs/chain is in the queue already" in again.stderr
     return jobs, states(small_cluster, jobs)
 
 
-def test_a_failed_stage_stops_the_chain_and_says_what_to_read(checkout: Path, failed: tuple) -> None:
+def test_a_failed_stage_stops_the_chain_and_says_what_to_read(
+    checkout: Path, failed: tuple
+) -> None:
     jobs, ended = failed
     noted = (checkout / "runs" / "chain" / "pipeline.log").read_text()
-    assert ended == {"pack": "COMPLETED", "search": "COMPLETED", "train": "FAILED", "evaluate": "CANCELLED",
-                     "export": "CANCELLED"}, noted  # fmt: skip
+    assert ended == {
+        "pack": "COMPLETED",
+        "search": "COMPLETED",
+        "train": "FAILED",
+        "evaluate": "CANCELLED",
+        "export": "CANCELLED",
+    }, noted
     log = checkout / "slurm" / "logs" / f"train_llama3_128k-{jobs['train']}.log"
     assert f"train_llama3_128k (job {jobs['train']}): failed; read {log}, mend it" in noted
     assert "training.learning_rate=-1.0 must be above 0" in log.read_text()
@@ -87,19 +108,27 @@ def test_packing_over_three_nodes_gives_the_bytes_of_one_process(
     log = (checkout / "slurm" / "logs" / f"pack_llama3_128k-{failed[0]['pack']}.log").read_text()
     arrays = re.findall(r"slurm: (\d+) array tasks, first id (\d+)_0", log)
     shown = [
-        small_cluster.command("scontrol", "show", "job", f"{first}_{i}") for n, first in arrays for i in range(int(n))
+        small_cluster.command("scontrol", "show", "job", f"{first}_{i}")
+        for n, first in arrays
+        for i in range(int(n))
     ]
     nodes = {node for text in shown for node in re.findall(r" NodeList=(\S+)", text)}
     assert nodes == {"n1", "n2", "n3"}
     subprocess.run(
         [sys.executable, "-m", "data_prep.pack", *SIZE, *PACK, "run.name=one_process", "workers=1"],
-        cwd=checkout, check=True, capture_output=True,
-    )  # fmt: skip
-    array, single = (hashes(checkout / "runs" / name / "1_segments") for name in ("chain", "one_process"))
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
+    array, single = (
+        hashes(checkout / "runs" / name / "1_segments") for name in ("chain", "one_process")
+    )
     assert len(single) > 1 and array == single
 
 
-def test_a_rerun_goes_on_and_finishes(checkout: Path, small_cluster: EmulatedSlurm, failed: tuple) -> None:
+def test_a_rerun_goes_on_and_finishes(
+    checkout: Path, small_cluster: EmulatedSlurm, failed: tuple
+) -> None:
     jobs, printed = pipeline(checkout, small_cluster)
     assert tuple(jobs) == ("train", "evaluate", "export")
     assert "pack      complete: runs/chain/1_segments" in printed

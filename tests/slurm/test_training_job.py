@@ -1,7 +1,8 @@
-"""Training by ``sbatch slurm/train_llama3_128k.sh`` on emulated nodes: 4 CPU ranks on 2 nodes, ZeRO-3, sp = 2.
+"""Training by ``sbatch slurm/train_llama3_128k.sh`` on emulated nodes: 4 CPU ranks on 2 nodes,
+ZeRO-3, sp = 2.
 
-An undisturbed run, and runs that are requeued, lose a rank or a node, or reach their time limit: each goes on by itself and
-ends with the same losses and weights.
+An undisturbed run, and runs that are requeued, lose a rank or a node, or reach their time limit:
+each goes on by itself and ends with the same losses and weights.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from emulated import EmulatedSlurm, wait_until
 
-from longrope2.artifacts import sha256_of_file
+from longrope2.files.artifacts import sha256_of_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -33,11 +34,27 @@ TRAIN = [
 def runs(checkout: Path) -> Path:
     """The folder of runs, with packed segments."""
     subprocess.run(
-        [sys.executable, "-m", "data_prep.pack", "--target", "256", "--corpus", "sample", "--model", "tiny", "--align", "2",
-         "run.name=packed", "corpus.quotas.stdlib_modules={short: 8000, long: 8000}",
-         "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 0, long: 0}"],
-        cwd=checkout, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "data_prep.pack",
+            "--target",
+            "256",
+            "--corpus",
+            "sample",
+            "--model",
+            "tiny",
+            "--align",
+            "2",
+            "run.name=packed",
+            "corpus.quotas.stdlib_modules={short: 8000, long: 8000}",
+            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+            "corpus.quotas.retrieval={short: 0, long: 0}",
+        ],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
     return checkout / "runs"
 
 
@@ -45,11 +62,30 @@ class Job:
     """A submitted training."""
 
     def __init__(self, cluster: EmulatedSlurm, runs: Path, name: str, *options: str) -> None:
-        self.cluster, self.checkout, self.product = cluster, runs.parent, runs / name / "3_checkpoints"
-        words = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", f"--job-name={name}", *options,
-                 "slurm/train_llama3_128k.sh", *TRAIN, f"run.name={name}", "segments=runs/packed/1_segments"]  # fmt: skip
+        self.cluster, self.checkout, self.product = (
+            cluster,
+            runs.parent,
+            runs / name / "3_checkpoints",
+        )
+        words = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--gpus-per-node=2",
+            f"--job-name={name}",
+            *options,
+            "slurm/train_llama3_128k.sh",
+            *TRAIN,
+            f"run.name={name}",
+            "segments=runs/packed/1_segments",
+        ]
         submitted = subprocess.run(
-            words, cwd=self.checkout, env=cluster.environment, capture_output=True, text=True, check=True
+            words,
+            cwd=self.checkout,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         self.id = submitted.stdout.strip()
         self.logs = self.checkout / "slurm" / "logs" / f"{name}-{self.id}"
@@ -60,11 +96,15 @@ class Job:
 
     def records(self) -> list[dict]:
         file = self.product / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        )
 
     def nodes(self) -> list[str]:
         """Nodes it runs on now."""
-        return self.cluster.command("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"]).split()
+        return self.cluster.command(
+            "scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"]
+        ).split()
 
     def restarts(self) -> int:
         """Times that Slurm has started it again."""
@@ -72,7 +112,9 @@ class Job:
 
     def freeze_ranks(self) -> list[int]:
         """Stop all ranks where they are, as a file system that hangs does."""
-        ranks = [pid for node in self.nodes() for pid in self.cluster.processes(node) if is_rank(pid)]
+        ranks = [
+            pid for node in self.nodes() for pid in self.cluster.processes(node) if is_rank(pid)
+        ]
         assert len(ranks) == 4
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
@@ -80,18 +122,26 @@ class Job:
 
     def end_in_about_two_minutes(self) -> None:
         """Move the time limit, which counts in whole minutes from the start."""
-        running = time.time() - datetime.fromisoformat(self.cluster.job(self.id)["StartTime"]).timestamp()
-        self.cluster.command("scontrol", "update", f"JobId={self.id}", f"TimeLimit={math.ceil(running / 60) + 1}")
+        running = (
+            time.time() - datetime.fromisoformat(self.cluster.job(self.id)["StartTime"]).timestamp()
+        )
+        self.cluster.command(
+            "scontrol", "update", f"JobId={self.id}", f"TimeLimit={math.ceil(running / 60) + 1}"
+        )
 
     def attempts(self) -> list[tuple[str, int]]:
         """Outcome and exit code of every attempt, as the run folder keeps them."""
-        lines = [json.loads(line) for line in (self.product / "attempts.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (self.product / "attempts.jsonl").read_text().splitlines()
+        ]
         return [(line["outcome"], line["exit_code"]) for line in lines]
 
     def wait_for_steps(self, steps: int, seconds: float = 1200) -> None:
         def reached() -> bool:
             state = self.cluster.job(self.id)["JobState"]
-            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.log}"
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), (
+                f"{state}\n{self.log}"
+            )
             return len(self.records()) >= steps
 
         wait_until(reached, seconds, f"{steps} steps")
@@ -126,12 +176,17 @@ def test_trains_over_two_nodes(undisturbed: Job) -> None:
     assert {path.name for path in ranks.glob("rank-*")} == {
         f"rank-00{i}.{kind}" for i in range(4) for kind in ("out", "err")
     }
-    nodes = sorted(json.loads(path.read_text())["node"] for path in (undisturbed.logs / "start-0").glob("node-*.json"))
+    nodes = sorted(
+        json.loads(path.read_text())["node"]
+        for path in (undisturbed.logs / "start-0").glob("node-*.json")
+    )
     assert len(nodes) == 2
     assert undisturbed.attempts() == [("begun", 0), ("done", 0)]
 
 
-def test_requeued_then_a_rank_killed(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
+def test_requeued_then_a_rank_killed(
+    small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job
+) -> None:
     """``scontrol requeue`` goes on from the last checkpoint; after a killed rank the job leaves its node out."""
     job = Job(small_cluster, runs, "disturbed")
     job.wait_for_steps(12)
@@ -157,26 +212,36 @@ def test_node_dies(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -
     ended = job.wait()
     small_cluster.start_node(second)
     assert job.result() == undisturbed.result()
-    assert second not in small_cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
+    assert (
+        second
+        not in small_cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
+    )
 
 
 def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
-    """The real limit, twice: first the ranks cannot save before it (they are frozen), then they can.
+    """The real limit, twice: first the ranks cannot save before it (they are frozen), then they
+    can.
 
-    The limit is moved while the job runs, so that it comes in the middle of training at any speed of the machine.
+    The limit is moved while the job runs, so that it comes in the middle of training at any speed
+    of the machine.
     """
     job = Job(small_cluster, runs, "time_limit", "--time=60", "--signal=B:USR1@45")
     job.wait_for_steps(12)
     job.freeze_ranks()
     job.end_in_about_two_minutes()
-    wait_until(lambda: job.restarts() == 1, 300, "the job is requeued although its ranks had not saved")
+    wait_until(
+        lambda: job.restarts() == 1, 300, "the job is requeued although its ranks had not saved"
+    )
     small_cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    # Slurm's SIGCONT and SIGTERM let the frozen ranks save after all, so wait for the new ones before counting steps.
+    # Slurm's SIGCONT and SIGTERM let the frozen ranks save after all, so wait for the new ones
+    # before counting steps.
     wait_until((job.logs / "start-1" / "ranks").is_dir, 600, "ranks start again")
     job.wait_for_steps(len(job.records()) + 3)
     frozen = job.freeze_ranks()
     job.end_in_about_two_minutes()
-    wait_until(lambda: job.log.count("asked to stop\n") == 2, 300, "the job is told of its limit again")
+    wait_until(
+        lambda: job.log.count("asked to stop\n") == 2, 300, "the job is told of its limit again"
+    )
     for pid in frozen:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: job.restarts() == 2, 300, "the job is requeued")

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.document_table import load_documents
-from data_prep.token_files import IndexRow, TokenizedUnit, UnitAccount, UnitWriter
+from data_prep.token_files import IndexRow, TokenizedUnit, UnitAccount, UnitWriter, load_documents
 from data_prep.tokenizing import order_of
 
 
@@ -31,9 +30,18 @@ def table_of(folder, documents, *, documents_per_unit=7, seed=0):
             account = UnitAccount([f"{source}/{first}"], source)
             with UnitWriter(folder, unit.stem, np.uint32) as writer:
                 for document in own[first : first + documents_per_unit]:
-                    text_hash = hashlib.sha256((document.text or document.doc_id).encode()).digest()[:16]
+                    text_hash = hashlib.sha256(
+                        (document.text or document.doc_id).encode()
+                    ).digest()[:16]
                     order = order_of(seed, document.doc_id)
-                    row = IndexRow(document.doc_id, 0, document.domain, 4 * document.num_tokens, text_hash, order)
+                    row = IndexRow(
+                        document.doc_id,
+                        0,
+                        document.domain,
+                        4 * document.num_tokens,
+                        text_hash,
+                        order,
+                    )
                     writer.add(row, np.arange(3, 1 + document.num_tokens, dtype=np.uint32))
                     account.num_documents += 1
                     account.num_tokens += document.num_tokens - 2

@@ -9,11 +9,13 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longrope2.evaluation.ruler import RulerConfig, RulerMode
+from longrope2.evaluation.ruler.config import RulerConfig, RulerMode
 
 SUBJECTS = ("box", "lamp", "door", "cart", "hat", "boat")
-FILLER = ("time person year way day thing man world life hand part child eye place work week case point number group "
-          "problem fact night home water room mother area money story").split()  # fmt: skip
+FILLER = (
+    "time person year way day thing man world life hand part child eye place work week case point number group "
+    "problem fact night home water room mother area money story"
+).split()
 __all__ = ["RulerMode"]
 GPT2_SPLIT = Regex(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 LLAMA3_SPLIT = Regex(
@@ -53,7 +55,12 @@ def squad(num_articles=60, seed=1):
                 "answers": answers,
                 "id": name,
             }
-            never = {"question": "And of the sky?", "is_impossible": True, "answers": [], "id": f"{name} sky"}
+            never = {
+                "question": "And of the sky?",
+                "is_impossible": True,
+                "answers": [],
+                "id": f"{name} sky",
+            }
             paragraphs.append({"context": text, "qas": [asked, never]})
         articles.append({"title": f"Article {article}", "paragraphs": paragraphs})
     return {"version": "v2.0", "data": articles}
@@ -65,21 +72,33 @@ def hotpotqa(num_entries=60, seed=2):
     entries = []
     for entry in range(num_entries):
         names = [f"{rng.choice(SUBJECTS)} {entry}-{number}" for number in range(10)]
-        context = [[name, [f"{filler(rng).capitalize()}.", f" The {name} is of no colour."]] for name in names]
+        context = [
+            [name, [f"{filler(rng).capitalize()}.", f" The {name} is of no colour."]]
+            for name in names
+        ]
         first, second = rng.sample(range(10), 2)
         context[first][1][1] = f" The {names[first]} belongs to {names[second]}."
         context[second][1][1] = f" The colour of the {names[second]} is hue{entry}."
-        entries.append({
-            "_id": str(entry), "question": f"What is the colour of what the {names[first]} belongs to?",
-            "answer": f"hue{entry}", "context": context, "type": "bridge", "level": "hard",
-            "supporting_facts": [[names[first], 1], [names[second], 1]],
-        })  # fmt: skip
+        entries.append(
+            {
+                "_id": str(entry),
+                "question": f"What is the colour of what the {names[first]} belongs to?",
+                "answer": f"hue{entry}",
+                "context": context,
+                "type": "bridge",
+                "level": "hard",
+                "supporting_facts": [[names[first], 1], [names[second], 1]],
+            }
+        )
     return entries
 
 
 def question_files(folder: Path, num_articles=60, num_entries=60):
     """Paths of both, written as JSON."""
-    paths = {"squad": folder / "dev-v2.0.json", "hotpotqa": folder / "hotpot_dev_distractor_v1.json"}
+    paths = {
+        "squad": folder / "dev-v2.0.json",
+        "hotpotqa": folder / "hotpot_dev_distractor_v1.json",
+    }
     paths["squad"].write_text(json.dumps(squad(num_articles)), encoding="utf-8")
     paths["hotpotqa"].write_text(json.dumps(hotpotqa(num_entries)), encoding="utf-8")
     return {key: str(path) for key, path in paths.items()}
@@ -93,7 +112,10 @@ def byte_level(split, *, bos=True):
     """A byte-level BPE tokenizer with the pre-tokenizer of GPT-2 or Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(split, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     return trained(tokenizer, bos=bos)
 
@@ -109,14 +131,19 @@ def across_words():
 def trained(tokenizer, *, bos=True, alphabet=None):
     alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
     trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+        vocab_size=700,
+        initial_alphabet=alphabet,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(essays(3000), trainer)
     if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Sequence):
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>"
+    )
 
 
 def prompt_text(tokenizer, sample):
@@ -142,7 +169,9 @@ def needle_oracle(text):
     asked = re.search(r"Which special magic \w+ for (.*) does the text mention\?", text).group(1)
     keys = re.split(", | and ", asked)
     return " ".join(
-        value for key in keys for value in re.findall(rf"magic \w+ for {re.escape(key)} is: ([0-9a-f-]+)\.", text)
+        value
+        for key in keys
+        for value in re.findall(rf"magic \w+ for {re.escape(key)} is: ([0-9a-f-]+)\.", text)
     )
 
 

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from longrope2.artifacts import (
+from longrope2.command import run_command
+from longrope2.errors import ArtifactError, ConfigError
+from longrope2.files.artifacts import (
     Manifest,
     atomic_path,
     describe_input,
-    model_identity,
     read_manifest,
-    resolve_model_folder,
     sha256_of_file,
     write_manifest,
     write_text,
 )
-from longrope2.command import run_command
-from longrope2.errors import ArtifactError, ConfigError
+from longrope2.model.folder import model_identity, resolve_model_folder
 
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -64,7 +63,9 @@ def test_manifest_of_another_kind_or_version(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="kind is 'factors', expected 'segments'"):
         read_manifest(tmp_path, "segments")
     write_manifest(tmp_path, Manifest("segments", schema_version=99))
-    with pytest.raises(ArtifactError, match="schema_version is 99, this version reads 1; make it again"):
+    with pytest.raises(
+        ArtifactError, match="schema_version is 99, this version reads 1; make it again"
+    ):
         read_manifest(tmp_path, "segments")
 
 
@@ -78,7 +79,9 @@ def model_folder(folder: Path, **changes: object) -> Path:
 
 def test_identity_ignores_rope_scaling_and_sees_architecture_and_tokenizer(tmp_path: Path) -> None:
     base = model_identity(model_folder(tmp_path / "base"))
-    scaled = model_folder(tmp_path / "scaled", rope_scaling={"rope_type": "yarn"}, max_position_embeddings=4096)
+    scaled = model_folder(
+        tmp_path / "scaled", rope_scaling={"rope_type": "yarn"}, max_position_embeddings=4096
+    )
     assert model_identity(scaled) == base
     wider = model_identity(model_folder(tmp_path / "wider", hidden_size=16))
     assert wider["architecture_sha256"] != base["architecture_sha256"]
@@ -136,6 +139,10 @@ def test_output_that_nobody_reads_to_its_end() -> None:
     code = "from longrope2.command import run_command\nrun_command(lambda: print('line\\n' * 1_000_000))"
     shell = f'{sys.executable} -c "$CODE" | head -1; exit ${{PIPESTATUS[0]}}'
     ended = subprocess.run(
-        ["bash", "-c", shell], env={**os.environ, "CODE": code}, capture_output=True, text=True, check=False
+        ["bash", "-c", shell],
+        env={**os.environ, "CODE": code},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "line\n", "")

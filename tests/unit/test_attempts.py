@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.attempts import (
+from launch.cluster.attempts import (
     Attempt,
     FirstFailure,
     begin,
@@ -20,19 +20,25 @@ from launch.attempts import (
     progress_of,
     read_attempts,
 )
-from launch.node_agent import rank_exit_code
+from launch.cluster.node_agent import rank_exit_code
 from longrope2.training.heartbeat import Beat
 
 GONE = "torch.distributed.DistBackendError: Connection closed by peer [127.0.0.1]:4711"
 
 
-def attempt(outcome: str, found: int, left: int, code: int = 0, *, blamed: tuple[str, ...] = ()) -> Attempt:
+def attempt(
+    outcome: str, found: int, left: int, code: int = 0, *, blamed: tuple[str, ...] = ()
+) -> Attempt:
     return Attempt("7", 0, "n[1-2]", found, left, outcome, code, list(blamed))
 
 
-def rank_failed(logs: Path, node: str, codes: dict[int, int], errors: dict[int, tuple[str, float]]) -> None:
+def rank_failed(
+    logs: Path, node: str, codes: dict[int, int], errors: dict[int, tuple[str, float]]
+) -> None:
     """What a node's agent and its ranks leave in the folder of logs."""
-    (logs / f"ended-{node}.json").write_text(json.dumps({"node": node, "time": 100.0, "exit_codes": codes}))
+    (logs / f"ended-{node}.json").write_text(
+        json.dumps({"node": node, "time": 100.0, "exit_codes": codes})
+    )
     for rank, (text, when) in errors.items():
         file = logs / f"rank-{rank:03d}.err"
         file.write_text(text)
@@ -41,7 +47,13 @@ def rank_failed(logs: Path, node: str, codes: dict[int, int], errors: dict[int, 
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [({0: 75, 1: 75}, 75), ({0: 1, 3: 75}, 75), ({0: -9, 1: 2}, 2), ({0: -9, 1: -15}, 1), ({5: 3, 4: 1}, 1)],
+    [
+        ({0: 75, 1: 75}, 75),
+        ({0: 1, 3: 75}, 75),
+        ({0: -9, 1: 2}, 2),
+        ({0: -9, 1: -15}, 1),
+        ({5: 3, 4: 1}, 1),
+    ],
 )
 def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
     assert rank_exit_code(codes) == expected
@@ -55,7 +67,11 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
         ([attempt("stopped", 10, 10, 1)], "requeue", "had not saved in time: goes on from 10"),
         ([attempt("failed", 10, 10, 2)], "stop", "a fault that no restart mends"),
         ([attempt("failed", 10, 10, 1)], "requeue", "starts again, from 10"),
-        ([attempt("failed", 10, 10, 1, blamed=("n2",))], "requeue n2", "starts again without n2, from 10"),
+        (
+            [attempt("failed", 10, 10, 1, blamed=("n2",))],
+            "requeue n2",
+            "starts again without n2, from 10",
+        ),
         (
             [attempt("failed", 10, 10, 1)] * 3,
             "stop",
@@ -64,12 +80,20 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
         ([attempt("failed", 0, 10, 1), *[attempt("failed", 10, 10, 1)] * 2], "requeue", "from 10"),
         ([attempt("failed", 10, 10, 1)] * 2 + [attempt("failed", 10, 12, 1)], "requeue", "from 12"),
         (
-            [attempt("failed", 10, 10, 1), *[attempt("terminated", 10, 10)] * 5, attempt("failed", 10, 10, 1)],
+            [
+                attempt("failed", 10, 10, 1),
+                *[attempt("terminated", 10, 10)] * 5,
+                attempt("failed", 10, 10, 1),
+            ],
             "requeue",
             "from 10",
         ),
         ([attempt("stopped", 4, 4, 75)] * 3, "stop", "3 attempts in a row"),
-        ([attempt("begun", 10, 10)] * 2 + [attempt("failed", 10, 10, 1)], "stop", "3 attempts in a row"),
+        (
+            [attempt("begun", 10, 10)] * 2 + [attempt("failed", 10, 10, 1)],
+            "stop",
+            "3 attempts in a row",
+        ),
     ],
 )
 def test_decision(attempts: list[Attempt], verdict: str, words: str) -> None:
@@ -94,9 +118,15 @@ def test_the_cause_comes_before_its_consequences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "text", "is_the_nodes_fault"),
-    [(-9, "", True), (-7, "", True), (-15, "", False), (1, "RuntimeError: CUDA error: uncorrectable ECC error", True),
-     (1, "ValueError: x", False), (1, GONE, False)],
-)  # fmt: skip
+    [
+        (-9, "", True),
+        (-7, "", True),
+        (-15, "", False),
+        (1, "RuntimeError: CUDA error: uncorrectable ECC error", True),
+        (1, "ValueError: x", False),
+        (1, GONE, False),
+    ],
+)
 def test_which_failures_are_the_node_s(code: int, text: str, is_the_nodes_fault: bool) -> None:
     assert FirstFailure("n1", 0, code, text).is_the_nodes_fault is is_the_nodes_fault
 
@@ -128,7 +158,9 @@ def test_progress(tmp_path: Path) -> None:
     assert progress_of(checkpoints) == 120
 
 
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Verdict on stdout, the failing rank's traceback last on stderr, a record of everything; lost attempts count."""
     product, logs = tmp_path / "3_checkpoints", tmp_path / "logs"
     logs.mkdir()
@@ -145,22 +177,30 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     run("begin")
     verdict, text = run("end", "--code", "1", "--logs", str(logs), "--nodes", "n1,n2")
     assert verdict == "requeue n2\n"
-    assert text.splitlines()[-2:] == ["--- rank 2 on n2 ended first (killed by signal 9):", "Fatal: out of luck"]
+    assert text.splitlines()[-2:] == [
+        "--- rank 2 on n2 ended first (killed by signal 9):",
+        "Fatal: out of luck",
+    ]
     run("begin")  # and was never heard of again
     run("begin")
     run("terminated")
     assert [a.outcome for a in read_attempts(product, job="7")] == ["failed", "begun", "terminated"]
     run("begin")
     with pytest.raises(
-        SystemExit, match=r"3 attempts in a row ended where they had begun, with progress at 0 \(on n\[1-2\]\)"
+        SystemExit,
+        match=r"3 attempts in a row ended where they had begun, with progress at 0 \(on n\[1-2\]\)",
     ):
         run("begin")
-    with pytest.raises(SystemExit, match="The last was cut off without a word, as when its node dies"):
+    with pytest.raises(
+        SystemExit, match="The last was cut off without a word, as when its node dies"
+    ):
         run("begin")
     assert read_attempts(product, job="8") == []
 
 
-def test_a_hang_leaves_out_the_node_of_the_silent_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_leaves_out_the_node_of_the_silent_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The words are the heartbeat's own."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     now = time.time()

@@ -1,7 +1,8 @@
-"""Which kernel is chosen and why, and what the adapters hand to kernels that cannot run without a GPU.
+"""Which kernel is chosen and why, and what the adapters hand to kernels that cannot run without a
+GPU.
 
-The kernels here are fakes: brute-force attention with the real functions' signatures. The real ones are compared in
-tests/gpu/test_kernels.py.
+The kernels here are fakes: brute-force attention with the real functions' signatures. The real ones
+are compared in tests/gpu/test_kernels.py.
 """
 
 import re
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention import AttentionKernel, build_layout, choose_kernel, windowed_attention
-from longrope2.attention.kernels import varlen_attention
+from longrope2.attention.kernels import AttentionKernel, choose_kernel, varlen_attention
+from longrope2.attention.layout import build_layout
+from longrope2.attention.windowed import windowed_attention
 from longrope2.errors import ConfigError
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 64
 DOC_ENDS = (5, 21, 22, 40, 64)
@@ -25,11 +27,17 @@ SCALING = HEAD_DIM**-0.5
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def fake_varlen(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_lens: Tensor, scale: float) -> Tensor:
+def fake_varlen(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_lens: Tensor, scale: float
+) -> Tensor:
     """Brute force over the documents between the cumulative lengths."""
-    k_TKD, v_TKD = (x.repeat_interleave(q_THD.shape[1] // x.shape[1], dim=1) for x in (k_TKD, v_TKD))
+    k_TKD, v_TKD = (
+        x.repeat_interleave(q_THD.shape[1] // x.shape[1], dim=1) for x in (k_TKD, v_TKD)
+    )
     document_T = torch.bucketize(torch.arange(len(q_THD)), cu_lens[1:], right=True)
-    allowed_TC = torch.ones(len(q_THD), len(q_THD), dtype=torch.bool).tril() & (document_T[:, None] == document_T)
+    allowed_TC = torch.ones(len(q_THD), len(q_THD), dtype=torch.bool).tril() & (
+        document_T[:, None] == document_T
+    )
     scores_HTC = torch.einsum("thd,chd->htc", q_THD, k_TKD) * scale
     weights_HTC = scores_HTC.masked_fill(~allowed_TC, float("-inf")).softmax(-1)
     return torch.einsum("htc,chd->thd", weights_HTC, v_TKD)
@@ -43,20 +51,46 @@ class FakeFlashAttention(ModuleType):
         self.calls: list[str] = []
 
     def flash_attn_varlen_func(
-        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None,
-    ) -> Tensor:  # fmt: skip
-        assert causal and dropout_p == 0 and cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[0] == 0
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ) -> Tensor:
+        assert (
+            causal and dropout_p == 0 and cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[0] == 0
+        )
         assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
         self.calls.append(f"varlen {cu_seqlens_q.tolist()}")
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         return fake_varlen(q, k, v, cu_seqlens_q, softmax_scale)
 
     def flash_attn_func(
-        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-        alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ) -> Tensor:
         assert causal and dropout_p == 0 and q.shape[0] == 1
         self.calls.append(f"dense {q.shape[1]}")
         return fake_varlen(q[0], k[0], v[0], torch.tensor([0, q.shape[1]]), softmax_scale)[None]
@@ -64,22 +98,39 @@ class FakeFlashAttention(ModuleType):
 
 def fake_varlen_attn_of_torch_2_10(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
-):  # fmt: skip
+):
     assert is_causal and query.shape[1] == key.shape[1], "2.10 has no grouped heads"
     return fake_varlen(query, key, value, cu_seq_q, query.shape[-1] ** -0.5)
 
 
 def fake_varlen_attn_of_torch_2_13(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
     return fake_varlen(query, key, value, cu_seq_q, scale)
 
 
 def random_qkv(kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(kv_heads)
-    shapes = [(1, HEADS, LENGTH, HEAD_DIM), (1, kv_heads, LENGTH, HEAD_DIM), (1, kv_heads, LENGTH, HEAD_DIM)]
+    shapes = [
+        (1, HEADS, LENGTH, HEAD_DIM),
+        (1, kv_heads, LENGTH, HEAD_DIM),
+        (1, kv_heads, LENGTH, HEAD_DIM),
+    ]
     q, k, v = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
     return q, k, v
 
@@ -98,20 +149,28 @@ def assert_same_as_sdpa(kernel: AttentionKernel, window: Window, kv_heads: int) 
 
 @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
 @pytest.mark.parametrize("window", list(Window))
-def test_arguments_of_flash_attn(monkeypatch: pytest.MonkeyPatch, window: Window, kv_heads: int) -> None:
+def test_arguments_of_flash_attn(
+    monkeypatch: pytest.MonkeyPatch, window: Window, kv_heads: int
+) -> None:
     fake = FakeFlashAttention()
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     assert_same_as_sdpa(AttentionKernel.flash_attn, window, kv_heads)
-    assert fake.calls == [f"varlen {[0, *DOC_ENDS]}" if window is Window.SHORT else f"dense {LENGTH}"]
+    assert fake.calls == [
+        f"varlen {[0, *DOC_ENDS]}" if window is Window.SHORT else f"dense {LENGTH}"
+    ]
 
 
 @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
 @pytest.mark.parametrize("window", list(Window))
-@pytest.mark.parametrize("function", [fake_varlen_attn_of_torch_2_10, fake_varlen_attn_of_torch_2_13])
+@pytest.mark.parametrize(
+    "function", [fake_varlen_attn_of_torch_2_10, fake_varlen_attn_of_torch_2_13]
+)
 def test_arguments_of_torch_varlen(
     monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], window: Window, kv_heads: int
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=function))
+    monkeypatch.setitem(
+        sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=function)
+    )
     assert_same_as_sdpa(AttentionKernel.torch_varlen, window, kv_heads)
 
 
@@ -120,13 +179,20 @@ def test_a_scale_that_an_old_torch_cannot_take(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
     q, k, v = (x[0].transpose(0, 1) for x in random_qkv(HEADS))
     with pytest.raises(RuntimeError, match="takes no scale, and this model's is 0.5"):
-        varlen_attention(AttentionKernel.torch_varlen, q, k, v, torch.tensor([0, LENGTH]), LENGTH, 0.5)
+        varlen_attention(
+            AttentionKernel.torch_varlen, q, k, v, torch.tensor([0, LENGTH]), LENGTH, 0.5
+        )
 
 
 @pytest.mark.parametrize("rank", range(2))
 def test_a_rank_of_an_aligned_segment_gets_its_own_documents(rank: int) -> None:
-    layout = build_layout(Window.SHORT, (10, 32, 50, 64), sequence_rank=rank, sequence_size=2,
-                          kernel=AttentionKernel.flash_attn)  # fmt: skip
+    layout = build_layout(
+        Window.SHORT,
+        (10, 32, 50, 64),
+        sequence_rank=rank,
+        sequence_size=2,
+        kernel=AttentionKernel.flash_attn,
+    )
     assert layout.cu_lens_N is not None and layout.exchange_group is None
     assert layout.cu_lens_N.tolist() == [[0, 10, 32], [0, 18, 32]][rank]
     assert layout.max_len == [22, 18][rank]
@@ -142,17 +208,29 @@ def test_forcing_an_absent_kernel_is_one_clear_error(kernel: AttentionKernel) ->
 
 
 def test_a_float32_run_on_a_gpu_has_sdpa_only() -> None:
-    with pytest.raises(ConfigError, match=r"it needs bf16, this is float32 \(training.precision\); use auto or sdpa"):
+    with pytest.raises(
+        ConfigError,
+        match=r"it needs bf16, this is float32 \(training.precision\); use auto or sdpa",
+    ):
         choose_kernel(AttentionKernel.flash_attn, CUDA, torch.float32, run=False)
-    assert choose_kernel(AttentionKernel.auto, CUDA, torch.float32, run=False).kernel is AttentionKernel.sdpa
+    assert (
+        choose_kernel(AttentionKernel.auto, CUDA, torch.float32, run=False).kernel
+        is AttentionKernel.sdpa
+    )
 
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     choice = choose_kernel(AttentionKernel.auto, CUDA, torch.bfloat16, run=False)
     assert choice.kernel is AttentionKernel.sdpa
-    assert "no flash_attn: the flash-attn package is not installed (pip install flash-attn" in choice.reason
-    assert f"no torch_varlen: torch {torch.__version__} has no varlen_attn; it came with 2.10" in choice.reason
+    assert (
+        "no flash_attn: the flash-attn package is not installed (pip install flash-attn"
+        in choice.reason
+    )
+    assert (
+        f"no torch_varlen: torch {torch.__version__} has no varlen_attn; it came with 2.10"
+        in choice.reason
+    )
 
 
 def test_auto_takes_the_first_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +247,8 @@ def test_a_kernel_that_fails_when_run_is_passed_over() -> None:
     choice = choose_kernel(AttentionKernel.auto, CUDA, torch.bfloat16)
     assert choice.kernel is AttentionKernel.sdpa
     assert re.search(
-        "no torch_varlen: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)", choice.reason
+        "no torch_varlen: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)",
+        choice.reason,
     )
 
 
@@ -183,4 +262,8 @@ def test_moving_a_layout_keeps_it(kernel: AttentionKernel, window: Window) -> No
         assert (before is None) == (after is None)
         assert after is None or (after.device.type, after.shape) == ("meta", before.shape)
     assert [b.slot_index_T.device.type for b in moved.buckets] == ["meta"] * len(layout.buckets)
-    assert (moved.spans, moved.max_len, moved.kernel) == (layout.spans, layout.max_len, layout.kernel)
+    assert (moved.spans, moved.max_len, moved.kernel) == (
+        layout.spans,
+        layout.max_len,
+        layout.kernel,
+    )

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from longrope2.model import IGNORED_LABEL
-from longrope2.parallel import ParallelDims
-from longrope2.rope import Window
-from longrope2.segments import MicroStep, Segment
+from longrope2.model.loss import IGNORED_LABEL
+from longrope2.parallel.dims import ParallelDims
+from longrope2.rope.factors import Window
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch, next_token_labels
 
 X = IGNORED_LABEL
@@ -21,7 +22,9 @@ def segment(window: Window, doc_ends: tuple[int, ...], padding: tuple[bool, ...]
 
 
 def test_short_labels_stop_at_document_ends() -> None:
-    labels = next_token_labels(segment(Window.SHORT, (3, 5, 8), (False, False, False)), Window.SHORT)
+    labels = next_token_labels(
+        segment(Window.SHORT, (3, 5, 8), (False, False, False)), Window.SHORT
+    )
     assert labels.tolist() == [101, 102, X, 104, X, 106, 107, X]
 
 
@@ -44,15 +47,21 @@ class OneSegment:  # stands in for the store on disk
 
 def test_ranks_share_a_segment_without_loss() -> None:
     micro = MicroStep(Window.SHORT, (7,))
-    batches = [load_rank_batch(OneSegment(), micro, ParallelDims(1, 2, rank), None) for rank in range(2)]
+    batches = [
+        load_rank_batch(OneSegment(), micro, ParallelDims(1, 2, rank), None) for rank in range(2)
+    ]
     assert torch.cat([b.tokens_BT for b in batches], dim=1).tolist() == [list(range(100, 108))]
-    assert torch.cat([b.labels_BT for b in batches], dim=1).tolist() == [[101, 102, 103, X, 105, 106, 107, X]]
+    assert torch.cat([b.labels_BT for b in batches], dim=1).tolist() == [
+        [101, 102, 103, X, 105, 106, 107, X]
+    ]
     assert [b.num_targets for b in batches] == [3, 3]
     assert all(b.layout.exchange_group is None for b in batches)
 
 
 def test_without_mixing_every_segment_is_long() -> None:
-    batch = load_rank_batch(OneSegment(), MicroStep(Window.SHORT, (7,)), ParallelDims(1, 1), None, mixed=False)
+    batch = load_rank_batch(
+        OneSegment(), MicroStep(Window.SHORT, (7,)), ParallelDims(1, 1), None, mixed=False
+    )
     assert batch.window is Window.LONG
     assert batch.layout.positions_BT.tolist() == [list(range(8))]
     assert batch.num_targets == 7

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import slice as rank_slice
 from longrope2.attention import windowed
-from longrope2.rope import Window
+from longrope2.rope.factors import Window
 from longrope2.training.config import Recompute
 
 
@@ -28,7 +28,9 @@ def test_both_windows_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     size = rank_slice.TINY
     with (
         patch.object(sys, "argv", ["slice", "--tiny", "--layers", "3", "--json", str(file)]),
-        patch.object(windowed, "document_attention", wraps=windowed.document_attention) as attention,
+        patch.object(
+            windowed, "document_attention", wraps=windowed.document_attention
+        ) as attention,
     ):
         rank_slice.main()
     found = json.loads(file.read_text())

@@ -15,5 +15,7 @@ def test_what_cannot_be_shared_evenly_is_refused() -> None:
         "--length 100 and --sequence 2: 16 documents and 4 heads must divide evenly",
         "--ranks 3: groups of 2 must share 14 long and 6 short segments evenly",
     )
-    with pytest.raises(ConfigError, match="--length 16, --ranks 2 and --sequence 0 must be at least 1"):
+    with pytest.raises(
+        ConfigError, match="--length 16, --ranks 2 and --sequence 0 must be at least 1"
+    ):
         check(16, 2, 0)

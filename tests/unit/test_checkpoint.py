@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from longrope2.artifacts import Manifest, sha256_of_file, write_manifest
 from longrope2.errors import ArtifactError, UserError
+from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest
 from longrope2.training.checkpoint import _newest_intact
-from longrope2.training.guard import SkippedSteps
+from longrope2.training.step import SkippedSteps
 
 IDENTITY = {"seed": 1, "model": {"architecture_sha256": "a"}}
 
@@ -18,7 +18,9 @@ def checkpoint(folder: Path, steps: int, identity: dict | None = None) -> Path:
     step.mkdir(parents=True)
     (step / "state.pt").write_bytes(bytes([steps]))
     files = {"state.pt": sha256_of_file(step / "state.pt")}
-    manifest = Manifest("training_state", inputs=identity or IDENTITY, counts={"steps": steps}, files=files)
+    manifest = Manifest(
+        "training_state", inputs=identity or IDENTITY, counts={"steps": steps}, files=files
+    )
     write_manifest(step, manifest)
     return step
 
@@ -40,7 +42,9 @@ def test_the_newest_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "unfinished"])
-def test_a_damaged_one_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_one_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     checkpoint(tmp_path, 2)
     newest = checkpoint(tmp_path, 4)
     if damage == "changed":
@@ -69,7 +73,9 @@ def test_another_run(tmp_path: Path) -> None:
 def test_inputs_may_be_moved_but_not_changed(tmp_path: Path) -> None:
     identity = {"segments": {"path": "/before", "sha256": "a"}}
     checkpoint(tmp_path, 2, identity)
-    assert isinstance(_newest_intact(tmp_path, {"segments": {"path": "/after", "sha256": "a"}}), tuple)
+    assert isinstance(
+        _newest_intact(tmp_path, {"segments": {"path": "/after", "sha256": "a"}}), tuple
+    )
     error = _newest_intact(tmp_path, {"segments": {"path": "/before", "sha256": "b"}})
     assert "was written by another run: segments differ" in str(error)
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.training import checkpoint, checkpoint_files, checkpoint_universal
+from longrope2.training import checkpoint, universal
 from longrope2.training.checkpoint import CheckpointWriter, _newest_intact, load_newest
-from longrope2.training.checkpoint_universal import ShardLayout, load_converted
-from longrope2.training.guard import SkippedSteps
+from longrope2.training.step import SkippedSteps
+from longrope2.training.universal import ShardLayout, load_converted
 
 IDENTITY = {"seed": 1}
 
@@ -39,7 +39,9 @@ class PlainEngine:
         assert not save_latest
         dist.barrier()
         for name in ("model.pt", "optimizer.pt"):
-            self.checkpoint_engine.save(state_dict={name: self.weights}, path=str(Path(folder) / tag / name))
+            self.checkpoint_engine.save(
+                state_dict={name: self.weights}, path=str(Path(folder) / tag / name)
+            )
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
         self.loaded.append(tag)
@@ -48,13 +50,17 @@ class PlainEngine:
 
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path: Path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
 
 def make_writer(engine: PlainEngine, folder: Path, **settings: Any) -> CheckpointWriter:
-    return CheckpointWriter(engine, folder, IDENTITY, **{"keep": 2, "in_background": True} | settings)
+    return CheckpointWriter(
+        engine, folder, IDENTITY, **{"keep": 2, "in_background": True} | settings
+    )
 
 
 def newest(folder: Path) -> str:
@@ -67,34 +73,42 @@ def visible(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("rendezvous"))
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, folder = PlainEngine(), tmp_path / "run"
     writer = make_writer(engine, folder)
     writer.save(1, SkippedSteps())
     writer.finish()
     may_write = threading.Event()
-    hashed = checkpoint_files.sha256_of_file
+    hashed = checkpoint.sha256_of_file
 
     def slow_disk(path: Path) -> str:
         assert may_write.wait(20)
         return hashed(path)
 
-    monkeypatch.setattr(checkpoint_files, "sha256_of_file", slow_disk)
+    monkeypatch.setattr(checkpoint, "sha256_of_file", slow_disk)
     engine.weights.fill_(2.0)
     writer.save(2, SkippedSteps(total=1))
     engine.weights.fill_(3.0)  # the next step; what was saved must not change
     assert visible(folder) == [".step_00000002.writing", "latest", "step_00000001"]
-    assert newest(folder) == "step_00000001" and (folder / "latest").read_text() == "step_00000001\n"
+    assert (
+        newest(folder) == "step_00000001" and (folder / "latest").read_text() == "step_00000001\n"
+    )
     may_write.set()
     writer.finish()
-    assert newest(folder) == "step_00000002" and (folder / "latest").read_text() == "step_00000002\n"
+    assert (
+        newest(folder) == "step_00000002" and (folder / "latest").read_text() == "step_00000002\n"
+    )
     saved = torch.load(folder / "step_00000002" / "model.pt")
     assert saved["model.pt"].tolist() == [2.0] * 4
     assert load_newest(engine, folder, IDENTITY) == (2, SkippedSteps(total=1))
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_old_ones_go_and_a_damaged_one_is_written_again(tmp_path: Path, in_background: bool) -> None:
+def test_old_ones_go_and_a_damaged_one_is_written_again(
+    tmp_path: Path, in_background: bool
+) -> None:
     engine, folder = PlainEngine(), tmp_path / "run"
     writer = make_writer(engine, folder, in_background=in_background)
     for step in (1, 2, 3):
@@ -108,7 +122,9 @@ def test_old_ones_go_and_a_damaged_one_is_written_again(tmp_path: Path, in_backg
     assert newest(folder) == "step_00000003"
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_run_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, folder = PlainEngine(), tmp_path / "run"
     writer = make_writer(engine, folder)
     writer.save(1, SkippedSteps())
@@ -117,10 +133,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_one_before(tmp_path: Path, monk
     def full(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_files, "atomic_path", full)
+    monkeypatch.setattr(checkpoint, "atomic_path", full)
     writer.save(2, SkippedSteps())
     with pytest.raises(
-        ArtifactError, match="could not be written: .*No space left on device.*the one before is intact"
+        ArtifactError,
+        match="could not be written: .*No space left on device.*the one before is intact",
     ):
         writer.finish()
     with pytest.raises(ArtifactError, match="the same command goes on from there"):
@@ -136,7 +153,9 @@ def test_a_full_disk_without_a_background(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ArtifactError, match="could not be written: .*file write failed.*the one before is intact"):
+    with pytest.raises(
+        ArtifactError, match="could not be written: .*file write failed.*the one before is intact"
+    ):
         writer.save(2, SkippedSteps())
     assert newest(tmp_path / "run") == "step_00000001"
 
@@ -164,7 +183,9 @@ def test_a_damaged_newer_one_does_not_displace_an_intact_one(tmp_path: Path, kee
         lambda text: text.replace(b'"counts"', b'"cou\xeets"'),
     ],
 )
-def test_a_flipped_byte_in_the_newest_manifest(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_flipped_byte_in_the_newest_manifest(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     folder = tmp_path / "run"
     for step in (1, 2):
         make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
@@ -191,7 +212,7 @@ def test_a_disk_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = make_writer(PlainEngine(), tmp_path / "run")
-    monkeypatch.setattr(checkpoint_files, "sha256_of_file", lambda path: "0" * 64)
+    monkeypatch.setattr(checkpoint, "sha256_of_file", lambda path: "0" * 64)
     writer.save(1, SkippedSteps())
     with pytest.raises(ArtifactError, match="model.pt reads back otherwise than it was written"):
         writer.finish()
@@ -222,10 +243,15 @@ def test_record_before_any_step_was_applied(monkeypatch: pytest.MonkeyPatch) -> 
     module.weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     module.weight.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
     engine = SimpleNamespace(
-        module=module, device="cpu", zero_optimization_stage=lambda: 3,
+        module=module,
+        device="cpu",
+        zero_optimization_stage=lambda: 3,
         basic_optimizer=SimpleNamespace(state={}, param_groups=[{}]),
-    )  # fmt: skip
-    assert checkpoint_universal.optimizer_record(engine) == {"step": None, "sums": {"weight": [25.0, 0.0, 0.0]}}
+    )
+    assert universal.optimizer_record(engine) == {
+        "step": None,
+        "sums": {"weight": [25.0, 0.0, 0.0]},
+    }
 
 
 def test_which_layouts_load_directly() -> None:
@@ -239,8 +265,16 @@ def test_which_layouts_load_directly() -> None:
 @pytest.mark.parametrize(
     ("written_as", "stage", "words"),
     [
-        (ShardLayout(4, 3, False), 0, "ZeRO stage 3, which does not convert to stage 0: give parallel.zero_stage=3"),
-        (ShardLayout(4, 3, False), 2, "ZeRO stage 3, which does not convert to stage 2: give parallel.zero_stage=3"),
+        (
+            ShardLayout(4, 3, False),
+            0,
+            "ZeRO stage 3, which does not convert to stage 0: give parallel.zero_stage=3",
+        ),
+        (
+            ShardLayout(4, 3, False),
+            2,
+            "ZeRO stage 3, which does not convert to stage 2: give parallel.zero_stage=3",
+        ),
         (
             ShardLayout(4, 0, True),
             0,
@@ -248,25 +282,32 @@ def test_which_layouts_load_directly() -> None:
         ),
     ],
 )
-def test_layouts_that_are_not_converted(tmp_path: Path, monkeypatch, written_as, stage, words) -> None:
+def test_layouts_that_are_not_converted(
+    tmp_path: Path, monkeypatch, written_as, stage, words
+) -> None:
     engine = PlainEngine()
     monkeypatch.setattr(engine, "zero_optimization_stage", lambda: stage)
     with pytest.raises(ArtifactError) as refused:
         load_converted(engine, tmp_path / "step_00000004", written_as, {})
-    assert "step_00000004 was written by 4 ranks at ZeRO stage" in str(refused.value) and words in str(refused.value)
+    assert "step_00000004 was written by 4 ranks at ZeRO stage" in str(
+        refused.value
+    ) and words in str(refused.value)
 
 
-def test_a_conversion_that_fails_or_loses_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_fails_or_loses_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = PlainEngine()
     monkeypatch.setattr(engine, "zero_optimization_stage", lambda: 3)
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nFileNotFoundError: no files\n")
-    monkeypatch.setattr(checkpoint_universal.subprocess, "run", lambda *command, **settings: failed)
+    monkeypatch.setattr(universal.subprocess, "run", lambda *command, **settings: failed)
     with pytest.raises(ArtifactError, match="could not be converted: FileNotFoundError: no files"):
         load_converted(engine, tmp_path / "step_00000004", ShardLayout(4, 3, False), {})
     saved = {"step": 7, "sums": {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}}
     loaded = {"step": 1, "sums": {"a": [1.0, 0.0, 3.0], "b": [1.0, 2.0, 3.0 + 1e-6]}}
     with pytest.raises(ArtifactError) as lost:
-        checkpoint_universal._compare(tmp_path, saved, loaded)
-    assert "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; go on" in str(
-        lost.value
+        universal._compare(tmp_path, saved, loaded)
+    assert (
+        "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; go on"
+        in str(lost.value)
     )

@@ -12,17 +12,11 @@ import pytest
 import yaml
 import zstandard
 
-from data_prep.corpora import (
-    CorpusConfig,
-    CorpusKind,
-    Split,
-    build_corpus,
-    heldout_documents,
-    heldout_texts,
-    split_of,
-)
-from data_prep.folder_corpus import FolderCorpus
-from data_prep.sample_corpus import SampleCorpus
+from longrope2.corpora.build import build_corpus, heldout_documents, heldout_texts
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.corpus import Split, split_of
+from longrope2.corpora.folder import FolderCorpus
+from longrope2.corpora.sample import SampleCorpus
 from longrope2.errors import ConfigError, DataError
 
 
@@ -37,9 +31,13 @@ def test_splits_are_disjoint_and_about_five_percent():
 def test_heldout_fraction_of_a_folder(tmp_path, fraction):
     for n in range(200):
         (tmp_path / f"{n}.txt").write_text(f"text {n}")
-    config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=fraction)
+    config = CorpusConfig(
+        name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=fraction
+    )
     corpus = build_corpus(config)
-    train, heldout = ({d.doc_id for d in corpus.documents(split)} for split in (Split.train, Split.heldout))
+    train, heldout = (
+        {d.doc_id for d in corpus.documents(split)} for split in (Split.train, Split.heldout)
+    )
     assert not train & heldout and train | heldout == {f"folder/{n}.txt" for n in range(200)}
     assert abs(len(heldout) / 200 - fraction) <= (0.1 if 0 < fraction < 1 else 0)
     if fraction == 0.3:  # a larger fraction only adds documents
@@ -54,14 +52,18 @@ def test_heldout_fraction_of_the_sample_corpus():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
 def test_impossible_heldout_fraction(fraction):
-    with pytest.raises(ConfigError, match=f"corpus.heldout_fraction={fraction} must be from 0 to 1"):
+    with pytest.raises(
+        ConfigError, match=f"corpus.heldout_fraction={fraction} must be from 0 to 1"
+    ):
         build_corpus(CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=fraction))
 
 
 @pytest.mark.parametrize("name", ["books", "pg19"])
 def test_corpora_that_only_serve_search(tmp_path, name):
     composed = yaml.safe_load((Path("conf/corpus") / f"{name}.yaml").read_text())
-    config = CorpusConfig(**{**composed, "kind": CorpusKind(composed["kind"]), "folder": str(tmp_path)})
+    config = CorpusConfig(
+        **{**composed, "kind": CorpusKind(composed["kind"]), "folder": str(tmp_path)}
+    )
     (tmp_path / "a.txt").write_text("a book")
     assert [(d.doc_id, d.text) for d in heldout_documents(config)] == [("folder/a.txt", "a book")]
     assert not list(build_corpus(config).documents(Split.train)) and not config.quotas
@@ -87,7 +89,9 @@ def test_sample_texts_are_the_files():
 
     documents = {d.doc_id: d.text for split in Split for d in SampleCorpus().documents(split)}
     assert json.decoder.__file__ is not None
-    assert documents["stdlib_modules/json/decoder.py"] == pathlib.Path(json.decoder.__file__).read_text("utf-8")
+    assert documents["stdlib_modules/json/decoder.py"] == pathlib.Path(
+        json.decoder.__file__
+    ).read_text("utf-8")
 
 
 def folder_texts(folder, text_field="text"):
@@ -105,24 +109,36 @@ def test_folder_corpus_reads_every_kind(tmp_path):
     pq.write_table(pa.table({"text": ["p", "q"], "other": [1, 2]}), tmp_path / "d.parquet")
     (tmp_path / "ignored.bin").write_bytes(b"\0")
     assert folder_texts(tmp_path) == {
-        "folder/sub/a.txt": "a\n text\n", "folder/b.jsonl:0": "one", "folder/b.jsonl:1": "two",
-        "folder/c.jsonl.gz:0": "one", "folder/d.parquet:0": "p", "folder/d.parquet:1": "q",
-    }  # fmt: skip
+        "folder/sub/a.txt": "a\n text\n",
+        "folder/b.jsonl:0": "one",
+        "folder/b.jsonl:1": "two",
+        "folder/c.jsonl.gz:0": "one",
+        "folder/d.parquet:0": "p",
+        "folder/d.parquet:1": "q",
+    }
     described = FolderCorpus(str(tmp_path), text_field="text").describe()
     assert set(described["files"]) == {"sub/a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"}
 
 
-@pytest.mark.parametrize(("name", "content", "texts", "counts"), [
-    ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', ["x"], {"no text": 1}),
-    ("a.jsonl", b'{"text": "x"\n["y"]\n{"text": "z"}', ["z"], {"bad json": 2}),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', ["x"], {"invalid utf-8": 1}),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-9], ["x"] * 100, {"truncated file": 1}),
-    ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n')[:-3], [], {"truncated file": 1}),
-    ("a.jsonl.gz", b"nonsense", [], {"damaged file": 1}),
-    ("a.txt", b"\xff\xfe\xff", [], {"invalid utf-8": 1}),
-    ("a.txt", b" \n", [], {"empty text": 1}),
-    ("a.parquet", b"nonsense", [], {"damaged file": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "counts"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', ["x"], {"no text": 1}),
+        ("a.jsonl", b'{"text": "x"\n["y"]\n{"text": "z"}', ["z"], {"bad json": 2}),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', ["x"], {"invalid utf-8": 1}),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-9],
+            ["x"] * 100,
+            {"truncated file": 1},
+        ),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n')[:-3], [], {"truncated file": 1}),
+        ("a.jsonl.gz", b"nonsense", [], {"damaged file": 1}),
+        ("a.txt", b"\xff\xfe\xff", [], {"invalid utf-8": 1}),
+        ("a.txt", b" \n", [], {"empty text": 1}),
+        ("a.parquet", b"nonsense", [], {"damaged file": 1}),
+    ],
+)
 def test_folder_counts_what_is_at_fault(tmp_path, name, content, texts, counts):
     (tmp_path / name).write_bytes(content)
     corpus, skipped = FolderCorpus(str(tmp_path), text_field="text"), Counter()
@@ -132,7 +148,9 @@ def test_folder_counts_what_is_at_fault(tmp_path, name, content, texts, counts):
 
 def test_heldout_texts_tell_what_was_left_out(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n')
-    config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=1.0)
+    config = CorpusConfig(
+        name="mine", kind=CorpusKind.folder, folder=str(tmp_path), heldout_fraction=1.0
+    )
     assert heldout_texts(config) == ["x"]
     assert capsys.readouterr().err == "corpus mine, records left out while reading: 1 empty text\n"
 
@@ -140,7 +158,8 @@ def test_heldout_texts_tell_what_was_left_out(tmp_path, capsys):
 def test_text_field_that_the_first_record_lacks(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(
-        ConfigError, match="a.jsonl: the first record has no text in field 'text'; set corpus.text_field"
+        ConfigError,
+        match="a.jsonl: the first record has no text in field 'text'; set corpus.text_field",
     ):
         folder_texts(tmp_path)
     assert folder_texts(tmp_path, "body") == {"folder/a.jsonl:0": "x"}
@@ -149,14 +168,17 @@ def test_text_field_that_the_first_record_lacks(tmp_path):
 def test_parquet_without_the_field(tmp_path):
     pq.write_table(pa.table({"body": ["p"]}), tmp_path / "d.parquet")
     with pytest.raises(
-        ConfigError, match="d.parquet: the first record has no text in field 'text'; set corpus.text_field"
+        ConfigError,
+        match="d.parquet: the first record has no text in field 'text'; set corpus.text_field",
     ):
         folder_texts(tmp_path)
     assert folder_texts(tmp_path, "body") == {"folder/d.parquet:0": "p"}
 
 
 def test_titles_stand_in_the_ids(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "One Book"}\n{"text": "y", "title": " "}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "x", "title": "One Book"}\n{"text": "y", "title": " "}\n'
+    )
     pq.write_table(pa.table({"text": ["p"], "title": ["Two"]}), tmp_path / "b.parquet")
     corpus = FolderCorpus(str(tmp_path), text_field="text", title_field="title")
     found = {d.doc_id for split in Split for d in corpus.documents(split)}
@@ -172,7 +194,9 @@ def test_titles_stand_in_the_ids(tmp_path):
 def test_folder_that_cannot_be_used(tmp_path):
     with pytest.raises(ConfigError, match="corpus.folder=/no/such is not a folder"):
         FolderCorpus("/no/such", text_field="text")
-    with pytest.raises(ConfigError, match=r"holds no file ending in \.txt, \.txt\.gz, .* \.jsonl, .* \.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"holds no file ending in \.txt, \.txt\.gz, .* \.jsonl, .* \.parquet"
+    ):
         FolderCorpus(str(tmp_path), text_field="text")
     with pytest.raises(ConfigError, match="corpus.folder is not set"):
         build_corpus(CorpusConfig(name="folder", kind=CorpusKind.folder))
@@ -182,9 +206,7 @@ def test_heldout_texts(tmp_path):
     (tmp_path / "a.txt").write_text("only one")
     config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path))
     assert split_of("folder/a.txt") is Split.train
-    words = (
-        r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); use a larger corpus, or a larger"
-    )
+    words = r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); use a larger corpus, or a larger"
     with pytest.raises(DataError, match=words):
         heldout_texts(config)
     sample = heldout_texts(CorpusConfig(name="sample", kind=CorpusKind.sample))

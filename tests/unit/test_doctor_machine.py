@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from launch import doctor_machine
-from launch.doctor import main
-from launch.doctor_machine import NEEDED, State, find_all, print_findings
-from launch.doctor_rope import DoctorRoot
+from launch.doctor import machine
+from launch.doctor.__main__ import main
+from launch.doctor.machine import NEEDED, State, find_all, print_findings
+from launch.doctor.rope import DoctorRoot
 from longrope2.config import ModelConfig, RunConfig, compose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 def findings_of(tmp_path: Path, model: Path | str) -> dict:
     config = DoctorRoot(
         run=RunConfig(name="x", root=str(tmp_path / "runs")),
-        model=ModelConfig(name="m", path=str(model), original_len=128), target_len=256,
-    )  # fmt: skip
+        model=ModelConfig(name="m", path=str(model), original_len=128),
+        target_len=256,
+    )
     return {finding.what: finding for finding in find_all(config)}
 
 
@@ -49,13 +50,18 @@ def test_needed_versions_are_those_of_the_project_file(tmp_path: Path, monkeypat
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for name, lowest in NEEDED.items():
         assert f"{name}>={lowest}" in listed
-    monkeypatch.setattr(doctor_machine, "installed_version", {"torch": "2.9.1+cu128", "transformers": "5.10.0"}.get)
+    monkeypatch.setattr(
+        machine, "installed_version", {"torch": "2.9.1+cu128", "transformers": "5.10.0"}.get
+    )
     found = findings_of(tmp_path, ROOT / "models" / "tiny")
     assert found["torch"].state is State.blocker
     assert found["torch"].remedy == "pip install -c constraints.txt 'torch>=2.11'"
     assert found["transformers"].state is State.ok
     assert (found["deepspeed"].state, found["deepspeed"].found) == (State.blocker, "missing")
-    assert (found["lm-eval"].state, found["lm-eval"].found) == (State.fix, "not installed (optional)")
+    assert (found["lm-eval"].state, found["lm-eval"].found) == (
+        State.fix,
+        "not installed (optional)",
+    )
 
 
 def test_another_package_called_apex(tmp_path: Path, monkeypatch) -> None:
@@ -71,8 +77,10 @@ def test_another_package_called_apex(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_optional_packages_name_the_extra_that_holds_them() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for package, remedy in doctor_machine.OPTIONAL.items():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package, remedy in machine.OPTIONAL.items():
         (extra,) = re.findall(r"pip install 'longrope2\[(.+)\]'", remedy)
         assert any(requirement.startswith(f"{package}>=") for requirement in extras[extra])
 
@@ -80,21 +88,29 @@ def test_optional_packages_name_the_extra_that_holds_them() -> None:
 def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", None)
-    (finding,) = doctor_machine._gpus(torch.device("cpu"))
-    assert finding.found == "none seen by torch, built without CUDA: float32 on the CPU, for miniatures"
+    (finding,) = machine._gpus(torch.device("cpu"))
+    assert (
+        finding.found
+        == "none seen by torch, built without CUDA: float32 on the CPU, for miniatures"
+    )
     assert finding.remedy == "8B models need GPUs: launch.plan says how many"
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    (finding,) = doctor_machine._gpus(torch.device("cpu"))
+    (finding,) = machine._gpus(torch.device("cpu"))
     assert "built for CUDA 13.0" in finding.found and finding.state is State.fix
-    assert finding.remedy == "nvidia-smi is there: install the torch built for the CUDA version it prints, or one below"
+    assert (
+        finding.remedy
+        == "nvidia-smi is there: install the torch built for the CUDA version it prints, or one below"
+    )
 
 
 def test_a_gpu_that_others_use(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ((40, 79)[index] * 2**30, 80 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda index: ((40, 79)[index] * 2**30, 80 * 2**30)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-80GB")
-    busy, free = doctor_machine._gpus(torch.device("cuda"))
+    busy, free = machine._gpus(torch.device("cuda"))
     assert (busy.state, busy.found) == (State.fix, "NVIDIA A100-SXM4-80GB: 40.0 of 80.0 GiB free")
     assert "nvidia-smi names them" in busy.remedy and free.state is State.ok
 
@@ -102,14 +118,22 @@ def test_a_gpu_that_others_use(monkeypatch) -> None:
 def test_model_and_disk_that_are_not_there(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "empty").mkdir()
     found = findings_of(tmp_path, tmp_path / "empty")
-    assert found["model m"].state is State.blocker and "no *.safetensors in" in found["model m"].found
-    assert found["tokenizer m"].remedy == "put tokenizer.json or tokenizer.model of the model beside its config.json"
+    assert (
+        found["model m"].state is State.blocker and "no *.safetensors in" in found["model m"].found
+    )
+    assert (
+        found["tokenizer m"].remedy
+        == "put tokenizer.json or tokenizer.model of the model beside its config.json"
+    )
     assert found["hub login"].state is State.ok and found["W&B login"].state is State.fix
-    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
     assert findings_of(tmp_path, tmp_path / "empty")["disk"].state is State.blocker
     (tmp_path / "file").touch()
-    closed = doctor_machine._disk(tmp_path / "file" / "runs")
-    assert (closed.state, closed.found) == (State.blocker, f"{tmp_path / 'file'} cannot be written to")
+    closed = machine._disk(tmp_path / "file" / "runs")
+    assert (closed.state, closed.found) == (
+        State.blocker,
+        f"{tmp_path / 'file'} cannot be written to",
+    )
     assert closed.remedy == "set run.root to a folder of yours"
     monkeypatch.setattr("huggingface_hub.snapshot_download", _nothing_cached)
     found = findings_of(tmp_path, "someone/model")
@@ -124,7 +148,10 @@ def test_a_model_whose_files_are_not_all_there(tmp_path: Path) -> None:
         json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     )
     found = findings_of(tmp_path, tmp_path)["model m"]
-    assert (found.state, found.found) == (State.blocker, f"config.json, two.safetensors missing in {tmp_path}")
+    assert (found.state, found.found) == (
+        State.blocker,
+        f"config.json, two.safetensors missing in {tmp_path}",
+    )
 
 
 def test_one_line_where_a_look_itself_fails(tmp_path: Path, monkeypatch) -> None:
@@ -132,7 +159,9 @@ def test_one_line_where_a_look_itself_fails(tmp_path: Path, monkeypatch) -> None
     found = findings_of(tmp_path, "gguf://no_such_package/x.gguf")
     assert found["model m"].state is found["W&B login"].state is State.blocker
     assert "the package no_such_package is not installed" in found["model m"].remedy
-    assert found["W&B login"].found.startswith("WANDB_MODE=dryrun in the environment must be one of")
+    assert found["W&B login"].found.startswith(
+        "WANDB_MODE=dryrun in the environment must be one of"
+    )
 
 
 def _nothing_cached(*_, **__):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch import doctor_node
-from launch.doctor_network import faults_of_links, links_command
-from launch.doctor_node import faults_of_nodes, nodes_command, report_refused
+from launch.doctor import node
+from launch.doctor.network import faults_of_links, links_command
+from launch.doctor.node import faults_of_nodes, nodes_command, report_refused
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,8 +24,14 @@ def report(*faults: str, **versions: str) -> dict[str, Any]:
     ("reports", "expected"),
     [
         ({"n1": report(), "n2": report()}, []),
-        ({"n1": report(), "n2": report("GPU 3 does not compute: ECC")}, [("n2", "GPU 3 does not compute: ECC")]),
-        ({"n1": report(), "n2": None}, [("n2", "no report: it did not run the check (doctor-n2.log)")]),
+        (
+            {"n1": report(), "n2": report("GPU 3 does not compute: ECC")},
+            [("n2", "GPU 3 does not compute: ECC")],
+        ),
+        (
+            {"n1": report(), "n2": None},
+            [("n2", "no report: it did not run the check (doctor-n2.log)")],
+        ),
         (
             {"n1": report(), "n2": report(), "n3": report(torch="2.12.0")},
             [("n3", "torch is 2.12.0, the other nodes have 2.13.0")],
@@ -34,15 +40,19 @@ def report(*faults: str, **versions: str) -> dict[str, Any]:
             {"n1": report(), "n2": report(torch="2.12.0")},
             [("", "torch differs: 2.13.0 on n1, 2.12.0 on n2")],
         ),
-        ({"n1": report(nccl="2.27"), "n2": report(nccl="2.27"), "n3": report()},
-         [("n3", "nccl is None, the other nodes have 2.27")]),
+        (
+            {"n1": report(nccl="2.27"), "n2": report(nccl="2.27"), "n3": report()},
+            [("n3", "nccl is None, the other nodes have 2.27")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_faults_of_nodes(reports: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     assert faults_of_nodes(reports) == expected
 
 
-def measured(clocks: dict[str, float], pairs: dict[str, float], device: str = "gpu") -> dict[str, Any]:
+def measured(
+    clocks: dict[str, float], pairs: dict[str, float], device: str = "gpu"
+) -> dict[str, Any]:
     """A measurement; pairs as ``{"n1 n2": GB/s}``."""
     listed = [{"nodes": names.split(), "gbps": speed} for names, speed in pairs.items()]
     return {"device": device, "clock_seconds": clocks, "all_reduce_gbps": 80.0, "pairs": listed}
@@ -57,18 +67,45 @@ SAME_TIME = dict.fromkeys(("n1", "n2", "n3", "n4"), 0.0)
     [
         (measured(SAME_TIME, RING), 0.0, []),
         (measured(SAME_TIME, RING), 50.0, []),
-        (measured({**SAME_TIME, "n3": 60.0}, RING), 0.0, [("n3", "its clock is +60.0 s off the others'")]),
-        (measured({"n1": 0.0, "n2": -9.0}, {"n1 n2": 9.0}), 0.0, [("", "the clocks of n1 and n2 are 9.0 s apart")]),
-        (measured(SAME_TIME, {**RING, "n2 n3": 10.0, "n3 n4": 11.0}), 0.0, [("n3", "with its neighbours is below 45 GB/s")]),
+        (
+            measured({**SAME_TIME, "n3": 60.0}, RING),
+            0.0,
+            [("n3", "its clock is +60.0 s off the others'")],
+        ),
+        (
+            measured({"n1": 0.0, "n2": -9.0}, {"n1 n2": 9.0}),
+            0.0,
+            [("", "the clocks of n1 and n2 are 9.0 s apart")],
+        ),
+        (
+            measured(SAME_TIME, {**RING, "n2 n3": 10.0, "n3 n4": 11.0}),
+            0.0,
+            [("n3", "with its neighbours is below 45 GB/s")],
+        ),
         (measured(SAME_TIME, {**RING, "n2 n3": 10.0}), 0.0, []),  # a slow link has no one node
         (measured(SAME_TIME, {**RING, "n2 n3": 10.0, "n3 n4": 11.0}, "cpu"), 0.0, []),
-        (measured(dict.fromkeys(("n1", "n2", "n3"), 0.0), {"n1 n2": 90.0, "n2 n3": 5.0, "n3 n1": 6.0}), 0.0,
-         [("n3", "others have 90")]),
-        (measured({"n1": 0.0, "n2": 0.0}, {"n1 n2": 9.0}), 50.0, [("", "all-reduce at 9 GB/s, at least 50 are asked for")]),
-        (measured({"n1": 0.0}, {}), 100.0, [("", "all-reduce at 80 GB/s, at least 100 are asked for (MIN_BANDWIDTH_GBPS)")]),
+        (
+            measured(
+                dict.fromkeys(("n1", "n2", "n3"), 0.0), {"n1 n2": 90.0, "n2 n3": 5.0, "n3 n1": 6.0}
+            ),
+            0.0,
+            [("n3", "others have 90")],
+        ),
+        (
+            measured({"n1": 0.0, "n2": 0.0}, {"n1 n2": 9.0}),
+            50.0,
+            [("", "all-reduce at 9 GB/s, at least 50 are asked for")],
+        ),
+        (
+            measured({"n1": 0.0}, {}),
+            100.0,
+            [("", "all-reduce at 80 GB/s, at least 100 are asked for (MIN_BANDWIDTH_GBPS)")],
+        ),
     ],
-)  # fmt: skip
-def test_faults_of_links(found: dict[str, Any], min_gbps: float, expected: list[tuple[str, str]]) -> None:
+)
+def test_faults_of_links(
+    found: dict[str, Any], min_gbps: float, expected: list[tuple[str, str]]
+) -> None:
     faults = faults_of_links(found, min_gbps)
     assert [node for node, _ in faults] == [node for node, _ in expected]
     for (_, fault), (_, words) in zip(faults, expected, strict=True):
@@ -90,7 +127,9 @@ def test_refusal(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_network_that_never_came_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "network").mkdir()
-    (tmp_path / "network" / "ended-n2.json").write_text(json.dumps({"node": "n2", "time": 1.0, "exit_codes": {"1": 1}}))
+    (tmp_path / "network" / "ended-n2.json").write_text(
+        json.dumps({"node": "n2", "time": 1.0, "exit_codes": {"1": 1}})
+    )
     (tmp_path / "network" / "rank-001.err").write_text("RuntimeError: no route to host")
     with pytest.raises(SystemExit):
         links_command([str(tmp_path)])
@@ -102,7 +141,16 @@ def test_network_that_never_came_up(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_commands_on_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The report of this very machine as n1: a CPU node with its disk looked at."""
     environment = {**os.environ, "SLURMD_NODENAME": "n1", "SLURM_GPUS_ON_NODE": "2"}
-    words = ["node", str(tmp_path), "--device", "cpu", "--scratch", str(tmp_path / "none"), "--min-free-gb", "1e9"]
+    words = [
+        "node",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--scratch",
+        str(tmp_path / "none"),
+        "--min-free-gb",
+        "1e9",
+    ]
     command = [sys.executable, "-m", "launch.doctor", *words]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     found = json.loads((tmp_path / "node-n1.json").read_text())
@@ -118,12 +166,12 @@ def test_gpus_that_slurm_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert doctor_node._gpu_faults(8) == ["Slurm promised 8 GPUs, torch sees 0"]
+    assert node._gpu_faults(8) == ["Slurm promised 8 GPUs, torch sees 0"]
 
 
 def test_another_package_called_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    (fault,) = doctor_node._apex_faults()
+    (fault,) = node._apex_faults()
     assert "is not NVIDIA's" in fault and fault.endswith("(pip uninstall apex)")

@@ -1,6 +1,7 @@
 """The commands evaluate, export, generate and report, as ``python -m`` runs them.
 
-The model is the miniature's architecture with random weights and its own tokenizer: what is tested is not its quality.
+The model is the miniature's architecture with random weights and its own tokenizer: what is tested
+is not its quality.
 """
 
 import io
@@ -15,14 +16,23 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longrope2.artifacts import Manifest, product_folder, read_manifest, sha256_of_file, write_manifest
-from longrope2.evaluation import tasks
-from longrope2.model import rope_geometry
-from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
-from longrope2.segments import NeedleSet
+from longrope2.evaluation import scoring
+from longrope2.files.artifacts import (
+    Manifest,
+    product_folder,
+    read_manifest,
+    sha256_of_file,
+    write_manifest,
+)
+from longrope2.model.loading import rope_geometry
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.needle_set import NeedleSet
 
 MINIATURE = Path(__file__).parent.parent.parent / "models" / "tiny"
-SUBJECTS = "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
+SUBJECTS = (
+    "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
+)
 SMALL = (
     "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]", "evaluation.needle.samples_per_depth=2",
     "evaluation.perplexity.num_windows=2", "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
@@ -34,7 +44,10 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MINIATURE))
-    save_file({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"},
+        folder / "model.safetensors",
+    )
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MINIATURE / name, folder)
     return folder
@@ -84,7 +97,11 @@ def checkpoint(run_folder, make_checkpoint):
 
 def tree(folder):
     """Every file below a folder with its hash."""
-    return {str(p.relative_to(folder)): sha256_of_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): sha256_of_file(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_folder, monkeypatch):
@@ -95,24 +112,36 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     assert code == 0, err
     folder = product_folder(run_folder, "evaluations")
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    expected = [(s, suite, n) for s in ("base", "ntk") for suite in ("needle", "perplexity") for n in (128, 256)]
+    expected = [
+        (s, suite, n)
+        for s in ("base", "ntk")
+        for suite in ("needle", "perplexity")
+        for n in (128, 256)
+    ]
     expected += [("base", "retention", 128), ("ntk", "retention", 128)]
-    assert sorted((line["subject"], line["suite"], line["length"]) for line in lines) == sorted(expected)
+    assert sorted((line["subject"], line["suite"], line["length"]) for line in lines) == sorted(
+        expected
+    )
     summary = json.loads((folder / "evaluations.json").read_text())
     assert [row["num_samples"] for row in summary["needle"]] == [4] * 4
     assert [row["ratio"] for row in summary["retention"]] == [1.0, 1.0]
     for row in summary["perplexity"]:
         assert f"{row['perplexity']:.4g}" in out or row["length"] == 128
     manifest = read_manifest(folder, "evaluations")
-    assert manifest.seeds == {"seed": 0, "needle": 7001} and set(manifest.inputs["subjects"]) == {"base", "ntk"}
+    assert manifest.seeds == {"seed": 0, "needle": 7001} and set(manifest.inputs["subjects"]) == {
+        "base",
+        "ntk",
+    }
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accuracies = {f"eval/needle_accuracy/{s}/{n}" for s in ("base", "ntk") for n in (128, 256)}
     assert accuracies <= {key for record in metrics for key in record}
     assert NeedleSet.load(folder / "needles" / "256.arrow").length == 256
     before = {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"}
-    monkeypatch.setattr(tasks, "load_windowed_model", None)  # a second measurement would call it
+    monkeypatch.setattr(scoring, "load_windowed_model", None)  # a second measurement would call it
     assert command("evaluate", SUBJECTS, *SMALL)[0] == 0
-    assert {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"} == before
+    assert {
+        name: value for name, value in tree(folder).items() if name != "metrics.jsonl"
+    } == before
 
 
 def test_needles_of_the_search_are_not_evaluated_on(command, run_folder):
@@ -127,16 +156,24 @@ def test_needles_of_the_search_are_not_evaluated_on(command, run_folder):
     ("arguments", "message"),
     [
         (("evaluation=training_free",), r"rope.method=searched needs a factors file, but "),
-        (("evaluation=comparison",), "2_factors/factors.json does not exist; run launch.search first"),
+        (
+            ("evaluation=comparison",),
+            "2_factors/factors.json does not exist; run launch.search first",
+        ),
         ((SUBJECTS, "evaluation.needles=3"), "unknown key evaluation.needles"),
-        ((SUBJECTS, "target_len=2000"), "target_len=2000 must be a multiple of model.original_len=128"),
+        (
+            (SUBJECTS, "target_len=2000"),
+            "target_len=2000 must be a multiple of model.original_len=128",
+        ),
         (
             (SUBJECTS, "evaluation.lengths=[20,128]", "evaluation.perplexity.scored_tokens=8"),
             "length=20 tokens is too short",
         ),
     ],
 )
-def test_bad_input_to_evaluate_is_one_message_and_writes_nothing(command, run_folder, arguments, message):
+def test_bad_input_to_evaluate_is_one_message_and_writes_nothing(
+    command, run_folder, arguments, message
+):
     code, _, err = command("evaluate", *arguments)
     assert code == 2
     assert err.count("error: ") == 1 and message in err and "Traceback" not in err
@@ -166,21 +203,41 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     manifest = read_manifest(folder, "exports")
     assert manifest.inputs["checkpoint"]["sha256"] == sha256_of_file(checkpoint / "manifest.json")
     assert manifest.details["dtype"] == "fp32"
-    assert set(manifest.details["largest_relative_logit_difference"]["hugging_face"]) == {"128", "129"}
+    assert set(manifest.details["largest_relative_logit_difference"]["hugging_face"]) == {
+        "128",
+        "129",
+    }
     cost = manifest.details["static_cost"]
     assert (
-        cost["num_windows"] == 8 and cost["max_tokens"] < 128 and 1 < cost["short_perplexity"] < cost["long_perplexity"]
+        cost["num_windows"] == 8
+        and cost["max_tokens"] < 128
+        and 1 < cost["short_perplexity"] < cost["long_perplexity"]
     )
-    assert f"perplexity {cost['long_perplexity']:.4g} instead of" in (folder / "hugging_face" / "README.md").read_text()
+    assert (
+        f"perplexity {cost['long_perplexity']:.4g} instead of"
+        in (folder / "hugging_face" / "README.md").read_text()
+    )
     assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
     config = json.loads((folder / "hugging_face" / "config.json").read_text())
     assert RescaleFactors.from_hf_config(config).factors[-1] > 100
-    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hugging_face", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml",
+        "hugging_face",
+        "manifest.json",
+    ]
     before = tree(folder)
     code, out, _ = command("export")
-    assert code == 0 and f"already complete: {folder / 'hugging_face'}" in out and tree(folder) == before
+    assert (
+        code == 0
+        and f"already complete: {folder / 'hugging_face'}" in out
+        and tree(folder) == before
+    )
     code, out, _ = command("export", "export.dtype=bf16")
-    assert code == 0 and "verified" in out and read_manifest(folder, "exports").details["dtype"] == "bf16"
+    assert (
+        code == 0
+        and "verified" in out
+        and read_manifest(folder, "exports").details["dtype"] == "bf16"
+    )
 
 
 def test_export_writes_the_variants_asked_for_and_no_others(
@@ -193,11 +250,17 @@ def test_export_writes_the_variants_asked_for_and_no_others(
     code, out, err = command("export", yarn, both, "export.cost_windows=0")
     assert code == 0, err
     assert "verified   at 129 tokens: hugging_face_long_only" in out
-    assert "verified   at 128 tokens: hugging_face_short_only" in out and "129 tokens: hugging_face_short" not in out
+    assert (
+        "verified   at 128 tokens: hugging_face_short_only" in out
+        and "129 tokens: hugging_face_short" not in out
+    )
     manifest = read_manifest(folder, "exports")
     assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
     assert manifest.details["static_cost"] is None
-    assert "was not measured for this model" in (folder / "hugging_face_long_only" / "README.md").read_text()
+    assert (
+        "was not measured for this model"
+        in (folder / "hugging_face_long_only" / "README.md").read_text()
+    )
     assert "already complete" in command("export", yarn, both, "export.cost_windows=0")[1]
     gguf = ("export.variants=[long_only]", "export.cost_windows=0", "export.gguf=true")
     code, _, err = command("export", yarn, *gguf)
@@ -206,29 +269,42 @@ def test_export_writes_the_variants_asked_for_and_no_others(
     code, out, err = command("export", yarn, *gguf)
     assert code == 0, err
     assert "hugging_face_short_only, which export.variants no longer names" in out
-    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "hugging_face_long_only", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml",
+        "hugging_face_long_only",
+        "manifest.json",
+    ]
     assert "hugging_face_long_only/model.gguf" in read_manifest(folder, "exports").files
 
 
 def test_export_refuses_bad_settings_together(command):
     code, _, err = command("export", "export.variants=[dual,dual]", "export.cost_windows=-1")
     assert code == 2 and "2 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
-    assert "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, each once" in err
+    assert (
+        "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, each once"
+        in err
+    )
 
 
-def test_an_export_that_does_not_verify_leaves_nothing(command, run_folder, checkpoint, monkeypatch):
+def test_an_export_that_does_not_verify_leaves_nothing(
+    command, run_folder, checkpoint, monkeypatch
+):
     from longrope2.export import hugging_face
 
     def wrong(*arguments):
         config = original(*arguments)
-        config["rope_scaling"]["attention_factor"] = config["rope_parameters"]["attention_factor"] = 1.1
+        config["rope_scaling"]["attention_factor"] = config["rope_parameters"][
+            "attention_factor"
+        ] = 1.1
         return config
 
     original = hugging_face.merged_config
     monkeypatch.setattr(hugging_face, "merged_config", wrong)
     code, _, err = command("export")
     assert code == 2 and "at 128 tokens plain transformers gives logits that differ" in err
-    assert sorted(p.name for p in product_folder(run_folder, "exports").iterdir()) == ["config.yaml"]
+    assert sorted(p.name for p in product_folder(run_folder, "exports").iterdir()) == [
+        "config.yaml"
+    ]
 
 
 def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path, make_checkpoint):
@@ -236,14 +312,24 @@ def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path, make_
     assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
     yarn = make_checkpoint(tmp_path / "yarn", RopeMethod.yarn)
     code, _, err = command("export", f"export.checkpoint={yarn}")
-    assert code == 2 and "a Hugging Face longrope config holds a single attention_factor for both" in err
+    assert (
+        code == 2
+        and "a Hugging Face longrope config holds a single attention_factor for both" in err
+    )
     longer = make_checkpoint(tmp_path / "longer", target_len=4096)
     code, _, err = command("export", f"export.checkpoint={longer}")
-    assert code == 2 and "is for target_len=4096, but target_len=2048 is set; set target_len=4096" in err
+    assert (
+        code == 2
+        and "is for target_len=4096, but target_len=2048 is set; set target_len=4096" in err
+    )
     other = make_checkpoint(tmp_path / "other")
     (other / "tokenizer.json").write_text("{}")
     code, _, err = command("export", f"export.checkpoint={other}")
-    assert code == 2 and f"export.checkpoint={other} belongs to another model" in err and "(other tokenizer)" in err
+    assert (
+        code == 2
+        and f"export.checkpoint={other} belongs to another model" in err
+        and "(other tokenizer)" in err
+    )
     assert not run_folder.exists()
 
 
@@ -263,13 +349,17 @@ def test_generate_streams_text_and_says_once_where_it_switched(command, checkpoi
     options = ("generate.max_new_tokens=70", "generate.temperature=50", "seed=1")
     code, out, err = command("generate", text, *options)
     assert code == 0 and len(out) > 70
-    assert err.count("switched to the rescaled RoPE at 129 tokens: the whole text was read again") == 1
+    assert (
+        err.count("switched to the rescaled RoPE at 129 tokens: the whole text was read again") == 1
+    )
     assert "from the start" not in err
     assert command("generate", text, *options)[1] == out
 
 
 def test_generate_says_that_a_long_prompt_is_long_from_the_start(command, checkpoint, prompt):
-    code, _, err = command("generate", prompt("def read(path):\n" * 40), "generate.max_new_tokens=4")
+    code, _, err = command(
+        "generate", prompt("def read(path):\n" * 40), "generate.max_new_tokens=4"
+    )
     assert code == 0
     assert "tokens, more than 128: rescaled RoPE from the start" in err and "switched" not in err
 
@@ -280,7 +370,11 @@ def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
     assert code == 2 and "3_checkpoints/final does not exist; run launch.train first" in err
     faulty = ("generate.max_new_tokens=0", "generate.temperature=-1", "generate.prefill_chunk=0")
     code, _, err = command("generate", good, *faulty)
-    assert code == 2 and "3 fault(s)" in err and "generate.prefill_chunk=0 must be at least 1, or null" in err
+    assert (
+        code == 2
+        and "3 fault(s)" in err
+        and "generate.prefill_chunk=0 must be at least 1, or null" in err
+    )
     assert "generate.max_new_tokens=0 must be at least 1" in err
     assert "generate.temperature=-1.0 must be 0 or more" in err
     code, _, err = command("generate", "generate.prompt_file=/nowhere.txt")
@@ -291,7 +385,10 @@ def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
     code, _, err = command("generate", f"generate.prompt_file={tmp_path / 'latin1.txt'}")
     assert code == 2 and "is not UTF-8 text" in err
     code, _, err = command("generate")
-    assert code == 2 and "generate.prompt_file is not set; give it as generate.prompt_file=VALUE" in err
+    assert (
+        code == 2
+        and "generate.prompt_file is not set; give it as generate.prompt_file=VALUE" in err
+    )
 
 
 def test_generate_reads_standard_input_like_a_file(command, checkpoint, prompt, monkeypatch):
@@ -309,7 +406,12 @@ def test_generate_reads_standard_input_like_a_file(command, checkpoint, prompt, 
 
 
 def test_generate_names_the_inexact_policy(command, checkpoint, prompt):
-    options = ("generate.max_new_tokens=70", "generate.temperature=50", "generate.kv_policy=rerotate", "seed=1")
+    options = (
+        "generate.max_new_tokens=70",
+        "generate.temperature=50",
+        "generate.kv_policy=rerotate",
+        "seed=1",
+    )
     code, _, err = command("generate", prompt("def read(path):\n" * 12), *options)
     assert code == 0 and "at 129 tokens: the cached keys were turned, which is not exact" in err
 

@@ -9,22 +9,31 @@ import numpy as np
 import pytest
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation import Measurement, ResultsLog, context_windows, metric_values, short_windows, summarize
+from longrope2.evaluation.results import Measurement, ResultsLog
+from longrope2.evaluation.scoring import context_windows, short_windows
 from longrope2.evaluation.statistics import wilson_interval
 from longrope2.evaluation.subjects import Subject
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.evaluation.summary import metric_values, summarize
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 
-@pytest.mark.parametrize(("num_correct", "num_samples"), [(0, 10), (1, 10), (7, 40), (39, 40), (40, 40), (250, 500)])
+@pytest.mark.parametrize(
+    ("num_correct", "num_samples"), [(0, 10), (1, 10), (7, 40), (39, 40), (40, 40), (250, 500)]
+)
 def test_wilson_interval_inverts_the_score_test(num_correct, num_samples):
     """The interval holds exactly the probabilities that a two-sided score test at 5 % does not reject."""
     share = num_correct / num_samples
     accepted = [
         p / 100_000
         for p in range(100_001)
-        if abs(share - p / 100_000) <= 1.959964 * math.sqrt(p / 100_000 * (1 - p / 100_000) / num_samples) + 1e-12
+        if abs(share - p / 100_000)
+        <= 1.959964 * math.sqrt(p / 100_000 * (1 - p / 100_000) / num_samples) + 1e-12
     ]
-    assert wilson_interval(num_correct, num_samples) == pytest.approx((accepted[0], accepted[-1]), abs=2e-5)
+    assert wilson_interval(num_correct, num_samples) == pytest.approx(
+        (accepted[0], accepted[-1]), abs=2e-5
+    )
 
 
 def test_wilson_interval_reaches_but_never_leaves_the_unit_interval():
@@ -47,7 +56,10 @@ def documents_of(*num_tokens):
 def test_windows_of_all_lengths_score_the_same_distinct_tokens():
     documents = documents_of(90, 300, 64, 40)
     windows = context_windows(documents, [16, 64], num_windows=12, num_scored=8, seed=0)
-    assert {length: [len(w) for w in found] for length, found in windows.items()} == {16: [15] * 12, 64: [63] * 12}
+    assert {length: [len(w) for w in found] for length, found in windows.items()} == {
+        16: [15] * 12,
+        64: [63] * 12,
+    }
     scored = [tuple(w[-8:]) for w in windows[64]]
     assert scored == [tuple(w[-8:]) for w in windows[16]]
     assert len({token for place in scored for token in place}) == 12 * 8
@@ -77,13 +89,18 @@ def test_short_windows_cut_documents_without_losing_a_token():
     assert all(len(piece) <= 15 and piece[0] == BOS for piece in pieces)
     found = sorted(token for piece in pieces for token in piece[1:])
     assert found == sorted(token for document in documents for token in document[1:])
-    with pytest.raises(DataError, match=r"evaluation\.retention\.num_windows=9: the held-out text has 8 windows of 16"):
+    with pytest.raises(
+        DataError,
+        match=r"evaluation\.retention\.num_windows=9: the held-out text has 8 windows of 16",
+    ):
         short_windows(documents, 16, num_windows=9, seed=0)
 
 
 def test_short_windows_depend_on_the_seed_only():
     documents = documents_of(*[20] * 30)
-    first, again, other = (short_windows(documents, 16, num_windows=10, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        short_windows(documents, 16, num_windows=10, seed=seed) for seed in (1, 1, 2)
+    )
     assert [p.tolist() for p in first] == [p.tolist() for p in again] != [p.tolist() for p in other]
 
 
@@ -132,7 +149,9 @@ def test_a_damaged_results_file_is_refused(tmp_path):
 def subjects(tmp_path_factory):
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(16, 10_000.0, 16), 64)
     folder = tmp_path_factory.mktemp("model")
-    return [Subject(name, folder, factors, "w", trained=False, source={}) for name in ("base", "pi")]
+    return [
+        Subject(name, folder, factors, "w", trained=False, source={}) for name in ("base", "pi")
+    ]
 
 
 def random_measurements(seed):
@@ -143,12 +162,19 @@ def random_measurements(seed):
         for length in (16, 64):
             found.append(
                 measurement(
-                    subject, f"{subject}{length}", "needle", length,
-                    depths=[0.0, 0.5] * 4, exact=[rng.randrange(2) for _ in range(8)],
-                    nll=[rng.uniform(0, 9) for _ in range(8)], num_tokens=[rng.randrange(3, 9) for _ in range(8)],
+                    subject,
+                    f"{subject}{length}",
+                    "needle",
+                    length,
+                    depths=[0.0, 0.5] * 4,
+                    exact=[rng.randrange(2) for _ in range(8)],
+                    nll=[rng.uniform(0, 9) for _ in range(8)],
+                    num_tokens=[rng.randrange(3, 9) for _ in range(8)],
                 )
-            )  # fmt: skip
-            found.append(measurement(subject, "p", "perplexity", length, nll=[3.0, 5.0], num_tokens=[4, 4]))
+            )
+            found.append(
+                measurement(subject, "p", "perplexity", length, nll=[3.0, 5.0], num_tokens=[4, 4])
+            )
         nll = [rng.uniform(20, 40) for _ in range(3)]
         found.append(measurement(subject, "r", "retention", 16, nll=nll, num_tokens=[15, 15, 7]))
     return found
@@ -164,7 +190,9 @@ def test_summary_equals_sums_over_samples(subjects):
         row, v = rows[m.subject, m.length], m.values
         assert row["window"] == (Window.SHORT if m.length == 16 else Window.LONG)
         assert row["num_correct"] == sum(v["exact"]) and row["accuracy"] == sum(v["exact"]) / 8
-        assert row["perplexity"] == pytest.approx(math.exp(np.sum(v["nll"]) / np.sum(v["num_tokens"])))
+        assert row["perplexity"] == pytest.approx(
+            math.exp(np.sum(v["nll"]) / np.sum(v["num_tokens"]))
+        )
         for offset, depth_row in enumerate(row["depths"]):
             part = slice(offset, None, 2)
             assert (depth_row["depth"], depth_row["num_samples"]) == (offset / 2, 4)
@@ -172,7 +200,11 @@ def test_summary_equals_sums_over_samples(subjects):
             mean = np.sum(v["nll"][part]) / np.sum(v["num_tokens"][part])
             assert depth_row["perplexity"] == pytest.approx(math.exp(mean))
     assert [row["perplexity"] for row in summary["perplexity"]] == [pytest.approx(math.e)] * 4
-    retention = {m.subject: math.exp(sum(m.values["nll"]) / 37) for m in measurements if m.suite == "retention"}
+    retention = {
+        m.subject: math.exp(sum(m.values["nll"]) / 37)
+        for m in measurements
+        if m.suite == "retention"
+    }
     for row in summary["retention"]:
         assert row["perplexity"] == pytest.approx(retention[row["subject"]])
         assert row["ratio"] == pytest.approx(retention[row["subject"]] / retention["base"])
@@ -181,7 +213,12 @@ def test_summary_equals_sums_over_samples(subjects):
 def test_metrics_have_the_designed_names():
     found = {name for m in random_measurements(1) for name in metric_values(m)}
     assert found == {
-        *(f"eval/{suite}/{subject}/{length}" for suite in ("needle_accuracy", "needle_perplexity", "perplexity")
-          for subject in ("base", "pi") for length in (16, 64)),
-        "eval/retention/base/16", "eval/retention/pi/16",
-    }  # fmt: skip
+        *(
+            f"eval/{suite}/{subject}/{length}"
+            for suite in ("needle_accuracy", "needle_perplexity", "perplexity")
+            for subject in ("base", "pi")
+            for length in (16, 64)
+        ),
+        "eval/retention/base/16",
+        "eval/retention/pi/16",
+    }

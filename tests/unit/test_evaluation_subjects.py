@@ -8,14 +8,25 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.artifacts import Manifest, model_identity, product_folder, write_manifest
 from longrope2.config import ModelConfig, RunConfig
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation import ResultsLog, check, evaluated_lengths, measure_all, perplexity_task, resolve_subjects
-from longrope2.evaluation import tasks as tasks_module
-from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, SubjectConfig
-from longrope2.model import RopeConfig
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.evaluation import scoring as tasks_module
+from longrope2.evaluation.config import (
+    EvaluateRoot,
+    EvaluationConfig,
+    SubjectConfig,
+    check,
+    evaluated_lengths,
+)
+from longrope2.evaluation.results import ResultsLog
+from longrope2.evaluation.scoring import measure_all, perplexity_task
+from longrope2.evaluation.subjects import resolve_subjects
+from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.model.factors_source import RopeConfig
+from longrope2.model.folder import model_identity
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN = 16, 64
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
@@ -24,9 +35,16 @@ GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL
 def save_model(folder, *, seed=0, hidden_size=32):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=hidden_size, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, initializer_range=0.3, max_position_embeddings=ORIGINAL_LEN,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        max_position_embeddings=ORIGINAL_LEN,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -41,7 +59,9 @@ def save_checkpoint(folder, factors, **options):
 
 def searched_factors(target_len=TARGET_LEN, original_len=ORIGINAL_LEN):
     geometry = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=original_len)
-    return RescaleFactors(tuple(1 + 0.5 * i for i in range(8)), geometry, target_len, "longrope2", critical_index=3)
+    return RescaleFactors(
+        tuple(1 + 0.5 * i for i in range(8)), geometry, target_len, "longrope2", critical_index=3
+    )
 
 
 @pytest.fixture
@@ -79,7 +99,10 @@ def test_lengths_double_from_the_original_to_the_target(make_config):
 
 def test_all_faults_are_reported_together_with_their_keys(make_config):
     config = make_config(
-        PI, SubjectConfig("pi", rope=RopeConfig(), checkpoint="x"), SubjectConfig("a/b"), lengths=[0, 16, 128]
+        PI,
+        SubjectConfig("pi", rope=RopeConfig(), checkpoint="x"),
+        SubjectConfig("a/b"),
+        lengths=[0, 16, 128],
     )
     config.evaluation.needle.depths = [0.5, 1.5]
     config.evaluation.needle.samples_per_depth = 0
@@ -121,22 +144,34 @@ def test_a_sound_configuration_gives_the_model_folder(make_config, base_folder):
 
 def test_subjects_carry_their_weights_and_factors(make_config, base_folder, tmp_path):
     config = make_config(
-        BASE, PI, SubjectConfig("searched", rope=RopeConfig(RopeMethod.searched)),
-        SubjectConfig("file", rope=RopeConfig(RopeMethod.from_file, factors=str(tmp_path / "f.json"))),
+        BASE,
+        PI,
+        SubjectConfig("searched", rope=RopeConfig(RopeMethod.searched)),
+        SubjectConfig(
+            "file", rope=RopeConfig(RopeMethod.from_file, factors=str(tmp_path / "f.json"))
+        ),
         SubjectConfig("trained", checkpoint=str(tmp_path / "trained")),
-    )  # fmt: skip
+    )
     searched = product_folder(config.run.folder, "factors")
     searched.mkdir(parents=True)
     (searched / "factors.json").write_text(searched_factors().to_json())
     write_manifest(searched, Manifest("factors", inputs={"model": model_identity(base_folder)}))
-    (tmp_path / "f.json").write_text(closed_form_factors(RopeMethod.ntk, GEOMETRY, TARGET_LEN).to_json())
+    (tmp_path / "f.json").write_text(
+        closed_form_factors(RopeMethod.ntk, GEOMETRY, TARGET_LEN).to_json()
+    )
     save_checkpoint(tmp_path / "trained", searched_factors(), seed=1)
     found = resolve_subjects(config, base_folder)
     assert [(s.name, s.factors.method, s.trained) for s in found] == [
-        ("base", "none", False), ("pi", "pi", False), ("searched", "longrope2", False), ("file", "ntk", False),
+        ("base", "none", False),
+        ("pi", "pi", False),
+        ("searched", "longrope2", False),
+        ("file", "ntk", False),
         ("trained", "longrope2", True),
-    ]  # fmt: skip
-    assert len({s.weights_sha256 for s in found[:4]}) == 1 and found[4].weights_sha256 != found[0].weights_sha256
+    ]
+    assert (
+        len({s.weights_sha256 for s in found[:4]}) == 1
+        and found[4].weights_sha256 != found[0].weights_sha256
+    )
     assert found[2].factors == found[4].factors == searched_factors()
     assert found[4].folder == tmp_path / "trained"
     assert set(found[2].source) == {"factors"} and set(found[4].source) == {"checkpoint"}
@@ -169,7 +204,9 @@ def test_factors_searched_on_another_model_are_refused(make_config, base_folder,
     searched.mkdir(parents=True)
     (searched / "factors.json").write_text(searched_factors().to_json())
     subject = SubjectConfig("searched", rope=RopeConfig(RopeMethod.searched))
-    with pytest.raises(ArtifactError, match=r"2_factors holds no finished factors: manifest\.json is missing"):
+    with pytest.raises(
+        ArtifactError, match=r"2_factors holds no finished factors: manifest\.json is missing"
+    ):
         resolve_one(make_config, base_folder, subject)
     write_manifest(searched, Manifest("factors", inputs={"model": model_identity(other)}))
     expected = r"\(searched\): .*factors\.json belongs to another model than model\.path=.*base \(other architecture\)$"
@@ -194,7 +231,10 @@ def test_broken_checkpoints_are_refused(make_config, base_folder, tmp_path):
     (folder / "factors.json").write_text(searched_factors(target_len=128).to_json())
     assert "is for target_len=128, but target_len=64 is set; set target_len=128" in refusal()
     (folder / "factors.json").write_text(searched_factors(original_len=32).to_json())
-    assert "is for model.original_len=32, but model.original_len=16 is set; set model.original_len=32" in refusal()
+    assert (
+        "is for model.original_len=32, but model.original_len=16 is set; set model.original_len=32"
+        in refusal()
+    )
     (folder / "factors.json").write_text("{}")
     assert "not a factors file" in refusal()
     (folder / "manifest.json").unlink()
@@ -215,7 +255,10 @@ def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, 
     config = make_config(BASE, PI, SubjectConfig("trained", checkpoint=str(trained)))
     rng = np.random.default_rng(0)
     texts = [[rng.integers(61, size=length - 1) for _ in range(3)] for length in (16, 64)]
-    tasks = [perplexity_task(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64) for windows in texts]
+    tasks = [
+        perplexity_task(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64)
+        for windows in texts
+    ]
     measured = []
     original = tasks_module.score_windows
 
@@ -237,7 +280,9 @@ def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, 
     assert len({tuple(values[name, 64]) for name in ("base", "pi", "trained")}) == 3
     assert measure() == first and measured == []
     lines = path.read_text().splitlines(keepends=True)
-    assert [(json.loads(line)["subject"], json.loads(line)["length"]) for line in lines] == list(values)
+    assert [(json.loads(line)["subject"], json.loads(line)["length"]) for line in lines] == list(
+        values
+    )
     path.write_text("".join(lines[:3]) + lines[3][:40])
     assert measure() == first and measured == [64, 16, 64]
     save_checkpoint(trained, searched_factors(), seed=2)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longrope2.artifacts import read_manifest
-from longrope2.evaluation import generation_run
-from longrope2.evaluation.answers import read_answers
-from longrope2.evaluation.suite import CalibrationConfig, CalibrationRule, calibration_faults
+from longrope2.evaluation import answering
+from longrope2.evaluation.config import CalibrationConfig, CalibrationRule, calibration_faults
+from longrope2.evaluation.results import read_answers
+from longrope2.files.artifacts import read_manifest
 
-SUBJECTS = "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
+SUBJECTS = (
+    "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
+)
 
 
 @pytest.fixture
@@ -21,9 +23,19 @@ def evaluate(tmp_path, monkeypatch, capsys):
     """Run the command in this process; returns exit code, standard output, standard error."""
 
     def run(*arguments):
-        options = (f"run.root={tmp_path}", "run.name=r", "target_len=1024", "suite=needle_map", "suite.lengths=[512,1024]",
-                   f"evaluation.sample_cache={tmp_path}/cache", "suite.needle_map.haystack=noise", SUBJECTS,
-                   "suite.needle_map.depths=[0.5,1.0]", "suite.needle_map.repeats=1", "tracking.wandb=disabled")  # fmt: skip
+        options = (
+            f"run.root={tmp_path}",
+            "run.name=r",
+            "target_len=1024",
+            "suite=needle_map",
+            "suite.lengths=[512,1024]",
+            f"evaluation.sample_cache={tmp_path}/cache",
+            "suite.needle_map.haystack=noise",
+            SUBJECTS,
+            "suite.needle_map.depths=[0.5,1.0]",
+            "suite.needle_map.repeats=1",
+            "tracking.wandb=disabled",
+        )
         monkeypatch.setattr(sys, "argv", ["evaluate", *options, *arguments])
         capsys.readouterr()
         code = 0
@@ -40,7 +52,9 @@ def evaluate(tmp_path, monkeypatch, capsys):
 def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monkeypatch):
     folder = tmp_path / "r" / "4_evaluations"
     code, out, _ = evaluate("dry_run=true")
-    assert code == 0 and "needle map 2 depths x 1, noise, at 512, 1024" in out and not folder.exists()
+    assert (
+        code == 0 and "needle map 2 depths x 1, noise, at 512, 1024" in out and not folder.exists()
+    )
     code, out, err = evaluate("evaluation.shard=2/2")
     assert code == 0, err
     assert "shard 2/2 is done; 4 answers of other shards are still missing" in out
@@ -54,14 +68,16 @@ def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monke
     assert all(set(c["sides"]) == {"long"} and c["score"] is not None for c in summary["cells"])
     assert summary["calibration"] == {"passed": True, "rules": []} and len(summary["paired"]) == 2
     assert read_manifest(folder, "evaluations").counts["num_subjects"] == 2
-    monkeypatch.setattr(generation_run, "load_windowed_model", None)  # another answer would call it
+    monkeypatch.setattr(answering, "load_windowed_model", None)  # another answer would call it
     code, _, err = evaluate()
     assert code == 0, err
     assert json.loads((folder / "suite.json").read_text()) == summary
 
 
-def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(evaluate, tmp_path, monkeypatch):
-    make_decoder = generation_run.make_decoder
+def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(
+    evaluate, tmp_path, monkeypatch
+):
+    make_decoder = answering.make_decoder
 
     def short_of_memory(rows, chunk):
         decode = make_decoder(rows, chunk)
@@ -73,7 +89,7 @@ def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(evaluate,
 
         return generate
 
-    monkeypatch.setattr("launch.evaluate_suite.make_decoder", short_of_memory)
+    monkeypatch.setattr("longrope2.evaluation.run.make_decoder", short_of_memory)
     folder = tmp_path / "r" / "4_evaluations"
     code, out, err = evaluate("evaluation.shard=2/2")
     assert code == 0, err
@@ -83,7 +99,9 @@ def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(evaluate,
     assert code == 0, err
     cells = json.loads((folder / "suite.json").read_text())["cells"]
     assert [(c["length"], c["score"] is None, c.get("reason", "")[:13]) for c in cells] == [
-        (512, False, ""), (1024, True, "out of memory")] * 2  # fmt: skip
+        (512, False, ""),
+        (1024, True, "out of memory"),
+    ] * 2
 
 
 def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_path):
@@ -91,7 +109,10 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
     rule = "calibration.rules=[{score: needle_map/needle_map/1024, low: 50, high: 100}]"
     code, _, err = evaluate(rule)
     assert code == 2 and err.count("error: ") == 1
-    assert "does not reproduce its known scores: needle_map/needle_map/1024 is 0.00, expected 50 to 100" in err
+    assert (
+        "does not reproduce its known scores: needle_map/needle_map/1024 is 0.00, expected 50 to 100"
+        in err
+    )
     folder = tmp_path / "r" / "4_evaluations"
     assert {answer.subject for answer in read_answers(folder / "answers").values()} == {"base"}
     assert not (folder / "suite.json").exists()
@@ -103,14 +124,23 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("suite.measures=false", "suite.needle_map=null"), "suite runs nothing: set suite.measures=true, or choose"),
+        (
+            ("suite.measures=false", "suite.needle_map=null"),
+            "suite runs nothing: set suite.measures=true, or choose",
+        ),
         (
             ("suite.lengths=[512,2048]",),
             "suite.lengths=[512, 2048] must be distinct lengths of at most target_len=1024",
         ),
-        (("suite.needle_map.depths=[2]",), "suite.needle_map.depths=[2.0] must be distinct numbers from 0 to 1"),
+        (
+            ("suite.needle_map.depths=[2]",),
+            "suite.needle_map.depths=[2.0] must be distinct numbers from 0 to 1",
+        ),
         (("evaluation.shard=3/2",), "evaluation.shard=3/2 must be i/n with i from 1 to n"),
-        (("evaluation.prefill_chunk=0", "evaluation.decode_rows=0", "evaluation.workers=-1"), "evaluation.workers=-1"),
+        (
+            ("evaluation.prefill_chunk=0", "evaluation.decode_rows=0", "evaluation.workers=-1"),
+            "evaluation.workers=-1",
+        ),
         (
             ("calibration.rules=[{score: a, low: 5, high: 1}]",),
             "calibration.rules[0]: score='a' needs low=5.0 below high",
@@ -120,8 +150,14 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
             "calibration.rules[0]: no suite gives a score 'ruler/niah_single1/4096'; write lm_eval/TASK, or SUITE/TASK/",
         ),
         (("calibration.rules=[{score: ruler/vt, low: 5}]",), "no suite gives a score 'ruler/vt'"),
-        (("calibration.rules=[{score: lm_eval/mmlu/4096, low: 5}]",), "no suite gives a score 'lm_eval/mmlu/4096'"),
-        (("checkpoint=/nowhere",), "evaluation.subjects[1] (extended): checkpoint=/nowhere does not exist"),
+        (
+            ("calibration.rules=[{score: lm_eval/mmlu/4096, low: 5}]",),
+            "no suite gives a score 'lm_eval/mmlu/4096'",
+        ),
+        (
+            ("checkpoint=/nowhere",),
+            "evaluation.subjects[1] (extended): checkpoint=/nowhere does not exist",
+        ),
     ],
 )
 def test_faults_are_one_message_and_write_nothing(evaluate, tmp_path, arguments, message):
@@ -130,7 +166,9 @@ def test_faults_are_one_message_and_write_nothing(evaluate, tmp_path, arguments,
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("path", sorted(Path("conf/calibration").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path("conf/calibration").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_rules_that_are_shipped_can_be_tried(path):
     rules = [CalibrationRule(**rule) for rule in yaml.safe_load(path.read_text())["rules"]]
     rules += [CalibrationRule("ruler/average/4096", 5), CalibrationRule("loft/nq/131072", 5)]

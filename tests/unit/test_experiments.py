@@ -10,8 +10,8 @@ from launch.train import main
 from longrope2.command import run_command
 from longrope2.config import CONF_FOLDER, compose
 from longrope2.errors import ConfigError
-from longrope2.rope import RopeMethod
-from longrope2.training import TrainRoot
+from longrope2.rope.methods import RopeMethod
+from longrope2.training.config import TrainRoot
 
 BASES = {"llama3_8b_128k": 8192, "phi3_mini_128k": 2048}
 BASELINES = {"": "searched", "_yarn": "yarn", "_ntk": "ntk", "_longrope": "searched", "_yarn_rcd": "yarn_rcd",
@@ -19,7 +19,9 @@ BASELINES = {"": "searched", "_yarn": "yarn", "_ntk": "ntk", "_longrope": "searc
 EXPERIMENTS = [f"{base}{baseline}" for base in BASES for baseline in BASELINES]
 
 
-def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+def dry_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> str:
     """What the command prints; it must end without an error."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["launch.train", *overrides, "dry_run=true"])
@@ -27,7 +29,9 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", [p.stem for p in CONF_FOLDER.glob("*.yaml") if "experiment:" in p.read_text()])
+@pytest.mark.parametrize(
+    "config", [p.stem for p in CONF_FOLDER.glob("*.yaml") if "experiment:" in p.read_text()]
+)
 def test_an_experiment_that_does_not_exist_is_refused(config: str) -> None:
     """Every stage that knows experiments; a schema of no fields is enough to choose groups."""
 
@@ -35,12 +39,17 @@ def test_an_experiment_that_does_not_exist_is_refused(config: str) -> None:
     class Nothing:
         pass
 
-    with pytest.raises(ConfigError, match="experiment=nope does not exist; choose experiment= one of .*llama3_8b_128k"):
+    with pytest.raises(
+        ConfigError,
+        match="experiment=nope does not exist; choose experiment= one of .*llama3_8b_128k",
+    ):
         compose(Nothing, config, ["model=tiny", "experiment=nope"])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_planned_without_gpus_weights_segments_or_factors(name: str, tmp_path, monkeypatch, capsys) -> None:
+def test_planned_without_gpus_weights_segments_or_factors(
+    name: str, tmp_path, monkeypatch, capsys
+) -> None:
     base = next(base for base in BASES if name.startswith(base))
     baseline = name.removeprefix(base)
     printed = dry_run(monkeypatch, capsys, f"experiment={name}", f"run.root={tmp_path}")
@@ -52,7 +61,9 @@ def test_planned_without_gpus_weights_segments_or_factors(name: str, tmp_path, m
     assert f"segments {tmp_path}/{base}/1_segments: run data_prep.pack first" in missing
     found_by = f"{base}_longrope" if baseline == "_longrope" else base
     wants_factors = BASELINES[baseline] in ("searched", "yarn_rcd", "ntk_rcd")
-    assert (f"{tmp_path}/{found_by}/2_factors/factors.json: run launch.search first" in missing) == wants_factors
+    assert (
+        f"{tmp_path}/{found_by}/2_factors/factors.json: run launch.search first" in missing
+    ) == wants_factors
     assert "  model    " in missing
     assert not list(tmp_path.iterdir())
 
@@ -70,33 +81,57 @@ def test_the_papers_settings() -> None:
     assert names == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("method", [m for m in RopeMethod if m.value not in ("from_hf", "from_file")])
+@pytest.mark.parametrize(
+    "method", [m for m in RopeMethod if m.value not in ("from_hf", "from_file")]
+)
 def test_any_method_is_one_override(method: RopeMethod, tmp_path, monkeypatch, capsys) -> None:
-    printed = dry_run(monkeypatch, capsys, "experiment=llama3_8b_128k", f"run.root={tmp_path}", f"rope={method.value}")
+    printed = dry_run(
+        monkeypatch,
+        capsys,
+        "experiment=llama3_8b_128k",
+        f"run.root={tmp_path}",
+        f"rope={method.value}",
+    )
     assert f"rope       {method.value}, mixed windows on" in printed
 
 
 def test_without_mixed_windows_is_one_override(tmp_path, monkeypatch, capsys) -> None:
-    printed = dry_run(monkeypatch, capsys, "experiment=phi3_mini_128k", f"run.root={tmp_path}", "training.mixed=false")
+    printed = dry_run(
+        monkeypatch,
+        capsys,
+        "experiment=phi3_mini_128k",
+        f"run.root={tmp_path}",
+        "training.mixed=false",
+    )
     assert "rope       searched, mixed windows off" in printed
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.sequence=64"], "parallel.sequence=64 cannot share 32 query and 8 key/value heads"),
-        (["model.config_folder=null"], "a dry run can do without it when model.config_folder names a folder"),
+        (
+            ["parallel.sequence=64"],
+            "parallel.sequence=64 cannot share 32 query and 8 key/value heads",
+        ),
+        (
+            ["model.config_folder=null"],
+            "a dry run can do without it when model.config_folder names a folder",
+        ),
         (["model.config_folder=conf"], "model.config_folder=conf holds no config.json"),
         (["rope=from_file"], "rope.method=from_file needs rope.factors="),
         (["segments=SOMETHING_ELSE"], "kind is 'factors', expected 'segments'"),
     ],
 )
-def test_wrong_is_not_missing(overrides: list[str], words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_wrong_is_not_missing(
+    overrides: list[str], words: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """What is there and does not fit is a fault in a dry run too."""
     (tmp_path / "manifest.json").write_text('{"kind": "factors", "schema_version": 1}')
     given = [o.replace("SOMETHING_ELSE", str(tmp_path)) for o in overrides]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["launch.train", "experiment=llama3_8b_128k", *given, "dry_run=true"])
+    monkeypatch.setattr(
+        sys, "argv", ["launch.train", "experiment=llama3_8b_128k", *given, "dry_run=true"]
+    )
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code == 2

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from longrope2.config import ModelConfig
-from longrope2.model import NormKernel
-from longrope2.parallel import ParallelConfig
-from longrope2.planning import HardwareConfig, make_machine, plan_micro_step
-from longrope2.rope import Window
+from longrope2.model.norms import NormKernel
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.planning.hardware import HardwareConfig, make_machine
+from longrope2.planning.timing import plan_micro_step
+from longrope2.rope.factors import Window
 from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
 from longrope2.training.step import StepReport
@@ -21,10 +22,14 @@ LENGTH = 131_072
 
 def llama_forecast(*, machine: bool = True, stage: int = 3) -> Forecast:
     config = TrainRoot(
-        model=ModelConfig(name="llama3_8b", original_len=8192), target_len=LENGTH,
-        training=TrainingConfig(recompute=Recompute.full), parallel=ParallelConfig(sequence=8, zero_stage=stage),
-    )  # fmt: skip
-    found = make_forecast(config, LLAMA, 64, total_tokens=10_000_000_000, long_share=0.7, device=torch.device("cpu"))
+        model=ModelConfig(name="llama3_8b", original_len=8192),
+        target_len=LENGTH,
+        training=TrainingConfig(recompute=Recompute.full),
+        parallel=ParallelConfig(sequence=8, zero_stage=stage),
+    )
+    found = make_forecast(
+        config, LLAMA, 64, total_tokens=10_000_000_000, long_share=0.7, device=torch.device("cpu")
+    )
     assert found.machine is None  # no rates for a CPU
     rates = make_machine(HardwareConfig(gpu="A100")) if machine else None
     return replace(found, layout=replace(found.layout, bf16=True), machine=rates)
@@ -34,15 +39,22 @@ def report(seconds: float, num_long: int = 48, *, applied: bool = True) -> StepR
     """A step of 64 segments, its short ones in documents of 4,096 tokens."""
     squares = num_long * LENGTH**2 + (64 - num_long) * LENGTH * 4096
     return StepReport(
-        loss=2.0, loss_by_window=dict.fromkeys(Window, 2.0),
-        targets_by_window={Window.LONG: num_long * LENGTH, Window.SHORT: (64 - num_long) * LENGTH}, gradient_norm=1.0,
-        squared_lengths=squares, seconds=seconds, micro_step_seconds=dict.fromkeys(Window, 1.0), applied=applied,
-    )  # fmt: skip
+        loss=2.0,
+        loss_by_window=dict.fromkeys(Window, 2.0),
+        targets_by_window={Window.LONG: num_long * LENGTH, Window.SHORT: (64 - num_long) * LENGTH},
+        gradient_norm=1.0,
+        squared_lengths=squares,
+        seconds=seconds,
+        micro_step_seconds=dict.fromkeys(Window, 1.0),
+        applied=applied,
+    )
 
 
 def test_line_with_and_without_rates() -> None:
     line = llama_forecast().line()
-    assert line.startswith("planner    8,030.3 M parameters; 9.91e+17 FLOPs a step with 70 % long; ")
+    assert line.startswith(
+        "planner    8,030.3 M parameters; 9.91e+17 FLOPs a step with 70 % long; "
+    )
     assert "s a step on A100" in line and "tokens/s/GPU" in line and "h in all" in line
     assert "time unknown: no rates for this device" in llama_forecast(machine=False).line()
     assert "GiB a process in bf16, most in the backward pass" in line
@@ -51,12 +63,25 @@ def test_line_with_and_without_rates() -> None:
 
 @pytest.mark.parametrize(
     ("norm", "device", "fused"),
-    [("auto", "cuda", True), ("auto", "cpu", False), ("model", "cuda", False), ("torch", "cpu", True)],
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("model", "cuda", False),
+        ("torch", "cpu", True),
+    ],
 )
-def test_norms_are_counted_as_the_run_will_compute_them(norm: str, device: str, fused: bool) -> None:
-    training = TrainingConfig(norm=NormKernel(norm), precision=Precision.fp32)  # no rates are asked of the device
-    config = TrainRoot(model=ModelConfig(name="m", original_len=8192), target_len=LENGTH, training=training)
-    found = make_forecast(config, LLAMA, 1, total_tokens=None, long_share=None, device=torch.device(device))
+def test_norms_are_counted_as_the_run_will_compute_them(
+    norm: str, device: str, fused: bool
+) -> None:
+    training = TrainingConfig(
+        norm=NormKernel(norm), precision=Precision.fp32
+    )  # no rates are asked of the device
+    config = TrainRoot(
+        model=ModelConfig(name="m", original_len=8192), target_len=LENGTH, training=training
+    )
+    found = make_forecast(
+        config, LLAMA, 1, total_tokens=None, long_share=None, device=torch.device(device)
+    )
     assert found.layout.fused_norms is fused
 
 
@@ -65,7 +90,9 @@ def test_expected_step_is_that_of_the_segments_it_had() -> None:
     forecast = llama_forecast()
     assert forecast.machine is not None
     long, short = (
-        plan_micro_step(forecast.shape, forecast.workload, forecast.layout, forecast.machine, w).total
+        plan_micro_step(
+            forecast.shape, forecast.workload, forecast.layout, forecast.machine, w
+        ).total
         for w in (Window.LONG, Window.SHORT)
     )
     assert forecast.step_seconds(report(1.0)) == pytest.approx(6 * long + 2 * short, rel=1e-3)
@@ -88,8 +115,14 @@ def test_warns_once_beyond_15_percent() -> None:
     check.see(7, report(1.3 * expected), 0.8 * memory)
     check.see(8, report(1.3 * expected), 0.8 * memory)
     assert len(warnings) == 2
-    assert warnings[0].startswith("warning: step time at step 6 is ") and "+20 % against the planner's" in warnings[0]
-    assert warnings[1].startswith("warning: GPU memory at step 7 is ") and "-20 % against the planner's" in warnings[1]
+    assert (
+        warnings[0].startswith("warning: step time at step 6 is ")
+        and "+20 % against the planner's" in warnings[0]
+    )
+    assert (
+        warnings[1].startswith("warning: GPU memory at step 7 is ")
+        and "-20 % against the planner's" in warnings[1]
+    )
 
 
 def test_nothing_is_compared_that_is_not_known() -> None:

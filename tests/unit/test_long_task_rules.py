@@ -15,7 +15,14 @@ from longrope2.evaluation.long_tasks.rules import (
     token_f1,
 )
 
-CLASSES = ["City", "Other location", "Other entity", "Abbreviation", "Definition of something", "Other number"]
+CLASSES = [
+    "City",
+    "Other location",
+    "Other entity",
+    "Abbreviation",
+    "Definition of something",
+    "Other number",
+]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +58,11 @@ def test_token_f1(text, answer, f1):
         ("nothing", "City", CLASSES, 0.0),
         # "Other" is part of "Other number": struck, one left.
         ("Other number", "Other number", ["Other", "Other number"], 1.0),
-        # Two parts in a row: the first is struck, the second has moved up and is skipped; the right one is third.
+        # Two parts in a row: the first is struck, the second has moved up and is skipped; the right
+        # one is third.
         ("Other number", "Other number", ["Other", "number", "Other number"], 0.5),
-        # A part, the right one, a part: the first is struck, the right one is skipped, the last is struck.
+        # A part, the right one, a part: the first is struck, the right one is skipped, the last is
+        # struck.
         ("Other number", "Other number", ["Other", "Other number", "number"], 1.0),
         ("city", "City", CLASSES, 0.0),  # case counts
     ],

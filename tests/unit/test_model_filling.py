@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from longrope2.errors import ArtifactError
-from longrope2.model import WindowedModel, load_windowed_model, rope_geometry
-from longrope2.rope import RescaleFactors, RopeMethod, closed_form_factors
+from longrope2.model.loading import load_windowed_model, rope_geometry
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -56,7 +58,10 @@ class KeepsNothing:
 
 
 def by_value(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def load(folder: Path, **keywords: object) -> WindowedModel:
@@ -123,9 +128,15 @@ def test_tables_of_old_checkpoints_are_no_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model.norm.weight"), r"missing: model\.norm\.weight; unknown: none.*parallel\.zero_stage=2"),
+        (
+            lambda s: s.pop("model.norm.weight"),
+            r"missing: model\.norm\.weight; unknown: none.*parallel\.zero_stage=2",
+        ),
         (lambda s: s.update(more=torch.ones(2)), "missing: none; unknown: more"),
-        (lambda s: s.update({"model.norm.weight": torch.ones(3)}), r"model\.norm\.weight has shape \[3\], not \[32\]"),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(3)}),
+            r"model\.norm\.weight has shape \[3\], not \[32\]",
+        ),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, change: object, message: str) -> None:
@@ -162,5 +173,7 @@ def test_a_class_with_tensors_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_buffer)
-    with pytest.raises(ArtifactError, match=r"computes tensors of its own \(table\).*parallel\.zero_stage=2"):
+    with pytest.raises(
+        ArtifactError, match=r"computes tensors of its own \(table\).*parallel\.zero_stage=2"
+    ):
         load(tmp_path, take=lambda parameter: None)

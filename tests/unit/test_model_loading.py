@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from longrope2.errors import ArtifactError
-from longrope2.model import load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,11 @@ def folder(tmp_path: Path, config: dict) -> Path:
         ({**BASE, "head_dim": 32}, 32, 5e5),
         ({**BASE, "head_dim": 128, "partial_rotary_factor": 0.75}, 96, 5e5),
         ({"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, 16, 1e4),
-        ({"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, 8, 1e4),
+        (
+            {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            8,
+            1e4,
+        ),
     ],
 )
 def test_geometry(tmp_path: Path, config: dict, rotary_dim: int, rope_base: float) -> None:
@@ -53,13 +58,18 @@ def test_a_model_that_is_already_scaled(tmp_path: Path, scaling: dict) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(24, 5e5, 64), 128)
-    with pytest.raises(ArtifactError, match=r"holds no \*\.safetensors weights; check model\.path or the checkpoint"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"holds no \*\.safetensors weights; check model\.path or the checkpoint",
+    ):
         load_windowed_model(folder(tmp_path, BASE), factors)
 
 
 def test_factors_of_another_geometry(tmp_path: Path) -> None:
     factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 5e5, 64), 128)
-    with pytest.raises(ArtifactError, match=r"the factors are for RopeGeometry\(rotary_dim=32.*has RopeGeometry\("):
+    with pytest.raises(
+        ArtifactError, match=r"the factors are for RopeGeometry\(rotary_dim=32.*has RopeGeometry\("
+    ):
         load_windowed_model(folder(tmp_path, BASE), factors)
 
 

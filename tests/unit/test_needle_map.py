@@ -20,9 +20,13 @@ def test_every_cell_has_its_samples_at_its_depth(tmp_path, tokenizer, haystack):
     texts = fixtures.essays() if haystack is MapHaystack.essay else []
     tasks = needle_map_tasks(config, tokenizer, texts, [512, 4096], cache_folder=tmp_path)
     assert [(task.suite, task.name, task.length) for task in tasks] == [
-        ("needle_map", "needle_map", 512), ("needle_map", "needle_map", 4096)]  # fmt: skip
+        ("needle_map", "needle_map", 512),
+        ("needle_map", "needle_map", 4096),
+    ]
     for task in tasks:
-        cells = [(sample.facts["requested_depth"], sample.facts["repeat"]) for sample in task.samples]
+        cells = [
+            (sample.facts["requested_depth"], sample.facts["repeat"]) for sample in task.samples
+        ]
         assert cells == [(depth, repeat) for repeat in range(3) for depth in depths]
         assert len({sample.answers for sample in task.samples}) == 12
         line = 40 / task.length
@@ -31,7 +35,10 @@ def test_every_cell_has_its_samples_at_its_depth(tmp_path, tokenizer, haystack):
             total = len(sample.prompt_T) + sample.max_new_tokens
             assert 0.93 * task.length <= total <= task.length
             text = fixtures.prompt_text(tokenizer, sample)
-            assert task.score(sample, fixtures.needle_oracle(text)) == 1.0 and task.score(sample, "") == 0.0
+            assert (
+                task.score(sample, fixtures.needle_oracle(text)) == 1.0
+                and task.score(sample, "") == 0.0
+            )
             head, tail = text.index("Text:") + 6, text.index(" (End of the text.)")
             needle = text.index("One of the special")
             if sample.facts["requested_depth"] == 0.0:
@@ -54,7 +61,11 @@ def test_bad_settings_are_named_at_once(tmp_path, tokenizer):
     config = NeedleMapConfig(depths=[0.5, 1.5], repeats=0)
     with pytest.raises(ConfigError) as error:
         needle_map_tasks(config, tokenizer, [], [], cache_folder=tmp_path)
-    for words in ("needle_map.depths=[0.5, 1.5] must be", "needle_map.repeats=0 must", "lengths=[] must"):
+    for words in (
+        "needle_map.depths=[0.5, 1.5] must be",
+        "needle_map.repeats=0 must",
+        "lengths=[] must",
+    ):
         assert words in str(error.value)
 
 
@@ -62,5 +73,7 @@ def test_missing_texts_and_short_lengths_are_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="the haystack holds no words"):
         needle_map_tasks(NeedleMapConfig(), tokenizer, [], [512], cache_folder=tmp_path)
     config = NeedleMapConfig(haystack=MapHaystack.noise)
-    with pytest.raises(DataError, match="needle_map at 64 tokens: the length is too short for needles"):
+    with pytest.raises(
+        DataError, match="needle_map at 64 tokens: the length is too short for needles"
+    ):
         needle_map_tasks(config, tokenizer, [], [64], cache_folder=tmp_path)

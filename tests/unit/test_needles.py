@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep.corpora import CorpusConfig, CorpusKind, Document, heldout_documents
-from data_prep.needle_words import ADJECTIVES, NOUNS
-from data_prep.needles import INSTRUCTION, build_needle_sample, build_needle_set, needle_wording
-from data_prep.tokenization import DocumentTokenizer
+from longrope2.corpora.build import heldout_documents
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.corpus import Document
+from longrope2.corpora.needles import (
+    ADJECTIVES,
+    INSTRUCTION,
+    NOUNS,
+    build_needle_sample,
+    build_needle_set,
+    needle_wording,
+)
+from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
-from longrope2.segments import NeedleSample
+from longrope2.segments.needle_set import NeedleSample
 
 VALUE = "7654321"
-TEXTS = [f"Text {n}. " + "plain words about nothing at all, again and again. " * 60 for n in range(5)]
+TEXTS = [
+    f"Text {n}. " + "plain words about nothing at all, again and again. " * 60 for n in range(5)
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +41,9 @@ def encoder(tokenizer):
 
 def built(encoder, length=128, depth=0.5, **options):
     haystack = np.asarray(encoder.encode(TEXTS[0]))
-    return build_needle_sample(encoder, haystack, length=length, depth=depth, key="red-lamp", value=VALUE, **options)
+    return build_needle_sample(
+        encoder, haystack, length=length, depth=depth, key="red-lamp", value=VALUE, **options
+    )
 
 
 def test_word_lists():
@@ -43,7 +55,10 @@ def test_word_lists():
 def test_wording_is_the_papers():
     wording = needle_wording("red-lamp", "7654321")
     assert wording.needle.strip() == "One of the special magic numbers for red-lamp is: 7654321."
-    assert wording.answer_prefix == "The special magic number for red-lamp mentioned in the provided text is"
+    assert (
+        wording.answer_prefix
+        == "The special magic number for red-lamp mentioned in the provided text is"
+    )
 
 
 @pytest.mark.parametrize("length", [70, 128, 129, 500])
@@ -56,7 +71,9 @@ def test_a_sample_is_exact(encoder, length, depth):
     assert encoder.decode(sample.through_value[sample.value_start :]) == " 7654321"
     assert sample.tokens[-1] == encoder.eos_id and (sample.tokens == encoder.eos_id).sum() == 1
     text = encoder.decode(sample.through_value[1:])
-    assert text.startswith(INSTRUCTION) and text.endswith(wording.question + wording.answer_prefix + wording.answer)
+    assert text.startswith(INSTRUCTION) and text.endswith(
+        wording.question + wording.answer_prefix + wording.answer
+    )
     assert text.count(wording.needle) == 1
     start, count = sample.record["needle_start"], sample.record["num_needle_tokens"]
     assert encoder.decode(sample.tokens[start : start + count]) == wording.needle
@@ -81,18 +98,23 @@ def test_digits_are_single_tokens(encoder):
     assert len(encoder.encode(" 7654321")) == 8
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"depth": 1.5}, r"depth=1.5 is outside \[0, 1\]"),
-    ({"length": 40}, "length=40 tokens is too short for a needle sample; at least 67"),
-    ({"length": 4000}, "length=4000 needs 3933 haystack tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"depth": 1.5}, r"depth=1.5 is outside \[0, 1\]"),
+        ({"length": 40}, "length=40 tokens is too short for a needle sample; at least 67"),
+        ({"length": 4000}, "length=4000 needs 3933 haystack tokens"),
+    ],
+)
 def test_impossible_samples_are_refused(encoder, options, words):
     with pytest.raises(DataError, match=words):
         built(encoder, **options)
 
 
 def test_a_set_has_the_asked_lengths_depths_and_texts(tokenizer):
-    needles = build_needle_set(tokenizer, TEXTS, length=200, depths=[0.0, 0.5, 1.0], num_samples=10, seed=4)
+    needles = build_needle_set(
+        tokenizer, TEXTS, length=200, depths=[0.0, 0.5, 1.0], num_samples=10, seed=4
+    )
     assert needles.length == 200 and [s.depth for s in needles.samples[:4]] == [0.0, 0.5, 1.0, 0.0]
     # One text after the other: never all samples from one book.
     assert len({sample.record["books"][0]["id"] for sample in needles.samples[:5]}) == 5
@@ -102,7 +124,9 @@ def test_a_set_has_the_asked_lengths_depths_and_texts(tokenizer):
 
 def test_samples_depend_on_seed_and_number_only(tokenizer):
     def tokens(seed, num_samples):
-        built = build_needle_set(tokenizer, TEXTS, length=150, depths=[0.0], num_samples=num_samples, seed=seed)
+        built = build_needle_set(
+            tokenizer, TEXTS, length=150, depths=[0.0], num_samples=num_samples, seed=seed
+        )
         return [sample.tokens.tolist() for sample in built.samples]
 
     assert tokens(1, 3) == tokens(1, 6)[:3]
@@ -111,14 +135,20 @@ def test_samples_depend_on_seed_and_number_only(tokenizer):
 
 def test_control_sets_share_keys_and_haystacks(tokenizer):
     arguments = {"length": 150, "depths": [0.0, 1.0], "num_samples": 4, "seed": 1}
-    sets = [build_needle_set(tokenizer, TEXTS, **arguments, with_needle=flag) for flag in (True, False)]
+    sets = [
+        build_needle_set(tokenizer, TEXTS, **arguments, with_needle=flag) for flag in (True, False)
+    ]
     for sample, control in zip(sets[0].samples, sets[1].samples, strict=True):
         assert (sample.key, sample.value) == (control.key, control.value)
-        ranges = [[(b["id"], b["first_token"]) for b in s.record["books"]] for s in (sample, control)]
+        ranges = [
+            [(b["id"], b["first_token"]) for b in s.record["books"]] for s in (sample, control)
+        ]
         assert ranges[0] == ranges[1]
 
 
-def rebuilt(sample: NeedleSample, books: list[Document], length: int, present: bool, tokenizer) -> list[int]:
+def rebuilt(
+    sample: NeedleSample, books: list[Document], length: int, present: bool, tokenizer
+) -> list[int]:
     """The sample's ids from nothing but its record and the books, with the tokenizer as transformers gives it."""
 
     def ids(text: str) -> list[int]:
@@ -133,7 +163,9 @@ def rebuilt(sample: NeedleSample, books: list[Document], length: int, present: b
     key, value = sample.key, sample.value
     needle = ids(f"\nOne of the special magic numbers for {key} is: {value}.\n") if present else []
     tail = ids(f"\nWhich number belongs to {key}?\n")
-    tail += ids(f"The special magic number for {key} mentioned in the provided text is") + ids(f" {value}")
+    tail += ids(f"The special magic number for {key} mentioned in the provided text is") + ids(
+        f" {value}"
+    )
     head = ids(INSTRUCTION)
     cut = round(sample.depth * len(haystack))
     assert len(haystack) == length - 2 - len(head) - len(needle) - len(tail)
@@ -146,14 +178,21 @@ def pg19_folder(folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = [f"Chapter {n}. " + f"It was the {n}th of many plain days, \u00e9t\u00e9 and all. " * r
-             for n, r in enumerate((400, 20, 45, 70))]  # fmt: skip
+    texts = [
+        f"Chapter {n}. " + f"It was the {n}th of many plain days, \u00e9t\u00e9 and all. " * r
+        for n, r in enumerate((400, 20, 45, 70))
+    ]
     titles = ["A Long Book", "A Short Book", "Essays", "Letters"]
     pq.write_table(
-        pa.table({"short_book_title": titles, "publication_date": [1890] * 4, "text": texts}), folder / "v.parquet"
+        pa.table({"short_book_title": titles, "publication_date": [1890] * 4, "text": texts}),
+        folder / "v.parquet",
     )
     return CorpusConfig(
-        name="pg19", kind=CorpusKind.folder, folder=str(folder), title_field="short_book_title", heldout_fraction=1.0
+        name="pg19",
+        kind=CorpusKind.folder,
+        folder=str(folder),
+        title_field="short_book_title",
+        heldout_fraction=1.0,
     )
 
 
@@ -174,7 +213,13 @@ def test_every_sample_can_be_rebuilt_from_its_record(tmp_path, tokenizer, length
 
 def test_keys_differ_as_much_as_asked(tokenizer):
     def keys(num_samples, num_keys=None):
-        arguments = {"length": 128, "depths": [0.0], "num_samples": num_samples, "seed": 5, "num_keys": num_keys}
+        arguments = {
+            "length": 128,
+            "depths": [0.0],
+            "num_samples": num_samples,
+            "seed": 5,
+            "num_keys": num_keys,
+        }
         samples = build_needle_set(tokenizer, TEXTS, **arguments).samples
         assert len({sample.value for sample in samples}) == num_samples
         return [sample.key for sample in samples]
@@ -191,19 +236,36 @@ def test_the_record_beside_the_frozen_samples(tmp_path, tokenizer):
     record = json.loads((tmp_path / "needles.json").read_text(encoding="utf-8"))
     assert (record["length"], record["num_samples"], len(record["samples"])) == (700, 2, 2)
     for sample, written in zip(needles.samples, record["samples"], strict=True):
-        assert (written["key"], written["value"], written["depth"]) == (sample.key, sample.value, 0.5)
-        assert written["tokens_sha256"] == hashlib.sha256(sample.tokens.astype("<i8").tobytes()).hexdigest()
-        assert written["value_start"] == sample.value_start and written["books"] == sample.record["books"]
-        assert written["books"][0]["text_sha256"] in {hashlib.sha256(t.encode()).hexdigest() for t in TEXTS}
+        assert (written["key"], written["value"], written["depth"]) == (
+            sample.key,
+            sample.value,
+            0.5,
+        )
+        assert (
+            written["tokens_sha256"]
+            == hashlib.sha256(sample.tokens.astype("<i8").tobytes()).hexdigest()
+        )
+        assert (
+            written["value_start"] == sample.value_start
+            and written["books"] == sample.record["books"]
+        )
+        assert written["books"][0]["text_sha256"] in {
+            hashlib.sha256(t.encode()).hexdigest() for t in TEXTS
+        }
 
 
 def test_impossible_sets_are_refused(tokenizer):
-    with pytest.raises(DataError, match="needs depths, books and samples; got 0, 5 and num_samples=2"):
+    with pytest.raises(
+        DataError, match="needs depths, books and samples; got 0, 5 and num_samples=2"
+    ):
         build_needle_set(tokenizer, TEXTS, length=200, depths=[], num_samples=2, seed=0)
     for num_keys in (0, len(ADJECTIVES) * len(NOUNS) + 1):
         with pytest.raises(
-            DataError, match=rf"num_keys={num_keys} .* must be from 1 to {len(ADJECTIVES) * len(NOUNS)}"
+            DataError,
+            match=rf"num_keys={num_keys} .* must be from 1 to {len(ADJECTIVES) * len(NOUNS)}",
         ):
-            build_needle_set(tokenizer, TEXTS, length=200, depths=[0.0], num_samples=2, seed=0, num_keys=num_keys)
+            build_needle_set(
+                tokenizer, TEXTS, length=200, depths=[0.0], num_samples=2, seed=0, num_keys=num_keys
+            )
     with pytest.raises(DataError, match="haystack tokens, only"):
         build_needle_set(tokenizer, TEXTS, length=20_000, depths=[0.0], num_samples=1, seed=0)

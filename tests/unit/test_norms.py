@@ -16,13 +16,13 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-)  # fmt: skip
+)
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from longrope2.errors import ConfigError
-from longrope2.model import NormKernel, choose_norm, norm_fault, use_norm
-from longrope2.training import TrainRoot, check_machine
-from longrope2.training.config import OptimizerKind
+from longrope2.model.norms import NormKernel, choose_norm, norm_fault, use_norm
+from longrope2.training.config import OptimizerKind, TrainRoot
+from longrope2.training.plan import check_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -48,11 +48,16 @@ def loss_and_gradients(model: nn.Module) -> dict[str, Tensor]:
     ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(1))
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "loss": loss.detach(),
+        **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 @pytest.mark.parametrize(("model_class", "config_class", "count"), MODELS)
-def test_the_fused_norm_is_the_models_own(model_class: type, config_class: type, count: int) -> None:
+def test_the_fused_norm_is_the_models_own(
+    model_class: type, config_class: type, count: int
+) -> None:
     model, plain = built(model_class, config_class), built(model_class, config_class)
     names = list(model.state_dict())
     assert use_norm(model, NormKernel.torch) == count
@@ -67,7 +72,9 @@ def test_the_kernel_is_called_for_every_norm(monkeypatch: pytest.MonkeyPatch) ->
     model: Any = built(LlamaForCausalLM, LlamaConfig)
     calls: list[float] = []
     rms_norm = torch.nn.functional.rms_norm
-    monkeypatch.setattr("torch.nn.functional.rms_norm", lambda *args: calls.append(args[3]) or rms_norm(*args))
+    monkeypatch.setattr(
+        "torch.nn.functional.rms_norm", lambda *args: calls.append(args[3]) or rms_norm(*args)
+    )
     use_norm(model, NormKernel.torch)
     loss_and_gradients(model)
     assert calls == [model.config.rms_norm_eps] * 5
@@ -87,7 +94,11 @@ class ShiftedRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(hidden_size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
+        return (
+            x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            * (1 + self.weight)
+        )
 
 
 @pytest.mark.parametrize("norm", [ShiftedRMSNorm(8, 1e-5), GemmaRMSNorm(8), nn.LayerNorm(8)])
@@ -130,29 +141,41 @@ def test_a_kernel_that_fails_when_run_is_passed_over() -> None:
     choice = choose_norm(NormKernel.auto, CUDA, torch.bfloat16)
     assert choice.kernel is NormKernel.model
     assert re.search(
-        "no torch: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)", choice.reason
+        "no torch: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)",
+        choice.reason,
     )
 
 
 def test_a_cpu_keeps_transformers_norms_unless_told() -> None:
     assert str(choose_norm(NormKernel.auto, CPU, torch.float32)) == "model (auto, no GPU)"
-    assert str(choose_norm(NormKernel.torch, CPU, torch.float32)) == "torch (forced by training.norm)"
+    assert (
+        str(choose_norm(NormKernel.torch, CPU, torch.float32)) == "torch (forced by training.norm)"
+    )
 
 
 def test_the_machine_names_the_norm_among_its_faults() -> None:
     config = TrainRoot()
-    config.training.norm, config.training.optimizer = NormKernel.liger, OptimizerKind.deepspeed_fused_adam
+    config.training.norm, config.training.optimizer = (
+        NormKernel.liger,
+        OptimizerKind.deepspeed_fused_adam,
+    )
     config.attention.kernel = type(config.attention.kernel).flash_attn
     with pytest.raises(ConfigError) as refused:
         check_machine(config, CPU)
     assert [fault.split(" ")[0] for fault in refused.value.faults] == [
-        "attention.kernel=flash_attn", "training.norm=liger", "training.optimizer=deepspeed_fused_adam",
-    ]  # fmt: skip
+        "attention.kernel=flash_attn",
+        "training.norm=liger",
+        "training.optimizer=deepspeed_fused_adam",
+    ]
 
 
-def test_a_look_alike_of_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_alike_of_apex_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise AssertionError('looking must not import')\n")
+    (tmp_path / "apex" / "__init__.py").write_text(
+        "raise AssertionError('looking must not import')\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     fault = norm_fault(NormKernel.apex, CUDA, torch.bfloat16, run=False)
     assert fault is not None and "is not NVIDIA's" in fault

@@ -9,12 +9,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.errors import ConfigError
-from longrope2.parallel import ParallelConfig
-from longrope2.training import TrainRoot, check_machine
-from longrope2.training.config import OptimizerKind, TrainingConfig
-from longrope2.training.deepspeed_settings import deepspeed_settings
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.training.config import (
+    CommunicationType,
+    OptimizerKind,
+    TrainingConfig,
+    TrainRoot,
+    ZeroConfig,
+    zero_faults,
+)
+from longrope2.training.engine import deepspeed_settings
 from longrope2.training.optimizer import make_optimizer, optimizer_fault, parameter_groups
-from longrope2.training.zero import CommunicationType, ZeroConfig, zero_faults
+from longrope2.training.plan import check_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MATRICES = {f"self_attn.{part}_proj.weight" for part in "qkvo"} | {
@@ -24,16 +30,26 @@ BIASES = {f"self_attn.{part}_proj.bias" for part in "qkvo"}
 
 
 def llama(tied: bool) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied, attention_bias=True,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=tied,
+            attention_bias=True,
+        )
+    )
 
 
 def names_by_decay(model: nn.Module, training: TrainingConfig) -> dict[float, set[str]]:
     names = {id(p): name.removeprefix("model.layers.0.") for name, p in model.named_parameters()}
     return {
-        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, training)
+        group["weight_decay"]: {names[id(p)] for p in group["params"]}
+        for group in parameter_groups(model, training)
     }
 
 
@@ -55,8 +71,12 @@ def test_torch_adamw_is_built_from_the_fields() -> None:
     training = TrainingConfig(learning_rate=3e-4, beta1=0.8, beta2=0.99)
     optimizer = make_optimizer(llama(tied=True), training)
     assert type(optimizer) is torch.optim.AdamW
-    assert {(g["lr"], g["betas"], g["fused"]) for g in optimizer.param_groups} == {(3e-4, (0.8, 0.99), None)}
-    assert all(g["fused"] for g in make_optimizer(llama(tied=True), training, offloaded=True).param_groups)
+    assert {(g["lr"], g["betas"], g["fused"]) for g in optimizer.param_groups} == {
+        (3e-4, (0.8, 0.99), None)
+    }
+    assert all(
+        g["fused"] for g in make_optimizer(llama(tied=True), training, offloaded=True).param_groups
+    )
 
 
 def fake_apex(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
@@ -73,19 +93,29 @@ def test_apex_is_absent() -> None:
     )
 
 
-def test_the_web_toolkit_called_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_web_toolkit_called_apex_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_apex(tmp_path, monkeypatch, "lib/libapex.py")
     fault = optimizer_fault(OptimizerKind.apex_fused_adam, CUDA)
     assert fault is not None
-    assert f"the package apex found at {tmp_path}/apex/__init__.py (version unknown) is not NVIDIA's" in fault
-    assert "is a web toolkit of 2013; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw" in fault
+    assert (
+        f"the package apex found at {tmp_path}/apex/__init__.py (version unknown) is not NVIDIA's"
+        in fault
+    )
+    assert (
+        "is a web toolkit of 2013; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
+        in fault
+    )
 
 
 def test_apex_of_nvidia_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_apex(tmp_path, monkeypatch, "optimizers/__init__.py", "optimizers/fused_adam.py")
     assert optimizer_fault(OptimizerKind.apex_fused_adam, CUDA) is None
     fault = optimizer_fault(OptimizerKind.apex_fused_adam, CPU)
-    assert fault is not None and fault.endswith("it needs a CUDA device, this is cpu; use torch_adamw")
+    assert fault is not None and fault.endswith(
+        "it needs a CUDA device, this is cpu; use torch_adamw"
+    )
 
 
 def test_deepspeed_fused_adam_needs_a_gpu() -> None:
@@ -103,13 +133,16 @@ def test_the_machine_is_told_all_its_faults_together() -> None:
     with pytest.raises(ConfigError) as refused:
         check_machine(config, CPU)
     assert [fault.split(" ")[0] for fault in refused.value.faults] == [
-        "attention.kernel=flash_attn", "training.optimizer=deepspeed_fused_adam",
-    ]  # fmt: skip
+        "attention.kernel=flash_attn",
+        "training.optimizer=deepspeed_fused_adam",
+    ]
 
 
 def settings(zero: ZeroConfig, stage: int = 3, bf16: bool = True) -> dict:
     parallel = ParallelConfig(zero_stage=stage, replicate_below=7)
-    return deepspeed_settings(TrainingConfig(gradient_clip=0.5), parallel, zero, micro_steps=4, bf16=bf16)
+    return deepspeed_settings(
+        TrainingConfig(gradient_clip=0.5), parallel, zero, micro_steps=4, bf16=bf16
+    )
 
 
 def test_dictionary_without_zero_fields() -> None:
@@ -134,10 +167,18 @@ def test_dictionary_without_zero_fields() -> None:
         ("prefetch_elements", 13, {3}, "stage3_prefetch_bucket_size", 13),
         ("max_live_elements", 14, {3}, "stage3_max_live_parameters", 14),
         ("overlap_communication", False, {1, 2, 3}, "overlap_comm", False),
-        ("offload_optimizer", True, {1, 2, 3}, "offload_optimizer", {"device": "cpu", "pin_memory": True}),
+        (
+            "offload_optimizer",
+            True,
+            {1, 2, 3},
+            "offload_optimizer",
+            {"device": "cpu", "pin_memory": True},
+        ),
     ],
 )
-def test_every_field_reaches_its_key(field: str, value: object, stages: set[int], key: str, expected: object) -> None:
+def test_every_field_reaches_its_key(
+    field: str, value: object, stages: set[int], key: str, expected: object
+) -> None:
     for stage in range(4):
         section = settings(replace(ZeroConfig(), **{field: value}), stage)["zero_optimization"]
         assert section.get(key, "absent") == (expected if stage in stages else "absent")
@@ -149,7 +190,10 @@ def test_communication_types() -> None:
     bf16 = CommunicationType.bf16
     assert settings(ZeroConfig(gradient_dtype=bf16))["communication_data_type"] == "bf16"
     assert settings(ZeroConfig())["seq_parallel_communication_data_type"] == "fp32"
-    assert settings(ZeroConfig(sequence_gradient_dtype=bf16))["seq_parallel_communication_data_type"] == "bf16"
+    assert (
+        settings(ZeroConfig(sequence_gradient_dtype=bf16))["seq_parallel_communication_data_type"]
+        == "bf16"
+    )
 
 
 def test_the_format_of_the_forward_pass_under_sequence_parallelism() -> None:
@@ -158,11 +202,19 @@ def test_the_format_of_the_forward_pass_under_sequence_parallelism() -> None:
 
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
         found = settings(ZeroConfig(sequence_gradient_dtype=CommunicationType.auto), bf16=bf16)
-        assert get_communication_data_type(found, "seq_parallel_communication_data_type", "fp32") is expected
+        assert (
+            get_communication_data_type(found, "seq_parallel_communication_data_type", "fp32")
+            is expected
+        )
 
 
 def test_bf16_gradients_are_accumulated_in_float32_where_deepspeed_can() -> None:
-    for stage, expected in ((0, None), (1, None), (2, {"grad_accum_dtype": "fp32"}), (3, {"grad_accum_dtype": "fp32"})):
+    for stage, expected in (
+        (0, None),
+        (1, None),
+        (2, {"grad_accum_dtype": "fp32"}),
+        (3, {"grad_accum_dtype": "fp32"}),
+    ):
         assert settings(ZeroConfig(), stage).get("data_types") == expected
         assert "data_types" not in settings(ZeroConfig(), stage, bf16=False)
 
@@ -171,14 +223,18 @@ def test_defaults_are_those_of_deepspeed() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for stage in (1, 2, 3):
-        section = settings(ZeroConfig(), stage)["zero_optimization"] | {"stage3_param_persistence_threshold": 100_000}
+        section = settings(ZeroConfig(), stage)["zero_optimization"] | {
+            "stage3_param_persistence_threshold": 100_000
+        }
         section = {k: v for k, v in section.items() if stage == 3 or not k.startswith("stage3")}
         ours, theirs = DeepSpeedZeroConfig(**section), DeepSpeedZeroConfig(stage=stage)
         assert ours.model_dump() == theirs.model_dump()
 
 
 def test_faults_of_zero_are_reported_together() -> None:
-    zero = ZeroConfig(hpz_size=3, reduce_bucket_elements=0, prefetch_elements=-1, offload_optimizer=True)
+    zero = ZeroConfig(
+        hpz_size=3, reduce_bucket_elements=0, prefetch_elements=-1, offload_optimizer=True
+    )
     assert zero_faults(zero, stage=0, world_size=4, optimizer="apex_fused_adam") == [
         "zero.reduce_bucket_elements=0 must be above 0",
         "zero.prefetch_elements=-1 must not be negative",

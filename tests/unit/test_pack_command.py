@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from data_prep import pack as pack_module
-from data_prep.build import locked
-from data_prep.corpora import BucketQuota, Split
-from data_prep.folder_corpus import FolderCorpus
-from data_prep.pack import PackConfig, check
-from data_prep.plan_config import BucketTokens, PlanConfig
-from data_prep.tokenization import load_document_tokenizer
+from data_prep.config import PackConfig
+from data_prep.pack import check
+from data_prep.stages import locked
 from data_prep.verification import verify_folder
-from longrope2.artifacts import sha256_of_file
 from longrope2.config import compose
+from longrope2.corpora.config import BucketQuota, BucketTokens, PlanConfig
+from longrope2.corpora.corpus import Split
+from longrope2.corpora.folder import FolderCorpus
+from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
-from longrope2.segments import SegmentStore
+from longrope2.files.artifacts import sha256_of_file
+from longrope2.segments.format import SegmentStore
 
 WORDS = "alpha beta gamma </s> <s> delta\tx  \n epsilon 42 é 日本 ".split(" ")
 
@@ -33,7 +34,9 @@ def texts_folder(tmp_path_factory):
     rng = random.Random(0)
     for number in range(60):
         count = rng.choice([5, 20, 60, 200, 1200])
-        (folder / f"{number:02d}.txt").write_text(" ".join(rng.choices(WORDS, k=count)), encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(
+            " ".join(rng.choices(WORDS, k=count)), encoding="utf-8"
+        )
     return folder
 
 
@@ -48,9 +51,15 @@ def run(*arguments):
 
 def folder_arguments(texts_folder, root, *more):
     return (
-        "--target", "512", "--corpus", "folder", f"corpus.folder={texts_folder}", f"run.root={root}", "run.name=x",
+        "--target",
+        "512",
+        "--corpus",
+        "folder",
+        f"corpus.folder={texts_folder}",
+        f"run.root={root}",
+        "run.name=x",
         *more,
-    )  # fmt: skip
+    )
 
 
 def unpacked(store):
@@ -59,7 +68,9 @@ def unpacked(store):
     for index in range(len(store)):
         segment = store.segment(index)
         starts = np.concatenate([[0], segment.doc_ends[:-1]])
-        documents = zip(starts, segment.doc_ends, segment.doc_ids, segment.doc_is_padding, strict=True)
+        documents = zip(
+            starts, segment.doc_ends, segment.doc_ids, segment.doc_is_padding, strict=True
+        )
         for start, end, doc_id, is_padding in documents:
             if not is_padding:
                 runs[doc_id].append(segment.tokens[start:end].tolist())
@@ -80,16 +91,26 @@ def test_every_document_comes_back_as_its_text(texts_folder, tmp_path, align, ov
     missing = 0
     for document in corpus.documents(Split.train):
         ids = encoder.encode_documents([document.text])[0].tolist()
-        windows = [runs[key] for key in sorted((k for k in runs if k.startswith(f"{document.doc_id}#")), key=number_of)]
+        windows = [
+            runs[key]
+            for key in sorted(
+                (k for k in runs if k.startswith(f"{document.doc_id}#")), key=number_of
+            )
+        ]
         if windows:
             assert overlong == "split" and all(len(w) == 1 and len(w[0]) <= 128 for w in windows)
-            assert "".join(encoder.decode(w[0][1:-1]) for w in windows) == document.text or "é" in document.text
+            assert (
+                "".join(encoder.decode(w[0][1:-1]) for w in windows) == document.text
+                or "é" in document.text
+            )
             assert [i for w in windows for i in w[0][1:-1]] == ids[1:-1]
         else:
             missing += len(ids) - sum(map(len, runs[document.doc_id]))
             assert assembled(ids, runs[document.doc_id])
     assert missing == rest < 512
-    packed = sum(t for buckets in store.manifest.counts["tokens"].values() for t in buckets.values())
+    packed = sum(
+        t for buckets in store.manifest.counts["tokens"].values() for t in buckets.values()
+    )
     assert packed + store.manifest.counts["padding_tokens"] == len(store) * 512
     assert not any(d.doc_id in key for d in corpus.documents(Split.heldout) for key in runs)
 
@@ -114,19 +135,27 @@ def ids_position(ids, run):
     return next(p for p in range(len(ids)) if ids[p : p + len(run)] == run)
 
 
-def test_rerun_finds_the_work_done_and_another_configuration_is_refused(texts_folder, tmp_path, capsys):
+def test_rerun_finds_the_work_done_and_another_configuration_is_refused(
+    texts_folder, tmp_path, capsys
+):
     arguments = folder_arguments(texts_folder, tmp_path)
     assert run(*arguments) == 0
     folder = tmp_path / "x" / "1_segments"
     before = {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()}
     assert set(before) == {
-        "config.yaml", "manifest.json", "report.html", "documents.parquet", "segments-00000-00000.arrow"
-    }  # fmt: skip
+        "config.yaml",
+        "manifest.json",
+        "report.html",
+        "documents.parquet",
+        "segments-00000-00000.arrow",
+    }
     assert run(*arguments) == 0
     assert "already complete" in capsys.readouterr().out
     assert run(*arguments, "seed=3", "corpus.quotas.folder.long=100") == 2
     message = capsys.readouterr().err
-    assert "seed was 0, now 3" in message and "corpus.quotas.folder.long was None, now 100" in message
+    assert (
+        "seed was 0, now 3" in message and "corpus.quotas.folder.long was None, now 100" in message
+    )
     assert "Choose another run.name, or delete that folder" in message
     assert {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
 
@@ -143,7 +172,7 @@ def test_killed_while_writing_then_run_again(texts_folder, tmp_path):
     arguments = folder_arguments(texts_folder, tmp_path / "killed", "tokens_per_shard=2048")
     script = (
         "import os, signal, sys\n"
-        "import data_prep.writing as writing, data_prep.pack as pack\n"
+        "import data_prep.shards as writing, data_prep.pack as pack\n"
         "original, calls = writing._record_batch, []\n"
         "def killing(*a):\n"
         "    calls.append(1)\n"
@@ -152,7 +181,9 @@ def test_killed_while_writing_then_run_again(texts_folder, tmp_path):
         "writing._record_batch = killing\n"
         "pack.main(sys.argv[1:])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, timeout=120
+    )
     assert killed.returncode == -9
     folder = tmp_path / "killed" / "x" / "1_segments"
     left = {p.name for p in folder.iterdir()}
@@ -168,12 +199,21 @@ def test_killed_while_writing_then_run_again(texts_folder, tmp_path):
 def test_manifest_names_what_it_was_made_from(texts_folder, tmp_path):
     assert run(*folder_arguments(texts_folder, tmp_path)) == 0
     manifest = json.loads((tmp_path / "x" / "1_segments" / "manifest.json").read_text())
-    assert manifest["inputs"]["model"]["tokenizer_sha256"] == sha256_of_file(Path("models/tiny/tokenizer.json"))
+    assert manifest["inputs"]["model"]["tokenizer_sha256"] == sha256_of_file(
+        Path("models/tiny/tokenizer.json")
+    )
     assert set(manifest["inputs"]["corpus"]["files"]) == {f"{n:02d}.txt" for n in range(60)}
     expected = {
-        "target_len": 512, "original_len": 128, "alignment": 1, "vocab_size": 2048, "bos_id": 1, "eos_id": 2,
-        "control_ids": [1, 2], "model_name": "tiny", "length_buckets": {"short": 128, "long": 200000},
-    }  # fmt: skip
+        "target_len": 512,
+        "original_len": 128,
+        "alignment": 1,
+        "vocab_size": 2048,
+        "bos_id": 1,
+        "eos_id": 2,
+        "control_ids": [1, 2],
+        "model_name": "tiny",
+        "length_buckets": {"short": 128, "long": 200000},
+    }
     assert {key: manifest["details"][key] for key in expected} == expected
     assert manifest["details"]["documents"]["file"] == "documents.parquet"
     assert manifest["counts"]["shortfalls"] == []
@@ -182,37 +222,102 @@ def test_manifest_names_what_it_was_made_from(texts_folder, tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, capsys):
     assert run(*folder_arguments(texts_folder, tmp_path / "root", "--dry-run")) == 0
     printed = capsys.readouterr().out
-    assert "segments of 512 tokens, short window 128" in printed and "dry run: nothing was written" in printed
+    assert (
+        "segments of 512 tokens, short window 128" in printed
+        and "dry run: nothing was written" in printed
+    )
     assert not (tmp_path / "root").exists()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--target", "512", "--corpus", "nope"], ["corpus=nope", "folder", "sample"]),
-    (["--target", "512", "--corpus", "sample", "nokey=1"], ["unknown key nokey"]),
-    (["--target", "500", "--corpus", "sample", "align=3", "retrieval.max_needles=0", "model.path=/no/such",
-      "corpus.quotas.stdlib_topics.short=-1", "corpus.quotas.retrieval.long=null", "tokens_per_shard=1"],
-     ["7 fault(s)", "target_len=500 is not a multiple of model.original_len=128; use for example 512",
-      "align=3 does not divide target_len=500", "retrieval.max_needles=0 must be at least 1",
-      "model.path=/no/such", "corpus.quotas.stdlib_topics.short=-1 must be tokens",
-      "corpus.quotas.retrieval.long=null: these documents are generated", "tokens_per_shard=1 must be at least"]),
-    (["--target", "512", "--corpus", "sample", "tokens_per_unit=8", "documents.max_tokens=128", "documents.max_units=0",
-      "workers=-1", "documents.exclude=[/no/such.txt]", "cluster.jobs=0"],
-     ["6 fault(s)", "tokens_per_unit=8 must be at least target_len=512",
-      "documents.max_tokens=128 must be above model.original_len=128", "documents.max_units=0 must be at least 1",
-      "workers=-1 must be 0 (one per core) or more", "exclude: /no/such.txt cannot be read",
-      "cluster.jobs=0 must be above 0"]),
-    (["--target", "512", "--corpus", "sample", "align=8"], ["align=8 leaves chunks of 64 tokens", "use at most 4"]),
-    (["--target", "64", "--corpus", "sample"], ["target_len=64 is not a multiple", "use for example 128"]),
-    (["--target", "512", "--corpus", "sample", "model.original_len=4"], ["model.original_len=4 is not a window"]),
-    (["--target", "512", "--corpus", "folder"], ["corpus.folder is not set"]),
-    (["--target", "512", "--corpus", "folder", "corpus.folder=/no/such"], ["corpus.folder=/no/such is not a folder"]),
-    (["--target", "512", "--corpus", "folder", "corpus.folder=tests/fixtures"],
-     ["holds no file ending in .txt"]),
-    (["--target", "512", "--corpus", "sample", "corpus.quotas={stdlib_topics:{short:0,long:0}}",
-      "corpus.quotas.stdlib_modules.short=0", "corpus.quotas.stdlib_modules.long=0",
-      "corpus.quotas.retrieval.short=0", "corpus.quotas.retrieval.long=0"],
-     ["corpus.quotas asks for no tokens at all"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "512", "--corpus", "nope"], ["corpus=nope", "folder", "sample"]),
+        (["--target", "512", "--corpus", "sample", "nokey=1"], ["unknown key nokey"]),
+        (
+            [
+                "--target",
+                "500",
+                "--corpus",
+                "sample",
+                "align=3",
+                "retrieval.max_needles=0",
+                "model.path=/no/such",
+                "corpus.quotas.stdlib_topics.short=-1",
+                "corpus.quotas.retrieval.long=null",
+                "tokens_per_shard=1",
+            ],
+            [
+                "7 fault(s)",
+                "target_len=500 is not a multiple of model.original_len=128; use for example 512",
+                "align=3 does not divide target_len=500",
+                "retrieval.max_needles=0 must be at least 1",
+                "model.path=/no/such",
+                "corpus.quotas.stdlib_topics.short=-1 must be tokens",
+                "corpus.quotas.retrieval.long=null: these documents are generated",
+                "tokens_per_shard=1 must be at least",
+            ],
+        ),
+        (
+            [
+                "--target",
+                "512",
+                "--corpus",
+                "sample",
+                "tokens_per_unit=8",
+                "documents.max_tokens=128",
+                "documents.max_units=0",
+                "workers=-1",
+                "documents.exclude=[/no/such.txt]",
+                "cluster.jobs=0",
+            ],
+            [
+                "6 fault(s)",
+                "tokens_per_unit=8 must be at least target_len=512",
+                "documents.max_tokens=128 must be above model.original_len=128",
+                "documents.max_units=0 must be at least 1",
+                "workers=-1 must be 0 (one per core) or more",
+                "exclude: /no/such.txt cannot be read",
+                "cluster.jobs=0 must be above 0",
+            ],
+        ),
+        (
+            ["--target", "512", "--corpus", "sample", "align=8"],
+            ["align=8 leaves chunks of 64 tokens", "use at most 4"],
+        ),
+        (
+            ["--target", "64", "--corpus", "sample"],
+            ["target_len=64 is not a multiple", "use for example 128"],
+        ),
+        (
+            ["--target", "512", "--corpus", "sample", "model.original_len=4"],
+            ["model.original_len=4 is not a window"],
+        ),
+        (["--target", "512", "--corpus", "folder"], ["corpus.folder is not set"]),
+        (
+            ["--target", "512", "--corpus", "folder", "corpus.folder=/no/such"],
+            ["corpus.folder=/no/such is not a folder"],
+        ),
+        (
+            ["--target", "512", "--corpus", "folder", "corpus.folder=tests/fixtures"],
+            ["holds no file ending in .txt"],
+        ),
+        (
+            [
+                "--target",
+                "512",
+                "--corpus",
+                "sample",
+                "corpus.quotas={stdlib_topics:{short:0,long:0}}",
+                "corpus.quotas.stdlib_modules.short=0",
+                "corpus.quotas.stdlib_modules.long=0",
+                "corpus.quotas.retrieval.short=0",
+                "corpus.quotas.retrieval.long=0",
+            ],
+            ["corpus.quotas asks for no tokens at all"],
+        ),
+    ],
+)
 def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, capsys, arguments, words):
     assert run(*arguments, f"run.root={tmp_path / 'root'}") == 2
     message = capsys.readouterr().err
@@ -225,14 +330,19 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, capsys, argum
 def test_a_quota_for_an_unknown_source():
     config = compose(PackConfig, "pack", ["target_len=512", "corpus=sample"])
     config.corpus.quotas["books"] = BucketQuota(short=0, long=5)
-    with pytest.raises(ConfigError, match="corpus.quotas.books: the corpus has no such source; it has stdlib_modules"):
+    with pytest.raises(
+        ConfigError,
+        match="corpus.quotas.books: the corpus has no such source; it has stdlib_modules",
+    ):
         check(config)
 
 
 def test_a_corpus_that_fills_no_segment(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("one two three " * 60)
-    arguments = folder_arguments(tmp_path / "texts", tmp_path / "root", "corpus.quotas.folder.short=0")
+    arguments = folder_arguments(
+        tmp_path / "texts", tmp_path / "root", "corpus.quotas.folder.short=0"
+    )
     assert run(*arguments) == 2
     assert "not enough for one segment of target_len=512" in capsys.readouterr().err
     assert not (tmp_path / "root" / "x" / "1_segments" / "manifest.json").exists()
@@ -255,14 +365,28 @@ def test_a_second_run_into_the_same_folder_is_refused(texts_folder, tmp_path, ca
 def test_any_number_of_workers_gives_the_same_bytes(texts_folder, tmp_path):
     """Several rounds of reading, several shuffle units, short windows cut from long documents."""
     more = (
-        "tokens_per_shard=1024", "tokens_per_unit=4096", "corpus.short_overlong=split", "align=4",
-        "corpus.quotas.folder.short=6000", "corpus.quotas.folder.long=9000", "corpus.quotas.retrieval.long=2000",
-    )  # fmt: skip
+        "tokens_per_shard=1024",
+        "tokens_per_unit=4096",
+        "corpus.short_overlong=split",
+        "align=4",
+        "corpus.quotas.folder.short=6000",
+        "corpus.quotas.folder.long=9000",
+        "corpus.quotas.retrieval.long=2000",
+    )
     folders = []
     for workers in (1, 2, 4):
         folder = tmp_path / str(workers) / "x" / "1_segments"
-        assert run(*folder_arguments(texts_folder, tmp_path / str(workers), f"workers={workers}", *more)) == 0
-        folders.append({p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("config.yaml",)})
+        assert (
+            run(
+                *folder_arguments(
+                    texts_folder, tmp_path / str(workers), f"workers={workers}", *more
+                )
+            )
+            == 0
+        )
+        folders.append(
+            {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("config.yaml",)}
+        )
     manifests = [json.loads(files.pop("manifest.json")) for files in folders]
     assert folders[0] == folders[1] == folders[2] and len(folders[0]) > 8
     assert manifests[0]["counts"] == manifests[1]["counts"] == manifests[2]["counts"]
@@ -275,15 +399,23 @@ def test_datasets_opens_the_shards(texts_folder, tmp_path):
     assert run(*folder_arguments(texts_folder, tmp_path, "tokens_per_shard=2048")) == 0
     folder = tmp_path / "x" / "1_segments"
     files = sorted(str(path) for path in folder.glob("*.arrow"))
-    rows = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    rows = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
     encoder = load_document_tokenizer(Path("models/tiny"))
     corpus = FolderCorpus(str(texts_folder), text_field="text")
     texts = {document.doc_id: document.text for document in corpus.documents(Split.train)}
     decoded = 0
     for row in rows:
-        assert len(row["tokens"]) == 512 and row["window"] in ("short", "long") and row["doc_ends"][-1] == 512
+        assert (
+            len(row["tokens"]) == 512
+            and row["window"] in ("short", "long")
+            and row["doc_ends"][-1] == 512
+        )
         starts = [0, *row["doc_ends"][:-1]]
-        for start, end, doc_id, padding in zip(starts, row["doc_ends"], row["doc_id"], row["is_padding"], strict=True):
+        for start, end, doc_id, padding in zip(
+            starts, row["doc_ends"], row["doc_id"], row["is_padding"], strict=True
+        ):
             ids = row["tokens"][start:end]
             if not padding and ids[0] == encoder.bos_id and ids[-1] == encoder.eos_id:
                 assert encoder.decode(ids[1:-1]) == texts[doc_id]
@@ -295,7 +427,9 @@ def test_excluded_texts_are_not_packed(texts_folder, tmp_path):
     first, second = (texts_folder / name for name in ("00.txt", "01.txt"))
     lists = tmp_path / "lists"
     (lists / "books").mkdir(parents=True)
-    (lists / "a.txt").write_text(f"# search texts\n{sha256_of_file(first)}\nfolder/02.txt  # by id\n")
+    (lists / "a.txt").write_text(
+        f"# search texts\n{sha256_of_file(first)}\nfolder/02.txt  # by id\n"
+    )
     (lists / "b.json").write_text(json.dumps([{"title": "03", "sha256": "0" * 64}]))
     (lists / "books" / "copy.txt").write_bytes(second.read_bytes())
     exclude = f"documents.exclude=[{lists}/a.txt,{lists}/b.json,{lists}/books]"
@@ -303,7 +437,8 @@ def test_excluded_texts_are_not_packed(texts_folder, tmp_path):
     store = SegmentStore(tmp_path / "x" / "1_segments")
     excluded = {f"folder/0{n}.txt" for n in range(4)}
     trained = {
-        document.doc_id for document in FolderCorpus(str(texts_folder), text_field="text").documents(Split.train)
+        document.doc_id
+        for document in FolderCorpus(str(texts_folder), text_field="text").documents(Split.train)
     }
     assert not excluded & set(unpacked(store)) and len(excluded & trained) == 4
     untokenized = store.manifest.counts["num_documents_untokenized"]["folder"]
@@ -312,10 +447,20 @@ def test_excluded_texts_are_not_packed(texts_folder, tmp_path):
 
 
 def test_a_plan_fits_the_supply_and_reports_what_is_missing(texts_folder, tmp_path, capsys):
-    more = ("tokens_per_shard=2048", "tokens_per_unit=8192", "target_len=512", "corpus=folder", "run.name=x")
-    config = compose(PackConfig, "pack", [f"corpus.folder={texts_folder}", f"run.root={tmp_path}", *more])
+    more = (
+        "tokens_per_shard=2048",
+        "tokens_per_unit=8192",
+        "target_len=512",
+        "corpus=folder",
+        "run.name=x",
+    )
+    config = compose(
+        PackConfig, "pack", [f"corpus.folder={texts_folder}", f"run.root={tmp_path}", *more]
+    )
     buckets = BucketTokens(short=5000, mid=10000, long=15000)
-    config.corpus.plan = PlanConfig(sources={"folder": 30000}, buckets=buckets, mid_limit=400, long_limit=900)
+    config.corpus.plan = PlanConfig(
+        sources={"folder": 30000}, buckets=buckets, mid_limit=400, long_limit=900
+    )
     pack_module.pack(config)
     assert "tokens by length: short 5,000, mid 10,000, long 15,000" in capsys.readouterr().out
     folder = tmp_path / "x" / "1_segments"
@@ -335,11 +480,20 @@ def test_the_report_shows_the_account(texts_folder, tmp_path):
     assert f"<td>{counts['padding_tokens']:,}</td>" in page
     assert "held out for search and evaluation" in page and "http" not in page
     histogram = SegmentStore(folder).manifest.details["length_histogram"]
-    assert sum(histogram["num_documents"]["folder"]["chosen"]) == sum(counts["num_documents"]["folder"].values())
+    assert sum(histogram["num_documents"]["folder"]["chosen"]) == sum(
+        counts["num_documents"]["folder"].values()
+    )
 
 
 def test_dry_run_estimates_supply_and_disk(texts_folder, tmp_path, capsys):
-    assert run(*folder_arguments(texts_folder, tmp_path / "root", "--dry-run", "corpus.quotas.folder.long=5000")) == 0
+    assert (
+        run(
+            *folder_arguments(
+                texts_folder, tmp_path / "root", "--dry-run", "corpus.quotas.folder.long=5000"
+            )
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "/ 5,000" in printed and "of 60 units" in printed and "GiB of segments" in printed
     assert not (tmp_path / "root").exists()

@@ -30,20 +30,35 @@ class Squares:
 
 
 def collect(job, numbers, tmp_path, *, workers=1, cluster=None):
-    return dict(run_units(job, numbers, cluster or ClusterConfig(), workers=workers, logs=tmp_path / "logs"))
+    return dict(
+        run_units(job, numbers, cluster or ClusterConfig(), workers=workers, logs=tmp_path / "logs")
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_all_units_are_done_and_failures_told_at_the_end(tmp_path, workers):
-    assert collect(Squares(tmp_path), range(7), tmp_path, workers=workers) == {n: n * n for n in range(7)}
+    assert collect(Squares(tmp_path), range(7), tmp_path, workers=workers) == {
+        n: n * n for n in range(7)
+    }
     (tmp_path / "failing").mkdir()
-    with pytest.raises(DataError, match=r"1 of 7 units failed; all others are done and kept:\n  - unit 2 is not"):
+    with pytest.raises(
+        DataError, match=r"1 of 7 units failed; all others are done and kept:\n  - unit 2 is not"
+    ):
         collect(Squares(tmp_path / "failing", failing=2), range(7), tmp_path, workers=workers)
-    assert sorted(p.name for p in (tmp_path / "failing").iterdir()) == ["0", "1", "3", "4", "5", "6"]
+    assert sorted(p.name for p in (tmp_path / "failing").iterdir()) == [
+        "0",
+        "1",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
 
 
 def test_a_killed_worker_ends_the_run_with_advice(tmp_path):
-    with pytest.raises(DataError, match="a worker process was killed.*run the same command again.*workers=N"):
+    with pytest.raises(
+        DataError, match="a worker process was killed.*run the same command again.*workers=N"
+    ):
         collect(Squares(tmp_path, killing=1), range(4), tmp_path, workers=2)
 
 
@@ -72,7 +87,9 @@ def test_job_arrays(tmp_path, monkeypatch, failing):
 def test_slurm_without_sbatch_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="cluster=slurm: .*use cluster=local"):
-        collect(Squares(tmp_path), range(2), tmp_path, cluster=ClusterConfig(kind=ClusterKind.slurm))
+        collect(
+            Squares(tmp_path), range(2), tmp_path, cluster=ClusterConfig(kind=ClusterKind.slurm)
+        )
 
 
 def test_worker_count():
@@ -86,5 +103,8 @@ def test_worker_count():
 
 def test_cluster_faults():
     faults = ClusterConfig(jobs=0, memory_gb=-1, minutes=0).faults()
-    assert faults == ["cluster.jobs=0 must be above 0", "cluster.memory_gb=-1 must be above 0",
-                      "cluster.minutes=0 must be above 0"]  # fmt: skip
+    assert faults == [
+        "cluster.jobs=0 must be above 0",
+        "cluster.memory_gb=-1 must be above 0",
+        "cluster.minutes=0 must be above 0",
+    ]

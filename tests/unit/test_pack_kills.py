@@ -16,8 +16,9 @@ from data_prep.verification import verify_folder
 
 COMMAND = (sys.executable, "-m", "data_prep.pack")
 NUM_KILLS = 12  # for each number of workers
-# Every file of the command gets its name by a rename, so a process that dies at its n-th rename dies just before
-# something is declared done; with workers, all processes are killed at a random moment after so many new files.
+# Every file of the command gets its name by a rename, so a process that dies at its n-th rename
+# dies just before something is declared done; with workers, all processes are killed at a random
+# moment after so many new files.
 DIES_AT_A_RENAME = """
 import os, pathlib, signal, sys
 calls, last = 0, int(sys.argv[1])
@@ -39,7 +40,13 @@ def texts(tmp_path_factory):
     for number in range(12):
         lines = [
             json.dumps(
-                {"text": " ".join(rng.choices(["one", "two", "</s>", "é", "42"], k=rng.choice([20, 200, 2000])))}
+                {
+                    "text": " ".join(
+                        rng.choices(
+                            ["one", "two", "</s>", "é", "42"], k=rng.choice([20, 200, 2000])
+                        )
+                    )
+                }
             )
             for _ in range(20)
         ]
@@ -49,16 +56,32 @@ def texts(tmp_path_factory):
 
 def arguments_for(texts, root, workers):
     return [
-        "--target", "512", "--corpus", "folder", f"corpus.folder={texts}", f"run.root={root}", "run.name=x", "align=2",
-        "tokens_per_shard=8192", "tokens_per_unit=32768", "corpus.short_overlong=split", f"workers={workers}",
-        "corpus.quotas.folder.short=60000", "corpus.quotas.folder.long=90000", "corpus.quotas.retrieval.long=4000",
-    ]  # fmt: skip
+        "--target",
+        "512",
+        "--corpus",
+        "folder",
+        f"corpus.folder={texts}",
+        f"run.root={root}",
+        "run.name=x",
+        "align=2",
+        "tokens_per_shard=8192",
+        "tokens_per_unit=32768",
+        "corpus.short_overlong=split",
+        f"workers={workers}",
+        "corpus.quotas.folder.short=60000",
+        "corpus.quotas.folder.long=90000",
+        "corpus.quotas.retrieval.long=4000",
+    ]
 
 
 def products(root):
     """Bytes of everything but the manifest's and configuration's place and time."""
     folder = root / "x" / "1_segments"
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("config.yaml", "manifest.json")}
+    files = {
+        p.name: p.read_bytes()
+        for p in folder.iterdir()
+        if p.name not in ("config.yaml", "manifest.json")
+    }
     manifest = json.loads((folder / "manifest.json").read_text())
     return files, {key: manifest[key] for key in ("counts", "files", "details", "inputs")}
 
@@ -90,7 +113,9 @@ def test_killed_at_random_and_resumed(texts, tmp_path, workers):
         if workers == 1:
             finished = _died_at_a_rename(killed, rng.randint(1, 14))
         else:
-            finished = _killed_after_files(killed, tmp_path / "killed", rng.randint(0, 9), rng.uniform(0, 0.1))
+            finished = _killed_after_files(
+                killed, tmp_path / "killed", rng.randint(0, 9), rng.uniform(0, 0.1)
+            )
         if finished:  # start over, so that every stage is struck again
             assert products(tmp_path / "killed") == expected
             shutil.rmtree(tmp_path / "killed")
@@ -105,7 +130,9 @@ def test_killed_at_random_and_resumed(texts, tmp_path, workers):
 
 def _died_at_a_rename(arguments, last):
     """Run until the ``last``-th rename kills the process; whether it had finished before."""
-    died = subprocess.run([sys.executable, "-c", DIES_AT_A_RENAME, str(last), *arguments], capture_output=True)
+    died = subprocess.run(
+        [sys.executable, "-c", DIES_AT_A_RENAME, str(last), *arguments], capture_output=True
+    )
     assert died.returncode in (0, -signal.SIGKILL), died.stderr.decode()
     return died.returncode == 0
 
@@ -114,7 +141,10 @@ def _killed_after_files(arguments, root, more, seconds):
     """Kill the run and its workers ``seconds`` after ``more`` new files appeared; whether it had finished before."""
     before = len(_files(root))
     child = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [*COMMAND, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     while child.poll() is None and len(_files(root)) < before + 1 + more:
         time.sleep(0.01)

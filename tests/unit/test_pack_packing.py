@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.packing import best_fit_decreasing, pack_long, pack_short
 from data_prep.quotas import TokenizedDocument
-from data_prep.writing import segment_from_draft
-from longrope2.segments import SegmentRules, check_segment
+from data_prep.shards import segment_from_draft
+from longrope2.segments.format import SegmentRules, check_segment
 
 BOS, EOS, TARGET, WINDOW = 1, 2, 64, 16
 
@@ -20,7 +20,9 @@ def documents_of(lengths):
     for number, length in enumerate(lengths):
         content = np.arange(next_id, next_id + length - 2)
         next_id += length - 2
-        documents.append(TokenizedDocument(f"d{number}", "s", np.asarray([BOS, *content, EOS], dtype=np.uint32)))
+        documents.append(
+            TokenizedDocument(f"d{number}", "s", np.asarray([BOS, *content, EOS], dtype=np.uint32))
+        )
     return documents
 
 
@@ -72,7 +74,11 @@ def test_short_segments_hold_every_document_once_and_keep_the_rules(alignment, s
         assert piece.document is not None
         found[piece.document.doc_id].append((piece.start, piece.stop))
     assert found == {d.doc_id: [(0, len(d))] for d in documents}
-    documents = [d for d in documents if d.doc_id not in {p.document.doc_id for p in packing.rest if p.document}]
+    documents = [
+        d
+        for d in documents
+        if d.doc_id not in {p.document.doc_id for p in packing.rest if p.document}
+    ]
     for index, draft in enumerate(segments):
         check_segment(segment_from_draft(draft, index, rules(alignment)), rules(alignment))
     total = sum(map(len, documents))
@@ -92,22 +98,27 @@ def test_short_chunks_that_fill_no_segment_are_left_out():
 
 
 @pytest.mark.parametrize(("num_full", "num_segments"), [(1, 1), (2 * 250 + 1, 251)])
-def test_a_segment_is_filled_up_where_it_is_the_only_one_or_costs_next_to_nothing(num_full, num_segments):
+def test_a_segment_is_filled_up_where_it_is_the_only_one_or_costs_next_to_nothing(
+    num_full, num_segments
+):
     """One chunk of padding: all there is, or one of 502 chunks, below half a percent."""
     packing = pack_short(documents_of([16] * num_full), target_len=32, alignment=2, seed=0)
     assert len(packing.segments) == num_segments and not packing.rest
     assert sum(len(p) for s in packing.segments for p in s.pieces if p.document is None) == 16
 
 
-@pytest.mark.parametrize("lengths", [
-    [20, 30, 63, 64, 65, 17, 200, 500, 64, 40, 41, 128],
-    [40] * 13,  # no document longer than L: ordinary ones are cut
-    [1000],
-    [63, 63, 63, 63],
-    [17],  # fills nothing
-    [64, 64],
-    [129, 40, 40, 40, 40],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [20, 30, 63, 64, 65, 17, 200, 500, 64, 40, 41, 128],
+        [40] * 13,  # no document longer than L: ordinary ones are cut
+        [1000],
+        [63, 63, 63, 63],
+        [17],  # fills nothing
+        [64, 64],
+        [129, 40, 40, 40, 40],
+    ],
+)
 def test_long_segments_account_for_every_token(lengths):
     documents = documents_of(lengths)
     packing = pack_long(documents, target_len=TARGET, seed=3)
@@ -128,7 +139,9 @@ def test_long_segments_account_for_every_token(lengths):
 @pytest.mark.parametrize("seed", range(10))
 def test_long_segments_of_random_documents(seed):
     rng = random.Random(seed)
-    test_long_segments_account_for_every_token([rng.randint(17, rng.choice([60, 70, 300])) for _ in range(80)])
+    test_long_segments_account_for_every_token(
+        [rng.randint(17, rng.choice([60, 70, 300])) for _ in range(80)]
+    )
 
 
 def test_documents_that_fit_are_cut_only_when_no_longer_ones_are_left():

@@ -2,12 +2,12 @@
 
 import pytest
 
-from data_prep.corpora import ShortOverlong, Unit
-from data_prep.document_table import LengthBuckets
 from data_prep.quotas import Demand
-from data_prep.reading import ReadingPlan
-from data_prep.scan import GROUP_BYTES, SourceScan, in_reading_order
-from data_prep.unit_groups import UnitGroup
+from data_prep.reading import GROUP_BYTES, ReadingPlan, SourceScan, in_reading_order
+from data_prep.token_files import LengthBuckets
+from data_prep.tokenizing import UnitGroup
+from longrope2.corpora.config import ShortOverlong
+from longrope2.corpora.corpus import Unit
 
 LENGTHS = LengthBuckets(("short", "long"), (100, 10_000))
 UNITS = [UnitGroup((Unit(f"u{n:03d}", "s", 10),)) for n in range(200)]
@@ -51,7 +51,9 @@ def test_a_few_units_at_least():
 
 def test_windows_cut_from_long_documents_pool_the_supply():
     reading = plan_for(30_000, 3_600, pooled=ShortOverlong.split).sources["s"]
-    assert reading.num_units == 64 and reading.shares["short"] == reading.shares["long"] == pytest.approx(1.0)
+    assert reading.num_units == 64 and reading.shares["short"] == reading.shares[
+        "long"
+    ] == pytest.approx(1.0)
 
 
 def test_later_rounds_read_only_what_is_missing():
@@ -59,7 +61,9 @@ def test_later_rounds_read_only_what_is_missing():
     first = plan.tasks()
     assert plan.extend("s", {"short": 1.2})
     second = plan.tasks()
-    assert [task.bands["short"] for task in second] == [(pytest.approx(0.4), pytest.approx(0.72))] * 100
+    assert [task.bands["short"] for task in second] == [
+        (pytest.approx(0.4), pytest.approx(0.72))
+    ] * 100
     assert all(task.bands["long"] == (1.0, 1.0) and not task.is_first for task in second)
     assert plan.extend("s", {"long": 1.5})  # all long documents of these units are read: more units
     third = plan.tasks()

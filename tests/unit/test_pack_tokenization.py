@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_prep.fast_backend import flag_markers, split_at_space_markers
-from data_prep.tokenization import load_document_tokenizer, prepared_tokenizer, save_prepared_tokenizer
+from longrope2.corpora.tokenizer import (
+    flag_markers,
+    load_document_tokenizer,
+    prepared_tokenizer,
+    save_prepared_tokenizer,
+    split_at_space_markers,
+)
 
 TINY = Path("models/tiny/tokenizer.json")
 SNIPPETS = [
@@ -28,13 +33,23 @@ def family(kind):
     elif kind.startswith("metaspace"):
         scheme = kind.partition(" ")[2]
         fields["normalizer"] = None
-        fields["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        fields["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": scheme,
+            "split": False,
+        }
     return json.dumps(fields)
 
 
-@pytest.mark.parametrize("kind", ["replace", "prepend", "metaspace first", "metaspace always", "metaspace never"])
+@pytest.mark.parametrize(
+    "kind", ["replace", "prepend", "metaspace first", "metaspace always", "metaspace never"]
+)
 def test_split_at_space_markers_keeps_all_ids(kind):
-    plain, split = Tokenizer.from_str(family(kind)), split_at_space_markers(Tokenizer.from_str(family(kind)))
+    plain, split = (
+        Tokenizer.from_str(family(kind)),
+        split_at_space_markers(Tokenizer.from_str(family(kind))),
+    )
     assert split.pre_tokenizer is not None and str(split.to_str()) != plain.to_str()
     rng = random.Random(kind)
     texts = [*SNIPPETS, *("".join(rng.choices(SNIPPETS, k=rng.randint(1, 40))) for _ in range(400))]
@@ -46,12 +61,15 @@ def test_split_at_space_markers_keeps_all_ids(kind):
         assert ids[0] == ids[1], repr(text)
 
 
-@pytest.mark.parametrize("change", [
-    lambda fields: fields["model"]["vocab"].update({"a▁b": 5000}),
-    lambda fields: fields["model"].update(ignore_merges=True),
-    lambda fields: fields.update(pre_tokenizer={"type": "Whitespace"}),
-    lambda fields: fields.update(normalizer=None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields["model"]["vocab"].update({"a▁b": 5000}),
+        lambda fields: fields["model"].update(ignore_merges=True),
+        lambda fields: fields.update(pre_tokenizer={"type": "Whitespace"}),
+        lambda fields: fields.update(normalizer=None),
+    ],
+)
 def test_no_split_where_ids_could_change(change):
     fields = json.loads(family("replace"))
     change(fields)
@@ -61,7 +79,11 @@ def test_no_split_where_ids_could_change(change):
 
 
 def test_markers_that_are_not_flagged_become_text():
-    backend = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(set("<|assistant>[INST] ab")))}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(
+            vocab={c: n for n, c in enumerate(sorted(set("<|assistant>[INST] ab")))}, merges=[]
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     backend.normalizer = normalizers.NFC()
     backend.add_tokens([AddedToken("<|assistant|>"), AddedToken("[INST]"), AddedToken("  ")])
@@ -81,6 +103,8 @@ def test_a_prepared_tokenizer_is_the_same(tmp_path):
     for name in ("bos_id", "eos_id", "vocab_size", "control_ids", "dtype"):
         assert getattr(prepared, name) == getattr(encoder, name)
     texts = ["".join(SNIPPETS), "plain text </s> and <s> more"]
-    for one, other in zip(encoder.encode_documents(texts), prepared.encode_documents(texts), strict=True):
+    for one, other in zip(
+        encoder.encode_documents(texts), prepared.encode_documents(texts), strict=True
+    ):
         assert one.tolist() == other.tolist()
         assert one[0] == 1 and one[-1] == 2 and not set(one[1:-1].tolist()) & {1, 2}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from longrope2.errors import DataError
-from longrope2.rope import Window
-from longrope2.segments import Segment, SegmentRules, check_segment
+from longrope2.rope.factors import Window
+from longrope2.segments.format import Segment, SegmentRules, check_segment
 
 RULES = SegmentRules(target_len=12, original_len=6, alignment=2, vocab_size=100, bos_id=1, eos_id=2)
 
@@ -15,13 +15,21 @@ RULES = SegmentRules(target_len=12, original_len=6, alignment=2, vocab_size=100,
 def segment(tokens, ends, *, window=Window.SHORT, padding=(), mid=False, num_padding=0):
     count = len(ends)
     return Segment(
-        index=7, window=window, tokens=np.asarray(tokens, dtype=np.uint16), doc_ends=np.asarray(ends, dtype=np.int32),
-        sources=("s",) * count, doc_ids=("d",) * count,
-        doc_is_padding=tuple(map(bool, padding)) or (False,) * count, starts_mid_document=mid, num_padding=num_padding,
-    )  # fmt: skip
+        index=7,
+        window=window,
+        tokens=np.asarray(tokens, dtype=np.uint16),
+        doc_ends=np.asarray(ends, dtype=np.int32),
+        sources=("s",) * count,
+        doc_ids=("d",) * count,
+        doc_is_padding=tuple(map(bool, padding)) or (False,) * count,
+        starts_mid_document=mid,
+        num_padding=num_padding,
+    )
 
 
-GOOD_SHORT = segment([1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 12], padding=(0, 0, 0, 1), num_padding=2)
+GOOD_SHORT = segment(
+    [1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 12], padding=(0, 0, 0, 1), num_padding=2
+)
 GOOD_LONG = segment([5, 5, 1, 5, 5, 2, 1, 5, 5, 5, 5, 5], [2, 6, 12], window=Window.LONG, mid=True)
 
 
@@ -41,25 +49,39 @@ def test_control_ids_stand_nowhere_inside():
     for place in (1, 3, 11):  # inside, and at the end of a document that is cut there
         tokens = GOOD_LONG.tokens.copy()
         tokens[place] = 7
-        with pytest.raises(DataError, match=f"the control id 7 stands inside a document .* at {place}"):
+        with pytest.raises(
+            DataError, match=f"the control id 7 stands inside a document .* at {place}"
+        ):
             check_segment(dataclasses.replace(GOOD_LONG, tokens=tokens), rules)
 
 
-@pytest.mark.parametrize(("bad", "words"), [
-    (segment([1, 5, 5, 2], [4]), "4 tokens"),
-    (segment([1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 10, 12]), "empty document"),
-    (segment([1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 12], padding=(0, 0, 1)), "differ in number"),
-    (segment([1, 5, 500, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "outside the vocabulary"),
-    (dataclasses.replace(GOOD_SHORT, num_padding=1), "num_padding is 1"),
-    (segment([1, 5, 5, 5, 5, 5, 2, 1, 5, 5, 5, 2], [7, 12]), "a document of 7 tokens, longer than original_len=6"),
-    (dataclasses.replace(GOOD_SHORT, starts_mid_document=True), "mid-document"),
-    (segment([1, 5, 5, 2, 1, 5, 5, 2, 1, 5, 5, 2], [4, 8, 12]), "crosses a multiple of 6"),
-    (dataclasses.replace(GOOD_SHORT, window=Window.LONG), "padding in a long segment"),
-    (segment([5, 5, 5, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "does not start with BOS"),
-    (segment([1, 5, 5, 5, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "does not end with EOS"),
-    (segment([1, 5, 5, 2, 1, 5, 1, 5, 5, 5, 5, 2], [4, 6, 12], window=Window.LONG), "does not end with EOS"),
-    (segment([1, 2, 5, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "inside a document"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (segment([1, 5, 5, 2], [4]), "4 tokens"),
+        (segment([1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 10, 12]), "empty document"),
+        (
+            segment([1, 5, 5, 2, 1, 2, 1, 5, 5, 2, 2, 2], [4, 6, 10, 12], padding=(0, 0, 1)),
+            "differ in number",
+        ),
+        (segment([1, 5, 500, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "outside the vocabulary"),
+        (dataclasses.replace(GOOD_SHORT, num_padding=1), "num_padding is 1"),
+        (
+            segment([1, 5, 5, 5, 5, 5, 2, 1, 5, 5, 5, 2], [7, 12]),
+            "a document of 7 tokens, longer than original_len=6",
+        ),
+        (dataclasses.replace(GOOD_SHORT, starts_mid_document=True), "mid-document"),
+        (segment([1, 5, 5, 2, 1, 5, 5, 2, 1, 5, 5, 2], [4, 8, 12]), "crosses a multiple of 6"),
+        (dataclasses.replace(GOOD_SHORT, window=Window.LONG), "padding in a long segment"),
+        (segment([5, 5, 5, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "does not start with BOS"),
+        (segment([1, 5, 5, 5, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "does not end with EOS"),
+        (
+            segment([1, 5, 5, 2, 1, 5, 1, 5, 5, 5, 5, 2], [4, 6, 12], window=Window.LONG),
+            "does not end with EOS",
+        ),
+        (segment([1, 2, 5, 2, 1, 2, 1, 5, 5, 5, 5, 2], [4, 6, 12]), "inside a document"),
+    ],
+)
 def test_broken_rules_are_named(bad, words):
     with pytest.raises(DataError, match=words) as caught:
         check_segment(bad, RULES)

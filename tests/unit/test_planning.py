@@ -14,33 +14,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.plan import PlanRoot, plan_run
 from launch.plan import main as plan_main
-from longrope2.attention import build_layout
+from longrope2.attention.layout import build_layout
 from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model import WindowedModel
 from longrope2.model.loss import CHUNK_TOKENS
-from longrope2.planning import (
-    GPUS,
-    HardwareConfig,
+from longrope2.model.shape import ModelShape, Workload
+from longrope2.model.windowed import WindowedModel
+from longrope2.planning.choice import choose_layout, find_refusal
+from longrope2.planning.hardware import GPUS, HardwareConfig, find_gpu, make_machine
+from longrope2.planning.memory import (
+    LOSS_CHUNK_TOKENS,
     Layout,
-    ModelShape,
     RecomputePolicy,
-    Workload,
     ZeroBuffers,
-    choose_layout,
-    exchange_bytes,
-    find_gpu,
-    find_refusal,
-    forward_hours,
-    gather_bytes,
     load_bytes,
-    make_machine,
     plan_memory,
-    plan_time,
+    saved_layer_bytes_per_token,
 )
-from longrope2.planning.memory import LOSS_CHUNK_TOKENS, saved_layer_bytes_per_token
-from longrope2.rope import RopeGeometry, RopeMethod, Window, closed_form_factors
+from longrope2.planning.timing import exchange_bytes, forward_hours, gather_bytes, plan_time
+from longrope2.rope.factors import Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training.config import Recompute
 
 GIB = 2**30
@@ -60,8 +55,12 @@ def with_share(share: float) -> Workload:
 
 
 def test_parameters_of_the_papers_models() -> None:
-    assert LLAMA.parameters == 8_030_261_248 and LLAMA.matrix_parameters / 1e9 == pytest.approx(7.505, abs=5e-4)
-    assert PHI.parameters == 3_821_079_552 and PHI.matrix_parameters / 1e9 == pytest.approx(3.722, abs=5e-4)
+    assert LLAMA.parameters == 8_030_261_248 and LLAMA.matrix_parameters / 1e9 == pytest.approx(
+        7.505, abs=5e-4
+    )
+    assert PHI.parameters == 3_821_079_552 and PHI.matrix_parameters / 1e9 == pytest.approx(
+        3.722, abs=5e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,14 +78,22 @@ def test_utilisation_of_the_papers_runs(shape, hours, share, short, gflops, caus
     rate = 1e10 / (hours * 3600 * 64)
     assert work.mean_model_flops(shape) / 1e9 == pytest.approx(gflops, abs=0.1)
     assert rate * work.mean_model_flops(shape) / 312e12 == pytest.approx(causal, abs=6e-4)
-    assert rate * work.mean_model_flops(shape, whole_square=True) / 312e12 == pytest.approx(whole, abs=1.1e-3)
+    assert rate * work.mean_model_flops(shape, whole_square=True) / 312e12 == pytest.approx(
+        whole, abs=1.1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("recompute", "share", "hours"),
-    [("full", 0.7, 38.3), ("full", 0.9, 45.5), ("dense", 0.7, 32.4), ("dense", 0.9, 38.0),
-     ("none", 0.7, 29.5), ("none", 0.9, 35.1)],
-)  # fmt: skip
+    [
+        ("full", 0.7, 38.3),
+        ("full", 0.9, 45.5),
+        ("dense", 0.7, 32.4),
+        ("dense", 0.9, 38.0),
+        ("none", 0.7, 29.5),
+        ("none", 0.9, 35.1),
+    ],
+)
 def test_compute_floors(recompute: str, share: float, hours: float) -> None:
     """Products at 220 and FlashAttention-2 at 180 TFLOP/s, no communication."""
     time = plan_time(LLAMA, with_share(share), layout(recompute), A100)
@@ -96,12 +103,17 @@ def test_compute_floors(recompute: str, share: float, hours: float) -> None:
 
 def test_memory_of_llama_on_64_gpus_by_part() -> None:
     memory = plan_memory(LLAMA, MIX, layout("full"))
-    float32_sums = 2 * LLAMA.parameters / 64  # the reference counts gradients in bf16, 16 bytes a parameter
+    float32_sums = (
+        2 * LLAMA.parameters / 64
+    )  # the reference counts gradients in bf16, 16 bytes a parameter
     assert (memory.states - float32_sums) / GIB == pytest.approx(1.87, abs=0.01)
     assert 8 * (memory.states - float32_sums) / GIB == pytest.approx(15, abs=0.1)  # on 8 GPUs
     assert memory.checkpoints / GIB == 4.0
     assert LLAMA.head_parameters * 4 / GIB == pytest.approx(2.0, abs=0.05)
-    assert 131_072 // 8 * LLAMA.vocabulary * 4 / GIB == pytest.approx(7.8, abs=0.05) and memory.logits / GIB < 1
+    assert (
+        131_072 // 8 * LLAMA.vocabulary * 4 / GIB == pytest.approx(7.8, abs=0.05)
+        and memory.logits / GIB < 1
+    )
     assert 2 * LLAMA.layer_parameters / GIB == pytest.approx(0.4, abs=0.01)
     outputs = 32 * 16_384 * (4096 * 2 + 32 * 4) / GIB
     assert outputs == pytest.approx(4, abs=0.1)
@@ -120,8 +132,11 @@ def test_dense_recompute_keeps_all_that_attention_reads() -> None:
 
 def test_without_recompute_nothing_fits_at_eight_ranks() -> None:
     assert plan_memory(LLAMA, MIX, layout("none")).peak > A100.usable_bytes
-    # With fused norms and MLP it would be 68 GiB of activations: 4H + 2H, attention, gate, up and their product.
-    fused = saved_layer_bytes_per_token(LLAMA, layout("none", 1)) - 2 * 4 * LLAMA.hidden - 2 * LLAMA.mlp
+    # With fused norms and MLP it would be 68 GiB of activations: 4H + 2H, attention, gate, up and
+    # their product.
+    fused = (
+        saved_layer_bytes_per_token(LLAMA, layout("none", 1)) - 2 * 4 * LLAMA.hidden - 2 * LLAMA.mlp
+    )
     assert 32 * 16_384 * (fused - 128) / GIB == pytest.approx(68, abs=0.5)
 
 
@@ -129,7 +144,9 @@ def test_traffic_of_llama_on_64_gpus() -> None:
     assert exchange_bytes(LLAMA, MIX, layout()) / 32 / 1e6 == pytest.approx(294, abs=0.5)
     assert exchange_bytes(LLAMA, MIX, layout()) / 1e9 == pytest.approx(9.4, abs=0.05)
     assert sum(gather_bytes(LLAMA, layout())) / 1e9 == pytest.approx(64, abs=0.3)
-    assert sum(gather_bytes(LLAMA, layout(zero=ZeroBuffers(gradient_bytes=2)))) / 1e9 == pytest.approx(48, abs=0.3)
+    assert sum(
+        gather_bytes(LLAMA, layout(zero=ZeroBuffers(gradient_bytes=2)))
+    ) / 1e9 == pytest.approx(48, abs=0.3)
     assert exchange_bytes(LLAMA, MIX, layout(sequence=1)) == 0
     assert gather_bytes(LLAMA, Layout(1, 1, RecomputePolicy.full)) == (0, 0)
     assert load_bytes(LLAMA, layout()) == 2 * LLAMA.parameters
@@ -162,7 +179,9 @@ def test_fused_norms_keep_and_move_less() -> None:
     fused, plain = (layout("none", fused_norms=value) for value in (True, False))
     saved = plan_memory(LLAMA, MIX, plain).activations - plan_memory(LLAMA, MIX, fused).activations
     assert saved == 32 * 16_384 * 2 * 4096 * 4
-    times = [plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].elementwise for x in (plain, fused)]
+    times = [
+        plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].elementwise for x in (plain, fused)
+    ]
     assert times[0] - times[1] == pytest.approx(3 * 32 * 16_384 * 2 * 4096 * 32 / (0.85 * 2039e9))
 
 
@@ -176,11 +195,19 @@ def test_offloading_costs_time_and_frees_checkpoints() -> None:
 
 def test_flops_are_those_torch_counts() -> None:
     """Both windows, forward and backward: torch counts attention's whole square, so that convention is compared."""
-    sizes = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-                        num_key_value_heads=4, head_dim=8)  # fmt: skip
+    sizes = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
     shape = ModelShape(32, 2, 4, 4, 8, 88, 128, tied=False)
     model = WindowedModel(
-        LlamaForCausalLM(sizes), closed_form_factors(RopeMethod.pi, RopeGeometry(8, 10_000.0, 256), 512)
+        LlamaForCausalLM(sizes),
+        closed_form_factors(RopeMethod.pi, RopeGeometry(8, 10_000.0, 256), 512),
     )
     ends = [128, 256, 512]
     squares = {Window.LONG: 512**2, Window.SHORT: 128**2 + 128**2 + 256**2}
@@ -204,7 +231,11 @@ def test_the_chunk_of_the_loss_and_the_policies_are_the_trainers() -> None:
 def test_best_layout_is_the_fastest_that_fits() -> None:
     choice = choose_layout(LLAMA, MIX, A100, ZeroBuffers())
     best = choice.best
-    assert best is not None and best.layout.num_processes == 64 and best.memory.peak <= A100.usable_bytes
+    assert (
+        best is not None
+        and best.layout.num_processes == 64
+        and best.memory.peak <= A100.usable_bytes
+    )
     runnable = [c for c in choice.fitting if c.layout.micro_batch == 1]
     assert best.time.hours <= 1.01 * min(c.time.hours for c in runnable)
     assert [c.time.hours for c in choice.fitting] == sorted(c.time.hours for c in choice.fitting)
@@ -219,16 +250,23 @@ def test_nothing_fits_says_what_is_short() -> None:
     choice = choose_layout(LLAMA, MIX, one, ZeroBuffers(), (1,))
     assert choice.best is None and choice.closest is not None
     assert "the largest part is states with 135 GiB" in choice.closest.reason
-    uneven = choose_layout(LLAMA, dataclasses.replace(MIX, step_tokens=3 * 131_072), A100, ZeroBuffers(), (1,))
-    assert "the 3 segments of a step cannot be worked on 8 at a time" in {r.reason for r in uneven.refused}
+    uneven = choose_layout(
+        LLAMA, dataclasses.replace(MIX, step_tokens=3 * 131_072), A100, ZeroBuffers(), (1,)
+    )
+    assert "the 3 segments of a step cannot be worked on 8 at a time" in {
+        r.reason for r in uneven.refused
+    }
     odd = dataclasses.replace(MIX, target_len=131_073, step_tokens=131_073 * 64)
     assert any(
-        "cannot share 131073 tokens evenly" in r.reason for r in choose_layout(LLAMA, odd, A100, ZeroBuffers()).refused
+        "cannot share 131073 tokens evenly" in r.reason
+        for r in choose_layout(LLAMA, odd, A100, ZeroBuffers()).refused
     )
 
 
 def test_a_configured_layout_that_cannot_run_says_why() -> None:
-    def reason(machine=A100, workload=MIX, sequence: int = 8, recompute: str = "dense") -> str | None:
+    def reason(
+        machine=A100, workload=MIX, sequence: int = 8, recompute: str = "dense"
+    ) -> str | None:
         refusal = find_refusal(LLAMA, workload, machine, layout(recompute, sequence))
         return refusal and refusal.reason
 
@@ -238,14 +276,18 @@ def test_a_configured_layout_that_cannot_run_says_why() -> None:
     assert reason(eight) == "64 processes need more than the 8 GPUs there are"
     assert reason(recompute="none") == "113 GiB of 74; the largest part is activations with 102 GiB"
     uneven = dataclasses.replace(MIX, target_len=100_000)
-    assert reason(workload=uneven) == "a step of 8388608 tokens is no whole number of segments of 100000"
+    assert (
+        reason(workload=uneven)
+        == "a step of 8388608 tokens is no whole number of segments of 100000"
+    )
     assert choose_layout(LLAMA, uneven, A100, ZeroBuffers()).fitting == ()
 
 
 def test_a_config_without_sizes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 9}))
     with pytest.raises(
-        ArtifactError, match="holds no hidden_size, num_hidden_layers, num_attention_heads, intermediate"
+        ArtifactError,
+        match="holds no hidden_size, num_hidden_layers, num_attention_heads, intermediate",
     ):
         ModelShape.from_folder(tmp_path)
 
@@ -258,8 +300,13 @@ def test_forward_passes_of_the_stages() -> None:
 
 
 def test_gpus_are_found_by_the_name_cuda_gives() -> None:
-    assert find_gpu("NVIDIA A100-SXM4-80GB") == "A100" and find_gpu("NVIDIA H100 80GB HBM3") == "H100"
-    assert find_gpu("NVIDIA GeForce RTX 4090") is None and find_gpu("NVIDIA RTX A1000 Laptop GPU") is None
+    assert (
+        find_gpu("NVIDIA A100-SXM4-80GB") == "A100" and find_gpu("NVIDIA H100 80GB HBM3") == "H100"
+    )
+    assert (
+        find_gpu("NVIDIA GeForce RTX 4090") is None
+        and find_gpu("NVIDIA RTX A1000 Laptop GPU") is None
+    )
     assert all(gpu.gemm_tflops < gpu.peak_tflops for gpu in GPUS.values())
 
 
@@ -277,14 +324,22 @@ def test_hardware_that_cannot_be() -> None:
 
 def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     """The command of the documentation, to the letter."""
-    monkeypatch.setattr(sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_64"])
+    monkeypatch.setattr(
+        sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_64"]
+    )
     plan_main()
     text = capsys.readouterr().out
-    for words in ("8.030 B parameters, 7.505 B", "118.1 G a token", "64 A100, 8 a node",
-                  "floor of products and attention 32.4 h",
-                  "configured 8 sequence x 8 data, recompute dense", "does not fit (one segment at a time):",
-                  "8 sequence x 8 data, recompute none: 97 GiB of 74; the largest part is activations with 86 GiB",
-                  "at most 13,440 forward passes of 131,072 tokens", "needles and perplexity of 6 models"):  # fmt: skip
+    for words in (
+        "8.030 B parameters, 7.505 B",
+        "118.1 G a token",
+        "64 A100, 8 a node",
+        "floor of products and attention 32.4 h",
+        "configured 8 sequence x 8 data, recompute dense",
+        "does not fit (one segment at a time):",
+        "8 sequence x 8 data, recompute none: 97 GiB of 74; the largest part is activations with 86 GiB",
+        "at most 13,440 forward passes of 131,072 tokens",
+        "needles and perplexity of 6 models",
+    ):
         assert words in text
     cost = text[text.index("hours of 10 B tokens") :].splitlines()
     assert cost[1].split() == ["GPUs", "131,072", "262,144", "524,288", "1,048,576"]
@@ -292,8 +347,17 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
 
 
 def test_command_says_that_the_configured_layout_cannot_run(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_8",
-                                      "plan.lengths=[131072]", "plan.gpu_counts=[8]"])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "launch.plan",
+            "experiment=llama3_8b_128k",
+            "cluster=a100_8",
+            "plan.lengths=[131072]",
+            "plan.gpu_counts=[8]",
+        ],
+    )
     plan_main()
     text = capsys.readouterr().out
     reason = "64 processes need more than the 8 GPUs there are"
@@ -320,15 +384,25 @@ def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
 
 
 def test_command_refuses_what_is_no_run(monkeypatch, capsys) -> None:
-    overrides = ["model=tiny", "target_len=2048", "training.tokens=null", "training.global_batch_tokens=5000",
-                 "plan.long_share=2", "plan.short_document_tokens=0", "plan.gpu_counts=[]"]  # fmt: skip
+    overrides = [
+        "model=tiny",
+        "target_len=2048",
+        "training.tokens=null",
+        "training.global_batch_tokens=5000",
+        "plan.long_share=2",
+        "plan.short_document_tokens=0",
+        "plan.gpu_counts=[]",
+    ]
     monkeypatch.setattr(sys, "argv", ["launch.plan", *overrides])
     with pytest.raises(SystemExit) as ended:
         run_command(plan_main)
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    for words in ("training.tokens=None: a plan needs a budget of at least one step",
-                  "training.global_batch_tokens=5000 must be a multiple of target_len=2048",
-                  "plan.long_share=2.0 must be from 0 to 1", "plan.short_document_tokens=0.0 must be from 1 to target_len",
-                  "plan.gpu_counts=[] must hold numbers of at least 1"):  # fmt: skip
+    for words in (
+        "training.tokens=None: a plan needs a budget of at least one step",
+        "training.global_batch_tokens=5000 must be a multiple of target_len=2048",
+        "plan.long_share=2.0 must be from 0 to 1",
+        "plan.short_document_tokens=0.0 must be from 1 to target_len",
+        "plan.gpu_counts=[] must hold numbers of at least 1",
+    ):
         assert words in message

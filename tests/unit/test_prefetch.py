@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from longrope2.parallel import ParallelDims
-from longrope2.rope import Window
-from longrope2.segments import MicroStep, Segment, StepSchedule
-from longrope2.training.batch import RankBatch, load_rank_batch, next_token_labels
-from longrope2.training.prefetch import step_batches
+from longrope2.parallel.dims import ParallelDims
+from longrope2.rope.factors import Window
+from longrope2.segments.format import Segment
+from longrope2.segments.schedule import MicroStep, StepSchedule
+from longrope2.training.batch import RankBatch, load_rank_batch, next_token_labels, step_batches
 
 LENGTH = 24
-SCHEDULE = StepSchedule(tuple(range(0, 8)), tuple(range(8, 20)), segments_per_step=4, group_size=2, seed=3)
+SCHEDULE = StepSchedule(
+    tuple(range(0, 8)), tuple(range(8, 20)), segments_per_step=4, group_size=2, seed=3
+)
 
 
 class WatchedTokens:
@@ -55,14 +57,22 @@ def batches(ahead: int, steps: range, dims: ParallelDims) -> tuple[list[list[Ran
     store = Segments()
 
     def load(step: int) -> list[RankBatch]:
-        return [load_rank_batch(store, m, dims, None) for m in SCHEDULE.micro_steps(step, dims.data)]  # type: ignore[arg-type]
+        return [
+            load_rank_batch(store, m, dims, None) for m in SCHEDULE.micro_steps(step, dims.data)
+        ]  # type: ignore[arg-type]
 
     return list(step_batches(load, steps, ahead=ahead, device="cpu")), store
 
 
 def numbers(batch: RankBatch) -> list:
     tensors = (batch.tokens_BT, batch.labels_BT, batch.layout.positions_BT)
-    return [*(x.tolist() for x in tensors), batch.window, batch.layout.spans, batch.num_targets, batch.squared_lengths]
+    return [
+        *(x.tolist() for x in tensors),
+        batch.window,
+        batch.layout.spans,
+        batch.num_targets,
+        batch.squared_lengths,
+    ]
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 10])
@@ -72,7 +82,9 @@ def test_identical_batches_with_and_without(ahead: int, dims: ParallelDims) -> N
     direct, store = batches(0, steps, dims)
     assert {thread for _, thread in store.loaded} == {threading.current_thread().name}
     read_ahead, watched = batches(ahead, steps, dims)
-    assert [[numbers(b) for b in step] for step in read_ahead] == [[numbers(b) for b in step] for step in direct]
+    assert [[numbers(b) for b in step] for step in read_ahead] == [
+        [numbers(b) for b in step] for step in direct
+    ]
     assert [index for index, _ in watched.loaded] == [index for index, _ in store.loaded]
     assert all(thread.startswith("segment-reader") for _, thread in watched.loaded)
 
@@ -117,11 +129,16 @@ def test_labels_of_slices_are_slices_of_the_labels(index: int, window: Window) -
     segment = replace(Segments().segment(index), window=window)
     whole = next_token_labels(segment, window)
     for size in (1, 5, LENGTH):
-        parts = [next_token_labels(segment, window, a, min(a + size, LENGTH)) for a in range(0, LENGTH, size)]
+        parts = [
+            next_token_labels(segment, window, a, min(a + size, LENGTH))
+            for a in range(0, LENGTH, size)
+        ]
         assert np.concatenate(parts).tolist() == whole.tolist()
 
 
 def test_a_batch_moves_as_a_whole() -> None:
     (step,), _ = batches(0, range(1), ParallelDims(2, 1))
     moved = step[0].to("meta")
-    assert {x.device for x in (moved.tokens_BT, moved.labels_BT, moved.layout.positions_BT)} == {torch.device("meta")}
+    assert {x.device for x in (moved.tokens_BT, moved.labels_BT, moved.layout.positions_BT)} == {
+        torch.device("meta")
+    }

@@ -3,12 +3,17 @@
 import pytest
 import torch.distributed as dist
 
-from longrope2.parallel import leave_processes
+from longrope2.parallel.processes import leave_processes
 
 
 @pytest.mark.parametrize(
     ("backend", "world_size", "failed", "left"),
-    [("nccl", 64, False, True), ("nccl", 64, True, False), ("nccl", 1, True, True), ("gloo", 2, True, True)],
+    [
+        ("nccl", 64, False, True),
+        ("nccl", 64, True, False),
+        ("nccl", 1, True, True),
+        ("gloo", 2, True, True),
+    ],
 )
 def test_nccl_is_not_waited_for_after_an_error(
     monkeypatch: pytest.MonkeyPatch, backend: str, world_size: int, failed: bool, left: bool

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from longrope2.attention import build_layout, kept, windowed
+from longrope2.attention import windowed
+from longrope2.attention.layout import build_layout
 from longrope2.errors import ConfigError
-from longrope2.model import IGNORED_LABEL, WindowedModel
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.training import recompute
+from longrope2.model.loss import IGNORED_LABEL
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.training import engine
 from longrope2.training.config import Recompute
-from longrope2.training.recompute import apply_recompute
+from longrope2.training.engine import apply_recompute
 
 LENGTH, LAYERS = 160, 3
 DOC_ENDS = [20, 30, 150, LENGTH]
@@ -27,7 +31,9 @@ FAMILIES = {
 
 
 def factors() -> RescaleFactors:
-    return closed_form_factors(RopeMethod.yarn, RopeGeometry(rotary_dim=16, rope_base=1e4, original_len=40), LENGTH)
+    return closed_form_factors(
+        RopeMethod.yarn, RopeGeometry(rotary_dim=16, rope_base=1e4, original_len=40), LENGTH
+    )
 
 
 def one_pass(
@@ -40,16 +46,24 @@ def one_pass(
     model.train()
     tokens = torch.randint(50, (1, LENGTH))
     labels = torch.cat([tokens[:, 1:], torch.full((1, 1), IGNORED_LABEL)], dim=1)
-    with patch.object(windowed, "document_attention", wraps=windowed.document_attention) as attention:
+    with patch.object(
+        windowed, "document_attention", wraps=windowed.document_attention
+    ) as attention:
         loss = model(tokens, labels, window, build_layout(window, DOC_ENDS))
         loss.backward()
-    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None], attention.call_count
+    return (
+        loss.detach(),
+        [p.grad for p in model.parameters() if p.grad is not None],
+        attention.call_count,
+    )
 
 
 @pytest.mark.parametrize("window", list(Window))
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize(("policy", "runs"), [(Recompute.dense, 1), (Recompute.full, 2)])
-def test_same_numbers_and_runs_of_attention(policy: Recompute, runs: int, window: Window, family: str) -> None:
+def test_same_numbers_and_runs_of_attention(
+    policy: Recompute, runs: int, window: Window, family: str
+) -> None:
     loss, gradients, once = one_pass(Recompute.none, window=window, family=family)
     assert once == LAYERS
     found_loss, found_gradients, found_runs = one_pass(policy, window=window, family=family)
@@ -72,7 +86,10 @@ def test_offloaded_activations(policy: Recompute) -> None:
             super().__init__(pack, lambda tensor: tensor)
 
     _, gradients, _ = one_pass(Recompute.none, window=Window.LONG)
-    with patch.object(recompute, "save_on_cpu", Counting), patch.object(kept, "save_on_cpu", Counting):
+    with (
+        patch.object(engine, "save_on_cpu", Counting),
+        patch.object(windowed, "save_on_cpu", Counting),
+    ):
         _, found, _ = one_pass(policy, window=Window.LONG, offload=True)
     assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
     inputs = [shape for shape in moved if shape == (1, LENGTH, SIZES["hidden_size"])]
@@ -88,6 +105,7 @@ def test_a_class_without_layers_to_recompute() -> None:
             raise ValueError
 
     with pytest.raises(
-        ConfigError, match=re.escape("training.recompute=full: Plain has no layers that can be recomputed")
+        ConfigError,
+        match=re.escape("training.recompute=full: Plain has no layers that can be recomputed"),
     ):
         apply_recompute(Plain(), Recompute.full)

@@ -12,12 +12,12 @@ import pytest
 
 from launch import report as report_command
 from launch.report import run_folder, watch_run
-from longrope2.artifacts import Manifest, product_folder, write_manifest
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation import report as report_module
-from longrope2.evaluation.report import write_report
-from longrope2.evaluation.report_data import load_run
-from longrope2.evaluation.report_plots import (
+from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.report import page as report_module
+from longrope2.report.data import load_run
+from longrope2.report.page import write_report
+from longrope2.report.plots import (
     factors_figure,
     lengths_figure,
     losses_figure,
@@ -25,65 +25,131 @@ from longrope2.evaluation.report_plots import (
     search_figure,
     series_figure,
 )
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors, ntk_part
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
 
 GEOMETRY = RopeGeometry(rotary_dim=32, rope_base=10_000.0, original_len=128)
 FACTORS = RescaleFactors(
     factors=(*ntk_part(5, 17.0), *(17.0 + 0.5 * i for i in range(11))),
-    geometry=GEOMETRY, target_len=2048, method="longrope2", critical_index=5,
-)  # fmt: skip
+    geometry=GEOMETRY,
+    target_len=2048,
+    method="longrope2",
+    critical_index=5,
+)
 SUBJECTS = ("base", "pi", "yarn<b>", "longrope2-trained")
 LENGTHS = (128, 512, 2048)
-ACCURACIES = dict(zip(SUBJECTS, ((0.95, 0.1, 0.0), (0.95, 0.0, 0.0), (0.95, 0.2, 0.1), (0.9, 0.8, 0.6)), strict=True))
+ACCURACIES = dict(
+    zip(
+        SUBJECTS,
+        ((0.95, 0.1, 0.0), (0.95, 0.0, 0.0), (0.95, 0.2, 0.1), (0.9, 0.8, 0.6)),
+        strict=True,
+    )
+)
 
 
 def needle_row(subject, length, accuracy):
-    cell = {"num_samples": 8, "num_correct": round(8 * accuracy), "accuracy": accuracy, "accuracy_interval": [0.1, 0.7]}
+    cell = {
+        "num_samples": 8,
+        "num_correct": round(8 * accuracy),
+        "accuracy": accuracy,
+        "accuracy_interval": [0.1, 0.7],
+    }
     return {
-        "subject": subject, "length": length, "window": "long", **cell, "num_samples": 16,
+        "subject": subject,
+        "length": length,
+        "window": "long",
+        **cell,
+        "num_samples": 16,
         "perplexity": 9 - 8 * accuracy,
         "depths": [{"depth": depth, **cell, "perplexity": 2.5} for depth in (0.0, 0.5)],
-    }  # fmt: skip
+    }
 
 
 def evaluation_summary():
     return {
-        "original_len": 128, "target_len": 2048, "reference": "base",
+        "original_len": 128,
+        "target_len": 2048,
+        "reference": "base",
         "subjects": [
-            {"name": name, "trained": name.endswith("trained"), "method": "m", "critical_index": None,
-             "source": {"checkpoint": {"path": "runs/elsewhere/3_checkpoints/final"}}}
+            {
+                "name": name,
+                "trained": name.endswith("trained"),
+                "method": "m",
+                "critical_index": None,
+                "source": {"checkpoint": {"path": "runs/elsewhere/3_checkpoints/final"}},
+            }
             for name in SUBJECTS
         ],
-        "needle": [needle_row(name, n, a) for name in SUBJECTS for n, a in zip(LENGTHS, ACCURACIES[name], strict=True)],
+        "needle": [
+            needle_row(name, n, a)
+            for name in SUBJECTS
+            for n, a in zip(LENGTHS, ACCURACIES[name], strict=True)
+        ],
         "perplexity": [
-            {"subject": name, "length": n, "window": "long", "num_windows": 4, "num_tokens": 256, "perplexity": 7.5}
-            for name in SUBJECTS for n in LENGTHS
+            {
+                "subject": name,
+                "length": n,
+                "window": "long",
+                "num_windows": 4,
+                "num_tokens": 256,
+                "perplexity": 7.5,
+            }
+            for name in SUBJECTS
+            for n in LENGTHS
         ],
         "retention": [
-            {"subject": name, "length": 128, "num_windows": 9, "num_tokens": 1143,
-             "perplexity": 8 * ratio, "ratio": ratio}
+            {
+                "subject": name,
+                "length": 128,
+                "num_windows": 9,
+                "num_tokens": 1143,
+                "perplexity": 8 * ratio,
+                "ratio": ratio,
+            }
             for name, ratio in zip(SUBJECTS, (1.0, 1.0, 1.0, 1.0123), strict=True)
         ],
-    }  # fmt: skip
+    }
 
 
 def search_history():
     rounds = [
-        {"iteration": i, "best_value": 9 - i, "best_critical_index": 5, "worst_kept_value": 12 - i,
-         "num_candidates": 64 + 32 * i, "num_terminated": 9 * i, "num_losses": 500}
+        {
+            "iteration": i,
+            "best_value": 9 - i,
+            "best_critical_index": 5,
+            "worst_kept_value": 12 - i,
+            "num_candidates": 64 + 32 * i,
+            "num_terminated": 9 * i,
+            "num_losses": 500,
+        }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     return {
-        "objective": "needle", "value_name": "needle_ppl", "best_value": 6.0, "critical_index": 5,
-        "theoretical_critical_index": 6, "ten_period_index": 2, "original_len": 128, "target_len": 2048,
-        "sample_len": 2048, "algorithm": "longrope2",
-        "baselines": {"none": 7700.0, "pi": 50.0, "ntk": 30.0}, "rounds": rounds, "kept": [],
-    }  # fmt: skip
+        "objective": "needle",
+        "value_name": "needle_ppl",
+        "best_value": 6.0,
+        "critical_index": 5,
+        "theoretical_critical_index": 6,
+        "ten_period_index": 2,
+        "original_len": 128,
+        "target_len": 2048,
+        "sample_len": 2048,
+        "algorithm": "longrope2",
+        "baselines": {"none": 7700.0, "pi": 50.0, "ntk": 30.0},
+        "rounds": rounds,
+        "kept": [],
+    }
 
 
 def training_records():
     return [
-        {"step": step, "train/tokens": 4096 * step, "train/loss": 3.0, f"train/loss_{window}": 4.0 - step / 10}
+        {
+            "step": step,
+            "train/tokens": 4096 * step,
+            "train/loss": 3.0,
+            f"train/loss_{window}": 4.0 - step / 10,
+        }
         for step, window in zip(range(1, 9), ("short", "long") * 4, strict=True)
     ]
 
@@ -104,7 +170,9 @@ def full_run(tmp_path):
     (factors / "factors.json").write_text(FACTORS.to_json())
     (factors / "history.json").write_text(json.dumps(search_history()))
     checkpoints = finish(run, "checkpoints")
-    (checkpoints / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in training_records()))
+    (checkpoints / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in training_records())
+    )
     evaluations = finish(run, "evaluations", seeds={"needle": 7001})
     (evaluations / "evaluations.json").write_text(json.dumps(evaluation_summary()))
     finish(run, "exports")
@@ -151,19 +219,35 @@ def test_report_holds_the_numbers_of_the_run(full_run):
     path = write_report(full_run)
     assert path == full_run / "report.html"
     page = read_page(path)
-    head = ["model", "128", "512", "2,048", "95 % interval at 2,048", "needle ppl", "text ppl", "short window"]
+    head = [
+        "model",
+        "128",
+        "512",
+        "2,048",
+        "95 % interval at 2,048",
+        "needle ppl",
+        "text ppl",
+        "short window",
+    ]
     assert head in page.rows
     assert ["yarn<b>", "95", "20", "10", "10-70 %", "8.2", "7.5", "+0.0 %"] in page.rows
     assert ["longrope2-trained", "90", "80", "60", "10-70 %", "4.2", "7.5", "+1.2 %"] in page.rows
     assert ["longrope2-trained", "8.0984", "1.0123", "+1.2 %"] in page.rows
-    assert page.rows.count(["0 %", "90", "80", "60"]) == page.rows.count(["50 %", "90", "80", "60"]) == 1
+    assert (
+        page.rows.count(["0 %", "90", "80", "60"])
+        == page.rows.count(["50 %", "90", "80", "60"])
+        == 1
+    )
     assert ["best of 160 candidates", "6"] in page.rows and ["none", "7700"] in page.rows
     assert "longrope2-trained retrieves 60 % of the needles (10-70 %), base 0 %" in page.text
     assert "its perplexity changes by +1.2 %" in page.text
     assert "Found critical dimension 5; theory says 6" in page.text
     assert "8 records, 32,768 tokens." in page.text
     assert page.text.count("abc123") == 5 and '"note": "a<b"' in page.text
-    assert "tokens.books.short 300, tokens.retrieval.long 250" in page.text and "num_long_segments 1234" in page.text
+    assert (
+        "tokens.books.short 300, tokens.retrieval.long 250" in page.text
+        and "num_long_segments 1234" in page.text
+    )
 
 
 def test_report_states_its_limits(full_run):
@@ -171,10 +255,16 @@ def test_report_states_its_limits(full_run):
     long_share = "250 of 1,000 tokens of the long segments (25 %)"
     assert f"contain retrieval documents in the wording of the needles: {long_share}, " in text
     assert "100 of 400 tokens of the short segments (25 %). Keys" in text
-    assert "16 needle samples per length: near 50 % the 95 % interval is about 24 points either way" in text
+    assert (
+        "16 needle samples per length: near 50 % the 95 % interval is about 24 points either way"
+        in text
+    )
     assert "untrained models (pi, yarn<b>) are the base model by construction" in text
     assert "(seeds 11 and 7001)" in text
-    assert "Trained in other runs, whose configuration stands there: longrope2-trained (runs/elsewhere/" in text
+    assert (
+        "Trained in other runs, whose configuration stands there: longrope2-trained (runs/elsewhere/"
+        in text
+    )
 
 
 def test_no_claim_of_retrieval_documents_where_there_are_none(full_run):
@@ -218,20 +308,26 @@ def test_a_training_in_progress_is_shown_as_unfinished(full_run):
 def test_a_step_repeated_after_a_resume_counts_once(full_run):
     path = product_folder(full_run, "checkpoints") / "metrics.jsonl"
     repeated = [{**record, "train/loss": 1.5} for record in training_records()[4:6]]
-    path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in repeated) + '{"torn')
+    path.write_text(
+        path.read_text() + "".join(json.dumps(record) + "\n" for record in repeated) + '{"torn'
+    )
     records = load_run(full_run).training_metrics
     assert [record["step"] for record in records] == list(range(1, 9))
     assert [record["train/loss"] for record in records] == [3.0] * 4 + [1.5] * 2 + [3.0] * 2
 
 
 def test_folders_and_files_that_are_no_run(tmp_path, full_run):
-    with pytest.raises(ArtifactError, match=r"nowhere does not exist; give the run folder, or run\.name=NAME"):
+    with pytest.raises(
+        ArtifactError, match=r"nowhere does not exist; give the run folder, or run\.name=NAME"
+    ):
         write_report(tmp_path / "nowhere")
     (tmp_path / "page.html").touch()
     with pytest.raises(ArtifactError, match=r"page\.html is a file; give the run folder"):
         write_report(tmp_path / "page.html")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"empty holds no product of a run \(1_segments, 2_factors"):
+    with pytest.raises(
+        ArtifactError, match=r"empty holds no product of a run \(1_segments, 2_factors"
+    ):
         write_report(tmp_path / "empty")
     assert not (tmp_path / "empty" / "report.html").exists()
     (product_folder(full_run, "evaluations") / "evaluations.json").write_text("{")
@@ -242,7 +338,9 @@ def test_folders_and_files_that_are_no_run(tmp_path, full_run):
 def test_the_command_takes_a_folder_or_a_name():
     assert str(run_folder(["runs/demo"])) == "runs/demo"
     assert str(run_folder(["run.name=demo", "run.root=elsewhere"])) == "elsewhere/demo"
-    with pytest.raises(ConfigError, match=r"give one run folder, or run\.name=NAME; got runs/a runs/b"):
+    with pytest.raises(
+        ConfigError, match=r"give one run folder, or run\.name=NAME; got runs/a runs/b"
+    ):
         run_folder(["runs/a", "runs/b"])
     with pytest.raises(ConfigError, match=r"run\.name is not set"):
         run_folder([])
@@ -256,12 +354,23 @@ def test_factors_figure_shows_methods_bound_and_both_critical_dimensions():
     figure = factors_figure(FACTORS)
     lines = lines_of(figure)
     assert lines["longrope2"] == list(FACTORS.factors)
-    for label, method in (("PI", RopeMethod.pi), ("NTK", RopeMethod.ntk), ("YaRN", RopeMethod.yarn)):
+    for label, method in (
+        ("PI", RopeMethod.pi),
+        ("NTK", RopeMethod.ntk),
+        ("YaRN", RopeMethod.yarn),
+    ):
         assert lines[label] == list(closed_form_factors(method, GEOMETRY, 2048).factors)
-    marks = {line.get_label(): set(line.get_xdata()) for line in figure.axes[0].lines if "critical" in line.get_label()}
+    marks = {
+        line.get_label(): set(line.get_xdata())
+        for line in figure.axes[0].lines
+        if "critical" in line.get_label()
+    }
     assert marks == {"theoretical critical dimension 6": {6}, "real critical dimension 5": {5}}
     (bound,) = figure.axes[0].collections
-    assert bound.get_label() == "bound s = 16" and bound.get_segments()[0].tolist() == [[5, 16], [15, 16]]
+    assert bound.get_label() == "bound s = 16" and bound.get_segments()[0].tolist() == [
+        [5, 16],
+        [15, 16],
+    ]
 
 
 def test_a_search_without_a_critical_dimension_says_so():
@@ -292,19 +401,29 @@ def test_lengths_figure_has_a_line_per_subject():
     assert lines == {name: list(ACCURACIES[name]) for name in SUBJECTS}
 
 
-@pytest.mark.parametrize("perplexities", [(1.001, 1.002, 1.004), (2.0, 30.0, 900.0), (20.0, 3e5, 1.6e8)])
+@pytest.mark.parametrize(
+    "perplexities", [(1.001, 1.002, 1.004), (2.0, 30.0, 900.0), (20.0, 3e5, 1.6e8)]
+)
 def test_every_range_of_perplexities_has_labelled_ticks(perplexities):
-    rows = [{"subject": "a", "length": n, "perplexity": p} for n, p in zip(LENGTHS, perplexities, strict=True)]
+    rows = [
+        {"subject": "a", "length": n, "perplexity": p}
+        for n, p in zip(LENGTHS, perplexities, strict=True)
+    ]
     figure = lengths_figure(rows, ["a"], "perplexity", "text perplexity")
     figure.draw_without_rendering()
     axis = figure.axes[0].yaxis
     low, high = figure.axes[0].get_ylim()
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-    assert sum(low <= tick.get_loc() <= high and tick.label1.get_text() != "" for tick in ticks) >= 2
+    assert (
+        sum(low <= tick.get_loc() <= high and tick.label1.get_text() != "" for tick in ticks) >= 2
+    )
 
 
 def test_series_figure_draws_what_was_recorded():
-    records = [{"train/tokens": 10 * step, "a": step, **({"b": 2 * step} if step > 1 else {})} for step in (1, 2, 3)]
+    records = [
+        {"train/tokens": 10 * step, "a": step, **({"b": 2 * step} if step > 1 else {})}
+        for step in (1, 2, 3)
+    ]
     lines = lines_of(series_figure(records, {"a": "first", "b": "second"}, "things"))
     assert lines == {"first": [1, 2, 3], "second": [4, 6]}
     assert series_figure(records, {"c": "none"}, "things") is None
@@ -312,7 +431,9 @@ def test_series_figure_draws_what_was_recorded():
 
 def test_mix_figure_shows_tokens_by_source_and_window():
     figure = mix_figure({"books": {"short": 300, "long": 750}, "code": {"long": 20}})
-    widths = {box.get_label(): [bar.get_width() for bar in box] for box in figure.axes[0].containers}
+    widths = {
+        box.get_label(): [bar.get_width() for bar in box] for box in figure.axes[0].containers
+    }
     assert widths == {"short window": [300, 0], "long window": [750, 20]}
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["books", "code"]
 
@@ -321,7 +442,9 @@ def test_watching_writes_again_when_the_run_moves_on(tmp_path, capsys):
     run, pages = tmp_path / "training", []
     checkpoints = product_folder(run, "checkpoints")
     checkpoints.mkdir(parents=True)
-    (checkpoints / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in training_records()))
+    (checkpoints / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in training_records())
+    )
 
     def pause(seconds):
         pages.append((run / "report.html").read_text())
@@ -344,7 +467,10 @@ def test_watching_writes_again_when_the_run_moves_on(tmp_path, capsys):
 def test_the_watch_flag_of_the_command(full_run, monkeypatch):
     seen = []
     monkeypatch.setattr(report_command, "watch_run", seen.append)
-    for arguments in ([str(full_run), "--watch"], ["--watch", "run.name=demo", f"run.root={full_run.parent}"]):
+    for arguments in (
+        [str(full_run), "--watch"],
+        ["--watch", "run.name=demo", f"run.root={full_run.parent}"],
+    ):
         monkeypatch.setattr(sys, "argv", ["launch.report", *arguments])
         report_command.main()
     assert seen == [full_run, full_run]

@@ -8,7 +8,9 @@ import numpy
 import pytest
 
 from longrope2.errors import FactorsError
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, closed_form_factors
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama3_8b_128k_longrope2.json"
@@ -36,21 +38,36 @@ def read(text: str) -> RescaleFactors:
 )
 def test_reads_every_form(text: str) -> None:
     read_factors = read(text)
-    assert read_factors == RescaleFactors(factors=WANTED, geometry=GEOMETRY, target_len=128, method="from_file")
+    assert read_factors == RescaleFactors(
+        factors=WANTED, geometry=GEOMETRY, target_len=128, method="from_file"
+    )
 
 
 def test_keeps_what_is_known_beside_the_file() -> None:
     factors = RescaleFactors.from_csv(
-        "1\n2\n4\n5\n", GEOMETRY, 128, critical_index=2, long_attention_scale=1.1, provenance={"source": "x.csv"}
+        "1\n2\n4\n5\n",
+        GEOMETRY,
+        128,
+        critical_index=2,
+        long_attention_scale=1.1,
+        provenance={"source": "x.csv"},
     )
-    assert (factors.critical_index, factors.long_attention_scale, factors.provenance) == (2, 1.1, {"source": "x.csv"})
+    assert (factors.critical_index, factors.long_attention_scale, factors.provenance) == (
+        2,
+        1.1,
+        {"source": "x.csv"},
+    )
 
 
 def test_round_trip_is_exact_and_numpy_reads_it(tmp_path: Path) -> None:
     ntk = closed_form_factors(RopeMethod.ntk, RopeGeometry(128, 5e5, 8192), 131072)
-    assert RescaleFactors.from_csv(ntk.to_csv(), ntk.geometry, ntk.target_len).factors == ntk.factors
+    assert (
+        RescaleFactors.from_csv(ntk.to_csv(), ntk.geometry, ntk.target_len).factors == ntk.factors
+    )
     (tmp_path / "factors.csv").write_text(ntk.to_csv())
-    assert tuple(numpy.loadtxt(tmp_path / "factors.csv", delimiter=",")) == ntk.factors  # how the authors read it
+    assert (
+        tuple(numpy.loadtxt(tmp_path / "factors.csv", delimiter=",")) == ntk.factors
+    )  # how the authors read it
 
 
 def test_published_array_as_the_authors_ship_it() -> None:

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from longrope2.errors import FactorsError
-from longrope2.rope import (
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import (
     CLOSED_FORMS,
-    RescaleFactors,
-    RopeGeometry,
     RopeMethod,
-    Window,
     closed_form_factors,
     ntk_part,
     satisfies_bound,
@@ -36,7 +35,9 @@ def published(name: str) -> tuple[RescaleFactors, dict[str, Any]]:
 
 
 def small(**changes: Any) -> RescaleFactors:
-    base = RescaleFactors(factors=(1.0, 2.0, 4.0, 5.0), geometry=GEOMETRY, target_len=128, method="test")
+    base = RescaleFactors(
+        factors=(1.0, 2.0, 4.0, 5.0), geometry=GEOMETRY, target_len=128, method="test"
+    )
     return replace(base, **changes)
 
 
@@ -46,10 +47,18 @@ def test_published_arrays_follow_the_ntk_part(name: str) -> None:
     critical = fields["critical_index"]
     assert factors.factors == tuple(fields["factors"])
     assert factors.critical_index == critical
-    assert factors.geometry == RopeGeometry(fields["rotary_dim"], fields["rope_base"], fields["original_len"])
-    assert factors.long_attention_scale == factors.short_attention_scale == fields.get("attention_scale", 1.0)
+    assert factors.geometry == RopeGeometry(
+        fields["rotary_dim"], fields["rope_base"], fields["original_len"]
+    )
+    assert (
+        factors.long_attention_scale
+        == factors.short_attention_scale
+        == fields.get("attention_scale", 1.0)
+    )
     assert factors.provenance == {"model": fields["model"], "source": fields["source"]}
-    assert factors.factors[:critical] == pytest.approx(ntk_part(critical, factors.factors[critical]), abs=1e-8)
+    assert factors.factors[:critical] == pytest.approx(
+        ntk_part(critical, factors.factors[critical]), abs=1e-8
+    )
     assert satisfies_bound(factors, critical)
     assert not satisfies_bound(factors, critical - 5)
 
@@ -62,7 +71,10 @@ def test_json_round_trip(name: str) -> None:
 
 def test_json_round_trip_of_every_field() -> None:
     factors = small(
-        critical_index=2, short_factors=(0.99, 1.0, 1.0, 1.1), short_attention_scale=1.1, provenance={"note": "x"}
+        critical_index=2,
+        short_factors=(0.99, 1.0, 1.0, 1.1),
+        short_attention_scale=1.1,
+        provenance={"note": "x"},
     )
     assert RescaleFactors.from_json(factors.to_json()) == factors
 
@@ -79,7 +91,9 @@ def test_hf_config_round_trip_in_each_layout(name: str, layout: str) -> None:
         keys.pop("rope_theta")
         keys.pop("partial_rotary_factor", None)
     read = RescaleFactors.from_hf_config({"head_dim": head_dim, **keys})
-    assert read == replace(factors, method="from_hf", critical_index=None, provenance=read.provenance)
+    assert read == replace(
+        factors, method="from_hf", critical_index=None, provenance=read.provenance
+    )
 
 
 def test_hf_config_states_everything_in_both_layouts() -> None:
@@ -100,9 +114,19 @@ def test_hf_config_states_everything_in_both_layouts() -> None:
 
 
 def test_hf_config_with_an_unscaled_rope() -> None:
-    config = {"hidden_size": 32, "num_attention_heads": 4, "rope_theta": 1e4, "max_position_embeddings": 64}
+    config = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 64,
+    }
     read = RescaleFactors.from_hf_config(config, original_len=32)
-    assert (read.factors, read.geometry, read.target_len, read.method) == ((1.0,) * 4, GEOMETRY, 64, "none")
+    assert (read.factors, read.geometry, read.target_len, read.method) == (
+        (1.0,) * 4,
+        GEOMETRY,
+        64,
+        "none",
+    )
     assert RescaleFactors.from_hf_config(config, None, 128).geometry.original_len == 64
 
 
@@ -120,7 +144,11 @@ def test_hf_config_default_attention_factor_is_in_both_windows() -> None:
     del keys["rope_scaling"], keys["rope_parameters"]["attention_factor"]
     read = RescaleFactors.from_hf_config(keys)
     expected = math.sqrt(1 + math.log(16) / math.log(32))
-    assert read.attention_scale(Window.SHORT) == read.attention_scale(Window.LONG) == pytest.approx(expected, rel=1e-15)
+    assert (
+        read.attention_scale(Window.SHORT)
+        == read.attention_scale(Window.LONG)
+        == pytest.approx(expected, rel=1e-15)
+    )
     keys["rope_parameters"]["factor"] = 1.0
     assert RescaleFactors.from_hf_config(keys).attention_scale(Window.LONG) == 1.0
 
@@ -144,14 +172,19 @@ def test_windows_have_their_own_table_and_scale() -> None:
     assert factors.inverse_frequencies(Window.SHORT).tolist() == pytest.approx(theta, rel=3e-7)
     assert factors.inverse_frequencies(Window.LONG).tolist() == pytest.approx(long, rel=3e-7)
     assert factors.inverse_frequencies(Window.LONG).dtype == torch.float32
-    assert (factors.attention_scale(Window.SHORT), factors.attention_scale(Window.LONG)) == (1.0, 1.2)
+    assert (factors.attention_scale(Window.SHORT), factors.attention_scale(Window.LONG)) == (
+        1.0,
+        1.2,
+    )
     own_short = small(short_factors=(2.0, 2.0, 2.0, 2.0)).inverse_frequencies(Window.SHORT)
     assert own_short.tolist() == pytest.approx([t / 2 for t in theta], rel=3e-7)
 
 
 def test_in_both_windows_the_short_one_is_the_long_one() -> None:
     static = small(long_attention_scale=1.2).in_both_windows()
-    assert torch.equal(static.inverse_frequencies(Window.SHORT), static.inverse_frequencies(Window.LONG))
+    assert torch.equal(
+        static.inverse_frequencies(Window.SHORT), static.inverse_frequencies(Window.LONG)
+    )
     assert static.inverse_frequencies(Window.LONG).equal(small().inverse_frequencies(Window.LONG))
     assert (static.attention_scale(Window.SHORT), static.attention_scale(Window.LONG)) == (1.2, 1.2)
     assert RescaleFactors.from_json(static.to_json()) == static
@@ -164,21 +197,31 @@ def test_closed_forms_in_float64() -> None:
     assert methods[RopeMethod.pi].factors == (scale,) * 64
     base = 5e5 ** (math.log(131072 / (2 * math.pi)) / math.log(8192 / (2 * math.pi)))
     assert base == pytest.approx(7.98e7, rel=1e-3)  # the paper's NTK for LLaMA3-8B
-    turning_once = 64 * math.log(8192 / (2 * math.pi)) / math.log(5e5)  # un-ceiled critical index: lambda is s there
+    turning_once = (
+        64 * math.log(8192 / (2 * math.pi)) / math.log(5e5)
+    )  # un-ceiled critical index: lambda is s there
     expected = [scale ** (i / turning_once) for i in range(64)]
     assert methods[RopeMethod.ntk].factors == pytest.approx(expected, rel=1e-12)
-    assert methods[RopeMethod.ntk_aware].factors == pytest.approx([scale ** (i / 63) for i in range(64)], rel=1e-12)
-    assert methods[RopeMethod.dynamic_ntk].factors == pytest.approx([241 ** (i / 63) for i in range(64)], rel=1e-12)
+    assert methods[RopeMethod.ntk_aware].factors == pytest.approx(
+        [scale ** (i / 63) for i in range(64)], rel=1e-12
+    )
+    assert methods[RopeMethod.dynamic_ntk].factors == pytest.approx(
+        [241 ** (i / 63) for i in range(64)], rel=1e-12
+    )
     yarn = methods[RopeMethod.yarn]  # ramp from floor(18.08) = 18 to ceil(34.98) = 35
     assert yarn.factors[18] == 1.0
     assert yarn.factors[35:] == (scale,) * 29
     assert yarn.factors[26] == pytest.approx(1 / ((8 / 17) / 16 + 9 / 17), rel=1e-12)
     assert yarn.long_attention_scale == pytest.approx(1.2772588722239782, rel=1e-12)
     assert yarn.short_attention_scale == 1.0
-    llama3 = methods[RopeMethod.llama3]  # index 27 turns 5.14 times, 28 4.19, 29 3.41, 34 1.22, 35 0.996
+    llama3 = methods[
+        RopeMethod.llama3
+    ]  # index 27 turns 5.14 times, 28 4.19, 29 3.41, 34 1.22, 35 0.996
     assert llama3.factors[28] == 1.0
     turns = 8192 / (2 * math.pi * 5e5 ** (29 / 64))
-    assert llama3.factors[29] == pytest.approx(1 / ((4 - turns) / 3 / 16 + (turns - 1) / 3), rel=1e-12)
+    assert llama3.factors[29] == pytest.approx(
+        1 / ((4 - turns) / 3 / 16 + (turns - 1) / 3), rel=1e-12
+    )
     assert llama3.factors[35] == scale
 
 
@@ -197,13 +240,19 @@ def test_methods_are_named_by_their_value() -> None:
     ("changes", "text"),
     [
         ({"factors": (1.0, 2.0)}, "factors has 2 values; rotary_dim=8 needs 4"),
-        ({"factors": (1.0, -2.0, 4.0, 5.0)}, r"factors\[1\]=-2.0: a rescale factor must be a finite number above 0"),
+        (
+            {"factors": (1.0, -2.0, 4.0, 5.0)},
+            r"factors\[1\]=-2.0: a rescale factor must be a finite number above 0",
+        ),
         ({"factors": (1.0, 2.0, math.nan, 5.0)}, r"factors\[2\]=nan"),
         ({"short_factors": (1.0,)}, "short_factors has 1 values; rotary_dim=8 needs 4"),
         ({"short_factors": (1.0, 1.0, 1.0, 0.0)}, r"short_factors\[3\]=0.0"),
         ({"target_len": 31}, "target_len=31 is below original_len=32"),
         ({"critical_index": 4}, "critical_index=4: must be a cosine index, 0 .. 3"),
-        ({"long_attention_scale": 0.0}, "long_attention_scale=0.0: must be a finite number above 0"),
+        (
+            {"long_attention_scale": 0.0},
+            "long_attention_scale=0.0: must be a finite number above 0",
+        ),
         ({"short_attention_scale": math.inf}, "short_attention_scale=inf"),
     ],
 )
@@ -218,10 +267,22 @@ def test_validation_errors(changes: dict[str, Any], text: str) -> None:
         ("{", "not a factors file: "),
         ("[]", "not a factors file: its kind is not 'rescale_factors'"),
         ('{"kind": "manifest"}', "not a factors file: its kind is not 'rescale_factors'"),
-        ('{"kind": "rescale_factors", "version": 9}', "has version 9, this program reads 1; make it again"),
-        ('{"kind": "rescale_factors", "version": 1}', "missing, unknown or ill-typed field: 'geometry'"),
-        (small().to_json().replace('"method"', '"way"'), "missing, unknown or ill-typed field: .*'way'"),
-        (small().to_json().replace("4.0", '"four"'), "missing, unknown or ill-typed field: .*'four'"),
+        (
+            '{"kind": "rescale_factors", "version": 9}',
+            "has version 9, this program reads 1; make it again",
+        ),
+        (
+            '{"kind": "rescale_factors", "version": 1}',
+            "missing, unknown or ill-typed field: 'geometry'",
+        ),
+        (
+            small().to_json().replace('"method"', '"way"'),
+            "missing, unknown or ill-typed field: .*'way'",
+        ),
+        (
+            small().to_json().replace("4.0", '"four"'),
+            "missing, unknown or ill-typed field: .*'four'",
+        ),
         (small().to_json().replace("4.0", "-4.0"), r"factors\[2\]=-4.0"),
         (
             '{"factors": [1, 2], "rope_base": 1e4}',
@@ -251,9 +312,18 @@ def test_hf_config_holds_one_attention_scale_only() -> None:
             "RoPE type is 'mrope'.*from default, longrope, su, linear, dynamic, yarn,",
         ),
         ({"rope_theta": 1e4}, "the Hugging Face config has no max_position_embeddings"),
-        ({"max_position_embeddings": 64, "head_dim": 8}, "the Hugging Face config has no rope_theta"),
-        ({"max_position_embeddings": 64, "rope_theta": 1e4}, "the Hugging Face config has no hidden_size"),
-        ({"rope_scaling": {"type": "longrope"}}, "the Hugging Face config has no original_max_position_embeddings"),
+        (
+            {"max_position_embeddings": 64, "head_dim": 8},
+            "the Hugging Face config has no rope_theta",
+        ),
+        (
+            {"max_position_embeddings": 64, "rope_theta": 1e4},
+            "the Hugging Face config has no hidden_size",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope"}},
+            "the Hugging Face config has no original_max_position_embeddings",
+        ),
         (
             {
                 "rope_scaling": {"type": "su", "original_max_position_embeddings": 32},
@@ -271,9 +341,13 @@ def test_hf_config_errors(config: dict[str, Any], text: str) -> None:
 
 
 def test_closed_form_errors() -> None:
-    with pytest.raises(FactorsError, match="rope.method=searched has no closed form; use one of none, pi, ntk,"):
+    with pytest.raises(
+        FactorsError, match="rope.method=searched has no closed form; use one of none, pi, ntk,"
+    ):
         closed_form_factors(RopeMethod.searched, GEOMETRY, 128)
     with pytest.raises(FactorsError, match="target_len=16 is below original_len=32"):
         closed_form_factors(RopeMethod.ntk, GEOMETRY, 16)
-    with pytest.raises(FactorsError, match="rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2"):
+    with pytest.raises(
+        FactorsError, match="rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2"
+    ):
         closed_form_factors(RopeMethod.ntk_aware, RopeGeometry(2, 1e4, 32), 128)

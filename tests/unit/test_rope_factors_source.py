@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from longrope2.artifacts import product_folder
 from longrope2.config import compose
 from longrope2.errors import ArtifactError
-from longrope2.model import RopeConfig, factors_path, resolve_factors, rope_geometry
-from longrope2.model.factors_source import read_factors
-from longrope2.model.hf_files import find_config_file, read_model_config
-from longrope2.rope import (
-    RescaleFactors,
-    RopeGeometry,
+from longrope2.files.artifacts import product_folder
+from longrope2.model.factors_source import RopeConfig, factors_path, read_factors, resolve_factors
+from longrope2.model.loading import rope_geometry
+from longrope2.model.shape import find_config_file, read_model_config
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import (
     RopeMethod,
     closed_form_factors,
     critical_index_factors,
@@ -31,8 +31,12 @@ ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
-def resolve(method: RopeMethod, given: Path | str | None = None, run: Path = Path("no_such_run")) -> RescaleFactors:
-    return resolve_factors(RopeConfig(method, None if given is None else str(given)), GEOMETRY, 128, run)
+def resolve(
+    method: RopeMethod, given: Path | str | None = None, run: Path = Path("no_such_run")
+) -> RescaleFactors:
+    return resolve_factors(
+        RopeConfig(method, None if given is None else str(given)), GEOMETRY, 128, run
+    )
 
 
 def write(path: Path, content: str | dict[str, Any]) -> Path:
@@ -52,8 +56,14 @@ def test_real_critical_index_from_the_run_or_a_file(tmp_path: Path, method: Rope
 
 def test_csv_and_json_files(tmp_path: Path) -> None:
     csv = resolve(RopeMethod.from_file, write(tmp_path / "found.csv", "1\n2\n4\n5\n"))
-    assert (csv.factors, csv.target_len, csv.provenance) == (SEARCHED.factors, 128, {"source": "found.csv"})
-    assert resolve(RopeMethod.from_file, write(tmp_path / "own.json", SEARCHED.to_json())) == SEARCHED
+    assert (csv.factors, csv.target_len, csv.provenance) == (
+        SEARCHED.factors,
+        128,
+        {"source": "found.csv"},
+    )
+    assert (
+        resolve(RopeMethod.from_file, write(tmp_path / "own.json", SEARCHED.to_json())) == SEARCHED
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,8 +82,14 @@ def test_published_arrays(name: str, geometry: RopeGeometry) -> None:
 def test_published_config_as_folder_or_file(tmp_path: Path) -> None:
     file = write(tmp_path / "model" / "config.json", YARN)
     from_folder = resolve(RopeMethod.from_hf, tmp_path / "model")
-    assert from_folder == resolve(RopeMethod.from_hf, file) == resolve(RopeMethod.from_hf, write(tmp_path / "c", YARN))
-    assert from_folder.factors == pytest.approx(closed_form_factors(RopeMethod.yarn, GEOMETRY, 128).factors, rel=1e-12)
+    assert (
+        from_folder
+        == resolve(RopeMethod.from_hf, file)
+        == resolve(RopeMethod.from_hf, write(tmp_path / "c", YARN))
+    )
+    assert from_folder.factors == pytest.approx(
+        closed_form_factors(RopeMethod.yarn, GEOMETRY, 128).factors, rel=1e-12
+    )
     assert factors_path(RopeConfig(RopeMethod.from_hf, str(tmp_path / "model")), tmp_path) == file
 
 
@@ -92,13 +108,18 @@ def test_read_factors_knows_files_from_models(tmp_path: Path) -> None:
     json_file = write(tmp_path / "a.json", SEARCHED.to_json())
     csv_file = write(tmp_path / "b.csv", "1,2,4,5")
     write(tmp_path / "m" / "config.json", YARN)
-    read = [read_factors(str(given), GEOMETRY, 128, "key") for given in (json_file, csv_file, tmp_path / "m")]
+    read = [
+        read_factors(str(given), GEOMETRY, 128, "key")
+        for given in (json_file, csv_file, tmp_path / "m")
+    ]
     assert [factors.method for factors in read] == ["longrope2", "from_file", "from_hf"]
 
 
 @pytest.mark.parametrize("method", ["yarn_rcd", "ntk_rcd", "from_hf", "from_file"])
 def test_methods_are_configuration_choices(method: str) -> None:
-    config = compose(TrainRoot, "train", [f"rope={method}", "rope.factors=x", "experiment=tiny_extend"])
+    config = compose(
+        TrainRoot, "train", [f"rope={method}", "rope.factors=x", "experiment=tiny_extend"]
+    )
     assert config.rope == RopeConfig(RopeMethod(method), "x")
 
 
@@ -108,37 +129,72 @@ NO_INDEX = closed_form_factors(RopeMethod.ntk, GEOMETRY, 128).to_json()
 @pytest.mark.parametrize(
     ("method", "content", "text"),
     [
-        (RopeMethod.yarn_rcd, NO_INDEX, r"f.json \(rope.factors\) has no critical_index, which rope.method=yarn_rcd needs"),
+        (
+            RopeMethod.yarn_rcd,
+            NO_INDEX,
+            r"f.json \(rope.factors\) has no critical_index, which rope.method=yarn_rcd needs",
+        ),
         (RopeMethod.from_file, "{", r"f.json \(rope.factors\): not a factors file: "),
-        (RopeMethod.from_file, SEARCHED.to_json().replace("10000.0", "500.0"), r"\(rope.factors\) is for RopeGeometry\("),
-        (RopeMethod.from_file, SEARCHED.to_json().replace("128", "64"), r"is for target_len=64, not 128"),
+        (
+            RopeMethod.from_file,
+            SEARCHED.to_json().replace("10000.0", "500.0"),
+            r"\(rope.factors\) is for RopeGeometry\(",
+        ),
+        (
+            RopeMethod.from_file,
+            SEARCHED.to_json().replace("128", "64"),
+            r"is for target_len=64, not 128",
+        ),
         (RopeMethod.from_hf, "[]", "f.json is not a Hugging Face config: it holds no JSON object"),
         (RopeMethod.from_hf, "{", "f.json cannot be read as a Hugging Face config: "),
-        (RopeMethod.from_hf, {**YARN, "head_dim": 16}, r"\(rope.factors\) is for RopeGeometry\(rotary_dim=16"),
-        (RopeMethod.from_hf, {**YARN, "rope_scaling": {"type": "su"}}, r"\(rope.factors\): the Hugging Face config has no"),
-        (RopeMethod.from_hf, {**YARN, "rope_scaling": {**YARN["rope_scaling"], "factor": 2.0}},
-         r"f.json \(rope.factors\) reaches 64 tokens, not target_len=128; set target_len=64, or give"),
+        (
+            RopeMethod.from_hf,
+            {**YARN, "head_dim": 16},
+            r"\(rope.factors\) is for RopeGeometry\(rotary_dim=16",
+        ),
+        (
+            RopeMethod.from_hf,
+            {**YARN, "rope_scaling": {"type": "su"}},
+            r"\(rope.factors\): the Hugging Face config has no",
+        ),
+        (
+            RopeMethod.from_hf,
+            {**YARN, "rope_scaling": {**YARN["rope_scaling"], "factor": 2.0}},
+            r"f.json \(rope.factors\) reaches 64 tokens, not target_len=128; set target_len=64, or give",
+        ),
     ],
-)  # fmt: skip
-def test_errors_of_files(tmp_path: Path, method: RopeMethod, content: str | dict, text: str) -> None:
+)
+def test_errors_of_files(
+    tmp_path: Path, method: RopeMethod, content: str | dict, text: str
+) -> None:
     with pytest.raises(ArtifactError, match=text):
         resolve(method, write(tmp_path / "f.json", content))
 
 
 def test_errors_of_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="rope.method=from_file needs rope.factors=a factors file, .json or .csv"):
+    with pytest.raises(
+        ArtifactError,
+        match="rope.method=from_file needs rope.factors=a factors file, .json or .csv",
+    ):
         resolve(RopeMethod.from_file)
     with pytest.raises(
-        ArtifactError, match="rope.method=from_hf needs rope.factors=a model folder, a config.json or a"
+        ArtifactError,
+        match="rope.method=from_hf needs rope.factors=a model folder, a config.json or a",
     ):
         resolve(RopeMethod.from_hf)
     with pytest.raises(
-        ArtifactError, match="rope.method=ntk_rcd needs a factors file, but .*factors.json does not exist"
+        ArtifactError,
+        match="rope.method=ntk_rcd needs a factors file, but .*factors.json does not exist",
     ):
         resolve(RopeMethod.ntk_rcd, run=tmp_path)
-    with pytest.raises(ArtifactError, match="rope.factors=.* holds no config.json; give a Hugging Face model folder"):
+    with pytest.raises(
+        ArtifactError,
+        match="rope.factors=.* holds no config.json; give a Hugging Face model folder",
+    ):
         resolve(RopeMethod.from_hf, tmp_path)
-    with pytest.raises(ArtifactError, match=r"f\.csv \(rope.factors\): line 2 of the factors CSV: 'x' is not"):
+    with pytest.raises(
+        ArtifactError, match=r"f\.csv \(rope.factors\): line 2 of the factors CSV: 'x' is not"
+    ):
         resolve(RopeMethod.from_file, write(tmp_path / "f.csv", "1\nx\n"))
 
 
@@ -153,7 +209,10 @@ def test_a_name_that_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("no connection\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ArtifactError, match=r"model.path=someone/model is neither .* reached \(no connection\); give"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"model.path=someone/model is neither .* reached \(no connection\); give",
+    ):
         find_config_file("someone/model", "model.path")
     assert asked == [("someone/model", "config.json")]  # nothing but config.json is asked for
 
@@ -161,20 +220,37 @@ def test_a_name_that_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "geometry"),
     [  # as published: Llama-2 leaves out the base, Phi-2 the rotated part
-        ({"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}, RopeGeometry(128, 1e4, 4096)),
-        ({"model_type": "phi", "hidden_size": 2560, "num_attention_heads": 32}, RopeGeometry(40, 1e4, 4096)),
-        ({"model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 24, "partial_rotary_factor": 0.75},
-         RopeGeometry(96, 1e4, 4096)),
+        (
+            {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32},
+            RopeGeometry(128, 1e4, 4096),
+        ),
+        (
+            {"model_type": "phi", "hidden_size": 2560, "num_attention_heads": 32},
+            RopeGeometry(40, 1e4, 4096),
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "hidden_size": 3072,
+                "num_attention_heads": 24,
+                "partial_rotary_factor": 0.75,
+            },
+            RopeGeometry(96, 1e4, 4096),
+        ),
         ({"model_type": "llama", "head_dim": 64, "rope_theta": 1e5}, RopeGeometry(64, 1e5, 4096)),
     ],
-)  # fmt: skip
-def test_model_class_completes_the_config(tmp_path: Path, config: dict[str, Any], geometry: RopeGeometry) -> None:
+)
+def test_model_class_completes_the_config(
+    tmp_path: Path, config: dict[str, Any], geometry: RopeGeometry
+) -> None:
     write(tmp_path / "config.json", config)
     assert rope_geometry(tmp_path, 4096) == geometry
 
 
 def test_a_model_class_with_a_rope_per_layer_type(tmp_path: Path) -> None:
-    file = write(tmp_path / "config.json", {"model_type": "gemma3_text", "rope_theta": 1e6, "head_dim": 8})
+    file = write(
+        tmp_path / "config.json", {"model_type": "gemma3_text", "rope_theta": 1e6, "head_dim": 8}
+    )
     with pytest.raises(ArtifactError, match="gemma3_text models have a RoPE per layer type"):
         read_model_config(file)
 
@@ -182,7 +258,10 @@ def test_a_model_class_with_a_rope_per_layer_type(tmp_path: Path) -> None:
 def test_a_scaling_beside_a_default_of_transformers_5_is_seen(tmp_path: Path) -> None:
     config = {**YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     write(tmp_path / "config.json", config)
-    with pytest.raises(ArtifactError, match="already has RoPE scaling 'yarn'; give model.path of the model before ext"):
+    with pytest.raises(
+        ArtifactError,
+        match="already has RoPE scaling 'yarn'; give model.path of the model before ext",
+    ):
         rope_geometry(tmp_path, 32)
 
 

@@ -5,16 +5,15 @@ import math
 import pytest
 
 from longrope2.errors import FactorsError
-from longrope2.rope import (
-    RescaleFactors,
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import (
     RopeGeometry,
     inverse_frequencies,
-    ntk_part,
     periods,
-    satisfies_bound,
     ten_period_index,
     theoretical_critical_index,
 )
+from longrope2.rope.methods import ntk_part, satisfies_bound
 
 PHI3_MINI = RopeGeometry(96, 1e4, 2048)
 LLAMA3_8B = RopeGeometry(128, 5e5, 8192)
@@ -42,7 +41,9 @@ def test_critical_indices(geometry: RopeGeometry, theoretical: int, ten_periods:
     assert ten_period_index(geometry) == ten_periods
 
 
-@pytest.mark.parametrize("geometry", [PHI3_MINI, LLAMA3_8B, PHI4_MINI, LLAMA2_7B, QWEN3_8B, SMOLLM2, TINY])
+@pytest.mark.parametrize(
+    "geometry", [PHI3_MINI, LLAMA3_8B, PHI4_MINI, LLAMA2_7B, QWEN3_8B, SMOLLM2, TINY]
+)
 def test_critical_indices_by_counting_turns(geometry: RopeGeometry) -> None:
     turns = [geometry.original_len / period for period in periods(geometry).tolist()]
     assert theoretical_critical_index(geometry) == sum(turn > 1 for turn in turns)
@@ -50,11 +51,16 @@ def test_critical_indices_by_counting_turns(geometry: RopeGeometry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("geometry", "fraction"), [(PHI3_MINI, 30.16), (LLAMA3_8B, 34.98), (PHI4_MINI, 33.77), (LLAMA2_7B, 45.03)]
+    ("geometry", "fraction"),
+    [(PHI3_MINI, 30.16), (LLAMA3_8B, 34.98), (PHI4_MINI, 33.77), (LLAMA2_7B, 45.03)],
 )
-def test_a_dimension_at_the_fractional_critical_index_turns_once(geometry: RopeGeometry, fraction: float) -> None:
+def test_a_dimension_at_the_fractional_critical_index_turns_once(
+    geometry: RopeGeometry, fraction: float
+) -> None:
     period = 2 * math.pi * geometry.rope_base ** (2 * fraction / geometry.rotary_dim)
-    assert period == pytest.approx(geometry.original_len, rel=2e-3)  # the fraction is given to two places
+    assert period == pytest.approx(
+        geometry.original_len, rel=2e-3
+    )  # the fraction is given to two places
     assert theoretical_critical_index(geometry) == math.ceil(fraction)
 
 
@@ -77,14 +83,18 @@ def test_every_dimension_trained_clips_to_their_count() -> None:
 def test_ntk_part_is_a_change_of_base() -> None:
     critical_index, critical_factor = 30, 21.5
     base = LLAMA3_8B.rope_base * critical_factor ** (128 / (2 * critical_index))
-    changed = [base ** (2 * i / 128) / LLAMA3_8B.rope_base ** (2 * i / 128) for i in range(critical_index)]
+    changed = [
+        base ** (2 * i / 128) / LLAMA3_8B.rope_base ** (2 * i / 128) for i in range(critical_index)
+    ]
     assert ntk_part(critical_index, critical_factor) == pytest.approx(changed, rel=1e-13)
     assert ntk_part(0, 20.0) == ()
 
 
 def test_bound_looks_from_the_critical_index_on() -> None:
     geometry = RopeGeometry(8, 1e4, 32)
-    factors = RescaleFactors(factors=(1.0, 3.9, 4.0, 5.0), geometry=geometry, target_len=128, method="x")
+    factors = RescaleFactors(
+        factors=(1.0, 3.9, 4.0, 5.0), geometry=geometry, target_len=128, method="x"
+    )
     assert satisfies_bound(factors, 2)
     assert not satisfies_bound(factors, 1)
 
@@ -96,7 +106,10 @@ def test_bound_looks_from_the_critical_index_on() -> None:
         ((0, 1e4, 128), "rotary_dim=0"),
         ((8, 1.0, 128), "rope_base=1.0: the RoPE base must be a finite number above 1"),
         ((8, math.nan, 128), "rope_base=nan"),
-        ((8, 1e4, 6), "original_len=6: the pre-trained window must be at least 7 tokens; set model.original_len"),
+        (
+            (8, 1e4, 6),
+            "original_len=6: the pre-trained window must be at least 7 tokens; set model.original_len",
+        ),
     ],
 )
 def test_geometry_errors(arguments: tuple[int, float, int], text: str) -> None:

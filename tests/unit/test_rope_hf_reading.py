@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from longrope2.errors import FactorsError
-from longrope2.rope import RescaleFactors, RopeGeometry, config_geometry, config_rope_type
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import config_geometry, config_rope_type
 
 BASE = {"head_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -28,13 +30,20 @@ def read(scaling: dict[str, Any], *lengths: int | None, **top: Any) -> RescaleFa
     [
         (YARN, {}, 32, 128),  # the factor says more than max_position_embeddings (Qwen2.5)
         (LLAMA3, {"max_position_embeddings": 512}, 32, 512),  # and here less (Llama 3.1)
-        ({"rope_type": "yarn", "factor": 4.0}, {}, 64, 256),  # no original length anywhere: all of it, as transformers
+        (
+            {"rope_type": "yarn", "factor": 4.0},
+            {},
+            64,
+            256,
+        ),  # no original length anywhere: all of it, as transformers
         ({"type": "dynamic", "factor": 2.0}, {}, 64, 128),
         (LONGROPE, {}, 32, 64),
         (LONGROPE, {"original_max_position_embeddings": 16}, 16, 64),  # the top level wins
     ],
 )
-def test_lengths_a_config_states(scaling: dict, top: dict, original_len: int, target_len: int) -> None:
+def test_lengths_a_config_states(
+    scaling: dict, top: dict, original_len: int, target_len: int
+) -> None:
     found = read(scaling, **top)
     assert (found.geometry.original_len, found.target_len) == (original_len, target_len)
 
@@ -61,7 +70,12 @@ def test_dynamic_leaves_the_short_window_alone() -> None:
 
 def test_longrope_with_equal_factors_of_one_has_no_short_factors() -> None:
     assert read(LONGROPE).short_factors is None
-    assert read({**LONGROPE, "short_factor": [1.0, 1.02, 1.03, 1.03]}).short_factors == (1.0, 1.02, 1.03, 1.03)
+    assert read({**LONGROPE, "short_factor": [1.0, 1.02, 1.03, 1.03]}).short_factors == (
+        1.0,
+        1.02,
+        1.03,
+        1.03,
+    )
 
 
 def test_early_phi3_configs_call_longrope_su_or_yarn() -> None:
@@ -73,8 +87,12 @@ def test_early_phi3_configs_call_longrope_su_or_yarn() -> None:
 
 def test_deepseek_attention_weights() -> None:
     found = read({**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5})
-    assert found.long_attention_scale == pytest.approx((0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1), rel=1e-12)
-    assert read({**YARN, "mscale": 0.7}).long_attention_scale == pytest.approx(0.1 * math.log(4) + 1, rel=1e-12)
+    assert found.long_attention_scale == pytest.approx(
+        (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1), rel=1e-12
+    )
+    assert read({**YARN, "mscale": 0.7}).long_attention_scale == pytest.approx(
+        0.1 * math.log(4) + 1, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +104,10 @@ def test_deepseek_attention_weights() -> None:
         ({"rope_parameters": {"rope_type": "llama3", "type": "yarn"}}, "llama3"),
         # rope_scaling wins although transformers 5 wrote a default beside it
         (
-            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {
+                "rope_scaling": {"type": "linear"},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
             "linear",
         ),
     ],
@@ -97,29 +118,53 @@ def test_rope_type(config: dict[str, Any], rope_type: str) -> None:
 
 def test_geometry_of_either_layout() -> None:
     inside = {"head_dim": 16, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.75}}
-    top = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 500000, "partial_rotary_factor": 0.75}
+    top = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rope_theta": 500000,
+        "partial_rotary_factor": 0.75,
+    }
     assert config_geometry(inside, 64) == config_geometry(top, 64) == RopeGeometry(12, 5e5, 64)
 
 
 @pytest.mark.parametrize(
     ("scaling", "top", "text"),
     [
-        ({"type": "linear", "factor": 4.0}, {}, "linear RoPE scaling does not say its pre-trained window; set original_"),
+        (
+            {"type": "linear", "factor": 4.0},
+            {},
+            "linear RoPE scaling does not say its pre-trained window; set original_",
+        ),
         ({"type": "linear"}, {}, "linear RoPE scaling does not say"),
         ({"type": "dynamic"}, {}, "the Hugging Face config has no factor"),
         ({**YARN, "factor": "4"}, {}, "has factor='4'; it must be a number above 0"),
         ({**YARN, "factor": 0}, {}, "has factor=0; it must be a number above 0"),
         ({**YARN, "beta_fast": -1}, {}, "has beta_fast=-1; it must be a number above 0"),
-        ({**LLAMA3, "high_freq_factor": 1.0}, {}, "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
+        (
+            {**LLAMA3, "high_freq_factor": 1.0},
+            {},
+            "high_freq_factor=1.0 must be above low_freq_factor=1.0",
+        ),
         ({**LLAMA3, "low_freq_factor": None}, {}, "has no low_freq_factor; add it to config.json"),
         ({**LONGROPE, "long_factor": 3.0}, {}, "has long_factor=3.0; it must be a list of numbers"),
-        ({**LONGROPE, "long_factor": ["1", 2, 3, 4]}, {}, "has long_factor=.*; it must be a list of numbers"),
+        (
+            {**LONGROPE, "long_factor": ["1", 2, 3, 4]},
+            {},
+            "has long_factor=.*; it must be a list of numbers",
+        ),
         ({**LONGROPE, "long_factor": [1.0, 2.0]}, {}, "factors has 2 values; rotary_dim=8 needs 4"),
-        (YARN, {"max_position_embeddings": True}, "has max_position_embeddings=True; it must be a number above 0"),
-        ({"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}, {},
-         r"a RoPE per layer type \(full_attention, sliding_attention\); one RoPE for all layers is supported"),
+        (
+            YARN,
+            {"max_position_embeddings": True},
+            "has max_position_embeddings=True; it must be a number above 0",
+        ),
+        (
+            {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}},
+            {},
+            r"a RoPE per layer type \(full_attention, sliding_attention\); one RoPE for all layers is supported",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(scaling: dict[str, Any], top: dict[str, Any], text: str) -> None:
     with pytest.raises(FactorsError, match=text):
         read(scaling, **top)

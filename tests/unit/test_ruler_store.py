@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation.sample_store import SAMPLES_PER_FILE, SampleRecipe, SampleStore
-from longrope2.evaluation.samples import Sample
+from longrope2.evaluation.samples import SAMPLES_PER_FILE, Sample, SampleRecipe, SampleStore
 
 
 def made(first, stop):
     return [
-        Sample(np.arange(n, 2 * n + 3, dtype=np.int32), (f"answer {n}", "\u00e9"), 7, {"depth": n / 7, "keys": ["a"]})
+        Sample(
+            np.arange(n, 2 * n + 3, dtype=np.int32),
+            (f"answer {n}", "\u00e9"),
+            7,
+            {"depth": n / 7, "keys": ["a"]},
+        )
         for n in range(first, stop)
     ]
 
@@ -63,7 +67,8 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path = store.file(recipe(3), 0, 3)
     path.write_bytes(content)
     with pytest.raises(
-        ArtifactError, match=r"samples-00000-00003.arrow is damaged .*; remove it, and it is made again"
+        ArtifactError,
+        match=r"samples-00000-00003.arrow is damaged .*; remove it, and it is made again",
     ):
         store.samples([recipe(3)])
 
@@ -93,7 +98,9 @@ def test_an_error_names_task_and_length_and_keeps_what_is_finished(tmp_path, wor
     store = SampleStore(tmp_path, workers)
     with pytest.raises(DataError, match="task at 64 tokens: too few documents"):
         store.samples([recipe(100, failing)])
-    assert store.file(recipe(100), 0, 50).is_file() and not store.file(recipe(100), 50, 100).is_file()
+    assert (
+        store.file(recipe(100), 0, 50).is_file() and not store.file(recipe(100), 50, 100).is_file()
+    )
 
 
 def killed(first, stop):
@@ -102,7 +109,9 @@ def killed(first, stop):
 
 
 def test_a_killed_worker_is_said_and_the_next_run_goes_on(tmp_path):
-    with pytest.raises(DataError, match="was killed, probably for memory; run again with fewer workers"):
+    with pytest.raises(
+        DataError, match="was killed, probably for memory; run again with fewer workers"
+    ):
         SampleStore(tmp_path, 2).samples([recipe(60, killed)])
     (found,) = SampleStore(tmp_path, 2).samples([recipe(60)])
     assert len(found) == 60

@@ -1,8 +1,10 @@
-"""RULER as upstream makes it: the same draws as its code, prompts read from a checkout and only the known ones.
+"""RULER as upstream makes it: the same draws as its code, prompts read from a checkout and only the
+known ones.
 
-Its prompts are not ours to ship, so these tests bring prompts of their own with the same fields. FROZEN holds hashes of
-what the generators of NVIDIA/RULER (as of 2026-07: binary search, answer prefix counted, input less answer for fwe) gave
-for them with the miniature's tokenizer, word lists and texts of ours, and a sentence splitter in place of NLTK's.
+Its prompts are not ours to ship, so these tests bring prompts of their own with the same fields.
+FROZEN holds hashes of what the generators of NVIDIA/RULER (as of 2026-07: binary search, answer
+prefix counted, input less answer for fwe) gave for them with the miniature's tokenizer, word lists
+and texts of ours, and a sentence splitter in place of NLTK's.
 """
 
 import hashlib
@@ -14,11 +16,13 @@ import ruler_fixtures as fixtures
 from transformers import AutoTokenizer
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation.ruler import RULER_TASKS, RulerMode, ruler_tasks, upstream, upstream_files
-from longrope2.evaluation.ruler.prompts import PromptEncoder
+from longrope2.evaluation.prompts import PromptEncoder
+from longrope2.evaluation.ruler import upstream, upstream_draws
+from longrope2.evaluation.ruler.config import RULER_TASKS, RulerMode
+from longrope2.evaluation.ruler.haystacks import ADJECTIVES, NOUNS
+from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
-from longrope2.evaluation.ruler.upstream_files import PROMPT_SHA256, read_prompts
-from longrope2.evaluation.ruler.words import ADJECTIVES, NOUNS
+from longrope2.evaluation.ruler.upstream_draws import PROMPT_SHA256, read_prompts
 
 PROMPTS = {
     "niah": ("Some magic {type_needle_v} are hidden; what are all of them?\n{context}\nWhat are all for {query}?",
@@ -56,11 +60,24 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("RULER")
     data = folder / "scripts" / "data" / "synthetic"
     (data / "json").mkdir(parents=True)
-    tasks = {name: {"tokens_to_generate": 1, "template": t, "answer_prefix": p} for name, (t, p) in PROMPTS.items()}
-    (data / "constants.py").write_text(f"TASKS = {tasks!r}\nraise SystemExit('it must not be run')\n")
-    (data / "json" / "PaulGrahamEssays.json").write_text(json.dumps({"text": "\n".join(fixtures.essays())}))
-    (data / "json" / "english_words.json").write_text(json.dumps({str(n): f"further{n}" for n in range(6000)}))
-    lists = {"nounlist.txt": NOUNS, "adjectivelist.txt": ADJECTIVES, "verblist.txt": fixtures.FILLER}
+    tasks = {
+        name: {"tokens_to_generate": 1, "template": t, "answer_prefix": p}
+        for name, (t, p) in PROMPTS.items()
+    }
+    (data / "constants.py").write_text(
+        f"TASKS = {tasks!r}\nraise SystemExit('it must not be run')\n"
+    )
+    (data / "json" / "PaulGrahamEssays.json").write_text(
+        json.dumps({"text": "\n".join(fixtures.essays())})
+    )
+    (data / "json" / "english_words.json").write_text(
+        json.dumps({str(n): f"further{n}" for n in range(6000)})
+    )
+    lists = {
+        "nounlist.txt": NOUNS,
+        "adjectivelist.txt": ADJECTIVES,
+        "verblist.txt": fixtures.FILLER,
+    }
     for name, words in lists.items():
         (folder / name).write_text("\n".join(words) + "\n")
     return folder
@@ -70,9 +87,10 @@ def checkout(tmp_path_factory):
 def own_prompts(monkeypatch):
     """Our prompts count as the known ones."""
     hashes = {
-        name: tuple(hashlib.sha256(part.encode()).hexdigest()[:16] for part in parts) for name, parts in PROMPTS.items()
+        name: tuple(hashlib.sha256(part.encode()).hexdigest()[:16] for part in parts)
+        for name, parts in PROMPTS.items()
     }
-    monkeypatch.setattr(upstream_files, "PROMPT_SHA256", hashes)
+    monkeypatch.setattr(upstream_draws, "PROMPT_SHA256", hashes)
     monkeypatch.setattr(upstream, "_sentences", sentences)
 
 
@@ -87,7 +105,11 @@ def tokenizer():
 
 
 def config(checkout, questions, **fields):
-    where = {"mode": RulerMode.upstream, "upstream_checkout": str(checkout), "wordlists": str(checkout)}
+    where = {
+        "mode": RulerMode.upstream,
+        "upstream_checkout": str(checkout),
+        "wordlists": str(checkout),
+    }
     return fixtures.config(questions, **where, **fields)
 
 
@@ -110,7 +132,9 @@ def test_samples_hold_bos_and_the_prompt(tmp_path, checkout, questions, tokenize
     tasks = ruler_tasks(settings, tokenizer, [], [3000], cache_folder=tmp_path, workers=2)
     ruler = UpstreamRuler(settings, PromptEncoder(tokenizer))
     for task in tasks:
-        for sample, (text, answers, used) in zip(task.samples, ruler.texts(task.name, 3000), strict=True):
+        for sample, (text, answers, used) in zip(
+            task.samples, ruler.texts(task.name, 3000), strict=True
+        ):
             assert sample.prompt_T.tolist() == [
                 tokenizer.bos_token_id,
                 *tokenizer.encode(text, add_special_tokens=False),
@@ -133,27 +157,41 @@ def test_bos_over_the_length_is_taken_off_the_answer(checkout, questions, tokeni
 
 @pytest.mark.usefixtures("own_prompts")
 @pytest.mark.parametrize("task", ["niah_multikey_2", "vt", "cwe", "qa_1"])
-def test_lengths_at_which_upstream_never_ends_are_refused(tmp_path, checkout, questions, tokenizer, task):
+def test_lengths_at_which_upstream_never_ends_are_refused(
+    tmp_path, checkout, questions, tokenizer, task
+):
     with pytest.raises(DataError, match=rf"{task} at 256 tokens: the length is too short"):
-        ruler_tasks(config(checkout, questions, tasks=[task]), tokenizer, [], [256], cache_folder=tmp_path)
+        ruler_tasks(
+            config(checkout, questions, tasks=[task]), tokenizer, [], [256], cache_folder=tmp_path
+        )
 
 
 def test_prompts_that_are_not_rulers_are_refused(checkout):
     template = PROMPTS["niah"][0]
     found = hashlib.sha256(template.encode()).hexdigest()[:16]
     with pytest.raises(
-        ArtifactError, match=rf"template of niah is not RULER's \(SHA-256 {found}..., expected b373c00e2"
+        ArtifactError,
+        match=rf"template of niah is not RULER's \(SHA-256 {found}..., expected b373c00e2",
     ):
         read_prompts(checkout)
-    assert set(PROMPT_SHA256) == set(PROMPTS) and len({part for pair in PROMPT_SHA256.values() for part in pair}) == 10
+    assert (
+        set(PROMPT_SHA256) == set(PROMPTS)
+        and len({part for pair in PROMPT_SHA256.values() for part in pair}) == 10
+    )
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (None, "holds no scripts/data/synthetic/constants.py; give a checkout"),
-    ("X = 1", "defines no TASKS"),
-    ("TASKS = f()", "cannot be read"),
-    ("TASKS = {'niah': {'template': 'x'}}", "TASKS has no template and answer_prefix of niah; use RULER of 2025-06"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "holds no scripts/data/synthetic/constants.py; give a checkout"),
+        ("X = 1", "defines no TASKS"),
+        ("TASKS = f()", "cannot be read"),
+        (
+            "TASKS = {'niah': {'template': 'x'}}",
+            "TASKS has no template and answer_prefix of niah; use RULER of 2025-06",
+        ),
+    ],
+)
 def test_a_checkout_without_prompts_is_named(tmp_path, text, words):
     if text is not None:
         (tmp_path / "scripts/data/synthetic").mkdir(parents=True)
@@ -165,13 +203,17 @@ def test_a_checkout_without_prompts_is_named(tmp_path, text, words):
 @pytest.mark.usefixtures("own_prompts")
 def test_missing_lists_and_essays_are_named(tmp_path, checkout, questions, tokenizer, monkeypatch):
     def texts(task, **fields):
-        return UpstreamRuler(config(checkout, questions, **fields), PromptEncoder(tokenizer)).texts(task, 2048)
+        return UpstreamRuler(config(checkout, questions, **fields), PromptEncoder(tokenizer)).texts(
+            task, 2048
+        )
 
     settings = config(checkout, questions)
     settings.wordlists = str(tmp_path)
     with pytest.raises(DataError, match="ruler.wordlists=.* holds no nounlist.txt"):
         UpstreamRuler(settings, PromptEncoder(tokenizer)).texts("cwe", 2048)
-    with pytest.raises(DataError, match="mode=upstream needs RULER's essays: .*none.json is not there"):
+    with pytest.raises(
+        DataError, match="mode=upstream needs RULER's essays: .*none.json is not there"
+    ):
         texts("niah_single_2", essays=str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="there are 600 questions; use fewer samples"):
         texts("qa_1", num_samples=601)
@@ -180,5 +222,7 @@ def test_missing_lists_and_essays_are_named(tmp_path, checkout, questions, token
     with pytest.raises(DataError, match="cuts essays with NLTK: `pip install nltk`"):
         upstream._sentences("One. Two.")
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    with pytest.raises(DataError, match="needs the word lists of wonderwords: `pip install wonderwords==3.0.1`"):
-        upstream_files.read_upstream_words(checkout, None)
+    with pytest.raises(
+        DataError, match="needs the word lists of wonderwords: `pip install wonderwords==3.0.1`"
+    ):
+        upstream_draws.read_upstream_words(checkout, None)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from longrope2.rope import Window
-from longrope2.segments import StepSchedule
+from longrope2.rope.factors import Window
+from longrope2.segments.schedule import StepSchedule
 
 
-def make(num_short: int, num_long: int, per_step: int = 8, group: int = 4, seed: int = 3) -> StepSchedule:
+def make(
+    num_short: int, num_long: int, per_step: int = 8, group: int = 4, seed: int = 3
+) -> StepSchedule:
     short = tuple(range(num_short))
     long = tuple(range(num_short, num_short + num_long))
     return StepSchedule(short, long, per_step, group, seed)
@@ -21,12 +23,16 @@ def test_every_segment_once_per_epoch() -> None:
     schedule = make(num_short=32, num_long=48)
     seen = flat(schedule, range(schedule.steps_per_epoch), data_size=2)
     assert sorted(seen) == list(range(80))
-    second = flat(schedule, range(schedule.steps_per_epoch, 2 * schedule.steps_per_epoch), data_size=2)
+    second = flat(
+        schedule, range(schedule.steps_per_epoch, 2 * schedule.steps_per_epoch), data_size=2
+    )
     assert sorted(second) == list(range(80))
     assert second != seen
 
 
-@pytest.mark.parametrize(("num_short", "num_long"), [(300, 700), (440, 560), (30, 970), (1000, 0), (0, 1000)])
+@pytest.mark.parametrize(
+    ("num_short", "num_long"), [(300, 700), (440, 560), (30, 970), (1000, 0), (0, 1000)]
+)
 def test_mix_is_exact_over_any_stretch(num_short: int, num_long: int) -> None:
     schedule = make(num_short, num_long, per_step=10, group=1)
     steps = range(schedule.steps_per_epoch)

@@ -14,14 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from data_prep.corpora import CorpusConfig, CorpusKind, heldout_texts
-from data_prep.needles import build_needle_set
 from launch import search as command
-from longrope2.artifacts import read_manifest
+from longrope2.corpora.build import heldout_texts
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.needles import build_needle_set
 from longrope2.errors import ArtifactError, ConfigError, DataError
-from longrope2.model import RopeConfig, load_tokenizer, resolve_factors
-from longrope2.rope import RescaleFactors, RopeGeometry
-from longrope2.search import SampleLosses
+from longrope2.files.artifacts import read_manifest
+from longrope2.model.factors_source import RopeConfig, resolve_factors
+from longrope2.model.loading import load_tokenizer
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.search.objective import SampleLosses
 from longrope2.segments.needle_set import NeedleSet
 
 TOKENIZER_FOLDER = Path(__file__).parents[2] / "models" / "tiny"
@@ -35,10 +38,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in TOKENIZER_FOLDER.glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -56,16 +66,27 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def search(tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SearchRun:
+def search(
+    tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> SearchRun:
     """Run the command with overrides; returns the product folder."""
 
     def run(*overrides: str) -> Path:
         settings = [
-            f"model.path={model_folder}", "target_len=256", "corpus=folder", f"corpus.folder={corpus_folder}",
-            f"run.root={tmp_path}", "run.name=test", "tracking.wandb=disabled", "search.population=5",
-            "search.iterations=2", "search.parents=2", "search.num_samples=2",
-            "search.max_needle_ppl_at_original=1e30", "search.min_needle_loss_gain=-1e9",
-        ]  # fmt: skip
+            f"model.path={model_folder}",
+            "target_len=256",
+            "corpus=folder",
+            f"corpus.folder={corpus_folder}",
+            f"run.root={tmp_path}",
+            "run.name=test",
+            "tracking.wandb=disabled",
+            "search.population=5",
+            "search.iterations=2",
+            "search.parents=2",
+            "search.num_samples=2",
+            "search.max_needle_ppl_at_original=1e30",
+            "search.min_needle_loss_gain=-1e9",
+        ]
         monkeypatch.setattr("sys.argv", ["launch.search", *settings, *overrides])
         command.main()
         return tmp_path / "test" / "2_factors"
@@ -73,14 +94,19 @@ def search(tmp_path: Path, model_folder: Path, corpus_folder: Path, monkeypatch:
     return run
 
 
-COSTS = ("num_losses", "num_terminated")  # of a round: where an evaluation stops may depend on other workers
+COSTS = (
+    "num_losses",
+    "num_terminated",
+)  # of a round: where an evaluation stops may depend on other workers
 
 
 def contents(folder: Path) -> dict[str, Any]:
     """Everything that must not depend on how often a search was interrupted, nor on the number of workers."""
     history = json.loads((folder / "history.json").read_text())
     del history["budget"]
-    history["rounds"] = [{k: v for k, v in entry.items() if k not in COSTS} for entry in history["rounds"]]
+    history["rounds"] = [
+        {k: v for k, v in entry.items() if k not in COSTS} for entry in history["rounds"]
+    ]
     return {"factors": (folder / "factors.json").read_bytes(), "history": history}
 
 
@@ -92,31 +118,47 @@ def test_product(search: SearchRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert factors.factors == tuple(history["kept"][0]["factors"])
     assert factors.critical_index == history["critical_index"]
     assert set(history["baselines"]) == {"none", "pi", "ntk", "yarn"}
-    assert history["best_value"] == history["kept"][0]["value"] == history["rounds"][-1]["best_value"]
+    assert (
+        history["best_value"] == history["kept"][0]["value"] == history["rounds"][-1]["best_value"]
+    )
     assert [entry["iteration"] for entry in history["rounds"]] == [0, 1, 2]
     assert manifest.counts["num_candidates"] == history["rounds"][-1]["num_candidates"] == 9
     assert set(manifest.files) == {"factors.json", "history.json", "needles.arrow", "needles.json"}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["search/best_needle_ppl"] for record in metrics] == [r["best_value"] for r in history["rounds"]]
+    assert [record["search/best_needle_ppl"] for record in metrics] == [
+        r["best_value"] for r in history["rounds"]
+    ]
     assert {"search/critical_index", "search/evaluations"} <= metrics[-1].keys()
     text = capsys.readouterr().out
     assert "budget     at most 9 candidates, 4,608 forward tokens" in text
     assert re.search(r"longrope2 \(searched\) +│ +[0-9.e+]+", text)
     assert f"critical index {factors.critical_index} (theoretical 3)\n9 candidates, " in text
-    assert (folder / "factors.svg").read_text().count("<svg") == (folder / "search.svg").read_text().count("<svg") == 1
+    assert (
+        (folder / "factors.svg").read_text().count("<svg")
+        == (folder / "search.svg").read_text().count("<svg")
+        == 1
+    )
 
 
-def test_budget_report(search: SearchRun, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_budget_report(
+    search: SearchRun, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = search("search.num_samples=3", "search.projected_gpus=4", "search.projected_tflops=10")
     budget = json.loads((folder / "history.json").read_text())["budget"]
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()[1:]]
     assert budget["num_forwards"] == sum(len(line["losses"]) for line in lines)
-    assert budget["num_forwards"] + budget["num_forwards_saved"] == 3 * (budget["num_candidates"] + 4)  # closed forms
+    assert budget["num_forwards"] + budget["num_forwards_saved"] == 3 * (
+        budget["num_candidates"] + 4
+    )  # closed forms
     assert budget["forward_tokens"] == 256 * budget["num_forwards"]
-    # Two layers of q, k, v, o (32 x 32 each) and a gated MLP (3 x 32 x 32), and two causal products of width 32.
+    # Two layers of q, k, v, o (32 x 32 each) and a gated MLP (3 x 32 x 32), and two causal products
+    # of width 32.
     flops = 2 * (2 * (7 * 32 * 32) * 256 + 2 * 32 * 256**2)
     assert budget["projected_hours"] == pytest.approx(flops * budget["num_forwards"] / 40e12 / 3600)
-    assert f"{budget['num_forwards']} forward passes ({budget['forward_tokens']:,} tokens)" in capsys.readouterr().out
+    assert (
+        f"{budget['num_forwards']} forward passes ({budget['forward_tokens']:,} tokens)"
+        in capsys.readouterr().out
+    )
     assert read_manifest(folder, "factors").counts == budget
 
 
@@ -127,9 +169,17 @@ def test_self_test_runs_inside_the_original_window(
     search: SearchRun, model_folder: Path, corpus_folder: Path, name: str, with_needle: bool
 ) -> None:
     history = json.loads((search() / "history.json").read_text())
-    texts = heldout_texts(CorpusConfig(name="folder", kind=CorpusKind.folder, folder=str(corpus_folder)))
+    texts = heldout_texts(
+        CorpusConfig(name="folder", kind=CorpusKind.folder, folder=str(corpus_folder))
+    )
     needles = build_needle_set(
-        load_tokenizer(model_folder), texts, length=128, depths=[0.0], num_samples=2, seed=0, with_needle=with_needle
+        load_tokenizer(model_folder),
+        texts,
+        length=128,
+        depths=[0.0],
+        num_samples=2,
+        seed=0,
+        with_needle=with_needle,
     )
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
     assert history[name] == pytest.approx(plain_needle_ppl(plain, needles), rel=1e-3)
@@ -142,17 +192,25 @@ def plain_needle_ppl(plain: LlamaForCausalLM, needles: NeedleSet) -> float:
         labels_BT = torch.from_numpy(sample.through_value)[None].clone()
         labels_BT[:, : sample.value_start] = -100
         with torch.no_grad():
-            losses.append(plain(torch.from_numpy(sample.through_value)[None], labels=labels_BT).loss.item())
+            losses.append(
+                plain(torch.from_numpy(sample.through_value)[None], labels=labels_BT).loss.item()
+            )
     return math.exp(sum(losses) / len(losses))
 
 
-def test_best_value_is_that_of_the_factors_in_plain_transformers(search: SearchRun, model_folder: Path) -> None:
+def test_best_value_is_that_of_the_factors_in_plain_transformers(
+    search: SearchRun, model_folder: Path
+) -> None:
     folder = search()
     factors = RescaleFactors.from_json((folder / "factors.json").read_text())
-    config = LlamaConfig(**{**LlamaConfig.from_pretrained(model_folder).to_dict(), **factors.to_hf_config()})
+    config = LlamaConfig(
+        **{**LlamaConfig.from_pretrained(model_folder).to_dict(), **factors.to_hf_config()}
+    )
     plain = LlamaForCausalLM.from_pretrained(model_folder, config=config)
     ppl = plain_needle_ppl(plain, NeedleSet.load(folder / "needles.arrow"))
-    assert json.loads((folder / "history.json").read_text())["best_value"] == pytest.approx(ppl, rel=1e-3)
+    assert json.loads((folder / "history.json").read_text())["best_value"] == pytest.approx(
+        ppl, rel=1e-3
+    )
 
 
 def test_finished_search_is_not_repeated(
@@ -167,7 +225,9 @@ def test_finished_search_is_not_repeated(
     assert "longrope2 (searched)" in text
 
 
-def test_killed_search_is_resumed(search: SearchRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_search_is_resumed(
+    search: SearchRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = contents(search("run.name=whole").parents[1] / "whole" / "2_factors")
     original, calls = SampleLosses.__call__, []
 
@@ -197,23 +257,42 @@ def test_frozen_needles_are_used_again(search: SearchRun) -> None:
     (folder / "manifest.json").unlink()
     samples = needles.samples[::-1]  # a set that could not be drawn again
     NeedleSet(samples, 256).save(folder / "needles.arrow")
-    with pytest.raises(ArtifactError, match="journal.jsonl belongs to another search: samples_sha256 was"):
+    with pytest.raises(
+        ArtifactError, match="journal.jsonl belongs to another search: samples_sha256 was"
+    ):
         search()
     (folder / "journal.jsonl").unlink()
     search()
     assert (folder / "needles.arrow").read_bytes() != frozen
 
 
-def test_first_generation_search_of_both_windows(search: SearchRun, tmp_path: Path, capsys: Any) -> None:
-    small = ("search.population=5", "search.iterations=2", "search.parents=2", "search.num_samples=2",
-             "search.mutations=2", "search.crossovers=2")  # fmt: skip
+def test_first_generation_search_of_both_windows(
+    search: SearchRun, tmp_path: Path, capsys: Any
+) -> None:
+    small = (
+        "search.population=5",
+        "search.iterations=2",
+        "search.parents=2",
+        "search.num_samples=2",
+        "search.mutations=2",
+        "search.crossovers=2",
+    )
     folder = search("search=longrope", *small)
     long = RescaleFactors.from_json((folder / "factors.json").read_text())
-    assert (long.method, long.critical_index, long.provenance["critical"]) == ("longrope", None, "none")
+    assert (long.method, long.critical_index, long.provenance["critical"]) == (
+        "longrope",
+        None,
+        "none",
+    )
     assert all(1 <= a <= b <= 2.5 for a, b in itertools.pairwise(long.factors))
     assert "space      no critical index; every factor 1 .. 2.5" in capsys.readouterr().out
     (tmp_path / "long.json").write_text(long.to_json())
-    search("search=longrope", *small, "run.name=both", f"search.short_window_of={tmp_path / 'long.json'}")
+    search(
+        "search=longrope",
+        *small,
+        "run.name=both",
+        f"search.short_window_of={tmp_path / 'long.json'}",
+    )
     both = RescaleFactors.from_json((tmp_path / "both" / "2_factors" / "factors.json").read_text())
     history = json.loads((tmp_path / "both" / "2_factors" / "history.json").read_text())
     assert both.factors == long.factors
@@ -223,7 +302,9 @@ def test_first_generation_search_of_both_windows(search: SearchRun, tmp_path: Pa
 
 
 def test_short_window_of_a_missing_file(search: SearchRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="search.short_window_of: rope.method=from_file needs a factors file"):
+    with pytest.raises(
+        ConfigError, match="search.short_window_of: rope.method=from_file needs a factors file"
+    ):
         search("search=longrope", f"search.short_window_of={tmp_path / 'none.json'}")
 
 
@@ -237,12 +318,17 @@ def test_plain_perplexity_objective(search: SearchRun) -> None:
 
 def test_dry_run_writes_nothing(search: SearchRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert not search("dry_run=true").exists()
-    assert "space      critical index 1, 2, 3; factors 2 .. 4 from it up; dims=tail" in capsys.readouterr().out
+    assert (
+        "space      critical index 1, 2, 3; factors 2 .. 4 from it up; dims=tail"
+        in capsys.readouterr().out
+    )
 
 
 def test_other_configuration_is_refused(search: SearchRun) -> None:
     before = contents(folder := search())
-    with pytest.raises(ConfigError, match=r"(?s)search.population is 6, but .* made with 5.*use another run.name"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)search.population is 6, but .* made with 5.*use another run.name"
+    ):
         search("search.population=6")
     assert contents(folder) == before
 
@@ -252,23 +338,33 @@ def test_other_weights_are_refused(search: SearchRun, model_folder: Path, tmp_pa
     shutil.copytree(model_folder, copy)
     folder = search(f"model.path={copy}")
     weights = load_file(copy / "model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value + 1 for name, value in weights.items()},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ArtifactError, match="was searched with another model: weights_sha256 was"):
         search(f"model.path={copy}")
     (folder / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="journal.jsonl belongs to another search: weights_sha256 was"):
+    with pytest.raises(
+        ArtifactError, match="journal.jsonl belongs to another search: weights_sha256 was"
+    ):
         search(f"model.path={copy}")
 
 
 def test_model_that_cannot_retrieve_is_refused(search: SearchRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="needle perplexity at 128 tokens.*use search.objective=perplexity"):
+    with pytest.raises(
+        DataError, match="needle perplexity at 128 tokens.*use search.objective=perplexity"
+    ):
         search("search.max_needle_ppl_at_original=3")
     assert not (tmp_path / "test").exists()
 
 
 def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        search("target_len=200", "search.grid=0.7", "corpus.folder=nowhere", f"model.path={tmp_path}")
+        search(
+            "target_len=200", "search.grid=0.7", "corpus.folder=nowhere", f"model.path={tmp_path}"
+        )
     faults = "\n".join(error.value.faults)
     assert len(error.value.faults) == 4
     assert "target_len=200: must be a multiple, 2 or more, of model.original_len=128" in faults
@@ -281,7 +377,10 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("target_len=128", "target_len=128: must be a multiple, 2 or more, of model.original_len=128"),
+        (
+            "target_len=128",
+            "target_len=128: must be a multiple, 2 or more, of model.original_len=128",
+        ),
         ("parallel.processes=0", "parallel.processes=0: must be a multiple of parallel.sequence=1"),
         ("parallel.sequence=3", "parallel.sequence=3 cannot share 2 query and 2 key/value heads"),
         ("search.critical=8", "search.critical=8: must be null or a cosine index, 0 .. 7"),

@@ -8,23 +8,15 @@ from pathlib import Path
 import pytest
 
 from longrope2.errors import ArtifactError, FactorsError
-from longrope2.rope import RescaleFactors, RopeGeometry
-from longrope2.search import (
-    Candidate,
-    Evaluator,
-    Evolution,
-    Journal,
-    Objective,
-    Pruning,
-    Race,
-    Score,
-    SearchBudget,
-    SearchConfig,
-    SearchedDims,
-    SearchSpace,
-    best_factors,
-    search_history,
-)
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.search.config import Objective, Pruning, SearchConfig, SearchedDims
+from longrope2.search.evaluator import Evaluator, Race
+from longrope2.search.evolution import Evolution
+from longrope2.search.journal import Journal
+from longrope2.search.run import SearchBudget, best_factors, search_history
+from longrope2.search.space import Candidate, SearchSpace
+from longrope2.search.workers import Score
 
 GEOMETRY = RopeGeometry(32, 1e4, 128)
 PLANTED = Candidate(4, (1650, 1650, 1700, 1820, 1900, 1900, 2050, 2100, 2200, 2250, 2300, 2600))
@@ -37,7 +29,9 @@ class PlantedLosses:
     """Losses that grow with the distance in log frequency from planted factors; counts what is computed."""
 
     def __init__(self, batch_size: int = 1, broken: frozenset[int] = frozenset()) -> None:
-        self.best = SearchSpace.from_config(SearchConfig(), GEOMETRY, 2048).to_factors(PLANTED).factors
+        self.best = (
+            SearchSpace.from_config(SearchConfig(), GEOMETRY, 2048).to_factors(PLANTED).factors
+        )
         self.batch_size = batch_size
         self.broken = broken
         self.num_computed = 0
@@ -53,7 +47,9 @@ class PlantedLosses:
 
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         self.calls.append((factors.factors, batch))
-        distance = sum(abs(math.log(a / b)) for a, b in zip(factors.factors, self.best, strict=True))
+        distance = sum(
+            abs(math.log(a / b)) for a, b in zip(factors.factors, self.best, strict=True)
+        )
         numbers = range(batch * self.batch_size, min((batch + 1) * self.batch_size, NUM_SAMPLES))
         self.num_computed += len(numbers)
         is_broken = factors.factors[-1] > 28 and not self.broken.isdisjoint(numbers)
@@ -61,7 +57,12 @@ class PlantedLosses:
 
 
 def config_of(**changes: object) -> SearchConfig:
-    settings = {"population": 24, "iterations": 12, "parents": 8, "num_samples": NUM_SAMPLES} | changes
+    settings = {
+        "population": 24,
+        "iterations": 12,
+        "parents": 8,
+        "num_samples": NUM_SAMPLES,
+    } | changes
     return SearchConfig(**settings)  # type: ignore[arg-type]
 
 
@@ -76,7 +77,10 @@ def search(
     losses = losses or PlantedLosses(config.batch_size)
     with Journal(folder, HEADER) as journal:
         evaluator = Evaluator(
-            losses, journal, num_scored_tokens=NUM_SAMPLES, is_pruning=config.pruning is not Pruning.none
+            losses,
+            journal,
+            num_scored_tokens=NUM_SAMPLES,
+            is_pruning=config.pruning is not Pruning.none,
         )
         evolution = Evolution(space, config, evaluator, seed)
         for number, _ in enumerate(evolution.steps(), start=1):
@@ -98,7 +102,9 @@ def account(evolution: Evolution) -> list[tuple[int, float, int, float, int]]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
-    evolution, evaluator, _ = search(tmp_path, config_of(population=64, iterations=60, parents=32), seed=seed)
+    evolution, evaluator, _ = search(
+        tmp_path, config_of(population=64, iterations=60, parents=32), seed=seed
+    )
     assert evolution.best.critical_index == PLANTED.critical_index
     found = evolution.best.steps
     assert all(abs(a - b) <= 60 for a, b in zip(found, PLANTED.steps, strict=True)), found
@@ -110,21 +116,34 @@ def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
 
 def test_perplexity_is_over_all_scored_tokens(tmp_path: Path) -> None:
     evolution, evaluator, _ = search(tmp_path, config_of(iterations=0))
-    assert evaluator.value(evolution.best.loss_sum) == math.exp(evolution.best.loss_sum / NUM_SAMPLES)
+    assert evaluator.value(evolution.best.loss_sum) == math.exp(
+        evolution.best.loss_sum / NUM_SAMPLES
+    )
     assert evaluator.value(math.inf) == evaluator.value(1e9) == math.inf
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("dims", list(SearchedDims))
-def test_early_termination_changes_nothing_but_the_cost(tmp_path: Path, batch_size: int, dims: SearchedDims) -> None:
-    full, _, all_losses = search(tmp_path / "full", config_of(pruning=Pruning.none, batch_size=batch_size, dims=dims))
-    short, evaluator, fewer_losses = search(tmp_path / "short", config_of(batch_size=batch_size, dims=dims))
+def test_early_termination_changes_nothing_but_the_cost(
+    tmp_path: Path, batch_size: int, dims: SearchedDims
+) -> None:
+    full, _, all_losses = search(
+        tmp_path / "full", config_of(pruning=Pruning.none, batch_size=batch_size, dims=dims)
+    )
+    short, evaluator, fewer_losses = search(
+        tmp_path / "short", config_of(batch_size=batch_size, dims=dims)
+    )
     assert outcome(short) == outcome(full)
     assert account(short) == account(full)
     assert short.num_terminated > 0
     assert full.num_terminated == 0
     assert fewer_losses.num_computed <= all_losses.num_computed - short.num_terminated
-    assert fewer_losses.num_computed == evaluator.num_losses_computed == evaluator.num_losses_known == short.num_losses
+    assert (
+        fewer_losses.num_computed
+        == evaluator.num_losses_computed
+        == evaluator.num_losses_known
+        == short.num_losses
+    )
     assert all_losses.num_computed == NUM_SAMPLES * full.num_candidates
 
 
@@ -153,7 +172,13 @@ class GivenLosses:
 @pytest.mark.parametrize(
     ("losses", "bound", "loss_sum", "is_complete", "num_computed"),
     [
-        ([1.0, 2.0, 3.0, 0.0], 6.0, 6.0, True, 4),  # equal to the bound may still be kept, by its tie-break
+        (
+            [1.0, 2.0, 3.0, 0.0],
+            6.0,
+            6.0,
+            True,
+            4,
+        ),  # equal to the bound may still be kept, by its tie-break
         ([1.0, 2.0, 6.5, 0.25], 10.0, 9.75, True, 4),
         ([1.0, 2.0, 3.0, 4.0], 5.5, 6.0, False, 3),
         ([1.0, 2.0, 3.0, 4.0], 0.5, 1.0, False, 1),
@@ -162,12 +187,21 @@ class GivenLosses:
     ],
 )
 def test_where_an_evaluation_stops(
-    tmp_path: Path, losses: list[float], bound: float, loss_sum: float, is_complete: bool, num_computed: int
+    tmp_path: Path,
+    losses: list[float],
+    bound: float,
+    loss_sum: float,
+    is_complete: bool,
+    num_computed: int,
 ) -> None:
     with Journal(tmp_path, HEADER) as journal:
         evaluator = Evaluator(GivenLosses(losses), journal, num_scored_tokens=4)
         score = evaluator.evaluate(_factors((16.0,) * 16), lambda: bound)
-    assert (score.loss_sum, score.is_complete, score.num_losses) == (loss_sum, is_complete, num_computed)
+    assert (score.loss_sum, score.is_complete, score.num_losses) == (
+        loss_sum,
+        is_complete,
+        num_computed,
+    )
     assert evaluator.num_losses_computed == num_computed
 
 
@@ -193,12 +227,17 @@ def test_a_race_is_lost_behind_the_margin_only() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_racing_is_cheaper_and_resumes_like_the_exact_search(tmp_path: Path, batch_size: int) -> None:
+def test_racing_is_cheaper_and_resumes_like_the_exact_search(
+    tmp_path: Path, batch_size: int
+) -> None:
     exact, _, exact_losses = search(tmp_path / "exact", config_of(batch_size=batch_size))
-    config = config_of(pruning=Pruning.racing, racing_samples=1, racing_margin=0.0, batch_size=batch_size)
+    config = config_of(
+        pruning=Pruning.racing, racing_samples=1, racing_margin=0.0, batch_size=batch_size
+    )
     raced, _, raced_losses = search(tmp_path / "raced", config)
     assert raced_losses.num_computed < exact_losses.num_computed
-    # Here every sample ranks candidates alike, so even the strictest race gives up none that would have been kept.
+    # Here every sample ranks candidates alike, so even the strictest race gives up none that would
+    # have been kept.
     assert outcome(raced) == outcome(exact)
     _, _, first = search(tmp_path / "cut", config, stop_after=40)
     resumed, _, second = search(tmp_path / "cut", config)
@@ -218,7 +257,10 @@ def test_sums_do_not_depend_on_the_order(tmp_path: Path) -> None:
 def test_kept_candidates_are_the_best_of_all_by_brute_force(tmp_path: Path) -> None:
     evolution, _, losses = search(tmp_path, config_of())
     candidates = dict.fromkeys(factors for factors, _ in losses.calls)
-    sums = sorted(sum(losses(_factors(factors), batch)[0] for batch in range(NUM_SAMPLES)) for factors in candidates)
+    sums = sorted(
+        sum(losses(_factors(factors), batch)[0] for batch in range(NUM_SAMPLES))
+        for factors in candidates
+    )
     assert [ranked.loss_sum for ranked in evolution.kept] == pytest.approx(sums[:8], rel=1e-12)
 
 
@@ -228,7 +270,9 @@ def _factors(values: tuple[float, ...]) -> RescaleFactors:
 
 @pytest.mark.parametrize("stop_after", [1, 17, 24, 25, 60])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_resume_repeats_nothing_and_ends_the_same(tmp_path: Path, stop_after: int, batch_size: int) -> None:
+def test_resume_repeats_nothing_and_ends_the_same(
+    tmp_path: Path, stop_after: int, batch_size: int
+) -> None:
     config = config_of(batch_size=batch_size)
     whole, _, whole_losses = search(tmp_path / "whole", config)
     _, _, first = search(tmp_path / "cut", config, stop_after=stop_after)
@@ -267,7 +311,9 @@ def test_a_wider_search_reuses_the_journal(tmp_path: Path) -> None:
     assert 0 < losses.num_computed < alone.num_computed
 
 
-def test_nan_counts_as_worst_and_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nan_counts_as_worst_and_is_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_of()
     space = SearchSpace.from_config(config, GEOMETRY, 2048)
     evolution, _, _ = search(tmp_path, config, PlantedLosses(broken=frozenset({0})))
@@ -292,9 +338,16 @@ def test_no_finite_candidate(tmp_path: Path) -> None:
 
 
 BUDGET = SearchBudget(
-    num_candidates=1, num_terminated=0, num_forwards=4, num_forwards_saved=0, forward_tokens=8192, seconds=1.0,
-    device_hours=0.1, sustained_tflops=None, projected_hours=0.2,
-)  # fmt: skip
+    num_candidates=1,
+    num_terminated=0,
+    num_forwards=4,
+    num_forwards_saved=0,
+    forward_tokens=8192,
+    seconds=1.0,
+    device_hours=0.1,
+    sustained_tflops=None,
+    projected_hours=0.2,
+)
 
 
 def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
@@ -305,10 +358,22 @@ def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
     assert RescaleFactors.from_json(factors.to_json()) == factors
     assert factors.factors == space.to_factors(evolution.best.candidate).factors
     assert factors.provenance["objective"] == Objective.needle.value
-    history = search_history(evolution, evaluator, space, config, baselines={"pi": 3.0}, guidance=None,
-                             sample_len=2048, budget=BUDGET)  # fmt: skip
+    history = search_history(
+        evolution,
+        evaluator,
+        space,
+        config,
+        baselines={"pi": 3.0},
+        guidance=None,
+        sample_len=2048,
+        budget=BUDGET,
+    )
     assert json.loads(json.dumps(history)) == history
-    assert float(factors.provenance["needle_ppl"]) == history["best_value"] == history["kept"][0]["value"]
+    assert (
+        float(factors.provenance["needle_ppl"])
+        == history["best_value"]
+        == history["kept"][0]["value"]
+    )
     assert history["kept"][0]["factors"] == list(factors.factors)
     assert (history["theoretical_critical_index"], history["ten_period_index"]) == (6, 2)
     assert [entry["num_candidates"] for entry in history["rounds"]][-1] == evolution.num_candidates
@@ -339,7 +404,9 @@ def test_journal_of_another_search_is_refused(tmp_path: Path) -> None:
 
 def test_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text('{"search_journal": 1}\n')
-    with pytest.raises(ArtifactError, match="has version 1, this program reads 2; use another run.name, or remove"):
+    with pytest.raises(
+        ArtifactError, match="has version 1, this program reads 2; use another run.name, or remove"
+    ):
         Journal(tmp_path, HEADER)
 
 
@@ -354,7 +421,9 @@ def test_workers_read_each_others_journals(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER) as journal:
         assert journal.losses(factors) == {0: [1.0], 1: [2.0]}
         assert journal.num_losses == 2
-    assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')  # another worker's file
+    assert (
+        (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')
+    )  # another worker's file
     with Journal(tmp_path, HEADER, worker=2):
         assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b"]}\n")
 
@@ -368,7 +437,9 @@ def test_a_journal_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
 
 def test_journal_in_use_is_refused(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER):
-        with pytest.raises(ArtifactError, match="is in use by another search; wait for it, or end it"):
+        with pytest.raises(
+            ArtifactError, match="is in use by another search; wait for it, or end it"
+        ):
             Journal(tmp_path, HEADER)
     Journal(tmp_path, HEADER).__exit__()
 
@@ -390,6 +461,8 @@ def test_damaged_journal_is_refused(tmp_path: Path, number: int, line: bytes) ->
     lines = path.read_bytes().splitlines(keepends=True)
     lines[number - 1] = line
     path.write_bytes(b"".join(lines))
-    with pytest.raises(ArtifactError, match=f"is damaged at line {number}; remove that line and all after it"):
+    with pytest.raises(
+        ArtifactError, match=f"is damaged at line {number}; remove that line and all after it"
+    ):
         Journal(tmp_path, HEADER)
     assert path.read_bytes() == b"".join(lines)

@@ -8,14 +8,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.errors import ArtifactError, DataError
-from longrope2.model import WindowedModel, token_nll
 from longrope2.model import scoring as scoring_module
-from longrope2.rope import RescaleFactors, RopeGeometry, RopeMethod, Window, closed_form_factors
-from longrope2.search import (
+from longrope2.model.scoring import token_nll
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search.config import SearchConfig
+from longrope2.search.objective import (
     SampleLosses,
-    Score,
     ScoredSample,
-    SearchConfig,
     check_factors_matter,
     check_needle_guidance,
     check_needle_labels,
@@ -24,6 +26,7 @@ from longrope2.search import (
     perplexity,
     samples_sha256,
 )
+from longrope2.search.workers import Score
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 GEOMETRY = RopeGeometry(16, 1e4, 16)
@@ -38,9 +41,16 @@ def hf_model(factors: RescaleFactors | None = None) -> LlamaForCausalLM:
     torch.manual_seed(0)
     keys = factors.to_hf_config() if factors else {"max_position_embeddings": TARGET_LEN}
     config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, initializer_range=0.4, **keys,
-    )  # fmt: skip
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.4,
+        **keys,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -60,16 +70,21 @@ def reference_losses(factors: RescaleFactors, sample: ScoredSample) -> float:
         logits_TV = hf_model(factors)(tokens_BT).logits[0].double()
     log_probabilities = logits_TV.log_softmax(-1)
     return -sum(
-        log_probabilities[t - 1, sample.tokens[t]].item() for t in range(sample.first_scored, len(sample.tokens))
+        log_probabilities[t - 1, sample.tokens[t]].item()
+        for t in range(sample.first_scored, len(sample.tokens))
     )
 
 
 @pytest.mark.parametrize("factors", [PI, NTK], ids=["pi", "ntk"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_sample_losses_against_transformers(model: WindowedModel, factors: RescaleFactors, batch_size: int) -> None:
+def test_sample_losses_against_transformers(
+    model: WindowedModel, factors: RescaleFactors, batch_size: int
+) -> None:
     samples = [ScoredSample(tokens(n), first) for n, first in enumerate([56, 60, 1, 63])]
     losses = all_losses(SampleLosses(model, samples, batch_size), factors)
-    assert losses == pytest.approx([reference_losses(factors, sample) for sample in samples], rel=1e-4)
+    assert losses == pytest.approx(
+        [reference_losses(factors, sample) for sample in samples], rel=1e-4
+    )
 
 
 def all_losses(losses: SampleLosses, factors: RescaleFactors) -> list[float]:
@@ -80,8 +95,11 @@ def test_losses_follow_the_factors_asked_for_even_when_interleaved(model: Window
     losses = SampleLosses(model, [ScoredSample(tokens(n), 1) for n in range(2)])
     expected = {f.method: all_losses(losses, f) for f in (PI, NTK)}
     assert [losses(PI, 0), losses(NTK, 0), losses(PI, 1), losses(NTK, 1)] == [
-        [expected["pi"][0]], [expected["ntk"][0]], [expected["pi"][1]], [expected["ntk"][1]],
-    ]  # fmt: skip
+        [expected["pi"][0]],
+        [expected["ntk"][0]],
+        [expected["pi"][1]],
+        [expected["ntk"][1]],
+    ]
 
 
 def test_batches_hold_all_samples(model: WindowedModel) -> None:
@@ -99,9 +117,15 @@ def test_leaving_out_what_the_losses_do_not_need_changes_nothing(
 ) -> None:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.4,
+    )
     windowed = WindowedModel(LlamaForCausalLM(config).eval(), NTK)
     tokens_BT = torch.from_numpy(np.stack([tokens(0), tokens(1)]))
     cut = token_nll(windowed, tokens_BT, Window.LONG, first_scored)
@@ -114,22 +138,30 @@ def test_leaving_out_what_the_losses_do_not_need_changes_nothing(
 def test_the_last_layer_computes_the_needed_positions_only(model: WindowedModel) -> None:
     rows: list[int] = []
     for layer in model.hf.model.layers:
-        layer.mlp.gate_proj.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda module, inputs, output: rows.append(output.shape[1])
+        )
     token_nll(model, torch.from_numpy(tokens(0))[None], Window.LONG, first_scored=56)
     assert rows == [TARGET_LEN - 1, 8]
 
 
-def test_chunks_of_the_head_change_nothing(model: WindowedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_the_head_change_nothing(
+    model: WindowedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens_BT = torch.from_numpy(np.stack([tokens(0), tokens(1)]))
     whole = token_nll(model, tokens_BT, Window.SHORT)
     monkeypatch.setattr(scoring_module, "HEAD_CHUNK_TOKENS", 10)
-    torch.testing.assert_close(token_nll(model, tokens_BT, Window.SHORT), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        token_nll(model, tokens_BT, Window.SHORT), whole, rtol=1e-5, atol=1e-5
+    )
     assert whole.shape == (2, TARGET_LEN - 1)
 
 
 def test_only_scored_positions_pass_the_head(model: WindowedModel) -> None:
     seen: list[int] = []
-    model.hf.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    model.hf.lm_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[1])
+    )
     SampleLosses(model, [ScoredSample(tokens(0), 56)])(PI, 0)
     assert seen == [8]
 
@@ -137,9 +169,15 @@ def test_only_scored_positions_pass_the_head(model: WindowedModel) -> None:
 def test_cut_documents_joins_short_ones_and_uses_none_twice() -> None:
     documents = [[10] * 7, [11] * 3, [12] * 3, [13] * 20]
     samples = cut_documents(documents, bos_id=1, length=6, num_samples=3)
-    assert [sample.tokens.tolist() for sample in samples] == [[1] + [10] * 5, [1, 11, 11, 11, 12, 12], [1] + [13] * 5]
+    assert [sample.tokens.tolist() for sample in samples] == [
+        [1] + [10] * 5,
+        [1, 11, 11, 11, 12, 12],
+        [1] + [13] * 5,
+    ]
     assert [sample.first_scored for sample in samples] == [1, 1, 1]
-    with pytest.raises(DataError, match="search.num_samples=4 samples of 6 tokens are wanted.*enough for 3"):
+    with pytest.raises(
+        DataError, match="search.num_samples=4 samples of 6 tokens are wanted.*enough for 3"
+    ):
         cut_documents(documents, bos_id=1, length=6, num_samples=4)
 
 
@@ -177,9 +215,21 @@ def test_needle_samples_are_scored_on_the_value() -> None:
     [
         (NeedleSet([], 8), 8, "the needle set holds no samples"),
         (needle_set(), 9, "needle sample 0 has 8 tokens, target_len is 9"),
-        (needle_set(tokens=np.array([1, 1, 21, 22, 5, 5, 7, 2])), 8, r"not hold exactly one BOS \(1\), at its front"),
-        (needle_set(tokens=np.array([20, 1, 21, 22, 5, 5, 7, 2])), 8, r"not hold exactly one BOS \(1\), at its front"),
-        (needle_set(tokens=np.array([1, 20, 21, 22, 23, 5, 5, 2])), 8, "the scored tokens read '2355', not '557'"),
+        (
+            needle_set(tokens=np.array([1, 1, 21, 22, 5, 5, 7, 2])),
+            8,
+            r"not hold exactly one BOS \(1\), at its front",
+        ),
+        (
+            needle_set(tokens=np.array([20, 1, 21, 22, 5, 5, 7, 2])),
+            8,
+            r"not hold exactly one BOS \(1\), at its front",
+        ),
+        (
+            needle_set(tokens=np.array([1, 20, 21, 22, 23, 5, 5, 2])),
+            8,
+            "the scored tokens read '2355', not '557'",
+        ),
         (needle_set(value_start=5), 8, "needle sample 0: the scored tokens read '57', not '557'"),
     ],
 )
@@ -196,7 +246,9 @@ def test_factors_must_matter(model: WindowedModel) -> None:
         return [Score(value, True, 1, {0: value}) for value in values]
 
     check_factors_matter(*scores())
-    model.hf.base_model.rotary_emb = hf_model().model.rotary_emb  # a model that applies a RoPE of its own
+    model.hf.base_model.rotary_emb = (
+        hf_model().model.rotary_emb
+    )  # a model that applies a RoPE of its own
     with pytest.raises(ArtifactError, match="does not apply the rescale factors it is given"):
         check_factors_matter(*scores())
 
@@ -221,9 +273,17 @@ def test_needle_guidance() -> None:
 @pytest.mark.parametrize(
     ("with_needle", "without", "text"),
     [
-        (2.0, 5.0, "needle perplexity at 16 tokens, inside the original window, is 7.389, above search.max_needle_ppl"),
+        (
+            2.0,
+            5.0,
+            "needle perplexity at 16 tokens, inside the original window, is 7.389, above search.max_needle_ppl",
+        ),
         (float("nan"), 5.0, "inside the original window, is inf, above"),
-        (0.1, 0.5, "the needle lowers the loss of its value by 0.4 nats per token at 16 tokens, below search.min_need"),
+        (
+            0.1,
+            0.5,
+            "the needle lowers the loss of its value by 0.4 nats per token at 16 tokens, below search.min_need",
+        ),
     ],
 )
 def test_guidance_errors(with_needle: float, without: float, text: str) -> None:

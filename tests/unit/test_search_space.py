@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from longrope2.errors import FactorsError
-from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors, satisfies_bound
-from longrope2.search import Algorithm, Candidate, SearchConfig, SearchedDims, SearchSpace, search_faults
-from longrope2.search.mutation import children, cross, first_population, moved, mutate
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors, satisfies_bound
+from longrope2.search.config import Algorithm, SearchConfig, SearchedDims, search_faults
+from longrope2.search.evolution import children, cross, first_population, moved, mutate
+from longrope2.search.space import Candidate, SearchSpace
 
 TINY = RopeGeometry(32, 1e4, 128)
 PHI3 = RopeGeometry(96, 1e4, 2048)
@@ -33,7 +35,9 @@ def assert_in_space(space: SearchSpace, candidate: Candidate) -> None:
     assert satisfies_bound(factors, c)
     assert values[-1] <= 2 * scale
     first = c if space.dims is SearchedDims.tail else 0
-    assert all(round(value * 100) == pytest.approx(value * 100, abs=1e-9) for value in values[first:])
+    assert all(
+        round(value * 100) == pytest.approx(value * 100, abs=1e-9) for value in values[first:]
+    )
     if space.dims is SearchedDims.tail:
         assert values[:c] == pytest.approx([values[c] ** (i / c) for i in range(c)], rel=1e-12)
     else:
@@ -46,10 +50,16 @@ def assert_in_space(space: SearchSpace, candidate: Candidate) -> None:
         (TINY, 2048, (2, 3, 4, 5, 6)),
         (PHI3, 131072, tuple(range(19, 32))),
         (RopeGeometry(128, 5e5, 8192), 131072, tuple(range(24, 36))),
-        (RopeGeometry(128, 1e4, 65536), 131072, tuple(range(49, 64))),  # theoretically every dimension is trained
+        (
+            RopeGeometry(128, 1e4, 65536),
+            131072,
+            tuple(range(49, 64)),
+        ),  # theoretically every dimension is trained
     ],
 )
-def test_critical_indices(geometry: RopeGeometry, target_len: int, indices: tuple[int, ...]) -> None:
+def test_critical_indices(
+    geometry: RopeGeometry, target_len: int, indices: tuple[int, ...]
+) -> None:
     assert space_of(geometry=geometry, target_len=target_len).critical_indices == indices
 
 
@@ -60,10 +70,31 @@ def test_fixed_critical_index() -> None:
 def test_factors_of_a_candidate() -> None:
     steps = (1700, 1700, 1999, 2000, 2100, 2200, 2300, 2400, 2500, 2600, 2700, 3200)
     factors = space_of().to_factors(Candidate(4, steps), note="x")
-    assert factors.factors[4:] == (17.0, 17.0, 19.99, 20.0, 21.0, 22.0, 23.0, 24.0, 25.0, 26.0, 27.0, 32.0)
+    assert factors.factors[4:] == (
+        17.0,
+        17.0,
+        19.99,
+        20.0,
+        21.0,
+        22.0,
+        23.0,
+        24.0,
+        25.0,
+        26.0,
+        27.0,
+        32.0,
+    )
     assert factors.factors[:4] == pytest.approx((1.0, 17**0.25, 17**0.5, 17**0.75), rel=1e-12)
-    assert (factors.critical_index, factors.method, factors.provenance) == (4, "longrope2", {"note": "x"})
-    assert (factors.short_attention_scale, factors.long_attention_scale, factors.short_factors) == (1.0, 1.0, None)
+    assert (factors.critical_index, factors.method, factors.provenance) == (
+        4,
+        "longrope2",
+        {"note": "x"},
+    )
+    assert (factors.short_attention_scale, factors.long_attention_scale, factors.short_factors) == (
+        1.0,
+        1.0,
+        None,
+    )
 
 
 def test_scale_off_the_grid_is_rounded_inwards() -> None:
@@ -73,7 +104,9 @@ def test_scale_off_the_grid_is_rounded_inwards() -> None:
 
 @pytest.mark.parametrize("dims", list(SearchedDims))
 @pytest.mark.parametrize("critical", [None, 3])
-def test_first_population_and_children_stay_in_space(dims: SearchedDims, critical: int | None) -> None:
+def test_first_population_and_children_stay_in_space(
+    dims: SearchedDims, critical: int | None
+) -> None:
     space = space_of(SearchConfig(dims=dims, critical=critical))
     population = first_population(space, 64, 0.3, seed=1)
     assert len(set(population)) == 64
@@ -89,7 +122,9 @@ def test_first_population_and_children_stay_in_space(dims: SearchedDims, critica
 def test_first_lap_of_the_population_is_algorithm_1() -> None:
     space = space_of()
     seed_candidate, *lap = first_population(space, 6, 0.3, seed=5)
-    assert seed_candidate == Candidate(6, (1600,) * 10)  # PI, YaRN and Llama 3 agree from the theoretical index up
+    assert seed_candidate == Candidate(
+        6, (1600,) * 10
+    )  # PI, YaRN and Llama 3 agree from the theoretical index up
     assert [candidate.critical_index for candidate in lap] == [2, 3, 4, 5, 6]
     assert all(len(set(candidate.steps)) == 1 for candidate in lap)
     assert len({candidate.steps[0] for candidate in lap}) == 5
@@ -102,7 +137,10 @@ def test_draws_depend_on_seed_round_and_parent_only() -> None:
     assert first_population(space, 12, 0.3, seed=1) == population[:12]
     assert first_population(space, 20, 0.3, seed=2) != population
     fresh = children(space, population[:4], SearchConfig(), seed=1, iteration=3, seen=set())
-    assert children(space, population[:2], SearchConfig(), seed=1, iteration=3, seen=set()) == fresh[:2]
+    assert (
+        children(space, population[:2], SearchConfig(), seed=1, iteration=3, seen=set())
+        == fresh[:2]
+    )
     assert children(space, population[:4], SearchConfig(), seed=1, iteration=4, seen=set()) != fresh
 
 
@@ -128,7 +166,9 @@ def test_mutation_keeps_unchanged_factors_and_changes_the_asked_share() -> None:
 
 def test_mutation_reaches_both_ends_of_every_range() -> None:
     space = space_of(SearchConfig(grid=1.0))
-    children_seen = {mutate(space, Candidate(6, (24,) * 10), 1.0, random.Random(n)).steps for n in range(4000)}
+    children_seen = {
+        mutate(space, Candidate(6, (24,) * 10), 1.0, random.Random(n)).steps for n in range(4000)
+    }
     assert {steps[0] for steps in children_seen} >= {16, 20}
     assert {steps[-1] for steps in children_seen} >= {28, 32}
 
@@ -156,7 +196,9 @@ def test_a_moved_critical_index_keeps_the_other_factors() -> None:
     parent = Candidate(4, tuple(range(1600, 2800, 100)))
     assert moved(space, parent, 1) == Candidate(5, tuple(range(1700, 2800, 100)))
     assert moved(space, parent, -1) == Candidate(3, (1600, *range(1600, 2800, 100)))
-    assert moved(space, Candidate(6, (1600,) * 10), 1) == Candidate(6, (1600,) * 10)  # the end of the range
+    assert moved(space, Candidate(6, (1600,) * 10), 1) == Candidate(
+        6, (1600,) * 10
+    )  # the end of the range
     free = space_of(SearchConfig(dims=SearchedDims.all))
     below = Candidate(4, (100, 100, 200, 400, *range(1600, 2800, 100)))
     assert moved(free, below, -1) == Candidate(3, (100, 100, 200, 1600, *range(1600, 2800, 100)))
@@ -192,7 +234,9 @@ def test_crossovers_join_only_parents_of_one_critical_index() -> None:
     fresh = children(space, [a, alone, b], config, seed=0, iteration=1, seen={a, b, alone})
     assert len(fresh) == 8
     mixed = [
-        child for child in fresh if all(s in (x, y) for s, x, y in zip(child.steps, a.steps, b.steps, strict=False))
+        child
+        for child in fresh
+        if all(s in (x, y) for s, x, y in zip(child.steps, a.steps, b.steps, strict=False))
     ]
     assert len(mixed) == 5
     assert {child.critical_index for child in mixed} == {5}
@@ -231,12 +275,20 @@ def test_what_the_space_does_not_contain(candidate: Candidate) -> None:
 
 
 def test_space_errors() -> None:
-    with pytest.raises(FactorsError, match="search.critical=16: must be null or a cosine index, 0 .. 15"):
+    with pytest.raises(
+        FactorsError, match="search.critical=16: must be null or a cosine index, 0 .. 15"
+    ):
         space_of(SearchConfig(critical=16))
-    with pytest.raises(FactorsError, match="every dimension turns ten times or more in original_len=8192: no critical"):
+    with pytest.raises(
+        FactorsError,
+        match="every dimension turns ten times or more in original_len=8192: no critical",
+    ):
         space_of(geometry=RopeGeometry(8, 10.0, 8192), target_len=16384)
     small = replace(space_of(SearchConfig(grid=1.0, critical=6)), target_len=128)
-    with pytest.raises(FactorsError, match=r"search.population=64: the space holds too few distinct candidates \(11 f"):
+    with pytest.raises(
+        FactorsError,
+        match=r"search.population=64: the space holds too few distinct candidates \(11 f",
+    ):
         first_population(small, 64, 0.3, seed=0)
 
 
@@ -249,27 +301,54 @@ def test_space_errors() -> None:
         (SearchConfig(num_samples=0), "search.num_samples=0: must be at least 1"),
         (SearchConfig(batch_size=0), "search.batch_size=0: must be at least 1"),
         (SearchConfig(parents=65), "search.parents=65: must be at most search.population=64"),
-        (SearchConfig(mutation_probability=0.0), "search.mutation_probability=0.0: must be above 0 and at most 1"),
-        (SearchConfig(grid=0.03), "search.grid=0.03: 1 / grid must be a whole number, e.g. 0.01 or 0.1"),
+        (
+            SearchConfig(mutation_probability=0.0),
+            "search.mutation_probability=0.0: must be above 0 and at most 1",
+        ),
+        (
+            SearchConfig(grid=0.03),
+            "search.grid=0.03: 1 / grid must be a whole number, e.g. 0.01 or 0.1",
+        ),
         (SearchConfig(depths=[]), r"search.depths=\[\]: give one or more numbers from 0 to 1"),
         (SearchConfig(depths=[0.0, 1.5]), "search.depths="),
-        (SearchConfig(mutations=-1), r"search.mutations=-1: must be null \(one per parent\) or at least 0"),
+        (
+            SearchConfig(mutations=-1),
+            r"search.mutations=-1: must be null \(one per parent\) or at least 0",
+        ),
         (SearchConfig(crossovers=-1), "search.crossovers=-1: must be at least 0"),
-        (SearchConfig(mutations=0), "search.mutations=0 and search.crossovers=0: a round would give no new candidate"),
-        (SearchConfig(critical_move_probability=1.5), "search.critical_move_probability=1.5: must be from 0 to 1"),
+        (
+            SearchConfig(mutations=0),
+            "search.mutations=0 and search.crossovers=0: a round would give no new candidate",
+        ),
+        (
+            SearchConfig(critical_move_probability=1.5),
+            "search.critical_move_probability=1.5: must be from 0 to 1",
+        ),
         (SearchConfig(highest_ratio=0.5), "search.highest_ratio=0.5: must be at least 1"),
-        (SearchConfig(num_keys=0), r"search.num_keys=0: must be null \(a key for every sample\) or at least 1"),
+        (
+            SearchConfig(num_keys=0),
+            r"search.num_keys=0: must be null \(a key for every sample\) or at least 1",
+        ),
         (SearchConfig(racing_samples=0), "search.racing_samples=0: must be at least 1"),
         (SearchConfig(racing_margin=-0.1), "search.racing_margin=-0.1: must be at least 0"),
         (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be at least 1"),
         (SearchConfig(projected_tflops=0.0), "search.projected_tflops=0.0: must be above 0"),
-        (SearchConfig(algorithm=Algorithm.longrope), "search.dims=tail: search.algorithm=longrope searches all"),
+        (
+            SearchConfig(algorithm=Algorithm.longrope),
+            "search.dims=tail: search.algorithm=longrope searches all",
+        ),
         (
             SearchConfig(algorithm=Algorithm.longrope, dims=SearchedDims.all, critical=3),
             "search.critical and search.critical_move_probability: search.algorithm=longrope has no critical dimension",
         ),
-        (SearchConfig(short_window_of="x.json"), "search.short_window_of: only LongRoPE rescales the short window"),
-        (SearchConfig(max_needle_ppl_at_original=1.0), "search.max_needle_ppl_at_original=1.0: must be above 1"),
+        (
+            SearchConfig(short_window_of="x.json"),
+            "search.short_window_of: only LongRoPE rescales the short window",
+        ),
+        (
+            SearchConfig(max_needle_ppl_at_original=1.0),
+            "search.max_needle_ppl_at_original=1.0: must be above 1",
+        ),
     ],
 )
 def test_setting_faults(config: SearchConfig, text: str) -> None:

@@ -9,14 +9,16 @@ import pytest
 
 from data_prep.packing import pack_long, pack_short
 from data_prep.quotas import TokenizedDocument
-from data_prep.verification import SegmentRules, verify_folder
-from data_prep.writing import write_shards
-from longrope2.artifacts import Manifest, sha256_of_file, write_manifest
+from data_prep.shards import write_shards
+from data_prep.verification import verify_folder
 from longrope2.errors import ArtifactError, DataError
-from longrope2.rope import Window
-from longrope2.segments import SegmentStore, segment_schema
+from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest
+from longrope2.rope.factors import Window
+from longrope2.segments.format import SegmentRules, SegmentStore, segment_schema
 
-RULES = SegmentRules(target_len=32, original_len=8, alignment=2, vocab_size=70_000, bos_id=1, eos_id=2)
+RULES = SegmentRules(
+    target_len=32, original_len=8, alignment=2, vocab_size=70_000, bos_id=1, eos_id=2
+)
 DETAILS = {
     "target_len": 32, "original_len": 8, "alignment": 2, "vocab_size": 70_000, "bos_id": 1, "eos_id": 2,
     "model_name": "none",
@@ -25,15 +27,24 @@ DETAILS = {
 
 def documents(lengths, name):
     return [
-        TokenizedDocument(f"{name}{n}", name, np.asarray([1, *range(60_000, 60_000 + length - 2), 2], dtype=np.uint32))
+        TokenizedDocument(
+            f"{name}{n}",
+            name,
+            np.asarray([1, *range(60_000, 60_000 + length - 2), 2], dtype=np.uint32),
+        )
         for n, length in enumerate(lengths)
     ]
 
 
 @pytest.fixture
 def drafts():
-    short = pack_short(documents([8, 7, 6, 5, 8, 8, 3] * 3, "short"), target_len=32, alignment=2, seed=0).segments
-    return [*short, *pack_long(documents([20, 30, 200, 32], "long"), target_len=32, seed=0).segments]
+    short = pack_short(
+        documents([8, 7, 6, 5, 8, 8, 3] * 3, "short"), target_len=32, alignment=2, seed=0
+    ).segments
+    return [
+        *short,
+        *pack_long(documents([20, 30, 200, 32], "long"), target_len=32, seed=0).segments,
+    ]
 
 
 @pytest.fixture
@@ -64,8 +75,12 @@ def test_segments_come_back_as_drafted(folder, drafts):
         assert np.array_equal(segment.tokens[mask], expected) and segment.tokens.dtype == np.uint32
         assert segment.window is draft.window and segment.index == index
         assert segment.doc_ends.tolist() == np.cumsum([len(p) for p in draft.pieces]).tolist()
-        assert segment.doc_ids == tuple(p.document.doc_id if p.document else "" for p in draft.pieces)
-        assert segment.sources == tuple(p.document.source if p.document else "" for p in draft.pieces)
+        assert segment.doc_ids == tuple(
+            p.document.doc_id if p.document else "" for p in draft.pieces
+        )
+        assert segment.sources == tuple(
+            p.document.source if p.document else "" for p in draft.pieces
+        )
         assert segment.starts_mid_document == (draft.pieces[0].start > 0)
         assert segment.num_padding == (~mask).sum()
     assert any(store.segment(index).starts_mid_document for index in store.long_ids)
@@ -88,13 +103,17 @@ def test_datasets_opens_the_shards(folder, tmp_path):
     import datasets
 
     files = sorted(str(folder / name) for name in SegmentStore(folder).manifest.files)
-    rows = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    rows = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
     store = SegmentStore(folder)
     assert len(rows) == len(store)
     for index, row in enumerate(rows):
         segment = store.segment(index)
         assert row["tokens"] == segment.tokens.tolist() and row["window"] == segment.window.value
-        assert row["doc_ends"] == segment.doc_ends.tolist() and tuple(row["doc_id"]) == segment.doc_ids
+        assert (
+            row["doc_ends"] == segment.doc_ends.tolist() and tuple(row["doc_id"]) == segment.doc_ids
+        )
     mapped = datasets.Dataset.from_file(files[0])
     assert mapped[0]["tokens"] == store.segment(0).tokens.tolist()
 
@@ -106,7 +125,9 @@ def test_ids_of_a_small_vocabulary_take_two_bytes():
 
 def test_a_bad_draft_is_not_written(tmp_path, drafts):
     with pytest.raises(DataError, match="longer than original_len=4"):
-        write_shards(tmp_path, drafts, dataclasses.replace(RULES, original_len=4), tokens_per_shard=128)
+        write_shards(
+            tmp_path, drafts, dataclasses.replace(RULES, original_len=4), tokens_per_shard=128
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,4 +195,6 @@ def test_a_broken_rule_in_a_finished_folder_is_found(folder):
 def test_the_same_drafts_give_the_same_bytes(folder, tmp_path, drafts):
     again = write_shards(tmp_path / "again", drafts, RULES, tokens_per_shard=32 * 4)
     assert again == SegmentStore(folder).manifest.files
-    assert all(sha256_of_file(tmp_path / "again" / name) == digest for name, digest in again.items())
+    assert all(
+        sha256_of_file(tmp_path / "again" / name) == digest for name, digest in again.items()
+    )

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from longrope2.errors import ArtifactError
-from longrope2.segments import NeedleSample, NeedleSet
+from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 
 def sample(length=6, value_start=4):
@@ -19,7 +19,12 @@ def test_a_set_comes_back(tmp_path):
     assert loaded.length == 6 and len(loaded.samples) == 2
     first = loaded.samples[0]
     assert np.array_equal(first.tokens, np.arange(6)) and first.record == sample().record
-    assert (first.value_start, first.key, first.value, first.depth) == (4, "red-lamp", "1234567", 0.25)
+    assert (first.value_start, first.key, first.value, first.depth) == (
+        4,
+        "red-lamp",
+        "1234567",
+        0.25,
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["needles.arrow", "needles.json"]
 
 
@@ -41,7 +46,10 @@ def test_missing_damaged_and_foreign_files(tmp_path):
     with pytest.raises(ArtifactError, match="is not a needle set"):
         NeedleSet.load(tmp_path / "damaged")
     table = pa.table({"a": [1]})
-    with pa.OSFile(str(tmp_path / "foreign"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "foreign"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
     with pytest.raises(ArtifactError, match="its columns are a"):
         NeedleSet.load(tmp_path / "foreign")

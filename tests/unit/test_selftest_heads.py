@@ -2,7 +2,7 @@
 
 import pytest
 
-from longrope2.parallel import head_faults
+from longrope2.parallel.dims import head_faults
 from longrope2.training.selftest import tiny_heads
 
 

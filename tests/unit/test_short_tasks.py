@@ -8,39 +8,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from longrope2.artifacts import weights_sha256
 from longrope2.errors import ConfigError, DataError
-from longrope2.evaluation import short_tasks_config
-from longrope2.evaluation.results import ResultsLog
-from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_rows
-from longrope2.evaluation.short_tasks_config import (
+from longrope2.evaluation import config
+from longrope2.evaluation.config import (
     ShortTaskConfig,
     ShortTasksConfig,
     require_lm_eval,
     short_task_faults,
 )
+from longrope2.evaluation.results import ResultsLog
+from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_rows
 from longrope2.evaluation.subjects import Subject
-from longrope2.inference import generate_tokens
-from longrope2.model import load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.rope import RopeMethod, closed_form_factors
+from longrope2.inference.generation import generate_tokens
+from longrope2.model.folder import weights_sha256
+from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ROOT = Path(__file__).parent.parent.parent
 MINIATURE = ROOT / "models" / "tiny"
 ORIGINAL_LEN, TARGET_LEN = 128, 512
 QUESTIONS = [
     {"q": "import os\nimport", "choices": [" sys", " zebra cat"], "gold": 0},
-    {"q": "def f(self):\n    " + "x = x + 1\n    " * 16, "choices": ["return x", "banana"], "gold": 1},
+    {
+        "q": "def f(self):\n    " + "x = x + 1\n    " * 16,
+        "choices": ["return x", "banana"],
+        "gold": 1,
+    },
     {"q": "x = y + z\n" * 20, "choices": ["x = y", "y = x"], "gold": 0},
 ]
 
 
 def test_faults_of_the_settings_are_reported_together(monkeypatch):
-    monkeypatch.setattr(short_tasks_config, "lm_eval_version", lambda: None)
+    monkeypatch.setattr(config, "lm_eval_version", lambda: None)
     tasks = [ShortTaskConfig("a", "t", "acc"), ShortTaskConfig("a", "", "acc,none", -1)]
     faults = "\n".join(short_task_faults(ShortTasksConfig(tasks, limit=0)))
-    for part in ("tasks[0]: name='a' and task='t' must be given, every name once", "tasks[0].metric='acc' must be",
-                 "tasks[1].num_fewshot=-1 must be 0 or more", "limit=0 must be at least 1",
-                 "needs lm-eval, which is not installed: pip install 'longrope2[lm-eval]'"):  # fmt: skip
+    for part in (
+        "tasks[0]: name='a' and task='t' must be given, every name once",
+        "tasks[0].metric='acc' must be",
+        "tasks[1].num_fewshot=-1 must be 0 or more",
+        "limit=0 must be at least 1",
+        "needs lm-eval, which is not installed: pip install 'longrope2[lm-eval]'",
+    ):
         assert part in faults
     with pytest.raises(ConfigError, match="lm-eval is not installed"):
         require_lm_eval()
@@ -54,7 +62,9 @@ from longrope2.evaluation.lm_eval_model import LongRope2LM  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model():
-    factors = closed_form_factors(RopeMethod.ntk, rope_geometry(MINIATURE, ORIGINAL_LEN), TARGET_LEN)
+    factors = closed_form_factors(
+        RopeMethod.ntk, rope_geometry(MINIATURE, ORIGINAL_LEN), TARGET_LEN
+    )
     return load_windowed_model(MINIATURE, factors).eval()
 
 
@@ -69,19 +79,28 @@ def pair(context, continuation, number=0):
 
 def alone(model, tokenizer, context, continuation):
     """Log-probability from a plain forward pass over one unpadded sequence, in its own window."""
-    whole = [tokenizer.bos_token_id, *tokenizer(context + continuation, add_special_tokens=False).input_ids]
+    whole = [
+        tokenizer.bos_token_id,
+        *tokenizer(context + continuation, add_special_tokens=False).input_ids,
+    ]
     first = 1 + len(tokenizer(context, add_special_tokens=False).input_ids)
-    logits_TV = model.logits(torch.tensor([whole]), "short" if len(whole) <= ORIGINAL_LEN else "long")[0]
+    logits_TV = model.logits(
+        torch.tensor([whole]), "short" if len(whole) <= ORIGINAL_LEN else "long"
+    )[0]
     log_probs_TV = torch.log_softmax(logits_TV.double(), dim=-1)
     targets = whole[first:]
-    return len(whole), float(sum(log_probs_TV[first - 1 + k, token] for k, token in enumerate(targets)))
+    return len(whole), float(
+        sum(log_probs_TV[first - 1 + k, token] for k, token in enumerate(targets))
+    )
 
 
 @torch.inference_mode()
 def test_padding_and_batch_mates_change_no_log_probability(model, tokenizer):
     """Rows just below, at and above L0 in one request: a batch padded by its longest row must not move a short one."""
     text = "value = value + 1\n" * 60
-    borders = [place for place, letter in enumerate(text) if letter == " " and place > 20]  # no token spans one
+    borders = [
+        place for place, letter in enumerate(text) if letter == " " and place > 20
+    ]  # no token spans one
     ends = [*borders[::12], *borders[40:90]]
     pairs = [(text[:end], text[end : end + 10].rstrip()) for end in ends]
     expected = [alone(model, tokenizer, *p) for p in pairs]
@@ -90,8 +109,12 @@ def test_padding_and_batch_mates_change_no_log_probability(model, tokenizer):
     assert any(0 < n - ORIGINAL_LEN < 8 for n in lengths)
     for batch_tokens in (1, 3000, 100_000):
         lm = LongRope2LM.around(model, tokenizer, batch_tokens)
-        found = lm.loglikelihood([pair(*p, number=i) for i, p in enumerate(pairs)], disable_tqdm=True)
-        assert [score for score, _ in found] == pytest.approx([score for _, score in expected], abs=2e-4)
+        found = lm.loglikelihood(
+            [pair(*p, number=i) for i, p in enumerate(pairs)], disable_tqdm=True
+        )
+        assert [score for score, _ in found] == pytest.approx(
+            [score for _, score in expected], abs=2e-4
+        )
         assert [lm.sides["t", i] for i in range(len(pairs))] == [
             {"short" if length <= ORIGINAL_LEN else "long"} for length in lengths
         ]
@@ -100,7 +123,9 @@ def test_padding_and_batch_mates_change_no_log_probability(model, tokenizer):
 def test_greedy_flag_agrees_with_generation_and_stops_are_kept_out(model, tokenizer):
     lm = LongRope2LM.around(model, tokenizer)
     context = "import os\nimport sys\nimport"
-    request = Instance("generate_until", {}, (context, {"until": ["\n"], "max_gen_toks": 12}), 0, ("g", 4, 1))
+    request = Instance(
+        "generate_until", {}, (context, {"until": ["\n"], "max_gen_toks": 12}), 0, ("g", 4, 1)
+    )
     (text,) = lm.generate_until([request], disable_tqdm=True)
     assert "\n" not in text and lm.sides["g", 4] == {"short"}
     ((_, greedy),) = lm.loglikelihood([pair(context, text)], disable_tqdm=True)
@@ -114,7 +139,10 @@ def test_every_name_of_the_longest_answer_is_heeded(model, tokenizer, name):
     lm = LongRope2LM.around(model, tokenizer)
     options = {name: 3, "do_sample": False, "temperature": 0.7, "until": None}
     request = Instance("generate_until", {}, ("import os\nimport", options), 0, ("g", 0, 1))
-    prompt_ids = [tokenizer.bos_token_id, *tokenizer("import os\nimport", add_special_tokens=False).input_ids]
+    prompt_ids = [
+        tokenizer.bos_token_id,
+        *tokenizer("import os\nimport", add_special_tokens=False).input_ids,
+    ]
     expected = [token.token_id for token in generate_tokens(model, prompt_ids, max_new_tokens=3)]
     assert tokenizer.eos_token_id not in expected
     assert lm.generate_until([request], disable_tqdm=True) == [tokenizer.decode(expected)]
@@ -125,13 +153,18 @@ def test_rolling_log_likelihood_is_that_of_the_whole_text(model, tokenizer):
     request = Instance("loglikelihood_rolling", {}, ("import os\n",), 0, ("r", 0, 1))
     with torch.inference_mode():
         _, expected = alone(model, tokenizer, "", "import os\n")
-    assert lm.loglikelihood_rolling([request], disable_tqdm=True) == pytest.approx([expected], abs=1e-4)
+    assert lm.loglikelihood_rolling([request], disable_tqdm=True) == pytest.approx(
+        [expected], abs=1e-4
+    )
 
 
 def test_a_question_beyond_the_window_is_an_error_never_cut(model, tokenizer):
     lm = LongRope2LM.around(model, tokenizer)
     long_text = "value = 1\n" * 200
-    with pytest.raises(DataError, match=r"a question of \d+ tokens .* exceeds the window of 512; nothing is cut here"):
+    with pytest.raises(
+        DataError,
+        match=r"a question of \d+ tokens .* exceeds the window of 512; nothing is cut here",
+    ):
         lm.loglikelihood([pair(long_text, " x")], disable_tqdm=True)
     request = Instance("generate_until", {}, ("x", {"max_gen_toks": 600}), 0, ("g", 0, 1))
     with pytest.raises(DataError, match="exceeds the window of 512"):
@@ -154,11 +187,15 @@ def task_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_local_task_is_scored_as_by_hand_and_not_twice(model, tokenizer, task_folder, monkeypatch):
+def test_a_local_task_is_scored_as_by_hand_and_not_twice(
+    model, tokenizer, task_folder, monkeypatch
+):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(task_folder / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     subject = Subject("ntk", MINIATURE, model.factors, weights_sha256(MINIATURE), False, {})
-    config = ShortTasksConfig([ShortTaskConfig("choice", "tiny_choice", "acc,none")], str(task_folder))
+    config = ShortTasksConfig(
+        [ShortTaskConfig("choice", "tiny_choice", "acc,none")], str(task_folder)
+    )
     results = ResultsLog(task_folder / "results.jsonl")
 
     def measure(load):
@@ -166,14 +203,18 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(model, tokenizer, task_
 
     (row,) = short_task_rows(measure(lambda s: model))
     with torch.inference_mode():
-        scores = [[alone(model, tokenizer, item["q"], c) for c in item["choices"]] for item in QUESTIONS]
+        scores = [
+            [alone(model, tokenizer, item["q"], c) for c in item["choices"]] for item in QUESTIONS
+        ]
     right = [
         float(max(range(2), key=lambda i: row[i][1]) == item["gold"])
         for row, item in zip(scores, QUESTIONS, strict=True)
     ]
     assert row["scores"] == right and row["score"] == pytest.approx(sum(right) / 3)
     sides = ["short" if max(n for n, _ in row) <= ORIGINAL_LEN else "long" for row in scores]
-    assert {side: part["num_samples"] for side, part in row["sides"].items()} == {s: sides.count(s) for s in set(sides)}
+    assert {side: part["num_samples"] for side, part in row["sides"].items()} == {
+        s: sides.count(s) for s in set(sides)
+    }
     assert len(set(sides)) == 2
     assert short_task_rows(measure(None)) == [row]  # a second measurement would load a model
     config.tasks[0].metric = "f1,none"
@@ -187,9 +228,18 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(model, tokenizer, task_
 @pytest.mark.slow
 def test_the_harness_own_command_knows_our_model(task_folder):
     command = [
-        sys.executable, "-m", "launch.lm_eval", "--model", "longrope2", "--tasks", "tiny_choice", "--include_path",
-        str(task_folder), "--model_args", f"model={MINIATURE},original_len={ORIGINAL_LEN},target_len={TARGET_LEN},rope=ntk",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "launch.lm_eval",
+        "--model",
+        "longrope2",
+        "--tasks",
+        "tiny_choice",
+        "--include_path",
+        str(task_folder),
+        "--model_args",
+        f"model={MINIATURE},original_len={ORIGINAL_LEN},target_len={TARGET_LEN},rope=ntk",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|tiny_choice|" in done.stdout and "acc" in done.stdout

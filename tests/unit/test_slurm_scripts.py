@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longrope2.config import compose
-from longrope2.training import TrainRoot
+from longrope2.training.config import TrainRoot
 
 ROOT = Path(__file__).parent.parent.parent
 MODELS = ("llama3_128k", "phi3_mini_128k")
@@ -24,7 +24,9 @@ def header(script: Path) -> dict[str, str]:
 
 
 def bash(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -40,24 +42,35 @@ def test_header(script: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_training_asks_for_the_paper_s_64_gpus(model: str) -> None:
     options = header(ROOT / "slurm" / f"train_{model}.sh")
-    assert (options["nodes"], options["gpus-per-node"], options["ntasks-per-node"]) == ("8", "8", "1")
+    assert (options["nodes"], options["gpus-per-node"], options["ntasks-per-node"]) == (
+        "8",
+        "8",
+        "1",
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_models_agree_with_the_experiment(model: str) -> None:
     """What slurm/models says for all stages is what conf/experiment says for training."""
-    words = bash(f'. slurm/models/{model}.sh; echo "$EXPERIMENT $SEQUENCE_RANKS ${{EXTENSION[*]}}"').stdout.split()
+    words = bash(
+        f'. slurm/models/{model}.sh; echo "$EXPERIMENT $SEQUENCE_RANKS ${{EXTENSION[*]}}"'
+    ).stdout.split()
     experiment = compose(TrainRoot, "train", [f"experiment={words[0]}"])
     assert words[1:] == [
-        str(experiment.parallel.sequence), f"model={experiment.model.name}", f"target_len={experiment.target_len}",
+        str(experiment.parallel.sequence),
+        f"model={experiment.model.name}",
+        f"target_len={experiment.target_len}",
         f"run.name={experiment.run.name}",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    files = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "slurm" / "models").glob("*.sh"))]
+    files = [
+        *sorted((ROOT / "slurm").glob("*.sh")),
+        *sorted((ROOT / "slurm" / "models").glob("*.sh")),
+    ]
     checked = subprocess.run(
         ["shellcheck", "-x", *map(str, files), "slurm/site.example.env"],
         cwd=ROOT,
@@ -71,7 +84,9 @@ def test_shellcheck() -> None:
 def function(name: str) -> str:
     """The text of a function of slurm/common.sh."""
     found = re.search(
-        rf"^{name}\(\) \{{\n.*?^\}}$", (ROOT / "slurm" / "common.sh").read_text(), re.MULTILINE | re.DOTALL
+        rf"^{name}\(\) \{{\n.*?^\}}$",
+        (ROOT / "slurm" / "common.sh").read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     assert found is not None
     return found[0]
@@ -86,7 +101,10 @@ def test_of_two_words_with_one_key_the_last_counts() -> None:
 
 def test_scripts_refuse_to_run_outside_a_job() -> None:
     ended = bash("unset SLURM_JOB_ID; bash slurm/train_llama3_128k.sh")
-    assert ended.returncode == 2 and "submit it: sbatch slurm/SCRIPT.sh [key=value ...]" in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "submit it: sbatch slurm/SCRIPT.sh [key=value ...]" in ended.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,10 @@ def test_scripts_refuse_to_run_outside_a_job() -> None:
         ("llama4", "no slurm/models/llama4.sh; one of llama3_128k phi3_mini_128k"),
         ("llama3_128k train:run.name=x", "train:run.name=x: all stages share one run folder"),
         ("llama3_128k --nodes", "--nodes: give sbatch's options as --option=value"),
-        ("llama3_128k trian:a", "trian:a: neither .* STAGE one of pack search train evaluate export"),
+        (
+            "llama3_128k trian:a",
+            "trian:a: neither .* STAGE one of pack search train evaluate export",
+        ),
     ],
 )
 def test_pipeline_refuses(words: str, message: str) -> None:

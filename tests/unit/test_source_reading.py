@@ -16,9 +16,10 @@ import pytest
 import zstandard
 from public_corpora import CRAWL, page, write_redpajama_v1
 
-from data_prep.corpora import CorpusConfig, CorpusKind, build_corpus
-from data_prep.sources import records, remote
-from data_prep.sources.records import json_records, parquet_records, whole_text
+from longrope2.corpora import records, remote
+from longrope2.corpora.build import build_corpus
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.records import json_records, parquet_records, whole_text
 from longrope2.errors import ConfigError, DataError
 
 
@@ -51,7 +52,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(wanted.group(1)) if wanted else 0
-        end = min(len(content), int(wanted.group(2)) + 1) if wanted and wanted.group(2) else len(content)
+        end = (
+            min(len(content), int(wanted.group(2)) + 1)
+            if wanted and wanted.group(2)
+            else len(content)
+        )
         self.send_response(206 if wanted else 200)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end - start))
@@ -93,7 +98,9 @@ def read_all(location):
 def test_reading_goes_on_after_a_broken_connection(server, monkeypatch, suffix):
     monkeypatch.setattr(remote, "READ_BYTES", 4096)
     content = "\n".join(lines_of(5000)).encode()
-    packed = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[suffix](content)
+    packed = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[suffix](
+        content
+    )
     server.files[f"/a.{suffix}"] = packed
     server.num_broken = 3
     texts, skipped = read_all(f"{server.url}/a.{suffix}")
@@ -103,16 +110,24 @@ def test_reading_goes_on_after_a_broken_connection(server, monkeypatch, suffix):
 
 def test_parquet_goes_on_after_a_broken_connection(server):
     sink = io.BytesIO()
-    pq.write_table(pa.table({"text": [f"{n} " * 40 for n in range(1000)]}), sink, row_group_size=150)
+    pq.write_table(
+        pa.table({"text": [f"{n} " * 40 for n in range(1000)]}), sink, row_group_size=150
+    )
     server.files["/a.parquet"] = sink.getvalue()
     server.num_broken = 2
     rows = list(parquet_records(f"{server.url}/a.parquet", ["text"], Counter()))
     assert server.num_broken == 0
-    assert [(number, record["text"]) for number, record in rows] == [(n, f"{n} " * 40) for n in range(1000)]
+    assert [(number, record["text"]) for number, record in rows] == [
+        (n, f"{n} " * 40) for n in range(1000)
+    ]
 
 
 def test_rows_from_the_middle_of_a_file(tmp_path):
-    pq.write_table(pa.table({"text": [str(n) for n in range(1000)]}), tmp_path / "a.parquet", row_group_size=150)
+    pq.write_table(
+        pa.table({"text": [str(n) for n in range(1000)]}),
+        tmp_path / "a.parquet",
+        row_group_size=150,
+    )
     for first in (0, 1, 149, 150, 151, 333, 999, 1000):
         batches = remote._batches_from(str(tmp_path / "a.parquet"), first, ["text"])
         assert [t for batch in batches for t in batch.column("text").to_pylist()] == [
@@ -125,18 +140,23 @@ def test_missing_file_is_counted_but_a_dead_server_is_not(server):
     server.files["/a.jsonl"] = "\n".join(lines_of(10)).encode()
     server.num_broken = 10**6
     with pytest.raises(
-        DataError, match=r"a.jsonl cannot be read at byte or row 0: .*run the same command again to go on"
+        DataError,
+        match=r"a.jsonl cannot be read at byte or row 0: .*run the same command again to go on",
     ):
         read_all(f"{server.url}/a.jsonl")
     server.shutdown()
     server.server_close()
-    with pytest.raises(DataError, match=r"b.jsonl cannot be read at byte or row 0: .*corpus.SOURCE.root=FOLDER"):
+    with pytest.raises(
+        DataError, match=r"b.jsonl cannot be read at byte or row 0: .*corpus.SOURCE.root=FOLDER"
+    ):
         read_all(f"{server.url}/b.jsonl")
 
 
 def test_file_that_may_not_be_read(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(DataError, match="a.jsonl cannot be read at byte or row 0: IsADirectoryError"):
+    with pytest.raises(
+        DataError, match="a.jsonl cannot be read at byte or row 0: IsADirectoryError"
+    ):
         read_all(str(tmp_path / "a.jsonl"))
 
 
@@ -158,7 +178,8 @@ def test_redpajama_v1_from_urls(server, tmp_path):
     assert f"redpajama_v1/{CRAWL}" in [unit.name for unit in corpus.units()]
     del server.files["/urls/c4.txt"]
     with pytest.raises(
-        ConfigError, match=r"urls/c4.txt of .* cannot be read \(ClientResponseError: 404.*expected FOLDER/arxiv"
+        ConfigError,
+        match=r"urls/c4.txt of .* cannot be read \(ClientResponseError: 404.*expected FOLDER/arxiv",
     ):
         build_corpus(config)
 
@@ -172,13 +193,17 @@ def test_redpajama_v2_from_urls(server):
     corpus, skipped = build_corpus(config), Counter()
     assert [unit.name for unit in corpus.units()] == [f"redpajama_v2/{tag}" for tag in tags]
     documents = [d for unit in corpus.units() for d in corpus.read(unit, skipped)]
-    assert [(d.doc_id, d.text) for d in documents] == [(f"redpajama_v2/{tags[0]}.json.gz/0", "a page")]
+    assert [(d.doc_id, d.text) for d in documents] == [
+        (f"redpajama_v2/{tags[0]}.json.gz/0", "a page")
+    ]
     assert skipped == {"missing file": 1, "list of duplicates, missing file (kept)": 2}
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     generator, peaks = random.Random(0), []
-    lines = [json.dumps({"text": generator.randbytes(2_000).hex()}).encode() + b"\n" for _ in range(500)]
+    lines = [
+        json.dumps({"text": generator.randbytes(2_000).hex()}).encode() + b"\n" for _ in range(500)
+    ]
     for times in (2, 10):  # 4 and 20 MB
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines * times), 1))
         tracemalloc.start()
@@ -197,7 +222,9 @@ def test_records_too_long_for_memory(tmp_path, monkeypatch):
     numbers = [number for number, _ in json_records(str(tmp_path / "a.jsonl"), Counter())]
     assert numbers == [0, 1, 3]
     (tmp_path / "a.txt").write_text("x" * 2000)
-    assert whole_text(str(tmp_path / "a.txt"), counts := Counter()) is None and counts == {records.TOO_LONG: 1}
+    assert whole_text(str(tmp_path / "a.txt"), counts := Counter()) is None and counts == {
+        records.TOO_LONG: 1
+    }
 
 
 def test_packed_files_of_several_members(tmp_path):
@@ -214,7 +241,9 @@ def test_packed_files_of_several_members(tmp_path):
 
 def rows_of(path):
     skipped = Counter()
-    return [record["text"] for _, record in parquet_records(str(path), ["text"], skipped)], dict(skipped)
+    return [record["text"] for _, record in parquet_records(str(path), ["text"], skipped)], dict(
+        skipped
+    )
 
 
 def test_damaged_pages_and_bytes_of_parquet(tmp_path):
@@ -226,7 +255,11 @@ def test_damaged_pages_and_bytes_of_parquet(tmp_path):
     content[start : start + 200] = b"\xff" * 200
     (tmp_path / "a.parquet").write_bytes(content)
     rows, counts = rows_of(tmp_path / "a.parquet")
-    assert rows == [f"{n} " * 40 for n in range(len(rows))] and 400 <= len(rows) < 600 and counts == {"damaged file": 1}
+    assert (
+        rows == [f"{n} " * 40 for n in range(len(rows))]
+        and 400 <= len(rows) < 600
+        and counts == {"damaged file": 1}
+    )
     latin = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": latin}), tmp_path / "b.parquet")
     assert rows_of(tmp_path / "b.parquet") == (["fine"], {"invalid utf-8": 1})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from longrope2.training.guard import StepGuard
+from longrope2.training.step import StepGuard
 
 
 class CountingAdam(torch.optim.Optimizer):
@@ -26,7 +26,9 @@ def test_a_refused_step_is_not_counted_by_the_group() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
     optimizer = CountingAdam(parameter)
-    engine = SimpleNamespace(basic_optimizer=optimizer, step=optimizer.step, was_step_applied=lambda: True)
+    engine = SimpleNamespace(
+        basic_optimizer=optimizer, step=optimizer.step, was_step_applied=lambda: True
+    )
     guard = StepGuard(engine, max_norm=10.0)
     assert not guard.step(loss=1.0, norm=float("nan"))
     assert "step" not in optimizer.param_groups[0] and parameter.item() == 1.0

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.torchrun import _send_on, run_under_torchrun
-from longrope2.training import REQUEUE_EXIT_CODE
-from longrope2.training.stopping import STOP_SIGNALS, StopSignals
+from launch.cluster.torchrun import _send_on, run_under_torchrun
+from longrope2.training.heartbeat import REQUEUE_EXIT_CODE, STOP_SIGNALS, StopSignals
 
-# Stands in for a rank of launch.train: waits for a stop signal, then ends as its last argument says.
+# Stands in for a rank of launch.train: waits for a stop signal, then ends as its last argument
+# says.
 RANK_MODULE = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[2])
@@ -31,7 +31,9 @@ sys.exit(75 if got else 2)
 
 @pytest.fixture
 def one_process_group(tmp_path: Path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -57,7 +59,7 @@ def test_the_first_signal_names_the_stop() -> None:
 AGREEMENT = """
 import os, signal, sys
 import torch.distributed as dist
-from longrope2.training.stopping import StopSignals
+from longrope2.training.heartbeat import StopSignals
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 with StopSignals() as signals:
@@ -73,10 +75,13 @@ dist.destroy_process_group()
 def test_no_rank_stops_alone(tmp_path: Path) -> None:
     """Only rank 1 gets the signal; rank 0 learns of it in the same all-reduce."""
     ranks = [
-        subprocess.Popen([sys.executable, "-c", AGREEMENT, str(tmp_path / "rendezvous"), str(rank)],
-                         stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", AGREEMENT, str(tmp_path / "rendezvous"), str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     answers = [rank.communicate(timeout=120)[0].split() for rank in ranks]
     assert answers == [["False", "True", "None"], ["False", "True", str(int(signal.SIGTERM))]]
 
@@ -86,7 +91,9 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the ranks of ``RANK_MODULE`` say that they are ready."""
     (tmp_path / "waiting_rank.py").write_text(RANK_MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # the launcher sets it; taken back after the test
+    monkeypatch.setenv(
+        "TORCHELASTIC_SIGNALS_TO_HANDLE", ""
+    )  # the launcher sets it; taken back after the test
     return tmp_path
 
 

@@ -7,7 +7,13 @@ import wandb
 from wandb_offline import history, offline_files, read_offline
 
 from longrope2.errors import ConfigError
-from longrope2.tracking import MetricsLog, TrackingConfig, WandbMode, read_metrics, resolve_mode
+from longrope2.tracking.metrics import (
+    MetricsLog,
+    TrackingConfig,
+    WandbMode,
+    read_metrics,
+    resolve_mode,
+)
 
 STEPS = [{"train/loss": 2.5, "train/tokens": 100}, {"train/loss": 2.0, "train/tokens": 200}]
 
@@ -45,15 +51,24 @@ def test_offline_wandb_run_holds_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     assert [{k: h[k] for k in STEPS[0]} for h in logged] == STEPS
     assert [h["_step"] for h in logged] == [1, 2]
     run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
-    assert (run.run_group, run.job_type, run.display_name) == ("runs/demo", "train", "runs/demo/train")
-    x_axes = {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in records
-              if r.WhichOneof("record_type") == "metric"}  # fmt: skip
+    assert (run.run_group, run.job_type, run.display_name) == (
+        "runs/demo",
+        "train",
+        "runs/demo/train",
+    )
+    x_axes = {
+        r.metric.glob_name or r.metric.name: r.metric.step_metric
+        for r in records
+        if r.WhichOneof("record_type") == "metric"
+    }
     assert x_axes["train/*"] == "train/tokens"
     (artifact,) = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     assert (artifact.type, artifact.name) == ("factors", f"{run.run_id}-factors")
     assert [entry.path for entry in artifact.manifest.contents] == ["metrics.jsonl"]
     write(tmp_path, WandbMode.auto, STEPS[1:])
-    assert len({file.stem for file in offline_files(tmp_path)}) == 1, "a resumed run is the same W&B run"
+    assert len({file.stem for file in offline_files(tmp_path)}) == 1, (
+        "a resumed run is the same W&B run"
+    )
     write(tmp_path / "elsewhere", WandbMode.auto, STEPS)
     other = offline_files(tmp_path / "elsewhere")[0].stem
     assert other.startswith("run-runs-demo-train-") and other != file.stem
@@ -65,5 +80,7 @@ def test_environment_decides_for_auto(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "wandb").exists()
     for named in ("dryrun", "auto"):
         monkeypatch.setenv("WANDB_MODE", named)
-        with pytest.raises(ConfigError, match=f"WANDB_MODE={named} .* must be one of online, offline, disabled"):
+        with pytest.raises(
+            ConfigError, match=f"WANDB_MODE={named} .* must be one of online, offline, disabled"
+        ):
             resolve_mode(WandbMode.auto)

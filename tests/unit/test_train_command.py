@@ -9,33 +9,54 @@ import pytest
 
 from data_prep.pack import main as pack_main
 from launch.train import _is_complete, main
-from longrope2.artifacts import Manifest, write_manifest
 from longrope2.command import run_command
 from longrope2.config import compose, to_plain
 from longrope2.errors import ConfigError
-from longrope2.rope import RopeGeometry, RopeMethod, closed_form_factors
-from longrope2.training import TrainRoot, make_plan
-from longrope2.training.config import check_rules
+from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.training.config import TrainRoot, check_rules
+from longrope2.training.plan import make_plan
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    pack_main([
-        "--target", "256", "--corpus", "sample", "--model", "tiny", "run.name=packed", f"run.root={folder}",
-        "corpus.quotas.stdlib_modules={short: 3000, long: 3000}", "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-        "corpus.quotas.retrieval={short: 0, long: 0}",
-    ])  # fmt: skip
+    pack_main(
+        [
+            "--target",
+            "256",
+            "--corpus",
+            "sample",
+            "--model",
+            "tiny",
+            "run.name=packed",
+            f"run.root={folder}",
+            "corpus.quotas.stdlib_modules={short: 3000, long: 3000}",
+            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
+            "corpus.quotas.retrieval={short: 0, long: 0}",
+        ]
+    )
     return folder / "packed" / "1_segments"
 
 
 def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *overrides: str,
 ) -> str:
     """The message of a refused command; checks the exit code and that the run folder was not made."""
     runs = tmp_path / "runs"
-    fixed = ["experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048"]
-    monkeypatch.setattr(sys, "argv", ["launch.train", *fixed, f"run.root={runs}", "run.name=bad", *overrides])
+    fixed = [
+        "experiment=tiny_extend",
+        "target_len=256",
+        "training.global_batch_tokens=512",
+        "training.tokens=2048",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["launch.train", *fixed, f"run.root={runs}", "run.name=bad", *overrides]
+    )
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code == 2
@@ -56,9 +77,16 @@ def test_windows_that_do_not_fit(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_activations_that_cannot_be_offloaded(tmp_path, monkeypatch, capsys) -> None:
-    faults = ("training.recompute=none", "training.offload_activations=true", "training.hang_timeout_s=0")
+    faults = (
+        "training.recompute=none",
+        "training.offload_activations=true",
+        "training.hang_timeout_s=0",
+    )
     message = refused(tmp_path, monkeypatch, capsys, *faults)
-    assert "training.offload_activations=true needs training.recompute=full or dense; with none all stays" in message
+    assert (
+        "training.offload_activations=true needs training.recompute=full or dense; with none all stays"
+        in message
+    )
     assert "training.hang_timeout_s=0.0 must be above 0, or null" in message
 
 
@@ -69,17 +97,33 @@ def test_missing_segments(tmp_path, monkeypatch, capsys) -> None:
 
 def test_missing_factors(tmp_path, monkeypatch, capsys, packed) -> None:
     message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}")
-    assert "rope.method=searched needs a factors file, but" in message and "rope.factors=FILE" in message
+    assert (
+        "rope.method=searched needs a factors file, but" in message
+        and "rope.factors=FILE" in message
+    )
 
 
 @pytest.mark.parametrize(("mixed", "rope_of_short"), [(True, None), (False, "yarn")])
-def test_without_mixed_windows_the_model_has_one_rope(tmp_path, packed, mixed, rope_of_short) -> None:
+def test_without_mixed_windows_the_model_has_one_rope(
+    tmp_path, packed, mixed, rope_of_short
+) -> None:
     """What was never trained with the original RoPE is not read with it."""
-    config = compose(TrainRoot, "train", [
-        "experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048",
-        "training.same_kind_segments=1", "parallel=single", "rope=yarn", f"segments={packed}", f"run.root={tmp_path}",
-        f"training.mixed={str(mixed).lower()}",
-    ])  # fmt: skip
+    config = compose(
+        TrainRoot,
+        "train",
+        [
+            "experiment=tiny_extend",
+            "target_len=256",
+            "training.global_batch_tokens=512",
+            "training.tokens=2048",
+            "training.same_kind_segments=1",
+            "parallel=single",
+            "rope=yarn",
+            f"segments={packed}",
+            f"run.root={tmp_path}",
+            f"training.mixed={str(mixed).lower()}",
+        ],
+    )
     factors = make_plan(config, 1).factors
     yarn = closed_form_factors(RopeMethod.yarn, RopeGeometry(32, 10_000.0, 128), 256)
     assert factors.factors == yarn.factors
@@ -94,7 +138,9 @@ def test_without_mixed_windows_the_model_has_one_rope(tmp_path, packed, mixed, r
         (RopeGeometry(32, 10_000.0, 128), 512, "(rope.factors) is for target_len=512, not 256"),
     ],
 )
-def test_factors_of_another_model_or_target(tmp_path, monkeypatch, capsys, packed, geometry, target_len, words) -> None:
+def test_factors_of_another_model_or_target(
+    tmp_path, monkeypatch, capsys, packed, geometry, target_len, words
+) -> None:
     file = tmp_path / "factors.json"
     file.write_text(closed_form_factors(RopeMethod.pi, geometry, target_len).to_json())
     overrides = (f"segments={packed}", "rope=from_file", f"rope.factors={file}")
@@ -115,9 +161,14 @@ def test_segments_of_another_model(tmp_path, monkeypatch, capsys, packed) -> Non
 
 def test_segments_of_another_target(tmp_path, monkeypatch, capsys, packed) -> None:
     message = refused(
-        tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "target_len=512",
+        tmp_path,
+        monkeypatch,
+        capsys,
+        f"segments={packed}",
+        "rope=yarn",
+        "target_len=512",
         "training.global_batch_tokens=1024",
-    )  # fmt: skip
+    )
     assert "target_len is 256, this run has 512; pack again" in message
 
 
@@ -129,18 +180,29 @@ def test_target_that_the_parallelism_cannot_share(tmp_path, monkeypatch, capsys)
 
 def test_too_few_segments_for_a_step(tmp_path, monkeypatch, capsys, packed) -> None:
     message = refused(
-        tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "training.same_kind_segments=64",
-        "training.global_batch_tokens=16384", "training.tokens=null",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        capsys,
+        f"segments={packed}",
+        "rope=yarn",
+        "training.same_kind_segments=64",
+        "training.global_batch_tokens=16384",
+        "training.tokens=null",
+    )
     assert "too few for one step of training.global_batch_tokens=16384" in message
 
 
 @pytest.mark.parametrize("processes", [0, -1])
 def test_no_processes(tmp_path, monkeypatch, capsys, processes: int) -> None:
     message = refused(
-        tmp_path, monkeypatch, capsys, f"parallel.processes={processes}", "parallel.sequence=1",
-        "parallel.timeout_seconds=0", "parallel.replicate_below=-1",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        capsys,
+        f"parallel.processes={processes}",
+        "parallel.sequence=1",
+        "parallel.timeout_seconds=0",
+        "parallel.replicate_below=-1",
+    )
     assert "3 fault(s)" in message
     assert f"parallel.processes={processes} must be above 0" in message
     assert "parallel.timeout_seconds=0 must be above 0" in message
@@ -149,9 +211,15 @@ def test_no_processes(tmp_path, monkeypatch, capsys, processes: int) -> None:
 
 def test_key_value_heads_that_are_null_are_the_query_heads(tmp_path) -> None:
     """As in configs of Phi-2 and older Llamas."""
-    model = json.loads((Path("models/tiny") / "config.json").read_text()) | {"num_key_value_heads": None}
+    model = json.loads((Path("models/tiny") / "config.json").read_text()) | {
+        "num_key_value_heads": None
+    }
     (tmp_path / "config.json").write_text(json.dumps(model))
-    config = compose(TrainRoot, "train", ["experiment=tiny_extend", "parallel.sequence=3", "parallel.processes=3"])
+    config = compose(
+        TrainRoot,
+        "train",
+        ["experiment=tiny_extend", "parallel.sequence=3", "parallel.processes=3"],
+    )
     with pytest.raises(ConfigError, match="cannot share 4 query and 4 key/value heads"):
         check_rules(config, tmp_path, 3)
 
@@ -163,14 +231,20 @@ def test_a_complete_run_in_another_final_format_is_not_passed_over(tmp_path) -> 
     assert _is_complete(tmp_path, config)
     config = compose(TrainRoot, "train", ["experiment=tiny_extend", "training.final_dtype=fp32"])
     with pytest.raises(
-        ConfigError, match="training.final_dtype=fp32, but .*final is complete and was written with auto"
+        ConfigError,
+        match="training.final_dtype=fp32, but .*final is complete and was written with auto",
     ):
         _is_complete(tmp_path, config)
 
 
 def test_faults_of_zero_beside_others(tmp_path, monkeypatch, capsys) -> None:
     message = refused(
-        tmp_path, monkeypatch, capsys, "zero.hpz_size=2", "parallel=single", "training.max_skipped_steps=0"
+        tmp_path,
+        monkeypatch,
+        capsys,
+        "zero.hpz_size=2",
+        "parallel=single",
+        "training.max_skipped_steps=0",
     )
     assert "2 fault(s)" in message
     assert "zero.hpz_size=2 does not divide 1 processes; use one of [1]" in message
@@ -178,7 +252,14 @@ def test_faults_of_zero_beside_others(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) -> None:
-    message = refused(tmp_path, monkeypatch, capsys, f"segments={packed}", "rope=yarn", "attention.kernel=torch_varlen")
+    message = refused(
+        tmp_path,
+        monkeypatch,
+        capsys,
+        f"segments={packed}",
+        "rope=yarn",
+        "attention.kernel=torch_varlen",
+    )
     assert (
         "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use auto or sdpa"
         in message
@@ -193,20 +274,36 @@ def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) ->
             "auto",
             "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no torch_varlen: it needs",
         ),
-        ("flash_attn", "attention  flash_attn, forced; it cannot run on this machine: it needs a CUDA device"),
+        (
+            "flash_attn",
+            "attention  flash_attn, forced; it cannot run on this machine: it needs a CUDA device",
+        ),
     ],
 )
 def test_the_plan_states_the_kernel(tmp_path, monkeypatch, capsys, packed, kernel, line) -> None:
     """A plan made on a machine without GPUs may ask for a kernel of the machines with them."""
-    fixed = ["experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512", "training.tokens=2048"]
-    run = [f"run.root={tmp_path}", "run.name=plan", f"segments={packed}", "rope=yarn", "dry_run=true"]
+    fixed = [
+        "experiment=tiny_extend",
+        "target_len=256",
+        "training.global_batch_tokens=512",
+        "training.tokens=2048",
+    ]
+    run = [
+        f"run.root={tmp_path}",
+        "run.name=plan",
+        f"segments={packed}",
+        "rope=yarn",
+        "dry_run=true",
+    ]
     monkeypatch.setattr(sys, "argv", ["launch.train", *fixed, *run, f"attention.kernel={kernel}"])
     main()
     assert line in capsys.readouterr().out
     assert not (tmp_path / "plan").exists()
 
 
-def test_under_torchrun_only_a_written_configuration_is_taken(tmp_path, monkeypatch, capsys) -> None:
+def test_under_torchrun_only_a_written_configuration_is_taken(
+    tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "under torchrun, give --config" in refused(tmp_path, monkeypatch, capsys)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from longrope2.parallel import ParallelDims, Processes
-from longrope2.rope import Window
-from longrope2.training.flops import TrainingCost, peak_tflops
-from longrope2.training.report import step_metrics
+from longrope2.parallel.dims import ParallelDims
+from longrope2.parallel.processes import Processes
+from longrope2.rope.factors import Window
+from longrope2.training.forecast import TrainingCost, peak_tflops
+from longrope2.training.observer import step_metrics
 from longrope2.training.step import StepReport
 
 ARCHITECTURES = {
@@ -55,15 +56,28 @@ def test_utilisation_of_the_paper_run(tmp_path: Path) -> None:
 def report(window: Window | None = None) -> StepReport:
     occurred = list(Window) if window is None else [window]
     return StepReport(
-        loss=2.0, loss_by_window=dict.fromkeys(Window, 2.0), targets_by_window={w: int(w in occurred) for w in Window},
-        gradient_norm=1.0, squared_lengths=64.0, seconds=0.5, micro_step_seconds=dict.fromkeys(occurred, 0.2),
-    )  # fmt: skip
+        loss=2.0,
+        loss_by_window=dict.fromkeys(Window, 2.0),
+        targets_by_window={w: int(w in occurred) for w in Window},
+        gradient_norm=1.0,
+        squared_lengths=64.0,
+        seconds=0.5,
+        micro_step_seconds=dict.fromkeys(occurred, 0.2),
+    )
 
 
 def metrics(tmp_path: Path, found: StepReport, peak: float | None) -> dict[str, float | int]:
     processes = Processes(ParallelDims(2, 2), torch.device("cpu"), None, None)
-    return step_metrics(found, processes, cost_of("phi3_mini", tmp_path), learning_rate=1e-3, step_tokens=16, tokens=32,
-                        skipped_steps=1, peak_tflops=peak)  # fmt: skip
+    return step_metrics(
+        found,
+        processes,
+        cost_of("phi3_mini", tmp_path),
+        learning_rate=1e-3,
+        step_tokens=16,
+        tokens=32,
+        skipped_steps=1,
+        peak_tflops=peak,
+    )
 
 
 DESIGN_NAMES = {
@@ -89,11 +103,24 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0),
-     ("NVIDIA H200", 989.0), ("NVIDIA H20", 148.0), ("NVIDIA L4", 121.0), ("NVIDIA L40S", 362.0), ("NVIDIA A10", 125.0),
-     ("NVIDIA A10G", 70.0), ("NVIDIA GH200 480GB", 989.0), ("NVIDIA RTX A1000", None), ("Quadro P400", None)],
-)  # fmt: skip
-def test_peak_by_device_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA RTX A1000", None),
+        ("Quadro P400", None),
+    ],
+)
+def test_peak_by_device_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_tflops(torch.device("cuda"), None, bf16=True) == peak
     assert peak_tflops(torch.device("cuda"), None, bf16=False) is None

@@ -11,9 +11,9 @@ import pytest
 
 from data_prep import pack, verify
 from data_prep.verification import verify_folder
-from longrope2.artifacts import sha256_of_file
 from longrope2.errors import ArtifactError
-from longrope2.segments import SegmentStore, check_at_start
+from longrope2.files.artifacts import sha256_of_file
+from longrope2.segments.format import SegmentStore, check_at_start
 
 
 def run(main, *arguments):
@@ -32,10 +32,22 @@ def packed(tmp_path_factory):
     texts, rng = root / "texts", random.Random(0)
     texts.mkdir()
     for number in range(30):
-        words = rng.choices(["plain", "words", "</s>", "<s>", "42", "\n"], k=rng.choice([30, 300, 3000]))
+        words = rng.choices(
+            ["plain", "words", "</s>", "<s>", "42", "\n"], k=rng.choice([30, 300, 3000])
+        )
         (texts / f"{number:02d}.txt").write_text(f"{number} " + " ".join(words), encoding="utf-8")
-    arguments = ("--target", "512", "--corpus", "folder", f"corpus.folder={texts}", f"run.root={root}", "run.name=x",
-                 "documents.max_tokens=2000", "tokens_per_shard=8192", "tokens_per_unit=16384")  # fmt: skip
+    arguments = (
+        "--target",
+        "512",
+        "--corpus",
+        "folder",
+        f"corpus.folder={texts}",
+        f"run.root={root}",
+        "run.name=x",
+        "documents.max_tokens=2000",
+        "tokens_per_shard=8192",
+        "tokens_per_unit=16384",
+    )
     assert run(pack.main, *arguments, "corpus.quotas.folder.short=600") == 0
     return root / "x" / "1_segments", texts
 
@@ -62,7 +74,9 @@ def test_what_was_packed_holds(packed, capsys):
     assert number > 20 and f"the ids of {number} of them decode to passages of it" in printed
     check_at_start(SegmentStore(folder))
     counts = SegmentStore(folder).manifest.counts
-    assert counts["num_documents_split"] and counts["left_out_tokens"]["folder"]["short quota met"] > 0
+    assert (
+        counts["num_documents_split"] and counts["left_out_tokens"]["folder"]["short quota met"] > 0
+    )
 
 
 def test_without_source(packed, capsys):
@@ -73,7 +87,9 @@ def test_without_source(packed, capsys):
 def test_a_changed_text_is_found(packed, copy, tmp_path, capsys):
     changed = tmp_path / "texts"
     shutil.copytree(packed[1], changed)
-    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(packed[1]), str(changed)))
+    (copy / "config.yaml").write_text(
+        (copy / "config.yaml").read_text().replace(str(packed[1]), str(changed))
+    )
     assert run(verify.main, copy) == 0
     for path in changed.glob("*.txt"):
         path.write_text(path.read_text().replace("plain", "plane", 1))
@@ -85,13 +101,17 @@ def test_a_missing_file_is_found(packed, copy, tmp_path, capsys):
     changed = tmp_path / "texts"
     changed.mkdir()
     (changed / "other.txt").write_text("other")
-    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(packed[1]), str(changed)))
+    (copy / "config.yaml").write_text(
+        (copy / "config.yaml").read_text().replace(str(packed[1]), str(changed))
+    )
     assert run(verify.main, copy) == 2
     assert "is not in the corpus any more" in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(copy, capsys):
-    change_manifest(copy, lambda fields: fields["inputs"]["model"].update(tokenizer_sha256="0" * 64))
+    change_manifest(
+        copy, lambda fields: fields["inputs"]["model"].update(tokenizer_sha256="0" * 64)
+    )
     assert run(verify.main, copy) == 2
     assert "was packed with another tokenizer" in capsys.readouterr().err
 
@@ -106,7 +126,9 @@ def test_a_damaged_shard_is_found(copy):
 
 
 def test_a_truncated_shard_is_found_at_start(copy):
-    change_manifest(copy, lambda fields: fields["details"]["file_bytes"].update({min(fields["files"]): 17}))
+    change_manifest(
+        copy, lambda fields: fields["details"]["file_bytes"].update({min(fields["files"]): 17})
+    )
     with pytest.raises(ArtifactError, match="bytes, the manifest says 17; pack again"):
         check_at_start(SegmentStore(copy))
 
@@ -133,12 +155,18 @@ def replace_list(folder, change):
     change_manifest(folder, lambda fields: fields["details"]["documents"].update(entry))
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda rows: rows.pop(), "is in the segments but not in documents.parquet"),
-    (lambda rows: rows[0].update(num_tokens=rows[0]["num_tokens"] + 5), "counts.rest_tokens.folder is"),
-    (lambda rows: rows[0].update(num_tokens=2), "tokens, the segments hold more"),
-    (lambda rows: rows.append(rows[0]), "an id stands there twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows.pop(), "is in the segments but not in documents.parquet"),
+        (
+            lambda rows: rows[0].update(num_tokens=rows[0]["num_tokens"] + 5),
+            "counts.rest_tokens.folder is",
+        ),
+        (lambda rows: rows[0].update(num_tokens=2), "tokens, the segments hold more"),
+        (lambda rows: rows.append(rows[0]), "an id stands there twice"),
+    ],
+)
 def test_a_wrong_list_of_documents_is_found(copy, change, words):
     replace_list(copy, change)
     with pytest.raises(ArtifactError, match=words):
@@ -151,15 +179,28 @@ def test_a_changed_list_of_documents_is_found(copy):
         verify_folder(copy)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda counts: counts["tokenized_tokens"].update(folder=counts["tokenized_tokens"]["folder"] + 7),
-     "7 are unaccounted for"),
-    (lambda counts: counts["left_out_tokens"].pop("folder"), "are unaccounted for"),
-    (lambda counts: counts.update(padding_tokens=counts["padding_tokens"] + 1), "counts.padding_tokens is"),
-    (lambda counts: counts["tokens"]["folder"].update(long=1), "counts.tokens.folder is"),
-    (lambda counts: counts["wanted_tokens"].update(folder={"short": 10**7}), "no shortfall reported"),
-    (lambda counts: counts["wanted_tokens"].update(folder={"short": 10}), "10 were wanted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda counts: counts["tokenized_tokens"].update(
+                folder=counts["tokenized_tokens"]["folder"] + 7
+            ),
+            "7 are unaccounted for",
+        ),
+        (lambda counts: counts["left_out_tokens"].pop("folder"), "are unaccounted for"),
+        (
+            lambda counts: counts.update(padding_tokens=counts["padding_tokens"] + 1),
+            "counts.padding_tokens is",
+        ),
+        (lambda counts: counts["tokens"]["folder"].update(long=1), "counts.tokens.folder is"),
+        (
+            lambda counts: counts["wanted_tokens"].update(folder={"short": 10**7}),
+            "no shortfall reported",
+        ),
+        (lambda counts: counts["wanted_tokens"].update(folder={"short": 10}), "10 were wanted"),
+    ],
+)
 def test_a_wrong_account_is_found(copy, change, words):
     change_manifest(copy, lambda fields: change(fields["counts"]))
     with pytest.raises(ArtifactError, match=words):

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-__all__ = ["INFINITEBENCH_TASKS", "LOFT_TASKS", "LONGBENCH_TASKS", "InfiniteBenchConfig", "LoftConfig",
-           "LongBenchConfig", "LongTasksConfig", "long_task_faults"]  # fmt: skip
-
 LONGBENCH_TASKS = ("triviaqa", "trec", "lcc", "repobench-p")
 INFINITEBENCH_TASKS = ("kv_retrieval", "longbook_choice_eng")
 LOFT_TASKS = ("arguana", "fever", "hotpotqa", "msmarco", "nq", "quora", "scifact")
@@ -33,7 +30,8 @@ class InfiniteBenchConfig:
     data: str = "xinrongzhang2022/InfiniteBench"
     """Folder or zip with ``<task>.jsonl``, or the hub data set."""
     revision: str | None = None
-    """Commit of the hub data set; it was changed once, so name one where scores are to be compared."""
+    """Commit of the hub data set; it was changed once, so name one where scores are to be
+    compared."""
     prompts: str | None = None
     """Checkout of github.com/OpenBMB/InfiniteBench, or its ``src/prompt.py``."""
 
@@ -45,13 +43,15 @@ class LoftConfig:
     tasks: list[str] = field(default_factory=list)
     """Out of arguana, fever, hotpotqa, msmarco, nq, quora, scifact; empty runs none."""
     data: str | None = None
-    """Folder with ``<task>/<size>/`` (unpacked from LOFT's zips, msmarco and quora filled in by its preprocess.py)."""
+    """Folder with ``<task>/<size>/`` (unpacked from LOFT's zips, msmarco and quora filled in by its
+    preprocess.py)."""
     size: str = "128k"
     """``32k``, ``128k`` or ``1m``: the authors' token counts."""
     split: str = "test"
     """``test`` (100 queries) or ``dev`` (10)."""
     max_new_tokens: int = 512
-    """Tokens of an answer: the passages found are named before the list of their ids, which alone is scored."""
+    """Tokens of an answer: the passages found are named before the list of their ids, which alone
+    is scored."""
     prompts: str | None = None
     """Checkout of github.com/google-deepmind/loft."""
 
@@ -69,7 +69,9 @@ class LongTasksConfig:
     loft: LoftConfig = field(default_factory=LoftConfig)
 
 
-def long_task_faults(config: LongTasksConfig, target_len: int, key: str = "suite.long_tasks") -> list[str]:
+def long_task_faults(
+    config: LongTasksConfig, target_len: int, key: str = "suite.long_tasks"
+) -> list[str]:
     """What is wrong with the values, each fault naming its key."""
     faults = []
     for name, given, allowed in (
@@ -78,7 +80,9 @@ def long_task_faults(config: LongTasksConfig, target_len: int, key: str = "suite
         ("loft", config.loft.tasks, LOFT_TASKS),
     ):
         if len(set(given)) < len(given) or not set(given) <= set(allowed):
-            faults.append(f"{key}.{name}.tasks={given} must be distinct names out of {', '.join(allowed)}")
+            faults.append(
+                f"{key}.{name}.tasks={given} must be distinct names out of {', '.join(allowed)}"
+            )
     if config.length is not None and not 1 <= config.length <= target_len:
         faults.append(f"{key}.length={config.length} must be from 1 to target_len={target_len}")
     if config.num_samples is not None and config.num_samples < 1:
@@ -89,12 +93,18 @@ def long_task_faults(config: LongTasksConfig, target_len: int, key: str = "suite
         ("loft", config.loft),
     ):
         if chosen.tasks and chosen.prompts is None:
-            faults.append(f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the benchmark")
+            faults.append(
+                f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the benchmark"
+            )
     if config.loft.tasks and config.loft.data is None:
-        faults.append(f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into")
+        faults.append(
+            f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into"
+        )
     if config.loft.size not in ("32k", "128k", "1m") or config.loft.split not in ("test", "dev"):
-        faults.append(f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; "
-                      f"got {config.loft.size}, {config.loft.split}")  # fmt: skip
+        faults.append(
+            f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; "
+            f"got {config.loft.size}, {config.loft.split}"
+        )
     if config.loft.max_new_tokens < 1:
         faults.append(f"{key}.loft.max_new_tokens={config.loft.max_new_tokens} must be at least 1")
     return faults

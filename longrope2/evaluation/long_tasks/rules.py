@@ -1,8 +1,9 @@
-"""The rules that score long tasks, as upstream has them, oddities included: a different rule is a different benchmark.
+"""The rules that score long tasks, as upstream has them, oddities included: a different rule is a
+different benchmark.
 
-Sources: LongBench v1 ``metrics.py`` and ``eval.py`` (arXiv 2308.14508), InfiniteBench ``compute_scores.py`` (arXiv
-2402.13718), LOFT ``utils.py`` and ``evaluation/retrieval.py`` (arXiv 2406.13121). Every rule is tested against vectors
-worked by hand.
+Sources: LongBench v1 ``metrics.py`` and ``eval.py`` (arXiv 2308.14508), InfiniteBench
+``compute_scores.py`` (arXiv 2402.13718), LOFT ``utils.py`` and ``evaluation/retrieval.py`` (arXiv
+2406.13121). Every rule is tested against vectors worked by hand.
 """
 
 import ast
@@ -12,19 +13,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-
-__all__ = [
-    "choice_score",
-    "class_score",
-    "code_line_score",
-    "first_line",
-    "key_value_score",
-    "listed_ids",
-    "mrecall",
-    "recall",
-    "text_ratio",
-    "token_f1",
-]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -52,8 +40,8 @@ def token_f1(text: str, answer: str) -> float:
 def class_score(text: str, answer: str, classes: Sequence[str]) -> float:
     """One over the number of class names found in the text, if the right one is among them.
 
-    A found name that is part of the right one is struck off. Upstream strikes while it walks the same list, so the name
-    behind each struck one is never looked at; that stays.
+    A found name that is part of the right one is struck off. Upstream strikes while it walks the
+    same list, so the name behind each struck one is never looked at; that stays.
     """
     found = [name for name in classes if name in text]
     position = 0
@@ -89,7 +77,8 @@ def key_value_score(text: str, value: str) -> float:
 
 
 def choice_score(text: str, labels: Sequence[str]) -> float:
-    """Multiple choice: the first character, else the whole text, else what follows an answer phrase, else a lone letter.
+    """Multiple choice: the first character, else the whole text, else what follows an answer
+    phrase, else a lone letter.
 
     Args:
         text: The answer.
@@ -108,7 +97,8 @@ def choice_score(text: str, labels: Sequence[str]) -> float:
     for phrase in ANSWER_PHRASES:
         place = text.find(phrase)
         if place >= 0:
-            # One character, a space as a rule, is skipped behind the phrase; a text that ends there is wrong.
+            # One character, a space as a rule, is skipped behind the phrase; a text that ends there
+            # is wrong.
             return float(any(text[place + len(phrase) + 1 :].startswith(label) for label in labels))
     # Substring test, as upstream: "AB" counts as a letter, and is then no label.
     return float(next((word in labels for word in text.split() if word in CHOICES), False))

@@ -1,7 +1,9 @@
-"""Where long tasks come from: JSON lines from a folder, a zip or the hub, and prompts from upstream's own files.
+"""Where long tasks come from: JSON lines from a folder, a zip or the hub, and prompts from
+upstream's own files.
 
-The prompts are not ours to ship. They are read from a checkout of the benchmark (or the single file), as data: Python
-files are parsed, never run. Each is checked against the hash of the version that the scores are comparable with.
+The prompts are not ours to ship. They are read from a checkout of the benchmark (or the single
+file), as data: Python files are parsed, never run. Each is checked against the hash of the version
+that the scores are comparable with.
 """
 
 import ast
@@ -16,14 +18,17 @@ from typing import Any
 
 from longrope2.errors import DataError
 
-__all__ = ["check_prompts", "prompt_file", "python_strings", "read_json_strings", "read_rows"]
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HASH_DIGITS = 16
 
 
 def read_rows(
-    key: str, location: str, names: Sequence[str], *, hub_file: str = "", revision: str | None = None
+    key: str,
+    location: str,
+    names: Sequence[str],
+    *,
+    hub_file: str = "",
+    revision: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file.
 
@@ -41,12 +46,16 @@ def read_rows(
     if path.is_dir():
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
-            raise DataError(f"{key}={location} holds none of {', '.join(names)}; give the folder that has the file")
+            raise DataError(
+                f"{key}={location} holds none of {', '.join(names)}; give the folder that has the file"
+            )
         return _rows(found.read_bytes(), str(found))
     if path.is_file():
         return _rows_of_file(key, path, names)
     if not hub_file or not HUB_ID.fullmatch(location):
-        raise DataError(f"{key}={location} does not exist; give a folder or zip that holds {names[0]}")
+        raise DataError(
+            f"{key}={location} does not exist; give a folder or zip that holds {names[0]}"
+        )
     return _rows_of_file(key, _download(key, location, hub_file, revision), names)
 
 
@@ -57,13 +66,17 @@ def prompt_file(key: str, location: str | None, names: Sequence[str], repository
         DataError: not given, or not there.
     """
     if location is None:
-        raise DataError(f"{key} is not set: the prompts are read from a checkout of {repository}; give its path")
+        raise DataError(
+            f"{key} is not set: the prompts are read from a checkout of {repository}; give its path"
+        )
     path = Path(location)
     if path.is_file():
         return path
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
-        raise DataError(f"{key}={location} is no checkout of {repository}: it holds none of {', '.join(names)}")
+        raise DataError(
+            f"{key}={location} is no checkout of {repository}: it holds none of {', '.join(names)}"
+        )
     return found
 
 
@@ -85,8 +98,8 @@ def read_json_strings(path: Path) -> dict[str, str]:
 def python_strings(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """String constants of a Python file, and dictionaries of them, without running it.
 
-    Understood are literals, ``"...".strip()``, concatenation, names assigned before, and ``module.NAME`` for a name in
-    ``known``. Other assignments are left out.
+    Understood are literals, ``"...".strip()``, concatenation, names assigned before, and
+    ``module.NAME`` for a name in ``known``. Other assignments are left out.
 
     Args:
         path: The file.
@@ -101,14 +114,20 @@ def python_strings(path: Path, known: Mapping[str, Any] | None = None) -> dict[s
         raise DataError(f"{path} is no Python file: {error}") from None
     found: dict[str, Any] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        if (
+            isinstance(node, ast.Assign)
+            and len(node.targets) == 1
+            and isinstance(node.targets[0], ast.Name)
+        ):
             value = _constant(node.value, found, known or {})
             if value is not None:
                 found[node.targets[0].id] = value
     return found
 
 
-def check_prompts(key: str, path: Path, prompts: Mapping[str, str], hashes: Mapping[str, str]) -> None:
+def check_prompts(
+    key: str, path: Path, prompts: Mapping[str, str], hashes: Mapping[str, str]
+) -> None:
     """Compare prompts with the hashes of the version that scores are comparable with.
 
     Raises:
@@ -121,7 +140,9 @@ def check_prompts(key: str, path: Path, prompts: Mapping[str, str], hashes: Mapp
         elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:HASH_DIGITS]) != wanted:
             faults.append(f"{name} has SHA-256 {found}..., expected {wanted}...")
     if faults:
-        raise DataError(f"{key}: the prompts of {path} are not the published ones: {'; '.join(faults)}")
+        raise DataError(
+            f"{key}: the prompts of {path} are not the published ones: {'; '.join(faults)}"
+        )
 
 
 def _constant(node: ast.expr, found: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
@@ -140,9 +161,13 @@ def _constant(node: ast.expr, found: Mapping[str, Any], known: Mapping[str, Any]
             parts = [_constant(left, found, known), _constant(right, found, known)]
             return "".join(parts) if all(isinstance(part, str) for part in parts) else None
         case ast.Dict(keys=keys, values=values):
-            pairs = [(_constant(k, found, known) if k else None, _constant(v, found, known))
-                     for k, v in zip(keys, values, strict=True)]  # fmt: skip
-            return {name: value for name, value in pairs if isinstance(name, str) and value is not None}
+            pairs = [
+                (_constant(k, found, known) if k else None, _constant(v, found, known))
+                for k, v in zip(keys, values, strict=True)
+            ]
+            return {
+                name: value for name, value in pairs if isinstance(name, str) and value is not None
+            }
         case _:
             return None
 
@@ -153,7 +178,9 @@ def _rows_of_file(key: str, path: Path, names: Sequence[str]) -> list[dict[str, 
         return _rows(path.read_bytes(), str(path))
     with zipfile.ZipFile(path) as archive:
         members = archive.namelist()
-        member = next((m for name in names for m in members if m == name or m.endswith(f"/{name}")), None)
+        member = next(
+            (m for name in names for m in members if m == name or m.endswith(f"/{name}")), None
+        )
         if member is None:
             raise DataError(f"{key}: {path} holds none of {', '.join(names)}")
         return _rows(archive.read(member), f"{path}, {member}")
@@ -168,7 +195,9 @@ def _rows(data: bytes, place: str) -> list[dict[str, Any]]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise DataError(f"{place}, line {number} is no JSON ({error}); fetch the file again") from None
+                raise DataError(
+                    f"{place}, line {number} is no JSON ({error}); fetch the file again"
+                ) from None
     if not rows:
         raise DataError(f"{place} is empty; fetch the file again")
     return rows
@@ -177,7 +206,12 @@ def _rows(data: bytes, place: str) -> list[dict[str, Any]]:
 def _download(key: str, repo: str, file: str, revision: str | None) -> Path:
     """A file of a hub data set, from the cache where it is there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))

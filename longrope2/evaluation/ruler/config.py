@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["MAX_NEW_TOKENS", "RULER_TASKS", "RulerConfig", "RulerMode", "ruler_faults"]
-
 MAX_NEW_TOKENS = {
     "niah_single_1": 128, "niah_single_2": 128, "niah_single_3": 128, "niah_multikey_1": 128, "niah_multikey_2": 128,
     "niah_multikey_3": 128, "niah_multivalue": 128, "niah_multiquery": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32,
@@ -26,8 +24,9 @@ class RulerConfig:
     """RULER (arXiv 2404.06654): 13 tasks of retrieval, tracing, counting and question answering."""
 
     mode: RulerMode = RulerMode.fixed
-    """``fixed``: our wording, every key once, shuffled anew in every sample, depths spread evenly, BOS counted.
-    ``upstream``: what NVIDIA/RULER generates, its known defects included; needs ``upstream_checkout``."""
+    """``fixed``: our wording, every key once, shuffled anew in every sample, depths spread
+    evenly, BOS counted. ``upstream``: what NVIDIA/RULER generates, its known defects included;
+    needs ``upstream_checkout``."""
     tasks: list[str] = field(default_factory=lambda: list(RULER_TASKS))
     """Tasks to run."""
     num_samples: int = 500
@@ -35,32 +34,41 @@ class RulerConfig:
     seed: int = 42
     """Seed of everything drawn; 42 is RULER's."""
     essays: str | None = None
-    """File or folder of texts to hide needles in: ``*.txt``, or RULER's ``PaulGrahamEssays.json``. Null: the texts of
-    the evaluation's corpus."""
+    """File or folder of texts to hide needles in: ``*.txt``, or RULER's
+    ``PaulGrahamEssays.json``. Null: the texts of the evaluation's corpus."""
     squad: str | None = None
     """SQuAD ``dev-v2.0.json`` for qa_1, or ``hub``."""
     hotpotqa: str | None = None
     """HotpotQA ``hotpot_dev_distractor_v1.json`` for qa_2, or ``hub``."""
     upstream_checkout: str | None = None
-    """Checkout of github.com/NVIDIA/RULER, for ``mode=upstream``: its prompts are not shipped here."""
+    """Checkout of github.com/NVIDIA/RULER, for ``mode=upstream``: its prompts are not shipped
+    here."""
     wordlists: str | None = None
-    """Folder with wonderwords' ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, for ``mode=upstream``. Null:
-    those of the installed package."""
+    """Folder with wonderwords' ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, for
+    ``mode=upstream``. Null: those of the installed package."""
 
 
-def ruler_faults(config: RulerConfig, lengths: list[int], key: str = "evaluation.ruler") -> list[str]:
+def ruler_faults(
+    config: RulerConfig, lengths: list[int], key: str = "evaluation.ruler"
+) -> list[str]:
     """What is wrong with the values, each fault naming its key (``key`` is where ``config`` stands)."""
     faults = []
     unknown = [task for task in config.tasks if task not in RULER_TASKS]
     if unknown or not config.tasks or len(set(config.tasks)) < len(config.tasks):
-        faults.append(f"{key}.tasks={config.tasks} must be distinct names out of {', '.join(RULER_TASKS)}")
+        faults.append(
+            f"{key}.tasks={config.tasks} must be distinct names out of {', '.join(RULER_TASKS)}"
+        )
     if config.num_samples < 1:
         faults.append(f"{key}.num_samples={config.num_samples} must be at least 1")
     short = [length for length in lengths if length < SHORTEST_LENGTH]
     if short or not lengths:
-        faults.append(f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, and at least one")
-    for task, name, what in (("qa_1", "squad", "SQuAD's dev-v2.0.json"),
-                             ("qa_2", "hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json")):  # fmt: skip
+        faults.append(
+            f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, and at least one"
+        )
+    for task, name, what in (
+        ("qa_1", "squad", "SQuAD's dev-v2.0.json"),
+        ("qa_2", "hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json"),
+    ):
         if task in config.tasks and getattr(config, name) is None:
             faults.append(
                 f"{key}.{name} is not set, which {task} needs: give {what}, `hub`, or leave {task} out of tasks"

@@ -1,11 +1,21 @@
-"""What needles are hidden in: running text, cut into words that are tokenized once, or lines of noise.
+"""What needles are hidden in: running text, cut into words that are tokenized once, or lines of
+noise.
 
-White space is collapsed and the words are joined by single spaces, as RULER does with its essays. A haystack that is
-read past its end starts again at its beginning; how often is on record with each sample.
+White space is collapsed and the words are joined by single spaces, as RULER does with its essays. A
+haystack that is read past its end starts again at its beginning; how often is on record with each
+sample.
+
+The words of our own generators: keys of needles and words to count. Frozen; a change needs a new
+generator version.
+
+Every adjective goes with every noun, which makes 16,384 keys (``red-lamp``) and as many single
+words (``redlamp``), so one vocabulary serves all lengths up to 131,072 tokens and beyond, where
+RULER changes to another list.
 """
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +23,31 @@ from pathlib import Path
 import numpy as np
 
 from longrope2.errors import DataError
-from longrope2.evaluation.ruler.prompts import Block, PromptEncoder
+from longrope2.evaluation.prompts import Block, PromptEncoder
 
-__all__ = ["NOISE_LINE", "NoiseHaystack", "WordHaystack", "read_texts", "texts_sha256"]
-
+ADJECTIVES = tuple(
+    """
+    amber ample arid basic beige black bland blank blue blunt bold brave brief bright brisk broad bronze brown bulky calm
+    cheap chief chilly civil clean clear clever cold cool coral cosy crisp crude curly damp dark dear deep dense dim dire
+    dry dull dusty eager early elder empty equal exact faint fair false fancy fast final fine firm flat fond frail free
+    fresh full funny gentle giant glad gold grand grave great green grey grim happy harsh hasty heavy hollow humble icy
+    idle jolly keen kind large late lazy light little lively lone long loud loyal lucky main mellow mild minor misty
+    modest moist naive narrow near neat new noble numb odd orange pale plain polite prime proud pure purple quick
+    quiet rapid rare raw red rough silver
+    """.split()
+)
+NOUNS = tuple(
+    """
+    acorn anchor anvil apple apron arrow badge bamboo banjo barn basket beach bell bench bird boat book boot bottle bowl
+    branch bread bridge broom brush bucket butter button cabin cable camel candle canoe carpet castle cedar chair cherry
+    cliff clock cloud coat coin comb copper corn cotton cradle crown cup curtain desert desk door dragon drum eagle engine
+    falcon farm feather fence fiddle field fish flag flask flower forest fork fox garden gate glass glove goose grape
+    hammer harbor hat hill honey horse house island jacket jar jewel jungle kettle kite ladder lake lamp lemon lion lock
+    maple market meadow melon mirror moon mountain nest ocean olive orchid oven owl paddle panda paper parrot pebble
+    pepper piano pillow planet pocket pond river rocket saddle shell shovel spoon stone
+    """.split()
+)
+NUM_PAIRS = len(ADJECTIVES) * len(NOUNS)
 NOISE_LINE = (
     "The kettle is warm.",
     " The door is shut.",
@@ -26,6 +57,20 @@ NOISE_LINE = (
 )
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 MOST_WORDS = 2_000_000  # about 2.7M tokens: twenty samples of 131,072 tokens that do not overlap
+
+
+def all_pairs(joint: str = "-") -> list[str]:
+    """All pairs of an adjective and a noun; ``joint`` stands between them."""
+    return [f"{adjective}{joint}{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+
+
+def draw_pairs(rng: random.Random, count: int, joint: str = "-") -> list[str]:
+    """``count`` distinct pairs of an adjective and a noun; ``joint`` stands between them.
+
+    ``count`` is at most ``NUM_PAIRS``.
+    """
+    chosen = rng.sample(range(NUM_PAIRS), count)
+    return [f"{ADJECTIVES[pair // len(NOUNS)]}{joint}{NOUNS[pair % len(NOUNS)]}" for pair in chosen]
 
 
 class WordHaystack:
@@ -47,13 +92,17 @@ class WordHaystack:
                 break
         self._words = words[:MOST_WORDS]
         if not self._words:
-            raise DataError("the haystack holds no words; give texts, e.g. a folder of *.txt files as ruler.essays")
+            raise DataError(
+                "the haystack holds no words; give texts, e.g. a folder of *.txt files as ruler.essays"
+            )
         encoded = encoder.encode_pieces([f" {word}" for word in self._words])
         self._ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
         self._offsets = _offsets(map(len, encoded), len(encoded))
         self._characters = _offsets((len(word) + 1 for word in self._words), len(self._words))
         ends = np.fromiter(
-            (bool(SENTENCE_END.search(word)) for word in self._words), dtype=bool, count=len(self._words)
+            (bool(SENTENCE_END.search(word)) for word in self._words),
+            dtype=bool,
+            count=len(self._words),
         )
         self.sentence_starts = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
         self.num_words = len(self._words)
@@ -73,7 +122,11 @@ class WordHaystack:
         """The place between sentences that is nearest to ``word``, within [first, stop]."""
         turns, rest = divmod(word, self.num_words)
         index = int(np.searchsorted(self.sentence_starts, rest))
-        places = [int(self.sentence_starts[i]) for i in (index - 1, index) if 0 <= i < len(self.sentence_starts)]
+        places = [
+            int(self.sentence_starts[i])
+            for i in (index - 1, index)
+            if 0 <= i < len(self.sentence_starts)
+        ]
         around = [turns * self.num_words + place for place in [*places, self.num_words]]
         allowed = [place for place in [*around, first, stop] if first <= place <= stop]
         return min(allowed, key=lambda place: abs(place - word))
@@ -92,7 +145,9 @@ class WordHaystack:
         """Words of one turn."""
         ids = self._ids[self._offsets[start] : self._offsets[stop]]
         characters = int(self._characters[stop] - self._characters[start])
-        return Block(ids, lambda: "".join(f" {word}" for word in self._words[start:stop]), characters)
+        return Block(
+            ids, lambda: "".join(f" {word}" for word in self._words[start:stop]), characters
+        )
 
 
 class NoiseHaystack:
@@ -114,7 +169,11 @@ class NoiseHaystack:
     def lines(self, count: int) -> list[Block]:
         """``count`` whole lines."""
         line = "".join(NOISE_LINE)
-        return [Block(np.tile(self._line, count), lambda: line * count, len(line) * count)] if count else []
+        return (
+            [Block(np.tile(self._line, count), lambda: line * count, len(line) * count)]
+            if count
+            else []
+        )
 
 
 def read_texts(path: Path) -> list[str]:

@@ -1,24 +1,59 @@
-"""Needles in a haystack, in our own wording: one or several keys with their values, asked for at the end.
+"""Needles in a haystack, in our own wording: one or several keys with their values, asked for at
+the end.
 
-Every key of a prompt is there once. The needle that is asked for stands at the depth that the sample is given; other
-needles stand anywhere. Depths are realised between sentences or lines and recorded in tokens of haystack.
+Every key of a prompt is there once. The needle that is asked for stands at the depth that the
+sample is given; other needles stand anywhere. Depths are realised between sentences or lines and
+recorded in tokens of haystack.
+
+RULER's two scores (arXiv 2404.06654): substrings, not case sensitive, all of the references or any
+of them.
 """
 
 import random
+import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from longrope2.errors import DataError
-from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack
-from longrope2.evaluation.ruler.prompts import Block, Draft, Piece, PieceTable, PromptEncoder
-from longrope2.evaluation.ruler.words import all_pairs, draw_pairs
+from longrope2.evaluation.prompts import Block, Draft, Piece, PieceTable, PromptEncoder
+from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, all_pairs, draw_pairs
+from longrope2.evaluation.samples import Sample
 
-__all__ = ["NIAH_TASKS", "NeedleLines", "NiahTask", "niah_prompt", "random_value"]
-
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
+PART_TASKS = ("qa_1", "qa_2")
 SMALLEST_STOCK = 2048
 TOKENS_PER_VALUE = 8  # a line takes at least twice as many
+
+
+def clean_answer(text: str) -> str:
+    """A prediction as RULER compares it: stripped, control characters as newlines, stripped again."""
+    return CONTROL_CHARACTERS.sub("\n", text.strip()).strip()
+
+
+def string_match_all(answers: Sequence[str], text: str) -> float:
+    """Share of the references that are substrings of ``text``, 0 to 1."""
+    prediction = clean_answer(text).lower()
+    return sum(answer.lower() in prediction for answer in answers) / len(answers)
+
+
+def string_match_part(answers: Sequence[str], text: str) -> float:
+    """1 if any reference is a substring of ``text``, else 0."""
+    prediction = clean_answer(text).lower()
+    return float(any(answer.lower() in prediction for answer in answers))
+
+
+def ruler_score(task: str, sample: Sample, text: str) -> float:
+    """Score of one sample, 0 to 1: any reference for question answering, the share of all elsewhere."""
+    match = string_match_part if task in PART_TASKS else string_match_all
+    return match(sample.answers, text)
+
+
+def suite_score(scores: Sequence[float]) -> float:
+    """What RULER prints for a task: the mean of its samples' scores in percent, two decimals."""
+    return round(sum(scores) / len(scores) * 100, 2)
 
 
 @dataclass(frozen=True)
@@ -26,7 +61,8 @@ class NiahTask:
     """One of RULER's needle tasks."""
 
     haystack: str
-    """``noise`` (repeated lines), ``essay`` (running text) or ``needle`` (lines of other needles)."""
+    """``noise`` (repeated lines), ``essay`` (running text) or ``needle`` (lines of other
+    needles)."""
     keys: str = "words"
     """Keys are ``words`` (an adjective and a noun) or ``uuids``."""
     values: str = "numbers"
@@ -90,7 +126,9 @@ def niah_prompt(
     """
     keys = _draw_keys(rng, task.keys, task.num_keys)
     drawn = _draw_values(rng, task.values, task.num_keys * task.num_values)
-    values = [drawn[number * task.num_values :][: task.num_values] for number in range(task.num_keys)]
+    values = [
+        drawn[number * task.num_values :][: task.num_values] for number in range(task.num_keys)
+    ]
     queried = rng.sample(range(task.num_keys), task.num_queries)
     needles = []
     for number, key in enumerate(keys):
@@ -142,7 +180,11 @@ def _needle_line(needle: _Needle, kind: str) -> list[str]:
 
 
 def _in_text(
-    haystack: WordHaystack, needles: list[_Needle], parts: list[list[str]], room: int, rng: random.Random
+    haystack: WordHaystack,
+    needles: list[_Needle],
+    parts: list[list[str]],
+    room: int,
+    rng: random.Random,
 ) -> tuple[list[Piece], list[float]]:
     """Running text from a random sentence on, needles between sentences."""
     first = int(haystack.sentence_starts[rng.randrange(len(haystack.sentence_starts))])
@@ -198,34 +240,47 @@ class NeedleLines:
         before, after = _needle_line(_Needle("", "", 0.0), task.values)[::2]
         self.keys, self.values = keys, values
         self._table = PieceTable(
-            [before, after, *(f" {key}" for key in keys), *(f" {value}.\n" for value in values)], encoder
+            [before, after, *(f" {key}" for key in keys), *(f" {value}.\n" for value in values)],
+            encoder,
         )
         self._first_value = 2 + len(keys)
 
     def draw(self, rng: random.Random, room: int, taken: _Needle) -> tuple[np.ndarray, np.ndarray]:
-        """As many lines as fit ``room`` tokens: their pieces, [lines, 4], and the prefix sums of their tokens.
+        """As many lines as fit ``room`` tokens: their pieces, [lines, 4], and the prefix sums of
+        their tokens.
 
         Raises:
             DataError: none fits, or more are needed than there are keys.
         """
         sizes = self._table.sizes
         fixed, most = int(sizes[:2].sum()), min(len(self.keys), len(self.values))
-        smallest = fixed + int(sizes[2 : self._first_value].min() + sizes[self._first_value :].min())
+        smallest = fixed + int(
+            sizes[2 : self._first_value].min() + sizes[self._first_value :].min()
+        )
         count = min(most, max(room, 0) // smallest + 2)
-        keys, values = np.asarray(rng.sample(range(len(self.keys)), count)), rng.sample(range(len(self.values)), count)
+        keys, values = (
+            np.asarray(rng.sample(range(len(self.keys)), count)),
+            rng.sample(range(len(self.values)), count),
+        )
         kept = [
             number
             for number, (key, value) in enumerate(zip(keys, values, strict=True))
             if self.keys[key] != taken.key and self.values[value] != taken.value
         ]
         pieces = np.zeros((len(kept), 4), dtype=np.int64)
-        pieces[:, 1], pieces[:, 2], pieces[:, 3] = 2 + keys[kept], 1, self._first_value + np.asarray(values)[kept]
+        pieces[:, 1], pieces[:, 2], pieces[:, 3] = (
+            2 + keys[kept],
+            1,
+            self._first_value + np.asarray(values)[kept],
+        )
         sums = sizes[pieces].sum(axis=1).cumsum()
         fitting = int(sums.searchsorted(room, side="right"))
         if fitting < 1:
             raise DataError(_too_short(room))
         if fitting == len(kept):
-            raise DataError(f"the length is too long for this task: there are {most} keys; use a shorter one")
+            raise DataError(
+                f"the length is too long for this task: there are {most} keys; use a shorter one"
+            )
         return pieces[:fitting], sums[:fitting]
 
     def block(self, pieces: np.ndarray) -> list[Block]:
@@ -240,7 +295,9 @@ def _among_needles(
     pieces, sums = lines.draw(rng, room, needle)
     place = round(needle.depth * len(pieces))
     before = int(sums[place - 1]) if place else 0
-    return [*lines.block(pieces[:place]), *own, *lines.block(pieces[place:])], [before / int(sums[-1])]
+    return [*lines.block(pieces[:place]), *own, *lines.block(pieces[place:])], [
+        before / int(sums[-1])
+    ]
 
 
 def _draw_keys(rng: random.Random, kind: str, count: int) -> list[str]:

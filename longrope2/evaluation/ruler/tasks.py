@@ -1,36 +1,171 @@
-"""RULER as generation tasks: all tasks at all lengths, from the store or made now."""
+"""RULER as generation tasks: all tasks at all lengths, from the store or made now.
+
+From a draft to a sample that fills its length and never exceeds it.
+
+The generators fit their prompts by sums over tokens counted once. Whether joined pieces give the
+ids of the whole text is a property of the tokenizer, so it is confirmed by tokenizing whole texts:
+thousands of words in random order, and the first prompt of every file of samples. If it does not
+hold, prompts are tokenized whole every time and the budget is lowered by what they exceed it, which
+ends: a budget only falls until the prompt fits or the generator says that the length is too short.
+"""
 
 import random
+import uuid
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from longrope2.errors import ConfigError
+from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig, RulerMode, ruler_faults
-from longrope2.evaluation.ruler.cwe import WordLists, cwe_prompt
-from longrope2.evaluation.ruler.fit import Build, fitted_sample, joins_exactly
-from longrope2.evaluation.ruler.fwe import CodedWords, fwe_prompt
-from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, read_texts, texts_sha256
-from longrope2.evaluation.ruler.metrics import ruler_score
-from longrope2.evaluation.ruler.niah import NIAH_TASKS, NeedleLines, niah_prompt, random_value
-from longrope2.evaluation.ruler.prompts import PromptEncoder
-from longrope2.evaluation.ruler.qa import QaDocuments, qa_prompt
-from longrope2.evaluation.ruler.qa_data import QuestionSet, read_hotpotqa, read_squad
+from longrope2.evaluation.ruler.counting import (
+    CodedWords,
+    WordLists,
+    cwe_prompt,
+    fwe_prompt,
+    vt_prompt,
+)
+from longrope2.evaluation.ruler.haystacks import (
+    NoiseHaystack,
+    WordHaystack,
+    draw_pairs,
+    read_texts,
+    texts_sha256,
+)
+from longrope2.evaluation.ruler.niah import (
+    NIAH_TASKS,
+    NeedleLines,
+    niah_prompt,
+    random_value,
+    ruler_score,
+)
+from longrope2.evaluation.ruler.qa import (
+    QaDocuments,
+    QuestionSet,
+    qa_prompt,
+    read_hotpotqa,
+    read_squad,
+)
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
-from longrope2.evaluation.ruler.vt import vt_prompt
-from longrope2.evaluation.ruler.words import draw_pairs
-from longrope2.evaluation.sample_store import SampleRecipe, SampleStore
-from longrope2.evaluation.samples import GenerationTask, Sample
+from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FixedRuler", "depth_of", "ruler_tasks"]
-
-GENERATOR_VERSION = 1  # part of every sample's identity: raise it with any change to what the generators write
-GOLDEN_STEP = 0.6180339887498949  # steps of the golden ratio cover [0, 1) evenly, however many there are
+Build = Callable[[int], Draft]
+"""A prompt of at most so many tokens, BOS not counted; the same budget gives the same prompt."""
+ENOUGH = 0.99
+TRIES = 10
+GENERATOR_VERSION = (
+    1  # part of every sample's identity: raise it with any change to what the generators write
+)
+GOLDEN_STEP = (
+    0.6180339887498949  # steps of the golden ratio cover [0, 1) evenly, however many there are
+)
 SPARE = 1.25  # of the tokens of a right answer
+
+
+def joins_exactly(build: Build, encoder: PromptEncoder, budget: int) -> bool:
+    """Whether the ids of a prompt's pieces are those of its text: for this prompt, and for words of all kinds."""
+    if not _joins_words(encoder):
+        return False
+    draft = build(budget)
+    return np.array_equal(encoder.join(draft.pieces), encoder.encode_text(text_of(draft.pieces)))
+
+
+@lru_cache(maxsize=8)
+def _joins_words(encoder: PromptEncoder) -> bool:
+    """The same for a few thousand words, numbers, uuids and line ends in random order: no single prompt shows it all."""
+    rng = random.Random("joins")
+    pieces: list[Piece] = ["Text:"]
+    for pair in draw_pairs(rng, 1000):
+        number = str(rng.randrange(10 ** rng.randint(1, 7)))
+        word = rng.choice(
+            [
+                pair,
+                pair.replace("-", " "),
+                pair.replace("-", ""),
+                f"({pair})",
+                number,
+                f"{number}.",
+                "...",
+                pair.upper(),
+                str(uuid.UUID(int=rng.getrandbits(128))),
+            ]
+        )
+        pieces += rng.choice(
+            [[f" {word}"], [f" {word}.\n", pair], [f" {word},"], [f" {word}\n", pair.upper()]]
+        )
+    return np.array_equal(encoder.join(pieces), encoder.encode_text(text_of(pieces)))
+
+
+def fitted_sample(
+    build: Build,
+    encoder: PromptEncoder,
+    *,
+    length: int,
+    max_new_tokens: int,
+    tokenize_whole: bool = False,
+) -> Sample:
+    """The sample of a generator at a length.
+
+    Args:
+        build: The generator.
+        encoder: Tokenizer of the model.
+        length: Tokens that BOS, prompt and answer may take together.
+        max_new_tokens: Tokens kept free for the answer.
+        tokenize_whole: The tokenizer's ids are not those of joined pieces (``joins_exactly``).
+
+    Raises:
+        DataError: the length is too short for the task, as the generator says.
+    """
+    budget = length - max_new_tokens - len(encoder.bos_ids)
+    if tokenize_whole:
+        draft, ids = _fit_whole(build, encoder, budget)
+    else:
+        draft = build(budget)
+        ids = encoder.join(draft.pieces)
+    assert len(ids) <= budget, f"a prompt of {len(ids)} tokens was built for {budget}"
+    prompt = np.concatenate([np.asarray(encoder.bos_ids, dtype=np.int32), ids])
+    characters = sum(
+        len(piece) if isinstance(piece, str) else piece.num_characters for piece in draft.pieces
+    )
+    facts = {
+        **draft.facts,
+        "num_characters": characters,
+        "fill": (len(prompt) + max_new_tokens) / length,
+    }
+    return Sample(prompt, draft.answers, max_new_tokens, facts)
+
+
+def _fit_whole(build: Build, encoder: PromptEncoder, limit: int) -> tuple[Draft, np.ndarray]:
+    """Build and tokenize whole; lower the budget until the prompt fits, then close in on the largest that does."""
+
+    def attempt(budget: int) -> tuple[Draft, np.ndarray]:
+        draft = build(budget)
+        return draft, np.asarray(encoder.encode_text(text_of(draft.pieces)), dtype=np.int32)
+
+    fitting, exceeding = limit, None
+    best = attempt(fitting)
+    while len(best[1]) > limit:
+        exceeding = fitting
+        fitting -= len(best[1]) - limit
+        best = attempt(fitting)
+    for _ in range(TRIES):
+        if len(best[1]) >= ENOUGH * limit:
+            break
+        budget = (
+            int(fitting * limit / len(best[1])) if exceeding is None else (fitting + exceeding) // 2
+        )
+        draft, ids = attempt(budget)
+        if len(ids) > limit:
+            exceeding = budget
+        elif len(ids) > len(best[1]):
+            fitting, best = budget, (draft, ids)
+    return best
 
 
 def ruler_tasks(
@@ -43,15 +178,18 @@ def ruler_tasks(
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[GenerationTask]:
-    """All tasks of ``config`` at all lengths, task by task, each with ``config.num_samples`` samples.
+    """All tasks of ``config`` at all lengths, task by task, each with ``config.num_samples``
+    samples.
 
-    Samples are made once per tokenizer, settings and texts, and found again in ``cache_folder``. With ``mode=fixed`` the
-    first 100 of 500 samples are the samples that ``num_samples=100`` gives. With ``mode=upstream`` essays come from
-    ``config.essays`` or the checkout, never from ``haystacks``.
+    Samples are made once per tokenizer, settings and texts, and found again in ``cache_folder``.
+    With ``mode=fixed`` the first 100 of 500 samples are the samples that ``num_samples=100`` gives.
+    With ``mode=upstream`` essays come from ``config.essays`` or the checkout, never from
+    ``haystacks``.
 
-    ``Sample.facts`` holds ``fill`` (share of the length taken by prompt and ``max_new_tokens``), ``num_characters``,
-    and for tasks with a place ``depth`` (realised, of the first asked-for needle or document, 0 start to 1 end of the
-    haystack in tokens), ``depths`` (of all) and ``requested_depth``.
+    ``Sample.facts`` holds ``fill`` (share of the length taken by prompt and ``max_new_tokens``),
+    ``num_characters``, and for tasks with a place ``depth`` (realised, of the first asked-for
+    needle or document, 0 start to 1 end of the haystack in tokens), ``depths`` (of all) and
+    ``requested_depth``.
 
     Args:
         config: Settings.
@@ -64,8 +202,10 @@ def ruler_tasks(
 
     Raises:
         ConfigError: settings that cannot be; all of them.
-        DataError: texts or questions that are missing or too few, or a length that is too short, naming the task.
-        ArtifactError: a file of the store that is damaged, or prompts of RULER that are not the known ones.
+        DataError: texts or questions that are missing or too few, or a length that is too short,
+            naming the task.
+        ArtifactError: a file of the store that is damaged, or prompts of RULER that are not the
+            known ones.
     """
     faults = ruler_faults(config, list(lengths))
     if faults:
@@ -98,7 +238,9 @@ class FixedRuler:
         haystacks: Texts of the essay tasks, used if ``config.essays`` is null.
     """
 
-    def __init__(self, config: RulerConfig, encoder: PromptEncoder, haystacks: Sequence[str]) -> None:
+    def __init__(
+        self, config: RulerConfig, encoder: PromptEncoder, haystacks: Sequence[str]
+    ) -> None:
         self.config = config
         self.encoder = encoder
         self._given_texts = haystacks
@@ -109,10 +251,18 @@ class FixedRuler:
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads and tokenizes the texts that it needs."""
         identity = {
-            "suite": "ruler", "mode": "fixed", "version": GENERATOR_VERSION, "task": task, "length": length,
-            "seed": self.config.seed, "tokenizer": self.encoder.fingerprint, "texts": self._prepare(task, length),
-        }  # fmt: skip
-        return SampleRecipe(task, length, self.config.num_samples, identity, partial(self._make, task, length))
+            "suite": "ruler",
+            "mode": "fixed",
+            "version": GENERATOR_VERSION,
+            "task": task,
+            "length": length,
+            "seed": self.config.seed,
+            "tokenizer": self.encoder.fingerprint,
+            "texts": self._prepare(task, length),
+        }
+        return SampleRecipe(
+            task, length, self.config.num_samples, identity, partial(self._make, task, length)
+        )
 
     def max_new_tokens(self, task: str) -> int:
         """RULER's, or more for a tokenizer that needs more for a right answer."""
@@ -122,11 +272,17 @@ class FixedRuler:
             num_values = kind.num_values * kind.num_queries
             answer = ", ".join(random_value(rng, kind.values) for _ in range(num_values))
         elif task == "vt":
-            answer = ", ".join("".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(5))
+            answer = ", ".join(
+                "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(5)
+            )
         elif task == "cwe":
-            answer = " ".join(f"{n}. {word}" for n, word in enumerate(draw_pairs(rng, 10, joint=""), start=1))
+            answer = " ".join(
+                f"{n}. {word}" for n, word in enumerate(draw_pairs(rng, 10, joint=""), start=1)
+            )
         elif task == "fwe":
-            answer = ", ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3))
+            answer = ", ".join(
+                "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3)
+            )
         else:
             return MAX_NEW_TOKENS[task]
         return max(MAX_NEW_TOKENS[task], round(self.encoder.total([f" {answer}"]) * SPARE))
@@ -138,18 +294,24 @@ class FixedRuler:
         whole = not joins_exactly(self.build(task, length, first), self.encoder, budget)
         return [
             fitted_sample(
-                self.build(task, length, index), self.encoder, length=length, max_new_tokens=new_tokens,
+                self.build(task, length, index),
+                self.encoder,
+                length=length,
+                max_new_tokens=new_tokens,
                 tokenize_whole=whole,
             )
             for index in range(first, stop)
-        ]  # fmt: skip
+        ]
 
     def build(self, task: str, length: int, index: int) -> Build:
         """The generator of one sample."""
         seed = self.config.seed
 
         def build(budget: int) -> Any:
-            rng, depth = random.Random(f"ruler/{task}/{length}/{seed}/{index}"), depth_of(index, seed)
+            rng, depth = (
+                random.Random(f"ruler/{task}/{length}/{seed}/{index}"),
+                depth_of(index, seed),
+            )
             if task == "vt":
                 return vt_prompt(self.encoder, self._noise, rng, depth, budget)
             if task == "cwe":
@@ -158,7 +320,9 @@ class FixedRuler:
                 return fwe_prompt(self._coded_words(length), rng, budget)
             if task in ("qa_1", "qa_2"):
                 documents = self._squad if task == "qa_1" else self._hotpotqa
-                return qa_prompt(self.encoder, documents, documents.question(index, seed), rng, depth, budget)
+                return qa_prompt(
+                    self.encoder, documents, documents.question(index, seed), rng, depth, budget
+                )
             kind = NIAH_TASKS[task]
             return niah_prompt(kind, self.encoder, self._haystack(task, length), rng, depth, budget)
 
@@ -204,7 +368,11 @@ class FixedRuler:
 
     @cached_property
     def _texts(self) -> Sequence[str]:
-        return self._given_texts if self.config.essays is None else read_texts(Path(self.config.essays))
+        return (
+            self._given_texts
+            if self.config.essays is None
+            else read_texts(Path(self.config.essays))
+        )
 
     @cached_property
     def _text(self) -> WordHaystack:
@@ -233,5 +401,7 @@ class FixedRuler:
 
 def _questions_sha256(questions: QuestionSet) -> str:
     """Hash over questions, answers and documents."""
-    parts = [text for question in questions.questions for text in (question.text, *question.answers)]
+    parts = [
+        text for question in questions.questions for text in (question.text, *question.answers)
+    ]
     return texts_sha256([*parts, *questions.documents])

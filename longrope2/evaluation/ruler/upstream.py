@@ -1,9 +1,11 @@
-"""RULER as NVIDIA/RULER@c3f5e3b makes it: its fit, its draws, its prompts from a checkout (``mode=upstream``).
+"""RULER as NVIDIA/RULER@c3f5e3b makes it: its fit, its draws, its prompts from a checkout
+(``mode=upstream``).
 
-Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt and answer over the
-length (RULER does not count it), the answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever,
-because nothing can be made smaller, there is an error. The samples of a task are drawn from one stream, so they are made
-in one go and tokenized whole: slow beside ``mode=fixed``.
+Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt
+and answer over the length (RULER does not count it), the answer gets one token less,
+``facts["bos_over"]``; and where RULER would try for ever, because nothing can be made smaller,
+there is an error. The samples of a task are drawn from one stream, so they are made in one go and
+tokenized whole: slow beside ``mode=fixed``.
 """
 
 import contextlib
@@ -17,31 +19,26 @@ from typing import Any
 import numpy as np
 
 from longrope2.errors import DataError
+from longrope2.evaluation.prompts import PromptEncoder
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 from longrope2.evaluation.ruler.niah import NIAH_TASKS
-from longrope2.evaluation.ruler.prompts import PromptEncoder
-from longrope2.evaluation.ruler.qa_data import QuestionSet, read_hotpotqa, read_squad
-from longrope2.evaluation.ruler.upstream_files import (
-    UpstreamWords,
-    read_prompts,
-    read_upstream_essays,
-    read_upstream_words,
-)
-from longrope2.evaluation.ruler.upstream_generators import (
+from longrope2.evaluation.ruler.qa import QuestionSet, read_hotpotqa, read_squad
+from longrope2.evaluation.ruler.upstream_draws import (
     Streams,
     Text,
+    UpstreamWords,
     coded_words,
     common_words,
     documents,
     needles,
+    read_prompts,
+    read_upstream_essays,
+    read_upstream_words,
     variables,
     with_example,
 )
-from longrope2.evaluation.sample_store import SampleRecipe
-from longrope2.evaluation.samples import Sample
-
-__all__ = ["UpstreamRuler"]
+from longrope2.evaluation.samples import Sample, SampleRecipe
 
 VERSION = 1
 TRIES_AT_SMALLEST = 100
@@ -70,15 +67,22 @@ class UpstreamRuler:
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads the texts that it needs."""
         identity = {
-            "suite": "ruler", "mode": "upstream", "version": VERSION, "task": task, "length": length,
-            "seed": self.config.seed, "num_samples": self.config.num_samples,
-            "tokenizer": self.encoder.fingerprint, "texts": self._texts_identity(task),
-        }  # fmt: skip
+            "suite": "ruler",
+            "mode": "upstream",
+            "version": VERSION,
+            "task": task,
+            "length": length,
+            "seed": self.config.seed,
+            "num_samples": self.config.num_samples,
+            "tokenizer": self.encoder.fingerprint,
+            "texts": self._texts_identity(task),
+        }
         make = partial(self._make, task, length)
         return SampleRecipe(task, length, self.config.num_samples, identity, make, whole=True)
 
     def texts(self, task: str, length: int) -> list[tuple[str, list[str], int]]:
-        """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in RULER's order.
+        """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in RULER's
+        order.
 
         Raises:
             DataError: the length is too short, where RULER would try for ever.
@@ -98,7 +102,9 @@ class UpstreamRuler:
         """All samples; ``first`` is 0."""
         samples = []
         for text, answers, used in self.texts(task, length)[first:stop]:
-            prompt = np.asarray([*self.encoder.bos_ids, *self.encoder.encode_text(text)], dtype=np.int32)
+            prompt = np.asarray(
+                [*self.encoder.bos_ids, *self.encoder.encode_text(text)], dtype=np.int32
+            )
             over = max(len(prompt) + MAX_NEW_TOKENS[task] - length, 0)
             facts: dict[str, Any] = {"num_characters": len(text), "fill": used / length}
             facts |= {"bos_over": over} if over else {}
@@ -112,13 +118,21 @@ class UpstreamRuler:
         if task == "cwe":
             words = list(self._words.words)
             streams.reshuffle(words)
-            lists = partial(common_words, self.prompts["common_words_extraction"], streams, words,
-                            self._words.further_words, length)  # fmt: skip
+            lists = partial(
+                common_words,
+                self.prompts["common_words_extraction"],
+                streams,
+                words,
+                self._words.further_words,
+                length,
+            )
             return _Plan(lambda _, size: lists(size), lists, 10, probe_size=4096)
         if task in ("qa_1", "qa_2"):
             questions = self._squad if task == "qa_1" else self._hotpotqa
             if self.config.num_samples > len(questions.questions):
-                raise DataError(f"there are {len(questions.questions)} questions; use fewer samples")
+                raise DataError(
+                    f"there are {len(questions.questions)} questions; use fewer samples"
+                )
             shown = partial(documents, self.prompts["qa"], streams, questions)
             return _Plan(shown, partial(shown, 0), 10)
         kind = NIAH_TASKS[task]
@@ -147,7 +161,9 @@ class UpstreamRuler:
         """RULER's binary search for the largest size that fits ``room`` tokens; every probe is a fresh draw."""
         probe_size = plan.probe_size or plan.step
         per_unit = self._count(plan.probe(probe_size)[0]) / probe_size
-        bound = int(length / per_unit * 3) if plan.probe_size is None else int(length // per_unit) * 2
+        bound = (
+            int(length / per_unit * 3) if plan.probe_size is None else int(length // per_unit) * 2
+        )
         low, high, best = plan.step, max(bound, 2 * plan.step), plan.step
         while low <= high:
             middle = (low + high) // 2
@@ -169,7 +185,9 @@ class UpstreamRuler:
                 if used <= length:
                     return text, answers, used
             size -= step if size > step else 0
-        raise DataError("the length is too short: RULER's smallest prompt exceeds it; use a longer one")
+        raise DataError(
+            "the length is too short: RULER's smallest prompt exceeds it; use a longer one"
+        )
 
     def _coded_words(self, streams: Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
@@ -187,7 +205,9 @@ class UpstreamRuler:
             while own > 0 and self._count(text(own)) > room:
                 own -= step
             if own <= 0:
-                raise DataError(f"the length is too short: {room} tokens cannot hold coded words; use a longer one")
+                raise DataError(
+                    f"the length is too short: {room} tokens cannot hold coded words; use a longer one"
+                )
             found.append((text(own), answers, self._count(text(own)) + MAX_NEW_TOKENS["fwe"]))
         return found
 
@@ -195,7 +215,11 @@ class UpstreamRuler:
         """Hash of the texts that a task uses; makes sure that they are there."""
         if task in ("qa_1", "qa_2"):
             questions = self._squad if task == "qa_1" else self._hotpotqa
-            asked = [text for question in questions.questions for text in (question.text, *question.answers)]
+            asked = [
+                text
+                for question in questions.questions
+                for text in (question.text, *question.answers)
+            ]
             return texts_sha256([*asked, *questions.documents])
         if task == "cwe":
             return texts_sha256([*self._words.words, *self._words.further_words])
@@ -212,7 +236,9 @@ class UpstreamRuler:
     @cached_property
     def _essay(self) -> list[str]:
         _sentences("Punkt is there. Or it is not.")
-        return re.sub(r"\s+", " ", read_upstream_essays(self.checkout, self.config.essays)).split(" ")
+        return re.sub(r"\s+", " ", read_upstream_essays(self.checkout, self.config.essays)).split(
+            " "
+        )
 
     @cached_property
     def _squad(self) -> QuestionSet:

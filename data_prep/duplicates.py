@@ -1,0 +1,176 @@
+"""Near duplicates across all sources by MinHash (datasketch), where ``documents.near_duplicates``
+asks for it.
+
+Signatures are computed while the text is at hand; the choice is made when the run is planned, from
+signatures alone: documents in their order of choice, each dropped if one before it is similar.
+Needs ``pip install datasketch``; costs about as much time as tokenizing, half a kilobyte a document
+on disk, and memory for all signatures while planning.
+
+Texts that must not be packed: what search and evaluation read.
+
+``exclude=[FILE, ...]`` takes three kinds of file:
+
+- ``.txt``: one entry a line, ``#`` starts a comment. 64 hexadecimal digits are the SHA-256 of a
+  text in UTF-8; anything else is a document id or a title.
+- ``.json`` / ``.jsonl``: any JSON (a list of books, a needle record, a manifest); every string
+  under a key ``sha256``, ``text_sha256``, ``doc_id``, ``doc_ids`` or ``title`` counts as an entry
+  of the kind above.
+- a folder: the SHA-256 and the name of every ``.txt`` in it.
+
+A title matches a document whose id ends in it (``books/Moby Dick.txt``, ``pg19/train/2701 Moby
+Dick``), whatever the case.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data_prep.token_files import HASH_BYTES
+from longrope2.errors import ConfigError
+from longrope2.files.artifacts import sha256_of_file
+
+NUM_PERMUTATIONS = 128
+SIGNATURE_BYTES = 4 * NUM_PERMUTATIONS
+WORDS_PER_SHINGLE = 5
+SCHEME = "affine32"  # of datasketch 2, whose values fit four bytes
+SIMILARITY = 0.8  # estimated Jaccard similarity of the shingle sets
+WORD = re.compile(r"\w+")
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+ENTRY_KEYS = frozenset({"sha256", "text_sha256", "doc_id", "doc_ids", "title"})
+
+
+def fault_of_near_duplicates() -> str | None:
+    """Why MinHash cannot be used, or None."""
+    try:
+        import datasketch  # noqa: F401
+    except ImportError:
+        return "documents.near_duplicates=true needs datasketch: pip install datasketch"
+    return None
+
+
+def signature_of(text: str) -> bytes:
+    """MinHash signature of the text's overlapping runs of five words, case ignored."""
+    from datasketch import MinHash
+
+    words = WORD.findall(text.casefold())
+    shingles = {
+        " ".join(words[i : i + WORDS_PER_SHINGLE])
+        for i in range(max(1, len(words) - WORDS_PER_SHINGLE + 1))
+    }
+    signature = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)
+    signature.update_batch([shingle.encode() for shingle in shingles])
+    return signature.hashvalues.astype("<u4").tobytes()
+
+
+def near_duplicates(signatures: list[bytes]) -> np.ndarray:
+    """Which documents are similar to an earlier one that stays; bool, one per signature, in the
+    order given.
+
+    Raises:
+        ConfigError: datasketch is not installed.
+    """
+    fault = fault_of_near_duplicates()
+    if fault:
+        raise ConfigError([fault])
+    from datasketch import MinHash, MinHashLSH
+
+    seen = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
+    dropped = np.zeros(len(signatures), dtype=bool)
+    for number, signature in enumerate(signatures):
+        values = np.frombuffer(signature, "<u4").astype(np.uint64)
+        minhash = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=values)
+        candidates = [other for other in seen.query(minhash) if isinstance(other, int)]
+        similar = (
+            np.mean(values == np.frombuffer(signatures[other], "<u4")) for other in candidates
+        )
+        dropped[number] = any(share >= SIMILARITY for share in similar)
+        if not dropped[number]:
+            seen.insert(number, minhash)
+    return dropped
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Hashes, ids and titles of texts that are not packed.
+
+    Attributes:
+        hashes: First half of the SHA-256 of each text.
+        names: Ids and titles, lower case.
+    """
+
+    hashes: frozenset[bytes] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def match(self, doc_id: str, text_hash: bytes) -> bool:
+        """Whether a document is to be left out."""
+        if text_hash in self.hashes:
+            return True
+        if not self.names:
+            return False
+        name = doc_id.casefold()
+        last = PurePosixPath(name)
+        return not self.names.isdisjoint((name, last.name, last.stem, name.partition(" ")[2]))
+
+
+def read_exclusions(paths: list[str]) -> Exclusions:
+    """Read all lists.
+
+    Raises:
+        ConfigError: files that are not there, cannot be read, or hold no entry; all together.
+    """
+    entries, faults = set(), []
+    for name in paths:
+        path = Path(name)
+        try:
+            found = set(_entries(path))
+        except (OSError, ValueError) as error:
+            faults.append(
+                f"exclude: {name} cannot be read ({error}); give .txt, .json or .jsonl files, or folders"
+            )
+            continue
+        if not found:
+            faults.append(
+                f"exclude: {name} names no text; see data_prep/duplicates.py for what it may hold"
+            )
+        entries |= found
+    if faults:
+        raise ConfigError(faults)
+    hashes = {bytes.fromhex(entry)[:HASH_BYTES] for entry in entries if SHA256.fullmatch(entry)}
+    return Exclusions(
+        frozenset(hashes), frozenset(e.casefold() for e in entries if not SHA256.fullmatch(e))
+    )
+
+
+def _entries(path: Path) -> Iterator[str]:
+    """Hashes, ids and titles of one file or folder."""
+    if path.is_dir():
+        for text in sorted(path.glob("*.txt")):
+            yield sha256_of_file(text)
+            yield text.stem
+    elif path.suffix == ".json":
+        yield from _strings(json.loads(path.read_text(encoding="utf-8")), wanted=False)
+    elif path.suffix == ".jsonl":
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield from _strings(json.loads(line), wanted=False)
+    else:
+        lines = (
+            line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()
+        )
+        yield from (line for line in lines if line)
+
+
+def _strings(node: Any, *, wanted: bool) -> Iterator[str]:
+    """Strings below the keys that name texts."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _strings(value, wanted=key in ENTRY_KEYS)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings(value, wanted=wanted)
+    elif isinstance(node, str) and wanted:
+        yield node

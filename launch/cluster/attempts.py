@@ -1,0 +1,332 @@
+"""``python -m launch.cluster.attempts begin|end|terminated ...``: what a job does after its ranks
+ended; for ``slurm/common.sh``.
+
+A stage may take many attempts: preempted, at its time limit, on a node that died. Each leaves a
+line in ``attempts.jsonl`` of its product folder when it begins and one when it ends. Slurm starts
+some again by itself (preemption, a dead node); for the others ``end`` decides, on what is written
+down and never on hope:
+
+- exit code 0: done; 2: a fault of the user's, which no restart mends: stop;
+- anything else: start again from the last checkpoint, without the node to blame where there is one;
+  but stop when three attempts in a row ended where they had begun. Progress is a newer checkpoint
+  (other stages: more files or journal lines).
+
+``end`` prints one line for the job script: ``done``, ``stop`` or ``requeue [node,...]``; what a
+person should read goes to stderr, the failing rank's last lines at the very end.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.cluster.node_agent import ENDED_PREFIX
+from longrope2.files.artifacts import PRODUCT_FOLDERS
+
+ATTEMPTS_FILE = "attempts.jsonl"
+MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
+USER_FAULT, ALL_SAVED, HANG = 2, 75, 76
+SIGTERM = 15
+TRACEBACK_LINES, READ_LINES = 40, 1000
+# What a rank says whose peer went away: the consequence, not the cause.
+PEER_IS_GONE = re.compile(
+    r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|remote process exited|"
+    r"NCCL (error|communicator was aborted)|Socket Timeout|Broken pipe|Watchdog caught collective"
+)
+# What a rank that waited in vain says of one that is stopped or dead
+# (longrope2.training.heartbeat).
+SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
+# What a rank says whose hardware is at fault; CUDA's and the driver's words.
+HARDWARE = re.compile(
+    r"uncorrectable ECC|ECC error|Xid|NVLink error|device.{0,20}(unavailable|lost)|fallen off the bus|"
+    r"unspecified launch failure|hardware stack error|No CUDA GPUs are available|CUDA-capable device.{0,20}busy"
+)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt that ended, or (``outcome`` "begun") that was heard of no more."""
+
+    job: str
+    """Slurm's job id; attempts of other jobs do not count."""
+    restart: int
+    """Times that Slurm had started the job before."""
+    nodes: str
+    found: int
+    """Finished steps when it began; for stages without steps see ``progress_of``."""
+    left: int
+    """The same when it ended."""
+    outcome: str
+    """``begun``, ``done``, ``stopped`` (by a signal or the time limit), ``failed``, or
+    ``terminated`` by Slurm itself."""
+    exit_code: int = 0
+    blamed: list[str] = field(default_factory=list)
+    """Nodes that the next attempt leaves out."""
+    time: float = field(default_factory=lambda: round(time.time(), 1))
+
+
+@dataclass(frozen=True)
+class FirstFailure:
+    """The rank that is the cause of a failed attempt."""
+
+    node: str
+    rank: int
+    exit_code: int
+    text: str
+    """The end of what it wrote to stderr."""
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether it only says that a peer has gone."""
+        return self.exit_code == -SIGTERM or (
+            self.exit_code > 0 and PEER_IS_GONE.search(self.text) is not None
+        )
+
+    @property
+    def is_the_nodes_fault(self) -> bool:
+        """Whether another node may do better: the rank was killed, or its hardware failed."""
+        killed = self.exit_code < 0 and self.exit_code != -SIGTERM
+        return killed or HARDWARE.search(self.text) is not None
+
+
+def main() -> None:
+    """Record the begin or the end of an attempt; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m launch.cluster.attempts", description=__doc__)
+    parser.add_argument("event", choices=("begin", "end", "terminated"))
+    parser.add_argument(
+        "product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints"
+    )
+    parser.add_argument("--logs", type=Path, help="folder of this attempt's rank files")
+    parser.add_argument(
+        "--nodes", type=lambda text: text.split(","), default=[], help="nodes of the job"
+    )
+    parser.add_argument("--code", type=int, default=0, help="exit code of the ranks")
+    parser.add_argument("--stopped", action="store_true", help="the ranks had been asked to stop")
+    arguments = parser.parse_args()
+    known = read_attempts(arguments.product, job=os.environ["SLURM_JOB_ID"])
+    if arguments.event == "begin":
+        begin(arguments.product, known)
+    elif arguments.event == "terminated":
+        _append(arguments.product, _ended(arguments.product, known, "terminated", 0))
+    else:
+        lost = (
+            nodes_without_end(arguments.logs, arguments.nodes) if arguments.logs is not None else []
+        )
+        end(
+            arguments.product,
+            known,
+            arguments.code,
+            stopped=arguments.stopped,
+            logs=arguments.logs,
+            silent=lost,
+        )
+
+
+def begin(product: Path, known: list[Attempt]) -> None:
+    """Note that an attempt begins; ends with code 1 when the ones before it were lost too often from the same point."""
+    restart, here = int(os.environ.get("SLURM_RESTART_COUNT", "0")), progress_of(product)
+    lost = known[-1:] if known and known[-1].outcome == "begun" else []
+    if lost and _without_progress(known, here) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
+        sys.exit(
+            f"error: {_in_vain(known, here)}. The last was cut off without a word, as when its node dies"
+        )
+    _append(
+        product,
+        Attempt(_job(), restart, os.environ.get("SLURM_JOB_NODELIST", ""), here, here, "begun"),
+    )
+
+
+def end(
+    product: Path,
+    known: list[Attempt],
+    code: int,
+    *,
+    stopped: bool,
+    logs: Path | None,
+    silent: list[str],
+) -> None:
+    """Note how an attempt ended, say it, and print what the job does next; ``silent`` nodes did not say how they ended."""
+    failure = (
+        first_failure(logs)
+        if logs is not None and code not in (0, ALL_SAVED) and not stopped
+        else None
+    )
+    outcome = "done" if code == 0 else "stopped" if stopped or code == ALL_SAVED else "failed"
+    blamed = []
+    if failure is not None and failure.exit_code == HANG:
+        blamed = sorted(set(SILENT_RANK.findall(failure.text)))
+    elif failure is not None and failure.is_the_nodes_fault:
+        blamed = [failure.node]
+    elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
+        blamed = silent
+    ended = _ended(product, known, outcome, code, blamed)
+    _append(product, ended)
+    verdict, reason = decide([*known[:-1], ended], failure)
+    print(reason, file=sys.stderr)
+    if failure is not None:
+        print(
+            f"--- rank {failure.rank} on {failure.node} ended first ({_how(failure.exit_code)}):",
+            file=sys.stderr,
+        )
+        print(
+            "\n".join(failure.text.splitlines()[-TRACEBACK_LINES:]) or "(it wrote nothing)",
+            file=sys.stderr,
+        )
+    print(verdict)
+
+
+def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, str]:
+    """What the job does next, and why.
+
+    Args:
+        attempts: Those of this job, the latest last; none of them ``begun`` unless it was lost.
+        failure: The cause of the latest, where it failed and ranks were started.
+
+    Returns:
+        ``done``, ``stop`` or ``requeue [node,...]``; and a sentence.
+    """
+    last = attempts[-1]
+    if last.outcome == "done":
+        return "done", "done"
+    if last.exit_code == USER_FAULT or (failure is not None and failure.exit_code == USER_FAULT):
+        return "stop", "stopped: a fault that no restart mends; its message stands in this log"
+    if _without_progress(attempts, last.left) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
+        return "stop", f"stopped: {_in_vain(attempts, last.left)}"
+    without = f" without {', '.join(last.blamed)}" if last.blamed else ""
+    if last.exit_code == ALL_SAVED:
+        return "requeue", f"all is saved at {last.left}: goes on in the next start of this job"
+    if last.outcome == "stopped":
+        lost = f"asked to stop, but the ranks had not saved in time: goes on from {last.left} in the next start of this job"
+        return "requeue", lost
+    return (
+        f"requeue {','.join(last.blamed)}".strip(),
+        f"failed: starts again{without}, from {last.left}",
+    )
+
+
+def first_failure(logs: Path) -> FirstFailure | None:
+    """The cause among the ranks that failed: the first in time, those last that only say that a
+    peer has gone.
+
+    Args:
+        logs: Folder with ``ended-<node>.json`` and the files of the ranks.
+    """
+    found: list[tuple[float, FirstFailure]] = []
+    for path in sorted(logs.glob(f"{ENDED_PREFIX}*.json")):
+        ended = json.loads(path.read_text(encoding="utf-8"))
+        for rank, code in ended["exit_codes"].items():
+            file = logs / f"rank-{int(rank):03d}.err"
+            text = _tail(file)
+            when = file.stat().st_mtime if file.is_file() else ended["time"]
+            found.append((when, FirstFailure(ended["node"], int(rank), code, text)))
+    return min(found, key=lambda entry: (entry[1].is_consequence, entry[0]))[1] if found else None
+
+
+def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
+    """Nodes whose agent left no word of how its ranks ended."""
+    return [node for node in nodes if not (logs / f"{ENDED_PREFIX}{node}.json").is_file()]
+
+
+def progress_of(product: Path) -> int:
+    """Finished steps of the newest checkpoint; for other stages the files in the folder and the lines of its journals."""
+    if product.name == PRODUCT_FOLDERS["checkpoints"]:
+        latest = product / "latest"
+        return (
+            int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
+            if latest.is_file()
+            else 0
+        )
+    count = 0
+    for path in product.rglob("*"):
+        if path.is_file() and path.name not in (ATTEMPTS_FILE, "metrics.jsonl"):
+            count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
+    return count
+
+
+def read_attempts(product: Path, *, job: str) -> list[Attempt]:
+    """Attempts of one job, oldest first: one entry each, ``begun`` replaced by how it ended."""
+    path = product / ATTEMPTS_FILE
+    attempts: list[Attempt] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            attempt = Attempt(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            continue  # torn by a kill
+        if attempt.job == job:
+            if attempts and attempt.outcome != "begun" and attempts[-1].outcome == "begun":
+                attempts.pop()
+            attempts.append(attempt)
+    return attempts
+
+
+def _ended(
+    product: Path, known: list[Attempt], outcome: str, code: int, blamed: list[str] | None = None
+) -> Attempt:
+    """The record of the end of the attempt that was begun last."""
+    begun = known[-1]
+    return Attempt(
+        begun.job,
+        begun.restart,
+        begun.nodes,
+        begun.found,
+        progress_of(product),
+        outcome,
+        code,
+        blamed or [],
+    )
+
+
+def _without_progress(attempts: list[Attempt], here: int) -> int:
+    """Latest attempts in a row that began and ended at ``here``; those that Slurm itself terminated do not count."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.left != here or attempt.found != here:
+            break
+        count += attempt.outcome != "terminated"
+    return count
+
+
+def _in_vain(attempts: list[Attempt], here: int) -> str:
+    """The message of the third failure."""
+    nodes = ", ".join(
+        dict.fromkeys(attempt.nodes for attempt in attempts[-MOST_ATTEMPTS_WITHOUT_PROGRESS:])
+    )
+    return (
+        f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with progress at {here} "
+        f"(on {nodes}); see what they say, mend it, and submit the same command again: it goes on from there"
+    )
+
+
+def _append(product: Path, attempt: Attempt) -> None:
+    """Add one line and force it to disk."""
+    product.mkdir(parents=True, exist_ok=True)
+    with (product / ATTEMPTS_FILE).open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(asdict(attempt)) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _tail(path: Path) -> str:
+    """The last lines of a file; empty when there is none."""
+    if not path.is_file():
+        return ""
+    lines: list[Any] = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-READ_LINES:])
+
+
+def _how(code: int) -> str:
+    """An exit code in words."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _job() -> str:
+    return os.environ["SLURM_JOB_ID"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Start the processes of a command on this machine with torchrun's agent, and read what each of them is given."""
+
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from longrope2.errors import ConfigError
+from longrope2.files.artifacts import write_text
+
+CONFIG_FLAG = "--config"
+PREPARE_FLAG = "--prepare"
+# A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill
+# them after 30 seconds.
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+
+
+def config_path_of_rank(arguments: list[str]) -> Path:
+    """The path after ``--config``: ranks read a written configuration, they do not compose.
+
+    Raises:
+        ConfigError: no path, or more than that.
+    """
+    if len(arguments) != 2:
+        raise ConfigError(
+            [
+                f"{CONFIG_FLAG} takes one path and no overrides; got {' '.join(arguments[1:]) or 'nothing'}"
+            ]
+        )
+    return Path(arguments[1])
+
+
+def split_prepare(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The path after a leading ``--prepare``, or None, and the overrides.
+
+    ``--prepare FILE`` composes, checks, prints the plan and writes the configuration of the ranks,
+    then stops; FILE tells the job script where that is (``note_config_of_ranks``).
+
+    Raises:
+        ConfigError: no path stands behind the flag.
+    """
+    if arguments[:1] != [PREPARE_FLAG]:
+        return None, arguments
+    if len(arguments) < 2 or "=" in arguments[1]:
+        raise ConfigError(
+            [f"{PREPARE_FLAG} takes a path before the overrides: {PREPARE_FLAG} FILE key=value ..."]
+        )
+    return Path(arguments[1]), arguments[2:]
+
+
+def note_config_of_ranks(note: Path, config_path: Path | None) -> None:
+    """Write the path that ranks get after ``--config`` into ``note``; nothing when there is nothing left to do."""
+    write_text(note, "" if config_path is None else f"{config_path}\n")
+
+
+def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
+    """Run ``python -m <module> --config <path>`` in ``processes`` processes of torchrun's agent,
+    which lives in this one.
+
+    SIGTERM and SIGUSR1 are passed on to the ranks; when one rank ends with an error the agent stops
+    the others.
+
+    Returns:
+        0, or the exit code of the rank that failed first; 1 when a signal ended it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import (
+        SignalException,  # torch loads for seconds
+    )
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault(
+        "PYTHONWARNINGS", "ignore::FutureWarning"
+    )  # DeepSpeed uses torch names that are deprecated
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle=AGENT_SIGNALS,
+    )
+    try:
+        with _signals_go_to_ranks():
+            elastic_launch(agent, sys.executable)("-u", "-m", module, CONFIG_FLAG, str(config_path))
+    except ChildFailedError as error:
+        return _first_exit_code([failure.exitcode for failure in error.failures.values()])
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 1
+    return 0
+
+
+def _first_exit_code(exit_codes: list[int]) -> int:
+    """A failed rank's own exit code; 1 for ranks that a signal ended (negative codes)."""
+    return next((code for code in exit_codes if code > 0), 1)
+
+
+@contextlib.contextmanager
+def _signals_go_to_ranks() -> Iterator[None]:
+    """While open, a stop signal to this process is sent on to the ranks, which decide when to end."""
+    before = {number: signal.signal(number, _send_on) for number in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send_on(number: int, frame: FrameType | None) -> None:
+    """Signal handler; before there are ranks, the command ends as it would without a handler."""
+    import psutil
+
+    ranks = 0
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if CONFIG_FLAG in child.cmdline():
+                child.send_signal(number)
+                ranks += 1
+    if ranks == 0:
+        sys.exit(128 + number)

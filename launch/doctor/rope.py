@@ -1,0 +1,200 @@
+"""``launch.doctor rope``: what each rescaling method does to each RoPE dimension of a model, and
+where the bound holds.
+
+Reads config.json and factors files only: no weights, no tokenizer. Prints a table and writes a
+figure.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.doctor.rope_view import (
+    RopeComparison,
+    comparison_table,
+    describe,
+    print_table,
+    write_figure,
+)
+from longrope2.config import MISSING, ModelConfig, RunConfig, compose
+from longrope2.errors import ConfigError, FactorsError, UserError
+from longrope2.files.artifacts import product_folder
+from longrope2.model.factors_source import FACTORS_FILE, read_factors
+from longrope2.model.shape import find_config_file, read_model_config
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import UNSCALED_TYPE, config_geometry, config_rope_type
+from longrope2.rope.methods import (
+    CLOSED_FORMS,
+    CRITICAL_INDEX_METHODS,
+    RopeMethod,
+    closed_form_factors,
+    critical_index_factors,
+)
+
+PLOT_FORMATS = (".svg", ".png")
+SEARCHED, PUBLISHED = "searched", "published"
+
+
+@dataclass
+class RopeDoctorConfig:
+    """What is compared, beside the run's own search result and the model's published scaling where there are any."""
+
+    methods: list[RopeMethod] | None = None
+    """Methods to compute; null means every closed form, and yarn_rcd and ntk_rcd where a critical
+    index is known."""
+    factors: list[str] = field(default_factory=list)
+    """Further factors: JSON or CSV files, or published models (folder, config.json, hub id)."""
+    plot: str | None = None
+    """Figure to write, .svg or .png; null means ``rope.svg`` in the run folder."""
+
+
+@dataclass
+class DoctorRoot:
+    """Configuration of the command."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target_len: int = MISSING
+    """L: target window in tokens, a multiple of ``model.original_len``."""
+    doctor: RopeDoctorConfig = field(default_factory=RopeDoctorConfig)
+
+
+def rope_command(arguments: list[str]) -> None:
+    """Compose, compare, print the table, write the figure."""
+    config = compose(DoctorRoot, "doctor", overrides(arguments))
+    comparison = compare(config)
+    print(describe(comparison, config.model.name))
+    print_table(comparison_table(comparison))
+    path = Path(config.doctor.plot) if config.doctor.plot else config.run.folder / "rope.svg"
+    write_figure(comparison, config.model.name, path)
+    print(f"figure: {path}")
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """Hydra overrides from the command line, where words without ``=`` are methods.
+
+    Raises:
+        ConfigError: methods given in both ways.
+    """
+    words = [argument for argument in arguments if "=" not in argument]
+    settings = [argument for argument in arguments if "=" in argument]
+    if not words:
+        return settings
+    if any(setting.startswith("doctor.methods=") for setting in settings):
+        raise ConfigError(
+            [f"give methods as words ({' '.join(words)}) or as doctor.methods=[...], not both"]
+        )
+    return [*settings, f"doctor.methods=[{','.join(words)}]"]
+
+
+def compare(config: DoctorRoot) -> RopeComparison:
+    """Read the model's config.json and every factors file, and compute the methods.
+
+    Raises:
+        ConfigError: every fault found, together.
+    """
+    faults = _setting_faults(config)
+    try:
+        model_config = read_model_config(find_config_file(config.model.path, "model.path"))
+        geometry = config_geometry(model_config, config.model.original_len)
+    except UserError as error:
+        raise ConfigError([*faults, _named(config.model.path, error)]) from None
+    if faults:
+        raise ConfigError(faults)
+    columns = _read_columns(config, model_config, geometry, faults)
+    stated = (
+        (name, column.critical_index)
+        for name, column in columns.items()
+        if column.critical_index is not None
+    )
+    source, critical_index = next(stated, ("", None))
+    computed = _computed_columns(config, geometry, critical_index, faults)
+    if faults:
+        raise ConfigError(faults)
+    return RopeComparison(geometry, config.target_len, computed | columns, critical_index, source)
+
+
+def _setting_faults(config: DoctorRoot) -> list[str]:
+    """Faults that need no file."""
+    original_len, faults = config.model.original_len, []
+    if original_len < 1 or config.target_len <= original_len or config.target_len % original_len:
+        faults.append(
+            f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}"
+        )
+    if config.doctor.plot and Path(config.doctor.plot).suffix not in PLOT_FORMATS:
+        faults.append(f"doctor.plot={config.doctor.plot}: must end in {' or '.join(PLOT_FORMATS)}")
+    allowed = CLOSED_FORMS + CRITICAL_INDEX_METHODS
+    faults += [
+        f"doctor.methods: {method.value} is read from a file, give it in doctor.factors; computed methods are "
+        f"{', '.join(allowed_method.value for allowed_method in allowed)}"
+        for method in config.doctor.methods or []
+        if method not in allowed
+    ]
+    return faults
+
+
+def _named(path: str, error: UserError) -> str:
+    """The error's text, with the model's path where it does not name it."""
+    return str(error) if path in str(error) else f"model.path={path}: {error}"
+
+
+def _read_columns(
+    config: DoctorRoot, model_config: dict, geometry: RopeGeometry, faults: list[str]
+) -> dict[str, RescaleFactors]:
+    """Factors that are read: the run's search result, the files given, the model's own published scaling."""
+    columns: dict[str, RescaleFactors] = {}
+    searched = product_folder(config.run.folder, "factors") / FACTORS_FILE
+    sources = [(SEARCHED, str(searched), "run.name")] if searched.is_file() else []
+    sources += [(_column_name(given), given, "doctor.factors") for given in config.doctor.factors]
+    for name, given, key in sources:
+        try:
+            if name in columns:
+                raise ConfigError(
+                    [f"doctor.factors: two files would both be called {name}; rename one"]
+                )
+            columns[name] = read_factors(given, geometry, config.target_len, key)
+        except ConfigError as error:
+            faults += error.faults
+        except UserError as error:
+            faults.append(str(error))
+    try:
+        if config_rope_type(model_config) != UNSCALED_TYPE:
+            columns[PUBLISHED] = RescaleFactors.from_hf_config(
+                model_config, geometry.original_len, config.target_len
+            )
+    except FactorsError as error:
+        faults.append(_named(config.model.path, error))
+    return columns
+
+
+def _column_name(given: str) -> str:
+    """A file's stem; a model's last name."""
+    path = Path(given)
+    return path.parent.name if path.name == "config.json" else path.stem
+
+
+def _computed_columns(
+    config: DoctorRoot, geometry: RopeGeometry, critical_index: int | None, faults: list[str]
+) -> dict[str, RescaleFactors]:
+    """Factors that are computed."""
+    methods = config.doctor.methods
+    if methods is None:
+        methods = [m for m in CLOSED_FORMS if m is not RopeMethod.none]
+        methods += [] if critical_index is None else CRITICAL_INDEX_METHODS
+    columns = {}
+    for method in methods:
+        try:
+            if method in CLOSED_FORMS:
+                columns[method.value] = closed_form_factors(method, geometry, config.target_len)
+            elif critical_index is None:
+                faults.append(
+                    f"doctor.methods: {method.value} needs a critical index; run launch.search for "
+                    f"run.name={config.run.name}, or give doctor.factors=[FACTORS.json] of a finished search"
+                )
+            else:
+                columns[method.value] = critical_index_factors(
+                    method, geometry, config.target_len, critical_index
+                )
+        except FactorsError as error:
+            faults.append(f"doctor.methods: {error}")
+    return columns

@@ -1,0 +1,182 @@
+"""What ``launch.doctor rope`` shows: the table of factors by dimension and the figure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from longrope2.files.artifacts import atomic_path
+from longrope2.report.plots import OURS_COLOR, STYLE, SUBJECT_COLORS
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import (
+    RopeGeometry,
+    periods,
+    ten_period_index,
+    theoretical_critical_index,
+)
+from longrope2.rope.methods import first_out_of_bound
+
+WIDE_COLUMNS = 1000  # terminal columns no table reaches
+
+
+@dataclass(frozen=True)
+class RopeComparison:
+    """A model's RoPE and the factors compared on it."""
+
+    geometry: RopeGeometry
+    target_len: int
+    columns: dict[str, RescaleFactors]
+    critical_index: int | None
+    """c of the search result, or of the first file that states one."""
+    critical_source: str
+
+    @property
+    def bounds(self) -> list[tuple[int, str]]:
+        """Critical indices the bound is judged from, each with its name."""
+        bounds = [(theoretical_critical_index(self.geometry), "theoretical")]
+        return bounds if self.critical_index is None else [*bounds, (self.critical_index, "real")]
+
+
+def describe(comparison: RopeComparison, model_name: str) -> str:
+    """The model and its critical dimensions in a few lines."""
+    geometry = comparison.geometry
+    theoretical, ten = theoretical_critical_index(geometry), ten_period_index(geometry)
+    lines = [
+        f"model        {model_name}: {geometry.num_frequencies} cosine indices, base {geometry.rope_base:g}",
+        f"window       {geometry.original_len} -> {comparison.target_len} tokens, s = "
+        f"{comparison.target_len / geometry.original_len:g}",
+        f"theoretical  critical index {theoretical}: the first with less than one turn in {geometry.original_len} tokens",
+        f"ten turns    index {ten}: a search looks for the real one from {ten} to {theoretical}",
+    ]
+    if comparison.critical_index is not None:
+        lines.append(
+            f"real         critical index {comparison.critical_index}, of {comparison.critical_source}"
+        )
+    return "\n".join(lines)
+
+
+def print_table(table: Table) -> None:
+    """Print the table whole: where the terminal is too narrow, long lines are better than cut cells."""
+    wanted = Console(width=WIDE_COLUMNS).measure(table).maximum
+    Console(width=max(Console().width, wanted)).print(table)
+
+
+def comparison_table(comparison: RopeComparison) -> Table:
+    """One row per cosine index; below them, from which critical index the bound lambda_i >= s holds."""
+    geometry, columns = comparison.geometry, comparison.columns
+    table = Table(
+        title_justify="left",
+        title="factor lambda_i of each method; * below s where the bound asks for it",
+    )
+    for name in ("i", "period, tokens", "turns in L0", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    marks = {ten_period_index(geometry): "< ten turns"}
+    for index, name in comparison.bounds:
+        marks[index] = (
+            f"{marks[index]}, {name} critical" if index in marks else f"< {name} critical"
+        )
+    strictest = min(index for index, _ in comparison.bounds)
+    for i, period in enumerate(periods(geometry).tolist()):
+        turns = geometry.original_len / period
+        cells = [_factor_cell(column, i, strictest) for column in columns.values()]
+        table.add_row(str(i), _three_digits(period), _three_digits(turns), *cells, marks.get(i, ""))
+    table.add_section()
+    for index, name in comparison.bounds:
+        verdicts = (_verdict(column, index) for column in columns.values())
+        table.add_row("", f"bound from {index}", f"({name})", *verdicts, "")
+    table.add_row(
+        "",
+        "cos, sin times",
+        "(long)",
+        *(f"{c.long_attention_scale:.4g}" for c in columns.values()),
+        "",
+    )
+    return table
+
+
+def _three_digits(value: float) -> str:
+    """At least three digits, never an exponent above 1."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _factor_cell(column: RescaleFactors, index: int, bound_from: int) -> str:
+    """A factor, with a star where it is too small."""
+    factor = column.factors[index]
+    star = "*" if index >= bound_from and first_out_of_bound(column, index) == index else ""
+    return f"{factor:.5g}{star}"
+
+
+def _verdict(column: RescaleFactors, critical_index: int) -> str:
+    """Whether the bound holds from an index on, or where it first fails."""
+    broken = first_out_of_bound(column, critical_index)
+    return "holds" if broken is None else f"no, at {broken}"
+
+
+def write_figure(comparison: RopeComparison, model_name: str, path: Path) -> None:
+    """Write the figure in the format its suffix names; one file that needs nothing else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE), atomic_path(path) as temporary:
+        figure = rope_figure(comparison, model_name)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(
+            temporary,
+            format=path.suffix.removeprefix("."),
+            bbox_inches="tight",
+            metadata=metadata,
+            dpi=150,
+        )
+
+
+def rope_figure(comparison: RopeComparison, model_name: str) -> Figure:
+    """Above: factors by dimension, against the bound. Below: turns inside L0. Critical dimensions run through both."""
+    figure = Figure(figsize=(7.5, 6.5))
+    factor_axes, turn_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
+    geometry, scale = comparison.geometry, comparison.target_len / comparison.geometry.original_len
+    indices = range(geometry.num_frequencies)
+    for number, (name, column) in enumerate(comparison.columns.items()):
+        ours = column.critical_index is not None and name == comparison.critical_source
+        color = OURS_COLOR if ours else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
+        dashes = "-" if number < len(SUBJECT_COLORS) else "--"
+        factor_axes.plot(
+            indices, column.factors, dashes, color=color, linewidth=2.2 if ours else 1.3, label=name
+        )
+    factor_axes.axhline(
+        scale, color="#444444", linestyle=":", linewidth=1.2, label=f"bound s = {scale:g}"
+    )
+    factor_axes.set(
+        yscale="log", ylabel="rescale factor $\\lambda_i$", title=_title(comparison, model_name)
+    )
+    turns = [geometry.original_len / period for period in periods(geometry).tolist()]
+    turn_axes.plot(indices, turns, color="#444444", linewidth=1.3)
+    for level in (1, 10):
+        turn_axes.axhline(level, color="#999999", linestyle=":", linewidth=1)
+    turn_axes.set(
+        yscale="log", ylabel="turns inside L0", xlabel="cosine index i (low frequency to the right)"
+    )
+    _mark_critical(comparison, factor_axes, turn_axes)
+    factor_axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return figure
+
+
+def _title(comparison: RopeComparison, model_name: str) -> str:
+    """Model and lengths."""
+    return f"{model_name}: {comparison.geometry.original_len:,} to {comparison.target_len:,} tokens"
+
+
+def _mark_critical(comparison: RopeComparison, *all_axes: Axes) -> None:
+    """Vertical lines at the critical dimensions that exist (all of them trained gives none)."""
+    for (index, name), color in zip(comparison.bounds, ("#777777", OURS_COLOR), strict=False):
+        if index < comparison.geometry.num_frequencies:
+            for axes in all_axes:
+                axes.axvline(
+                    index,
+                    color=color,
+                    linewidth=1,
+                    linestyle=(0, (6, 3)),
+                    label=f"{name} critical: {index}",
+                )

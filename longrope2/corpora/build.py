@@ -1,0 +1,198 @@
+"""The adapter, or the mix of adapters, that a configuration describes.
+
+Several corpora as one (``paper``: the four sources of the LongRoPE2 paper).
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from longrope2.corpora.config import HELDOUT_FRACTION, CorpusConfig, CorpusKind
+from longrope2.corpora.corpus import Corpus, Document, Split, Unit
+from longrope2.errors import ConfigError, DataError
+
+
+def build_corpus(config: CorpusConfig) -> Corpus:
+    """The corpus that ``config`` describes, with its files listed and its places tried.
+
+    Raises:
+        ConfigError: a key the adapter needs is missing, a folder does not exist or holds no usable
+            file, or public sources cannot be read; all of them together, each with what to do.
+    """
+
+    return build_adapters(config)
+
+
+def heldout_documents(config: CorpusConfig) -> list[Document]:
+    """Documents of the held-out split, for needle samples and perplexity; says on stderr what was
+    left out as faulty.
+
+    Raises:
+        DataError: the held-out split is empty.
+    """
+    documents, num_characters = [], 0
+    skipped: Counter[str] = Counter()
+    for document in build_corpus(config).documents(Split.heldout, skipped):
+        documents.append(document)
+        num_characters += len(document.text)
+        if config.heldout_characters is not None and num_characters >= config.heldout_characters:
+            break
+    if skipped:
+        counts = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        print(f"corpus {config.name}, records left out while reading: {counts}", file=sys.stderr)
+    if not documents:
+        raise DataError(
+            f"corpus.name={config.name}: no document fell into the held-out split "
+            f"(corpus.heldout_fraction={config.heldout_fraction}); use a larger corpus, or a larger fraction: "
+            "1.0 holds out all documents of a folder that only serves search or evaluation"
+        )
+    return documents
+
+
+def heldout_texts(config: CorpusConfig) -> list[str]:
+    """Texts of ``heldout_documents``."""
+    return [document.text for document in heldout_documents(config)]
+
+
+def build_adapters(config: CorpusConfig) -> Corpus:
+    """The corpus; public places are tried side by side, so that waiting for several costs no more
+    than for one.
+
+    Raises:
+        ConfigError: all faults together.
+    """
+    faults = _faults(config)
+    if faults:
+        raise ConfigError(faults)
+    if config.kind is not CorpusKind.mix:
+        return _adapter(config, config.kind)
+    with ThreadPoolExecutor(max_workers=len(config.members)) as pool:
+        results = list(
+            pool.map(lambda kind: _built_or_faults(lambda: _adapter(config, kind)), config.members)
+        )
+    corpora = [result for result in results if not isinstance(result, ConfigError)]
+    faults = [
+        fault for result in results if isinstance(result, ConfigError) for fault in result.faults
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+    members = {kind.value: corpus for kind, corpus in zip(config.members, corpora, strict=True)}
+    return MixedCorpus(members, heldout_fraction=config.heldout_fraction)
+
+
+def _faults(config: CorpusConfig) -> list[str]:
+    """Values that are wrong whatever the files are."""
+    found = []
+    if not 0.0 <= config.heldout_fraction <= 1.0:
+        found.append(f"corpus.heldout_fraction={config.heldout_fraction} must be from 0 to 1")
+    if config.heldout_characters is not None and config.heldout_characters < 1:
+        found.append(
+            f"corpus.heldout_characters={config.heldout_characters} must be at least 1, or null"
+        )
+    if config.kind is CorpusKind.mix:
+        allowed = ", ".join(kind.value for kind in CorpusKind if kind is not CorpusKind.mix)
+        names = [kind.value for kind in config.members]
+        if not names or len(set(names)) < len(names) or CorpusKind.mix in config.members:
+            found.append(f"corpus.members={names}: name different ones of {allowed}")
+    if config.folder is None and CorpusKind.folder in (config.kind, *config.members):
+        found.append("corpus.folder is not set; corpus=folder needs corpus.folder=PATH")
+    return found
+
+
+def _built_or_faults(build: Callable[[], Corpus]) -> Corpus | ConfigError:
+    """A corpus, or why there is none."""
+    try:
+        return build()
+    except ConfigError as error:
+        return error
+
+
+def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
+    """One adapter; only its own module is imported."""
+    heldout = config.heldout_fraction
+    match kind:
+        case CorpusKind.sample:
+            from longrope2.corpora.sample import SampleCorpus
+
+            return SampleCorpus(heldout_fraction=heldout)
+        case CorpusKind.folder:
+            from longrope2.corpora.folder import FolderCorpus
+
+            assert config.folder is not None
+            return FolderCorpus(
+                config.folder,
+                text_field=config.text_field,
+                title_field=config.title_field,
+                heldout_fraction=heldout,
+            )
+        case CorpusKind.redpajama_v1:
+            from longrope2.corpora.redpajama import RedpajamaV1
+
+            return RedpajamaV1(config.redpajama_v1, heldout_fraction=heldout)
+        case CorpusKind.redpajama_v2:
+            from longrope2.corpora.redpajama import RedpajamaV2
+
+            return RedpajamaV2(config.redpajama_v2, heldout_fraction=heldout)
+        case CorpusKind.starcoder:
+            from longrope2.corpora.starcoder import Starcoder
+
+            return Starcoder(config.starcoder, heldout_fraction=heldout)
+        case CorpusKind.fineweb_edu:
+            from longrope2.corpora.books_and_web import FinewebEdu
+
+            return FinewebEdu(config.fineweb_edu, heldout_fraction=heldout)
+        case CorpusKind.pg19:
+            from longrope2.corpora.books_and_web import Pg19
+
+            return Pg19(config.pg19)
+        case CorpusKind.mix:
+            raise AssertionError("a mix has no mix among its members")
+
+
+class MixedCorpus:
+    """The units of its members, one after the other.
+
+    Args:
+        members: Name -> corpus, in the order of their units; their sources must differ.
+        heldout_fraction: Share of documents held out, 0 to 1.
+    """
+
+    def __init__(
+        self, members: Mapping[str, Corpus], *, heldout_fraction: float = HELDOUT_FRACTION
+    ) -> None:
+        self.heldout_fraction = heldout_fraction
+        self._members = dict(members)
+        self._by_source = {
+            source: corpus for corpus in members.values() for source in corpus.sources
+        }
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources of all members."""
+        return tuple(self._by_source)
+
+    def units(self) -> Sequence[Unit]:
+        """Units of all members."""
+        return [unit for corpus in self._members.values() for unit in corpus.units()]
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one unit, read by the member it belongs to."""
+        return self._by_source[unit.source].read(unit, skipped)
+
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split, a document of every member in turn, so that a reader may stop early."""
+        turns = [corpus.documents(split, skipped) for corpus in self._members.values()]
+        while turns:
+            for turn in list(turns):
+                document = next(turn, None)
+                if document is None:
+                    turns.remove(turn)
+                else:
+                    yield document
+
+    def describe(self) -> dict[str, Any]:
+        """Description of every member."""
+        return {name: corpus.describe() for name, corpus in self._members.items()}

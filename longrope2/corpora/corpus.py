@@ -1,0 +1,156 @@
+"""Corpora: where documents come from, behind one interface.
+
+A corpus yields ``Document`` values with ids that are stable between runs and machines. Which split
+a document belongs to depends on its id alone, so text used to evaluate or to search is never
+trained on, whatever the seed.
+
+Documents of a split of a corpus too large to look through for its held-out documents.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from longrope2.corpora.config import HELDOUT_FRACTION
+
+RETRIEVAL_SOURCE = "retrieval"
+# Held-out text taken from one unit before the next one is opened, so that a few megabytes come from
+# many files.
+HELDOUT_CHARACTERS_PER_UNIT = 2_000_000
+
+
+class Split(Enum):
+    """``train`` documents are packed; ``heldout`` documents serve search and evaluation only."""
+
+    train = "train"
+    heldout = "heldout"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An independently readable piece of a corpus: a file, a listing entry, a group of files.
+
+    Attributes:
+        name: Unique within the corpus, for example ``redpajama_v1/arxiv/arxiv_023827cd.jsonl``.
+        source: Name that quotas refer to.
+        size_bytes: Stored (compressed) size where it is known, for progress and sampling.
+    """
+
+    name: str
+    source: str
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        doc_id: Stable identifier, unique within the corpus: the file's name and the row, or the
+            corpus' own id.
+        text: The text, never empty, always encodable as UTF-8.
+        source: Name that quotas refer to.
+        domain: Finer label inside the source; plans can keep the mix of domains.
+        size_hint: Characters as the corpus itself records them beside the text, where it does.
+    """
+
+    doc_id: str
+    text: str
+    source: str
+    domain: str
+    size_hint: int | None = None
+
+
+class Corpus(Protocol):
+    """What every adapter offers. A corpus can be pickled: it holds names, and opens files only while it reads."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources it can yield."""
+        ...
+
+    @property
+    def heldout_fraction(self) -> float:
+        """``corpus.heldout_fraction``: what ``split_of`` needs beside a document's id."""
+        ...
+
+    def units(self) -> Sequence[Unit]:
+        """All units, in an order that is the same on every machine."""
+        ...
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one unit, in a stable order, of both splits, in bounded memory (a line or a
+        row batch).
+
+        A faulty record never stops the reading: it is left out and counted.
+
+        Args:
+            unit: One of ``units()``.
+            skipped: Gets the number of records left out by reason ("empty text", "bad json",
+                "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
+                kept and is counted for information.
+
+        Raises:
+            DataError: a remote file stopped answering, after retries. Nothing is wrong with the
+                file, so leaving its rest out would make the result depend on the network; the unit
+                can be read again.
+        """
+        ...
+
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split; ``skipped`` gets what ``read`` counts."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, with hashes or a pinned revision, for the manifest; plain JSON values."""
+        ...
+
+
+def split_documents(
+    corpus: Corpus, split: Split, skipped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """Documents of one split, unit by unit; ``skipped`` gets what ``Corpus.read`` counts."""
+    skipped = Counter() if skipped is None else skipped
+    for unit in corpus.units():
+        for document in corpus.read(unit, skipped):
+            if split_of(document.doc_id, corpus.heldout_fraction) is split:
+                yield document
+
+
+def stable_fraction(*parts: str | int) -> float:
+    """Number in [0, 1) that depends on ``parts`` only: the same on every machine and in every process."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
+    """Split of a document, by its id alone; about ``heldout_fraction`` of all are held out."""
+    return Split.heldout if stable_fraction("split", doc_id) < heldout_fraction else Split.train
+
+
+def source_documents(
+    corpus: Corpus, split: Split, skipped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """Documents of one split.
+
+    The train split is everything, unit by unit. The held-out split visits the units in an order
+    drawn by name and takes a part of each: a reader that stops after some megabytes
+    (``corpus.heldout_characters``) gets a mixture.
+    """
+    skipped = Counter() if skipped is None else skipped
+    if split is Split.train:
+        yield from split_documents(corpus, split, skipped)
+        return
+    for unit in sorted(
+        corpus.units(), key=lambda unit: (stable_fraction("heldout", unit.name), unit.name)
+    ):
+        room = HELDOUT_CHARACTERS_PER_UNIT
+        for document in corpus.read(unit, skipped):
+            if split_of(document.doc_id, corpus.heldout_fraction) is split:
+                yield document
+                room -= len(document.text)
+                if room <= 0:
+                    break

@@ -1,0 +1,133 @@
+"""A folder of your own files: .txt (a document each), .jsonl and .parquet (a document per record), plain or packed."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope2.corpora.config import HELDOUT_FRACTION
+from longrope2.corpora.corpus import Document, Split, Unit, split_documents
+from longrope2.corpora.records import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    json_records,
+    parquet_records,
+    usable_text,
+    whole_text,
+)
+from longrope2.errors import ConfigError
+from longrope2.files.artifacts import sha256_of_file
+
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *PARQUET_SUFFIXES)
+SOURCE = "folder"
+
+
+class FolderCorpus:
+    """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
+
+    The id of a document is the file's path below the folder, and the record's row or line where a
+    file holds several; with ``title_field`` the record's title follows.
+
+    Args:
+        folder: The folder.
+        text_field: Field that holds the text in .jsonl and .parquet records.
+        title_field: Field of such records that holds a title, or None.
+        heldout_fraction: Share of documents held out, 0 to 1.
+
+    Raises:
+        ConfigError: the folder does not exist or holds no file of a known kind, or the first record
+            of a file has no such field.
+    """
+
+    sources = (SOURCE,)
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        text_field: str,
+        title_field: str | None = None,
+        heldout_fraction: float = HELDOUT_FRACTION,
+    ) -> None:
+        self.heldout_fraction = heldout_fraction
+        self._folder = Path(folder)
+        self._text_field = text_field
+        self._title_field = title_field
+        if not self._folder.is_dir():
+            raise ConfigError([f"corpus.folder={folder} is not a folder"])
+        self._files = sorted(
+            p for p in self._folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)
+        )
+        if not self._files:
+            raise ConfigError(
+                [f"corpus.folder={folder} holds no file ending in {', '.join(SUFFIXES)}"]
+            )
+        if faults := self._field_faults():
+            raise ConfigError(faults)
+
+    def units(self) -> Sequence[Unit]:
+        """A unit per file, sorted by path."""
+        return [Unit(self._name(path), SOURCE, path.stat().st_size) for path in self._files]
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one file."""
+        domain = unit.name.split("/")[0] if "/" in unit.name else "files"
+        path = self._folder / unit.name
+        if path.name.endswith(TEXT_SUFFIXES):
+            text = whole_text(str(path), skipped)
+            if text is not None:
+                yield Document(f"{SOURCE}/{unit.name}", text, SOURCE, domain)
+            return
+        for number, record in self._records(path, skipped):
+            text = usable_text(record.get(self._text_field), skipped)
+            if text is not None:
+                yield Document(
+                    f"{SOURCE}/{unit.name}:{number}{self._title(record)}", text, SOURCE, domain
+                )
+
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split, file by file."""
+        return split_documents(self, split, skipped)
+
+    def describe(self) -> dict[str, Any]:
+        """Folder and SHA-256 of every file."""
+        files = {self._name(path): sha256_of_file(path) for path in self._files}
+        return {"folder": str(self._folder), "files": files}
+
+    def _name(self, path: Path) -> str:
+        """Path below the folder."""
+        return path.relative_to(self._folder).as_posix()
+
+    def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Records of a file with their rows or lines."""
+        if path.name.endswith(PARQUET_SUFFIXES):
+            titles = [] if self._title_field is None else [self._title_field]
+            return parquet_records(str(path), [self._text_field], skipped, optional=titles)
+        return json_records(str(path), skipped)
+
+    def _title(self, record: dict[str, Any]) -> str:
+        """Title of a record as it follows in its id."""
+        title = None if self._title_field is None else record.get(self._title_field)
+        return f" {title}".rstrip() if isinstance(title, str) else ""
+
+    def _field_faults(self) -> list[str]:
+        """Files whose first record lacks the text or the title: that is a wrong key, not a faulty record."""
+        found = []
+        for path in self._files:
+            if path.name.endswith(TEXT_SUFFIXES):
+                continue
+            skipped: Counter[str] = Counter()
+            _, record = next(iter(self._records(path, skipped)), (0, None))
+            absent = [reason for reason in skipped if reason.startswith("no column ")]
+            for key, name in (("text_field", self._text_field), ("title_field", self._title_field)):
+                lacks = (
+                    record is not None
+                    and name is not None
+                    and not isinstance(record.get(name), str)
+                )
+                if lacks or f"no column {name}" in absent:
+                    found.append(
+                        f"{path}: the first record has no text in field {name!r}; set corpus.{key}"
+                    )
+        return found

@@ -1,0 +1,172 @@
+"""Records of .jsonl, .parquet and .txt files; what is at fault is left out and counted by reason."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from longrope2.corpora.remote import FaultyFile, byte_blocks, parquet_batches
+
+JSON_SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".jsonl.zstd",
+    ".json.gz",
+    ".json.zst",
+    ".json.zstd",
+)
+PARQUET_SUFFIXES = (".parquet",)
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".txt.zstd")
+# A longer line or text file is no document but a damaged file; it would have to fit into memory.
+MAX_RECORD_BYTES = 2**27
+TOO_LONG = f"record above {MAX_RECORD_BYTES >> 20} MiB"
+
+
+def json_records(
+    location: str,
+    skipped: Counter[str],
+    *,
+    unwanted: Callable[[int, bytes], str | None] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records of a file with a JSON object per line, each with its line number from 0; blank lines
+    are no records.
+
+    Args:
+        location: Path or URL.
+        skipped: Gets what was left out.
+        unwanted: Called with the number and the bytes of a line before it is parsed; a reason
+            leaves it out.
+
+    Raises:
+        DataError: the file cannot be reached any more.
+    """
+    for number, line in _numbered_lines(location, skipped):
+        if not line.strip():
+            continue
+        if unwanted is not None and (reason := unwanted(number, line)) is not None:
+            skipped[reason] += 1
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            skipped["invalid utf-8"] += 1
+        except (ValueError, RecursionError):
+            skipped["bad json"] += 1
+        else:
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                skipped["bad json"] += 1
+
+
+def parquet_records(
+    location: str, columns: Sequence[str], skipped: Counter[str], *, optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a parquet file, each with its number from 0.
+
+    Args:
+        location: Path or URL.
+        columns: Columns that must be there; the rows of a file without one are left out.
+        skipped: Gets what was left out.
+        optional: Columns that may be missing; their value is None then.
+
+    Raises:
+        DataError: the file cannot be reached any more.
+    """
+    number = 0
+    try:
+        for batch in parquet_batches(location, [*columns, *optional]):
+            present = [name for name in (*columns, *optional) if name in batch.schema.names]
+            absent = [name for name in columns if name not in present]
+            if absent:
+                skipped[f"no column {absent[0]}"] += batch.num_rows
+                continue
+            for row in range(batch.num_rows):
+                record = _row(batch, present, row)
+                if record is None:
+                    skipped["invalid utf-8"] += 1
+                else:
+                    yield number + row, dict.fromkeys(optional) | record
+            number += batch.num_rows
+    except FaultyFile as fault:
+        skipped[str(fault)] += 1
+
+
+def whole_text(location: str, skipped: Counter[str]) -> str | None:
+    """Text of a file that is one document, line ends made line feeds; None (and counted) if it is
+    at fault.
+
+    Raises:
+        DataError: the file cannot be reached any more.
+    """
+    blocks, size = [], 0
+    try:
+        for block in byte_blocks(location):
+            blocks.append(block)
+            size += len(block)
+            if size > MAX_RECORD_BYTES:
+                raise FaultyFile(TOO_LONG)
+        text = b"".join(blocks).decode("utf-8")
+    except FaultyFile as fault:
+        skipped[str(fault)] += 1
+        return None
+    except UnicodeDecodeError:
+        skipped["invalid utf-8"] += 1
+        return None
+    return usable_text(text.replace("\r\n", "\n").replace("\r", "\n"), skipped)
+
+
+def usable_text(value: Any, skipped: Counter[str]) -> str | None:
+    """The text of a record if it can be a document, else None, counted."""
+    if not isinstance(value, str):
+        skipped["no text"] += 1
+    elif not value.strip():
+        skipped["empty text"] += 1
+    elif not value.isascii() and _has_lone_surrogate(value):
+        skipped["lone surrogate"] += 1
+    else:
+        return value
+    return None
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """Half a surrogate pair, as an escape in JSON can give: no text in any encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _row(batch: pa.RecordBatch, names: Sequence[str], row: int) -> dict[str, Any] | None:
+    """One row as Python values; None if its bytes are not UTF-8."""
+    try:
+        return {name: batch.column(name)[row].as_py() for name in names}
+    except UnicodeDecodeError:
+        return None
+
+
+def _numbered_lines(location: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; the torn last line of a truncated file is part of what is missing."""
+    number, parts, size = 0, [], 0
+    try:
+        for block in byte_blocks(location):
+            *ends, rest = block.split(b"\n")
+            for end in ends:
+                if size + len(end) <= MAX_RECORD_BYTES:
+                    yield number, b"".join([*parts, end])
+                else:
+                    skipped[TOO_LONG] += 1
+                number, parts, size = number + 1, [], 0
+            size += len(rest)
+            parts = [*parts, rest] if size <= MAX_RECORD_BYTES else []
+    except FaultyFile as fault:
+        skipped[str(fault)] += 1
+        return
+    if size > MAX_RECORD_BYTES:
+        skipped[TOO_LONG] += 1
+    elif parts:
+        yield number, b"".join(parts)

@@ -1,0 +1,136 @@
+"""The offline sample corpus: text that every Python machine has.
+
+``stdlib_modules`` holds the sources of the standard library, ``stdlib_topics`` the language
+reference that ``help()`` shows. Packages that distributions leave out, split off or generate per
+machine are skipped, so machines with the same Python version agree; the manifest records the
+version and a hash of all text.
+"""
+
+import hashlib
+import platform
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from longrope2.corpora.config import HELDOUT_FRACTION
+from longrope2.corpora.corpus import Document, Split, Unit, split_documents
+
+MODULES_SOURCE = "stdlib_modules"
+TOPICS_SOURCE = "stdlib_topics"
+NAMES_PER_UNIT = 50
+# Tests and bundled packages; parts that Debian ships separately; tables of numbers (encodings); the
+# topics themselves.
+SKIPPED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "ensurepip",
+        "distutils",
+        "tkinter",
+        "turtledemo",
+        "encodings",
+        "pydoc_data",
+        "lib-dynload",
+    }
+)
+SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize", "turtle")
+
+
+class SampleCorpus:
+    """Standard-library modules and documentation topics (``corpus=sample``).
+
+    Args:
+        heldout_fraction: Share of documents held out, 0 to 1.
+    """
+
+    sources = (MODULES_SOURCE, TOPICS_SOURCE)
+
+    def __init__(self, *, heldout_fraction: float = HELDOUT_FRACTION) -> None:
+        self.heldout_fraction = heldout_fraction
+
+    def units(self) -> Sequence[Unit]:
+        """Groups of ``NAMES_PER_UNIT`` names, sorted."""
+        return [
+            Unit(f"{source}/{start // NAMES_PER_UNIT:03d}", source)
+            for source in self.sources
+            for start in range(0, len(self._names[source]), NAMES_PER_UNIT)
+        ]
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one group, sorted by name."""
+        start = int(unit.name.rpartition("/")[2]) * NAMES_PER_UNIT
+        for name in self._names[unit.source][start : start + NAMES_PER_UNIT]:
+            text = _module_text(name) if unit.source == MODULES_SOURCE else _topics()[name]
+            if text.strip():
+                yield Document(
+                    f"{unit.source}/{name}", text, unit.source, _domain(unit.source, name)
+                )
+            else:
+                skipped["empty text"] += 1
+
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split, sorted by id."""
+        return split_documents(self, split, skipped)
+
+    def describe(self) -> dict[str, Any]:
+        """Python version, number of documents and a SHA-256 over all ids and texts."""
+        digest, num_documents = hashlib.sha256(), 0
+        for document in (
+            document for unit in self.units() for document in self.read(unit, Counter())
+        ):
+            digest.update(f"{document.doc_id}\0{document.text}\0".encode())
+            num_documents += 1
+        return {
+            "python": platform.python_version(),
+            "num_documents": num_documents,
+            "sha256": digest.hexdigest(),
+        }
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        return {MODULES_SOURCE: sorted(_module_names()), TOPICS_SOURCE: sorted(_topics())}
+
+
+def _module_names() -> Iterator[str]:
+    """Paths of the modules below the standard library's folder."""
+    root = _library_folder()
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        skipped = SKIPPED_FOLDERS.intersection(parts) or parts[-1].startswith(SKIPPED_FILES)
+        if not skipped and not parts[0].startswith("config-"):
+            yield "/".join(parts)
+
+
+def _library_folder() -> Path:
+    """Folder of the standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _domain(source: str, name: str) -> str:
+    """The package of a module; one domain for all topics."""
+    if source == TOPICS_SOURCE:
+        return "reference"
+    return name.split("/")[0] if "/" in name else "modules"
+
+
+def _topics() -> dict[str, str]:
+    """Topics of the language reference."""
+    from pydoc_data.topics import topics
+
+    return topics
+
+
+def _module_text(name: str) -> str:
+    """Text of a module in the encoding that it declares."""
+    with tokenize.open(_library_folder() / name) as handle:
+        return handle.read()

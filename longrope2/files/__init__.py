@@ -1,0 +1,1 @@
+"""Products on disk: atomic writes, hashes, manifests, and the names of the run folder."""

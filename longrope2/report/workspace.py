@@ -1,0 +1,108 @@
+"""``python -m launch.report workspace runs/x tracking.entity=TEAM``: build and save the run's W&B
+workspace.
+
+Logs what a workspace cannot compute by itself, the mix and the needle heat maps, as one more run of
+the group.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ConfigError
+from longrope2.files.artifacts import PRODUCT_FOLDERS
+from longrope2.report.data import RunRecord, load_run
+from longrope2.report.plots import needle_map_figure
+from longrope2.tracking.metrics import TrackingConfig, WandbMode, read_metrics, resolve_mode
+from longrope2.tracking.workspace import MIX_KEY, NEEDLE_MAPS_KEY, build_workspace
+
+
+def save_workspace(run_folder: Path, run_name: str, tracking: TrackingConfig) -> str:
+    """Build, log, save.
+
+    Returns:
+        The workspace's address.
+
+    Raises:
+        ConfigError: nobody is logged in, or ``tracking`` does not name a team.
+        ArtifactError: the folder is no run folder.
+    """
+    record = load_run(run_folder)
+    workspace = run_workspace(record, run_name, tracking)
+    if resolve_mode(tracking.wandb) is not WandbMode.online:
+        raise ConfigError(["W&B is offline here; `wandb login` first, or set WANDB_API_KEY"])
+    log_figures(record, run_name, tracking)
+    return workspace.save().url
+
+
+def run_workspace(record: RunRecord, run_name: str, tracking: TrackingConfig) -> Any:
+    """The workspace for what a run folder holds."""
+    evaluations = record.folder / PRODUCT_FOLDERS["evaluations"]
+    names = {name for line in read_metrics(evaluations) for name in line}
+    return build_workspace(tracking, run_name, list(mix_tokens(record)), evaluated_metrics(names))
+
+
+def evaluated_metrics(names: set[str]) -> dict[str, dict[str, list[int]]]:
+    """Suite -> model -> lengths, from metric names ``eval/<suite>/<model>/<length>``.
+
+    Of a suite of tasks its average is shown: ``eval/ruler/average/<model>/<length>``, suite
+    ``ruler/average``.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for name in sorted(names):
+        parts = name.split("/")
+        is_shown = len(parts) == 4 or (len(parts) == 5 and parts[2] == "average")
+        if is_shown and parts[0] == "eval" and parts[-1].isdigit():
+            found.setdefault("/".join(parts[1:-2]), {}).setdefault(parts[-2], []).append(
+                int(parts[-1])
+            )
+    return {
+        suite: {model: sorted(lengths) for model, lengths in models.items()}
+        for suite, models in found.items()
+    }
+
+
+def mix_tokens(record: RunRecord) -> dict[str, dict[str, int]]:
+    """Source -> window -> tokens of the packed segments; empty before packing."""
+    manifest = record.stages["segments"].manifest
+    tokens = manifest.counts.get("tokens", {}) if manifest else {}
+    return {
+        source: dict(windows) for source, windows in tokens.items() if isinstance(windows, Mapping)
+    }
+
+
+def log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> None:
+    """Log the mix and the heat maps as the run's ``report`` stage."""
+    import wandb
+
+    mode: Any = resolve_mode(tracking.wandb).value
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            group=run_name,
+            job_type="report",
+            name=f"{run_name}/report",
+            dir=os.environ.get("WANDB_DIR", folder),
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        ) as run,
+    ):
+        values: dict[str, Any] = {
+            f"{MIX_KEY}/{source}/{window}": count
+            for source, windows in mix_tokens(record).items()
+            for window, count in windows.items()
+        }
+        if record.evaluation is not None:
+            images = []
+            for subject in record.evaluation["subjects"]:
+                path = Path(folder) / f"{subject['name']}.png"
+                needle_map_figure(record.evaluation["needle"], subject["name"]).savefig(
+                    path, dpi=150
+                )
+                images.append(wandb.Image(str(path), caption=subject["name"]))
+            values[NEEDLE_MAPS_KEY] = images
+        run.log(values)

@@ -1,0 +1,154 @@
+"""``final/``: the result of a run, a Hugging Face folder that plain transformers loads, written
+with bounded memory.
+
+Parameters are gathered one by one and given to the disk shard by shard: no rank ever holds more of
+the model than one file and one parameter, beside its own part.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from longrope2.files.artifacts import (
+    Manifest,
+    atomic_path,
+    sha256_of_file,
+    write_manifest,
+    write_text,
+)
+from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.rope.factors import RescaleFactors
+
+FINAL_FOLDER = "final"
+FINAL_KIND = "checkpoint"
+WEIGHTS_FILE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+CONFIG_FILE = "config.json"
+MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+               "chat_template.jinja")  # fmt: skip
+
+
+def save_final(
+    engine: Any,
+    folder: Path,
+    model_folder: Path,
+    factors: RescaleFactors,
+    manifest: Manifest,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``final/``: config and tokenizer of the base model, weights, factors; every rank calls
+    this.
+
+    Args:
+        engine: DeepSpeed engine around a ``WindowedModel``.
+        folder: ``3_checkpoints`` of the run.
+        model_folder: The base model.
+        factors: The run's factors.
+        manifest: Completed with kind and files, and written last.
+        dtype: Number format of the weights; float32 gives the master weights of a bf16 run.
+        max_shard_bytes: Largest file of weights; more are written as shards with an index.
+    """
+    final = folder / FINAL_FOLDER
+    is_main = dist.get_rank() == 0
+    if is_main:
+        final.mkdir(parents=True, exist_ok=True)
+        for old in [final / "manifest.json", *final.glob("*.safetensors*")]:
+            old.unlink(missing_ok=True)
+        _copy_model_files(model_folder, final, dtype)
+        write_text(final / FACTORS_FILE, factors.to_json())
+    _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
+    if is_main:
+        manifest.kind = FINAL_KIND
+        manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
+        write_manifest(final, manifest)
+    dist.barrier()
+
+
+def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> None:
+    """The base model's tokenizer, and its config with the weights' number format under the key it uses."""
+    for name in MODEL_FILES:
+        if (model_folder / name).is_file():
+            with atomic_path(final / name) as temporary:
+                shutil.copyfile(model_folder / name, temporary)
+    config = json.loads((model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or [
+        "dtype",
+        "torch_dtype",
+    ]
+    config |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
+    write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def _write_weights(
+    engine: Any, final: Path, dtype: torch.dtype, max_shard_bytes: int, *, is_main: bool
+) -> None:
+    """One file, or shards with an index; all ranks gather, the main rank keeps and writes."""
+    parameters = dict(engine.module.hf.named_parameters())
+    sizes = {
+        name: _num_elements(parameter) * dtype.itemsize for name, parameter in parameters.items()
+    }
+    shards = _shard_names(sizes, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = (
+            WEIGHTS_FILE
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        tensors = {}
+        for name in names:
+            with _whole(parameters[name], dtype) as whole:
+                if is_main:
+                    tensors[name] = whole.detach().to("cpu", dtype, copy=True).contiguous()
+            weight_map[name] = file
+        if is_main:
+            with atomic_path(final / file) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+    if is_main and len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_text(
+            final / f"{WEIGHTS_FILE}.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
+
+
+def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a file would grow beyond the limit; one tensor is never cut."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+@contextlib.contextmanager
+def _whole(parameter: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A parameter gathered from all ranks; its float32 master weights when those are wanted of a bf16 model."""
+    import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
+
+    if dtype is torch.float32 and parameter.dtype is not dtype:
+        master = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        yield (
+            parameter if master is None else master
+        )  # None: no master weights apart from the parameter
+        return
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        yield parameter
+
+
+def _num_elements(parameter: torch.Tensor) -> int:
+    """Of the whole parameter; ZeRO-3 leaves an empty tensor in its place and its size in ``ds_numel``."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
