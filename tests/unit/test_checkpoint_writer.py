@@ -84,7 +84,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     hashed = checkpoint.sha256_of_file
 
     def slow_disk(path: Path) -> str:
-        assert may_write.wait(20)
+        if path.parent.name.endswith(".writing"):  # reading the finished ones back does not wait
+            assert may_write.wait(20)
         return hashed(path)
 
     monkeypatch.setattr(checkpoint, "sha256_of_file", slow_disk)

@@ -73,16 +73,16 @@ NO_TITLE = "None"  # what upstream writes for a passage without one
 REMOVED_WORDS = "childhood abuse"  # upstream's loader takes it out of every passage
 # Examples name their passages before the ids: upstream turns its query format round for that.
 TURNED = (("ID and TITLE", "TITLE and ID"), ("ID and CONTENT", "CONTENT and ID"))
-PROMPT_FILES = (
+LONGBENCH_PROMPT_FILES = (
     "LongBench/config/dataset2prompt.json",
     "config/dataset2prompt.json",
     "dataset2prompt.json",
 )
-PROMPT_HASHES = {
+LONGBENCH_PROMPT_HASHES = {
     "trec": "0eff8bebdba99d91", "triviaqa": "00a802e6377e72fc",
     "lcc": "6a1f24cf0bb83cd9", "repobench-p": "ee9ec182ea5ffeb7",
 }  # fmt: skip
-MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p": 64}
+LONGBENCH_MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p": 64}
 
 
 def cut_sample(
@@ -170,7 +170,7 @@ def infinitebench_task(
     """One task.
 
     Args:
-        task: A key of ``MAX_NEW_TOKENS``.
+        task: A key of ``LONGBENCH_MAX_NEW_TOKENS``.
         config: Where data and prompts are.
         encoder: The model's tokenizer.
         length: Tokens that prompt and answer may take together.
@@ -403,7 +403,7 @@ def longbench_task(
     """One task.
 
     Args:
-        task: A key of ``MAX_NEW_TOKENS``.
+        task: A key of ``LONGBENCH_MAX_NEW_TOKENS``.
         config: Where data and prompts are.
         encoder: The model's tokenizer.
         length: Tokens that prompt and answer may take together.
@@ -413,9 +413,9 @@ def longbench_task(
     Raises:
         DataError: data or prompts are missing, no access, or not the published ones.
     """
-    path = prompt_file(f"{key}.prompts", config.prompts, PROMPT_FILES, "github.com/THUDM/LongBench")
+    path = prompt_file(f"{key}.prompts", config.prompts, LONGBENCH_PROMPT_FILES, "github.com/THUDM/LongBench")
     prompts = read_json_strings(path)
-    check_prompts(f"{key}.prompts", path, prompts, {task: PROMPT_HASHES[task]})
+    check_prompts(f"{key}.prompts", path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
     names = [f"{task}.jsonl", f"data/{task}.jsonl"]
     rows = read_rows(
         f"{key}.data", config.data, names, hub_file="data.zip", revision=config.revision
@@ -438,7 +438,7 @@ def _sample(
         raise DataError(f"{place}: a row has no field {error}; this is not LongBench v1") from None
     facts = {"classes": list(classes)} if classes else {}
     return cut_sample(
-        encoder, prompt, answers, max_new_tokens=MAX_NEW_TOKENS[task], length=length, facts=facts
+        encoder, prompt, answers, max_new_tokens=LONGBENCH_MAX_NEW_TOKENS[task], length=length, facts=facts
     )
 
 
