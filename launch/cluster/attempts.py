@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.node_agent import ENDED_PREFIX
+from longrope2.command import run_command
+from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.files.artifacts import PRODUCT_FOLDERS
+from longrope2.tracking.metrics import METRICS_FILE
 
 ATTEMPTS_FILE = "attempts.jsonl"
 MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -243,7 +246,7 @@ def progress_of(product: Path) -> int:
         )
     count = 0
     for path in product.rglob("*"):
-        if path.is_file() and path.name not in (ATTEMPTS_FILE, "metrics.jsonl"):
+        if path.is_file() and path.name not in (ATTEMPTS_FILE, METRICS_FILE):
             count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
     return count
 
@@ -252,11 +255,11 @@ def read_attempts(product: Path, *, job: str) -> list[Attempt]:
     """Attempts of one job, oldest first: one entry each, ``begun`` replaced by how it ended."""
     path = product / ATTEMPTS_FILE
     attempts: list[Attempt] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, fields in enumerate(read_log(path), start=1):
         try:
-            attempt = Attempt(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
-            continue  # torn by a kill
+            attempt = Attempt(**fields)
+        except TypeError:
+            raise damaged_line(path, number) from None
         if attempt.job == job:
             if attempts and attempt.outcome != "begun" and attempts[-1].outcome == "begun":
                 attempts.pop()
@@ -304,11 +307,8 @@ def _in_vain(attempts: list[Attempt], here: int) -> str:
 
 def _append(product: Path, attempt: Attempt) -> None:
     """Add one line and force it to disk."""
-    product.mkdir(parents=True, exist_ok=True)
-    with (product / ATTEMPTS_FILE).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(asdict(attempt)) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    with AppendLog(product / ATTEMPTS_FILE, durable=True) as log:
+        log.append(asdict(attempt))
 
 
 def _tail(path: Path) -> str:
@@ -329,4 +329,4 @@ def _job() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

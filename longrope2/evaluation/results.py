@@ -10,24 +10,26 @@ never asked again.
 
 Every shard of an evaluation appends to a file of its own (``answers.jsonl``,
 ``answers-2-of-4.jsonl``, ...) and reads those of all when it starts, so shards never wait for each
-other and a later run may have more or fewer of them. A last line torn by a kill is cut off; damage
-anywhere else is refused. A line is identified by a fingerprint of everything the answer depends on,
-so subjects that are the same model for a question (below L0, say) share one answer.
+other and a later run may have more or fewer of them. A line is identified by a fingerprint of
+everything the answer depends on, so subjects that are the same model for a question (below L0, say)
+share one answer.
 """
 
-import fcntl
-import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.files.append_log import AppendLog, read_log
 
 RESULTS_FILE = "results.jsonl"
 ANSWERS_PATTERN = "answers*.jsonl"
+IN_USE = (
+    "is being written by another process; wait for it, or give each process its own "
+    "evaluation.shard"
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class ResultsLog:
     """Append-only file of measurements; each line is on disk before the next measurement starts."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        found = _read(path)
+        self._log = AppendLog(path, durable=True)
+        found = _read_measurements(path)
         self._values = {measurement.fingerprint: measurement.values for measurement in found}
         self._lines = {(measurement.subject, measurement.fingerprint) for measurement in found}
 
@@ -62,30 +64,21 @@ class ResultsLog:
         """Add one line and force it to disk; a line that is there already is not repeated."""
         if (measurement.subject, measurement.fingerprint) in self._lines:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(asdict(measurement)) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        self._log.append(asdict(measurement))
         self._values[measurement.fingerprint] = measurement.values
         self._lines.add((measurement.subject, measurement.fingerprint))
 
 
-def _read(path: Path) -> list[Measurement]:
-    """Measurements of the file; a torn last line, left by a kill, is cut off the file."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+def _read_measurements(path: Path) -> list[Measurement]:
+    """Measurements of the file."""
     measurements = []
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    for number, fields in enumerate(read_log(path), start=1):
         try:
-            measurements.append(Measurement(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+            measurements.append(Measurement(**fields))
+        except TypeError as error:
             raise ArtifactError(
-                f"{path}, line {number} is not a measurement ({error}); remove the file to measure everything anew"
+                f"{path}, line {number} is not a measurement ({error}); remove the file to measure "
+                "everything anew"
             ) from None
     return measurements
 
@@ -158,16 +151,12 @@ class AnswersLog:
         Raises:
             ArtifactError: another process has the shard's file open, or a file is damaged.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        path = folder / shard.file_name
-        self._file = path.open("ab")
+        self._log = AppendLog(folder / shard.file_name, durable=True, in_use=IN_USE)
         try:
-            _lock(self._file, path)
-            _cut_torn_line(path)
             self._answers = read_answers(folder)
         except BaseException:
-            self._file.close()
+            self._log.close()
             raise
 
     def find(self, key: str) -> Answer | None:
@@ -177,9 +166,7 @@ class AnswersLog:
     def append(self, answers: Iterable[Answer]) -> None:
         """Add lines and force them to disk."""
         added = list(answers)
-        self._file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in added).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._log.append(*map(asdict, added))
         self._answers.update({answer.key: answer for answer in added})
 
     def reread(self) -> None:
@@ -188,7 +175,7 @@ class AnswersLog:
 
     def close(self) -> None:
         """Close the file and let another process have it."""
-        self._file.close()
+        self._log.close()
 
     def __enter__(self) -> "AnswersLog":
         return self
@@ -198,40 +185,20 @@ class AnswersLog:
 
 
 def read_answers(folder: Path) -> dict[str, Answer]:
-    """Fingerprint -> answer over the files of all shards; a torn last line (a shard that still
-    writes) is left out.
+    """Fingerprint -> answer over the files of all shards.
 
     Raises:
         ArtifactError: a whole line is no answer; names file and line.
     """
     answers: dict[str, Answer] = {}
     for path in sorted(folder.glob(ANSWERS_PATTERN)):
-        data = path.read_bytes()
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        for number, fields in enumerate(read_log(path), start=1):
             try:
-                fields = json.loads(line)
                 answer = Answer(**{**fields, "token_ids": tuple(fields["token_ids"])})
-            except (ValueError, TypeError, KeyError) as error:
+            except (TypeError, KeyError) as error:
                 raise ArtifactError(
-                    f"{path}, line {number} is not an answer ({error}); remove the line to have it answered anew"
+                    f"{path}, line {number} is not an answer ({error}); remove the line to have it "
+                    "answered anew"
                 ) from None
             answers[answer.key] = answer
     return answers
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Refuse a second writer."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ArtifactError(
-            f"{path} is being written by another process; wait for it, or give each process its own evaluation.shard"
-        ) from None
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line without its line feed."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)

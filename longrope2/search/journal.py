@@ -2,27 +2,27 @@
 
 JSON lines. The first names what the losses depend on (model, samples, target length, ...); each
 further one holds the losses of one batch of samples under one set of factors, appended and flushed
-as soon as it is known. ``null`` stands for a loss that was not finite. A last line torn by a crash
-is cut off; damage anywhere else is refused.
+as soon as it is known. ``null`` stands for a loss that was not finite.
 
 Every worker of a search appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``, ...)
 and reads them all when it starts, so workers never wait for each other, and a later run may have
 more or fewer of them.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from longrope2.errors import ArtifactError
+from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.rope.factors import RescaleFactors
 
 VERSION = 2
 JOURNAL_FILE = "journal.jsonl"
+IN_USE = "is in use by another search; wait for it, or end it"
 
 
 def factors_key(factors: RescaleFactors) -> str:
@@ -53,15 +53,14 @@ class Journal:
             ArtifactError: another search has the file open, a journal is damaged, or belongs to
                 another search.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / (f"journal.{worker}.jsonl" if worker else JOURNAL_FILE)
         self._losses: dict[str, dict[int, list[float]]] = {}
         self.num_losses = 0
-        self._file = self._path.open("ab") if writes else None
+        path = folder / (f"journal.{worker}.jsonl" if worker else JOURNAL_FILE)
+        self._log = AppendLog(path, in_use=IN_USE) if writes else None
         try:
-            if self._file is not None:
-                self._lock(self._file)
             self._read_all(folder, json.loads(json.dumps(dict(header))))
+            if self._log is not None and not read_log(path):
+                self._log.append({"search_journal": VERSION, **header})
         except BaseException:
             self.__exit__()
             raise
@@ -73,51 +72,31 @@ class Journal:
     def add(self, factors: RescaleFactors, batch: int, losses: list[float]) -> None:
         """Record the losses of one batch of samples under these factors."""
         key = factors_key(factors)
-        self._append(
-            {
-                "factors": key,
-                "batch": batch,
-                "losses": [loss if math.isfinite(loss) else None for loss in losses],
-            }
-        )
+        if self._log is not None:
+            finite = [loss if math.isfinite(loss) else None for loss in losses]
+            self._log.append({"factors": key, "batch": batch, "losses": finite})
         self._remember(key, batch, losses)
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _lock(self, file: BinaryIO) -> None:
-        """Keep a second search from appending to the same file."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(
-                f"{self._path} is in use by another search; wait for it, or end it"
-            ) from None
+        if self._log is not None:
+            self._log.close()
 
     def _read_all(self, folder: Path, header: dict[str, Any]) -> None:
-        """Load what all workers have written; cut a torn last line off the own file and give it a header."""
-        has_header = False
+        """Load what all workers have written."""
         for path in sorted(folder.glob("journal*.jsonl")):
-            lines = path.read_bytes().splitlines(keepends=True)
-            records = _whole_records(path, lines)
+            records = read_log(path)
             if records:
                 self._check_header(path, records[0], header)
             for number, record in enumerate(records[1:], start=2):
                 self._take(path, record, number)
-            if path == self._path and self._file is not None:
-                has_header = bool(records)
-                self._file.truncate(sum(map(len, lines[: len(records)])))
-        if not has_header:
-            self._append({"search_journal": VERSION, **header})
 
     def _check_header(self, path: Path, found: Any, header: dict[str, Any]) -> None:
         """The journal must be of this program's version and of this very search."""
         if not isinstance(found, dict) or "search_journal" not in found:
-            raise _damaged(path, 1)
+            raise damaged_line(path, 1)
         if (version := found.pop("search_journal")) != VERSION:
             raise ArtifactError(
                 f"{path} has version {version}, this program reads {VERSION}; use another run.name, or remove "
@@ -136,7 +115,7 @@ class Journal:
             losses = [math.inf if loss is None else float(loss) for loss in record["losses"]]
             self._remember(str(record["factors"]), int(record["batch"]), losses)
         except (KeyError, TypeError, ValueError):
-            raise _damaged(path, number) from None
+            raise damaged_line(path, number) from None
 
     def _remember(self, key: str, batch: int, losses: list[float]) -> None:
         """Keep the losses of a batch; those known first stay."""
@@ -144,34 +123,3 @@ class Journal:
         if batch not in known:
             known[batch] = losses
             self.num_losses += len(losses)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        """One line, handed to the operating system at once."""
-        if self._file is not None:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-
-
-def _whole_records(path: Path, lines: list[bytes]) -> list[Any]:
-    """The parsed lines, without a last one that a crash has torn.
-
-    Raises:
-        ArtifactError: a line before the last one cannot be read.
-    """
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no line end")
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise _damaged(path, number) from None
-    return records
-
-
-def _damaged(path: Path, number: int) -> ArtifactError:
-    """The error for a line that cannot be right."""
-    return ArtifactError(
-        f"{path} is damaged at line {number}; remove that line and all after it to keep the losses before"
-    )

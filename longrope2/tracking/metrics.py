@@ -1,12 +1,11 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
-The file is the record: one line per ``log`` call, appended and flushed, so a killed run keeps its
-history and a resumed one goes on below it. W&B runs offline unless the user is logged in; its
+The file is the record: one line per ``log`` call, so a killed run keeps its history and a resumed
+one goes on below it. W&B runs offline unless the user is logged in; its
 x-axis is ``train/tokens``. The stages of a run are one W&B group, and a resumed stage continues its
 W&B run, whose id is kept in the product folder.
 """
 
-import json
 import os
 import re
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ConfigError
+from longrope2.files.append_log import AppendLog, read_log
 from longrope2.files.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -57,15 +57,12 @@ class MetricsLog:
         stage: str,
         config: dict[str, Any],
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._log = AppendLog(folder / METRICS_FILE)
         self._wandb = _start_wandb(folder, tracking, run_name, stage, config)
 
     def log(self, values: Mapping[str, float | int], **position: int) -> None:
         """Record ``values`` (design names) at a position such as ``step=12``."""
-        record = {"time": round(time.time(), 3), **position, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._log.append({"time": round(time.time(), 3), **position, **values})
         if self._wandb is not None:
             self._wandb.log(dict(values), step=position.get("step"))
 
@@ -88,7 +85,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush both."""
-        self._file.close()
+        self._log.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -100,17 +97,8 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a folder's metrics file, oldest first; a torn last line is left out. Empty when there is none."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """All records of a folder's metrics file, oldest first; empty when there is none."""
+    return read_log(folder / METRICS_FILE)
 
 
 def _start_wandb(

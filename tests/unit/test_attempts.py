@@ -21,6 +21,7 @@ from launch.cluster.attempts import (
     read_attempts,
 )
 from launch.cluster.node_agent import rank_exit_code
+from longrope2.errors import ArtifactError
 from longrope2.training.heartbeat import Beat
 
 GONE = "torch.distributed.DistBackendError: Connection closed by peer [127.0.0.1]:4711"
@@ -196,6 +197,19 @@ def test_command(
     ):
         run("begin")
     assert read_attempts(product, job="8") == []
+
+
+def test_a_torn_record_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    begin(tmp_path, [])
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"job": "7", "restart"')
+    begin(tmp_path, read_attempts(tmp_path, job="7"))
+    assert [a.outcome for a in read_attempts(tmp_path, job="7")] == ["begun", "begun"]
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"job": "7"}\n')
+    with pytest.raises(ArtifactError, match=r"attempts.jsonl is damaged at line 3"):
+        read_attempts(tmp_path, job="7")
 
 
 def test_a_hang_leaves_out_the_node_of_the_silent_rank(

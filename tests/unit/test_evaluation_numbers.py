@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -137,11 +136,16 @@ def test_a_line_is_written_once_and_per_subject(tmp_path):
 def test_a_damaged_results_file_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
     ResultsLog(path).append(measurement())
-    shutil.copy(path, tmp_path / "copy.jsonl")
-    for number, damage in enumerate(('{"subject": "base"}\n', "not json\n")):
+    whole = path.read_text()
+    for number, (damage, fault) in enumerate(
+        (
+            ('{"subject": "base"}\n', ", line 2 is not a measurement"),
+            (f"not json\n{whole}", " is damaged at line 2"),
+        )
+    ):
         path = tmp_path / f"damaged_{number}.jsonl"
-        path.write_text((tmp_path / "copy.jsonl").read_text() + damage)
-        with pytest.raises(ArtifactError, match=r"damaged_\d\.jsonl, line 2 is not a measurement"):
+        path.write_text(whole + damage)
+        with pytest.raises(ArtifactError, match=rf"damaged_\d\.jsonl{fault}"):
             ResultsLog(path)
 
 

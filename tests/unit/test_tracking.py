@@ -35,6 +35,16 @@ def test_lines_are_appended_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
+def test_a_torn_line_does_not_swallow_the_first_record_after_a_resume(tmp_path: Path) -> None:
+    write(tmp_path, WandbMode.disabled, STEPS[:1])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1.5, "step": 2, "train/lo')
+    with MetricsLog(tmp_path, TrackingConfig(wandb=WandbMode.disabled), "demo", "train", {}) as log:
+        for step in (2, 3):
+            log.log({"train/loss": 1.0}, step=step)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_no_file_is_no_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 

@@ -1,0 +1,103 @@
+"""Append-only logs of JSON lines, and the one rule for what a crash may leave in them.
+
+A record is one line, written together with its line end and flushed at once, so a killed process
+keeps what it has logged. A crash can tear only the last line: one that has no line end, or is no
+JSON, was never recorded. Readers leave it out (another process may still be writing it); the log's
+writer cuts it off when it opens the file, before it appends anything, or the next record would be
+glued to it and lost as well. A line before the last that is no JSON is damage that no crash
+explains, and is refused.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longrope2.errors import ArtifactError
+
+
+class AppendLog:
+    """A log that this process appends to; use it in ``with``, or close it."""
+
+    def __init__(self, path: Path, *, durable: bool = False, in_use: str | None = None) -> None:
+        """Open or start a log, and cut off a torn last line.
+
+        Args:
+            path: The file; its folder is made where missing.
+            durable: Force every record to the disk, not only to the operating system.
+            in_use: What a second process that opens the log is told after the file's name; None
+                lets it in.
+
+        Raises:
+            ArtifactError: the log is in use, or a line before the last is damaged.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._durable = durable
+        self._file = path.open("ab")
+        try:
+            if in_use is not None:
+                _lock(self._file.fileno(), f"{path} {in_use}")
+            data = path.read_bytes()
+            _, num_whole_bytes = _parse(path, data)
+            if num_whole_bytes < len(data):
+                self._file.truncate(num_whole_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Add a line for each record; all have left this process when it returns."""
+        self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self._file.flush()
+        if self._durable:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file and let another process have it."""
+        self._file.close()
+
+    def __enter__(self) -> "AppendLog":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def read_log(path: Path) -> list[Any]:
+    """Records of a log, oldest first, entry i from line i + 1; none where there is no file.
+
+    Raises:
+        ArtifactError: a line before the last is damaged; names file and line.
+    """
+    return _parse(path, path.read_bytes())[0] if path.is_file() else []
+
+
+def damaged_line(path: Path, number: int) -> ArtifactError:
+    """The error for a line (counted from 1) that this project cannot have written."""
+    return ArtifactError(
+        f"{path} is damaged at line {number}; remove that line and all after it to keep the rest"
+    )
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[Any], int]:
+    """The whole records, and the bytes they take up."""
+    lines = data.splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no line end")
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise damaged_line(path, number) from None
+    return records, sum(map(len, lines[: len(records)]))
+
+
+def _lock(descriptor: int, refusal: str) -> None:
+    """Keep a second writer out."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ArtifactError(refusal) from None
