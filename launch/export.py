@@ -20,7 +20,6 @@ from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation.scoring import device_and_dtype
 from longrope2.evaluation.subjects import check_same_model, read_checkpoint_factors
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import write_hugging_face_folder
@@ -36,7 +35,7 @@ from longrope2.files.artifacts import (
     write_manifest,
 )
 from longrope2.model.folder import model_identity, resolve_model_folder
-from longrope2.model.loading import load_tokenizer, load_windowed_model
+from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors
 
 COST_TEXT = "held-out Python documentation and sources"
@@ -217,8 +216,7 @@ def _static_cost(plan: ExportPlan, config: ExportRoot) -> StaticCost | None:
         [encoder.bos_id, *encoder.encode(text[: 16 * original_len])][: original_len - 1]
         for text in texts
     ]
-    device, dtype = device_and_dtype()
-    model = load_windowed_model(plan.checkpoint, plan.factors, device=device, dtype=dtype).eval()
+    model = load_to_run(plan.checkpoint, plan.factors)
     return measure_static_cost(model, [torch.tensor(row) for row in rows], COST_TEXT)
 
 

@@ -14,7 +14,6 @@ from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation.scoring import device_and_dtype
 from longrope2.evaluation.subjects import check_same_model, read_checkpoint_factors
 from longrope2.files.artifacts import product_folder
 from longrope2.inference.cache import KvPolicy
@@ -26,7 +25,7 @@ from longrope2.inference.generation import (
     window_for_length,
 )
 from longrope2.model.folder import model_identity, resolve_model_folder
-from longrope2.model.loading import load_tokenizer, load_windowed_model
+from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 
@@ -49,9 +48,7 @@ def main() -> None:
         )
         print(f"prompt     {_prompt_name(config.generate.prompt_file)}: {len(prompt)} characters")
         return
-    device, dtype = device_and_dtype()
-    model = load_windowed_model(checkpoint, factors, device=device, dtype=dtype).eval()
-    stream_text(model, load_tokenizer(checkpoint), prompt, config)
+    stream_text(load_to_run(checkpoint, factors), load_tokenizer(checkpoint), prompt, config)
 
 
 def find_checkpoint(config: GenerateRoot) -> tuple[Path, RescaleFactors]:

@@ -22,11 +22,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from longrope2.errors import DataError
-from longrope2.evaluation.scoring import device_and_dtype
 from longrope2.evaluation.subjects import read_checkpoint_factors
 from longrope2.inference.generation import TextStream, generate_tokens, window_for_length
 from longrope2.model.folder import resolve_model_folder
-from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -71,7 +70,6 @@ class LongRope2LM(TemplateLM):
                 there is one.
         """
         folder = Path(checkpoint) if checkpoint else resolve_model_folder(model)
-        found_device, dtype = device_and_dtype()
         if checkpoint:
             found = read_checkpoint_factors(folder, original_len, target_len)
         elif factors:
@@ -80,8 +78,7 @@ class LongRope2LM(TemplateLM):
             found = closed_form_factors(
                 RopeMethod(rope), rope_geometry(folder, original_len), target_len
             )
-        loaded = load_windowed_model(folder, found, device=found_device, dtype=dtype).eval()
-        self._set_up(loaded, load_tokenizer(folder))
+        self._set_up(load_to_run(folder, found), load_tokenizer(folder))
 
     @classmethod
     def around(

@@ -47,7 +47,6 @@ from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.scoring import (
     Task,
     context_windows,
-    device_and_dtype,
     measure_all,
     needle_task,
     perplexity_task,
@@ -67,7 +66,7 @@ from longrope2.evaluation.summary import (
     summarize_suite,
 )
 from longrope2.files.artifacts import write_text
-from longrope2.model.loading import load_tokenizer, load_windowed_model
+from longrope2.model.loading import device_and_dtype, load_tokenizer, load_windowed_model
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.segments.needle_set import NeedleSet

@@ -34,7 +34,7 @@ from longrope2.errors import DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.subjects import Subject
 from longrope2.inference.generation import window_for_length
-from longrope2.model.loading import load_windowed_model
+from longrope2.model.loading import device_and_dtype, load_to_run
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
@@ -231,7 +231,7 @@ def measure_all(
     share its weights.
     """
     loaded: tuple[str, WindowedModel] | None = None
-    device, dtype = device_and_dtype()
+    _, dtype = device_and_dtype()
     for subject in subjects:
         for task in tasks:
             fingerprint = _fingerprint(subject, task, dtype)
@@ -239,22 +239,12 @@ def measure_all(
             if values is None:
                 if loaded is None or loaded[0] != subject.weights_sha256:
                     loaded = None  # free the weights before the next ones are read
-                    model = load_windowed_model(
-                        subject.folder, subject.factors, device=device, dtype=dtype
-                    ).eval()
-                    loaded = (subject.weights_sha256, model)
+                    loaded = (subject.weights_sha256, load_to_run(subject.folder, subject.factors))
                 loaded[1].set_factors(subject.factors)
                 values = task.measure(loaded[1])
             measurement = Measurement(subject.name, task.suite, task.length, fingerprint, values)
             results.append(measurement)
             yield measurement
-
-
-def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """GPU in bf16 where there is one, else CPU in fp32: bf16 products on a CPU are some hundred times slower."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
-    return torch.device("cpu"), torch.float32
 
 
 def _window_values(scores: Sequence[WindowScore]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
-from longrope2.evaluation.scoring import device_and_dtype
 from longrope2.inference.generation import window_for_length
-from longrope2.model.loading import load_windowed_model
+from longrope2.model.loading import device_and_dtype, load_windowed_model
 from longrope2.rope.factors import RescaleFactors
 
 LOGIT_TOLERANCE = (

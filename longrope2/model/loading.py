@@ -255,6 +255,19 @@ def load_windowed_model(
     return model if take else model.to(device)
 
 
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """GPU in bf16, else CPU in fp32: bf16 products on a CPU are some hundred times slower."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def load_to_run(folder: Path, factors: RescaleFactors) -> WindowedModel:
+    """``load_windowed_model`` for everything but training: ``device_and_dtype``, evaluation mode."""
+    device, dtype = device_and_dtype()
+    return load_windowed_model(folder, factors, device=device, dtype=dtype).eval()
+
+
 def _keep(parameter: nn.Parameter) -> None:
     """The whole parameter stays."""
 
