@@ -24,7 +24,7 @@ from data_prep.config import PackConfig
 from data_prep.demand import QUOTA_BUCKETS
 from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
 from longrope2.command import run_command
-from longrope2.config import compose, dump, to_plain
+from longrope2.config import compose, dump, target_faults, to_plain
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
@@ -64,16 +64,10 @@ def faults_of(config: "PackConfig", sources: Sequence[str] | None) -> list[str]:
 
 def _length_faults(config: "PackConfig") -> list[str]:
     """Faults of the window lengths, of the alignment and of the sizes that depend on them."""
-    original, target, faults = config.model.original_len, config.target_len, []
-    if original < 8:
-        return [
-            f"model.original_len={original} is not a window; give the pre-trained window in tokens"
-        ]
-    if target < original or target % original:
-        faults.append(
-            f"target_len={target} is not a multiple of model.original_len={original}; "
-            f"use for example {max(1, round(target / original)) * original}"
-        )
+    original, target = config.model.original_len, config.target_len
+    faults = target_faults(config.model, target)
+    if original < 1:
+        return faults
     if config.align < 1 or target % config.align:
         faults.append(f"align={config.align} does not divide target_len={target}")
     elif target // config.align < original:

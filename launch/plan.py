@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrope2.command import run_command
-from longrope2.config import compose
+from longrope2.config import compose, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
 from longrope2.model.norms import NormKernel
@@ -178,11 +178,7 @@ def _faults(config: PlanRoot) -> list[str]:
             f"training.tokens={training.tokens}: a plan needs a budget of at least one step of "
             f"training.global_batch_tokens={training.global_batch_tokens} tokens"
         )
-    original = config.model.original_len
-    if original < 1 or config.target_len < original or config.target_len % original:
-        faults.append(
-            f"target_len={config.target_len} must be a multiple of model.original_len={original}, and not below it"
-        )
+    faults += target_faults(config.model, config.target_len)
     if training.global_batch_tokens < 1 or training.global_batch_tokens % max(1, config.target_len):
         faults.append(
             f"training.global_batch_tokens={training.global_batch_tokens} must be a multiple of "

@@ -26,6 +26,7 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
 
 CONF_FOLDER = Path(__file__).parent.parent / "conf"
+SHORTEST_WINDOW = 8
 Root = TypeVar("Root")
 
 
@@ -73,6 +74,28 @@ class StageConfig:
     """Seed of everything random in the stage."""
     dry_run: bool = False
     """Compose, check and print the plan, then stop without writing anything."""
+
+
+def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False) -> list[str]:
+    """Why a target window does not fit the model's: it must be a multiple of it.
+
+    Args:
+        model: The pre-trained model.
+        target_len: L in tokens.
+        extends: Whether rescaling is the purpose (at least 2 L0), or L0 itself will do, as in
+            pre-training a base at its own window.
+    """
+    original_len, least = model.original_len, 2 if extends else 1
+    if original_len < SHORTEST_WINDOW:
+        window = f"model.original_len={original_len} is not a window"
+        return [f"{window}; give the pre-trained window in tokens"]
+    if target_len >= least * original_len and target_len % original_len == 0:
+        return []
+    return [
+        f"target_len={target_len} must be a multiple of model.original_len={original_len}, "
+        f"{'and at least twice that' if extends else 'and not below it'}; "
+        f"use for example {max(least, round(target_len / original_len)) * original_len}"
+    ]
 
 
 def compose(root: type[Root], config_name: str, overrides: Sequence[str]) -> Root:

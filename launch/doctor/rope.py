@@ -15,7 +15,7 @@ from launch.doctor.rope_view import (
     print_table,
     write_figure,
 )
-from longrope2.config import MISSING, ModelConfig, RunConfig, compose
+from longrope2.config import MISSING, ModelConfig, RunConfig, compose, target_faults
 from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
@@ -116,11 +116,7 @@ def compare(config: DoctorRoot) -> RopeComparison:
 
 def _setting_faults(config: DoctorRoot) -> list[str]:
     """Faults that need no file."""
-    original_len, faults = config.model.original_len, []
-    if original_len < 1 or config.target_len <= original_len or config.target_len % original_len:
-        faults.append(
-            f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}"
-        )
+    faults = target_faults(config.model, config.target_len, extends=True)
     if config.doctor.plot and Path(config.doctor.plot).suffix not in PLOT_FORMATS:
         faults.append(f"doctor.plot={config.doctor.plot}: must end in {' or '.join(PLOT_FORMATS)}")
     allowed = CLOSED_FORMS + CRITICAL_INDEX_METHODS

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longrope2.config import MISSING, StageConfig
+from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks.config import (
     INFINITEBENCH_TASKS,
@@ -405,11 +405,9 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
 
 def _length_faults(config: EvaluateRoot) -> list[str]:
     """Windows and lengths that do not fit each other."""
-    original, target = config.model.original_len, config.target_len
-    if original < 1 or target < original or target % original:
-        return [
-            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
-        ]
+    target = config.target_len
+    if faults := target_faults(config.model, target):
+        return faults
     lengths, scored = evaluated_lengths(config), config.evaluation.perplexity.scored_tokens
     faults = []
     if (

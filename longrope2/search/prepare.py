@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from longrope2.config import target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.corpus import Document
@@ -63,10 +64,7 @@ def check(config: SearchCommand) -> tuple[Path, SearchSpace]:
     """
     faults = search_faults(config.search)
     original_len = config.model.original_len
-    if config.target_len <= original_len or config.target_len % original_len:
-        faults.append(
-            f"target_len={config.target_len}: must be a multiple, 2 or more, of model.original_len={original_len}"
-        )
+    faults += target_faults(config.model, config.target_len, extends=True)
     try:
         build_corpus(config.corpus)
     except ConfigError as error:

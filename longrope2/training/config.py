@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from longrope2.attention.kernels import AttentionConfig
-from longrope2.config import StageConfig
+from longrope2.config import StageConfig, target_faults
 from longrope2.errors import ConfigError
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import resolve_model_folder
@@ -311,12 +311,8 @@ def _range_faults(training: TrainingConfig) -> list[str]:
 
 def _window_faults(config: TrainRoot) -> list[str]:
     """Window lengths and batch sizes that do not fit each other."""
-    target, original, training = config.target_len, config.model.original_len, config.training
-    faults = []
-    if original < 1 or target < original or target % original:
-        faults.append(
-            f"target_len={target} must be a multiple of model.original_len={original}, and not below it"
-        )
+    target, training = config.target_len, config.training
+    faults = target_faults(config.model, target)
     group_tokens = max(1, target * training.same_kind_segments)
     if training.global_batch_tokens % group_tokens:
         faults.append(

@@ -135,7 +135,8 @@ def check_faults(world_size: int, *overrides: str) -> list[str]:
         ),
         (
             "target_len=2000",
-            "target_len=2000 must be a multiple of model.original_len=128, and not below it",
+            "target_len=2000 must be a multiple of model.original_len=128, and not below it; "
+            "use for example 2048",
         ),
         (
             "training.global_batch_tokens=5000",

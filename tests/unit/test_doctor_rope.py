@@ -209,7 +209,8 @@ def test_all_faults_of_the_settings_at_once(settings: list[str], tmp_path: Path)
         ]
     )
     assert "4 fault(s)" in text
-    assert "target_len=131073: must be a multiple, 2 or more, of model.original_len=8192" in text
+    message = "target_len=131073 must be a multiple of model.original_len=8192, and at least twice "
+    assert message in text
     assert "doctor.plot=x.pdf: must end in .svg or .png" in text
     assert (
         "doctor.methods: searched is read from a file, give it in doctor.factors; computed methods are none, pi"

@@ -129,7 +129,8 @@ def test_subjects_windows_and_scored_tokens_must_fit(make_config):
         check(config)
     assert caught.value.faults == (
         "evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}",
-        "target_len=50 must be a multiple of model.original_len=16, and not below it",
+        "target_len=50 must be a multiple of model.original_len=16, and not below it; "
+        "use for example 48",
     )
     expected = r"scored_tokens=64 must be at least 2 below the shortest length evaluated, 16"
     with pytest.raises(ConfigError, match=expected):

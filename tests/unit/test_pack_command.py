@@ -249,7 +249,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
             ],
             [
                 "7 fault(s)",
-                "target_len=500 is not a multiple of model.original_len=128; use for example 512",
+                "target_len=500 must be a multiple of model.original_len=128, and not below it; "
+                "use for example 512",
                 "align=3 does not divide target_len=500",
                 "retrieval.max_needles=0 must be at least 1",
                 "model.path=/no/such",
@@ -287,7 +288,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
         ),
         (
             ["--target", "64", "--corpus", "sample"],
-            ["target_len=64 is not a multiple", "use for example 128"],
+            ["target_len=64 must be a multiple", "use for example 128"],
         ),
         (
             ["--target", "512", "--corpus", "sample", "model.original_len=4"],

@@ -376,7 +376,8 @@ def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
     with pytest.raises(ConfigError) as raised:
         plan_run(compose(PlanRoot, "plan", overrides))
     assert raised.value.faults == (
-        "target_len=4096 must be a multiple of model.original_len=8192, and not below it",
+        "target_len=4096 must be a multiple of model.original_len=8192, and not below it; "
+        "use for example 8192",
         "training.global_batch_tokens=0 must be a multiple of target_len=4096",
         "parallel.sequence=0 must divide parallel.processes=64, both above 0",
         "parallel.zero_stage=2: the planner knows stage 3 only; set it to 3 to plan",

@@ -367,7 +367,7 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
         )
     faults = "\n".join(error.value.faults)
     assert len(error.value.faults) == 4
-    assert "target_len=200: must be a multiple, 2 or more, of model.original_len=128" in faults
+    assert "target_len=200 must be a multiple of model.original_len=128, and at least twice" in faults
     assert "search.grid=0.7" in faults
     assert "corpus.folder=nowhere" in faults
     assert f"model.path={tmp_path} holds no config.json" in faults
@@ -379,8 +379,10 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
     [
         (
             "target_len=128",
-            "target_len=128: must be a multiple, 2 or more, of model.original_len=128",
+            "target_len=128 must be a multiple of model.original_len=128, and at least twice that; "
+            "use for example 256",
         ),
+        ("model.original_len=0", "model.original_len=0 is not a window"),
         ("parallel.processes=0", "parallel.processes=0: must be a multiple of parallel.sequence=1"),
         ("parallel.sequence=3", "parallel.sequence=3 cannot share 2 query and 2 key/value heads"),
         ("search.critical=8", "search.critical=8: must be null or a cosine index, 0 .. 7"),
