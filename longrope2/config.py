@@ -1,15 +1,17 @@
-"""Configuration glue: typed Hydra schemas in, one checked object out. Only this module and the
-mains know Hydra.
+"""Configuration glue: typed schemas in, one checked object out. Only this module knows Hydra.
 
 A root schema (``PackConfig``, ``TrainRoot``, ...) stands beside the code it configures. ``compose``
-registers it, merges the YAML of ``conf/`` and the user's overrides into it, and turns every fault
-into a ``ConfigError`` that names the key. The resolved configuration is written into the run
-folder; ranks read that file and never compose.
+merges the YAML of ``conf/`` and the user's settings into it, and turns every fault into a
+``ConfigError`` that names the key. The resolved configuration is written into the run folder; ranks
+read that file and never compose.
 """
 
 import dataclasses
+import itertools
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +20,23 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
+from longrope2.help import (
+    UNSET,
+    UnknownKeyError,
+    accepts,
+    command_help,
+    find_key,
+    help_topic,
+    list_keys,
+    topic_help,
+)
 
 CONF_FOLDER = Path(__file__).parent.parent / "conf"
 SHORTEST_WINDOW = 8
@@ -43,6 +56,14 @@ class RunConfig:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.root) / self.name
+
+    def faults(self) -> list[str]:
+        """A name that is no folder of its own below ``root``."""
+        path = Path(self.name)
+        if path.parts and not path.is_absolute() and ".." not in path.parts:
+            return []
+        fault = f"run.name={self.name} must name a folder below run.root={self.root}"
+        return [f"{fault}; set run.root to have it elsewhere"]
 
 
 @dataclass
@@ -98,20 +119,164 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
     ]
 
 
-def compose(root: type[Root], config_name: str, overrides: Sequence[str]) -> Root:
-    """Compose ``conf/<config_name>.yaml`` with ``overrides`` into an object of the schema ``root``.
+def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Root:
+    """Compose ``conf/<config_name>.yaml`` and a command line into an object of the schema ``root``.
+
+    ``--help [GROUP]`` prints what there is to set, under the other arguments, and ends the process.
 
     Raises:
-        ConfigError: unknown key, wrong type, missing value, or unknown group member; names the key.
+        ConfigError: unknown keys, flags and group members, wrong types, missing values: all faults
+            of the command line together, each naming its key and the way out.
     """
+    topic = help_topic(arguments)
+    groups = _groups(config_name)
+    chosen: dict[str, str | None] = {}
+    settings: list[_Setting] = []
+    faults: list[str] = []
+    for argument in arguments if topic is None else [a for a in arguments if "=" in a]:
+        try:
+            key, text, adds = _split(argument)
+            if key in groups:
+                _choose(chosen, key, text)
+            else:
+                settings.append(_read_setting(root, key, text, adds))
+        except ConfigError as error:
+            faults += error.faults
+    try:
+        config = _merge(root, config_name, chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([*faults, _explain(error)]) from None
+    for setting in settings:
+        try:
+            OmegaConf.update(config, setting.key, setting.value, merge=True, force_add=setting.adds)
+        except OmegaConfBaseException as error:
+            faults.append(_explain(error))
+    if topic is not None and not faults:
+        print(_help(root, config_name, config, groups, topic))
+        sys.exit(0)
+    open_groups = {group: chosen.get(group, "") for group, member in groups.items() if not member}
+    faults += _value_faults(config, open_groups)
+    if faults:
+        raise ConfigError(faults)
+    return _to_object(config)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One key of a command line and its value."""
+
+    key: str
+    value: Any
+    adds: bool
+    """Whether it is an entry of a dictionary that may not be there yet."""
+
+
+def _groups(config_name: str) -> dict[str, str | None]:
+    """Groups of a root YAML, each with its member by default; None where there is none."""
+    defaults = OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml").defaults
+    pairs = [next(iter(entry.items())) for entry in defaults if isinstance(entry, DictConfig)]
+    return {str(group): member for group, member in pairs}
+
+
+def _members(group: str) -> dict[str, str]:
+    """Presets of a group, each with the comment at its top."""
+    return {path.stem: _header(path) for path in sorted((CONF_FOLDER / group).glob("*.yaml"))}
+
+
+def _header(path: Path) -> str:
+    """Comment lines at the top of a YAML file, without directives."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return "\n".join(line for line in lines if not line.startswith("# @"))
+
+
+def _help(
+    root: type, config_name: str, config: DictConfig, groups: dict[str, str | None], topic: str
+) -> str:
+    """Text of ``--help [TOPIC]``."""
+    keys = list(list_keys(root, OmegaConf.to_container(config, enum_to_str=True)))
+    if topic:
+        members = _members(topic) if topic in groups else {}
+        plain = {name: text.replace("# ", "").replace("\n", " ") for name, text in members.items()}
+        return topic_help(topic, plain, keys)
+    header = _header(CONF_FOLDER / f"{config_name}.yaml")
+    return command_help(header, groups, {group: _members(group) for group in groups}, keys)
+
+
+def _split(argument: str) -> tuple[str, str, bool]:
+    """``+key=text`` -> key, text, whether it adds an entry.
+
+    Raises:
+        ConfigError: it is no setting.
+    """
+    key, equals, text = argument.partition("=")
+    if key in ("--multirun", "-m"):
+        raise ConfigError([f"{argument}: sweeps are not supported; run once for each value"])
+    if argument.startswith("-"):
+        raise ConfigError([f"unknown flag {argument}; settings are key=value, --help lists them"])
+    if argument.startswith("~"):
+        fault = f"{argument}: keys cannot be removed; give {key[1:]}=VALUE, null for none"
+        raise ConfigError([fault])
+    adds, key = key.startswith("+"), key.lstrip("+")
+    if not equals or not key:
+        fault = f"{argument!r} is no setting; settings are key=value, --help lists them"
+        raise ConfigError([fault])
+    if key.startswith(("hydra.", "hydra/")):
+        fault = f"{argument}: Hydra's own settings do nothing here; run.root and run.name say where"
+        raise ConfigError([f"{fault} products stand"])
+    return key, text, adds
+
+
+def _choose(chosen: dict[str, str | None], group: str, member: str) -> None:
+    """Note the member of a group that the user chose; None for one that does not exist.
+
+    Raises:
+        ConfigError: there is no such member, or another was chosen before.
+    """
+    if group in chosen:
+        raise ConfigError([f"{group} is given twice: {chosen[group]} and {member}"])
+    members, chosen[group] = list(_members(group)), member
+    if member not in members:
+        chosen[group] = None
+        why = "names several; run once for each" if "," in member else "does not exist"
+        raise ConfigError([f"{group}={member} {why}; choose {group}= one of {', '.join(members)}"])
+
+
+def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
+    """The value in ``key=text``.
+
+    Text is taken as it stands (paths hold = and commas; a leading ~ is the home folder) unless it
+    is quoted; everything else is read by Hydra's grammar.
+
+    Raises:
+        ConfigError: there is no such key, or the value cannot be read.
+    """
+    try:
+        hint, in_dictionary = find_key(root, key)
+    except UnknownKeyError as error:
+        raise ConfigError([_unknown_key(key, error.neighbours)]) from None
+    if adds and not in_dictionary:
+        raise ConfigError([f"+{key}={text}: the key exists; leave the + out"])
+    if accepts(hint, str) and text[:1] not in ("'", '"') and "\\" not in text:
+        is_null = text == "null" and accepts(hint, type(None))
+        return _Setting(key, None if is_null else os.path.expanduser(text), adds)
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={text}")
+    except HydraException:
+        fault = f"{key}={text} cannot be read; put text in quotes inside the shell's own: '{key}="
+        raise ConfigError([f'{fault}"TEXT"\'']) from None
+    if parsed.is_sweep_override():
+        fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
+        raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
+    return _Setting(key, parsed.value(), adds)
+
+
+def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:
+    """The schema under the root YAML and the chosen group members."""
     ConfigStore.instance().store(name=f"{config_name}_schema", node=root)
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base="1.3"):
-            composed = hydra_compose(config_name=config_name, overrides=list(overrides))
-        return _to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([_explain(error)]) from None
+    choices = [f"{group}={member}" for group, member in chosen.items() if member]
+    with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base="1.3"):
+        return hydra_compose(config_name=config_name, overrides=choices)
 
 
 def dump(config: Any, path: Path) -> None:
@@ -130,14 +295,16 @@ def load(root: type[Root], path: Path) -> Root:
             [f"--config {path}: no such file; run the stage once without --config to write it"]
         )
     try:
-        return _to_object(OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path)))
+        merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{path}: {_explain(error)}"]) from None
+    if faults := _value_faults(merged):
+        raise ConfigError(faults)
+    return _to_object(merged)
 
 
 def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> None:
-    """Write ``config.yaml`` into a product folder, unless another configuration already made the
-    product there.
+    """Write ``config.yaml`` into a product folder that no other configuration has made.
 
     A key that the file does not have came later: its default was in force. Where the runs stand
     (``run.root``) is no part of what was made: a run may be moved.
@@ -153,22 +320,25 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     """
     path = folder / "config.yaml"
     if path.is_file():
-        found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
-        wanted = _flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-        defaults = _flatten(
-            OmegaConf.to_container(OmegaConf.structured(type(config)), enum_to_str=True)
+        made, wanted, defaults = (
+            _flatten(OmegaConf.to_container(node, enum_to_str=True))
+            for node in (
+                OmegaConf.load(path),
+                OmegaConf.structured(config),
+                OmegaConf.structured(type(config)),
+            )
         )
+        found = defaults | made
         free = ("run.root", *changeable)
         faults = [
-            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key, defaults.get(key))}"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key, defaults.get(key)) != wanted.get(key)
+            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key)}"
+            for key in sorted(made.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
             and not any(f"{key}.".startswith(f"{c}.") for c in free)
         ]
         if faults:
-            raise ConfigError(
-                [*faults, f"use another run.name, or remove {folder} to make it again"]
-            )
+            advice = f"use another run.name, or remove {folder} to make it again"
+            raise ConfigError([*faults, advice])
     dump(config, path)
 
 
@@ -188,54 +358,72 @@ def to_plain(config: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _to_object(composed: Any) -> Any:
-    """Structured config -> dataclass instance, refusing missing values first."""
-    assert isinstance(composed, DictConfig)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError([f"{key} is not set; give it as {key}=VALUE" for key in missing])
-    return OmegaConf.to_object(composed)
+def _to_object(config: Any) -> Any:
+    """Structured config without missing values -> dataclass instance, with a run folder."""
+    try:
+        made = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_explain(error)]) from None
+    run = getattr(made, "run", None)
+    if isinstance(run, RunConfig) and (faults := run.faults()):
+        raise ConfigError(faults)
+    return made
+
+
+def _value_faults(config: Any, open_groups: Mapping[str, str | None] | None = None) -> list[str]:
+    """Values that must be given, and a run's name that is no folder below its root.
+
+    Args:
+        config: Structured configuration.
+        open_groups: Groups without a default -> what the user chose: "" for nothing, None for a
+            member that does not exist. What is missing there is one fault a group.
+    """
+    plain: Any = OmegaConf.to_container(config)
+    missing = list(_missing_keys(plain))
+    faults = []
+    for group, member in (open_groups or {}).items():
+        keys = [key for key in missing if key.startswith(f"{group}.") and not member]
+        missing = [key for key in missing if key not in keys]
+        if keys and member is not None:
+            fault = f"{group} is not chosen; give {group}=NAME, one of {', '.join(_members(group))}"
+            faults.append(f"{fault} (or set {', '.join(keys)})")
+    faults += [f"{key} is not set; give it as {key}=VALUE" for key in missing]
+    return faults + (RunConfig(**plain["run"]).faults() if "run" in plain else [])
+
+
+def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of plain containers that hold OmegaConf's word for a missing value."""
+    if node == UNSET:
+        yield prefix
+    pairs = node.items() if isinstance(node, dict) else ()
+    pairs = enumerate(node) if isinstance(node, list) else pairs
+    for name, child in pairs:
+        yield from _missing_keys(child, f"{prefix}.{name}".removeprefix("."))
 
 
 def _explain(error: Exception) -> str:
-    """One line for a user from a Hydra or OmegaConf error: the key, what was given, what is allowed."""
-    if (
-        isinstance(error, MissingConfigException)
-        and error.missing_cfg_file
-        and error.options is not None
-    ):
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice} does not exist; choose {group}= one of {', '.join(sorted(error.options))}"
+    """One line for a user from a Hydra or OmegaConf error: key, what was given, what is allowed."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", "\n".join(lines))
+    named = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
     if unknown:
-        return _explain_unknown_key(
-            lines, unknown.group(1), getattr(cause, "full_key", None), cause
-        )
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(("object_type", "reference_type", "In '", "You may be able"))
-    ]
-    return " ".join(dict.fromkeys(kept))
+        full_key = next(iter(named), getattr(cause, "full_key", None) or unknown.group(1))
+        schema = getattr(cause, "object_type", None)
+        if schema is dict:
+            return f"unknown key {full_key}; to add it, put + in front: +{full_key}=VALUE"
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema):
+            return _unknown_key(full_key, [f.name for f in dataclasses.fields(schema)])
+        return _unknown_key(full_key, [])
+    dropped = ("object_type", "reference_type", "full_key", "In '", "You may be able")
+    kept = dict.fromkeys(line for line in lines if not line.startswith(dropped))
+    return ": ".join([*dict.fromkeys(named), " ".join(kept)])
 
 
-def _explain_unknown_key(
-    lines: list[str], key: str, full_key: str | None, cause: BaseException
-) -> str:
-    """Name the unknown key in full and list its neighbours when the schema is known."""
-    named = next(
-        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")),
-        full_key or key,
+def _unknown_key(key: str, neighbours: Sequence[str]) -> str:
+    """The fault of a key that no schema has."""
+    return f"unknown key {key}" + (
+        f"; keys beside it: {', '.join(neighbours)}" if neighbours else ""
     )
-    schema = getattr(cause, "object_type", None)
-    text = f"unknown key {named}"
-    if isinstance(schema, type) and dataclasses.is_dataclass(schema):
-        allowed = ", ".join(f.name for f in dataclasses.fields(schema))
-        return f"{text}; keys beside it: {allowed}"
-    if schema is dict:
-        return f"{text}; to add it, put + in front: +{named}=VALUE"
-    return text
