@@ -18,6 +18,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ class AttentionKernel(Enum):
     flash_attn = "flash_attn"
     torch_varlen = "torch_varlen"
     sdpa = "sdpa"
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """Documents laid end to end, attended in one call of a varlen kernel."""
+
+    kernel: AttentionKernel
+    """``flash_attn`` or ``torch_varlen``."""
+    cu_lens_N: Tensor
+    """Cumulative document ends with a leading 0, int32."""
+    max_len: int
+    """Tokens of the longest document."""
 
 
 @dataclass
@@ -60,17 +73,11 @@ def choose_kernel(
     Raises:
         ConfigError: a kernel was asked for by name that cannot run here.
     """
-
-    def fault_of(kernel: AttentionKernel) -> str | None:
-        return kernel_fault(kernel, device, dtype, run=run)
-
+    fault_of = partial(kernel_fault, device=device, dtype=dtype, run=run)
     if wanted is not AttentionKernel.auto:
         return forced_kernel("attention.kernel", wanted, fault_of(wanted), instead="auto or sdpa")
-    return first_that_runs(
-        (AttentionKernel.flash_attn, AttentionKernel.torch_varlen),
-        fault_of,
-        otherwise=AttentionKernel.sdpa,
-    )
+    candidates = (AttentionKernel.flash_attn, AttentionKernel.torch_varlen)
+    return first_that_runs(candidates, fault_of, otherwise=AttentionKernel.sdpa)
 
 
 def kernel_fault(
@@ -83,53 +90,57 @@ def kernel_fault(
         return f"it needs a CUDA device, this is {device.type}"
     if dtype not in HALF_PRECISIONS:
         return f"it needs bf16, this is {str(dtype).removeprefix('torch.')} (training.precision)"
-    if kernel is AttentionKernel.flash_attn and importlib.util.find_spec("flash_attn") is None:
-        return (
-            "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
-        )
-    if (
-        kernel is AttentionKernel.torch_varlen
-        and importlib.util.find_spec("torch.nn.attention.varlen") is None
-    ):
-        return f"torch {torch.__version__} has no varlen_attn; it came with 2.10"
+    is_flash = kernel is AttentionKernel.flash_attn
+    package = "flash_attn" if is_flash else "torch.nn.attention.varlen"
+    if importlib.util.find_spec(package) is None:
+        install = "pip install flash-attn --no-build-isolation"
+        lacks = f"torch {torch.__version__} has no varlen_attn; it came with 2.10"
+        return f"the flash-attn package is not installed ({install})" if is_flash else lacks
     return _fault_of_a_run(kernel, device, dtype) if run else None
 
 
 def varlen_attention(
-    kernel: AttentionKernel,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_lens_N: Tensor,
-    max_len: int,
-    scaling: float,
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, documents: Varlen, scaling: float
 ) -> Tensor:
     """Causal attention inside each document by a varlen kernel, [T, H, D].
 
     Args:
-        kernel: ``flash_attn`` or ``torch_varlen``.
         q_THD: Queries of all documents, laid end to end.
         k_TKD: Keys.
         v_TKD: Values.
-        cu_lens_N: Cumulative document ends with a leading 0, int32, on the device of the queries.
-        max_len: Tokens of the longest document.
+        documents: Where they end, and the kernel; on the device of the queries.
         scaling: Multiplier on q.k.
     """
-    if kernel is AttentionKernel.flash_attn:
+    ends_N, longest = documents.cu_lens_N, documents.max_len
+    lens = (ends_N, ends_N, longest, longest)
+    if documents.kernel is AttentionKernel.flash_attn:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         return flash_attn_varlen_func(
-            q_THD,
-            k_TKD,
-            v_TKD,
-            cu_lens_N,
-            cu_lens_N,
-            max_len,
-            max_len,
-            softmax_scale=scaling,
-            causal=True,
+            q_THD, k_TKD, v_TKD, *lens, softmax_scale=scaling, causal=True
         )
-    return _torch_varlen(q_THD, k_TKD, v_TKD, cu_lens_N, max_len, scaling)
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch this project runs on
+
+    # causal was is_causal in 2.10, and scale and grouped heads came later
+    known = inspect.signature(varlen_attn).parameters
+    keywords: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "scale" in known:
+        keywords["scale"] = scaling
+    elif not math.isclose(scaling, q_THD.shape[-1] ** -0.5):
+        raise RuntimeError(
+            f"varlen_attn of torch {torch.__version__} takes no scale, "
+            f"and this model's is {scaling}"
+        )
+    group = q_THD.shape[1] // k_TKD.shape[1]
+    if group > 1 and "enable_gqa" in known:
+        keywords["enable_gqa"] = True
+    elif group > 1:
+        k_TKD, v_TKD = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
+    out_THD = varlen_attn(q_THD, k_TKD, v_TKD, *lens, **keywords)
+    assert isinstance(out_THD, Tensor)  # a tuple only with return_aux
+    return out_THD
 
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scaling: float) -> Tensor:
@@ -139,44 +150,16 @@ def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scaling: flo
     return flash_attn_func(q_BTHD, k_BTKD, v_BTKD, softmax_scale=scaling, causal=True)
 
 
-def _torch_varlen(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_lens_N: Tensor, max_len: int, scaling: float
-) -> Tensor:
-    """Torch's own varlen kernel; causal was ``is_causal`` in 2.10, and scale and grouped heads came later."""
-    from torch.nn.attention.varlen import varlen_attn  # not in every torch this project runs on
-
-    known = inspect.signature(varlen_attn).parameters
-    keywords: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    if "scale" in known:
-        keywords["scale"] = scaling
-    elif not math.isclose(scaling, q_THD.shape[-1] ** -0.5):
-        raise RuntimeError(
-            f"varlen_attn of torch {torch.__version__} takes no scale, and this model's is {scaling}"
-        )
-    group = q_THD.shape[1] // k_TKD.shape[1]
-    if group > 1 and "enable_gqa" in known:
-        keywords["enable_gqa"] = True
-    elif group > 1:
-        k_TKD, v_TKD = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
-    out_THD = varlen_attn(q_THD, k_TKD, v_TKD, cu_lens_N, cu_lens_N, max_len, max_len, **keywords)
-    assert isinstance(out_THD, Tensor)  # a tuple only with return_aux
-    return out_THD
-
-
 def _fault_of_a_run(
     kernel: AttentionKernel, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Run two documents of a few tokens with grouped heads, forward and backward."""
 
     def attempt() -> None:
-        q_THD = torch.ones(16, 4, 64, device=device, dtype=dtype, requires_grad=True)
-        k_TKD, v_TKD = (
-            torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
-        )
-        cu_lens_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
-        varlen_attention(kernel, q_THD, k_TKD, v_TKD, cu_lens_N, 10, 0.125).sum().backward()
+        ones = partial(torch.ones, device=device, dtype=dtype, requires_grad=True)
+        q_THD, k_TKD, v_TKD = ones(16, 4, 64), ones(16, 2, 64), ones(16, 2, 64)
+        ends_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
+        varlen_attention(q_THD, k_TKD, v_TKD, Varlen(kernel, ends_N, 10), 0.125).sum().backward()
         if kernel is AttentionKernel.flash_attn:
             dense_attention(q_THD[None], k_TKD[None], v_TKD[None], 0.125).sum().backward()
 

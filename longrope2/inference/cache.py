@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from longrope2.attention.layout import CausalRows
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 
@@ -75,7 +76,7 @@ def next_logits(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        first_key_B=first_key_B,
+        layout=CausalRows(first_key_B=first_key_B),
     )
     return output.logits[:, -1].float()
 

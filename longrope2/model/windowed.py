@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longrope2.attention.layout import SegmentLayout
+from longrope2.attention.layout import CausalRows, SegmentLayout
 from longrope2.attention.windowed import ATTENTION_NAME, register_attention
 from longrope2.model.loss import token_loss_sum
 from longrope2.rope.factors import RescaleFactors, Window
@@ -107,8 +107,7 @@ class WindowedModel(nn.Module):
             input_ids=tokens_BT,
             position_ids=positions_BT,
             use_cache=False,
-            layout=layout,
-            first_needed=first_needed,
+            layout=CausalRows(first_needed) if layout is None else layout,
         )
         return outputs.last_hidden_state
 

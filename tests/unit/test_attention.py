@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention.layout import build_layout, chunk_bounds
+from longrope2.attention.layout import Padded, build_layout, chunk_bounds
 from longrope2.attention.windowed import windowed_attention
 from longrope2.rope.factors import Window
 
@@ -52,7 +52,8 @@ def test_large_documents_beside_small_ones(doc_ends: tuple[int, ...]) -> None:
         document[:, None] == document[None, :]
     )
     layout = build_layout(Window.SHORT, doc_ends)
-    assert len(layout.spans) == sum(
+    assert isinstance(layout.documents, Padded)
+    assert len(layout.documents.spans) == sum(
         b - a >= 96 for a, b in zip((0, *doc_ends), doc_ends, strict=False)
     )
     found = windowed_attention(q, k, v, layout, HEAD_DIM**-0.5)
@@ -100,5 +101,6 @@ def test_padding_work_is_bounded() -> None:
         torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).cumsum(0).tolist()
     )
     layout = build_layout(Window.SHORT, ends)
-    slots = sum(bucket.token_index_NS.numel() for bucket in layout.buckets)
+    assert isinstance(layout.documents, Padded)
+    slots = sum(bucket.token_index_NS.numel() for bucket in layout.documents.buckets)
     assert ends[-1] <= slots < 2 * ends[-1]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention.kernels import AttentionKernel, choose_kernel, varlen_attention
+from longrope2.attention.kernels import AttentionKernel, Varlen, choose_kernel, varlen_attention
 from longrope2.attention.layout import build_layout
 from longrope2.attention.windowed import windowed_attention
 from longrope2.errors import ConfigError
@@ -179,9 +179,8 @@ def test_a_scale_that_an_old_torch_cannot_take(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
     q, k, v = (x[0].transpose(0, 1) for x in random_qkv(HEADS))
     with pytest.raises(RuntimeError, match="takes no scale, and this model's is 0.5"):
-        varlen_attention(
-            AttentionKernel.torch_varlen, q, k, v, torch.tensor([0, LENGTH]), LENGTH, 0.5
-        )
+        whole = Varlen(AttentionKernel.torch_varlen, torch.tensor([0, LENGTH]), LENGTH)
+        varlen_attention(q, k, v, whole, 0.5)
 
 
 @pytest.mark.parametrize("rank", range(2))
@@ -193,10 +192,10 @@ def test_a_rank_of_an_aligned_segment_gets_its_own_documents(rank: int) -> None:
         sequence_size=2,
         kernel=AttentionKernel.flash_attn,
     )
-    assert layout.cu_lens_N is not None and layout.exchange_group is None
-    assert layout.cu_lens_N.tolist() == [[0, 10, 32], [0, 18, 32]][rank]
-    assert layout.max_len == [22, 18][rank]
-    assert not layout.buckets and layout.restore_T is None
+    documents = layout.documents
+    assert isinstance(documents, Varlen) and layout.exchange_group is None
+    assert documents.cu_lens_N.tolist() == [[0, 10, 32], [0, 18, 32]][rank]
+    assert documents.max_len == [22, 18][rank]
 
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.flash_attn, AttentionKernel.torch_varlen])
@@ -257,13 +256,13 @@ def test_a_kernel_that_fails_when_run_is_passed_over() -> None:
 def test_moving_a_layout_keeps_it(kernel: AttentionKernel, window: Window) -> None:
     layout = build_layout(window, DOC_ENDS, kernel=kernel)
     moved = layout.to("meta")
-    for name in ("positions_BT", "restore_T", "cu_lens_N"):
-        before, after = getattr(layout, name), getattr(moved, name)
-        assert (before is None) == (after is None)
-        assert after is None or (after.device.type, after.shape) == ("meta", before.shape)
-    assert [b.slot_index_T.device.type for b in moved.buckets] == ["meta"] * len(layout.buckets)
-    assert (moved.spans, moved.max_len, moved.kernel) == (
-        layout.spans,
-        layout.max_len,
-        layout.kernel,
-    )
+    before, after = layout.documents, moved.documents
+    assert type(after) is type(before)
+    buckets = zip(getattr(before, "buckets", ()), getattr(after, "buckets", ()), strict=True)
+    for old, new in ((layout, moved), (before, after), *buckets):
+        for name, value in vars(old).items():
+            found = getattr(new, name)
+            if isinstance(value, Tensor):
+                assert (found.device.type, found.shape) == ("meta", value.shape)
+            else:
+                assert name in ("documents", "buckets") or found == value

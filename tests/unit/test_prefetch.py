@@ -66,10 +66,12 @@ def batches(ahead: int, steps: range, dims: ParallelDims) -> tuple[list[list[Ran
 
 def numbers(batch: RankBatch) -> list:
     tensors = (batch.tokens_BT, batch.labels_BT, batch.layout.positions_BT)
+    documents = batch.layout.documents
     return [
         *(x.tolist() for x in tensors),
         batch.window,
-        batch.layout.spans,
+        type(documents),
+        getattr(documents, "spans", None),
         batch.num_targets,
         batch.squared_lengths,
     ]
