@@ -43,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longrope2.command import run_command
 from longrope2.errors import ConfigError
 from longrope2.model.loss import token_loss_sum
+from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes, join_processes, leave_processes
@@ -54,7 +55,6 @@ from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import RankBatch, load_rank_batch
 from longrope2.training.config import TrainingConfig, ZeroConfig
 from longrope2.training.engine import deepspeed_settings
-from longrope2.training.forecast import TrainingCost
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import gradient_scale
 
@@ -222,10 +222,10 @@ def flops_of(config: LlamaConfig, length: int, *, all_long: bool) -> float:
     """Model FLOPs of one step, all ranks."""
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        cost = TrainingCost.from_config(Path(folder))
+        shape = ModelShape.from_folder(Path(folder))
     num_long = NUM_LONG + NUM_SHORT if all_long else NUM_LONG
     squares = num_long * length**2 + (NUM_LONG + NUM_SHORT - num_long) * length**2 / 16
-    return cost.flops((NUM_LONG + NUM_SHORT) * length, squares)
+    return shape.training_flops((NUM_LONG + NUM_SHORT) * length, squares)
 
 
 def loss_peak_bytes(kind: str, tokens: int, vocabulary: int, hidden: int) -> int:

@@ -16,8 +16,9 @@ from longrope2.command import run_command
 from longrope2.config import compose, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
+from longrope2.model.folder import find_config_file
 from longrope2.model.norms import NormKernel
-from longrope2.model.shape import ModelShape, Workload, find_config_file
+from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.choice import choose_layout, cost_table, find_refusal
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Layout, RecomputePolicy

@@ -12,12 +12,13 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """One or more configuration faults, reported together, each naming its key."""
+    """One or more configuration faults, each naming its key; several are reported as a list."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
-        super().__init__(f"the configuration has {len(self.faults)} fault(s):\n{lines}")
+        several = f"the configuration has {len(self.faults)} fault(s):\n{lines}"
+        super().__init__(self.faults[0] if len(self.faults) == 1 else several)
 
 
 class ArtifactError(UserError):
@@ -30,3 +31,8 @@ class FactorsError(UserError):
 
 class DataError(UserError):
     """Text, tokens or a corpus that cannot be used as asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library raised, or its class where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,10 +1,7 @@
-"""How a kernel is chosen among several that compute the same: by looking, and by running it on a
-few tokens.
+"""How a kernel is chosen among several that compute the same: look, then run it on a few tokens.
 
 A package that is installed says little: a wheel that does not fit its torch imports well and fails
-at the first call.
-
-NVIDIA's apex, told apart from the package of that name on the Python package index.
+at the first call. NVIDIA's apex is told apart from the package of that name on the Python index.
 """
 
 import importlib.metadata
@@ -19,34 +16,32 @@ import torch
 
 from longrope2.errors import ConfigError
 
-Kernel = TypeVar("Kernel", bound=Enum)
+_Kernel = TypeVar("_Kernel", bound=Enum)
 
 
 def apex_fault() -> str | None:
-    """Why NVIDIA's apex is not here, without importing it: another project has had the name since 2013. None if it is."""
+    """Why NVIDIA's apex is not here, found out without importing it; None if it is."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "NVIDIA apex is not installed"
-    if any(
-        (Path(folder) / "optimizers" / "fused_adam.py").is_file()
-        for folder in spec.submodule_search_locations or ()
-    ):
+    folders = map(Path, spec.submodule_search_locations or ())
+    if any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
         return None
     try:
         version = importlib.metadata.version("apex")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     return (
-        f"the package apex found at {spec.origin} (version {version}) is not NVIDIA's, which has optimizers.FusedAdam; "
-        "the apex of the Python package index is a web toolkit of 2013"
+        f"the package apex found at {spec.origin} (version {version}) is not NVIDIA's, which has "
+        "optimizers.FusedAdam; the apex of the Python package index is a web toolkit of 2013"
     )
 
 
 @dataclass(frozen=True)
-class KernelChoice(Generic[Kernel]):
+class KernelChoice(Generic[_Kernel]):
     """The kernel of a run and why it was taken."""
 
-    kernel: Kernel
+    kernel: _Kernel
     reason: str
 
     def __str__(self) -> str:
@@ -54,18 +49,12 @@ class KernelChoice(Generic[Kernel]):
 
 
 def forced_kernel(
-    key: str, wanted: Kernel, fault: str | None, *, instead: str
-) -> KernelChoice[Kernel]:
-    """A kernel that was asked for by name.
-
-    Args:
-        key: Configuration key it was asked for with.
-        wanted: The kernel.
-        fault: Why it cannot run; None when it can.
-        instead: What to set instead.
+    key: str, wanted: _Kernel, fault: str | None, *, instead: str
+) -> KernelChoice[_Kernel]:
+    """A kernel that was asked for by name under a configuration key.
 
     Raises:
-        ConfigError: it cannot run.
+        ConfigError: it has a fault and cannot run; says what to set ``instead``.
     """
     if fault:
         raise ConfigError([f"{key}={wanted.value} cannot run here: {fault}; use {instead}"])
@@ -73,9 +62,9 @@ def forced_kernel(
 
 
 def first_that_runs(
-    kernels: Sequence[Kernel], fault_of: Callable[[Kernel], str | None], otherwise: Kernel
-) -> KernelChoice[Kernel]:
-    """The first kernel without a fault, or ``otherwise``; the reason holds the faults of those passed over."""
+    kernels: Sequence[_Kernel], fault_of: Callable[[_Kernel], str | None], otherwise: _Kernel
+) -> KernelChoice[_Kernel]:
+    """The first kernel without a fault, or ``otherwise``; the reason names those passed over."""
     faults = []
     for kernel in kernels:
         fault = fault_of(kernel)
@@ -91,10 +80,8 @@ def why_it_fails(attempt: Callable[[], None], device: torch.device) -> str | Non
         attempt()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except (
-        Exception
-    ) as error:  # whatever a binary that does not fit throws is the reason it cannot run
-        return (
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        )
+    # Whatever a binary that does not fit throws is the reason it cannot run.
+    except Exception as error:
+        words = str(error).splitlines()[0] if str(error) else "no message"
+        return f"{type(error).__name__}: {words}"
     return None

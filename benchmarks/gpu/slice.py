@@ -28,13 +28,14 @@ from longrope2.attention import windowed
 from longrope2.attention.kernels import AttentionKernel, choose_kernel
 from longrope2.attention.layout import build_layout
 from longrope2.model.norms import NormKernel, choose_norm, use_norm
+from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training.config import Recompute
 from longrope2.training.engine import apply_recompute
-from longrope2.training.forecast import TrainingCost, peak_tflops
+from longrope2.training.forecast import peak_tflops
 
 __all__ = ["LLAMA3_8B", "TINY", "Slice", "measure"]
 
@@ -90,7 +91,7 @@ def measure(
     dtype = torch.bfloat16 if bf16 else torch.float32
     kernel = choose_kernel(AttentionKernel.auto, device, dtype)
     peak = peak_tflops(device, None, bf16=bf16)
-    model, cost = _model(size, layers, device, dtype)
+    model, shape = _model(size, layers, device, dtype)
     norm = choose_norm(NormKernel.auto, device, dtype)
     use_norm(model.hf, norm.kernel)
     apply_recompute(model.hf, recompute)
@@ -105,7 +106,7 @@ def measure(
     for window in Window:
         seconds, memory = _passes(model, size, window, kernel.kernel, device, rounds)
         span = size.segment_tokens if window is Window.LONG else size.document_tokens
-        flops = cost.flops(size.local_tokens, float(size.segment_tokens) * span / size.sequence)
+        flops = shape.training_flops(size.local_tokens, float(size.segment_tokens) * span / size.sequence)
         found["windows"][window.value] = {
             "seconds": seconds,
             "tokens_per_second": size.local_tokens / seconds,
@@ -118,8 +119,8 @@ def measure(
 
 def _model(
     size: Slice, layers: int, device: torch.device, dtype: torch.dtype
-) -> tuple[WindowedModel, TrainingCost]:
-    """A random model made on the device, and what it costs."""
+) -> tuple[WindowedModel, ModelShape]:
+    """A random model made on the device, and its sizes."""
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -132,13 +133,13 @@ def _model(
     )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        cost = TrainingCost.from_config(Path(folder))
+        shape = ModelShape.from_folder(Path(folder))
     geometry = RopeGeometry(size.hidden // size.heads, size.rope_base, size.segment_tokens // 16)
     factors = closed_form_factors(RopeMethod.yarn, geometry, size.segment_tokens)
     torch.manual_seed(0)
     with device:
         hf = LlamaForCausalLM._from_config(config, dtype=dtype)
-    return WindowedModel(hf, factors), cost
+    return WindowedModel(hf, factors), shape
 
 
 def _passes(

@@ -25,7 +25,9 @@ from launch.doctor.rope import DoctorRoot
 from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.model.folder import GGUF_PREFIX, converted_folder
 from longrope2.model.norms import NormKernel, choose_norm, norm_fault
+from longrope2.model.shape import CONFIG_FILE, ModelShape
 from longrope2.tracking.metrics import WandbMode, resolve_mode
 from longrope2.training.config import OptimizerKind, Precision, compute_dtype
 from longrope2.training.optimizer import optimizer_fault
@@ -48,7 +50,7 @@ OPTIONAL = {
 # A run of the miniature takes some ten MiB; a checkpoint of an 8B model with its optimizer 16 bytes
 # a parameter.
 SCARCE_GIB, ROOMY_GIB = 1, 300
-CONFIG_FILE, INDEX_FILE = "config.json", "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -319,6 +321,8 @@ def _model(config: DoctorRoot) -> list[Finding]:
     if folder is None:
         remedy = f"model.path=FOLDER, or fetch it: hf download {path}"
         return [Finding(State.blocker, f"model {name}", f"{path} is not on this machine", remedy)]
+    if (folder / CONFIG_FILE).is_file():
+        ModelShape.from_folder(folder)  # a damaged one stops every command with the same message
     weights, missing = len(list(folder.glob("*.safetensors"))), _missing_files(folder)
     if not weights:
         findings = [
@@ -352,8 +356,6 @@ def _missing_files(folder: Path) -> list[str]:
 
 def _local_folder(path: str) -> Path | None:
     """The model's folder if it is here: given as a folder, converted from a package, or in the hub's cache."""
-    from longrope2.model.folder import GGUF_PREFIX, converted_folder
-
     if Path(path).is_dir():
         return Path(path)
     if path.startswith(GGUF_PREFIX):

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from longrope2.errors import ArtifactError
+from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
 
 GGUF_FILE = "model.gguf"
@@ -42,7 +43,7 @@ def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -
         ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer
             whose kind is not known.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_raw_config(folder / CONFIG_FILE)
     if config["model_type"] not in CLASSES:
         raise ArtifactError(
             f"export.gguf=true: {config['model_type']} models are not supported, {', '.join(CLASSES)} are"
@@ -82,7 +83,7 @@ def write_gguf(
     import gguf
 
     check_gguf(folder, tokenizer_folder, pretokenizer)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_raw_config(folder / CONFIG_FILE)
     writer = gguf.GGUFWriter(path, "llama")
     _add_config(writer, config, factors)
     _add_tokenizer(writer, folder, tokenizer_folder, config["vocab_size"], pretokenizer)

@@ -25,6 +25,7 @@ from longrope2.export.variants import (
 )
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
 COPIED_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
@@ -59,9 +60,9 @@ def write_hugging_face_folder(
     """
     applied = variant_factors(factors, variant)
     folder.mkdir(parents=True, exist_ok=True)
-    base_config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    base_config = read_raw_config(checkpoint / CONFIG_FILE)
     config = merged_config(base_config, factors, dtype, variant)
-    _write_json(folder / "config.json", config)
+    _write_json(folder / CONFIG_FILE, config)
     if weights_from is None:
         _write_weights(checkpoint, folder, dtype)
     else:

@@ -1,1 +1,1 @@
-"""Load a Hugging Face model and attach the windowed rotary, the windowed attention, the fused loss and norms."""
+"""Load a Hugging Face model; attach windowed rotary and attention, fused loss and norms."""

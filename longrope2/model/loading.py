@@ -1,11 +1,9 @@
 """Load a Hugging Face model folder, its tokenizer and its RoPE geometry.
 
-Give weights to a model that was built without memory, one parameter at a time.
-
-A model on torch's meta device costs nothing. Its parameters are made real one by one, read from
-safetensors or drawn at random, and each is handed to ``take`` at once: under ZeRO-3 it keeps this
-rank's part and releases the rest, so that no rank ever holds more than its share and one whole
-parameter.
+A model can be built without memory on torch's meta device and get its weights one parameter at a
+time, read from safetensors or drawn at random. Each is handed to ``take`` at once: under ZeRO-3
+that keeps this rank's part and releases the rest, so that no rank ever holds more than its share
+and one whole parameter.
 """
 
 import json
@@ -20,16 +18,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError, FactorsError
+from longrope2.model.folder import weight_files
+from longrope2.model.norms import NormKernel, use_norm
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import UNSCALED_TYPE, config_geometry, config_rope_type
 
-INDEX_FILE = "model.safetensors.index.json"
-DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # tables that old Llama checkpoints carry along; ours come from the factors
+_INDEX_FILE = "model.safetensors.index.json"
+# Tables that old Llama checkpoints carry along; ours come from the factors.
+_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 Take = Callable[[nn.Parameter], None]
-Owners = list[tuple[nn.Module, str]]
+_Owners = list[tuple[nn.Module, str]]
 
 
 def fill_from_safetensors(
@@ -59,33 +60,29 @@ def fill_from_safetensors(
     }
     missing = [tied[0] for key, tied in names.items() if found[key] is None]
     known = {name for tied in names.values() for name in tied}
-    extra = [name for name in places if name not in known and not name.endswith(DERIVED_SUFFIX)]
+    extra = [name for name in places if name not in known and not name.endswith(_DERIVED_SUFFIX)]
     if missing or extra:
         raise ArtifactError(
-            f"{folder} does not hold the parameters of {type(hf).__name__} under their own names (missing: "
-            f"{_some(missing)}; unknown: {_some(extra)}): it cannot be read in shares; use parallel.zero_stage=2"
+            f"{folder} does not hold the parameters of {type(hf).__name__} under their own names "
+            f"(missing: {_some(missing)}; unknown: {_some(extra)}): it cannot be read in shares; "
+            "use parallel.zero_stage=2"
         )
     for parameter, owners in _parameters_with_owners(hf):
-        name = found[id(parameter)]
+        name, shape = found[id(parameter)], parameter.shape
         assert name is not None
-        values = (
-            _read(places[name], name).to(dtype)
-            if read
-            else torch.empty(parameter.shape, dtype=dtype)
-        )
-        if values.shape != parameter.shape:
-            raise ArtifactError(
-                f"{places[name]}: {name} has shape {[*values.shape]}, not {[*parameter.shape]}"
-            )
+        path = places[name]
+        values = _read(path, name).to(dtype) if read else torch.empty(shape, dtype=dtype)
+        if values.shape != shape:
+            raise ArtifactError(f"{path}: {name} has shape {[*values.shape]}, not {[*shape]}")
         take(_replace(owners, values, parameter))
 
 
 @torch.no_grad()
 def fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
-    """Initialise every parameter of ``hf`` (on the meta device) as its class does, from torch's
-    random state of the CPU.
+    """Initialise every parameter of ``hf`` (on the meta device) as its class does.
 
-    The values depend on nothing but that state: not on ``take``, nor on the number of ranks.
+    The values depend on torch's random state of the CPU alone: not on ``take``, nor on the number
+    of ranks.
 
     Args:
         hf: The model, built on the meta device.
@@ -113,23 +110,17 @@ def _where_tensors_are(folder: Path) -> dict[str, Path]:
     Raises:
         ArtifactError: no weights, or an index or file that cannot be read.
     """
-    index = folder / INDEX_FILE
+    index = folder / _INDEX_FILE
     try:
         if index.is_file():
-            return {
-                n: folder / file
-                for n, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-            }
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in named.items()}
         places: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
                 places |= dict.fromkeys(file.keys(), path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: its weights cannot be read: {error}") from None
-    if not places:
-        raise ArtifactError(
-            f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
-        )
     return places
 
 
@@ -142,16 +133,16 @@ def _read(path: Path, name: str) -> Tensor:
         raise ArtifactError(f"{path}: {name} cannot be read: {error}") from None
 
 
-def _parameters_with_owners(hf: nn.Module) -> list[tuple[nn.Parameter, Owners]]:
+def _parameters_with_owners(hf: nn.Module) -> list[tuple[nn.Parameter, _Owners]]:
     """Every parameter once, with the places that hold it (several when tied)."""
-    found: dict[int, tuple[nn.Parameter, Owners]] = {}
+    found: dict[int, tuple[nn.Parameter, _Owners]] = {}
     for module in hf.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             found.setdefault(id(parameter), (parameter, []))[1].append((module, name))
     return list(found.values())
 
 
-def _replace(owners: Owners, values: Tensor, like: nn.Parameter) -> nn.Parameter:
+def _replace(owners: _Owners, values: Tensor, like: nn.Parameter) -> nn.Parameter:
     """Put a real parameter in all places of the one it replaces."""
     parameter = nn.Parameter(values, requires_grad=like.requires_grad)
     for module, name in owners:
@@ -162,19 +153,17 @@ def _replace(owners: Owners, values: Tensor, like: nn.Parameter) -> nn.Parameter
 def _modules_with_initialiser(
     module: nn.Module, model: PreTrainedModel
 ) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Any]]]:
-    """Children before parents, each with the initialisation of the innermost transformers model around it."""
+    """Children before parents, each with the initialiser of the innermost transformers model."""
     for child in module.children():
-        yield from _modules_with_initialiser(
-            child, child if isinstance(child, PreTrainedModel) else model
-        )
+        inner = child if isinstance(child, PreTrainedModel) else model
+        yield from _modules_with_initialiser(child, inner)
     yield module, model._init_weights
 
 
 def _some(names: list[str]) -> str:
     """A few of them, or none."""
-    return (
-        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
-    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "none"
 
 
 def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
@@ -193,11 +182,11 @@ def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
         kind = config_rope_type(config)
         if kind != UNSCALED_TYPE:
             raise ArtifactError(
-                f"{path} already has RoPE scaling {kind!r}; give model.path of the model before extension"
+                f"{path} already has RoPE scaling {kind!r}; give model.path of the model before "
+                "extension"
             )
-        if not (config.get("rope_parameters") or {}).get("rope_theta") and not config.get(
-            "rope_theta"
-        ):
+        nested = config.get("rope_parameters") or {}
+        if not (nested.get("rope_theta") or config.get("rope_theta")):
             raise ArtifactError(f"{path} has no rope_theta: only RoPE models can be extended")
         return config_geometry(config, original_len)
     except FactorsError as error:
@@ -210,18 +199,19 @@ def load_windowed_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    norm: NormKernel = NormKernel.model,
     from_scratch: bool = False,
     take: Take | None = None,
     read: bool = True,
 ) -> WindowedModel:
-    """Load the weights (or initialise them, ``from_scratch``) and attach the windowed rotary and
-    attention.
+    """Load or initialise the weights; attach windowed rotary and attention, and the norm kernel.
 
     Args:
         folder: Model folder.
         factors: For the long window.
         device: Where the model goes; with ``take`` that decides.
         dtype: Number format of the weights.
+        norm: The kernel that ``choose_norm`` chose.
         from_scratch: Random weights from torch's random state, the same with and without ``take``.
         take: Gets each parameter as soon as it is real and may keep a part of it: the model is
             never whole (ZeRO-3).
@@ -237,21 +227,21 @@ def load_windowed_model(
             f"the factors are for {factors.geometry}, the model in {folder} has {found}"
         )
     transformers_logging.disable_progress_bar()  # its bars would tear ours
+    hf: Any
     if take is None and not from_scratch:
-        if not any(folder.glob("*.safetensors")):
-            raise ArtifactError(
-                f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
-            )
-        hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return WindowedModel(hf.to(device), factors)
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    model = WindowedModel(hf, factors)
-    _refuse_derived_tensors(hf, folder)
-    if from_scratch:
-        fill_at_random(hf, dtype, take or _keep)
+        weight_files(folder)
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
-        fill_from_safetensors(hf, folder, dtype, take or _keep, read=read)
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    model = WindowedModel(hf, factors)
+    use_norm(hf, norm)
+    if take is not None or from_scratch:
+        _refuse_derived_tensors(hf, folder)
+        if from_scratch:
+            fill_at_random(hf, dtype, take or _keep)
+        else:
+            fill_from_safetensors(hf, folder, dtype, take or _keep, read=read)
     return model if take else model.to(device)
 
 
@@ -273,16 +263,13 @@ def _keep(parameter: nn.Parameter) -> None:
 
 
 def _refuse_derived_tensors(hf: nn.Module, folder: Path) -> None:
-    """Tensors that are neither weights nor our rotary tables would stay without values.
-
-    Raises:
-        ArtifactError: there are some.
-    """
+    """Tensors that are neither weights nor our rotary tables would stay without values."""
     names = [name for name, _ in hf.named_buffers()]
     if names:
         raise ArtifactError(
-            f"{folder}: {type(hf).__name__} computes tensors of its own ({', '.join(names[:3])}), so it cannot be built in "
-            "shares or from scratch; use parallel.zero_stage=2 and trained weights"
+            f"{folder}: {type(hf).__name__} computes tensors of its own ({', '.join(names[:3])}), "
+            "so it cannot be built in shares or from scratch; use parallel.zero_stage=2 and "
+            "trained weights"
         )
 
 

@@ -28,13 +28,9 @@ def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tens
     """
     # torch's own sums bf16 losses and, on a GPU, the weight gradient in bf16: only float32 is left
     # to it.
-    is_float32 = hidden_TH.dtype is torch.float32
-    if (
-        is_float32
-        and hasattr(F, "linear_cross_entropy")
-        and hidden_TH.shape[0] >= hidden_TH.shape[1]
-    ):
-        options = torch.nn.LinearCrossEntropyOptions(
+    has_own = hasattr(F, "linear_cross_entropy") and hidden_TH.dtype is torch.float32
+    if has_own and hidden_TH.shape[0] >= hidden_TH.shape[1]:
+        chunks = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=CHUNK_TOKENS, acc_dtype=torch.float32
         )
         return F.linear_cross_entropy(
@@ -43,7 +39,7 @@ def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tens
             labels_T,
             reduction="sum",
             ignore_index=IGNORED_LABEL,
-            options=options,
+            options=chunks,
         )
     loss_sum = _LossSum.apply(hidden_TH, head_VH, labels_T)
     assert isinstance(loss_sum, Tensor)
@@ -51,7 +47,7 @@ def token_loss_sum(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tens
 
 
 class _LossSum(torch.autograd.Function):
-    """Gradients are made together with the loss, chunk by chunk, and whatever is summed over chunks is float32."""
+    """Gradients are made together with the loss, chunk by chunk; sums over chunks are float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
@@ -66,9 +62,8 @@ class _LossSum(torch.autograd.Function):
             log_probs_CV = F.linear(hidden_CH, head_VH).float().log_softmax(dim=-1)
             loss_sum -= log_probs_CV.gather(1, labels_C1).masked_fill(is_ignored_C1, 0.0).sum()
             gradient_CV = log_probs_CV.exp_()
-            gradient_CV.scatter_add_(
-                1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32)
-            )
+            minus_one_C1 = torch.full_like(labels_C1, -1.0, dtype=torch.float32)
+            gradient_CV.scatter_add_(1, labels_C1, minus_one_C1)
             gradient_CV = gradient_CV.masked_fill_(is_ignored_C1, 0.0).to(head_VH.dtype)
             gradient_CH.copy_(gradient_CV @ head_VH)
             ctx.head_gradient_VH += gradient_CV.T @ hidden_CH
@@ -79,7 +74,7 @@ class _LossSum(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor
     ) -> tuple[Tensor, Tensor, None]:
-        """Both gradients, scaled in float32 before they are rounded; once, since the kept ones are used up."""
+        """Both gradients, scaled in float32 before rounding; once: the kept ones are used up."""
         dtype = ctx.hidden_gradient_TH.dtype
         hidden_gradient_TH = (ctx.hidden_gradient_TH.float() * upstream).to(dtype)
         head_gradient_VH = ctx.head_gradient_VH.mul_(upstream).to(dtype)

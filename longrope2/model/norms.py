@@ -1,10 +1,11 @@
-"""Fused RMS norms in place of the model's own, which passes over its input once per elementary
-operation.
+"""Fused RMS norms in place of the model's own.
 
-``liger`` is Liger's Triton kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which
-also runs on a CPU. All compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and
-round differently in bf16. ``model`` leaves transformers' module alone. A kernel is tried on a few
-tokens before it is taken (kernel_choice.py says why).
+Transformers' passes over its input once per elementary operation. ``liger`` is Liger's Triton
+kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which also runs on a CPU. All
+compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and round differently in bf16.
+``model`` leaves transformers' module alone. A kernel is tried on a few tokens before it is taken
+(kernel_choice.py says why). ``choose_norm`` is asked once a run: what it returns is recorded, and
+its kernel is applied (``load_windowed_model(norm=)``, ``use_norm``).
 
 Shape legend: T = tokens, H = hidden size.
 """
@@ -26,12 +27,12 @@ from longrope2.kernel_choice import (
     why_it_fails,
 )
 
-NormFunction = Callable[[Tensor, Tensor, float], Tensor]
+_NormFunction = Callable[[Tensor, Tensor, float], Tensor]
 """Input [..., H], weight [H] and epsilon to the normed input."""
 
 
 class NormKernel(Enum):
-    """Kernels of RMS norms, and ``auto``: on a GPU the first of the fused ones that runs, on a CPU the model's own."""
+    """Kernels of RMS norms; ``auto`` is the first fused one that runs on a GPU, else ``model``."""
 
     auto = "auto"
     liger = "liger"
@@ -54,10 +55,7 @@ def choose_norm(
     Raises:
         ConfigError: a kernel was asked for by name that cannot run here.
     """
-
-    def fault_of(kernel: NormKernel) -> str | None:
-        return norm_fault(kernel, device, dtype, run=run)
-
+    fault_of = partial(norm_fault, device=device, dtype=dtype, run=run)
     if wanted is not NormKernel.auto:
         return forced_kernel("training.norm", wanted, fault_of(wanted), instead="auto or model")
     if device.type != "cuda":
@@ -78,16 +76,21 @@ def norm_fault(
         return "the liger-kernel package is not installed (pip install liger-kernel)"
     if kernel is NormKernel.apex and (fault := apex_fault()):
         return fault
-    return _fault_of_a_run(kernel, device, dtype) if run else None
+    if not run:
+        return None
+
+    def attempt() -> None:
+        x_TH = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
+        weight_H = torch.ones(64, device=device, dtype=dtype, requires_grad=True)
+        _function(kernel)(x_TH, weight_H, 1e-5).sum().backward()
+
+    return why_it_fails(attempt, device)
 
 
 def use_norm(model: nn.Module, kernel: NormKernel) -> int:
-    """Make the model's RMS norms call a kernel; parameters, names and module hooks stay as they
-    are.
+    """Make a transformers model's RMS norms call a kernel (any but ``auto``).
 
-    Args:
-        model: A transformers model.
-        kernel: Any but ``auto``.
+    Parameters, names and module hooks stay as they are.
 
     Returns:
         How many modules call it. Norms that compute something else (Gemma's, which adds 1 to its
@@ -103,14 +106,13 @@ def use_norm(model: nn.Module, kernel: NormKernel) -> int:
         if kind not in is_plain:
             is_plain[kind] = _is_plain(kind)
         if is_plain[kind]:
-            # On the instance: DeepSpeed's hooks sit around the call and gather the weight before
-            # it.
+            # On the instance: DeepSpeed's hooks around the call gather the weight before it.
             module.forward = partial(_forward, function, module)
             replaced += 1
     return replaced
 
 
-def _forward(function: NormFunction, module: nn.Module, hidden: Tensor) -> Tensor:
+def _forward(function: _NormFunction, module: nn.Module, hidden: Tensor) -> Tensor:
     """One norm; weight and epsilon are read at the call, when the weight is whole."""
     weight_H, epsilon = module.weight, module.variance_epsilon
     assert isinstance(weight_H, Tensor) and isinstance(epsilon, float)
@@ -118,7 +120,7 @@ def _forward(function: NormFunction, module: nn.Module, hidden: Tensor) -> Tenso
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a module class computes the formula above, found out with random numbers in float64 precision."""
+    """Whether a module class computes the formula above, found out with random numbers."""
     hidden_size, epsilon = 8, 1e-5
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = kind(hidden_size, epsilon)
@@ -131,30 +133,18 @@ def _is_plain(kind: type[nn.Module]) -> bool:
     return bool(torch.allclose(found_TH, expected_TH, rtol=1e-5, atol=1e-6))
 
 
-def _function(kernel: NormKernel) -> NormFunction:
+def _function(kernel: NormKernel) -> _NormFunction:
     """The kernel as a function."""
     if kernel is NormKernel.liger:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
 
         # No offset; transformers' rounding for Llama; the gradient it is given is not overwritten.
+        options = (0.0, "llama", False)
         return lambda x, weight_H, epsilon: LigerRMSNormFunction.apply(
-            x, weight_H, epsilon, 0.0, "llama", False
+            x, weight_H, epsilon, *options
         )
     if kernel is NormKernel.apex:
-        from apex.normalization.fused_layer_norm import fused_rms_norm_affine  # pyright: ignore[reportMissingImports]
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine as apex_norm  # pyright: ignore[reportMissingImports]
 
-        return lambda x, weight_H, epsilon: fused_rms_norm_affine(
-            x, weight_H, weight_H.shape, epsilon
-        )
+        return lambda x, weight_H, epsilon: apex_norm(x, weight_H, weight_H.shape, epsilon)
     return lambda x, weight_H, epsilon: F.rms_norm(x, weight_H.shape, weight_H, epsilon)
-
-
-def _fault_of_a_run(kernel: NormKernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run a few tokens forward and backward."""
-
-    def attempt() -> None:
-        x_TH = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
-        weight_H = torch.ones(64, device=device, dtype=dtype, requires_grad=True)
-        _function(kernel)(x_TH, weight_H, 1e-5).sum().backward()
-
-    return why_it_fails(attempt, device)

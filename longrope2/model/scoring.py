@@ -18,22 +18,19 @@ from torch import Tensor, nn
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
-HEAD_CHUNK_TOKENS = (
-    1024  # scored positions that pass the LM head together; bounds the memory of plain perplexity
-)
-CUT_BELOW_SCORED = (
-    1024  # above, the mask of "last queries, all keys" costs more memory than the cut saves
-)
+# Scored positions that pass the LM head together; bounds the memory of plain perplexity.
+HEAD_CHUNK_TOKENS = 1024
+# Above, the mask of "last queries, all keys" costs more memory than the cut saves.
+CUT_BELOW_SCORED = 1024
 
 
 @torch.no_grad()
 def token_nll(
     model: WindowedModel, tokens_BT: Tensor, window: Window, first_scored: int = 1
 ) -> Tensor:
-    """Negative log-likelihood of the tokens from ``first_scored`` on, each row plain causal from
-    position 0.
+    """Negative log-likelihood of the tokens from ``first_scored`` on, each row plain causal.
 
-    The last token is only predicted, never fed.
+    Rows start at position 0; the last token is only predicted, never fed.
 
     Args:
         model: Model with the factors to judge.
@@ -53,23 +50,19 @@ def token_nll(
 
 @torch.no_grad()
 def head_nll(model: WindowedModel, hidden_BSH: Tensor, labels_BS: Tensor) -> Tensor:
-    """Negative log-likelihood of ``labels_BS`` under final hidden states, [B, S], float32, nats; S may be 0."""
+    """Negative log-likelihood of labels under final hidden states, [B, S], float32, nats."""
     head = model.hf.get_output_embeddings()
+    chunks = (x.split(HEAD_CHUNK_TOKENS, dim=1) for x in (hidden_BSH, labels_BS))
     losses_BS = [
         F.cross_entropy(head(hidden).float().transpose(1, 2), labels, reduction="none")
-        for hidden, labels in zip(
-            hidden_BSH.split(HEAD_CHUNK_TOKENS, dim=1),
-            labels_BS.split(HEAD_CHUNK_TOKENS, dim=1),
-            strict=True,
-        )
+        for hidden, labels in zip(*chunks, strict=True)
     ]
     return torch.cat(losses_BS, dim=1)
 
 
 @contextmanager
 def _last_layer_from(model: WindowedModel, first: int) -> Iterator[None]:
-    """Confine the last layer's MLP to the positions from ``first`` on; the others' rows become
-    zero, unread.
+    """Confine the last layer's MLP to the positions from ``first`` on; other rows are zero, unread.
 
     A model whose last layer has no ``mlp`` (a mixture of experts, say) computes it for all
     positions.

@@ -1,144 +1,115 @@
-"""What the planner knows of a model: sizes from config.json, and the parameters and FLOPs that
-follow from them.
+"""The only reader of a model's config.json, and all FLOPs.
 
-A model's config.json: where it stands, and what its model class adds to it. No weights are touched.
+Everything else asks here, so that a damaged config.json gives the same one-line message from every
+command. No weights are touched.
 
-Floating-point operations of a forward pass, from the architecture alone.
+Conventions of the FLOPs, as in the causal model FLOPs utilisation (MFU) that training reports:
 
-A multiply-add counts as two operations. Causal attention counts the half of the square that is
-computed. Norms, rotary and softmax are left out (below 1 % at these sizes), and so is the LM head,
-which the search gives a few positions only.
+- a multiply-add counts as two operations; backward counts twice the forward;
+- weights: every matrix a token is multiplied with, the LM head included (the search leaves it out:
+  it gives a few positions to it), the input embedding not;
+- attention: the causal half of each square that is really attended, so the whole segment in a long
+  window and every document by itself in a short one. ``squared_lengths`` is the sum of the squared
+  lengths of these spans in tokens, and L_eff that sum over the sum of the lengths;
+- what recompute repeats is not counted (that would be hardware utilisation), nor are norms, rotary
+  and softmax (below 1 % at these sizes); padding counts, as it does in the tokens per second.
+
+Many reports count the whole attention square: at 128k that is 1.7 times as much for LLaMA3-8B.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from longrope2.errors import ArtifactError
-from longrope2.model.folder import resolve_model_folder
 from longrope2.rope.factors import Window
 
 CONFIG_FILE = "config.json"
-CLASS_DEFAULTS = ("rope_theta", "partial_rotary_factor")
-SIZE_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-)
-FORWARD_AND_BACKWARD = 3
-# Causal attention computes half of the square of every span attended by itself.
-CAUSAL_SHARE = 0.5
+# What a Llama-like model must state.
+SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "vocab_size")  # fmt: skip
+_SIZE = "a whole number above 0"
+_CLASS_DEFAULTS = ("rope_theta", "partial_rotary_factor")
+_FORWARD_AND_BACKWARD = 3
 
 
-def find_config_file(path: str, key: str) -> Path:
-    """The config.json of a model given as a file, a folder, or a hub id (of which nothing else is
-    downloaded).
+def _is_size(value: Any) -> bool:
+    """A bool is an int to Python, not to us."""
+    return type(value) is int and value > 0
 
-    Args:
-        path: What the user gave; ``gguf://`` models are converted on first use, as everywhere.
-        key: Configuration key it was given with, for messages.
+
+# Key -> what it may be, in words and as a check. Each may also be left out or null.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys((*SIZE_KEYS, "num_key_value_heads", "head_dim"), (_SIZE, _is_size)),
+    "model_type": ("a text", lambda value: isinstance(value, str)),
+    "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(
+        ("rope_scaling", "rope_parameters"), ("an object", lambda value: isinstance(value, dict))
+    ),
+}
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """A config.json as it is written.
 
     Raises:
-        ArtifactError: there is no config.json, or the hub cannot be reached.
+        ArtifactError: it cannot be read, is no UTF-8 or no JSON object, or a key that this project
+            reads has a wrong type; one line that names file, key, what was found and is allowed.
     """
-    given = Path(path)
-    if given.is_file():
-        return given
-    if given.is_dir():
-        if (given / CONFIG_FILE).is_file():
-            return given / CONFIG_FILE
-        raise ArtifactError(
-            f"{key}={path} holds no {CONFIG_FILE}; give a Hugging Face model folder"
-        )
-    if "://" in path:
-        return resolve_model_folder(path) / CONFIG_FILE
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(hf_hub_download(path, CONFIG_FILE))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{key}={path} is neither a folder, a {CONFIG_FILE}, nor a hub id that can be reached ({reason}); "
-            "give a local Hugging Face model folder, or log in with `hf auth login`"
-        ) from None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text: {error}; give the model's own") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON: {error}; give the model's own") from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} holds no JSON object, as a Hugging Face config must")
+    faults = [
+        f"{key}={json.dumps(config[key])[:80]} must be {words}"
+        for key, (words, is_allowed) in _ALLOWED.items()
+        if config.get(key) is not None and not is_allowed(config[key])
+    ]
+    if faults:
+        raise ArtifactError(f"{path}: {'; '.join(faults)}")
+    return config
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """A parsed config.json, completed by the RoPE defaults of its model class.
+    """A config.json completed by the RoPE defaults of its model class.
 
     Published configs leave out what their class knows: Llama-2's has no ``rope_theta``, Phi-2's no
     ``partial_rotary_factor``.
 
     Raises:
-        ArtifactError: not a JSON object, or a model class with a RoPE per layer type.
+        ArtifactError: see ``read_raw_config``; or a model class with a RoPE per layer type.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as a Hugging Face config: {error}") from None
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is not a Hugging Face config: it holds no JSON object")
+    # Takes seconds, and packing reads config.json without it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = read_raw_config(path)
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING:
         return config
     defaults = getattr(CONFIG_MAPPING[model_type](), "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in defaults.values()):
         raise ArtifactError(
-            f"{path}: {model_type} models have a RoPE per layer type ({', '.join(sorted(defaults))}); "
-            "one RoPE for all layers is supported"
+            f"{path}: {model_type} models have a RoPE per layer type "
+            f"({', '.join(sorted(defaults))}); one RoPE for all layers is supported"
         )
-    missing = {
-        name: defaults[name]
-        for name in CLASS_DEFAULTS
-        if name in defaults and config.get(name) is None
-    }
-    return {**config, **missing}
-
-
-@dataclass(frozen=True)
-class ForwardCost:
-    """What one forward pass costs.
-
-    Attributes:
-        layer_parameters: Weights of all layers that every token meets, without embeddings and LM
-            head.
-        num_layers: Layers.
-        attention_width: Query heads times head dimension.
-    """
-
-    layer_parameters: int
-    num_layers: int
-    attention_width: int
-
-    @classmethod
-    def from_config(cls, folder: Path) -> "ForwardCost":
-        """Read config.json of a Llama-like model (separate or fused projections count alike, gated MLP)."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        kv_heads = config.get("num_key_value_heads") or heads
-        attention = 2 * hidden * head_dim * (heads + kv_heads)
-        mlp = 3 * hidden * config["intermediate_size"]
-        layers = config["num_hidden_layers"]
-        return cls(layers * (attention + mlp), layers, heads * head_dim)
-
-    def flops(self, num_tokens: int) -> float:
-        """Operations of one forward pass over ``num_tokens`` tokens with full causal attention."""
-        projections = 2.0 * self.layer_parameters * num_tokens
-        attention = 2.0 * self.num_layers * self.attention_width * float(num_tokens) ** 2
-        return projections + attention
+    missing = (key for key in _CLASS_DEFAULTS if config.get(key) is None)
+    return {**config, **{key: defaults[key] for key in missing if key in defaults}}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like model (gated MLP, RMSNorm); separate and fused projections count alike."""
+    """Sizes of a Llama-like model (gated MLP, RMSNorm), and what follows from them.
+
+    Separate and fused projections count alike.
+    """
 
     hidden: int
     num_layers: int
@@ -152,26 +123,31 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
-        """Read a folder's config.json; nothing else of the model needs to be there.
+        """See ``from_file``; nothing else of the model needs to be in its folder."""
+        return cls.from_file(folder / CONFIG_FILE)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelShape":
+        """Read a config.json.
 
         Raises:
-            ArtifactError: no config.json, or one that lacks a size.
+            ArtifactError: see ``read_raw_config``; or a size is missing.
         """
-        config = read_model_config(folder / CONFIG_FILE)
+        config = read_raw_config(path)
         missing = [key for key in SIZE_KEYS if config.get(key) is None]
         if missing:
             raise ArtifactError(
-                f"{folder / CONFIG_FILE} holds no {', '.join(missing)}; plans are made for Llama-like models"
+                f"{path} holds no {', '.join(missing)}; a Llama-like model states each as {_SIZE}"
             )
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        hidden, num_layers, heads, mlp, vocabulary = (config[key] for key in SIZE_KEYS)
         return cls(
             hidden=hidden,
-            num_layers=config["num_hidden_layers"],
+            num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            mlp=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
+            mlp=mlp,
+            vocabulary=vocabulary,
             tied=bool(config.get("tie_word_embeddings")),
         )
 
@@ -197,7 +173,7 @@ class ModelShape:
 
     @property
     def matrix_parameters(self) -> int:
-        """Weights a token is multiplied with: all layers and the LM head, the input embedding not."""
+        """Weights a token is multiplied with: all layers and the LM head, no input embedding."""
         return self.num_layers * self.layer_parameters + self.head_parameters
 
     @property
@@ -207,24 +183,31 @@ class ModelShape:
         norms = (2 * self.num_layers + 1) * self.hidden
         return self.matrix_parameters + embedding + norms
 
-    def attention_flops(self, attended_len: float) -> float:
-        """Forward FLOPs of causal attention per token, all layers: half of two products with ``attended_len`` keys."""
-        return CAUSAL_SHARE * 4.0 * self.num_layers * self.query_width * attended_len
+    def attention_flops(self, squared_lengths: float) -> float:
+        """Forward FLOPs of causal attention in all layers; of one token, given its L_eff.
+
+        Two products of two operations with every key, of which causal attention computes half.
+        """
+        return 2.0 * self.num_layers * self.query_width * squared_lengths
+
+    def forward_flops(self, num_tokens: int) -> float:
+        """FLOPs of a forward pass through the layers, attention over all tokens, no LM head."""
+        layers = 2.0 * self.num_layers * self.layer_parameters * num_tokens
+        return layers + self.attention_flops(float(num_tokens) ** 2)
+
+    def training_flops(self, num_tokens: int, squared_lengths: float) -> float:
+        """Model FLOPs of forward and backward over all segments."""
+        weights = 2.0 * self.matrix_parameters * num_tokens
+        return _FORWARD_AND_BACKWARD * (weights + self.attention_flops(squared_lengths))
 
     def model_flops(self, attended_len: float, *, whole_square: bool = False) -> float:
-        """Model FLOPs of forward and backward per token; nothing that recompute repeats.
-
-        6 * N + 6 * layers * width * L_eff with N = ``matrix_parameters``: a multiply-add is two
-        operations, backward twice the forward, attention the causal half.
+        """Model FLOPs of forward and backward per token.
 
         Args:
-            attended_len: L_eff in tokens: the segment length where attention is over the whole
-                segment, else the sum of squared document lengths over the sum of document lengths.
-            whole_square: Count attention's upper triangle too, as many reports and torch's
-                ``FlopCounterMode`` do.
+            attended_len: L_eff in tokens.
+            whole_square: Count attention's upper triangle too, as torch's ``FlopCounterMode`` does.
         """
-        attention = self.attention_flops(attended_len) / (CAUSAL_SHARE if whole_square else 1.0)
-        return FORWARD_AND_BACKWARD * (2.0 * self.matrix_parameters + attention)
+        return self.training_flops(1, 2 * attended_len if whole_square else attended_len)
 
 
 @dataclass(frozen=True)
@@ -240,7 +223,7 @@ class Workload:
     long_share: float
     """Share of the segments that are long."""
     short_document_tokens: float
-    """L_eff of a short segment: sum of squared over sum of document lengths."""
+    """L_eff of a short segment."""
 
     @property
     def segments_per_step(self) -> int:

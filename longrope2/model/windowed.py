@@ -1,17 +1,12 @@
 """A Hugging Face causal model whose window is an explicit input of every forward.
 
 Nothing of the model is re-implemented: its rotary module is replaced and its attention goes through
-the registry.
+the registry. transformers picks a RoPE table from ``max(position_ids)``, which under sequence
+parallelism makes ranks of one segment disagree. Here the window is set from the segment's tag
+before the forward, and positions only index the table.
 
-Shape legend: B = rows, T = tokens, H = hidden size, V = vocabulary.
-
-The rotary module that applies exactly the table it is told to.
-
-transformers picks a table from ``max(position_ids)``, which under sequence parallelism makes ranks
-of one segment disagree. Here the window is set from the segment's tag before the forward, and
-positions only index the table.
-
-Shape legend: B = rows, T = tokens, I = rotary dim / 2 cosine indices, R = rotary dim.
+Shape legend: B = rows, T = tokens, H = hidden size, I = rotary dim / 2 cosine indices,
+R = rotary dim, V = vocabulary.
 """
 
 from typing import Any
@@ -44,7 +39,7 @@ class WindowedRotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for ``position_ids`` [B, T], each [B, T, R] in the dtype of ``x``; angles are float32."""
+        """Cosine and sine for positions [B, T], each [B, T, R] in ``x``'s dtype; float32 angles."""
         table_I = self._tables_I[self.window] = self._tables_I[self.window].to(x.device)
         angles_BTI = position_ids[..., None].float() * table_I
         angles_BTR = torch.cat((angles_BTI, angles_BTI), dim=-1)
@@ -53,7 +48,7 @@ class WindowedRotary(nn.Module):
 
 
 class WindowedModel(nn.Module):
-    """Wraps ``hf`` (a transformers ``...ForCausalLM``) in place; ``hf`` itself stays usable for cached decoding."""
+    """Wraps a transformers ``...ForCausalLM`` in place; ``hf`` stays usable for cached decoding."""
 
     def __init__(self, hf: Any, factors: RescaleFactors) -> None:
         super().__init__()
@@ -78,7 +73,8 @@ class WindowedModel(nn.Module):
         """
         if (chosen := self.hf.config._attn_implementation) != ATTENTION_NAME:
             raise RuntimeError(
-                f"the attention of this model was changed to {chosen}; does another model share its config?"
+                f"the attention of this model was changed to {chosen}; "
+                "does another model share its config?"
             )
         self.rotary.window = Window(window)
 
@@ -118,7 +114,7 @@ class WindowedModel(nn.Module):
         layout: SegmentLayout | None = None,
         keep: slice | None = None,
     ) -> Tensor:
-        """Float32 logits [B, kept, V] of the positions in ``keep`` (all when None); only those pass the LM head."""
+        """Float32 logits [B, kept, V] of the positions in ``keep``: only those pass the LM head."""
         hidden_BTH = self.hidden_states(tokens_BT, window, layout)
         if keep is not None:
             hidden_BTH = hidden_BTH[:, keep]
@@ -127,7 +123,7 @@ class WindowedModel(nn.Module):
     def forward(
         self, tokens_BT: Tensor, labels_BT: Tensor, window: Window, layout: SegmentLayout | None
     ) -> Tensor:
-        """Summed token loss of this rank's tokens (see ``token_loss_sum``); the training forward."""
+        """Training's forward: summed token loss of this rank's tokens (see ``token_loss_sum``)."""
         hidden_BTH = self.hidden_states(tokens_BT, window, layout)
         head_VH = self.hf.get_output_embeddings().weight
         return token_loss_sum(hidden_BTH.flatten(0, 1), head_VH, labels_BT.flatten())

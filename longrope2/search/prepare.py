@@ -1,6 +1,5 @@
 """What a search is asked for: its configuration, the faults of it, and the plan in words."""
 
-import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
 from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
-from longrope2.model.shape import ForwardCost
+from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import head_faults
 from longrope2.rope.factors import RescaleFactors, Window
@@ -87,7 +86,7 @@ def describe(config: SearchCommand, model_folder: Path, space: SearchSpace) -> s
     num_candidates = most_candidates(search)
     num_forwards = num_candidates * search.num_samples
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
-    hours = projected_hours(ForwardCost.from_config(model_folder), length, num_forwards, search)
+    hours = projected_hours(ModelShape.from_folder(model_folder), length, num_forwards, search)
     lowest, highest = (
         step / space.steps_per_unit for step in (space.lowest_step, space.highest_step)
     )
@@ -113,9 +112,8 @@ def describe(config: SearchCommand, model_folder: Path, space: SearchSpace) -> s
 def parallel_faults(config: SearchCommand, model_folder: Path) -> list[str]:
     """Faults of the process grid."""
     parallel = config.parallel
-    model = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    heads = model["num_attention_heads"]
-    faults = head_faults(parallel.sequence, heads, model.get("num_key_value_heads") or heads)
+    shape = ModelShape.from_folder(model_folder)
+    faults = head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
     if parallel.processes < 1 or parallel.processes % parallel.sequence:
         faults.append(
             f"parallel.processes={parallel.processes}: must be a multiple of parallel.sequence={parallel.sequence}"
@@ -198,7 +196,7 @@ def prepare(
     return PreparedSearch(
         space=space,
         losses=losses,
-        cost=ForwardCost.from_config(model_folder),
+        shape=ModelShape.from_folder(model_folder),
         sample_len=length,
         long_factors=long_factors(config, space.geometry),
         guidance=guidance,

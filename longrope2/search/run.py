@@ -27,7 +27,7 @@ from rich.progress import (
 from longrope2.config import StageConfig, to_plain
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.model.shape import ForwardCost
+from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
@@ -64,11 +64,11 @@ def most_candidates(config: SearchConfig) -> int:
 
 
 def projected_hours(
-    cost: ForwardCost, target_len: int, num_forwards: int, config: SearchConfig
+    shape: ModelShape, target_len: int, num_forwards: int, config: SearchConfig
 ) -> float:
     """Hours on ``search.projected_gpus`` GPUs, each sustaining ``search.projected_tflops``; loading not included."""
     rate = config.projected_gpus * config.projected_tflops * 1e12
-    return cost.flops(target_len) * num_forwards / rate / SECONDS_PER_HOUR
+    return shape.forward_flops(target_len) * num_forwards / rate / SECONDS_PER_HOUR
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class PreparedSearch:
     Attributes:
         space: Where candidates lie.
         losses: Losses of the samples under given factors.
-        cost: Floating-point operations of a forward pass.
+        shape: Sizes of the model, for what a forward pass costs.
         sample_len: Tokens of a sample: the target window, or the original one for short-window
             factors.
         long_factors: The long window's factors when the search is for the short window's; else
@@ -223,7 +223,7 @@ class PreparedSearch:
 
     space: SearchSpace
     losses: SampleLosses
-    cost: ForwardCost
+    shape: ModelShape
     sample_len: int
     long_factors: RescaleFactors | None
     guidance: NeedleGuidance | None
@@ -318,7 +318,7 @@ def _budget(
 ) -> SearchBudget:
     """What the search has cost, and what it would cost elsewhere."""
     processes = workers.processes.dims.world_size if workers.processes else 1
-    flops = prepared.cost.flops(prepared.sample_len) * (num_forwards - num_known)
+    flops = prepared.shape.forward_flops(prepared.sample_len) * (num_forwards - num_known)
     return SearchBudget(
         num_candidates=evolution.num_candidates,
         num_terminated=evolution.num_terminated,
@@ -330,7 +330,7 @@ def _budget(
         device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
         sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
         projected_hours=projected_hours(
-            prepared.cost, prepared.sample_len, num_forwards, config.search
+            prepared.shape, prepared.sample_len, num_forwards, config.search
         ),
     )
 

@@ -3,7 +3,6 @@
 Settings of DeepSpeed's ZeRO beyond the stage, and the checks that cross them.
 """
 
-import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -16,6 +15,7 @@ from longrope2.errors import ConfigError
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.norms import NormKernel
+from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelConfig, head_faults
 from longrope2.tracking.metrics import TrackingConfig
 
@@ -356,6 +356,5 @@ def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[s
             f"training.same_kind_segments={training.same_kind_segments} must be a multiple of the data-parallel size "
             f"{data} ({world_size} processes / parallel.sequence={parallel.sequence})"
         )
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    heads = model["num_attention_heads"]
-    return faults + head_faults(parallel.sequence, heads, model.get("num_key_value_heads") or heads)
+    shape = ModelShape.from_folder(folder)
+    return faults + head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)

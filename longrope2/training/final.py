@@ -24,13 +24,13 @@ from longrope2.files.artifacts import (
     write_text,
 )
 from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
 FINAL_FOLDER = "final"
 FINAL_KIND = "checkpoint"
 WEIGHTS_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
-CONFIG_FILE = "config.json"
 MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                "chat_template.jinja")  # fmt: skip
@@ -80,7 +80,7 @@ def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> No
         if (model_folder / name).is_file():
             with atomic_path(final / name) as temporary:
                 shutil.copyfile(model_folder / name, temporary)
-    config = json.loads((model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_raw_config(model_folder / CONFIG_FILE)
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or [
         "dtype",
         "torch_dtype",

@@ -3,21 +3,6 @@
 Memory can be foretold for any process grid under ZeRO-3. Time can where the GPU's rates are known
 (``longrope2.planning.GPUS``); node size is what the process sees, the network is the planner's
 default.
-
-Model FLOPs of a training step and the model FLOPs utilisation (MFU).
-
-Convention (*causal* MFU):
-
-- a multiply-add counts as two operations; backward counts twice the forward;
-- weights: every matrix a token is multiplied with, the LM head included, the input embedding not;
-- attention: only the causal half of each square that is really attended, so the whole segment in a
-  long window and every document by itself in a short one: per token 6 * layers * width * (sum of
-  squared lengths / sum of lengths);
-- what recompute repeats is not counted (that would be hardware utilisation), nor are norms, rotary
-  and softmax;
-- padding counts, as it does in the tokens per second.
-
-Many reports count the whole attention square: at 128k that is 1.7 times as much for LLaMA3-8B.
 """
 
 import re
@@ -28,7 +13,7 @@ from pathlib import Path
 import torch
 
 from longrope2.model.norms import NormKernel
-from longrope2.model.shape import CONFIG_FILE, ForwardCost, ModelShape, Workload, read_model_config
+from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import (
     PEAK_BF16_TFLOPS,
     HardwareConfig,
@@ -53,7 +38,6 @@ HINTS = {
     "step time": "; its rates are assumptions (python -m launch.plan), but a kernel or the network may be slow",
     "GPU memory": "",
 }
-FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -215,37 +199,6 @@ def _machine(device: torch.device, world_size: int) -> Machine | None:
     return make_machine(
         HardwareConfig(gpu=kind, num_gpus=world_size, gpus_per_node=torch.cuda.device_count())
     )
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """What training one model costs.
-
-    Attributes:
-        forward: Layers of the model.
-        head_parameters: Weights of the LM head.
-    """
-
-    forward: ForwardCost
-    head_parameters: int
-
-    @classmethod
-    def from_config(cls, folder: Path) -> "TrainingCost":
-        """Read a model folder's config.json."""
-        config = read_model_config(folder / CONFIG_FILE)
-        return cls(ForwardCost.from_config(folder), config["hidden_size"] * config["vocab_size"])
-
-    def flops(self, num_tokens: int, squared_lengths: float) -> float:
-        """Model FLOPs of forward and backward.
-
-        Args:
-            num_tokens: Tokens of all segments.
-            squared_lengths: Sum over all spans attended by themselves (documents of short windows,
-                whole segments of long ones) of their squared length.
-        """
-        weights = 2.0 * (self.forward.layer_parameters + self.head_parameters) * num_tokens
-        attention = 2.0 * self.forward.num_layers * self.forward.attention_width * squared_lengths
-        return FORWARD_AND_BACKWARD * (weights + attention)
 
 
 def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -> float | None:

@@ -15,17 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from longrope2.config import to_plain
 from longrope2.files.artifacts import MANIFEST_NAME, write_text
 from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.shape import ModelShape
 from longrope2.parallel.processes import Processes
 from longrope2.rope.factors import Window
 from longrope2.tracking.metrics import MetricsLog
 from longrope2.training.config import TrainRoot, compute_dtype
-from longrope2.training.forecast import (
-    Forecast,
-    ForecastCheck,
-    TrainingCost,
-    make_forecast,
-    peak_tflops,
-)
+from longrope2.training.forecast import Forecast, ForecastCheck, make_forecast, peak_tflops
 from longrope2.training.plan import MachineKernels, TrainingPlan
 from longrope2.training.step import StepReport
 
@@ -38,7 +33,7 @@ SPEED_PERIOD_SECONDS = 1800.0
 def step_metrics(
     report: StepReport,
     processes: Processes,
-    cost: TrainingCost,
+    shape: ModelShape,
     *,
     learning_rate: float,
     step_tokens: int,
@@ -52,7 +47,7 @@ def step_metrics(
     Args:
         report: What the step did.
         processes: For the number of processes and the device.
-        cost: FLOPs of the model; the convention of ``perf/mfu`` is described in ``flops.py``.
+        shape: Sizes of the model; model/shape.py has the convention of ``perf/mfu``.
         learning_rate: Learning rate the step used.
         step_tokens: Tokens of this step, all processes.
         tokens: Tokens trained so far, all processes.
@@ -71,7 +66,7 @@ def step_metrics(
         "perf/memory_peak_gib": memory_peak_gib(processes.device),
     }
     if peak_tflops is not None:
-        flops_per_second = cost.flops(step_tokens, report.squared_lengths) / report.seconds
+        flops_per_second = shape.training_flops(step_tokens, report.squared_lengths) / report.seconds
         metrics["perf/mfu"] = flops_per_second / (num_devices * peak_tflops * 1e12)
     for window in Window:
         if report.targets_by_window[window]:
@@ -102,7 +97,7 @@ class TrainingObserver:
         self._config = config
         self._folder = folder
         self._processes = processes
-        self._cost = TrainingCost.from_config(plan.model_folder)
+        self._shape = ModelShape.from_folder(plan.model_folder)
         bf16 = compute_dtype(config.training.precision, processes.device) is torch.bfloat16
         self._peak_tflops = peak_tflops(processes.device, config.training.peak_tflops, bf16=bf16)
         facts = {
@@ -181,7 +176,7 @@ class TrainingObserver:
             values = step_metrics(
                 report,
                 self._processes,
-                self._cost,
+                self._shape,
                 learning_rate=lr,
                 step_tokens=step_tokens,
                 tokens=steps_done * step_tokens,

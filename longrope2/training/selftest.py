@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention.kernels import AttentionKernel, kernel_fault
 from longrope2.errors import UserError
-from longrope2.model.shape import CONFIG_FILE, read_model_config
+from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelDims
 from longrope2.parallel.processes import Processes
@@ -72,11 +72,8 @@ def check_parity(
     """
     if kernel_fault(kernel, processes.device, torch.float32, run=False):
         kernel = AttentionKernel.sdpa
-    model = read_model_config(model_folder / CONFIG_FILE)
-    heads = model["num_attention_heads"]
-    heads, kv_heads = tiny_heads(
-        processes.dims.sequence, heads, model.get("num_key_value_heads") or heads
-    )
+    shape = ModelShape.from_folder(model_folder)
+    heads, kv_heads = tiny_heads(processes.dims.sequence, shape.num_heads, shape.num_kv_heads)
     with _nothing_left_behind(processes.device):
         found = _steps_in_layout(_tiny_config(config), heads, kv_heads, processes, kernel)
         expected = {window: _step_alone(window, heads, kv_heads, processes) for window in Window}

@@ -22,8 +22,9 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors, critical_ind
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
-LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 500000.0,
-          "max_position_embeddings": 8192}  # fmt: skip
+LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32,
+          "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128_256,
+          "rope_theta": 500000.0, "max_position_embeddings": 8192}  # fmt: skip
 GEOMETRY = RopeGeometry(128, 5e5, 8192)
 PUBLISHED_ARRAY = FIXTURES / "llama3_8b_128k_longrope2.json"
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from longrope2.model.folder import (
 )
 
 PATH = "gguf://packaged_model/sub/model.Q4.gguf"
+TINY_CONFIG = Path(__file__).parents[2] / "models" / "tiny" / "config.json"
 SHA256 = hashlib.sha256(b"GGUF tensors").hexdigest()
 
 
@@ -43,7 +45,7 @@ def conversions(monkeypatch):
 
     def convert(file: Path, folder: Path) -> None:
         converted.append(file)
-        (folder / "config.json").write_text("{}")
+        shutil.copyfile(TINY_CONFIG, folder / "config.json")
 
     monkeypatch.setattr(folders, "_convert", convert)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name} 1")
@@ -108,12 +110,13 @@ def test_the_first_of_two_processes_wins(package, conversions, monkeypatch):
         target = folder.with_name(f"model.Q4-{SHA256[:16]}")
         target.mkdir()
         (target / PROVENANCE_FILE).write_text("theirs")
-        (folder / "config.json").write_text("ours")
+        shutil.copyfile(TINY_CONFIG, target / "config.json")
+        (folder / "ours").write_text("ours")
 
     monkeypatch.setattr(folders, "_convert", overtaken)
     folder = resolve_model_folder(PATH)
     assert (folder / PROVENANCE_FILE).read_text() == "theirs" and not (
-        folder / "config.json"
+        folder / "ours"
     ).exists()
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 

@@ -10,8 +10,9 @@ from longrope2.config import compose
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import product_folder
 from longrope2.model.factors_source import RopeConfig, factors_path, read_factors, resolve_factors
+from longrope2.model.folder import find_config_file
 from longrope2.model.loading import rope_geometry
-from longrope2.model.shape import find_config_file, read_model_config
+from longrope2.model.shape import read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import (

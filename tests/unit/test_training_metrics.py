@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelDims
 from longrope2.parallel.processes import Processes
 from longrope2.rope.factors import Window
-from longrope2.training.forecast import TrainingCost, peak_tflops
+from longrope2.training.forecast import peak_tflops
 from longrope2.training.observer import step_metrics
 from longrope2.training.step import StepReport
 
@@ -22,32 +23,32 @@ ARCHITECTURES = {
 TARGET = 131_072
 
 
-def cost_of(name: str, folder: Path) -> TrainingCost:
+def shape_of(name: str, folder: Path) -> ModelShape:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **ARCHITECTURES[name]}))
-    return TrainingCost.from_config(folder)
+    return ModelShape.from_folder(folder)
 
 
 @pytest.mark.parametrize(("name", "billion"), [("llama3_8b", 7.505), ("phi3_mini", 3.722)])
 def test_matrix_weights_are_the_published_counts(tmp_path: Path, name: str, billion: float) -> None:
-    cost = cost_of(name, tmp_path)
-    assert cost.flops(1, 0.0) / 6e9 == pytest.approx(billion, abs=5e-4)
+    shape = shape_of(name, tmp_path)
+    assert shape.training_flops(1, 0.0) / 6e9 == pytest.approx(billion, abs=5e-4)
 
 
 def test_causal_attention_by_brute_force(tmp_path: Path) -> None:
     """Two products per layer and attended pair of positions, forward and twice that backward."""
-    cost = cost_of("llama3_8b", tmp_path)
+    shape = shape_of("llama3_8b", tmp_path)
     lengths = (5, 2, 9)
     # The convention's causal half is d * d / 2 pairs; the diagonal's other half is left out.
     pairs = sum(sum(i + 1 for i in range(d)) - d / 2 for d in lengths)
-    found = cost.flops(16, sum(d * d for d in lengths)) - cost.flops(16, 0.0)
+    found = shape.training_flops(16, sum(d * d for d in lengths)) - shape.training_flops(16, 0.0)
     assert found == pytest.approx(3 * 32 * 2 * (2 * 4096) * pairs)
 
 
 def test_utilisation_of_the_paper_run(tmp_path: Path) -> None:
     """LLaMA3-8B at 803.8 tokens/s on an A100, 70 % long segments, the rest in documents of 4,096: 118.1 GFLOP a token."""
-    cost = cost_of("llama3_8b", tmp_path)
-    long_share = cost.flops(TARGET, TARGET**2)
-    short_share = cost.flops(TARGET, TARGET * 4096)
+    shape = shape_of("llama3_8b", tmp_path)
+    long_share = shape.training_flops(TARGET, TARGET**2)
+    short_share = shape.training_flops(TARGET, TARGET * 4096)
     per_token = (0.7 * long_share + 0.3 * short_share) / TARGET
     assert per_token == pytest.approx(118.1e9, rel=1e-3)
     assert per_token * 803.8 / 312e12 == pytest.approx(0.304, abs=5e-4)
@@ -71,7 +72,7 @@ def metrics(tmp_path: Path, found: StepReport, peak: float | None) -> dict[str, 
     return step_metrics(
         found,
         processes,
-        cost_of("phi3_mini", tmp_path),
+        shape_of("phi3_mini", tmp_path),
         learning_rate=1e-3,
         step_tokens=16,
         tokens=32,
@@ -91,7 +92,7 @@ def test_every_metric_of_the_design(tmp_path: Path) -> None:
     found = metrics(tmp_path, report(), 312.0)
     assert set(found) == DESIGN_NAMES | {"train/skipped_steps"}
     assert found["perf/tokens_per_second_per_gpu"] == 16 / 4 / 0.5
-    expected = cost_of("phi3_mini", tmp_path).flops(16, 64.0) / 0.5 / (4 * 312e12)
+    expected = shape_of("phi3_mini", tmp_path).flops(16, 64.0) / 0.5 / (4 * 312e12)
     assert found["perf/mfu"] == pytest.approx(expected)
 
 
