@@ -106,7 +106,9 @@ def measure(
     for window in Window:
         seconds, memory = _passes(model, size, window, kernel.kernel, device, rounds)
         span = size.segment_tokens if window is Window.LONG else size.document_tokens
-        flops = shape.training_flops(size.local_tokens, float(size.segment_tokens) * span / size.sequence)
+        flops = shape.training_flops(
+            size.local_tokens, float(size.segment_tokens) * span / size.sequence
+        )
         found["windows"][window.value] = {
             "seconds": seconds,
             "tokens_per_second": size.local_tokens / seconds,

@@ -253,7 +253,7 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
 
 
 def load_to_run(folder: Path, factors: RescaleFactors) -> WindowedModel:
-    """``load_windowed_model`` for everything but training: ``device_and_dtype``, evaluation mode."""
+    """``load_windowed_model`` for all but training: ``device_and_dtype``, evaluation mode."""
     device, dtype = device_and_dtype()
     return load_windowed_model(folder, factors, device=device, dtype=dtype).eval()
 

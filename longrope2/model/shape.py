@@ -60,14 +60,13 @@ def read_raw_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text: {error}; give the model's own") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}; give the model's own") from None
+    except (OSError, ValueError) as error:
+        kind = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ArtifactError(
+            f"{path} cannot be read as a Hugging Face config: {kind}{error}"
+        ) from None
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds no JSON object, as a Hugging Face config must")
+        raise ArtifactError(f"{path} is not a Hugging Face config: it holds no JSON object")
     faults = [
         f"{key}={json.dumps(config[key])[:80]} must be {words}"
         for key, (words, is_allowed) in _ALLOWED.items()
@@ -92,7 +91,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
     config = read_raw_config(path)
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if model_type is None or model_type not in CONFIG_MAPPING:
         return config
     defaults = getattr(CONFIG_MAPPING[model_type](), "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in defaults.values()):

@@ -1,1 +1,1 @@
-"""What a training takes before it is started: FLOPs, memory, time, and the best way to lay it out."""
+"""What a training takes, before it is started: memory, time, and the best layout."""

@@ -1,5 +1,4 @@
-"""GPUs and clusters as the planner sees them: peaks from data sheets, and the rates it expects to
-be sustained.
+"""GPUs and machines as the planner sees them: data sheets, and rates expected to be sustained.
 
 The kernel-efficiency model: matrix products run at ``gemm_tflops``, attention kernels at
 ``attention_tflops`` (of the FLOPs they really execute), everything elementwise at
@@ -20,15 +19,16 @@ from longrope2.errors import ConfigError
 # Dense bf16 peak by what the device's name contains, the first match counts; from NVIDIA's data
 # sheets.
 PEAK_BF16_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "H800": 989.0, "H20": 148.0,
-    "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0,
-    "L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71.2,
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0,
+    "H800": 989.0, "H20": 148.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7,
+    "A30": 165.0, "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+    "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71.2,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. Rates are sustained ones; bandwidths are data-sheet values, one direction for links."""
+    """A kind of GPU: sustained rates; bandwidths from data sheets, one direction for links."""
 
     memory_gib: float
     peak_tflops: float
@@ -48,7 +48,7 @@ GPUS = {
 
 @dataclass
 class HardwareConfig:
-    """A cluster. What is null comes from the table of GPU kinds."""
+    """The GPUs of a run. What is null comes from the table of GPU kinds."""
 
     gpu: str = MISSING
     """Kind of GPU: A100, H100 or H200."""
@@ -65,7 +65,7 @@ class HardwareConfig:
     memory_gib: float | None = None
     """Memory of one GPU, GiB."""
     usable_memory: float = 0.92
-    """Share of the memory a plan may fill; the rest is for the CUDA context, NCCL and
+    """Share of the memory a layout may fill; the rest is for the CUDA context, NCCL and
     fragmentation."""
     gemm_tflops: float | None = None
     """Sustained TFLOP/s of matrix products."""
@@ -79,7 +79,7 @@ class HardwareConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster with every number known; rates per second and GPU in FLOPs and bytes."""
+    """The GPUs of a run, every number known; rates per second and GPU in FLOPs and bytes."""
 
     name: str
     num_gpus: int
@@ -93,20 +93,15 @@ class Machine:
     network_bytes: float
     host_link_bytes: float
 
-    @property
-    def num_nodes(self) -> int:
-        """Nodes, the last one possibly not full."""
-        return -(-self.num_gpus // self.gpus_per_node)
-
 
 def find_gpu(device_name: str) -> str | None:
-    """Key of ``GPUS`` for a device name as CUDA gives it; None for a GPU without rates (an RTX A1000 is no A100)."""
+    """Key of ``GPUS`` for a device name as CUDA gives it; None for a GPU without rates."""
+    # An RTX A1000 is no A100.
     return next((kind for kind in GPUS if re.search(rf"\b{kind}\b", device_name)), None)
 
 
 def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine:
-    """The cluster a configuration describes, with ``num_gpus`` GPUs instead of its own number if
-    given.
+    """The machine a configuration describes; ``num_gpus`` stands for its own number if given.
 
     Raises:
         ConfigError: an unknown GPU, or values out of range; all faults together.
@@ -132,24 +127,20 @@ def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine
 
 
 def _faults(config: HardwareConfig) -> list[str]:
-    """Values that describe no cluster."""
+    """Values that describe no machine."""
+    above_zero = ("network_gb_per_second", "host_link_gb_per_second", "memory_gib", "gemm_tflops",
+                  "attention_tflops")  # fmt: skip
+    shares = ("usable_memory", "memory_efficiency", "link_efficiency")
+    rules = {
+        **dict.fromkeys(("num_gpus", "gpus_per_node"), ("at least 1", lambda n: n >= 1)),
+        **dict.fromkeys(above_zero, ("above 0", lambda n: n is None or n > 0)),
+        **dict.fromkeys(shares, ("above 0 and at most 1", lambda n: 0 < n <= 1)),
+    }
     faults = []
     if config.gpu not in GPUS:
         faults.append(f"hardware.gpu={config.gpu} is not known; use one of {', '.join(GPUS)}")
-    for name in ("num_gpus", "gpus_per_node"):
-        if getattr(config, name) < 1:
-            faults.append(f"hardware.{name}={getattr(config, name)} must be at least 1")
-    for name in (
-        "network_gb_per_second",
-        "host_link_gb_per_second",
-        "memory_gib",
-        "gemm_tflops",
-        "attention_tflops",
-    ):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            faults.append(f"hardware.{name}={value} must be above 0")
-    for name in ("usable_memory", "memory_efficiency", "link_efficiency"):
-        if not 0 < getattr(config, name) <= 1:
-            faults.append(f"hardware.{name}={getattr(config, name)} must be above 0 and at most 1")
-    return faults
+    return faults + [
+        f"hardware.{name}={getattr(config, name)} must be {allowed}"
+        for name, (allowed, is_allowed) in rules.items()
+        if not is_allowed(getattr(config, name))
+    ]

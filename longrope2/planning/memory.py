@@ -1,8 +1,9 @@
-"""Memory of one process by part, from the architecture and the layout alone.
+"""One way to run a training on many processes, and what each of them then holds in memory.
 
-Written down from what this project's training keeps: DeepSpeed ZeRO-3, transformers' Llama layers
-(no fused MLP; norms fused or as they are), a flash-like attention kernel, the chunked loss of
-``longrope2.model``. Three moments can be the highest, and the prediction is the highest of them:
+From the architecture and the layout alone: what this project's training keeps under DeepSpeed
+ZeRO-3, with transformers' Llama layers (no fused MLP; norms fused or as they are), a flash-like
+attention kernel and the chunked loss of ``longrope2.model``. Three moments can be the highest, and
+the prediction is the highest of them:
 
 - *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is
   summed up in float32;
@@ -14,10 +15,7 @@ Not in it: the CUDA context, NCCL and fragmentation (``hardware.usable_memory`` 
 them), loading (every process holds the whole model for a moment before it is sharded), and float32
 tables of cosines.
 
-Symbols: H hidden size, Q and K widths of queries and of keys, F width of the MLP, V vocabulary, T
-local tokens, b bytes of the compute format.
-
-One way to run a training on a number of processes: what the planner chooses between.
+Symbols: H hidden size, b bytes of a number in the compute format.
 """
 
 from dataclasses import dataclass
@@ -50,7 +48,7 @@ class ZeroBuffers:
     max_live: int = 1_000_000_000
     hpz_size: int = 1
     gradient_bytes: int = BYTES_FP32
-    """Bytes of a gradient on its way under sequence parallelism, float32 by default."""
+    """Of a gradient on its way under sequence parallelism."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Layout:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of a gradient on its way: without sequence parallelism those of the compute format."""
+        """Bytes of a gradient on its way."""
         return self.zero.gradient_bytes if self.sequence > 1 else self.compute_bytes
 
     def local_tokens(self, workload: Workload) -> int:
@@ -92,7 +90,7 @@ class Layout:
         return self.micro_batch * workload.target_len // self.sequence
 
     def kv_width(self, shape: ModelShape) -> int:
-        """Width of the exchanged keys, and of the values: repeated where there are fewer heads than processes."""
+        """Width of the exchanged keys: repeated where there are fewer heads than processes."""
         return max(shape.num_kv_heads, self.sequence) * shape.head_dim
 
     def micro_steps(self, workload: Workload) -> float:
@@ -101,7 +99,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryUse:
     """Bytes of one process by part; ``peak`` is the highest moment."""
 
     states: float
@@ -134,13 +132,12 @@ class MemoryPlan:
     @property
     def moments(self) -> dict[str, float]:
         """Bytes at each moment that can be the highest."""
-        kept = (
-            self.states + self.communication + self.checkpoints + self.activations + self.attention
-        )
+        always = self.states + self.communication
+        kept = always + self.checkpoints + self.activations + self.attention
         return {
             "loss": kept + self.head + self.logits,
             "layer": kept + self.layer + self.gathered,
-            "update": self.states + self.communication + self.update,
+            "update": always + self.update,
         }
 
     @property
@@ -154,31 +151,36 @@ class MemoryPlan:
         return max(self.moments.values())
 
 
-def plan_memory(shape: ModelShape, workload: Workload, layout: Layout) -> MemoryPlan:
+def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> MemoryUse:
     """Memory of one process under ZeRO-3."""
     b, tokens, world = layout.compute_bytes, layout.local_tokens(workload), layout.num_processes
-    recompute = layout.recompute
+    zero, recompute, on_gpu = layout.zero, layout.recompute, 0 if layout.offload else 1
     shard = shape.parameters / world
+    # Weight; in float32 the sum of gradients, the master weight, two moments.
+    state_bytes = b + 4 * BYTES_FP32
+    # hpZ: the weights once more, sharded inside a group.
+    second_copy = b * shape.parameters / zero.hpz_size if zero.hpz_size > 1 else 0.0
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
+    attention = attention_bytes_per_token(shape, layout) * tokens
+    kept_attention = attention if recompute is RecomputePolicy.dense else 0.0
+    # At the MLP's product: gradients of both branches, of the layer's output, of the residual.
+    layer = b * (2 * shape.mlp + 2 * shape.hidden) * tokens
     keeps_inputs = recompute is not RecomputePolicy.none
-    kept_attention = (
-        attention_bytes_per_token(shape, layout) * tokens
-        if recompute is RecomputePolicy.dense
-        else 0.0
-    )
-    on_gpu = 0 if layout.offload else 1
-    bucket = layout.zero.reduce_bucket * layout.gradient_bytes
-    filled = min(layout.zero.reduce_bucket, shape.parameters) * layout.gradient_bytes
-    return MemoryPlan(
-        states=_state_bytes(layout) * shard + _second_copy_bytes(shape, layout),
+    if keeps_inputs:
+        layer += saved_layer - on_gpu * kept_attention
+    # Gathered, its float32 gradient, that one's copy in the compute format.
+    head_weights = (b + BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
+    bucket = zero.reduce_bucket * layout.gradient_bytes
+    filled = min(zero.reduce_bucket, shape.parameters) * layout.gradient_bytes
+    return MemoryUse(
+        states=state_bytes * shard + second_copy,
         checkpoints=on_gpu * shape.num_layers * shape.hidden * b * tokens if keeps_inputs else 0.0,
         activations=0.0 if keeps_inputs else shape.num_layers * saved_layer,
         attention=on_gpu * shape.num_layers * kept_attention,
-        layer=(saved_layer - on_gpu * kept_attention if keeps_inputs else 0.0)
-        + _backward_bytes_per_token(shape, layout) * tokens,
-        head=_head_bytes(shape, layout, tokens),
+        layer=layer,
+        head=head_weights + 2 * b * shape.hidden * tokens,
         logits=LOGITS_COPIES * min(LOSS_CHUNK_TOKENS, tokens) * shape.vocabulary * BYTES_FP32,
-        gathered=b * min(shape.parameters, layout.zero.max_live) + b * shape.hidden * shape.mlp,
+        gathered=b * min(shape.parameters, zero.max_live) + b * shape.hidden * shape.mlp,
         communication=bucket + (filled if world > 1 else 0.0),
         update=BYTES_FP32 * min(shard, SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
     )
@@ -197,7 +199,7 @@ def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 
 
 def attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Queries, keys, values, output and the log-sum of every head; the output twice where heads are exchanged."""
+    """Queries, keys, values, the log-sum of every head, and the output: twice if exchanged."""
     outputs = 2 if layout.sequence > 1 else 1
     widths = (1 + outputs) * shape.query_width + 2 * layout.kv_width(shape)
     return layout.compute_bytes * widths + BYTES_FP32 * shape.num_heads
@@ -206,26 +208,3 @@ def attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 def load_bytes(shape: ModelShape, layout: Layout) -> float:
     """What a process holds at start, before the model is sharded."""
     return layout.compute_bytes * shape.parameters
-
-
-def _state_bytes(layout: Layout) -> int:
-    """Bytes a parameter under ZeRO-3: weight; in float32 the sum of gradients, the master weight, two moments."""
-    return layout.compute_bytes + 4 * BYTES_FP32
-
-
-def _second_copy_bytes(shape: ModelShape, layout: Layout) -> float:
-    """hpZ: the weights once more, sharded inside a group."""
-    hpz = layout.zero.hpz_size
-    return layout.compute_bytes * shape.parameters / hpz if hpz > 1 else 0.0
-
-
-def _backward_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Gradients of activations at the MLP's product: of both branches, of the layer's output and of the residual."""
-    return layout.compute_bytes * (2 * shape.mlp + 2 * shape.hidden)
-
-
-def _head_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
-    """Gathered LM head, float32 gradient, its copy in the compute format; hidden states and their gradient."""
-    b = layout.compute_bytes
-    weights = (b + BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
-    return weights + 2 * b * shape.hidden * tokens

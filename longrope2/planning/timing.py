@@ -1,5 +1,4 @@
-"""Time of a training step by part, from a stated kernel-efficiency model, and what follows: hours,
-tokens/s/GPU, MFU.
+"""Time of a training by part, from a stated kernel-efficiency model: hours, tokens/s/GPU, MFU.
 
 A micro-step of one window kind takes
 
@@ -22,10 +21,7 @@ A micro-step of one window kind takes
   hidden behind the computing as far as that lasts.
 
 An optimizer step is its micro-steps and one update. Not in it: reading segments (ahead, in a
-thread), checkpoints, uneven documents.
-
-What the stages around the training cost: forward passes only, at the rates of the kernel-efficiency
-model.
+thread), checkpoints, uneven documents. The stages around the training cost forward passes only.
 """
 
 from collections.abc import Iterable
@@ -33,7 +29,7 @@ from dataclasses import dataclass, replace
 
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import Machine
-from longrope2.planning.memory import Layout, RecomputePolicy, plan_memory
+from longrope2.planning.memory import Layout, RecomputePolicy, predict_memory
 from longrope2.rope.factors import Window
 
 ATTENTION_BACKWARD = 2.5
@@ -90,52 +86,50 @@ class RunTime:
         return self.hours * self.num_gpus
 
 
-def plan_time(shape: ModelShape, workload: Workload, layout: Layout, machine: Machine) -> RunTime:
+def predict_time(
+    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine
+) -> RunTime:
     """Time of a run on ``layout.num_processes`` GPUs of a machine."""
-    micro = {window: plan_micro_step(shape, workload, layout, machine, window) for window in Window}
-    num_micro_steps = layout.micro_steps(workload)
+    micro = {w: predict_micro_step(shape, workload, layout, machine, window=w) for w in Window}
+    num_micro_steps, share = layout.micro_steps(workload), workload.share
     update = UPDATE_BYTES * shape.parameters / layout.num_processes / machine.memory_bytes
-    step = num_micro_steps * sum(workload.share(w) * micro[w].total for w in Window) + update
-    floor = num_micro_steps * sum(
-        workload.share(w) * (micro[w].products + micro[w].attention) for w in Window
-    )
+    step = num_micro_steps * sum(share(w) * micro[w].total for w in Window) + update
+    floor = sum(share(w) * (micro[w].products + micro[w].attention) for w in Window)
     steps = workload.total_tokens / workload.step_tokens
     rate = workload.step_tokens / step / layout.num_processes
     return RunTime(
         micro_steps=micro,
         step_seconds=step,
         hours=steps * step / SECONDS_PER_HOUR,
-        floor_hours=steps * floor / SECONDS_PER_HOUR,
+        floor_hours=steps * (num_micro_steps * floor) / SECONDS_PER_HOUR,
         tokens_per_second_per_gpu=rate,
         mfu=rate * workload.mean_model_flops(shape) / machine.peak_flops,
         num_gpus=layout.num_processes,
     )
 
 
-def plan_micro_step(
-    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine, window: Window
+def predict_micro_step(
+    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine, *, window: Window
 ) -> MicroStepTime:
     """Time of one micro-step of a window kind."""
     tokens, recompute = layout.local_tokens(workload), layout.recompute
-    recomputes = recompute is not RecomputePolicy.none
-    product_passes = 4 if recomputes else 3
+    passes = 3 if recompute is RecomputePolicy.none else 4
     attention_passes = 1 + ATTENTION_BACKWARD + (1 if recompute is RecomputePolicy.full else 0)
     forward_attention = shape.attention_flops(workload.attended_len(window))
-    elementwise = _elementwise_bytes_per_token(shape, layout) * (4 if recomputes else 3)
+    elementwise = _elementwise_bytes_per_token(shape, layout) * passes
+    exchange = _exchange_seconds(shape, workload, layout, machine)
     return MicroStepTime(
-        products=product_passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
+        products=passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
         attention=attention_passes * forward_attention * tokens / machine.attention_flops,
         elementwise=elementwise * tokens / machine.memory_bytes,
-        exchange=_exchange_seconds(shape, workload, layout, machine)
-        if window is Window.LONG
-        else 0.0,
+        exchange=exchange if window is Window.LONG else 0.0,
         offload=_offload_seconds(shape, workload, layout, machine),
         gathers=_gather_seconds(shape, layout, machine),
     )
 
 
 def exchange_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
-    """Bytes a process sends in one forward pass of a long segment: q, k and v there, the output back, all layers."""
+    """Bytes a process sends in the forward pass of a long segment: q, k, v there, output back."""
     if layout.sequence == 1:
         return 0.0
     widths = 2 * shape.query_width + 2 * layout.kv_width(shape)
@@ -144,12 +138,11 @@ def exchange_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> flo
 
 
 def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
-    """Bytes of one micro-step's gathers of the whole model (forward and backward), and of its reduced gradients."""
+    """Bytes of a micro-step's gathers (forward and backward), and of its reduced gradients."""
     if layout.num_processes == 1:
         return 0.0, 0.0
-    return 2.0 * layout.compute_bytes * shape.parameters, float(
-        layout.gradient_bytes * shape.parameters
-    )
+    gradients = float(layout.gradient_bytes * shape.parameters)
+    return 2.0 * layout.compute_bytes * shape.parameters, gradients
 
 
 def _exchange_seconds(
@@ -175,12 +168,12 @@ def _offload_seconds(
     """What is kept in CPU memory, there and back."""
     if not layout.offload:
         return 0.0
-    memory = plan_memory(shape, workload, replace(layout, offload=False))
+    memory = predict_memory(shape, workload, replace(layout, offload=False))
     return 2 * (memory.checkpoints + memory.attention) / machine.host_link_bytes
 
 
 def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> float:
-    """Inside a node over its links; between nodes each node receives what it lacks over all its adapters at once."""
+    """Inside a node over its links; a node gets what it lacks over all its adapters at once."""
     weights, gradients = gather_bytes(shape, layout)
     processes, in_node = layout.num_processes, min(layout.num_processes, machine.gpus_per_node)
     inside = (in_node - 1) / in_node / machine.node_link_bytes
@@ -194,12 +187,11 @@ def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> floa
 
 
 def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Bytes that a forward pass's elementwise kernels read and write, all layers, as transformers
-    computes them.
+    """Bytes that a forward pass's elementwise kernels read and write in all layers.
 
-    A norm reads and writes 36H bytes in bf16 (to float32, square, mean, scale, back, weight), a
-    fused one 2bH, two of them; two residual sums 6bH; rotary 9b per channel of queries and keys;
-    the MLP's activation and product 5bF.
+    As transformers computes them, with F the width of the MLP: a norm reads and writes 36H bytes in
+    bf16 (to float32, square, mean, scale, back, weight), a fused one 2bH, two of them; two residual
+    sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
     """
     b = layout.compute_bytes
     norm = 2 * b if layout.fused_norms else 5 * b + 26 if layout.bf16 else 24
@@ -211,18 +203,18 @@ def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 def forward_hours(
     shape: ModelShape, machine: Machine, samples: Iterable[tuple[int, float]]
 ) -> float:
-    """Hours of forward passes spread evenly over all GPUs; loading and elementwise kernels are not
-    in it.
+    """Hours of forward passes spread evenly over all GPUs.
+
+    Loading, elementwise kernels and the LM head (which gets a few positions) are not in it.
 
     Args:
-        shape: The model; the LM head is left out, which the search and the evaluation give a few
-            positions only.
-        machine: The cluster.
+        shape: The model.
+        machine: The GPUs.
         samples: Length in tokens and number of samples of that length.
     """
     seconds = 0.0
+    products = 2.0 * shape.num_layers * shape.layer_parameters / machine.gemm_flops
     for length, number in samples:
-        products = 2.0 * shape.num_layers * shape.layer_parameters / machine.gemm_flops
         attention = shape.attention_flops(length) / machine.attention_flops
         seconds += number * length * (products + attention)
     return seconds / machine.num_gpus / SECONDS_PER_HOUR

@@ -21,8 +21,14 @@ from longrope2.planning.hardware import (
     find_gpu,
     make_machine,
 )
-from longrope2.planning.memory import Layout, MemoryPlan, RecomputePolicy, ZeroBuffers, plan_memory
-from longrope2.planning.timing import plan_time
+from longrope2.planning.memory import (
+    Layout,
+    MemoryUse,
+    RecomputePolicy,
+    ZeroBuffers,
+    predict_memory,
+)
+from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
 from longrope2.training.config import CommunicationType, TrainRoot, ZeroConfig, compute_dtype
 from longrope2.training.step import StepReport
@@ -47,7 +53,7 @@ class Forecast:
     shape: ModelShape
     workload: Workload
     layout: Layout
-    memory: MemoryPlan | None
+    memory: MemoryUse | None
     """None without ZeRO-3, whose memory is the one that is modelled."""
     machine: Machine | None
     """None on hardware without known rates."""
@@ -68,7 +74,7 @@ class Forecast:
         if self.machine is None:
             words.append("time unknown: no rates for this device")
         else:
-            time = plan_time(self.shape, work, self.layout, self.machine)
+            time = predict_time(self.shape, work, self.layout, self.machine)
             words.append(f"{time.step_seconds:.3g} s a step on {self.machine.name}")
             words.append(f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU")
             words += [f"{time.hours:.3g} h in all"] if work.total_tokens else []
@@ -87,7 +93,7 @@ class Forecast:
         seen = replace(
             work, long_share=num_long / work.segments_per_step, short_document_tokens=documents
         )
-        return plan_time(self.shape, seen, self.layout, self.machine).step_seconds
+        return predict_time(self.shape, seen, self.layout, self.machine).step_seconds
 
 
 class ForecastCheck:
@@ -168,7 +174,7 @@ def make_forecast(
         short_document_tokens=config.model.original_len / 2,
     )
     shape = ModelShape.from_folder(model_folder)
-    memory = plan_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
+    memory = predict_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
     return Forecast(
         shape, workload, layout, memory, _machine(place, world_size) if layout.bf16 else None
     )

@@ -66,7 +66,9 @@ def step_metrics(
         "perf/memory_peak_gib": memory_peak_gib(processes.device),
     }
     if peak_tflops is not None:
-        flops_per_second = shape.training_flops(step_tokens, report.squared_lengths) / report.seconds
+        flops_per_second = (
+            shape.training_flops(step_tokens, report.squared_lengths) / report.seconds
+        )
         metrics["perf/mfu"] = flops_per_second / (num_devices * peak_tflops * 1e12)
     for window in Window:
         if report.targets_by_window[window]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longrope2.model.shape import ModelShape, Workload
-from longrope2.planning.memory import Layout, RecomputePolicy, ZeroBuffers, plan_memory
+from longrope2.planning.memory import Layout, RecomputePolicy, ZeroBuffers, predict_memory
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 # recompute:sequence:tokens:kind:norm, on two processes.
@@ -71,4 +71,4 @@ def test_prediction_within_15_percent_of_the_measured_peak(
         fused_norms=norm == "torch",
     )
     workload = Workload(length, length, length, 1.0 if kind == "L" else 0.0, 512)
-    assert plan_memory(SHAPE, workload, layout).peak == pytest.approx(peaks[case], rel=0.15)
+    assert predict_memory(SHAPE, workload, layout).peak == pytest.approx(peaks[case], rel=0.15)

@@ -256,12 +256,15 @@ def test_two_files_of_one_name(settings: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"model_type": "gpt2"}, "model.path=.*: the Hugging Face config has no rope_theta"),
+        (
+            {**LLAMA3, "model_type": "gpt2", "rope_theta": None},
+            "model.path=.*: the Hugging Face config has no rope_theta",
+        ),
         (
             {**LLAMA3, "rope_scaling": {"type": "mrope"}},
             "model.path=.*: the config's RoPE type is 'mrope'",
         ),
-        ({"model_type": "gemma3_text"}, "gemma3_text models have a RoPE per layer type"),
+        ({**LLAMA3, "model_type": "gemma3_text"}, "gemma3_text models have a RoPE per layer type"),
     ],
 )
 def test_models_that_cannot_be_read(

@@ -10,7 +10,7 @@ from longrope2.config import ModelConfig
 from longrope2.model.norms import NormKernel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.planning.hardware import HardwareConfig, make_machine
-from longrope2.planning.timing import plan_micro_step
+from longrope2.planning.timing import predict_micro_step
 from longrope2.rope.factors import Window
 from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
@@ -90,8 +90,8 @@ def test_expected_step_is_that_of_the_segments_it_had() -> None:
     forecast = llama_forecast()
     assert forecast.machine is not None
     long, short = (
-        plan_micro_step(
-            forecast.shape, forecast.workload, forecast.layout, forecast.machine, w
+        predict_micro_step(
+            forecast.shape, forecast.workload, forecast.layout, forecast.machine, window=w
         ).total
         for w in (Window.LONG, Window.SHORT)
     )

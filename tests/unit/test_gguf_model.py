@@ -115,9 +115,7 @@ def test_the_first_of_two_processes_wins(package, conversions, monkeypatch):
 
     monkeypatch.setattr(folders, "_convert", overtaken)
     folder = resolve_model_folder(PATH)
-    assert (folder / PROVENANCE_FILE).read_text() == "theirs" and not (
-        folder / "ours"
-    ).exists()
+    assert (folder / PROVENANCE_FILE).read_text() == "theirs" and not (folder / "ours").exists()
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 

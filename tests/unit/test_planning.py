@@ -29,10 +29,10 @@ from longrope2.planning.memory import (
     RecomputePolicy,
     ZeroBuffers,
     load_bytes,
-    plan_memory,
+    predict_memory,
     saved_layer_bytes_per_token,
 )
-from longrope2.planning.timing import exchange_bytes, forward_hours, gather_bytes, plan_time
+from longrope2.planning.timing import exchange_bytes, forward_hours, gather_bytes, predict_time
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -96,13 +96,13 @@ def test_utilisation_of_the_papers_runs(shape, hours, share, short, gflops, caus
 )
 def test_compute_floors(recompute: str, share: float, hours: float) -> None:
     """Products at 220 and FlashAttention-2 at 180 TFLOP/s, no communication."""
-    time = plan_time(LLAMA, with_share(share), layout(recompute), A100)
+    time = predict_time(LLAMA, with_share(share), layout(recompute), A100)
     assert time.floor_hours == pytest.approx(hours, abs=0.06)
     assert time.hours > time.floor_hours
 
 
 def test_memory_of_llama_on_64_gpus_by_part() -> None:
-    memory = plan_memory(LLAMA, MIX, layout("full"))
+    memory = predict_memory(LLAMA, MIX, layout("full"))
     float32_sums = (
         2 * LLAMA.parameters / 64
     )  # the reference counts gradients in bf16, 16 bytes a parameter
@@ -123,15 +123,15 @@ def test_memory_of_llama_on_64_gpus_by_part() -> None:
 
 
 def test_dense_recompute_keeps_all_that_attention_reads() -> None:
-    dense, full = (plan_memory(LLAMA, MIX, layout(name)) for name in ("dense", "full"))
+    dense, full = (predict_memory(LLAMA, MIX, layout(name)) for name in ("dense", "full"))
     per_token = 2 * (3 * 4096 + 2 * 1024) + 4 * 32
     assert dense.attention == 32 * 16_384 * per_token
     assert dense.layer == full.layer - 16_384 * per_token
-    assert plan_memory(LLAMA, MIX, layout("dense", offload=True)).attention == 0
+    assert predict_memory(LLAMA, MIX, layout("dense", offload=True)).attention == 0
 
 
 def test_without_recompute_nothing_fits_at_eight_ranks() -> None:
-    assert plan_memory(LLAMA, MIX, layout("none")).peak > A100.usable_bytes
+    assert predict_memory(LLAMA, MIX, layout("none")).peak > A100.usable_bytes
     # With fused norms and MLP it would be 68 GiB of activations: 4H + 2H, attention, gate, up and
     # their product.
     fused = (
@@ -154,42 +154,48 @@ def test_traffic_of_llama_on_64_gpus() -> None:
 
 def test_a_thin_network_shows_in_short_windows_only() -> None:
     thin = make_machine(HardwareConfig(gpu="A100", network_gb_per_second=25 / 8))
-    time = plan_time(LLAMA, MIX, layout(), thin)
+    time = predict_time(LLAMA, MIX, layout(), thin)
     assert time.micro_steps[Window.LONG].exposed_gathers == 0
     assert time.micro_steps[Window.SHORT].gathers > 2  # 64 GB over one adapter: more than 2 s
-    two_ways = plan_time(LLAMA, MIX, layout(zero=ZeroBuffers(hpz_size=8)), thin)
+    two_ways = predict_time(LLAMA, MIX, layout(zero=ZeroBuffers(hpz_size=8)), thin)
     assert two_ways.micro_steps[Window.SHORT].gathers < time.micro_steps[Window.SHORT].gathers
     bound = dataclasses.replace(thin, network_bytes=thin.network_bytes / 10)
-    exposed = plan_time(LLAMA, MIX, layout(), bound).micro_steps[Window.SHORT]
+    exposed = predict_time(LLAMA, MIX, layout(), bound).micro_steps[Window.SHORT]
     assert exposed.total == pytest.approx(exposed.gathers)
 
 
 def test_a_segment_over_two_nodes_exchanges_over_links_and_network_at_once() -> None:
     """By hand: 8 heads' worth of keys and values become 16 under 16 processes; 7 peers on the node, 8 beyond it."""
     to_each = 2 * 32 * 8192 * (2 * 4096 + 2 * 16 * 128) * 2 / 16
-    time = plan_time(LLAMA, MIX, layout("dense", 16), A100).micro_steps[Window.LONG]
+    time = predict_time(LLAMA, MIX, layout("dense", 16), A100).micro_steps[Window.LONG]
     assert time.exchange == pytest.approx(8 * to_each / (0.7 * 25e9))
     fast = dataclasses.replace(A100, network_bytes=A100.node_link_bytes * 2)
-    time = plan_time(LLAMA, MIX, layout("dense", 16), fast).micro_steps[Window.LONG]
+    time = predict_time(LLAMA, MIX, layout("dense", 16), fast).micro_steps[Window.LONG]
     assert time.exchange == pytest.approx(7 * to_each / (0.7 * 300e9))
 
 
 def test_fused_norms_keep_and_move_less() -> None:
     """Two norms a layer: no float32 copy of 4096 channels, and 4 bytes a channel for 36."""
     fused, plain = (layout("none", fused_norms=value) for value in (True, False))
-    saved = plan_memory(LLAMA, MIX, plain).activations - plan_memory(LLAMA, MIX, fused).activations
+    saved = (
+        predict_memory(LLAMA, MIX, plain).activations
+        - predict_memory(LLAMA, MIX, fused).activations
+    )
     assert saved == 32 * 16_384 * 2 * 4096 * 4
     times = [
-        plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].elementwise for x in (plain, fused)
+        predict_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].elementwise
+        for x in (plain, fused)
     ]
     assert times[0] - times[1] == pytest.approx(3 * 32 * 16_384 * 2 * 4096 * 32 / (0.85 * 2039e9))
 
 
 def test_offloading_costs_time_and_frees_checkpoints() -> None:
     kept, away = (layout("full", offload=offload) for offload in (False, True))
-    freed = plan_memory(LLAMA, MIX, kept).peak - plan_memory(LLAMA, MIX, away).peak
-    assert freed == plan_memory(LLAMA, MIX, kept).checkpoints
-    seconds = [plan_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].total for x in (kept, away)]
+    freed = predict_memory(LLAMA, MIX, kept).peak - predict_memory(LLAMA, MIX, away).peak
+    assert freed == predict_memory(LLAMA, MIX, kept).checkpoints
+    seconds = [
+        predict_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].total for x in (kept, away)
+    ]
     assert seconds[1] - seconds[0] == pytest.approx(2 * freed / 20e9)
 
 
@@ -325,7 +331,7 @@ def test_hardware_that_cannot_be() -> None:
 def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     """The command of the documentation, to the letter."""
     monkeypatch.setattr(
-        sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "cluster=a100_64"]
+        sys, "argv", ["launch.plan", "experiment=llama3_8b_128k", "hardware=a100_64"]
     )
     plan_main()
     text = capsys.readouterr().out
@@ -353,7 +359,7 @@ def test_command_says_that_the_configured_layout_cannot_run(monkeypatch, capsys)
         [
             "launch.plan",
             "experiment=llama3_8b_128k",
-            "cluster=a100_8",
+            "hardware=a100_8",
             "plan.lengths=[131072]",
             "plan.gpu_counts=[8]",
         ],

@@ -92,7 +92,7 @@ def test_every_metric_of_the_design(tmp_path: Path) -> None:
     found = metrics(tmp_path, report(), 312.0)
     assert set(found) == DESIGN_NAMES | {"train/skipped_steps"}
     assert found["perf/tokens_per_second_per_gpu"] == 16 / 4 / 0.5
-    expected = shape_of("phi3_mini", tmp_path).flops(16, 64.0) / 0.5 / (4 * 312e12)
+    expected = shape_of("phi3_mini", tmp_path).training_flops(16, 64.0) / 0.5 / (4 * 312e12)
     assert found["perf/mfu"] == pytest.approx(expected)
 
 

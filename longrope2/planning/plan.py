@@ -1,0 +1,381 @@
+"""The planner's result: what a training takes, put together and printed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from longrope2.model.norms import NormKernel
+from longrope2.model.shape import ModelShape, Workload
+from longrope2.planning.choice import Choice, Refusal, choose_layout, find_refusal
+from longrope2.planning.hardware import HardwareConfig, Machine, make_machine
+from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, load_bytes, predict_memory
+from longrope2.planning.timing import (
+    RunTime,
+    exchange_bytes,
+    forward_hours,
+    gather_bytes,
+    predict_time,
+)
+from longrope2.rope.factors import Window
+
+GIB, GB, GFLOP, TFLOP = 2**30, 1e9, 1e9, 1e12
+# Of the tables: a terminal that is narrower wraps them, a pipe does not.
+WIDTH = 118
+PART_WORDS = {
+    "states": "weights, gradients, master weights, two moments, sharded",
+    "checkpoints": "inputs of the layers",
+    "activations": "what all layers keep without recompute",
+    "attention": "what dense recompute keeps of attention",
+    "layer": "one layer in the backward pass",
+    "head": "LM head, its float32 gradient, hidden states",
+    "logits": "tiles of logits",
+    "gathered": "parameters gathered, largest gradient",
+    "communication": "buckets of gradients",
+    "update": "copies of the optimizer",
+}
+MOMENT_WORDS = {
+    "loss": "at the loss",
+    "layer": "in the backward pass",
+    "update": "in the update (* is the peak)",
+}
+TIME_PARTS = ("products", "attention", "elementwise", "exchange", "offload", "exposed_gathers",
+              "total")  # fmt: skip
+
+
+@dataclass
+class PlanConfig:
+    """What is assumed of the segments, and how far the tables go."""
+
+    long_share: float = 0.7
+    """Share of long segments, 0 to 1; the rest is short."""
+    short_document_tokens: float | None = None
+    """Mean length of the documents in short segments, weighted by length; null is half of
+    ``model.original_len``."""
+    micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Segments at once that are tried; the trainer runs 1."""
+    lengths: list[int] = field(default_factory=lambda: [131_072, 262_144, 524_288, 1_048_576])
+    """Targets of the cost table, tokens."""
+    gpu_counts: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256, 512])
+    """Machines of the cost table."""
+    shown_layouts: int = 8
+    """Rows of the table of layouts."""
+
+
+@dataclass(frozen=True)
+class OtherStages:
+    """Forward passes of the stages around the training."""
+
+    search_forwards: int
+    """At most, of the target length."""
+    evaluation_samples: Sequence[tuple[int, float]]
+    """Length in tokens and number of samples of that length, over all subjects."""
+    num_subjects: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed."""
+
+    name: str
+    options: PlanConfig
+    hardware: HardwareConfig
+    machine: Machine
+    shape: ModelShape
+    workload: Workload
+    norm: NormKernel
+    others: OtherStages
+    configured: Layout | None
+    """The layout that the configuration asks for; None when it asks for one process."""
+    configured_refusal: Refusal | None
+    """Why it cannot run on the machine; None when it can."""
+    choice: Choice
+    table: dict[tuple[int, int], Choice]
+    """The choice by target length and number of GPUs, with all else as it is."""
+
+
+def make_plan(
+    name: str,
+    options: PlanConfig,
+    *,
+    hardware: HardwareConfig,
+    shape: ModelShape,
+    workload: Workload,
+    norm: NormKernel,
+    zero: ZeroBuffers,
+    configured: Layout | None,
+    others: OtherStages,
+) -> Plan:
+    """Predict and choose.
+
+    Raises:
+        ConfigError: ``hardware`` describes no machine.
+    """
+    machine, fused = make_machine(hardware), norm is not NormKernel.model
+    refusal = None
+    if configured is not None:
+        configured = replace(configured, zero=zero, fused_norms=fused)
+        refusal = find_refusal(shape, workload, machine, configured)
+    table = {}
+    for length in options.lengths:
+        work = replace(workload, target_len=length)
+        for count in options.gpu_counts:
+            other = replace(machine, num_gpus=count)
+            table[length, count] = choose_layout(shape, work, other, zero, (1,), fused_norms=fused)
+    return Plan(
+        name=name,
+        options=options,
+        hardware=hardware,
+        machine=machine,
+        shape=shape,
+        workload=workload,
+        norm=norm,
+        others=others,
+        configured=configured,
+        configured_refusal=refusal,
+        choice=choose_layout(
+            shape, workload, machine, zero, options.micro_batches, fused_norms=fused
+        ),
+        table=table,
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    """Print all parts of a plan."""
+    console = Console(width=WIDTH, soft_wrap=True)
+
+    def say(*parts: list[str]) -> None:
+        console.print("\n".join(line for part in parts for line in part), highlight=False)
+
+    say(_model_lines(plan), _machine_lines(plan))
+    best, refusal = plan.choice.best, plan.configured_refusal
+    if best is None:
+        say([f"\nNo layout fits on {plan.machine.num_gpus} GPUs."])
+    else:
+        console.print(_layouts_table(plan))
+        say(_choice_lines(plan))
+        shown = {"best": best.layout}
+        is_planned = refusal is None or refusal.memory is not None
+        if is_planned and plan.configured is not None and plan.configured != best.layout:
+            shown["configured"] = plan.configured
+        console.print(_memory_table(plan, shown))
+        console.print(_time_table(plan, shown))
+        console.print(_traffic_table(plan, shown))
+    say(_refused_lines(plan.choice))
+    console.print(_cost_table(plan))
+    say(_stage_lines(plan), _closing_lines(plan))
+
+
+def _layout_words(layout: Layout) -> str:
+    """A layout in a few words."""
+    words = f"{layout.sequence} sequence x {layout.data} data, recompute {layout.recompute.value}"
+    words += ", offloaded" if layout.offload else ""
+    return words + (f", {layout.micro_batch} segments at once" if layout.micro_batch > 1 else "")
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    """Parameters, budget and FLOPs by window."""
+    shape, work = plan.shape, plan.workload
+    lines = [
+        f"model      {plan.name}: {shape.parameters / 1e9:.3f} B parameters, "
+        f"{shape.matrix_parameters / 1e9:.3f} B of them in matrices that every token meets",
+        f"training   {work.total_tokens / 1e9:g} B tokens in {work.total_steps:,} steps of "
+        f"{work.segments_per_step} segments of {work.target_len:,}; {100 * work.long_share:.0f} % "
+        f"long, short documents of {work.short_document_tokens:,.0f} tokens",
+    ]
+    for window in (Window.LONG, Window.SHORT):
+        reach = work.attended_len(window)
+        causal, whole = (shape.model_flops(reach, whole_square=w) / GFLOP for w in (False, True))
+        lines.append(
+            f"FLOPs      {window.value:<5} {causal:.1f} G a token, attention's causal half counted "
+            f"({whole:.1f} G with the whole square)"
+        )
+    mean = work.mean_model_flops(shape)
+    total = mean * work.total_tokens
+    return [*lines, f"FLOPs      mix   {mean / GFLOP:.1f} G a token, {total:.3g} in all"]
+
+
+def _machine_lines(plan: Plan) -> list[str]:
+    """The machine and the rates that are assumed of it."""
+    machine = plan.machine
+    return [
+        f"machine    {machine.num_gpus} {machine.name}, {machine.gpus_per_node} a node; "
+        f"{machine.usable_bytes / GIB:.0f} GiB of each usable "
+        f"({100 * plan.hardware.usable_memory:.0f} %)",
+        f"rates      products {machine.gemm_flops / TFLOP:.0f}, attention "
+        f"{machine.attention_flops / TFLOP:.0f} TFLOP/s; memory {machine.memory_bytes / GB:.0f}, "
+        f"node links {machine.node_link_bytes / GB:.0f}, network {machine.network_bytes / GB:.1f} "
+        "GB/s a GPU (assumed; hardware.* changes them)",
+    ]
+
+
+def _layouts_table(plan: Plan) -> Table:
+    """The fastest layouts that fit."""
+    fitting, best = plan.choice.fitting, plan.choice.best
+    shown = fitting[: plan.options.shown_layouts]
+    rows = []
+    for fit in shown:
+        layout, time = fit.layout, fit.time
+        row = [str(layout.sequence), str(layout.data)]
+        row += [layout.recompute.value + (" +cpu" if layout.offload else "")]
+        row += [str(layout.micro_batch), f"{fit.memory.peak / GIB:.1f}", f"{time.hours:.1f}"]
+        row += [f"{time.tokens_per_second_per_gpu:,.0f}", f"{100 * time.mfu:.1f}"]
+        rows.append([*row, "<- best" if fit is best else ""])
+    if best is not None and best not in shown:
+        rows.append(["...", *[""] * 8])
+    head = ["sequence", "data", "recompute", "segments", "GiB", "hours", "tok/s/GPU", "MFU %", ""]
+    return _table(f"layouts that fit: {len(fitting)}, the fastest first", head, rows)
+
+
+def _choice_lines(plan: Plan) -> list[str]:
+    """The best layout as settings."""
+    best, refusal, configured = plan.choice.best, plan.configured_refusal, plan.configured
+    assert best is not None
+    layout = best.layout
+    settings = (
+        f"parallel.processes={layout.num_processes} parallel.sequence={layout.sequence} "
+        f"training.recompute={layout.recompute.value} training.same_kind_segments={layout.data}"
+        f"{' training.offload_activations=true' if layout.offload else ''}"
+    )
+    lines = [
+        f"best       {_layout_words(layout)}: {_takes(best.time, best.memory)}",
+        f"settings   {settings}  (pack with --align {layout.sequence})",
+    ]
+    if refusal is not None:
+        lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")
+    elif configured is not None:
+        time = predict_time(plan.shape, plan.workload, configured, plan.machine)
+        memory = predict_memory(plan.shape, plan.workload, configured)
+        lines.append(f"configured {_layout_words(configured)}: {_takes(time, memory)}")
+    return lines
+
+
+def _takes(time: RunTime, memory: MemoryUse) -> str:
+    """Hours, rates and memory."""
+    return (
+        f"{time.hours:.1f} h = {time.gpu_hours:,.0f} GPU-hours, "
+        f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {100 * time.mfu:.1f} % causal MFU; "
+        f"floor of products and attention {time.floor_hours:.1f} h, {memory.peak / GIB:.1f} GiB"
+    )
+
+
+def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
+    """Memory by part."""
+    layouts = shown.values()
+    found = [predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
+    rows = [
+        [part, *(f"{memory.parts[part] / GIB:.2f}" for memory in found), words]
+        for part, words in PART_WORDS.items()
+    ]
+    for moment, words in MOMENT_WORDS.items():
+        cells = []
+        for memory in found:
+            mark = "*" if moment == memory.peak_moment else ""
+            cells.append(f"{memory.moments[moment] / GIB:.2f}{mark}")
+        rows.append([f"= {moment}", *cells, words])
+    loaded = [f"{load_bytes(plan.shape, layout) / GIB:.2f}" for layout in layouts]
+    rows.append(["whole model", *loaded, "for comparison: nothing keeps it after loading"])
+    return _table("memory of one GPU by part, GiB", ["part", *shown, ""], rows)
+
+
+def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
+    """Seconds of a micro-step by part and window."""
+    head, micro_steps, steps = ["part"], [], ["step (mix)"]
+    for name, layout in shown.items():
+        time = predict_time(plan.shape, plan.workload, layout, plan.machine)
+        for window in (Window.LONG, Window.SHORT):
+            head.append(f"{name} {window.value}")
+            micro_steps.append(time.micro_steps[window])
+        steps += [f"{time.step_seconds:.1f}", ""]
+    rows = [
+        [part.replace("_", " "), *(f"{getattr(micro, part):.2f}" for micro in micro_steps)]
+        for part in TIME_PARTS
+    ]
+    return _table("seconds of a micro-step by part", head, [*rows, steps])
+
+
+def _traffic_table(plan: Plan, shown: dict[str, Layout]) -> Table:
+    """Bytes a GPU sends and receives in a micro-step."""
+    rows = []
+    for name, layout in shown.items():
+        exchanged = exchange_bytes(plan.shape, plan.workload, layout)
+        sizes = (exchanged, *gather_bytes(plan.shape, layout))
+        rows.append([name, *(f"{size / GB:.1f}" for size in sizes)])
+    head = ["", "exchange, one long forward", "weights gathered", "gradients reduced"]
+    return _table("communication of a micro-step, GB a GPU", head, rows)
+
+
+def _refused_lines(choice: Choice) -> list[str]:
+    """What does not fit and why; the impossible ones together."""
+    one_segment = [r for r in choice.refused if r.layout.micro_batch == 1]
+    too_large = [r for r in one_segment if r.memory is not None]
+    lines = ["", "does not fit (one segment at a time):"]
+    lines += [f"  {_layout_words(r.layout)}: {r.reason}" for r in too_large] or ["  nothing"]
+    reasons = dict.fromkeys(r.reason for r in one_segment if r.memory is None)
+    return [*lines, *(["impossible:"] if reasons else []), *(f"  {reason}" for reason in reasons)]
+
+
+def _cost_table(plan: Plan) -> Table:
+    """Hours, and under them the layout, by target and number of GPUs."""
+    lengths = list(dict.fromkeys(plan.options.lengths))
+    rows = [
+        [str(count), *(_cost_cell(plan.table[length, count]) for length in lengths)]
+        for count in dict.fromkeys(plan.options.gpu_counts)
+    ]
+    title = (
+        f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence x "
+        f"data and recompute; steps of {plan.workload.step_tokens:,} tokens"
+    )
+    return _table(title, ["GPUs", *(f"{length:,}" for length in lengths)], rows)
+
+
+def _cost_cell(choice: Choice) -> str:
+    """One cell of the cost table."""
+    best, closest = choice.best, choice.closest
+    if best is not None:
+        layout, cpu = best.layout, "+cpu" if best.layout.offload else ""
+        short = f"{layout.sequence}x{layout.data} {layout.recompute.value}{cpu}"
+        return f"{best.time.hours:,.1f}  {short:>12}"
+    if closest is not None and closest.memory is not None:
+        return f"no: {closest.memory.peak / GIB:.0f} GiB"
+    return "impossible"
+
+
+def _stage_lines(plan: Plan) -> list[str]:
+    """Search and evaluation."""
+    others, gpus, target = plan.others, plan.machine.num_gpus, plan.workload.target_len
+    search = forward_hours(plan.shape, plan.machine, [(target, others.search_forwards)])
+    evaluation = forward_hours(plan.shape, plan.machine, others.evaluation_samples)
+    return [
+        "",
+        f"search     at most {others.search_forwards:,} forward passes of {target:,} tokens: "
+        f"{search:.2g} h on {gpus} GPUs = {search * gpus:.3g} GPU-hours; early termination "
+        "saves some of them",
+        f"evaluation needles and perplexity of {others.num_subjects} models: {evaluation:.2g} h on "
+        f"{gpus} GPUs = {evaluation * gpus:.3g} GPU-hours; tasks with generation are not in it",
+    ]
+
+
+def _closing_lines(plan: Plan) -> list[str]:
+    """What the figures are worth."""
+    own = plan.norm is NormKernel.model
+    return [
+        "",
+        "Memory is counted from what the training keeps; tests/distributed/test_memory.py compares "
+        "it with measured peaks.",
+        f"Norms are counted {'as transformers computes them' if own else 'in one kernel'} "
+        f"(training.norm={plan.norm.value}).",
+        "Hours follow from the rates above, which are assumptions: longrope2/planning/timing.py "
+        "says how.",
+    ]
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    """A plain table, the first column to the left."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number and name else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
