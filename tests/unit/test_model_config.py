@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,11 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_prep import pack, verification, verify
+from data_prep import verification
 from data_prep.config import PackConfig
-from launch import evaluate, export, generate, plan, search, train
-from launch.doctor import __main__ as doctor
-from longrope2.command import run_command
 from longrope2.config import compose, dump
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import Manifest, write_manifest
@@ -44,55 +42,50 @@ BROKEN = {
 }
 
 
-def _pack(folder: Path, root: Path) -> None:
-    given = ["--target", "2048", "--corpus", "sample", f"model.path={folder}", f"run.root={root}"]
-    pack.main(given)
+def _launch(folder: Path, root: Path) -> list[str]:
+    """Arguments of a command of ``launch`` on the miniature."""
+    return ["model=tiny", f"model.path={folder}", "target_len=2048", f"run.root={root}"]
 
 
-def _verify(folder: Path, root: Path) -> None:
+def _with_checkpoint(stage: str) -> Callable[[Path, Path], list[str]]:
+    """The same with a finished checkpoint of the whole model."""
+
+    def arguments(folder: Path, root: Path) -> list[str]:
+        checkpoint = Path(shutil.copytree(TINY, root / "final"))
+        geometry = RopeGeometry(CONFIG["head_dim"], CONFIG["rope_theta"], 128)
+        factors = RescaleFactors((2.0,) * geometry.num_frequencies, geometry, 2048, "pi")
+        (checkpoint / "factors.json").write_text(factors.to_json())
+        write_manifest(checkpoint, Manifest("checkpoint"))
+        return [*_launch(folder, root), f"{stage}.checkpoint={checkpoint}"]
+
+    return arguments
+
+
+def _pack(folder: Path, root: Path) -> list[str]:
+    return ["--target", "2048", "--corpus", "sample", f"model.path={folder}", f"run.root={root}"]
+
+
+def _verify(folder: Path, root: Path) -> list[str]:
     """A packed folder whose documents are to be compared with their source."""
     packed = root / "segments"
     packed.mkdir(parents=True)
     config = compose(PackConfig, "pack", ["model=tiny", f"model.path={folder}", "target_len=2048"])
     dump(config, packed / "config.yaml")
-    verify.main([str(packed)])
+    return [str(packed)]
 
 
-def _checkpoint(root: Path) -> Path:
-    """A finished one of the whole model."""
-    folder = Path(shutil.copytree(TINY, root / "final"))
-    geometry = RopeGeometry(CONFIG["head_dim"], CONFIG["rope_theta"], 128)
-    factors = RescaleFactors((2.0,) * geometry.num_frequencies, geometry, 2048, "pi")
-    (folder / "factors.json").write_text(factors.to_json())
-    write_manifest(folder, Manifest("checkpoint"))
-    return folder
-
-
-def _launch(main: Callable[[], None], *words: str, checkpoint: str = "") -> Callable:
-    """A command of ``launch`` on the miniature."""
-
-    def run(folder: Path, root: Path) -> None:
-        given = ["model=tiny", f"model.path={folder}", "target_len=2048", f"run.root={root}"]
-        given += [f"{checkpoint}.checkpoint={_checkpoint(root)}"] if checkpoint else []
-        sys.argv = ["launch", *words, *given]
-        run_command(main)
-
-    return run
-
-
-COMMANDS = {
+# Module and words of a command, and what makes its other arguments.
+COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "data_prep.pack": _pack,
     "data_prep.verify": _verify,
-    "launch.search": _launch(search.main),
-    "launch.train": _launch(train.main),
-    "launch.evaluate": _launch(evaluate.main),
-    "launch.export": _launch(export.main, checkpoint="export"),
-    "launch.generate": _launch(
-        generate.main, f"generate.prompt_file={__file__}", checkpoint="generate"
-    ),
-    "launch.plan": _launch(plan.main, "training.tokens=1000000000"),
-    "launch.doctor": _launch(doctor.main),
-    "launch.doctor rope": _launch(doctor.main, "rope"),
+    "launch.search": _launch,
+    "launch.train": _launch,
+    "launch.evaluate": _launch,
+    "launch.export": _with_checkpoint("export"),
+    f"launch.generate generate.prompt_file={__file__}": _with_checkpoint("generate"),
+    "launch.plan training.tokens=1000000000": _launch,
+    "launch.doctor": _launch,
+    "launch.doctor rope": _launch,
 }
 
 
@@ -104,11 +97,13 @@ def test_every_command_says_the_same_of_a_broken_config(
     content, words = BROKEN[fault]
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     (folder / CONFIG_FILE).write_bytes(content)
-    monkeypatch.setattr(sys, "argv", [])  # put back what the command changes
+    module, *given = command.split()
+    arguments = COMMANDS[command](folder, tmp_path / "runs")
+    monkeypatch.setattr(sys, "argv", [module, *given, *arguments])
     audit = SimpleNamespace(num_shards=1, num_segments=1, num_tokens=1, num_documents=1, pieces=[1])
     monkeypatch.setattr(verification, "verify_folder", lambda *_, **__: audit)
     with pytest.raises(SystemExit) as ended:
-        COMMANDS[command](folder, tmp_path / "runs")
+        runpy.run_module(module, run_name="__main__")
     message = capsys.readouterr().err
     assert ended.value.code == 2
     assert message.startswith(f"error: {folder / CONFIG_FILE}{words}"), message
