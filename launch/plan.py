@@ -15,10 +15,11 @@ from longrope2.config import compose, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
 from longrope2.model.folder import find_config_file
-from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
+from longrope2.model.norms import NormKernel
+from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig
-from longrope2.planning.memory import Layout, RecomputePolicy
-from longrope2.planning.plan import OtherStages, Plan, PlanConfig, make_plan, print_plan
+from longrope2.planning.memory import Layout
+from longrope2.planning.plan import Plan, PlanConfig, print_plan
 from longrope2.search.config import SearchConfig
 from longrope2.search.run import most_candidates
 from longrope2.training.config import TrainRoot
@@ -49,14 +50,12 @@ def plan_run(config: PlanRoot) -> Plan:
     """
     if faults := _faults(config):
         raise ConfigError(faults)
-    training, parallel, search, model = (
-        config.training,
-        config.parallel,
-        config.search,
-        config.model,
-    )
-    elsewhere = model.config_folder and not Path(model.path).is_dir()
-    own = None if elsewhere else find_config_file(model.path, "model.path")
+    training, parallel, model = config.training, config.parallel, config.model
+    elsewhere = model.config_folder if not Path(model.path).is_dir() else None
+    if elsewhere is None:
+        shape = ModelShape.from_file(find_config_file(model.path, "model.path"))
+    else:
+        shape = ModelShape.from_folder(Path(elsewhere))
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
@@ -64,26 +63,27 @@ def plan_run(config: PlanRoot) -> Plan:
         long_share=config.plan.long_share if training.mixed else 1.0,
         short_document_tokens=config.plan.short_document_tokens or model.original_len / 2,
     )
+    zero = zero_buffers(config.zero)
     configured = Layout(
         data=parallel.processes // parallel.sequence,
         sequence=parallel.sequence,
-        recompute=RecomputePolicy(training.recompute.value),
+        recompute=training.recompute,
         offload=training.offload_activations,
+        zero=zero,
+        fused_norms=training.norm is not NormKernel.model,
     )
-    return make_plan(
-        model.name,
-        config.plan,
+    return Plan(
+        name=model.name,
+        options=config.plan,
         hardware=config.hardware,
-        shape=ModelShape.from_file(own or Path(model.config_folder or "") / CONFIG_FILE),
+        shape=shape,
         workload=workload,
         norm=training.norm,
-        zero=zero_buffers(config.zero),
+        zero=zero,
         configured=configured if parallel.processes > 1 else None,
-        others=OtherStages(
-            search_forwards=most_candidates(search) * search.num_samples,
-            evaluation_samples=_evaluation_samples(config),
-            num_subjects=len(config.evaluation.subjects),
-        ),
+        search_forwards=most_candidates(config.search) * config.search.num_samples,
+        evaluation_samples=_evaluation_samples(config),
+        num_subjects=len(config.evaluation.subjects),
     )
 
 
@@ -101,49 +101,32 @@ def _evaluation_samples(config: PlanRoot) -> list[tuple[int, float]]:
 
 def _faults(config: PlanRoot) -> list[str]:
     """Values that describe no run, beside those the hardware checks itself."""
-    training, parallel, plan, target = (
-        config.training,
-        config.parallel,
-        config.plan,
-        config.target_len,
-    )
-    tokens, batch, documents = (
-        training.tokens,
-        training.global_batch_tokens,
-        plan.short_document_tokens,
-    )
+    training, parallel, plan = config.training, config.parallel, config.plan
+    tokens, batch, target = training.tokens, training.global_batch_tokens, config.target_len
     sequence, processes = parallel.sequence, parallel.processes
-    rules = [
-        (
-            tokens is None or tokens < batch,
-            f"training.tokens={tokens}: a plan needs a budget of at least one step of "
-            f"training.global_batch_tokens={batch} tokens",
-        ),
-        (
-            batch < 1 or batch % max(1, target),
-            f"training.global_batch_tokens={batch} must be a multiple of target_len={target}",
-        ),
-        (
-            processes < 1 or sequence < 1 or processes % sequence,
-            f"parallel.sequence={sequence} must divide parallel.processes={processes}, both above "
-            "0",
-        ),
-        (
-            parallel.zero_stage != 3,
-            f"parallel.zero_stage={parallel.zero_stage}: the planner knows stage 3 only; set it to "
-            "3 to plan",
-        ),
-        (not 0 <= plan.long_share <= 1, f"plan.long_share={plan.long_share} must be from 0 to 1"),
-        (
-            documents is not None and not 1 <= documents <= target,
-            f"plan.short_document_tokens={documents} must be from 1 to target_len, or null",
-        ),
-    ]
+    faults = target_faults(config.model, target)
+    if tokens is None or tokens < batch:
+        step = f"one step of training.global_batch_tokens={batch} tokens"
+        faults.append(f"training.tokens={tokens}: a plan needs a budget of at least {step}")
+    if batch < 1 or batch % max(1, target):
+        given = f"training.global_batch_tokens={batch}"
+        faults.append(f"{given} must be a multiple of target_len={target}")
+    if processes < 1 or sequence < 1 or processes % sequence:
+        given = f"parallel.sequence={sequence}"
+        faults.append(f"{given} must divide parallel.processes={processes}, both above 0")
+    if parallel.zero_stage != 3:
+        given = f"parallel.zero_stage={parallel.zero_stage}"
+        faults.append(f"{given}: the planner knows stage 3 only; set it to 3 to plan")
+    if not 0 <= plan.long_share <= 1:
+        faults.append(f"plan.long_share={plan.long_share} must be from 0 to 1")
+    if (documents := plan.short_document_tokens) is not None and not 1 <= documents <= target:
+        given = f"plan.short_document_tokens={documents}"
+        faults.append(f"{given} must be from 1 to target_len, or null")
     for name in ("micro_batches", "lengths", "gpu_counts"):
         values = getattr(plan, name)
-        fault = f"plan.{name}={values} must hold numbers of at least 1"
-        rules.append((not values or min(values) < 1, fault))
-    return target_faults(config.model, target) + [fault for is_broken, fault in rules if is_broken]
+        if not values or min(values) < 1:
+            faults.append(f"plan.{name}={values} must hold numbers of at least 1")
+    return faults
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from longrope2.attention.layout import build_layout
 from longrope2.model.norms import NormKernel, choose_norm, use_norm
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
+from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.training.config import Recompute
 from longrope2.training.engine import apply_recompute
 from longrope2.training.forecast import peak_tflops
 

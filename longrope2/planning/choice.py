@@ -6,13 +6,7 @@ from dataclasses import dataclass, replace
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.parallel.dims import head_faults
 from longrope2.planning.hardware import Machine
-from longrope2.planning.memory import (
-    Layout,
-    MemoryUse,
-    RecomputePolicy,
-    ZeroBuffers,
-    predict_memory,
-)
+from longrope2.planning.memory import Layout, MemoryUse, Recompute, ZeroBuffers, predict_memory
 from longrope2.planning.timing import RunTime, predict_time
 
 GIB = 2**30
@@ -101,7 +95,7 @@ def find_refusal(
     memory = predict_memory(shape, workload, layout)
     if memory.peak <= machine.usable_bytes:
         return None
-    parts = memory.parts
+    parts = vars(memory)
     largest = max(parts, key=parts.__getitem__)
     reason = (
         f"{memory.peak / GIB:.0f} GiB of {machine.usable_bytes / GIB:.0f}; "
@@ -114,8 +108,8 @@ def _layouts(num_gpus: int, micro_batches: Sequence[int]) -> Iterator[Layout]:
     """Every layout on ``num_gpus`` GPUs; only what recompute leaves can be offloaded."""
     for sequence in (n for n in range(1, num_gpus + 1) if num_gpus % n == 0):
         for micro_batch in micro_batches:
-            for recompute in RecomputePolicy:
-                for offload in (False,) if recompute is RecomputePolicy.none else (False, True):
+            for recompute in Recompute:
+                for offload in (False,) if recompute is Recompute.none else (False, True):
                     yield Layout(num_gpus // sequence, sequence, recompute, micro_batch, offload)
 
 

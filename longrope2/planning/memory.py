@@ -21,18 +21,29 @@ Symbols: H hidden size, b bytes of a number in the compute format.
 from dataclasses import dataclass
 from enum import Enum
 
+from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.model.shape import ModelShape, Workload
 
 BYTES_FP32, BYTES_BF16 = 4, 2
-# Tokens whose logits exist at once (longrope2.model.loss.CHUNK_TOKENS; a test compares).
-LOSS_CHUNK_TOKENS = 1024
 # Logits, their softmax in place of the gradient, and the product of one chunk.
 LOGITS_COPIES = 2
 SUB_GROUP_ELEMENTS = 1_000_000_000
+PART_WORDS = {
+    "states": "weights, gradients, master weights, two moments, sharded",
+    "checkpoints": "inputs of the layers",
+    "activations": "what all layers keep without recompute",
+    "attention": "what dense recompute keeps of attention",
+    "layer": "one layer in the backward pass",
+    "head": "LM head, its float32 gradient, hidden states",
+    "logits": "tiles of logits",
+    "gathered": "parameters gathered, largest gradient",
+    "communication": "buckets of gradients",
+    "update": "copies of the optimizer",
+}
 
 
-class RecomputePolicy(Enum):
-    """What the backward pass computes again; the values of ``training.recompute``."""
+class Recompute(Enum):
+    """What the backward pass computes again: ``training.recompute``."""
 
     none = "none"
     dense = "dense"
@@ -59,7 +70,7 @@ class Layout:
     """Groups that work on different segments."""
     sequence: int
     """Processes that share a segment."""
-    recompute: RecomputePolicy
+    recompute: Recompute
     micro_batch: int = 1
     """Segments that a group works on at once."""
     offload: bool = False
@@ -100,34 +111,22 @@ class Layout:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one process by part; ``peak`` is the highest moment."""
+    """Bytes of one process by part (``PART_WORDS``); ``peak`` is the highest moment.
+
+    States are 18 bytes a parameter in bf16, whose gradients add up in float32. A layer in the
+    backward pass holds what it recomputed, and gradients of its activations.
+    """
 
     states: float
-    """Sharded weights, gradients, master weights and the optimizer's two moments; 18 bytes a
-    parameter in bf16, whose gradients add up in float32."""
     checkpoints: float
-    """Inputs of the layers, kept for recompute."""
     activations: float
-    """Without recompute: what every layer keeps for its backward."""
     attention: float
-    """With ``dense`` recompute: what attention's backward reads, and its output."""
     layer: float
-    """One layer in the backward pass: what it recomputed, and gradients of its activations."""
     head: float
-    """LM head: gathered weights, their float32 gradient, hidden states and their gradient."""
     logits: float
-    """One chunk of logits."""
     gathered: float
-    """Parameters gathered from their shards, with the largest gradient on its way to the bucket."""
     communication: float
-    """Buckets in which gradients are reduced."""
     update: float
-    """Copies the optimizer makes."""
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Name and bytes of every part."""
-        return dict(vars(self))
 
     @property
     def moments(self) -> dict[str, float]:
@@ -162,10 +161,10 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     second_copy = b * shape.parameters / zero.hpz_size if zero.hpz_size > 1 else 0.0
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
     attention = attention_bytes_per_token(shape, layout) * tokens
-    kept_attention = attention if recompute is RecomputePolicy.dense else 0.0
+    kept_attention = attention if recompute is Recompute.dense else 0.0
     # At the MLP's product: gradients of both branches, of the layer's output, of the residual.
     layer = b * (2 * shape.mlp + 2 * shape.hidden) * tokens
-    keeps_inputs = recompute is not RecomputePolicy.none
+    keeps_inputs = recompute is not Recompute.none
     if keeps_inputs:
         layer += saved_layer - on_gpu * kept_attention
     # Gathered, its float32 gradient, that one's copy in the compute format.
@@ -179,7 +178,7 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
         attention=on_gpu * shape.num_layers * kept_attention,
         layer=layer,
         head=head_weights + 2 * b * shape.hidden * tokens,
-        logits=LOGITS_COPIES * min(LOSS_CHUNK_TOKENS, tokens) * shape.vocabulary * BYTES_FP32,
+        logits=LOGITS_COPIES * min(CHUNK_TOKENS, tokens) * shape.vocabulary * BYTES_FP32,
         gathered=b * min(shape.parameters, zero.max_live) + b * shape.hidden * shape.mlp,
         communication=bucket + (filled if world > 1 else 0.0),
         update=BYTES_FP32 * min(shard, SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
@@ -206,5 +205,5 @@ def attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 
 
 def load_bytes(shape: ModelShape, layout: Layout) -> float:
-    """What a process holds at start, before the model is sharded."""
+    """The whole model, which a process that does not load in shares holds at start."""
     return layout.compute_bytes * shape.parameters

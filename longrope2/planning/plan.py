@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +11,14 @@ from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.choice import Choice, Refusal, choose_layout, find_refusal
 from longrope2.planning.hardware import HardwareConfig, Machine, make_machine
-from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, load_bytes, predict_memory
+from longrope2.planning.memory import (
+    PART_WORDS,
+    Layout,
+    MemoryUse,
+    ZeroBuffers,
+    load_bytes,
+    predict_memory,
+)
 from longrope2.planning.timing import (
     RunTime,
     exchange_bytes,
@@ -23,18 +31,6 @@ from longrope2.rope.factors import Window
 GIB, GB, GFLOP, TFLOP = 2**30, 1e9, 1e9, 1e12
 # Of the tables: a terminal that is narrower wraps them, a pipe does not.
 WIDTH = 118
-PART_WORDS = {
-    "states": "weights, gradients, master weights, two moments, sharded",
-    "checkpoints": "inputs of the layers",
-    "activations": "what all layers keep without recompute",
-    "attention": "what dense recompute keeps of attention",
-    "layer": "one layer in the backward pass",
-    "head": "LM head, its float32 gradient, hidden states",
-    "logits": "tiles of logits",
-    "gathered": "parameters gathered, largest gradient",
-    "communication": "buckets of gradients",
-    "update": "copies of the optimizer",
-}
 MOMENT_WORDS = {
     "loss": "at the loss",
     "layer": "in the backward pass",
@@ -64,81 +60,55 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class OtherStages:
-    """Forward passes of the stages around the training."""
-
-    search_forwards: int
-    """At most, of the target length."""
-    evaluation_samples: Sequence[tuple[int, float]]
-    """Length in tokens and number of samples of that length, over all subjects."""
-    num_subjects: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything that is printed."""
+    """A training and a machine, and what the planner finds for them.
+
+    Raises:
+        ConfigError: ``hardware`` describes no machine (when it is first asked for).
+    """
 
     name: str
     options: PlanConfig
     hardware: HardwareConfig
-    machine: Machine
     shape: ModelShape
     workload: Workload
     norm: NormKernel
-    others: OtherStages
+    zero: ZeroBuffers
     configured: Layout | None
     """The layout that the configuration asks for; None when it asks for one process."""
-    configured_refusal: Refusal | None
-    """Why it cannot run on the machine; None when it can."""
-    choice: Choice
-    table: dict[tuple[int, int], Choice]
-    """The choice by target length and number of GPUs, with all else as it is."""
+    search_forwards: int
+    """Forward passes of a search at most, each of the target length."""
+    evaluation_samples: Sequence[tuple[int, float]]
+    """Length in tokens and number of samples of that length, over all subjects."""
+    num_subjects: int
 
+    @cached_property
+    def machine(self) -> Machine:
+        """The hardware with every number known."""
+        return make_machine(self.hardware)
 
-def make_plan(
-    name: str,
-    options: PlanConfig,
-    *,
-    hardware: HardwareConfig,
-    shape: ModelShape,
-    workload: Workload,
-    norm: NormKernel,
-    zero: ZeroBuffers,
-    configured: Layout | None,
-    others: OtherStages,
-) -> Plan:
-    """Predict and choose.
+    @cached_property
+    def choice(self) -> Choice:
+        """All layouts on this machine."""
+        return self._choice(self.machine, self.workload, self.options.micro_batches)
 
-    Raises:
-        ConfigError: ``hardware`` describes no machine.
-    """
-    machine, fused = make_machine(hardware), norm is not NormKernel.model
-    refusal = None
-    if configured is not None:
-        configured = replace(configured, zero=zero, fused_norms=fused)
-        refusal = find_refusal(shape, workload, machine, configured)
-    table = {}
-    for length in options.lengths:
-        work = replace(workload, target_len=length)
-        for count in options.gpu_counts:
-            other = replace(machine, num_gpus=count)
-            table[length, count] = choose_layout(shape, work, other, zero, (1,), fused_norms=fused)
-    return Plan(
-        name=name,
-        options=options,
-        hardware=hardware,
-        machine=machine,
-        shape=shape,
-        workload=workload,
-        norm=norm,
-        others=others,
-        configured=configured,
-        configured_refusal=refusal,
-        choice=choose_layout(
-            shape, workload, machine, zero, options.micro_batches, fused_norms=fused
-        ),
-        table=table,
-    )
+    @cached_property
+    def refusal(self) -> Refusal | None:
+        """Why the configured layout cannot run on the machine; None when it can."""
+        if self.configured is None:
+            return None
+        return find_refusal(self.shape, self.workload, self.machine, self.configured)
+
+    def choice_at(self, target_len: int, num_gpus: int) -> Choice:
+        """The choice for another target and number of GPUs, all else as it is."""
+        workload = replace(self.workload, target_len=target_len)
+        return self._choice(replace(self.machine, num_gpus=num_gpus), workload, (1,))
+
+    def _choice(self, machine: Machine, workload: Workload, micro_batches: Sequence[int]) -> Choice:
+        fused = self.norm is not NormKernel.model
+        return choose_layout(
+            self.shape, workload, machine, self.zero, micro_batches, fused_norms=fused
+        )
 
 
 def print_plan(plan: Plan) -> None:
@@ -149,7 +119,7 @@ def print_plan(plan: Plan) -> None:
         console.print("\n".join(line for part in parts for line in part), highlight=False)
 
     say(_model_lines(plan), _machine_lines(plan))
-    best, refusal = plan.choice.best, plan.configured_refusal
+    best, refusal = plan.choice.best, plan.refusal
     if best is None:
         say([f"\nNo layout fits on {plan.machine.num_gpus} GPUs."])
     else:
@@ -230,7 +200,7 @@ def _layouts_table(plan: Plan) -> Table:
 
 def _choice_lines(plan: Plan) -> list[str]:
     """The best layout as settings."""
-    best, refusal, configured = plan.choice.best, plan.configured_refusal, plan.configured
+    best, refusal, configured = plan.choice.best, plan.refusal, plan.configured
     assert best is not None
     layout = best.layout
     settings = (
@@ -265,7 +235,7 @@ def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
     layouts = shown.values()
     found = [predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
     rows = [
-        [part, *(f"{memory.parts[part] / GIB:.2f}" for memory in found), words]
+        [part, *(f"{vars(memory)[part] / GIB:.2f}" for memory in found), words]
         for part, words in PART_WORDS.items()
     ]
     for moment, words in MOMENT_WORDS.items():
@@ -320,7 +290,7 @@ def _cost_table(plan: Plan) -> Table:
     """Hours, and under them the layout, by target and number of GPUs."""
     lengths = list(dict.fromkeys(plan.options.lengths))
     rows = [
-        [str(count), *(_cost_cell(plan.table[length, count]) for length in lengths)]
+        [str(count), *(_cost_cell(plan.choice_at(length, count)) for length in lengths)]
         for count in dict.fromkeys(plan.options.gpu_counts)
     ]
     title = (
@@ -344,15 +314,15 @@ def _cost_cell(choice: Choice) -> str:
 
 def _stage_lines(plan: Plan) -> list[str]:
     """Search and evaluation."""
-    others, gpus, target = plan.others, plan.machine.num_gpus, plan.workload.target_len
-    search = forward_hours(plan.shape, plan.machine, [(target, others.search_forwards)])
-    evaluation = forward_hours(plan.shape, plan.machine, others.evaluation_samples)
+    gpus, target = plan.machine.num_gpus, plan.workload.target_len
+    search = forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
+    evaluation = forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
     return [
         "",
-        f"search     at most {others.search_forwards:,} forward passes of {target:,} tokens: "
+        f"search     at most {plan.search_forwards:,} forward passes of {target:,} tokens: "
         f"{search:.2g} h on {gpus} GPUs = {search * gpus:.3g} GPU-hours; early termination "
         "saves some of them",
-        f"evaluation needles and perplexity of {others.num_subjects} models: {evaluation:.2g} h on "
+        f"evaluation needles and perplexity of {plan.num_subjects} models: {evaluation:.2g} h on "
         f"{gpus} GPUs = {evaluation * gpus:.3g} GPU-hours; tasks with generation are not in it",
     ]
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import Machine
-from longrope2.planning.memory import Layout, RecomputePolicy, predict_memory
+from longrope2.planning.memory import Layout, Recompute, predict_memory
 from longrope2.rope.factors import Window
 
 ATTENTION_BACKWARD = 2.5
@@ -113,8 +113,8 @@ def predict_micro_step(
 ) -> MicroStepTime:
     """Time of one micro-step of a window kind."""
     tokens, recompute = layout.local_tokens(workload), layout.recompute
-    passes = 3 if recompute is RecomputePolicy.none else 4
-    attention_passes = 1 + ATTENTION_BACKWARD + (1 if recompute is RecomputePolicy.full else 0)
+    passes = 3 if recompute is Recompute.none else 4
+    attention_passes = 1 + ATTENTION_BACKWARD + (1 if recompute is Recompute.full else 0)
     forward_attention = shape.attention_flops(workload.attended_len(window))
     elementwise = _elementwise_bytes_per_token(shape, layout) * passes
     exchange = _exchange_seconds(shape, workload, layout, machine)
@@ -155,7 +155,7 @@ def _exchange_seconds(
     """
     if layout.sequence == 1:
         return 0.0
-    passes = 3 if layout.recompute is RecomputePolicy.full else 2
+    passes = 3 if layout.recompute is Recompute.full else 2
     to_each = passes * exchange_bytes(shape, workload, layout) / (layout.sequence - 1)
     on_node = min(layout.sequence, machine.gpus_per_node)
     inside, outside = to_each * (on_node - 1), to_each * (layout.sequence - on_node)

@@ -17,6 +17,7 @@ from longrope2.model.folder import resolve_model_folder
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelConfig, head_faults
+from longrope2.planning.memory import Recompute
 from longrope2.tracking.metrics import TrackingConfig
 
 
@@ -105,14 +106,6 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
-
-
-class Recompute(Enum):
-    """Which activations are computed again in the backward pass."""
-
-    none = "none"
-    dense = "dense"
-    full = "full"
 
 
 class FinalDtype(Enum):

@@ -39,9 +39,9 @@ from longrope2.model.norms import choose_norm, use_norm
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes
+from longrope2.planning.memory import Recompute
 from longrope2.training.config import (
     CommunicationType,
-    Recompute,
     TrainingConfig,
     TrainRoot,
     ZeroConfig,

@@ -21,13 +21,7 @@ from longrope2.planning.hardware import (
     find_gpu,
     make_machine,
 )
-from longrope2.planning.memory import (
-    Layout,
-    MemoryUse,
-    RecomputePolicy,
-    ZeroBuffers,
-    predict_memory,
-)
+from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
 from longrope2.training.config import CommunicationType, TrainRoot, ZeroConfig, compute_dtype
@@ -159,7 +153,7 @@ def make_forecast(
     layout = Layout(
         data=world_size // parallel.sequence,
         sequence=parallel.sequence,
-        recompute=RecomputePolicy(training.recompute.value),
+        recompute=training.recompute,
         offload=training.offload_activations,
         bf16=compute_dtype(training.precision, place) is torch.bfloat16,
         zero=zero_buffers(config.zero),

@@ -30,11 +30,12 @@ from longrope2.model.norms import NormKernel
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes
+from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training import selftest, step
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import Precision, Recompute, TrainRoot
+from longrope2.training.config import Precision, TrainRoot
 from longrope2.training.engine import RankShares, wrap_model
 from longrope2.training.selftest import check_parity
 from longrope2.training.step import StepGuard, check_agreement, fingerprints, run_step

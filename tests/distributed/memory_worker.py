@@ -22,13 +22,14 @@ from longrope2.model.norms import NormKernel, use_norm
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 from longrope2.parallel.processes import join_processes, leave_processes
+from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.segments.format import Segment
 from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import Recompute, TrainingConfig, ZeroConfig
+from longrope2.training.config import TrainingConfig, ZeroConfig
 from longrope2.training.engine import apply_recompute, deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import StepGuard, run_step

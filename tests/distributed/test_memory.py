@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longrope2.model.shape import ModelShape, Workload
-from longrope2.planning.memory import Layout, RecomputePolicy, ZeroBuffers, predict_memory
+from longrope2.planning.memory import Layout, Recompute, ZeroBuffers, predict_memory
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 # recompute:sequence:tokens:kind:norm, on two processes.
@@ -65,7 +65,7 @@ def test_prediction_within_15_percent_of_the_measured_peak(
     layout = Layout(
         PROCESSES // int(sequence),
         int(sequence),
-        RecomputePolicy(recompute),
+        Recompute(recompute),
         bf16=False,
         zero=ZeroBuffers(BUCKET_ELEMENTS),
         fused_norms=norm == "torch",

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.gpu import slice as rank_slice
 from longrope2.attention import windowed
+from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import Window
-from longrope2.training.config import Recompute
 
 
 def test_rearrangement_has_the_shapes_of_the_exchange() -> None:

@@ -10,9 +10,10 @@ from longrope2.config import ModelConfig
 from longrope2.model.norms import NormKernel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.planning.hardware import HardwareConfig, make_machine
+from longrope2.planning.memory import Recompute
 from longrope2.planning.timing import predict_micro_step
 from longrope2.rope.factors import Window
-from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
+from longrope2.training.config import Precision, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
 from longrope2.training.step import StepReport
 

@@ -18,15 +18,13 @@ from longrope2.attention.layout import build_layout
 from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.model.windowed import WindowedModel
 from longrope2.planning.choice import choose_layout, find_refusal
 from longrope2.planning.hardware import GPUS, HardwareConfig, find_gpu, make_machine
 from longrope2.planning.memory import (
-    LOSS_CHUNK_TOKENS,
     Layout,
-    RecomputePolicy,
+    Recompute,
     ZeroBuffers,
     load_bytes,
     predict_memory,
@@ -36,7 +34,6 @@ from longrope2.planning.timing import exchange_bytes, forward_hours, gather_byte
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.training.config import Recompute
 
 GIB = 2**30
 ROOT = Path(__file__).parent.parent.parent
@@ -47,7 +44,7 @@ A100 = make_machine(HardwareConfig(gpu="A100"))
 
 
 def layout(recompute: str = "full", sequence: int = 8, **fields) -> Layout:
-    return Layout(64 // sequence, sequence, RecomputePolicy(recompute), **fields)
+    return Layout(64 // sequence, sequence, Recompute(recompute), **fields)
 
 
 def with_share(share: float) -> Workload:
@@ -148,7 +145,7 @@ def test_traffic_of_llama_on_64_gpus() -> None:
         gather_bytes(LLAMA, layout(zero=ZeroBuffers(gradient_bytes=2)))
     ) / 1e9 == pytest.approx(48, abs=0.3)
     assert exchange_bytes(LLAMA, MIX, layout(sequence=1)) == 0
-    assert gather_bytes(LLAMA, Layout(1, 1, RecomputePolicy.full)) == (0, 0)
+    assert gather_bytes(LLAMA, Layout(1, 1, Recompute.full)) == (0, 0)
     assert load_bytes(LLAMA, layout()) == 2 * LLAMA.parameters
 
 
@@ -227,11 +224,6 @@ def test_flops_are_those_torch_counts() -> None:
         assert counter.get_total_flops() == expected
         causal = 512 * shape.model_flops(squares[window] / 512)
         assert expected - causal == 3 * 2 * 2 * 32 * squares[window]
-
-
-def test_the_chunk_of_the_loss_and_the_policies_are_the_trainers() -> None:
-    assert LOSS_CHUNK_TOKENS == CHUNK_TOKENS
-    assert {policy.value for policy in Recompute} == {policy.value for policy in RecomputePolicy}
 
 
 def test_best_layout_is_the_fastest_that_fits() -> None:

@@ -13,11 +13,11 @@ from longrope2.attention.layout import build_layout
 from longrope2.errors import ConfigError
 from longrope2.model.loss import IGNORED_LABEL
 from longrope2.model.windowed import WindowedModel
+from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training import engine
-from longrope2.training.config import Recompute
 from longrope2.training.engine import apply_recompute
 
 LENGTH, LAYERS = 160, 3
