@@ -70,33 +70,26 @@ def resolve_factors(
             target; names the key.
         FactorsError: a closed form that does not exist for this geometry.
     """
-    factors = _long_window_factors(rope, geometry, target_len, run_folder)
-    return factors.in_both_windows() if rope.both_windows else factors
-
-
-def _long_window_factors(
-    rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path
-) -> RescaleFactors:
-    """The factors as their source has them."""
-    path = factors_path(rope, run_folder)
+    path, method = factors_path(rope, run_folder), rope.method
     if path is None:
-        return closed_form_factors(rope.method, geometry, target_len)
-    if not path.is_file():
+        factors = closed_form_factors(method, geometry, target_len)
+    elif not path.is_file():
         raise ArtifactError(
-            f"rope.method={rope.method.value} needs a factors file, but {path} does not exist; "
+            f"rope.method={method.value} needs a factors file, but {path} does not exist; "
             "run launch.search first, or give rope.factors=FILE"
         )
-    if rope.method is RopeMethod.from_hf:
-        return _read_published(path, geometry, target_len, "rope.factors")
-    factors = _read_file(path, geometry, target_len, "rope.factors")
-    if rope.method not in CRITICAL_INDEX_METHODS:
-        return factors
-    if factors.critical_index is None:
-        raise ArtifactError(
-            f"{path} (rope.factors) has no critical_index, which rope.method={rope.method.value} "
-            "needs; give the factors.json of a finished longrope2 search"
-        )
-    return critical_index_factors(rope.method, geometry, target_len, factors.critical_index)
+    elif method is RopeMethod.from_hf:
+        factors = _read_published(path, geometry, target_len, "rope.factors")
+    else:
+        factors = _read_file(path, geometry, target_len, "rope.factors")
+    if method in CRITICAL_INDEX_METHODS:
+        if factors.critical_index is None:
+            raise ArtifactError(
+                f"{path} (rope.factors) has no critical_index, which rope.method={method.value} "
+                "needs; give the factors.json of a finished longrope2 search"
+            )
+        factors = critical_index_factors(method, geometry, target_len, factors.critical_index)
+    return factors.in_both_windows() if rope.both_windows else factors
 
 
 def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
@@ -106,11 +99,10 @@ def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) 
         given: Factors file, JSON or CSV; or a published model: folder, config.json, or hub id.
         geometry: Rotary geometry of the model.
         target_len: L in tokens.
-        key: Configuration key it was given with, for messages.
+        key: Configuration key it was given with.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or for another model or target; names the path
-            and ``key``.
+        ArtifactError: missing, damaged, or for another model or target; names path and ``key``.
     """
     path = Path(given)
     if path.suffix.lower() in (".json", ".csv") and path.name != CONFIG_FILE:

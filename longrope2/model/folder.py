@@ -44,16 +44,9 @@ _NOT_ARCHITECTURE = (
 def converted_folder(path: str) -> Path:
     """Local Hugging Face folder of the model in a packaged GGUF file, converted on first use.
 
-    Args:
-        path: ``gguf://``, the import name of an installed package, and the file's path inside it.
-
-    Returns:
-        Folder with fp32 ``*.safetensors``, config.json and tokenizer.json.
-
     Raises:
         ArtifactError: another form of ``path``, the package or the ``gguf`` reader is not
-            installed, the file is not in the package or cannot be converted, or the cache folder
-            cannot be written.
+            installed, the file is not there or cannot be converted, or the cache not be written.
     """
     file = _packaged_file(path)
     with file.open("rb") as handle:
@@ -167,12 +160,8 @@ def resolve_model_folder(path: str) -> Path:
 def find_config_file(path: str, key: str) -> Path:
     """The config.json of a model given as a file, a folder, or a hub id, and nothing else of it.
 
-    Args:
-        path: What the user gave; ``gguf://`` models are converted on first use, as everywhere.
-        key: Configuration key it was given with, for messages.
-
     Raises:
-        ArtifactError: there is no config.json, or the hub cannot be reached.
+        ArtifactError: there is none, or the hub cannot be reached; names the ``key`` of ``path``.
     """
     if path.startswith(GGUF_PREFIX):
         return converted_folder(path) / CONFIG_FILE

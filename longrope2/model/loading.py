@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.model.folder import weight_files
-from longrope2.model.norms import NormKernel, use_norm
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors
@@ -33,20 +32,14 @@ Take = Callable[[nn.Parameter], None]
 _Owners = list[tuple[nn.Module, str]]
 
 
-def fill_from_safetensors(
+def _fill_from_safetensors(
     hf: PreTrainedModel, folder: Path, dtype: torch.dtype, take: Take, *, read: bool = True
 ) -> None:
     """Read every parameter of ``hf`` (on the meta device) from the folder's safetensors files.
 
     The names in the files must be the model's own, as in any checkpoint of a dense model that
-    transformers saves.
-
-    Args:
-        hf: The model, built on the meta device.
-        folder: Model folder; with an index, only the files it names are read.
-        dtype: Number format of the parameters.
-        take: Called with each parameter when it is real.
-        read: False gives ``take`` memory without values: for ranks that get them from another.
+    transformers saves. With an index, only the files it names are read. ``read=False`` gives
+    ``take`` memory without values: for ranks that get them from another.
 
     Raises:
         ArtifactError: a file is damaged, or the files do not hold exactly the model's parameters.
@@ -78,16 +71,10 @@ def fill_from_safetensors(
 
 
 @torch.no_grad()
-def fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
+def _fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
     """Initialise every parameter of ``hf`` (on the meta device) as its class does.
 
-    The values depend on torch's random state of the CPU alone: not on ``take``, nor on the number
-    of ranks.
-
-    Args:
-        hf: The model, built on the meta device.
-        dtype: Number format of the parameters.
-        take: Called with each parameter when it is real.
+    The values depend on torch's random state of the CPU alone: not on ``take`` or the ranks.
     """
     owners_of = {id(parameter): owners for parameter, owners in _parameters_with_owners(hf)}
     for module, initialise in _modules_with_initialiser(hf, hf):
@@ -105,11 +92,7 @@ def fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
 
 
 def _where_tensors_are(folder: Path) -> dict[str, Path]:
-    """Name -> file of every tensor of a model folder.
-
-    Raises:
-        ArtifactError: no weights, or an index or file that cannot be read.
-    """
+    """Name -> file of every tensor of a model folder."""
     index = folder / _INDEX_FILE
     try:
         if index.is_file():
@@ -199,22 +182,19 @@ def load_windowed_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    norm: NormKernel = NormKernel.model,
     from_scratch: bool = False,
     take: Take | None = None,
     read: bool = True,
 ) -> WindowedModel:
-    """Load or initialise the weights; attach windowed rotary and attention, and the norm kernel.
+    """Load or initialise the weights; attach the windowed rotary and attention.
 
     Args:
         folder: Model folder.
         factors: For the long window.
         device: Where the model goes; with ``take`` that decides.
         dtype: Number format of the weights.
-        norm: The kernel that ``choose_norm`` chose.
         from_scratch: Random weights from torch's random state, the same with and without ``take``.
-        take: Gets each parameter as soon as it is real and may keep a part of it: the model is
-            never whole (ZeRO-3).
+        take: Gets each parameter as soon as it is real and may keep a part of it (ZeRO-3).
         read: With ``take``, False leaves reading the values to another rank.
 
     Raises:
@@ -235,13 +215,12 @@ def load_windowed_model(
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     model = WindowedModel(hf, factors)
-    use_norm(hf, norm)
-    if take is not None or from_scratch:
+    if hf.device.type == "meta":
         _refuse_derived_tensors(hf, folder)
         if from_scratch:
-            fill_at_random(hf, dtype, take or _keep)
+            _fill_at_random(hf, dtype, take or _keep)
         else:
-            fill_from_safetensors(hf, folder, dtype, take or _keep, read=read)
+            _fill_from_safetensors(hf, folder, dtype, take or _keep, read=read)
     return model if take else model.to(device)
 
 

@@ -5,7 +5,7 @@ kernel, ``apex`` NVIDIA's, ``torch`` torch's own fused operator, which also runs
 compute x / sqrt(mean(x^2) + eps) * weight with the mean in float32, and round differently in bf16.
 ``model`` leaves transformers' module alone. A kernel is tried on a few tokens before it is taken
 (kernel_choice.py says why). ``choose_norm`` is asked once a run: what it returns is recorded, and
-its kernel is applied (``load_windowed_model(norm=)``, ``use_norm``).
+its kernel is what ``use_norm`` applies.
 
 Shape legend: T = tokens, H = hidden size.
 """

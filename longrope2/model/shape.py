@@ -122,7 +122,7 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
-        """See ``from_file``; nothing else of the model needs to be in its folder."""
+        """``from_file`` of the folder's config.json."""
         return cls.from_file(folder / CONFIG_FILE)
 
     @classmethod

@@ -118,12 +118,14 @@ def predict_micro_step(
     forward_attention = shape.attention_flops(workload.attended_len(window))
     elementwise = _elementwise_bytes_per_token(shape, layout) * passes
     exchange = _exchange_seconds(shape, workload, layout, machine)
+    kept = predict_memory(shape, workload, replace(layout, offload=False))
+    offloaded = kept.checkpoints + kept.attention if layout.offload else 0.0
     return MicroStepTime(
         products=passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
         attention=attention_passes * forward_attention * tokens / machine.attention_flops,
         elementwise=elementwise * tokens / machine.memory_bytes,
         exchange=exchange if window is Window.LONG else 0.0,
-        offload=_offload_seconds(shape, workload, layout, machine),
+        offload=2 * offloaded / machine.host_link_bytes,
         gathers=_gather_seconds(shape, layout, machine),
     )
 
@@ -162,16 +164,6 @@ def _exchange_seconds(
     return max(inside / machine.node_link_bytes, outside / machine.network_bytes)
 
 
-def _offload_seconds(
-    shape: ModelShape, workload: Workload, layout: Layout, machine: Machine
-) -> float:
-    """What is kept in CPU memory, there and back."""
-    if not layout.offload:
-        return 0.0
-    memory = predict_memory(shape, workload, replace(layout, offload=False))
-    return 2 * (memory.checkpoints + memory.attention) / machine.host_link_bytes
-
-
 def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> float:
     """Inside a node over its links; a node gets what it lacks over all its adapters at once."""
     weights, gradients = gather_bytes(shape, layout)
@@ -206,11 +198,7 @@ def forward_hours(
     """Hours of forward passes spread evenly over all GPUs.
 
     Loading, elementwise kernels and the LM head (which gets a few positions) are not in it.
-
-    Args:
-        shape: The model.
-        machine: The GPUs.
-        samples: Length in tokens and number of samples of that length.
+    ``samples`` are lengths in tokens, each with the number of samples of that length.
     """
     seconds = 0.0
     products = 2.0 * shape.num_layers * shape.layer_parameters / machine.gemm_flops
