@@ -67,7 +67,7 @@ def greedy(model, ids, num_tokens):
 
 
 def samples_around_greedy(model, length):
-    """Values of 3 to 5 tokens: the model's own greedy continuation, for every second sample wrong in one token only."""
+    """Values of 3 to 5 tokens: the greedy continuation, of every second sample one token wrong."""
     rng = np.random.default_rng(length)
     samples = []
     for number in range(12):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M from its package: the same model and tokenizer as transformers reads from the GGUF file itself."""
+"""SmolLM2-135M from its package: the model and tokenizer that transformers reads from GGUF."""
 
 import importlib.util
 import sysconfig

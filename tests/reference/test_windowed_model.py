@@ -14,7 +14,8 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 LENGTH, ORIGINAL = 192, 32
 SIZES = {
-    "vocab_size": 71, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "vocab_size": 71, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 3,
     "num_key_value_heads": 1, "max_position_embeddings": ORIGINAL, "pad_token_id": 0,
 }  # fmt: skip
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL)
@@ -132,7 +133,7 @@ def test_loss_in_bf16_is_summed_and_scaled_in_float32() -> None:
 
 
 def test_the_heads_gradient_in_bf16_adds_up_chunks_in_float32() -> None:
-    """64 chunks: no further from float64 than rounding once, 2^-9, takes it; added up in bf16 it would be 0.8 % away."""
+    """64 chunks: as far from float64 as one rounding, 2^-9; added up in bf16 it is 0.8 %."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(65_536, 48, generator=generator).bfloat16()
     head = (0.3 * torch.randn(71, 48, generator=generator)).bfloat16().requires_grad_()

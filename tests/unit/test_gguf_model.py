@@ -1,4 +1,4 @@
-"""Models in packaged GGUF files: found without importing the package, converted once, whole or not at all."""
+"""Models in packaged GGUF files: found without an import, converted once, whole or not at all."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A model given its weights one parameter at a time is the model transformers loads or initialises."""
+"""A model given its weights one by one is the model transformers loads or initialises."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,8 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 64}  # fmt: skip
 MODELS = {
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
@@ -44,7 +45,7 @@ def factors_of(folder: Path) -> RescaleFactors:
 
 
 class KeepsNothing:
-    """Stands in for ZeRO-3: notes the values, then releases them; the model never holds two parameters at once."""
+    """Stands in for ZeRO-3: notes the values, then releases them; never two held at once."""
 
     def __init__(self) -> None:
         self.values: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Fused norms: the model's own outputs and gradients, which norms are replaced, and how a kernel is chosen."""
+"""Fused norms: the model's own outputs and gradients, what is replaced, how a kernel is chosen."""
 
 import re
 from pathlib import Path
@@ -26,10 +26,12 @@ from longrope2.training.plan import check_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+         "pad_token_id": 0}  # fmt: skip
 # Two norms a layer and one at the end; Qwen3 also norms the queries and keys of each layer.
 MODELS = [
-    (LlamaForCausalLM, LlamaConfig, 5), (MistralForCausalLM, MistralConfig, 5), (Phi3ForCausalLM, Phi3Config, 5),
+    (LlamaForCausalLM, LlamaConfig, 5), (MistralForCausalLM, MistralConfig, 5),
+    (Phi3ForCausalLM, Phi3Config, 5),
     (Qwen3ForCausalLM, Qwen3Config, 9),
 ]  # fmt: skip
 
@@ -119,7 +121,8 @@ def test_looking_for_plain_norms_draws_nothing_from_the_random_state() -> None:
 def test_forcing_an_absent_kernel_is_one_clear_error(kernel: NormKernel) -> None:
     with pytest.raises(ConfigError) as refused:
         choose_norm(kernel, CPU, torch.float32)
-    words = f"training.norm={kernel.value} cannot run here: it needs a CUDA device, this is cpu; use auto or model"
+    why = "it needs a CUDA device, this is cpu; use auto or model"
+    words = f"training.norm={kernel.value} cannot run here: {why}"
     assert refused.value.faults == (words,)
 
 
@@ -131,8 +134,8 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert norm_fault(NormKernel.apex, CUDA, torch.bfloat16) == "NVIDIA apex is not installed"
     choice = choose_norm(NormKernel.auto, CUDA, torch.bfloat16, run=False)
     assert str(choice) == (
-        "torch (auto; no liger: the liger-kernel package is not installed (pip install liger-kernel); no apex: NVIDIA "
-        "apex is not installed)"
+        "torch (auto; no liger: the liger-kernel package is not installed (pip install "
+        "liger-kernel); no apex: NVIDIA apex is not installed)"
     )
 
 

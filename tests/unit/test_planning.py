@@ -162,7 +162,7 @@ def test_a_thin_network_shows_in_short_windows_only() -> None:
 
 
 def test_a_segment_over_two_nodes_exchanges_over_links_and_network_at_once() -> None:
-    """By hand: 8 heads' worth of keys and values become 16 under 16 processes; 7 peers on the node, 8 beyond it."""
+    """By hand: 8 key/value heads become 16 under 16 processes; 7 peers on the node, 8 beyond."""
     to_each = 2 * 32 * 8192 * (2 * 4096 + 2 * 16 * 128) * 2 / 16
     time = predict_time(LLAMA, MIX, layout("dense", 16), A100).micro_steps[Window.LONG]
     assert time.exchange == pytest.approx(8 * to_each / (0.7 * 25e9))
@@ -197,7 +197,7 @@ def test_offloading_costs_time_and_frees_checkpoints() -> None:
 
 
 def test_flops_are_those_torch_counts() -> None:
-    """Both windows, forward and backward: torch counts attention's whole square, so that convention is compared."""
+    """Both windows, forward and backward; torch counts attention's whole square."""
     sizes = LlamaConfig(
         vocab_size=128,
         hidden_size=32,
@@ -334,7 +334,8 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
         "floor of products and attention 32.4 h",
         "configured 8 sequence x 8 data, recompute dense",
         "does not fit (one segment at a time):",
-        "8 sequence x 8 data, recompute none: 97 GiB of 74; the largest part is activations with 86 GiB",
+        "8 sequence x 8 data, recompute none: 97 GiB of 74; "
+        "the largest part is activations with 86 GiB",
         "at most 13,440 forward passes of 131,072 tokens",
         "needles and perplexity of 6 models",
     ):
