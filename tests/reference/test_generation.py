@@ -12,6 +12,7 @@ from longrope2.inference.generation import generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import to_hf_config
 
 ORIGINAL_LEN, TARGET_LEN = 16, 64
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
@@ -49,7 +50,7 @@ def windowed_model():
 
 @pytest.fixture(scope="module")
 def longrope_model():
-    return random_llama(**FACTORS.to_hf_config())
+    return random_llama(**to_hf_config(FACTORS))
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from longrope2.inference.cache import KvPolicy, join_caches, next_logits, prefil
 from longrope2.inference.generation import GeneratedToken, generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
+from longrope2.rope.hf_config import to_hf_config
 
 LENGTHS = (
     ORIGINAL_LEN - 2,
@@ -43,7 +44,7 @@ def model():
 @pytest.fixture(scope="module")
 def expected():
     """The new tokens of each prompt, by plain transformers."""
-    longrope_model = random_llama(**FACTORS.to_hf_config())
+    longrope_model = random_llama(**to_hf_config(FACTORS))
     return [
         generate_without_cache(longrope_model, random_ids(n), new)
         for n, new in zip(LENGTHS, NEW_TOKENS, strict=True)

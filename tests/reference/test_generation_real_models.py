@@ -21,6 +21,7 @@ from longrope2.inference.generation import generate_tokens
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.rope.factors import Window
+from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 NEW_TOKENS = 6
@@ -78,7 +79,7 @@ def test_mixed_lengths_in_chunks_equal_generation_without_cache(name, original_l
     )
     factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, original_len), target_len)
     model = load_windowed_model(folder, factors).eval()
-    config = {**json.loads((folder / "config.json").read_text()), **factors.to_hf_config()}
+    config = {**json.loads((folder / "config.json").read_text()), **to_hf_config(factors)}
     plain = AutoModelForCausalLM.from_pretrained(
         folder, config=LlamaConfig(**config), dtype=torch.float32
     ).eval()

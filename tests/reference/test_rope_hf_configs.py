@@ -18,6 +18,7 @@ from longrope2.model.loading import rope_geometry
 from longrope2.model.shape import read_model_config
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.hf_config import from_hf_config, to_hf_config
 
 LLAMA2 = {
     "model_type": "llama",
@@ -296,9 +297,7 @@ def test_tables_of_published_configs(
     if layout == "rope_parameters":
         config = new_layout(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ours = RescaleFactors.from_hf_config(
-        read_model_config(tmp_path / "config.json"), original_len, target_len
-    )
+    ours = from_hf_config(read_model_config(tmp_path / "config.json"), original_len, target_len)
     for window, seq_len in ((Window.SHORT, original_len), (Window.LONG, target_len)):
         inverse_frequencies, attention_scale = theirs(tmp_path, seq_len)
         torch.testing.assert_close(
@@ -334,7 +333,7 @@ def test_from_config_to_logits_and_back(tmp_path: Path, config: dict[str, Any]) 
     factors = RescaleFactors(
         tuple(1.0 + 0.5 * i for i in range(geometry.num_frequencies)), geometry, 192, "from_hf"
     )
-    exported = {**config, **factors.to_hf_config(head_dim=32)}
+    exported = {**config, **to_hf_config(factors, head_dim=32)}
     extended = build(tmp_path / "extended", exported)
     windowed = WindowedModel(plain, factors)
     for length, window in ((32, Window.SHORT), (33, Window.LONG), (192, Window.LONG)):
@@ -342,6 +341,6 @@ def test_from_config_to_logits_and_back(tmp_path: Path, config: dict[str, Any]) 
         with torch.no_grad():
             expected, found = extended(tokens).logits, windowed.logits(tokens, window)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-    read = RescaleFactors.from_hf_config(read_model_config(tmp_path / "extended" / "config.json"))
+    read = from_hf_config(read_model_config(tmp_path / "extended" / "config.json"))
     assert (read.factors, read.geometry, read.target_len) == (factors.factors, geometry, 192)
     assert read.long_attention_scale == read.short_attention_scale == 1.0

@@ -19,8 +19,8 @@ from longrope2.rope.methods import (
     RopeMethod,
     closed_form_factors,
     critical_index_factors,
+    first_out_of_bound,
     ntk_part,
-    satisfies_bound,
 )
 from longrope2.training.config import TrainRoot
 
@@ -277,6 +277,6 @@ def test_shipped_factors_are_what_a_search_gives() -> None:
     c = factors.critical_index
     assert c == 20
     assert factors.factors[:c] == pytest.approx(ntk_part(c, factors.factors[c]), rel=1e-12)
-    assert satisfies_bound(factors, c)
+    assert first_out_of_bound(factors, c) is None
     assert max(factors.factors) <= 2 * factors.scale
     assert factors.provenance["objective"] == "perplexity"

@@ -13,7 +13,7 @@ from longrope2.rope.frequencies import (
     ten_period_index,
     theoretical_critical_index,
 )
-from longrope2.rope.methods import ntk_part, satisfies_bound
+from longrope2.rope.methods import first_out_of_bound, ntk_part
 
 PHI3_MINI = RopeGeometry(96, 1e4, 2048)
 LLAMA3_8B = RopeGeometry(128, 5e5, 8192)
@@ -95,8 +95,8 @@ def test_bound_looks_from_the_critical_index_on() -> None:
     factors = RescaleFactors(
         factors=(1.0, 3.9, 4.0, 5.0), geometry=geometry, target_len=128, method="x"
     )
-    assert satisfies_bound(factors, 2)
-    assert not satisfies_bound(factors, 1)
+    assert first_out_of_bound(factors, 2) is None
+    assert first_out_of_bound(factors, 1) is not None
 
 
 @pytest.mark.parametrize(
