@@ -130,7 +130,6 @@ def test_what_a_workspace_needs(run) -> None:
 def test_a_missing_package_is_named(run, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(
-        ConfigError,
-        match=r"wandb-workspaces is not installed; pip install 'longrope2\[dashboards\]'",
+        ConfigError, match=r"wandb-workspaces is not installed; pip install '\.\[dashboards\]'"
     ):
         run_workspace(load_run(run), "demo", TRACKING)
