@@ -63,15 +63,8 @@ def generate_batch(
 ) -> list[list[GeneratedToken]]:
     """Continue many sequences, each with its most likely tokens.
 
-    Args:
-        model: Model with both RoPE tables; its factors say where L0 and L are.
-        prompts: Token ids of each prompt, BOS included if the model wants one; any lengths, any
-            order.
-        max_new_tokens: Upper bound on the new tokens, one for all or one per prompt.
-        stop_ids: Ids that end a sequence; the one that does is its last token.
-        prefill_chunk: Tokens of a prompt read at a time; None reads it at once.
-        kv_policy: What becomes of a cache when its sequence outgrows L0.
-        max_rows: Sequences decoded together; their caches stand in memory at the same time.
+    Options are those of ``generate_tokens``; ``max_new_tokens`` is one for all or one per prompt,
+    and ``max_rows`` sequences are decoded together: their caches stand in memory at the same time.
 
     Returns:
         New tokens of each prompt, in the order given.

@@ -49,16 +49,10 @@ def next_logits(
     positions_BT: Tensor | None = None,
     first_key_B: Tensor | None = None,
 ) -> Tensor:
-    """Read tokens into the cache.
+    """Read the tokens that follow what is cached.
 
-    Args:
-        model: Model with both RoPE tables.
-        tokens_BT: The tokens that follow what is cached.
-        cache: Grows by T.
-        window: Which RoPE reads them.
-        positions_BT: Their positions; None continues after the cached ones.
-        first_key_B: First cached key of each row that is no padding (only with T = 1); None where
-            there is none.
+    ``positions_BT`` None continues after the cached ones; ``first_key_B`` is each row's first
+    cached key that is no padding (only with T = 1), None where there is none.
 
     Returns:
         Logits after the last token of each row, [B, V], float32, on the model's device.
@@ -79,17 +73,10 @@ def next_logits(
 def prefill(
     model: WindowedModel, ids: Sequence[int], window: Window, chunk_tokens: int | None
 ) -> tuple[Tensor, DynamicCache]:
-    """Read one sequence into a fresh cache, all of it with the RoPE of ``window``.
+    """Read one sequence into a fresh cache, in the window that its whole length asks for.
 
-    Args:
-        model: Model with both RoPE tables.
-        ids: The sequence.
-        window: Decided by the length of the whole sequence, never by a chunk's.
-        chunk_tokens: Tokens read at a time, which bounds the memory of activations; None reads all
-            at once.
-
-    Returns:
-        Logits after the last token, [V], and the cache.
+    ``chunk_tokens`` are read at a time, which bounds the memory of activations; None reads all at
+    once. Returns the logits after the last token, [V], and the cache.
     """
     cache, logits_BV = DynamicCache(), torch.empty(0)
     for chunk_BT in torch.tensor([ids]).split(chunk_tokens or len(ids), dim=1):
@@ -100,8 +87,7 @@ def prefill(
 def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
     """One cache of several rows, shorter ones padded with zeros on the left; the given are emptied.
 
-    Returns:
-        The joined cache, and the index of each row's first key that is no padding, [B].
+    Also returns the index of each row's first key that is no padding, [B].
     """
     lengths = [cache.get_seq_length() for cache in caches]
     paddings = [max(lengths) - length for length in lengths]

@@ -85,7 +85,7 @@ def generate_tokens(
     prefill_chunk: int | None = None,
     kv_policy: KvPolicy = KvPolicy.reprefill,
 ) -> Iterator[GeneratedToken]:
-    """Continue one sequence, token by token.
+    """Continue one sequence, token by token; every step computes exactly one.
 
     Args:
         model: Model with both RoPE tables; its factors say where L0 and L are.
@@ -97,12 +97,8 @@ def generate_tokens(
         prefill_chunk: Tokens of the prompt read at a time; None reads it at once.
         kv_policy: What becomes of the cache when the sequence outgrows L0.
 
-    Returns:
-        Iterator over the new tokens; every step computes exactly one.
-
     Raises:
-        DataError: empty prompt, or prompt plus new tokens beyond the target length, or temperature
-            below 0.
+        DataError: a request that ``check_request`` refuses, or a temperature below 0.
     """
     target_len = model.factors.target_len
     check_request(prompt_ids, max_new_tokens, target_len, prefill_chunk, name="the prompt")
@@ -164,16 +160,8 @@ def switch_window(
 ) -> tuple[Tensor, DynamicCache]:
     """Read a sequence for the first time in the window that its length asks for.
 
-    Args:
-        model: Model with both RoPE tables.
-        ids: The whole sequence.
-        cache: All of it but the last token, as read in the short window; None at the start of a
-            generation.
-        prefill_chunk: Tokens read at a time.
-        kv_policy: Whether ``cache`` is re-rotated or dropped.
-
-    Returns:
-        Logits after the last token, [V], and the cache in this window.
+    ``cache`` holds all of it but the last token, as read in the short window; None at the start of
+    a generation. Returns the logits after the last token, [V], and the cache in this window.
     """
     window = window_for_length(len(ids), model.factors.geometry.original_len)
     if cache is None or kv_policy is KvPolicy.reprefill:

@@ -45,8 +45,7 @@ class RescaleFactors:
         geometry: Rotary geometry of the pre-trained model.
         target_len: L, target window in tokens, at least ``geometry.original_len``.
         method: How the factors were made, e.g. ``yarn`` or ``longrope2``.
-        critical_index: c, the critical dimension the factors were made with; None where the method
-            has none.
+        critical_index: c, the critical dimension they were made with; None without one.
         short_factors: lambda_i of the short window; None means all exactly 1.
         short_attention_scale: Multiplier on cos and sin in the short window.
         long_attention_scale: The same in the long window.
@@ -130,9 +129,9 @@ class RescaleFactors:
         fault = "the factors file has a missing, unknown or ill-typed field:"
         try:
             fields["geometry"] = RopeGeometry(**fields["geometry"])
-            for name in ("factors", "short_factors"):
-                if name == "factors" or fields.get(name) is not None:
-                    fields[name] = read_factor_list(fields[name], name, fault)
+            fields["factors"] = read_factor_list(fields["factors"], "factors", fault)
+            if (short := fields.get("short_factors")) is not None:
+                fields["short_factors"] = read_factor_list(short, "short_factors", fault)
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise FactorsError(f"{fault} {error}") from None
@@ -147,15 +146,11 @@ class RescaleFactors:
     ) -> "RescaleFactors":
         """Read factors as the released LongRoPE searches write them: one per line, or equal rows.
 
-        Args:
-            text: Numbers, with blank lines and one header line allowed.
-            geometry: Rotary geometry of the model they were searched for; the file does not say.
-            target_len: L in tokens they were searched for.
-            provenance: Where the file comes from.
+        Blank lines and one header line are skipped; model and target stand in no such file.
 
         Raises:
-            FactorsError: a line that is not numbers (named), factors that differ by layer, a wrong
-                count, or a bad value.
+            FactorsError: a line that is not numbers, factors that differ by layer, a wrong count,
+                or a bad value; names the line or the index.
         """
         factors = _csv_factors(text)
         return cls(factors, geometry, target_len, "from_file", provenance=provenance)

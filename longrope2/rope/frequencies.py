@@ -171,12 +171,8 @@ def yarn_ramp(
 ) -> tuple[float, ...]:
     """YaRN's ramp [arXiv 2309.00071, sec. 3.2]: 1 above ``beta_fast`` turns, s below ``beta_slow``.
 
-    Args:
-        geometry: Its original length is the one the turns are counted in.
-        scale: s, factor of full interpolation.
-        beta_fast: Turns in L0 where the ramp begins.
-        beta_slow: Turns in L0 where it ends.
-        rounded: Round both ends outward to whole indices (``truncate`` of transformers).
+    Turns are counted in the geometry's original length. ``rounded`` rounds both ends outward to
+    whole indices (``truncate`` of transformers).
     """
     low, high = _fractional_index(geometry, beta_fast), _fractional_index(geometry, beta_slow)
     if rounded:

@@ -18,7 +18,7 @@ it, depends on the length: the factors are those of the target length.
 """
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors, Window, is_number, read_factor_list
@@ -37,20 +37,16 @@ UNSCALED_TYPE = "default"
 READABLE_TYPES = (UNSCALED_TYPE, *LONGROPE_TYPES, "linear", "dynamic", "yarn", "llama3")
 ORIGINAL_LEN_KEY = "original_max_position_embeddings"
 MAX_LEN_KEY = "max_position_embeddings"
-Default = TypeVar("Default", float, None)
 
 
 def to_hf_config(factors: RescaleFactors, head_dim: int | None = None) -> dict[str, Any]:
     """Keys to merge into a config.json so that plain transformers applies these factors.
 
-    Args:
-        factors: Both windows.
-        head_dim: Channels of a head; give it where only a part of them is rotated (Phi-4-mini), so
-            that ``partial_rotary_factor`` is written too.
+    ``head_dim``, the channels of a head, is needed where only a part of them is rotated
+    (Phi-4-mini): it makes ``partial_rotary_factor``.
 
     Raises:
-        FactorsError: the attention scale of the two windows differs: Hugging Face's longrope holds
-            one only.
+        FactorsError: the attention scale of the two windows differs.
     """
     short_scale, long_scale = factors.short_attention_scale, factors.long_attention_scale
     if short_scale != long_scale:
@@ -87,11 +83,8 @@ def from_hf_config(
 ) -> RescaleFactors:
     """The factors of a config.json, of one of ``READABLE_TYPES``.
 
-    Args:
-        config: Parsed config.json.
-        original_len: L0 in tokens; None takes the config's own, which ``linear`` does not have.
-        target_len: L in tokens; None takes the config's own: ``max_position_embeddings``, or factor
-            times L0 where that is more.
+    Lengths in tokens that are None are the config's own: L0, which ``linear`` does not have, and
+    ``max_position_embeddings``, or factor times L0 where that is more.
 
     Raises:
         FactorsError: a key is missing or out of range, or the RoPE type is another one.
@@ -109,7 +102,7 @@ def from_hf_config(
         original_len = _original_len(config, scaling, rope_type)
     if target_len is None:
         target_len = _target_len(config, scaling, rope_type, original_len)
-    geometry = RopeGeometry(_rotary_dim(config, scaling), _rope_base(config, scaling), original_len)
+    geometry = config_geometry(config, original_len)
     if rope_type == UNSCALED_TYPE:
         fields: dict[str, Any] = {"factors": (1.0,) * geometry.num_frequencies}
     elif rope_type in LONGROPE_TYPES:
@@ -140,10 +133,10 @@ def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
     Raises:
         FactorsError: a key is missing or out of range, or the config holds a RoPE per layer type.
     """
-    scaling = _scaling(config)
+    keys = {**config, **_scaling(config)}
     # First: its absence says that the model has no RoPE at all.
-    rope_base = _rope_base(config, scaling)
-    return RopeGeometry(_rotary_dim(config, scaling), rope_base, original_len)
+    rope_base = _number(keys, "rope_theta")
+    return RopeGeometry(_rotary_dim(keys), rope_base, original_len)
 
 
 def _closed_form_fields(
@@ -183,12 +176,11 @@ def _yarn(
 ) -> tuple[tuple[float, ...], float]:
     """YaRN by the config's own betas, rounding and attention weights (DeepSeek: two ``mscale``)."""
     scale = _scale(config, scaling, published.original_len)
-    betas = _number_or(scaling, "beta_fast", 32.0), _number_or(scaling, "beta_slow", 1.0)
+    betas = _optional(scaling, "beta_fast") or 32.0, _optional(scaling, "beta_slow") or 1.0
     factors = yarn_ramp(published, scale, *betas, rounded=bool(scaling.get("truncate", True)))
     if "attention_factor" in scaling:
         return factors, _number(scaling, "attention_factor")
-    weight = _number_or(scaling, "mscale", None)
-    weight_all_dims = _number_or(scaling, "mscale_all_dim", None)
+    weight, weight_all_dims = _optional(scaling, "mscale"), _optional(scaling, "mscale_all_dim")
     if weight is None or weight_all_dims is None:
         return factors, yarn_attention_scale(scale)
     of_all_dims = yarn_attention_scale(scale, weight_all_dims)
@@ -276,22 +268,15 @@ def _target_len(
     return max(stated, round(_number(scaling, "factor") * original_len))
 
 
-def _rope_base(config: dict[str, Any], scaling: dict[str, Any]) -> float:
-    """rope_theta, inside (transformers 5) or at the top level."""
-    return _number(scaling if "rope_theta" in scaling else config, "rope_theta")
-
-
-def _rotary_dim(config: dict[str, Any], scaling: dict[str, Any]) -> int:
+def _rotary_dim(keys: dict[str, Any]) -> int:
     """Rotated channels of a head: head_dim (else hidden / heads) times the rotated part."""
-    if config.get("head_dim") is not None:
-        head_dim = int(_number(config, "head_dim"))
+    if keys.get("head_dim") is not None:
+        head_dim = int(_number(keys, "head_dim"))
     else:
-        hidden = int(_number(config, "hidden_size"))
-        head_dim = hidden // int(_number(config, "num_attention_heads"))
-    place = scaling if "partial_rotary_factor" in scaling else config
-    if place.get("partial_rotary_factor") is None:
+        head_dim = int(_number(keys, "hidden_size")) // int(_number(keys, "num_attention_heads"))
+    if keys.get("partial_rotary_factor") is None:
         return head_dim
-    return int(head_dim * _number(place, "partial_rotary_factor"))
+    return int(head_dim * _number(keys, "partial_rotary_factor"))
 
 
 def _required(values: dict[str, Any], key: str) -> Any:
@@ -311,6 +296,6 @@ def _number(values: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def _number_or(values: dict[str, Any], key: str, default: Default) -> float | Default:
-    """A number above 0, or the default for none, null and 0, which transformers takes for none."""
-    return _number(values, key) if values.get(key) else default
+def _optional(values: dict[str, Any], key: str) -> float | None:
+    """A number above 0, or None for none, null and 0, which transformers takes for none."""
+    return _number(values, key) if values.get(key) else None

@@ -60,27 +60,15 @@ class RopeMethod(StrEnum):
     """Factors read from a Hugging Face config; resolved by the loader."""
 
 
-CLOSED_FORMS = (
-    RopeMethod.none,
-    RopeMethod.pi,
-    RopeMethod.ntk,
-    RopeMethod.ntk_aware,
-    RopeMethod.dynamic_ntk,
-    RopeMethod.yarn,
-    RopeMethod.llama3,
-)
+_CLOSED_FORM_NAMES = ("none", "pi", "ntk", "ntk_aware", "dynamic_ntk", "yarn", "llama3")
+CLOSED_FORMS = tuple(map(RopeMethod, _CLOSED_FORM_NAMES))
 CRITICAL_INDEX_METHODS = (RopeMethod.yarn_rcd, RopeMethod.ntk_rcd)
 
 
 def closed_form_factors(
     method: RopeMethod, geometry: RopeGeometry, target_len: int
 ) -> RescaleFactors:
-    """Rescale factors of a method that needs no search.
-
-    Args:
-        method: One of ``CLOSED_FORMS``.
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L, target window in tokens, at least L0.
+    """Rescale factors of a method that needs no search, for a target window in tokens.
 
     Raises:
         FactorsError: the method has no closed form, or ``target_len`` is below L0.
@@ -105,10 +93,8 @@ def closed_form_factors(
         case RopeMethod.llama3:
             factors = llama3_bands(geometry, scale)
         case _:
-            allowed = ", ".join(closed_form.value for closed_form in CLOSED_FORMS)
-            raise FactorsError(
-                f"rope.method={method.value} has no closed form; use one of {allowed}"
-            )
+            allowed = ", ".join(CLOSED_FORMS)
+            raise FactorsError(f"rope.method={method} has no closed form; use one of {allowed}")
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -131,15 +117,8 @@ def critical_index_factors(
     one turn in L0; ``yarn_rcd`` ends it at c, so lambda_i = s for i >= c. Its beginning, 32 turns
     in L0, is no critical dimension and stays, and so does YaRN's attention scale.
 
-    Args:
-        method: ``yarn_rcd`` or ``ntk_rcd``.
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L, target window in tokens, at least L0.
-        critical_index: c, cosine index; 1 or more for ``ntk_rcd``.
-
     Raises:
-        FactorsError: another method, a critical index outside its range, or ``target_len`` below
-            L0.
+        FactorsError: another method, a critical index out of range, or ``target_len`` below L0.
     """
     scale = geometry.scale_to(target_len)
     geometry.check_critical_index(critical_index)
@@ -149,10 +128,8 @@ def critical_index_factors(
     elif method is RopeMethod.ntk_rcd:
         factors, attention_scale = ntk_at_index(geometry, scale, critical_index), 1.0
     else:
-        allowed = ", ".join(allowed.value for allowed in CRITICAL_INDEX_METHODS)
-        raise FactorsError(
-            f"rope.method={method.value} takes no critical index; use one of {allowed}"
-        )
+        allowed = ", ".join(CRITICAL_INDEX_METHODS)
+        raise FactorsError(f"rope.method={method} takes no critical index; use one of {allowed}")
     return RescaleFactors(
         factors=factors,
         geometry=geometry,

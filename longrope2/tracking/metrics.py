@@ -67,13 +67,7 @@ class MetricsLog:
             self._wandb.log(dict(values), step=position.get("step"))
 
     def log_files(self, kind: str, paths: Sequence[Path]) -> None:
-        """Keep small files with the W&B run, as an artifact.
-
-        Args:
-            kind: Type of the artifact, and the end of its name: ``config``, ``factors``,
-                ``manifest``.
-            paths: Files, of different names.
-        """
+        """Keep small files, of different names, with the W&B run as its artifact ``kind``."""
         if self._wandb is None:
             return
         import wandb

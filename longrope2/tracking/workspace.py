@@ -48,12 +48,8 @@ def build_workspace(
 ) -> Any:
     """The workspace of one run, not saved yet (``.save()`` needs a login).
 
-    Args:
-        tracking: Project and team.
-        run_name: The run's name, also the group of its stages in W&B.
-        mix_sources: Names of the sources of the training mix.
-        evaluated: Suite (``needle_accuracy``) -> model -> lengths in tokens that have been
-            evaluated.
+    ``run_name`` is also the group of its stages in W&B; ``evaluated`` is suite
+    (``needle_accuracy``) -> model -> lengths in tokens.
 
     Raises:
         ConfigError: the package is not installed, or ``tracking.entity`` is not known.
