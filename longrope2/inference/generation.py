@@ -56,8 +56,7 @@ def check_request(
     """Refuse a sequence that cannot be generated.
 
     Raises:
-        DataError: empty prompt, prompt plus new tokens beyond the target length, or a chunk below
-            1; says ``name``.
+        DataError: an empty prompt, more tokens than the target length, or a chunk below 1.
     """
     if not prompt_ids:
         raise DataError(f"{name} has no tokens; give at least one (BOS counts)")

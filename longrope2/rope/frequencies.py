@@ -23,10 +23,8 @@ from longrope2.errors import FactorsError
 
 # The smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign.
 SHORTEST_ORIGINAL_LEN = 7
-YARN_BETA_FAST = 32.0  # turns in L0 above which YaRN leaves a dimension alone
-YARN_BETA_SLOW = 1.0  # turns in L0 below which YaRN interpolates fully
-LLAMA3_LOW_FREQUENCY_TURNS = 1.0  # Llama 3.1: fewer turns in L0 are interpolated fully
-LLAMA3_HIGH_FREQUENCY_TURNS = 4.0  # Llama 3.1: more turns in L0 are left alone
+# Turns in L0 above which YaRN leaves a dimension alone.
+YARN_BETA_FAST = 32.0
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,10 @@ class RopeGeometry:
             raise FactorsError(f"critical_index={index}: must be a cosine index, 0 .. {last}")
 
 
-def inverse_frequencies(geometry: RopeGeometry) -> Tensor:
-    """theta_i = b^(-2i/d) of the unscaled model, shape [I], float64, radians per token."""
-    exponents_I = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
-    return geometry.rope_base ** (-exponents_I)
-
-
 def periods(geometry: RopeGeometry) -> Tensor:
-    """T_i = 2 pi / theta_i: tokens for one full turn, shape [I], float64."""
-    return 2 * math.pi / inverse_frequencies(geometry)
+    """T_i = 2 pi b^(2i/d): tokens for one full turn, unscaled, shape [I], float64."""
+    exponents_I = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
+    return 2 * math.pi / geometry.rope_base ** (-exponents_I)
 
 
 def theoretical_critical_index(geometry: RopeGeometry) -> int:
@@ -166,7 +159,7 @@ def yarn_ramp(
     geometry: RopeGeometry,
     scale: float,
     beta_fast: float = YARN_BETA_FAST,
-    beta_slow: float = YARN_BETA_SLOW,
+    beta_slow: float = 1.0,
     rounded: bool = True,
 ) -> tuple[float, ...]:
     """YaRN's ramp [arXiv 2309.00071, sec. 3.2]: 1 above ``beta_fast`` turns, s below ``beta_slow``.
@@ -200,10 +193,7 @@ def _ramp(low: float, width: float, scale: float, num_indices: int) -> tuple[flo
 
 
 def llama3_bands(
-    geometry: RopeGeometry,
-    scale: float,
-    low_turns: float = LLAMA3_LOW_FREQUENCY_TURNS,
-    high_turns: float = LLAMA3_HIGH_FREQUENCY_TURNS,
+    geometry: RopeGeometry, scale: float, low_turns: float = 1.0, high_turns: float = 4.0
 ) -> tuple[float, ...]:
     """Llama 3.1: s below ``low_turns`` in L0, 1 above ``high_turns``, between a ramp in frequency.
 

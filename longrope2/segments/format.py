@@ -31,18 +31,9 @@ from longrope2.rope.factors import Window
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One row: exactly L tokens and the documents they belong to.
+    """One row: exactly L tokens and the documents they belong to; the columns above, and its place.
 
-    Attributes:
-        index: Position in the store.
-        window: Which rotary table and which attention it is for.
-        tokens: Ids, shape [L], read-only, uint16 or uint32.
-        doc_ends: Cumulative document ends, shape [num_documents], int32; the last is L.
-        sources: Source of every document.
-        doc_ids: Corpus id of every document.
-        doc_is_padding: Whether a document is padding, whose labels the trainer ignores.
-        starts_mid_document: The first document continues from another segment.
-        num_padding: Padding tokens.
+    ``tokens`` is a read-only view; arrays have the shapes [L] and [num_documents].
     """
 
     index: int
@@ -81,14 +72,10 @@ def segment_schema(target_len: int, vocab_size: int) -> pa.Schema:
 class SegmentRules:
     """What every segment of a folder has to keep.
 
-    Attributes:
-        target_len: L, tokens of a segment.
-        original_len: L0, longest document of a short segment, BOS and EOS included.
-        alignment: No document of a short segment crosses a multiple of ``target_len / alignment``.
-        vocab_size: Ids are below it.
-        bos_id: First id of a document.
-        eos_id: Last id of a document.
-        control_ids: Ids that stand nowhere inside a document; BOS and EOS always belong to them.
+    It has ``target_len`` tokens with ids below ``vocab_size``; its documents begin with ``bos_id``
+    and end with ``eos_id``. In a short segment none is longer than ``original_len``, BOS and EOS
+    included, or crosses a multiple of ``target_len / alignment``. ``control_ids`` stand nowhere
+    inside a document; BOS and EOS always belong to them.
     """
 
     target_len: int
@@ -112,9 +99,8 @@ class SegmentStore:
     """The segments of one finished ``1_segments`` folder, read in place.
 
     Raises:
-        ArtifactError: no finished segments there, a manifest field or a shard is missing, or a
-            shard does not have the columns or the number of rows that the manifest promises; names
-            which. Hashes are checked by ``verify``.
+        ArtifactError: no finished segments there, or a manifest field, a shard, its columns or its
+            rows are not as the manifest promises; names which. ``verify`` checks the hashes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,7 +122,14 @@ class SegmentStore:
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         # One flat view per batch into the mapped file: slicing it copies nothing.
         self._flat_tokens = [np.asarray(batch.column(0).flatten()) for batch in self._batches]
-        self._check_counts()
+        promised = self.manifest.counts
+        found = {"num_short_segments": self.short_ids, "num_long_segments": self.long_ids}
+        for key, ids in found.items():
+            if promised.get(key) != len(ids):
+                raise ArtifactError(
+                    f"{self.folder}/manifest.json: counts.{key} is {promised.get(key)}, "
+                    f"the shards hold {len(ids)}; pack again"
+                )
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -177,11 +170,7 @@ class SegmentStore:
         return self._flat_tokens[batch_index][offset + start : offset + stop]
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every shard with the manifest.
-
-        Raises:
-            ArtifactError: a shard was changed; names it.
-        """
+        """Raise ArtifactError, naming the shard, unless every SHA-256 is the manifest's."""
         for name, expected in self.manifest.files.items():
             if sha256_of_file(self.folder / name) != expected:
                 raise ArtifactError(
@@ -215,22 +204,11 @@ class SegmentStore:
             raise ArtifactError(f"{path}: column {named} does not fit the manifest; pack again")
         return [batch for batch in batches if batch.num_rows]
 
-    def _check_counts(self) -> None:
-        """Rows per window as promised."""
-        shards = {"num_short_segments": self.short_ids, "num_long_segments": self.long_ids}
-        for key, ids in shards.items():
-            if (promised := self.manifest.counts.get(key)) != len(ids):
-                raise ArtifactError(
-                    f"{self.folder}/manifest.json: counts.{key} is {promised}, "
-                    f"the shards hold {len(ids)}; pack again"
-                )
-
 
 def check_at_start(store: SegmentStore, num_segments: int = 64) -> None:
     """The cheap part of an audit: sizes of the shards, totals, and segments spread over all.
 
-    Reads about ``num_segments`` segments, so it takes well under a second a million tokens; run
-    ``python -m data_prep.verify FOLDER`` once for all of it.
+    Takes well under a second a million tokens; ``python -m data_prep.verify FOLDER`` checks all.
 
     Raises:
         ArtifactError: a shard has another size than was written, a total does not add up, or a
@@ -261,11 +239,7 @@ def check_at_start(store: SegmentStore, num_segments: int = 64) -> None:
 
 
 def check_segment(segment: Segment, rules: SegmentRules) -> None:
-    """Check one segment.
-
-    Raises:
-        DataError: the first rule that is broken, with the index of the segment.
-    """
+    """Raise DataError with the first rule that a segment breaks, and its index."""
     if fault := _fault(segment, rules):
         raise DataError(f"segment {segment.index} ({segment.window.value}): {fault}")
 

@@ -8,7 +8,6 @@ from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import (
     RopeGeometry,
-    inverse_frequencies,
     periods,
     ten_period_index,
     theoretical_critical_index,
@@ -70,9 +69,10 @@ def test_period_of_the_paper() -> None:
     assert PHI3_MINI.original_len / period < 0.04
 
 
-def test_inverse_frequencies_closed_form() -> None:
+def test_periods_closed_form() -> None:
     expected = [math.exp(-2 * i / 128 * math.log(5e5)) for i in range(64)]
-    assert inverse_frequencies(LLAMA3_8B).tolist() == pytest.approx(expected, rel=1e-14)
+    found = (2 * math.pi / periods(LLAMA3_8B)).tolist()
+    assert found == pytest.approx(expected, rel=1e-14)
 
 
 def test_every_dimension_trained_clips_to_their_count() -> None:
