@@ -1,5 +1,4 @@
-"""Generation against plain transformers that reads the whole sequence anew for every token, without
-a cache.
+"""Generation against transformers that reads the whole sequence anew for every token.
 
 The reference model carries a longrope config, so transformers itself picks the factors by length.
 """
@@ -81,7 +80,7 @@ def test_tokens_equal_generation_without_cache(windowed_model, longrope_model, p
 
 
 def test_reference_can_tell_a_stale_cache(windowed_model, longrope_model):
-    """Switching the factors but keeping the cached keys gives other tokens: the test above has teeth."""
+    """Keeping the cached keys at the switch gives other tokens: the test above has teeth."""
     ids = list(range(1, ORIGINAL_LEN))
     exact = generate_without_cache(longrope_model, ids, 20)
     cache, prompt_len = DynamicCache(), len(ids)

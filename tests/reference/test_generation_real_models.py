@@ -1,5 +1,4 @@
-"""Generation of the miniature and of SmolLM2-135M across the switch, on real text; the reference is
-uncached transformers.
+"""Generation of real models across the switch, on real text, against uncached transformers.
 
 SmolLM2's L0 is set to 512 here: where the switch lies is a setting of ours, and at the model's own
 8,192 the reference alone would take an hour on a CPU.
@@ -44,7 +43,7 @@ MINIATURE = pytest.param("tiny", 128, 2048, id="miniature")
 
 @torch.inference_mode()
 def generate_without_cache(model, prompt_ids, generated, original_len):
-    """Most likely token after every prefix: a causal model gives all prefixes of one window in one forward."""
+    """Most likely token after every prefix, all prefixes of one window from one forward."""
     ids, expected = [*prompt_ids, *generated], []
     short = (
         model(input_ids=torch.tensor([ids[:original_len]]), use_cache=False)

@@ -1,5 +1,4 @@
-"""Factors read from published configs against the tables transformers computes from the same
-config.json.
+"""Factors of published configs against the tables transformers computes from them.
 
 Every RoPE type that can be read, in both layouts, with the settings of real models; and models with
 a partly rotated or explicit head dimension from config.json to logits.
@@ -306,8 +305,17 @@ def test_tables_of_published_configs(
         assert ours.attention_scale(window) == pytest.approx(attention_scale, rel=1e-12)
 
 
-SIZES = {"vocab_size": 61, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "rope_theta": 10000.0}  # fmt: skip
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "rope_theta": 10000.0,
+}
 FAMILIES = {
     "phi3, three quarters rotated": {
         **SIZES,

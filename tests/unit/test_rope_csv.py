@@ -1,4 +1,4 @@
-"""Factors as CSV: the forms found in the authors' repository, an exact round trip, and every error text."""
+"""Factors as CSV: the authors' forms, an exact round trip, and every error text."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""RescaleFactors: published arrays, round trips, windows, closed forms in float64, and every error text."""
+"""RescaleFactors: published arrays, round trips, windows, closed forms, every error text."""
 
 import json
 import math
@@ -26,8 +26,14 @@ PUBLISHED = ["llama3_8b_128k_longrope2.json", "phi4_mini_128k_longrope2.json"]
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 
 
-FLAT = {"factors": [1, 2, 4, 5], "rotary_dim": 8, "rope_base": 1e4, "original_len": 32, "target_len": 128,
-        "method": "test"}  # fmt: skip
+FLAT = {
+    "factors": [1, 2, 4, 5],
+    "rotary_dim": 8,
+    "rope_base": 1e4,
+    "original_len": 32,
+    "target_len": 128,
+    "method": "test",
+}
 
 
 def published(name: str) -> tuple[RescaleFactors, dict[str, Any]]:

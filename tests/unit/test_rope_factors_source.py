@@ -1,4 +1,4 @@
-"""Where a run's factors come from: files, published configs, the critical index of a search; and every error text."""
+"""Where a run's factors come from: files, configs, a search; and every error text."""
 
 import json
 from pathlib import Path
@@ -26,8 +26,12 @@ from longrope2.training.config import TrainRoot
 
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 SEARCHED = RescaleFactors((1.0, 2.0, 4.0, 5.0), GEOMETRY, 128, "longrope2", critical_index=2)
-YARN = {"head_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 32,
-        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
+YARN = {
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 32,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -161,7 +165,8 @@ NO_INDEX = closed_form_factors(RopeMethod.ntk, GEOMETRY, 128).to_json()
         (
             RopeMethod.from_hf,
             {**YARN, "rope_scaling": {**YARN["rope_scaling"], "factor": 2.0}},
-            r"f.json \(rope.factors\) reaches 64 tokens, not target_len=128; set target_len=64, or give",
+            r"f.json \(rope.factors\) reaches 64 tokens, not target_len=128; "
+            "set target_len=64, or give",
         ),
     ],
 )
@@ -267,7 +272,7 @@ def test_a_scaling_beside_a_default_of_transformers_5_is_seen(tmp_path: Path) ->
 
 
 def test_shipped_factors_are_what_a_search_gives() -> None:
-    """``rope=smollm2_135m_16k``: the geometry of SmolLM2, NTK scaling below c, the bound from c up, provenance."""
+    """``rope=smollm2_135m_16k``: SmolLM2's geometry, NTK below c, the bound from c up."""
     shipped = ROOT / "conf" / "factors" / "smollm2_135m_16384.json"
     preset = (ROOT / "conf" / "rope" / "smollm2_135m_16k.yaml").read_text(encoding="utf-8")
     assert f"factors: {shipped.relative_to(ROOT)}" in preset

@@ -1,4 +1,4 @@
-"""Periods and critical dimensions: spot values of the paper and of published models, and every error text."""
+"""Periods and critical dimensions: spot values of paper and models, every error text."""
 
 import math
 
@@ -108,7 +108,8 @@ def test_bound_looks_from_the_critical_index_on() -> None:
         ((8, math.nan, 128), "rope_base=nan"),
         (
             (8, 1e4, 6),
-            "original_len=6: the pre-trained window must be at least 7 tokens; set model.original_len",
+            "original_len=6: the pre-trained window must be at least 7 tokens; "
+            "set model.original_len",
         ),
     ],
 )

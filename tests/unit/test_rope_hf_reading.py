@@ -161,7 +161,8 @@ def test_geometry_of_either_layout() -> None:
         (
             {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}},
             {},
-            r"a RoPE per layer type \(full_attention, sliding_attention\); one RoPE for all layers is supported",
+            r"a RoPE per layer type \(full_attention, sliding_attention\); "
+            "one RoPE for all layers is supported",
         ),
     ],
 )
