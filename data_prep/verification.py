@@ -19,7 +19,7 @@ from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_frac
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
-from longrope2.segments.format import SegmentStore, check_segment, rules_of
+from longrope2.segments.format import SegmentStore, check_segment
 
 QUOTA_TOLERANCE = 0.01
 
@@ -148,7 +148,7 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
     Raises:
         ArtifactError: a segment breaks a rule, or padding and tokens differ from the manifest.
     """
-    rules, found, padding = rules_of(store), Counter[str](), 0
+    rules, found, padding = store.rules, Counter[str](), 0
     cells: Counter[str] = Counter()
     for index in range(len(store)):
         segment = store.segment(index)

@@ -5,12 +5,12 @@ trains: in this process, or in ``parallel.processes`` processes that torchrun st
 torchrun or Slurm, first give ``--prepare FILE`` (it stops after writing), then start the ranks with
 ``--config RUN/3_checkpoints/config.yaml``: ranks never compose.
 
-Exit codes: 0 done (or stopped at ``training.stop_after_step``), 2 a fault of the user's, 75
-(``REQUEUE_EXIT_CODE``) stopped by SIGTERM or SIGUSR1 with everything saved: the same command goes
-on, 76 (``HANG_EXIT_CODE``) no progress for ``training.hang_timeout_s``: what was printed names the
-rank, the same command goes on from the newest checkpoint. A torchrun of your own ends with 1
-instead of 75 and kills its ranks 30 seconds after SIGTERM; ``launch.cluster.node_agent`` is a
-torchrun that does neither (``slurm/`` uses it).
+Exit codes (``longrope2.command``): 0 done (or stopped at ``training.stop_after_step``), 2 a fault
+of the user's, 75 stopped by SIGTERM or SIGUSR1 with everything saved: the same command goes on, 76
+no progress for ``training.hang_timeout_s``: what was printed names the rank, the same command goes
+on from the newest checkpoint. A torchrun of your own ends with 1 instead of 75 and kills its ranks
+30 seconds after SIGTERM; ``launch.cluster.node_agent`` is a torchrun that does neither (``slurm/``
+uses it).
 """
 
 import os
@@ -24,13 +24,12 @@ from launch.cluster.torchrun import (
     run_under_torchrun,
     split_prepare,
 )
-from longrope2.command import run_command
+from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, product_folder, read_manifest
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.training.config import TrainRoot
-from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
 from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, check_machine, make_plan, preview_plan
 from longrope2.training.run import RunEnd, train
 

@@ -233,7 +233,7 @@ requeue() {
     [ -z "$exclude" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$exclude" || say "could not exclude $exclude"
     note "starts again${exclude:+ without $exclude}"
     trap - EXIT
-    exit 75
+    exit 75 # REQUEUE_EXIT_CODE of longrope2/command.py, which also owns 2
 }
 
 # --- small things

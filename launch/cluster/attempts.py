@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,15 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.node_agent import ENDED_PREFIX
-from longrope2.command import run_command
+from longrope2.command import HANG_EXIT_CODE, REQUEUE_EXIT_CODE, USER_FAULT_EXIT_CODE, run_command
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.files.artifacts import PRODUCT_FOLDERS
 from longrope2.tracking.metrics import METRICS_FILE
 
 ATTEMPTS_FILE = "attempts.jsonl"
 MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
-USER_FAULT, ALL_SAVED, HANG = 2, 75, 76
-SIGTERM = 15
 TRACEBACK_LINES, READ_LINES = 40, 1000
 # What a rank says whose peer went away: the consequence, not the cause.
 PEER_IS_GONE = re.compile(
@@ -86,14 +85,14 @@ class FirstFailure:
     @property
     def is_consequence(self) -> bool:
         """Whether it only says that a peer has gone."""
-        return self.exit_code == -SIGTERM or (
+        return self.exit_code == -signal.SIGTERM or (
             self.exit_code > 0 and PEER_IS_GONE.search(self.text) is not None
         )
 
     @property
     def is_the_nodes_fault(self) -> bool:
         """Whether another node may do better: the rank was killed, or its hardware failed."""
-        killed = self.exit_code < 0 and self.exit_code != -SIGTERM
+        killed = self.exit_code < 0 and self.exit_code != -signal.SIGTERM
         return killed or HARDWARE.search(self.text) is not None
 
 
@@ -156,12 +155,14 @@ def end(
     """Note how an attempt ended, say it, and print what the job does next; ``silent`` nodes did not say how they ended."""
     failure = (
         first_failure(logs)
-        if logs is not None and code not in (0, ALL_SAVED) and not stopped
+        if logs is not None and code not in (0, REQUEUE_EXIT_CODE) and not stopped
         else None
     )
-    outcome = "done" if code == 0 else "stopped" if stopped or code == ALL_SAVED else "failed"
+    outcome = (
+        "done" if code == 0 else "stopped" if stopped or code == REQUEUE_EXIT_CODE else "failed"
+    )
     blamed = []
-    if failure is not None and failure.exit_code == HANG:
+    if failure is not None and failure.exit_code == HANG_EXIT_CODE:
         blamed = sorted(set(SILENT_RANK.findall(failure.text)))
     elif failure is not None and failure.is_the_nodes_fault:
         blamed = [failure.node]
@@ -196,12 +197,14 @@ def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, 
     last = attempts[-1]
     if last.outcome == "done":
         return "done", "done"
-    if last.exit_code == USER_FAULT or (failure is not None and failure.exit_code == USER_FAULT):
+    if last.exit_code == USER_FAULT_EXIT_CODE or (
+        failure is not None and failure.exit_code == USER_FAULT_EXIT_CODE
+    ):
         return "stop", "stopped: a fault that no restart mends; its message stands in this log"
     if _without_progress(attempts, last.left) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
         return "stop", f"stopped: {_in_vain(attempts, last.left)}"
     without = f" without {', '.join(last.blamed)}" if last.blamed else ""
-    if last.exit_code == ALL_SAVED:
+    if last.exit_code == REQUEUE_EXIT_CODE:
         return "requeue", f"all is saved at {last.left}: goes on in the next start of this job"
     if last.outcome == "stopped":
         lost = f"asked to stop, but the ranks had not saved in time: goes on from {last.left} in the next start of this job"

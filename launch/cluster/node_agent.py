@@ -21,15 +21,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from longrope2.command import rank_exit_code
 from longrope2.files.artifacts import write_text
 
 ENDED_PREFIX = "ended-"
-REQUEUE_EXIT_CODE = 75  # longrope2.training.REQUEUE_EXIT_CODE; importing that would load torch before signals are caught
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -62,18 +61,6 @@ def main() -> None:
         ended = {"node": node, "time": time.time(), "exit_codes": codes}
         write_text(Path(parsed.log_dir) / f"{ENDED_PREFIX}{node}.json", json.dumps(ended) + "\n")
         sys.exit(rank_exit_code(codes))
-
-
-def rank_exit_code(codes: Mapping[int, int]) -> int:
-    """What a node ends with whose ranks ended with ``codes`` (negative: by a signal).
-
-    75 when any rank says so: ranks agree on a stop, and none of them leaves before all is saved.
-    Else the first rank's own code, and 1 when there is none.
-    """
-    own = [code for _, code in sorted(codes.items()) if code > 0]
-    if REQUEUE_EXIT_CODE in own:
-        return REQUEUE_EXIT_CODE
-    return own[0] if own else 1
 
 
 class _StopSignals:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from longrope2.command import rank_exit_code
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
 
@@ -92,17 +93,12 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
         with _signals_go_to_ranks():
             elastic_launch(agent, sys.executable)("-u", "-m", module, CONFIG_FLAG, str(config_path))
     except ChildFailedError as error:
-        return _first_exit_code([failure.exitcode for failure in error.failures.values()])
+        return rank_exit_code({rank: end.exitcode for rank, end in error.failures.items()})
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         return 1
     return 0
-
-
-def _first_exit_code(exit_codes: list[int]) -> int:
-    """A failed rank's own exit code; 1 for ranks that a signal ended (negative codes)."""
-    return next((code for code in exit_codes if code > 0), 1)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,12 @@ from longrope2.model.folder import find_config_file
 from longrope2.model.shape import ModelShape, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.hf_config import UNSCALED_TYPE, config_geometry, config_rope_type
+from longrope2.rope.hf_config import (
+    UNSCALED_TYPE,
+    config_geometry,
+    config_rope_type,
+    from_hf_config,
+)
 from longrope2.rope.methods import (
     CLOSED_FORMS,
     CRITICAL_INDEX_METHODS,
@@ -158,7 +163,7 @@ def _read_columns(
             faults.append(str(error))
     try:
         if config_rope_type(model_config) != UNSCALED_TYPE:
-            columns[PUBLISHED] = RescaleFactors.from_hf_config(
+            columns[PUBLISHED] = from_hf_config(
                 model_config, geometry.original_len, config.target_len
             )
     except FactorsError as error:

@@ -62,13 +62,7 @@ class AttentionConfig:
 def choose_kernel(
     wanted: AttentionKernel, device: torch.device, dtype: torch.dtype, *, run: bool = True
 ) -> KernelChoice[AttentionKernel]:
-    """The kernel to use on a device.
-
-    Args:
-        wanted: ``attention.kernel``.
-        device: Where attention will run.
-        dtype: Number format of queries, keys and values.
-        run: Also run the kernel on a few tokens; False only looks, and leaves the device alone.
+    """The kernel to use on a device; ``run=False`` only looks, and leaves the device alone.
 
     Raises:
         ConfigError: a kernel was asked for by name that cannot run here.
@@ -102,15 +96,7 @@ def kernel_fault(
 def varlen_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, documents: Varlen, scaling: float
 ) -> Tensor:
-    """Causal attention inside each document by a varlen kernel, [T, H, D].
-
-    Args:
-        q_THD: Queries of all documents, laid end to end.
-        k_TKD: Keys.
-        v_TKD: Values.
-        documents: Where they end, and the kernel; on the device of the queries.
-        scaling: Multiplier on q.k.
-    """
+    """Causal attention inside each document by a varlen kernel, [T, H, D]."""
     ends_N, longest = documents.cu_lens_N, documents.max_len
     lens = (ends_N, ends_N, longest, longest)
     if documents.kernel is AttentionKernel.flash_attn:

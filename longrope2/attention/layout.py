@@ -104,15 +104,8 @@ def build_layout(
 ) -> SegmentLayout:
     """Work out positions, documents and the need for an exchange.
 
-    Args:
-        window: The segment's tag. It decides; positions never do.
-        doc_ends: Cumulative document ends of the whole segment, the last one is its length in
-            tokens.
-        sequence_rank: Which contiguous chunk this rank holds.
-        sequence_group: Ranks that share the segment; needed when ``sequence_size`` > 1.
-        sequence_size: Number of ranks that share the segment.
-        device: Where the index tensors are made.
-        kernel: What will compute the attention; not ``auto``.
+    ``window`` is the segment's tag: it decides, positions never do. ``doc_ends`` are cumulative
+    over the whole segment, of which this rank holds the contiguous chunk ``sequence_rank``.
     """
     length = doc_ends[-1]
     start, stop = chunk_bounds(length, sequence_rank, sequence_size)

@@ -49,17 +49,9 @@ def register_attention() -> None:
 def windowed_attention(
     q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, layout: SegmentLayout | None, scaling: float
 ) -> Tensor:
-    """Attention of one layer on one rank.
+    """Attention of one layer on one rank, [B, T, H, D], of rotated queries and keys.
 
-    Args:
-        q_BHTD: Rotated queries of the rank's tokens.
-        k_BKCD: Rotated keys; C > T only with a cache, which excludes a layout.
-        v_BKCD: Values.
-        layout: Segment structure, or None for plain causal rows.
-        scaling: Multiplier on q.k, usually D ** -0.5.
-
-    Returns:
-        [B, T, H, D].
+    C > T only with a cache, which excludes a layout. ``scaling`` multiplies q.k, usually D ** -0.5.
     """
     if layout is None:
         return causal_attention(q_BHTD, k_BKCD, v_BKCD, scaling).transpose(1, 2)
@@ -228,7 +220,7 @@ class _KeptOutputs:
     def __init__(self, on_cpu: bool) -> None:
         pin = on_cpu and torch.cuda.is_available()
         self.hooks: saved_tensors_hooks = (
-            save_on_cpu(pin_memory=pin) if on_cpu else saved_tensors_hooks(_same, _same)
+            save_on_cpu(pin_memory=pin) if on_cpu else saved_tensors_hooks(lambda x: x, lambda x: x)
         )
         self.outputs: deque[tuple[Any, bool]] = deque()
         self.replay = False
@@ -242,8 +234,7 @@ def kept_attention_contexts(
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What ``torch.utils.checkpoint``'s ``context_fn`` returns: for forward and for recompute.
 
-    Args:
-        on_cpu: Keep in CPU memory, page-locked where there is a GPU.
+    ``on_cpu`` keeps outputs in CPU memory, page-locked where there is a GPU.
     """
     kept = _KeptOutputs(on_cpu)
     return _activate(kept, replay=False), _activate(kept, replay=True)
@@ -272,7 +263,3 @@ def _activate(kept: _KeptOutputs, *, replay: bool) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
-
-
-def _same(x: Any) -> Any:
-    return x

@@ -2,7 +2,7 @@
 both in its config.json.
 
 The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor
-explicit; see ``RescaleFactors.to_hf_config`` and ``variants``). The weights are the checkpoint's,
+explicit; see ``to_hf_config`` and ``variants``). The weights are the checkpoint's,
 cast to the wanted format.
 """
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from longrope2.config import StageConfig
 from longrope2.errors import ConfigError, FactorsError
 from longrope2.rope.factors import RescaleFactors, Window
-from longrope2.rope.hf_config import UNSCALED_TYPE
+from longrope2.rope.hf_config import UNSCALED_TYPE, to_hf_config
 
 RESCALING_KEYS = ("rope_scaling", "original_max_position_embeddings")
 
@@ -83,7 +83,7 @@ def variant_keys(
     """
     kept = {key: value for key, value in config.items() if key not in RESCALING_KEYS}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    keys = factors.to_hf_config(head_dim)
+    keys = to_hf_config(factors, head_dim)
     if (
         variant is ExportVariant.short_only
         and factors.method == "none"

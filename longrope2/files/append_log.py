@@ -23,11 +23,8 @@ class AppendLog:
     def __init__(self, path: Path, *, durable: bool = False, in_use: str | None = None) -> None:
         """Open or start a log, and cut off a torn last line.
 
-        Args:
-            path: The file; its folder is made where missing.
-            durable: Force every record to the disk, not only to the operating system.
-            in_use: What a second process that opens the log is told after the file's name; None
-                lets it in.
+        ``durable`` forces every record to the disk, not only to the operating system. ``in_use`` is
+        what a second process that opens the log is told after the file's name; None lets it in.
 
         Raises:
             ArtifactError: the log is in use, or a line before the last is damaged.

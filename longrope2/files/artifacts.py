@@ -14,6 +14,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def product_folder(run_folder: Path, product: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``, on failure remove it."""
+    """Yield a temporary path beside ``path``: fsynced and renamed on success, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, not the process id: processes in containers on a shared disk have equal ones.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -105,9 +106,8 @@ def describe_input(path: Path) -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; call it last, it marks the product as finished."""
-    write_text(
-        folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
-    )
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True)
+    write_text(folder / MANIFEST_NAME, text + "\n")
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
@@ -120,40 +120,30 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(
-            f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; run the stage that makes it"
+            f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; "
+            "run the stage that makes it"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**fields)
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
         raise ArtifactError(f"{path} is not a manifest of this project: {error}") from None
     if manifest.kind != kind:
         raise ArtifactError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}")
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path}: schema_version is {manifest.schema_version}, this version reads {SCHEMA_VERSION}; make it again"
+            f"{path}: schema_version is {manifest.schema_version}, "
+            f"this version reads {SCHEMA_VERSION}; make it again"
         )
     return manifest
 
 
 def _code_commit() -> str:
-    """Commit of the source tree, with ``+dirty`` when files differ from it; ``unknown`` outside a checkout."""
-    root = Path(__file__).parent.parent
+    """Commit of the source tree, ``+dirty`` when files differ; ``unknown`` outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=20)
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.strip()
+        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
+        changed = run([*git, "status", "--porcelain", "-uno"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + ("+dirty" if changed else "")

@@ -63,15 +63,8 @@ def generate_batch(
 ) -> list[list[GeneratedToken]]:
     """Continue many sequences, each with its most likely tokens.
 
-    Args:
-        model: Model with both RoPE tables; its factors say where L0 and L are.
-        prompts: Token ids of each prompt, BOS included if the model wants one; any lengths, any
-            order.
-        max_new_tokens: Upper bound on the new tokens, one for all or one per prompt.
-        stop_ids: Ids that end a sequence; the one that does is its last token.
-        prefill_chunk: Tokens of a prompt read at a time; None reads it at once.
-        kv_policy: What becomes of a cache when its sequence outgrows L0.
-        max_rows: Sequences decoded together; their caches stand in memory at the same time.
+    Options are those of ``generate_tokens``; ``max_new_tokens`` is one for all or one per prompt,
+    and ``max_rows`` sequences are decoded together: their caches stand in memory at the same time.
 
     Returns:
         New tokens of each prompt, in the order given.
@@ -82,10 +75,10 @@ def generate_batch(
     """
     rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk, max_rows)
     group = _GroupDecoder(model, frozenset(stop_ids), prefill_chunk, kv_policy)
-    for window in (Window.SHORT, Window.LONG):  # a row only ever moves from the first to the second
-        waiting = sorted(
-            (row for row in rows if group.belongs(row, window)), key=lambda row: len(row.ids)
-        )
+    # A row only ever moves from the first window to the second.
+    for window in (Window.SHORT, Window.LONG):
+        waiting = [row for row in rows if group.belongs(row, window)]
+        waiting.sort(key=lambda row: len(row.ids))
         for first in range(0, len(waiting), max_rows):
             group.decode(waiting[first : first + max_rows], window)
     return [row.tokens for row in rows]
@@ -99,22 +92,19 @@ def _checked_rows(
     max_rows: int,
 ) -> list[_Row]:
     """A row per prompt; all prompts are checked before the first is read."""
-    limits = (
-        [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    )
+    is_common = isinstance(max_new_tokens, int)
+    limits = [max_new_tokens] * len(prompts) if is_common else list(max_new_tokens)
     if len(limits) != len(prompts):
         raise DataError(
-            f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; give one each, or one"
+            f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; "
+            "give one each, or one"
         )
     if max_rows < 1:
         raise DataError(f"max_rows={max_rows} must be at least 1")
-    for number, (prompt_ids, limit) in enumerate(zip(prompts, limits, strict=True)):
-        check_request(
-            prompt_ids, limit, model.factors.target_len, prefill_chunk, f"prompt {number}"
-        )
-    return [
-        _Row(list(prompt_ids), limit) for prompt_ids, limit in zip(prompts, limits, strict=True)
-    ]
+    target_len = model.factors.target_len
+    for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+        check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
+    return [_Row(list(ids), limit) for ids, limit in zip(prompts, limits, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -128,10 +118,8 @@ class _GroupDecoder:
 
     def belongs(self, row: _Row, window: Window) -> bool:
         """Whether the row still wants tokens and its length asks for this window."""
-        return (
-            row.num_left > 0
-            and window_for_length(len(row.ids), self.model.factors.geometry.original_len) is window
-        )
+        original_len = self.model.factors.geometry.original_len
+        return row.num_left > 0 and window_for_length(len(row.ids), original_len) is window
 
     def decode(self, rows: list[_Row], window: Window) -> None:
         """Continue all rows until each has stopped or outgrown the window."""
@@ -147,9 +135,8 @@ class _GroupDecoder:
         for row in active:
             row.cache = None
         while active:
-            for row, token_id in zip(
-                active, self._step(active, cache, first_key_B, window), strict=True
-            ):
+            token_ids = self._step(active, cache, first_key_B, window)
+            for row, token_id in zip(active, token_ids, strict=True):
                 row.append(token_id, window, self.stop_ids)
             active, first_key_B = self._drop_leavers(active, cache, first_key_B, window)
 
@@ -167,7 +154,7 @@ class _GroupDecoder:
     def _drop_leavers(
         self, rows: list[_Row], cache: DynamicCache, first_key_B: Tensor, window: Window
     ) -> tuple[list[_Row], Tensor]:
-        """Take the rows that have stopped or outgrown the window out of the cache; a re-rotated one keeps its keys."""
+        """Take rows that stopped or outgrew the window out; one to be re-rotated keeps its keys."""
         staying = [number for number, row in enumerate(rows) if self.belongs(row, window)]
         if len(staying) == len(rows):
             return rows, first_key_B
@@ -183,8 +170,7 @@ class _GroupDecoder:
         """Rows that go on in this window; one that leaves keeps its cache only to be re-rotated."""
         staying = [row for row in rows if self.belongs(row, window)]
         for row in rows:
-            if not self.belongs(row, window) and (
-                row.num_left == 0 or self.kv_policy is KvPolicy.reprefill
-            ):
+            is_done = row.num_left == 0 or self.kv_policy is KvPolicy.reprefill
+            if is_done and not self.belongs(row, window):
                 row.cache = None
         return staying

@@ -1,5 +1,4 @@
-"""transformers' key/value cache: filled chunk by chunk, joined into batches, and re-rotated at the
-switch.
+"""transformers' key/value cache: filled chunk by chunk, joined, and re-rotated at the switch.
 
 Every forward names its window, and all chunks of a sequence are read with one: a cache never holds
 keys of two RoPEs.
@@ -24,13 +23,10 @@ from longrope2.rope.factors import RescaleFactors, Window
 
 
 class _FilledLayer(Protocol):
-    """A cache layer's tensors, which transformers declares as possibly missing; both [B, K, C, D]."""
+    """A cache layer's tensors, which transformers declares as possibly missing."""
 
     keys: Tensor
     values: Tensor
-
-    def reset(self) -> None:
-        """Drop both."""
 
 
 class KvPolicy(Enum):
@@ -53,22 +49,15 @@ def next_logits(
     positions_BT: Tensor | None = None,
     first_key_B: Tensor | None = None,
 ) -> Tensor:
-    """Read tokens into the cache.
+    """Read the tokens that follow what is cached.
 
-    Args:
-        model: Model with both RoPE tables.
-        tokens_BT: The tokens that follow what is cached.
-        cache: Grows by T.
-        window: Which RoPE reads them.
-        positions_BT: Their positions; None continues after the cached ones.
-        first_key_B: First cached key of each row that is no padding (only with T = 1); None where
-            there is none.
+    ``positions_BT`` None continues after the cached ones; ``first_key_B`` is each row's first
+    cached key that is no padding (only with T = 1), None where there is none.
 
     Returns:
         Logits after the last token of each row, [B, V], float32, on the model's device.
     """
-    # Every call names the window: between two steps the caller may have used the model for
-    # something else.
+    # At every call: between two steps the caller may have used the model for something else.
     model.use_window(window)
     output = model.hf(
         input_ids=tokens_BT.to(model.hf.device),
@@ -84,17 +73,10 @@ def next_logits(
 def prefill(
     model: WindowedModel, ids: Sequence[int], window: Window, chunk_tokens: int | None
 ) -> tuple[Tensor, DynamicCache]:
-    """Read one sequence into a fresh cache, all of it with the RoPE of ``window``.
+    """Read one sequence into a fresh cache, in the window that its whole length asks for.
 
-    Args:
-        model: Model with both RoPE tables.
-        ids: The sequence.
-        window: Decided by the length of the whole sequence, never by a chunk's.
-        chunk_tokens: Tokens read at a time, which bounds the memory of activations; None reads all
-            at once.
-
-    Returns:
-        Logits after the last token, [V], and the cache.
+    ``chunk_tokens`` are read at a time, which bounds the memory of activations; None reads all at
+    once. Returns the logits after the last token, [V], and the cache.
     """
     cache, logits_BV = DynamicCache(), torch.empty(0)
     for chunk_BT in torch.tensor([ids]).split(chunk_tokens or len(ids), dim=1):
@@ -103,30 +85,24 @@ def prefill(
 
 
 def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
-    """One cache of several rows, shorter ones padded with zeros on the left; the given caches are
-    emptied.
+    """One cache of several rows, shorter ones padded with zeros on the left; the given are emptied.
 
-    Returns:
-        The joined cache, and the index of each row's first key that is no padding, [B].
+    Also returns the index of each row's first key that is no padding, [B].
     """
     lengths = [cache.get_seq_length() for cache in caches]
     paddings = [max(lengths) - length for length in lengths]
 
+    def padded_rows(parts: list[Tensor]) -> Tensor:
+        padded = zip(parts, paddings, strict=True)
+        return torch.cat([F.pad(part, (0, 0, padding, 0)) for part, padding in padded])
+
     def joined_layers() -> Iterator[tuple[Tensor, Tensor]]:
         # Layer by layer, so that at most one layer stands in memory twice.
         for layers in zip(*map(_layers, caches), strict=True):
-            keys_BKCD, values_BKCD = (
-                torch.cat(
-                    [
-                        F.pad(part, (0, 0, padding, 0))
-                        for part, padding in zip(parts, paddings, strict=True)
-                    ]
-                )
-                for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
-            )
-            for (
-                layer
-            ) in layers:  # not reset(): in transformers 5.17 it zeroes in place and frees nothing
+            keys_BKCD = padded_rows([layer.keys for layer in layers])
+            values_BKCD = padded_rows([layer.values for layer in layers])
+            # Not reset(): in transformers 5.17 it zeroes in place and frees nothing.
+            for layer in layers:
                 layer.keys = layer.values = torch.empty(0)
             yield keys_BKCD, values_BKCD
 
@@ -135,9 +111,9 @@ def join_caches(caches: Sequence[DynamicCache]) -> tuple[DynamicCache, Tensor]:
 
 def single_row(cache: DynamicCache, row: int, first_key: int) -> DynamicCache:
     """A copy of one row of a joined cache, without its padding."""
-    rows = slice(row, row + 1)
+    rows, kept = slice(row, row + 1), slice(first_key, None)
     return DynamicCache(
-        (layer.keys[rows, :, first_key:].clone(), layer.values[rows, :, first_key:].clone())
+        (layer.keys[rows, :, kept].clone(), layer.values[rows, :, kept].clone())
         for layer in _layers(cache)
     )
 
@@ -150,23 +126,21 @@ def rerotate_keys(cache: DynamicCache, factors: RescaleFactors) -> None:
     Exact in layer 0; see ``KvPolicy.rerotate``.
     """
     positions_C1 = torch.arange(cache.get_seq_length(), dtype=torch.float32)[:, None]
-    # The float32 angles that the rotary module computed, so that their difference undoes exactly
-    # those.
-    angles_CI = [
+    # In float32 as the rotary module computes them: their difference undoes exactly those angles.
+    long_CI, short_CI = (
         (positions_C1 * factors.inverse_frequencies(window)).double()
         for window in (Window.LONG, Window.SHORT)
-    ]
-    turn_CI = angles_CI[0] - angles_CI[1]
+    )
+    turn_CI = long_CI - short_CI
     scale = factors.long_attention_scale / factors.short_attention_scale
     cos_CI, sin_CI = (turn_CI.cos() * scale).float(), (turn_CI.sin() * scale).float()
-    num_frequencies = factors.geometry.num_frequencies
+    half = factors.geometry.num_frequencies
     for layer in _layers(cache):
         cos, sin = cos_CI.to(layer.keys.device), sin_CI.to(layer.keys.device)
-        first = layer.keys[..., :num_frequencies].float()
-        second = layer.keys[..., num_frequencies : 2 * num_frequencies].float()
+        first, second = layer.keys[..., :half].float(), layer.keys[..., half : 2 * half].float()
         # Both halves before either is written: in float32 they are views of the keys.
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        layer.keys[..., : 2 * num_frequencies] = turned.to(layer.keys.dtype)
+        layer.keys[..., : 2 * half] = turned.to(layer.keys.dtype)
 
 
 def _layers(cache: DynamicCache) -> list[_FilledLayer]:

@@ -1,4 +1,4 @@
-"""Generation with the factor switch of LongRoPE2 inference, one sequence, token by token.
+"""Generation with the factor switch of LongRoPE2 inference: settings, one sequence, and its text.
 
 A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward
 pass that reads the first token beyond L0 reads the whole sequence again, with the rescaled RoPE,
@@ -10,15 +10,12 @@ depend on hidden states that were computed under the other factors. The choice b
 sequence, never to a batch (see ``batch``).
 
 Shape legend: V = vocabulary.
-
-Token ids to text, piece by piece, without ever printing half a character.
-
-Settings of a generation.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +28,8 @@ from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-MOST_BYTES = 4  # of a character in UTF-8
+# Of a character in UTF-8.
+MOST_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,26 @@ def check_request(
     max_new_tokens: int,
     target_len: int,
     prefill_chunk: int | None,
+    *,
     name: str,
 ) -> None:
     """Refuse a sequence that cannot be generated.
 
     Raises:
-        DataError: empty prompt, prompt plus new tokens beyond the target length, or a chunk below
-            1; says ``name``.
+        DataError: an empty prompt, more tokens than the target length, or a chunk below 1.
     """
     if not prompt_ids:
         raise DataError(f"{name} has no tokens; give at least one (BOS counts)")
     if len(prompt_ids) + max_new_tokens > target_len:
         raise DataError(
-            f"{name}'s {len(prompt_ids)} tokens and generate.max_new_tokens={max_new_tokens} exceed the extended "
-            f"window of {target_len} tokens; shorten the prompt or set generate.max_new_tokens to at most "
-            f"{max(target_len - len(prompt_ids), 0)}"
+            f"{name}'s {len(prompt_ids)} tokens and generate.max_new_tokens={max_new_tokens} "
+            f"exceed the extended window of {target_len} tokens; shorten the prompt or set "
+            f"generate.max_new_tokens to at most {max(target_len - len(prompt_ids), 0)}"
         )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise DataError(
-            f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt at once"
+            f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt "
+            "at once"
         )
 
 
@@ -85,7 +84,7 @@ def generate_tokens(
     prefill_chunk: int | None = None,
     kv_policy: KvPolicy = KvPolicy.reprefill,
 ) -> Iterator[GeneratedToken]:
-    """Continue one sequence, token by token.
+    """Continue one sequence, token by token; every step computes exactly one.
 
     Args:
         model: Model with both RoPE tables; its factors say where L0 and L are.
@@ -97,29 +96,58 @@ def generate_tokens(
         prefill_chunk: Tokens of the prompt read at a time; None reads it at once.
         kv_policy: What becomes of the cache when the sequence outgrows L0.
 
-    Returns:
-        Iterator over the new tokens; every step computes exactly one.
-
     Raises:
-        DataError: empty prompt, or prompt plus new tokens beyond the target length, or temperature
-            below 0.
+        DataError: a request that ``check_request`` refuses, or a temperature below 0.
     """
-    check_request(prompt_ids, max_new_tokens, model.factors.target_len, prefill_chunk, "the prompt")
+    target_len = model.factors.target_len
+    check_request(prompt_ids, max_new_tokens, target_len, prefill_chunk, name="the prompt")
     if temperature < 0:
         raise DataError(
             f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
         )
-    # The checks run at the call, not at the first step: hence a generator of its own below.
-    sampling = _Sampling(temperature, torch.Generator().manual_seed(seed))
     return _generate(
         model,
         list(prompt_ids),
         max_new_tokens,
-        frozenset(stop_ids),
-        sampling,
-        prefill_chunk,
-        kv_policy,
+        stop_ids=stop_ids,
+        choose=partial(_choose, temperature, torch.Generator().manual_seed(seed)),
+        prefill_chunk=prefill_chunk,
+        kv_policy=kv_policy,
     )
+
+
+def _generate(
+    model: WindowedModel,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    stop_ids: Collection[int],
+    choose: Callable[[Tensor], int],
+    prefill_chunk: int | None,
+    kv_policy: KvPolicy,
+) -> Iterator[GeneratedToken]:
+    """The steps of ``generate_tokens``, apart from its checks, which run at the call."""
+    cache, cache_window = None, None
+    for _ in range(max_new_tokens):
+        window = window_for_length(len(ids), model.factors.geometry.original_len)
+        if cache is None or window is not cache_window:
+            logits_V, cache = switch_window(model, ids, cache, prefill_chunk, kv_policy)
+            cache_window = window
+        else:
+            logits_V = next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0]
+        ids.append(choose(logits_V.cpu()))
+        yield GeneratedToken(ids[-1], window)
+        if ids[-1] in stop_ids:
+            return
+
+
+def _choose(temperature: float, generator: torch.Generator, logits_V: Tensor) -> int:
+    """The most likely token, or one drawn from the tempered distribution."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    # Relative to the largest, so that a low temperature overflows to probability 0, not to NaN.
+    relative_V = (logits_V - logits_V.max()) / temperature
+    return int(torch.multinomial(torch.softmax(relative_V, dim=-1), 1, generator=generator))
 
 
 def switch_window(
@@ -131,66 +159,14 @@ def switch_window(
 ) -> tuple[Tensor, DynamicCache]:
     """Read a sequence for the first time in the window that its length asks for.
 
-    Args:
-        model: Model with both RoPE tables.
-        ids: The whole sequence.
-        cache: All of it but the last token, as read in the short window; None at the start of a
-            generation.
-        prefill_chunk: Tokens read at a time.
-        kv_policy: Whether ``cache`` is re-rotated or dropped.
-
-    Returns:
-        Logits after the last token, [V], and the cache in this window.
+    ``cache`` holds all of it but the last token, as read in the short window; None at the start of
+    a generation. Returns the logits after the last token, [V], and the cache in this window.
     """
     window = window_for_length(len(ids), model.factors.geometry.original_len)
     if cache is None or kv_policy is KvPolicy.reprefill:
         return prefill(model, ids, window, prefill_chunk)
     rerotate_keys(cache, model.factors)
     return next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0], cache
-
-
-@dataclass
-class _Sampling:
-    """How a token is chosen."""
-
-    temperature: float
-    generator: torch.Generator
-
-    def choose(self, logits_V: Tensor) -> int:
-        """The most likely token, or one drawn from the tempered distribution."""
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        # Relative to the largest, so that a low temperature overflows to probability 0 and not to
-        # NaN.
-        relative_V = (logits_V - logits_V.max()) / self.temperature
-        return int(
-            torch.multinomial(torch.softmax(relative_V, dim=-1), 1, generator=self.generator)
-        )
-
-
-def _generate(
-    model: WindowedModel,
-    ids: list[int],
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    sampling: _Sampling,
-    prefill_chunk: int | None,
-    kv_policy: KvPolicy,
-) -> Iterator[GeneratedToken]:
-    """Decode with a cache that changes its window once, when the sequence outgrows L0."""
-    cache, cache_window = None, None
-    for _ in range(max_new_tokens):
-        window = window_for_length(len(ids), model.factors.geometry.original_len)
-        if cache is None or window is not cache_window:
-            logits_V, cache = switch_window(model, ids, cache, prefill_chunk, kv_policy)
-            cache_window = window
-        else:
-            logits_V = next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0]
-        token_id = sampling.choose(logits_V.cpu())
-        ids.append(token_id)
-        yield GeneratedToken(token_id, window)
-        if token_id in stop_ids:
-            return
 
 
 class TextStream:
@@ -222,7 +198,7 @@ class TextStream:
         return text
 
     def _whole_end(self, ids: Sequence[int]) -> list[int]:
-        """The last token, or as many as its character has bytes: half a character would spoil the bytes that follow it."""
+        """The last tokens, as many as make a whole character: half of one would spoil the next."""
         ends = [list(ids[-number:]) for number in range(1, min(len(ids), MOST_BYTES) + 1)]
         return next((end for end in ends if UNFINISHED not in self._decode(end)), list(ids[-1:]))
 
@@ -233,9 +209,8 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens."""
-        text = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text = self._tokenizer.decode(ids, **options)
         assert isinstance(text, str)
         return text
 
@@ -276,18 +251,13 @@ def check(config: GenerateRoot) -> None:
     Raises:
         ConfigError: all faults together, each naming its key.
     """
+    given = config.generate
     faults = []
-    if config.generate.max_new_tokens < 1:
-        faults.append(
-            f"generate.max_new_tokens={config.generate.max_new_tokens} must be at least 1"
-        )
-    if config.generate.prefill_chunk is not None and config.generate.prefill_chunk < 1:
-        faults.append(
-            f"generate.prefill_chunk={config.generate.prefill_chunk} must be at least 1, or null"
-        )
-    if not 0 <= config.generate.temperature < math.inf:
-        faults.append(
-            f"generate.temperature={config.generate.temperature} must be 0 or more, and finite"
-        )
+    if given.max_new_tokens < 1:
+        faults.append(f"generate.max_new_tokens={given.max_new_tokens} must be at least 1")
+    if given.prefill_chunk is not None and given.prefill_chunk < 1:
+        faults.append(f"generate.prefill_chunk={given.prefill_chunk} must be at least 1, or null")
+    if not 0 <= given.temperature < math.inf:
+        faults.append(f"generate.temperature={given.temperature} must be 0 or more, and finite")
     if faults:
         raise ConfigError(faults)

@@ -9,6 +9,7 @@ from longrope2.model.folder import find_config_file
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import from_hf_config
 from longrope2.rope.methods import (
     CLOSED_FORMS,
     CRITICAL_INDEX_METHODS,
@@ -138,8 +139,8 @@ def _read_published(
     """
     config = read_model_config(path)
     try:
-        published = RescaleFactors.from_hf_config(config, geometry.original_len)
-        factors = RescaleFactors.from_hf_config(config, geometry.original_len, target_len)
+        published = from_hf_config(config, geometry.original_len)
+        factors = from_hf_config(config, geometry.original_len, target_len)
     except FactorsError as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
     _refuse_other_geometry(factors, geometry, path, key)

@@ -67,31 +67,27 @@ class ParallelDims:
         """
         if sequence < 1 or world_size % sequence:
             allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            raise ConfigError(
-                [
-                    f"parallel.sequence={sequence} does not divide {world_size} processes; use {allowed}"
-                ]
-            )
+            fault = f"parallel.sequence={sequence} does not divide {world_size} processes"
+            raise ConfigError([f"{fault}; use {allowed}"])
         return cls(data=world_size // sequence, sequence=sequence, rank=rank)
 
 
 def head_faults(sequence: int, num_query_heads: int, num_kv_heads: int) -> list[str]:
     """Why the model's heads cannot be shared by ``sequence`` ranks; empty when they can."""
-    allowed = [
-        n
-        for n in range(1, num_query_heads + 1)
-        if num_query_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
-    ]
+
+    def fits(n: int) -> bool:
+        shares_kv_heads = num_kv_heads % n == 0 or n % num_kv_heads == 0
+        return num_query_heads % n == 0 and shares_kv_heads
+
+    allowed = list(filter(fits, range(1, num_query_heads + 1)))
     if sequence in allowed:
         return []
-    return [
-        f"parallel.sequence={sequence} cannot share {num_query_heads} query and {num_kv_heads} key/value heads; "
-        f"use one of {allowed}"
-    ]
+    heads = f"{num_query_heads} query and {num_kv_heads} key/value heads"
+    return [f"parallel.sequence={sequence} cannot share {heads}; use one of {allowed}"]
 
 
 def make_groups(dims: ParallelDims) -> tuple[ProcessGroup | None, ModuleType | None]:
-    """The sequence-parallel group of this rank and the ``mpu`` DeepSpeed wants; both None without sequence ranks."""
+    """This rank's sequence-parallel group and DeepSpeed's ``mpu``; None where there is no group."""
     assert dist.get_world_size() == dims.world_size
     if dims.sequence == 1:
         return None, None

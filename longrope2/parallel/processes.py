@@ -33,19 +33,17 @@ def world_size_from_environment() -> int | None:
 
 
 def join_processes(parallel: ParallelConfig) -> Processes:
-    """Join torchrun's process group, or make one of this process alone; NCCL on GPUs, gloo on CPUs."""
-    if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-        )
+    """Join torchrun's process group, or make one of this process alone; NCCL or, on CPUs, gloo."""
+    if world_size_from_environment() is None:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed warns when it has to find out by itself
+        # DeepSpeed warns when it has to find out by itself.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.init_distributed(

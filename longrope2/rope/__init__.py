@@ -1,5 +1,1 @@
-"""Rotary position embedding: periods, critical dimensions, rescaling methods, and the
-``RescaleFactors`` value.
-
-Pure maths: no files, no ranks, no transformers.
-"""
+"""Rotary position embedding as pure maths: periods, rescaling methods, ``RescaleFactors``."""

@@ -1,22 +1,16 @@
-"""Rotary frequencies, their periods in tokens, and the two critical dimensions [LongRoPE2, arXiv
-2502.20082, sec. 2-3].
+"""Rotary frequencies, critical dimensions, and the formulas that rescale them.
+
+[LongRoPE2, arXiv 2502.20082, sec. 2-3.] Each formula takes a geometry and gives lambda_i, one per
+cosine index. Methods choose their usual constants (``methods.py``), a published config brings its
+own (``hf_config.py``). Where ``transformers`` has the method, it is the reference
+(tests/reference): well-known codebases disagree, most of all on YaRN's ramp.
 
 Symbols: d = rotary dimension of a head, i = cosine index 0 .. d/2-1, b = RoPE base, theta_i =
-b^(-2i/d) radians per token, T_i = 2 pi / theta_i tokens, L0 = pre-trained window in tokens.
-Dimensions are counted as cosine indices throughout (the paper's "dimension index" of its figures);
-two channels of a head share one.
+b^(-2i/d) radians per token, T_i = 2 pi / theta_i tokens, L0 = pre-trained window in tokens, s =
+scale, c = critical index, turns_i = L0 / T_i. Dimensions are counted as cosine indices throughout
+(the paper's "dimension index" of its figures); two channels of a head share one.
 
 Shape letters: I = cosine indices.
-
-The formulas of closed-form rescaling, one function per formula: geometry in, lambda_i per cosine
-index out.
-
-Methods choose their usual constants (``methods.py``), a published config brings its own
-(``hf_reading.py``). Where ``transformers`` has the method, it is the reference (tests/reference):
-well-known codebases disagree, most of all on YaRN's ramp.
-
-Symbols: s = scale, d = rotary dimension, b = RoPE base, c = critical index, turns_i = L0 / T_i
-(turns of dimension i inside L0).
 """
 
 import math
@@ -27,13 +21,10 @@ from torch import Tensor
 
 from longrope2.errors import FactorsError
 
-SHORTEST_ORIGINAL_LEN = (
-    7  # the smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign
-)
-YARN_BETA_FAST = 32.0  # turns in L0 above which YaRN leaves a dimension alone
-YARN_BETA_SLOW = 1.0  # turns in L0 below which YaRN interpolates fully
-LLAMA3_LOW_FREQUENCY_TURNS = 1.0  # Llama 3.1: fewer turns in L0 are interpolated fully
-LLAMA3_HIGH_FREQUENCY_TURNS = 4.0  # Llama 3.1: more turns in L0 are left alone
+# The smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign.
+SHORTEST_ORIGINAL_LEN = 7
+# Turns in L0 above which YaRN leaves a dimension alone.
+YARN_BETA_FAST = 32.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,7 @@ class RopeGeometry:
 
     Attributes:
         rotary_dim: Rotated channels of a head (head dimension times the rotated part), even.
-        rope_base: Base of the frequencies (``rope_theta`` of a Hugging Face config), dimensionless,
-            > 1.
+        rope_base: Base of the frequencies (``rope_theta`` of a Hugging Face config), > 1.
         original_len: L0, pre-trained window in tokens.
 
     Raises:
@@ -57,7 +47,8 @@ class RopeGeometry:
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise FactorsError(
-                f"rotary_dim={self.rotary_dim}: the rotated channels of a head must be even, 2 or more"
+                f"rotary_dim={self.rotary_dim}: the rotated channels of a head must be even, "
+                "2 or more"
             )
         if not (math.isfinite(self.rope_base) and self.rope_base > 1):
             raise FactorsError(
@@ -65,8 +56,8 @@ class RopeGeometry:
             )
         if self.original_len < SHORTEST_ORIGINAL_LEN:
             raise FactorsError(
-                f"original_len={self.original_len}: the pre-trained window must be at least {SHORTEST_ORIGINAL_LEN} "
-                "tokens; set model.original_len"
+                f"original_len={self.original_len}: the pre-trained window must be at least "
+                f"{SHORTEST_ORIGINAL_LEN} tokens; set model.original_len"
             )
 
     @property
@@ -74,32 +65,38 @@ class RopeGeometry:
         """Cosine indices of a head, d/2."""
         return self.rotary_dim // 2
 
+    def scale_to(self, target_len: int) -> float:
+        """Scale L / L0 of a target window in tokens; FactorsError when it is below 1."""
+        if target_len < self.original_len:
+            raise FactorsError(
+                f"target_len={target_len} is below original_len={self.original_len}; "
+                "give a target of at least the pre-trained window"
+            )
+        return target_len / self.original_len
 
-def inverse_frequencies(geometry: RopeGeometry) -> Tensor:
-    """theta_i = b^(-2i/d) of the unscaled model, shape [I], float64, radians per token."""
-    exponents_I = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
-    return geometry.rope_base ** (-exponents_I)
+    def check_critical_index(self, index: int) -> None:
+        """Raise FactorsError unless ``index`` is a cosine index."""
+        if not 0 <= index < self.num_frequencies:
+            last = self.num_frequencies - 1
+            raise FactorsError(f"critical_index={index}: must be a cosine index, 0 .. {last}")
 
 
 def periods(geometry: RopeGeometry) -> Tensor:
-    """T_i = 2 pi / theta_i: tokens for one full turn, shape [I], float64."""
-    return 2 * math.pi / inverse_frequencies(geometry)
+    """T_i = 2 pi b^(2i/d): tokens for one full turn, unscaled, shape [I], float64."""
+    exponents_I = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
+    return 2 * math.pi / geometry.rope_base ** (-exponents_I)
 
 
 def theoretical_critical_index(geometry: RopeGeometry) -> int:
-    """First cosine index that never completes a turn inside L0: ceil((d/2) log_b(L0 / 2 pi))  [sec.
-    2, TCD].
+    """First index that never completes a turn inside L0: ceil((d/2) log_b(L0 / 2 pi))  [sec. 2].
 
-    Returns:
-        An index in [0, d/2]; d/2 means that every dimension completes a turn, so none is out of
-        distribution.
+    In [0, d/2]; d/2 means that every dimension completes a turn, so none is out of distribution.
     """
     return _index_with_turns(geometry, turns=1)
 
 
 def ten_period_index(geometry: RopeGeometry) -> int:
-    """First cosine index with fewer than ten turns inside L0: the lower end of the
-    critical-dimension search.
+    """First index with fewer than ten turns inside L0, where the search for c begins.
 
     ceil((d/2) log_b(L0 / (10 * 2 pi)))  [sec. 3.2, Algorithm 1]; in [0, d/2].
     """
@@ -108,26 +105,27 @@ def ten_period_index(geometry: RopeGeometry) -> int:
 
 def _index_with_turns(geometry: RopeGeometry, turns: int) -> int:
     """First index whose period exceeds L0 / turns, clipped to the existing indices."""
+    return min(max(math.ceil(_fractional_index(geometry, turns)), 0), geometry.num_frequencies)
+
+
+def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
+    """The real-valued cosine index that completes ``turns`` turns inside L0."""
     window_ratio = geometry.original_len / (turns * 2 * math.pi)
-    index = math.ceil(
-        geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
-    )
-    return min(max(index, 0), geometry.num_frequencies)
+    return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
 
 
 def base_change(geometry: RopeGeometry, base_ratio: float) -> tuple[float, ...]:
     """lambda_i = (b'/b)^(2i/d) of a change of base by ``base_ratio`` = b'/b."""
-    return tuple(
-        base_ratio ** (2 * i / geometry.rotary_dim) for i in range(geometry.num_frequencies)
-    )
+    indices = range(geometry.num_frequencies)
+    return tuple(base_ratio ** (2 * i / geometry.rotary_dim) for i in indices)
 
 
 def ntk_base_ratio(geometry: RopeGeometry, target_len: int) -> float:
-    """b'/b of the paper's NTK: b' = b^(ln(L / 2 pi) / ln(L0 / 2 pi))  [LongRoPE2 sec. 2.3, after Liu et al.]."""
-    exponent = math.log(target_len / (2 * math.pi)) / math.log(
-        geometry.original_len / (2 * math.pi)
+    """b'/b of the paper's NTK: b' = b^(ln(L / 2 pi) / ln(L0 / 2 pi))  [sec. 2.3, Liu et al.]."""
+    log_target, log_original = (
+        math.log(length / (2 * math.pi)) for length in (target_len, geometry.original_len)
     )
-    return geometry.rope_base ** (exponent - 1)
+    return geometry.rope_base ** (log_target / log_original - 1)
 
 
 def ntk_aware(geometry: RopeGeometry, last_factor: float) -> tuple[float, ...]:
@@ -151,7 +149,8 @@ def ntk_at_index(geometry: RopeGeometry, scale: float, critical_index: int) -> t
     """
     if critical_index < 1:
         raise FactorsError(
-            f"critical_index={critical_index}: a change of base leaves index 0 alone; give 1 or more"
+            f"critical_index={critical_index}: a change of base leaves index 0 alone; "
+            "give 1 or more"
         )
     return tuple(scale ** (i / critical_index) for i in range(geometry.num_frequencies))
 
@@ -160,55 +159,43 @@ def yarn_ramp(
     geometry: RopeGeometry,
     scale: float,
     beta_fast: float = YARN_BETA_FAST,
-    beta_slow: float = YARN_BETA_SLOW,
+    beta_slow: float = 1.0,
     rounded: bool = True,
 ) -> tuple[float, ...]:
     """YaRN's ramp [arXiv 2309.00071, sec. 3.2]: 1 above ``beta_fast`` turns, s below ``beta_slow``.
 
-    Args:
-        geometry: Its original length is the one the turns are counted in.
-        scale: s, factor of full interpolation.
-        beta_fast: Turns in L0 where the ramp begins.
-        beta_slow: Turns in L0 where it ends.
-        rounded: Round both ends outward to whole indices (``truncate`` of transformers).
+    Turns are counted in the geometry's original length. ``rounded`` rounds both ends outward to
+    whole indices (``truncate`` of transformers).
     """
     low, high = _fractional_index(geometry, beta_fast), _fractional_index(geometry, beta_slow)
     if rounded:
         low, high = math.floor(low), math.ceil(high)
-    low, high = (
-        max(low, 0),
-        min(high, geometry.rotary_dim - 1),
-    )  # the upper clip is transformers' own, twice too far
+    # The upper clip is transformers' own, twice too far.
+    low, high = max(low, 0), min(high, geometry.rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(geometry.num_frequencies))
-    return tuple(_blend(part, scale) for part in ramp)
+    return _ramp(low, width, scale, geometry.num_frequencies)
 
 
-def yarn_ramp_to_index(
-    geometry: RopeGeometry, scale: float, critical_index: int
-) -> tuple[float, ...]:
-    """YaRN's ramp ending at c instead of at one turn: s for every i >= c; it begins where YaRN's
-    begins.
+def yarn_ramp_to_index(geometry: RopeGeometry, scale: float, end: int) -> tuple[float, ...]:
+    """YaRN's ramp ending at index c instead of at one turn: s for every i >= c.
 
     Where c lies at or below that beginning nothing is left of the ramp: 1 below c, s from it on.
     """
     low = max(math.floor(_fractional_index(geometry, YARN_BETA_FAST)), 0)
-    width = max(critical_index - low, 1)
-    ramp = (min(max((i - low) / width, 0.0), 1.0) for i in range(critical_index))
-    return (
-        *(_blend(part, scale) for part in ramp),
-        *[scale] * (geometry.num_frequencies - critical_index),
-    )
+    below = _ramp(low, max(end - low, 1), scale, end)
+    return (*below, *[scale] * (geometry.num_frequencies - end))
+
+
+def _ramp(low: float, width: float, scale: float, num_indices: int) -> tuple[float, ...]:
+    """Factors of the first indices: 1 up to ``low``, s from ``low + width`` on."""
+    parts = (min(max((i - low) / width, 0.0), 1.0) for i in range(num_indices))
+    return tuple(_blend(part, scale) for part in parts)
 
 
 def llama3_bands(
-    geometry: RopeGeometry,
-    scale: float,
-    low_turns: float = LLAMA3_LOW_FREQUENCY_TURNS,
-    high_turns: float = LLAMA3_HIGH_FREQUENCY_TURNS,
+    geometry: RopeGeometry, scale: float, low_turns: float = 1.0, high_turns: float = 4.0
 ) -> tuple[float, ...]:
-    """Llama 3.1: s below ``low_turns`` in L0, 1 above ``high_turns``, between them a ramp in the
-    frequency.
+    """Llama 3.1: s below ``low_turns`` in L0, 1 above ``high_turns``, between a ramp in frequency.
 
     Raises:
         FactorsError: the bands overlap.
@@ -219,9 +206,8 @@ def llama3_bands(
         )
     factors = []
     for i in range(geometry.num_frequencies):
-        turns = geometry.original_len / (
-            2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim)
-        )
+        period = 2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim)
+        turns = geometry.original_len / period
         kept = min(max((turns - low_turns) / (high_turns - low_turns), 0.0), 1.0)
         factors.append(_blend(1.0 - kept, scale))
     return tuple(factors)
@@ -233,16 +219,10 @@ def yarn_attention_scale(scale: float, weight: float = 1.0) -> float:
 
 
 def longrope_attention_scale(scale: float, original_len: int) -> float:
-    """sqrt(1 + ln s / ln L0) on cos and sin, transformers' default for ``longrope``; 1 where nothing is stretched."""
+    """sqrt(1 + ln s / ln L0) on cos and sin, transformers' default for longrope; 1 for s <= 1."""
     return 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original_len))
 
 
 def _blend(interpolated: float, scale: float) -> float:
     """Factor of a frequency that is ``interpolated`` parts theta / s and the rest theta."""
     return 1.0 / (interpolated / scale + (1.0 - interpolated))
-
-
-def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
-    """The real-valued cosine index that completes ``turns`` turns inside L0."""
-    window_ratio = geometry.original_len / (turns * 2 * math.pi)
-    return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)

@@ -1,32 +1,27 @@
-"""Rescale factors written into a Hugging Face config.json, in the layout before transformers 5 and
-the one since.
+"""Rescale factors in a Hugging Face config.json: written for transformers, read as it applies them.
 
-Where the versions differ (all read in their source):
+Both layouts are written and read, ``rope_parameters`` (transformers 5) and ``rope_scaling`` with a
+top-level ``rope_theta`` (before). Where the versions differ (all read in their source):
 
-* 4.x reads ``rope_scaling`` and a top-level ``rope_theta``; 5.x reads ``rope_parameters``, but
-  ``rope_scaling`` wins where both stand. So both are written, saying the same.
+* ``rope_scaling`` wins in 5.x where both stand. So both are written, saying the same.
 * The original length is read at the top level only (4.x) or inside with the top level winning
   (5.x): both are written.
 * ``attention_factor`` defaults to sqrt(1 + ln s / ln L0) in BOTH windows, which changes the short
   window of the pre-trained model: it is always written.
 * ``factor`` wins over the ratio of lengths in 5.x and is replaced by it before: both say s.
 
-Rescale factors read from a published Hugging Face config.json, as transformers would apply them.
-
 ``longrope`` holds lists; ``linear``, ``dynamic``, ``yarn`` and ``llama3`` hold the constants of a
 closed form, which is computed from the config's own numbers, whatever lengths the caller has in
 mind. Three of them are static: transformers applies them at every length, so the short window is
 rescaled too and ``short_factors`` says so. ``dynamic`` leaves the short window alone and, beyond
 it, depends on the length: the factors are those of the target length.
-
-Both layouts are read, ``rope_parameters`` (transformers 5) and ``rope_scaling`` (before); where
-both stand, ``rope_scaling`` wins, as it does there.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from longrope2.errors import FactorsError
+from longrope2.rope.factors import RescaleFactors, Window, is_number, read_factor_list
 from longrope2.rope.frequencies import (
     RopeGeometry,
     llama3_bands,
@@ -36,43 +31,91 @@ from longrope2.rope.frequencies import (
     yarn_ramp,
 )
 
-LONGROPE_TYPES = ("longrope", "su")  # "su" is the first name of the type (Phi-3, April 2024)
+# "su" is the first name of the type (Phi-3, April 2024).
+LONGROPE_TYPES = ("longrope", "su")
 UNSCALED_TYPE = "default"
 READABLE_TYPES = (UNSCALED_TYPE, *LONGROPE_TYPES, "linear", "dynamic", "yarn", "llama3")
 ORIGINAL_LEN_KEY = "original_max_position_embeddings"
-Default = TypeVar("Default", float, None)
+MAX_LEN_KEY = "max_position_embeddings"
 
 
-def longrope_keys(
-    *,
-    short_factors: Sequence[float],
-    long_factors: Sequence[float],
-    geometry: RopeGeometry,
-    target_len: int,
-    attention_scale: float,
-    head_dim: int | None,
-) -> dict[str, Any]:
-    """Top-level keys of a config.json whose RoPE is Hugging Face's ``longrope`` with these factors."""
+def to_hf_config(factors: RescaleFactors, head_dim: int | None = None) -> dict[str, Any]:
+    """Keys to merge into a config.json so that plain transformers applies these factors.
+
+    ``head_dim``, the channels of a head, is needed where only a part of them is rotated
+    (Phi-4-mini): it makes ``partial_rotary_factor``.
+
+    Raises:
+        FactorsError: the attention scale of the two windows differs.
+    """
+    short_scale, long_scale = factors.short_attention_scale, factors.long_attention_scale
+    if short_scale != long_scale:
+        raise FactorsError(
+            f"attention scale is {short_scale} in the short window and {long_scale} in the long "
+            "one; a Hugging Face longrope config holds a single attention_factor for both. Use "
+            "factors with one attention scale (longrope2 has 1 in both)"
+        )
+    geometry = factors.geometry
     scaling = {
         "type": "longrope",
         "rope_type": "longrope",
-        "short_factor": list(short_factors),
-        "long_factor": list(long_factors),
-        "factor": target_len / geometry.original_len,
-        "attention_factor": attention_scale,
-        "original_max_position_embeddings": geometry.original_len,
+        "short_factor": list(factors.window_factors(Window.SHORT)),
+        "long_factor": list(factors.factors),
+        "factor": factors.scale,
+        "attention_factor": long_scale,
+        ORIGINAL_LEN_KEY: geometry.original_len,
     }
     partial = {}
     if head_dim is not None and head_dim != geometry.rotary_dim:
         partial = {"partial_rotary_factor": geometry.rotary_dim / head_dim}
     return {
         "rope_theta": geometry.rope_base,
-        "max_position_embeddings": target_len,
-        "original_max_position_embeddings": geometry.original_len,
+        MAX_LEN_KEY: factors.target_len,
+        ORIGINAL_LEN_KEY: geometry.original_len,
         "rope_scaling": scaling,
         "rope_parameters": {**scaling, "rope_theta": geometry.rope_base, **partial},
         **partial,
     }
+
+
+def from_hf_config(
+    config: dict[str, Any], original_len: int | None = None, target_len: int | None = None
+) -> RescaleFactors:
+    """The factors of a config.json, of one of ``READABLE_TYPES``.
+
+    Lengths in tokens that are None are the config's own: L0, which ``linear`` does not have, and
+    ``max_position_embeddings``, or factor times L0 where that is more.
+
+    Raises:
+        FactorsError: a key is missing or out of range, or the RoPE type is another one.
+    """
+    scaling = _scaling(config)
+    rope_type = scaling["rope_type"]
+    if rope_type == "yarn" and config.get("model_type") == "phi3":
+        rope_type = "longrope"  # as Phi3Config does: early Phi-3 configs called it so
+    if rope_type not in READABLE_TYPES:
+        raise FactorsError(
+            f"the config's RoPE type is {rope_type!r}: factors can be read from "
+            f"{', '.join(READABLE_TYPES)}"
+        )
+    if original_len is None:
+        original_len = _original_len(config, scaling, rope_type)
+    if target_len is None:
+        target_len = _target_len(config, scaling, rope_type, original_len)
+    geometry = config_geometry(config, original_len)
+    if rope_type == UNSCALED_TYPE:
+        fields: dict[str, Any] = {"factors": (1.0,) * geometry.num_frequencies}
+    elif rope_type in LONGROPE_TYPES:
+        fields = _longrope_fields(config, scaling)
+    else:
+        fields = _closed_form_fields(config, scaling, rope_type, geometry, target_len)
+    return RescaleFactors(
+        geometry=geometry,
+        target_len=target_len,
+        method="none" if rope_type == UNSCALED_TYPE else "from_hf",
+        provenance={"source": "Hugging Face config", "rope_type": rope_type},
+        **fields,
+    )
 
 
 def config_rope_type(config: dict[str, Any]) -> str:
@@ -85,58 +128,15 @@ def config_rope_type(config: dict[str, Any]) -> str:
 
 
 def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
-    """Rotary dimension (``head_dim`` and the rotated part respected) and base, with a pre-trained
-    window of ours.
+    """Rotary dimension and base of the config, with a pre-trained window of ours.
 
     Raises:
         FactorsError: a key is missing or out of range, or the config holds a RoPE per layer type.
     """
-    scaling = _scaling(config)
-    rope_base = _rope_base(
-        config, scaling
-    )  # first: its absence says that the model has no RoPE at all
-    return RopeGeometry(_rotary_dim(config, scaling), rope_base, original_len)
-
-
-def read_factor_fields(
-    config: dict[str, Any], original_len: int | None, target_len: int | None
-) -> dict[str, Any]:
-    """The fields of ``RescaleFactors`` that a config.json holds.
-
-    Args:
-        config: Parsed config.json.
-        original_len: L0 in tokens; None takes the config's own.
-        target_len: L in tokens; None takes the config's own.
-
-    Raises:
-        FactorsError: a key is missing or out of range, or the RoPE type is none of
-            ``READABLE_TYPES``.
-    """
-    scaling = _scaling(config)
-    rope_type = scaling["rope_type"]
-    if rope_type == "yarn" and config.get("model_type") == "phi3":
-        rope_type = "longrope"  # as Phi3Config does: early Phi-3 configs called it so
-    if rope_type not in READABLE_TYPES:
-        raise FactorsError(
-            f"the config's RoPE type is {rope_type!r}: factors can be read from {', '.join(READABLE_TYPES)}"
-        )
-    if original_len is None:
-        original_len = _original_len(config, scaling, rope_type)
-    if target_len is None:
-        target_len = _target_len(config, scaling, rope_type, original_len)
-    geometry = RopeGeometry(_rotary_dim(config, scaling), _rope_base(config, scaling), original_len)
-    provenance = {"source": "Hugging Face config", "rope_type": rope_type}
-    fields = {
-        "geometry": geometry,
-        "target_len": target_len,
-        "method": "from_hf",
-        "provenance": provenance,
-    }
-    if rope_type == UNSCALED_TYPE:
-        return {**fields, "factors": (1.0,) * geometry.num_frequencies, "method": "none"}
-    if rope_type in LONGROPE_TYPES:
-        return {**fields, **_longrope_fields(config, scaling)}
-    return {**fields, **_closed_form_fields(config, scaling, rope_type, geometry, target_len)}
+    keys = {**config, **_scaling(config)}
+    # First: its absence says that the model has no RoPE at all.
+    rope_base = _number(keys, "rope_theta")
+    return RopeGeometry(_rotary_dim(keys), rope_base, original_len)
 
 
 def _closed_form_fields(
@@ -148,24 +148,16 @@ def _closed_form_fields(
 ) -> dict[str, Any]:
     """Factors and attention scale of a type that stores constants."""
     if rope_type == "dynamic":
-        # transformers counts from max_position_embeddings, which is the pre-trained window in such
-        # configs
-        factor, own_len = (
-            _number(scaling, "factor"),
-            int(_number(config, "max_position_embeddings")),
-        )
-        return {
-            "factors": ntk_aware(
-                geometry, factor * max(target_len, own_len) / own_len - (factor - 1)
-            )
-        }
+        # transformers counts from max_position_embeddings, in such configs the pre-trained window.
+        factor, own_len = _number(scaling, "factor"), int(_number(config, MAX_LEN_KEY))
+        last_factor = factor * max(target_len, own_len) / own_len - (factor - 1)
+        return {"factors": ntk_aware(geometry, last_factor)}
     attention_scale = 1.0
     if rope_type == "linear":
         factors = (_number(scaling, "factor"),) * geometry.num_frequencies
     else:
-        published = RopeGeometry(
-            geometry.rotary_dim, geometry.rope_base, _original_len(config, scaling, rope_type)
-        )  # the bands are counted in the config's own window
+        # The bands are counted in the config's own window.
+        published = replace(geometry, original_len=_original_len(config, scaling, rope_type))
         if rope_type == "llama3":
             bands = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
             factors = llama3_bands(published, _number(scaling, "factor"), *bands)
@@ -182,34 +174,34 @@ def _closed_form_fields(
 def _yarn(
     config: dict[str, Any], scaling: dict[str, Any], published: RopeGeometry
 ) -> tuple[tuple[float, ...], float]:
-    """YaRN with the config's own betas, rounding and attention weights (DeepSeek has ``mscale`` twice)."""
-    if scaling.get("factor") is None:
-        scale = _number(config, "max_position_embeddings") / published.original_len
-    else:
-        scale = _number(scaling, "factor")
-    betas = _number_or(scaling, "beta_fast", 32.0), _number_or(scaling, "beta_slow", 1.0)
-    truncate = scaling.get("truncate")
-    factors = yarn_ramp(
-        published, scale, *betas, rounded=True if truncate is None else bool(truncate)
-    )
-    if scaling.get("attention_factor") is not None:
+    """YaRN by the config's own betas, rounding and attention weights (DeepSeek: two ``mscale``)."""
+    scale = _scale(config, scaling, published.original_len)
+    betas = _optional(scaling, "beta_fast") or 32.0, _optional(scaling, "beta_slow") or 1.0
+    factors = yarn_ramp(published, scale, *betas, rounded=bool(scaling.get("truncate", True)))
+    if "attention_factor" in scaling:
         return factors, _number(scaling, "attention_factor")
-    weight, weight_all_dims = (
-        _number_or(scaling, "mscale", None),
-        _number_or(scaling, "mscale_all_dim", None),
-    )
-    if weight is not None and weight_all_dims is not None:
-        return factors, yarn_attention_scale(scale, weight) / yarn_attention_scale(
-            scale, weight_all_dims
-        )
-    return factors, yarn_attention_scale(scale)
+    weight, weight_all_dims = _optional(scaling, "mscale"), _optional(scaling, "mscale_all_dim")
+    if weight is None or weight_all_dims is None:
+        return factors, yarn_attention_scale(scale)
+    of_all_dims = yarn_attention_scale(scale, weight_all_dims)
+    return factors, yarn_attention_scale(scale, weight) / of_all_dims
+
+
+def _scale(config: dict[str, Any], scaling: dict[str, Any], own_len: int) -> float:
+    """The config's own s: its ``factor``, else the ratio of its lengths."""
+    if "factor" in scaling:
+        return _number(scaling, "factor")
+    return _number(config, MAX_LEN_KEY) / own_len
 
 
 def _longrope_fields(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
     """Factor lists and attention scales of a longrope config."""
-    short_factors = _numbers(scaling, "short_factor")
+    short_factors, long_factors = (
+        read_factor_list(_required(scaling, key), key, "the Hugging Face config has")
+        for key in ("short_factor", "long_factor")
+    )
     return {
-        "factors": _numbers(scaling, "long_factor"),
+        "factors": long_factors,
         "short_factors": None if set(short_factors) == {1.0} else short_factors,
         "short_attention_scale": _longrope_scale(config, scaling, "short_mscale"),
         "long_attention_scale": _longrope_scale(config, scaling, "long_mscale"),
@@ -217,34 +209,28 @@ def _longrope_fields(config: dict[str, Any], scaling: dict[str, Any]) -> dict[st
 
 
 def _longrope_scale(config: dict[str, Any], scaling: dict[str, Any], own_key: str) -> float:
-    """Multiplier on cos and sin: the window's own key (Phi-3.5-MoE), else the common one, else
-    transformers' default.
+    """Multiplier on cos and sin: the window's own key (Phi-3.5-MoE), the common one, the default.
 
-    The default follows the model's own lengths, not the target asked for: it belongs to the model
-    as published.
+    transformers' default follows the model's own lengths, not the target asked for: it belongs to
+    the model as published.
     """
     for key in (own_key, "attention_factor"):
-        if scaling.get(key) is not None:
+        if key in scaling:
             return _number(scaling, key)
     own_len = _original_len(config, scaling, "longrope")
-    if scaling.get("factor") is None:
-        return longrope_attention_scale(
-            _number(config, "max_position_embeddings") / own_len, own_len
-        )
-    return longrope_attention_scale(_number(scaling, "factor"), own_len)
+    return longrope_attention_scale(_scale(config, scaling, own_len), own_len)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE keys of either layout, with ``rope_type`` always present."""
+    """The RoPE keys of either layout that are not null, ``rope_type`` always among them."""
     merged: dict[str, Any] = {"rope_type": UNSCALED_TYPE}
     for layout in ("rope_parameters", "rope_scaling"):
-        keys = {
-            name: value for name, value in (config.get(layout) or {}).items() if value is not None
-        }
-        nested = sorted(name for name, value in keys.items() if isinstance(value, dict))
-        if nested:
+        given = config.get(layout) or {}
+        keys = {name: value for name, value in given.items() if value is not None}
+        if nested := sorted(name for name, value in keys.items() if isinstance(value, dict)):
             raise FactorsError(
-                f"the config has a RoPE per layer type ({', '.join(nested)}); one RoPE for all layers is supported"
+                f"the config has a RoPE per layer type ({', '.join(nested)}); "
+                "one RoPE for all layers is supported"
             )
         if "type" in keys:
             keys.setdefault("rope_type", keys["type"])
@@ -253,20 +239,19 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _original_len(config: dict[str, Any], scaling: dict[str, Any], rope_type: str) -> int:
-    """L0 as transformers 5 finds it: top level first, then inside; an unscaled or dynamic RoPE has its whole window."""
-    for place in (config, scaling):
-        if (
-            rope_type not in (UNSCALED_TYPE, "dynamic", "linear")
-            and place.get(ORIGINAL_LEN_KEY) is not None
-        ):
-            return int(_number(place, ORIGINAL_LEN_KEY))
+    """L0 as transformers 5 finds it: top level first, then inside."""
     if rope_type == "linear":
         raise FactorsError(
-            "a config with linear RoPE scaling does not say its pre-trained window; set original_len"
+            "a config with linear RoPE scaling does not say its pre-trained window; "
+            "set original_len"
         )
+    if rope_type not in (UNSCALED_TYPE, "dynamic"):  # these two have their whole window
+        for place in (config, scaling):
+            if place.get(ORIGINAL_LEN_KEY) is not None:
+                return int(_number(place, ORIGINAL_LEN_KEY))
     if rope_type in LONGROPE_TYPES:
         return int(_number(scaling, ORIGINAL_LEN_KEY))
-    return int(_number(config, "max_position_embeddings"))
+    return int(_number(config, MAX_LEN_KEY))
 
 
 def _target_len(
@@ -277,29 +262,21 @@ def _target_len(
     Qwen's yarn configs leave ``max_position_embeddings`` at L0; Llama 3.1's says 16 times L0 with a
     factor of 8.
     """
-    stated = int(_number(config, "max_position_embeddings"))
-    if rope_type in (UNSCALED_TYPE, *LONGROPE_TYPES) or scaling.get("factor") is None:
+    stated = int(_number(config, MAX_LEN_KEY))
+    if rope_type in (UNSCALED_TYPE, *LONGROPE_TYPES) or "factor" not in scaling:
         return stated
     return max(stated, round(_number(scaling, "factor") * original_len))
 
 
-def _rope_base(config: dict[str, Any], scaling: dict[str, Any]) -> float:
-    """rope_theta, inside (transformers 5) or at the top level."""
-    return _number(scaling if scaling.get("rope_theta") is not None else config, "rope_theta")
-
-
-def _rotary_dim(config: dict[str, Any], scaling: dict[str, Any]) -> int:
+def _rotary_dim(keys: dict[str, Any]) -> int:
     """Rotated channels of a head: head_dim (else hidden / heads) times the rotated part."""
-    if config.get("head_dim") is not None:
-        head_dim = int(_number(config, "head_dim"))
+    if keys.get("head_dim") is not None:
+        head_dim = int(_number(keys, "head_dim"))
     else:
-        head_dim = int(_number(config, "hidden_size")) // int(
-            _number(config, "num_attention_heads")
-        )
-    place = scaling if scaling.get("partial_rotary_factor") is not None else config
-    if place.get("partial_rotary_factor") is None:
+        head_dim = int(_number(keys, "hidden_size")) // int(_number(keys, "num_attention_heads"))
+    if keys.get("partial_rotary_factor") is None:
         return head_dim
-    return int(head_dim * _number(place, "partial_rotary_factor"))
+    return int(head_dim * _number(keys, "partial_rotary_factor"))
 
 
 def _required(values: dict[str, Any], key: str) -> Any:
@@ -312,25 +289,13 @@ def _required(values: dict[str, Any], key: str) -> Any:
 def _number(values: dict[str, Any], key: str) -> float:
     """A number above 0 that must stand in the config."""
     value = _required(values, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise FactorsError(
             f"the Hugging Face config has {key}={value!r}; it must be a number above 0"
         )
     return float(value)
 
 
-def _number_or(values: dict[str, Any], key: str, default: Default) -> float | Default:
-    """A number above 0, or the default where it is absent, null or 0 (transformers takes 0 for absent)."""
-    return _number(values, key) if values.get(key) else default
-
-
-def _numbers(values: dict[str, Any], key: str) -> tuple[float, ...]:
-    """A list of numbers that must stand in the config; their range is checked by ``RescaleFactors``."""
-    given = _required(values, key)
-    if not isinstance(given, list) or any(
-        isinstance(v, bool) or not isinstance(v, int | float) for v in given
-    ):
-        raise FactorsError(
-            f"the Hugging Face config has {key}={str(given)[:60]}; it must be a list of numbers"
-        )
-    return tuple(float(value) for value in given)
+def _optional(values: dict[str, Any], key: str) -> float | None:
+    """A number above 0, or None for none, null and 0, which transformers takes for none."""
+    return _number(values, key) if values.get(key) else None

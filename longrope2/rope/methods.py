@@ -1,16 +1,14 @@
 """Rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
 
-Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in
-``closed_forms.py``; here are the methods' names and the constants they are known with.
+Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in ``frequencies.py``;
+here are the methods' names, the constants they are known with, and what holds on either side of a
+critical dimension: NTK scaling below it, the out-of-distribution bound above it [LongRoPE2, arXiv
+2502.20082, sec. 3.2].
+
+Index convention of this project: the first freely chosen factor stands AT the critical index c. The
+paper's Algorithms 1 and 2 slice one lower; the arrays its authors released do not.
 
 Symbols: s = L / L0, c = critical index.
-
-What holds on either side of a critical dimension: NTK scaling below it, the out-of-distribution
-bound above it.
-
-[LongRoPE2, arXiv 2502.20082, sec. 3.2.] Index convention of this project: the first freely chosen
-factor stands AT the critical index c. The paper's Algorithms 1 and 2 slice one lower; the arrays
-its authors released do not.
 """
 
 from enum import StrEnum
@@ -29,11 +27,12 @@ from longrope2.rope.frequencies import (
     yarn_ramp_to_index,
 )
 
-BOUND_TOLERANCE = 1e-9  # relative: a ramp that ends at s may land one rounding below it
+# Relative: a ramp that ends at s may land one rounding below it.
+BOUND_TOLERANCE = 1e-9
 
 
 class RopeMethod(StrEnum):
-    """How the long window's RoPE is rescaled. Names equal values, so ``rope.method=yarn`` works in Hydra."""
+    """How the long window's RoPE is rescaled; names equal values, for ``rope.method=yarn``."""
 
     none = "none"
     """Unscaled: lambda_i = 1."""
@@ -61,32 +60,20 @@ class RopeMethod(StrEnum):
     """Factors read from a Hugging Face config; resolved by the loader."""
 
 
-CLOSED_FORMS = (
-    RopeMethod.none,
-    RopeMethod.pi,
-    RopeMethod.ntk,
-    RopeMethod.ntk_aware,
-    RopeMethod.dynamic_ntk,
-    RopeMethod.yarn,
-    RopeMethod.llama3,
-)
+_CLOSED_FORM_NAMES = ("none", "pi", "ntk", "ntk_aware", "dynamic_ntk", "yarn", "llama3")
+CLOSED_FORMS = tuple(map(RopeMethod, _CLOSED_FORM_NAMES))
 CRITICAL_INDEX_METHODS = (RopeMethod.yarn_rcd, RopeMethod.ntk_rcd)
 
 
 def closed_form_factors(
     method: RopeMethod, geometry: RopeGeometry, target_len: int
 ) -> RescaleFactors:
-    """Rescale factors of a method that needs no search.
-
-    Args:
-        method: One of ``CLOSED_FORMS``.
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L, target window in tokens, at least L0.
+    """Rescale factors of a method that needs no search, for a target window in tokens.
 
     Raises:
         FactorsError: the method has no closed form, or ``target_len`` is below L0.
     """
-    scale = _scale(geometry, target_len)
+    scale = geometry.scale_to(target_len)
     attention_scale = 1.0
     match method:
         case RopeMethod.none:
@@ -106,10 +93,8 @@ def closed_form_factors(
         case RopeMethod.llama3:
             factors = llama3_bands(geometry, scale)
         case _:
-            allowed = ", ".join(closed_form.value for closed_form in CLOSED_FORMS)
-            raise FactorsError(
-                f"rope.method={method.value} has no closed form; use one of {allowed}"
-            )
+            allowed = ", ".join(CLOSED_FORMS)
+            raise FactorsError(f"rope.method={method} has no closed form; use one of {allowed}")
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -123,8 +108,7 @@ def closed_form_factors(
 def critical_index_factors(
     method: RopeMethod, geometry: RopeGeometry, target_len: int, critical_index: int
 ) -> RescaleFactors:
-    """YaRN or NTK with the critical dimension corrected to c, the real one  [LongRoPE2 sec. 4.3,
-    Table 5].
+    """YaRN or NTK with the critical dimension corrected to c  [LongRoPE2 sec. 4.3, Table 5].
 
     The paper says only that it applies the critical dimension its search found to both methods.
     Chosen here: each method keeps its form and the point it ties to the theoretical critical
@@ -133,31 +117,19 @@ def critical_index_factors(
     one turn in L0; ``yarn_rcd`` ends it at c, so lambda_i = s for i >= c. Its beginning, 32 turns
     in L0, is no critical dimension and stays, and so does YaRN's attention scale.
 
-    Args:
-        method: ``yarn_rcd`` or ``ntk_rcd``.
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L, target window in tokens, at least L0.
-        critical_index: c, cosine index; 1 or more for ``ntk_rcd``.
-
     Raises:
-        FactorsError: another method, a critical index outside its range, or ``target_len`` below
-            L0.
+        FactorsError: another method, a critical index out of range, or ``target_len`` below L0.
     """
-    scale, last = _scale(geometry, target_len), geometry.num_frequencies - 1
-    if not 0 <= critical_index <= last:
-        raise FactorsError(f"critical_index={critical_index}: must be a cosine index, 0 .. {last}")
+    scale = geometry.scale_to(target_len)
+    geometry.check_critical_index(critical_index)
     if method is RopeMethod.yarn_rcd:
-        factors, attention_scale = (
-            yarn_ramp_to_index(geometry, scale, critical_index),
-            yarn_attention_scale(scale),
-        )
+        factors = yarn_ramp_to_index(geometry, scale, critical_index)
+        attention_scale = yarn_attention_scale(scale)
     elif method is RopeMethod.ntk_rcd:
         factors, attention_scale = ntk_at_index(geometry, scale, critical_index), 1.0
     else:
-        allowed = ", ".join(allowed.value for allowed in CRITICAL_INDEX_METHODS)
-        raise FactorsError(
-            f"rope.method={method.value} takes no critical index; use one of {allowed}"
-        )
+        allowed = ", ".join(CRITICAL_INDEX_METHODS)
+        raise FactorsError(f"rope.method={method} takes no critical index; use one of {allowed}")
     return RescaleFactors(
         factors=factors,
         geometry=geometry,
@@ -169,31 +141,14 @@ def critical_index_factors(
     )
 
 
-def _scale(geometry: RopeGeometry, target_len: int) -> float:
-    """Target length over original length, checked."""
-    if target_len < geometry.original_len:
-        raise FactorsError(
-            f"target_len={target_len} is below original_len={geometry.original_len}; "
-            "give a target of at least the pre-trained window"
-        )
-    return target_len / geometry.original_len
-
-
 def ntk_part(critical_index: int, critical_factor: float) -> tuple[float, ...]:
     """Factors below the critical index: lambda_i = lambda_c^(i/c) for i < c.
 
     This is a change of base to b_c = b * lambda_c^(d / (2c)), which gives exactly lambda_c at c
     [sec. 3.2].
 
-    Args:
-        critical_index: c, cosine index, >= 0 (0 gives an empty part).
-        critical_factor: lambda_c, dimensionless, > 0.
-
-    Returns:
-        c factors, the first one 1.
-
     Raises:
-        FactorsError: a value outside its range.
+        FactorsError: c below 0 (0 gives an empty part), or lambda_c not above 0.
     """
     if critical_index < 0:
         raise FactorsError(f"critical_index={critical_index}: a cosine index is 0 or more")
@@ -204,19 +159,11 @@ def ntk_part(critical_index: int, critical_factor: float) -> tuple[float, ...]:
     return tuple(critical_factor ** (index / critical_index) for index in range(critical_index))
 
 
-def satisfies_bound(factors: RescaleFactors, critical_index: int) -> bool:
-    """Whether lambda_i >= s for every i >= c: no angle beyond those seen in pre-training [sec. 2,
-    OOD bound].
-
-    Args:
-        factors: The long window's factors are looked at.
-        critical_index: c, the first cosine index the bound applies to.
-    """
-    return first_out_of_bound(factors, critical_index) is None
-
-
 def first_out_of_bound(factors: RescaleFactors, critical_index: int) -> int | None:
-    """The first index i >= c with lambda_i < s, where the bound of ``satisfies_bound`` is broken; None if it holds."""
+    """The first index i >= c with lambda_i < s in the long window; None where the bound holds.
+
+    With lambda_i >= s for every i >= c no angle is beyond those of pre-training [sec. 2].
+    """
     least = factors.scale * (1 - BOUND_TOLERANCE)
     indices = range(critical_index, len(factors.factors))
     return next((i for i in indices if factors.factors[i] < least), None)

@@ -1,1 +1,1 @@
-"""The on-disk contract between packing and everything that reads tokens: segments, their order, needle sets."""
+"""The on-disk contract between packing and all that reads tokens: segments, order, needles."""

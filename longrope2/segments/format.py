@@ -12,11 +12,8 @@ opens the same files.
     starts_mid_document  the first document continues from another segment and has no BOS
     num_padding          padding tokens
 
-The rules of a segment, and the part of an audit that is cheap enough for every start of a training
-run.
-
-The packer checks every segment by these rules before it writes it; ``data_prep.verify`` checks all
-of them again, with hashes and the source texts.
+The packer checks every segment by the rules below before it writes it, a training run checks some
+at its start, and ``data_prep.verify`` checks all of them again, with hashes and the source texts.
 """
 
 from collections.abc import Sequence
@@ -31,31 +28,12 @@ from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import Manifest, read_manifest, sha256_of_file
 from longrope2.rope.factors import Window
 
-REQUIRED_DETAILS = (
-    "target_len",
-    "original_len",
-    "alignment",
-    "vocab_size",
-    "bos_id",
-    "eos_id",
-    "model_name",
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One row: exactly L tokens and the documents they belong to.
+    """One row: exactly L tokens and the documents they belong to; the columns above, and its place.
 
-    Attributes:
-        index: Position in the store.
-        window: Which rotary table and which attention it is for.
-        tokens: Ids, shape [L], read-only, uint16 or uint32.
-        doc_ends: Cumulative document ends, shape [num_documents], int32; the last is L.
-        sources: Source of every document.
-        doc_ids: Corpus id of every document.
-        doc_is_padding: Whether a document is padding, whose labels the trainer ignores.
-        starts_mid_document: The first document continues from another segment.
-        num_padding: Padding tokens.
+    ``tokens`` is a read-only view; arrays have the shapes [L] and [num_documents].
     """
 
     index: int
@@ -69,16 +47,16 @@ class Segment:
     num_padding: int
 
 
-def token_type(vocab_size: int) -> pa.DataType:
-    """Smallest stored type for ids below ``vocab_size``."""
-    return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """Smallest type for ids below ``vocab_size``: what segments and token files store."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def segment_schema(target_len: int, vocab_size: int) -> pa.Schema:
     """Columns of a shard for segments of ``target_len`` tokens."""
     return pa.schema(
         [
-            ("tokens", pa.list_(token_type(vocab_size), target_len)),
+            ("tokens", pa.list_(pa.from_numpy_dtype(token_dtype(vocab_size)), target_len)),
             ("doc_ends", pa.list_(pa.int32())),
             ("window", pa.string()),
             ("source", pa.list_(pa.string())),
@@ -90,36 +68,68 @@ def segment_schema(target_len: int, vocab_size: int) -> pa.Schema:
     )
 
 
+@dataclass(frozen=True)
+class SegmentRules:
+    """What every segment of a folder has to keep.
+
+    It has ``target_len`` tokens with ids below ``vocab_size``; its documents begin with ``bos_id``
+    and end with ``eos_id``. In a short segment none is longer than ``original_len``, BOS and EOS
+    included, or crosses a multiple of ``target_len / alignment``. ``control_ids`` stand nowhere
+    inside a document; BOS and EOS always belong to them.
+    """
+
+    target_len: int
+    original_len: int
+    alignment: int
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    control_ids: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """Type of stored ids."""
+        return token_dtype(self.vocab_size)
+
+
+_RULE_DETAILS = ("target_len", "original_len", "alignment", "vocab_size", "bos_id", "eos_id")
+
+
 class SegmentStore:
     """The segments of one finished ``1_segments`` folder, read in place.
 
     Raises:
-        ArtifactError: no finished segments there, a manifest field or a shard is missing, or a
-            shard does not have the columns or the number of rows that the manifest promises; names
-            which. Hashes are checked by ``verify``.
+        ArtifactError: no finished segments there, or a manifest field, a shard, its columns or its
+            rows are not as the manifest promises; names which. ``verify`` checks the hashes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, "segments")
-        missing = [name for name in REQUIRED_DETAILS if name not in self.manifest.details]
+        details = self.manifest.details
+        missing = [name for name in (*_RULE_DETAILS, "model_name") if name not in details]
         if missing:
             raise ArtifactError(
                 f"{self.folder}/manifest.json: details lack {', '.join(missing)}; pack again"
             )
-        details = self.manifest.details
-        self.target_len: int = details["target_len"]
-        self.original_len: int = details["original_len"]
-        self.alignment: int = details["alignment"]
-        self.vocab_size: int = details["vocab_size"]
-        self.bos_id: int = details["bos_id"]
-        self.eos_id: int = details["eos_id"]
-        self._schema = segment_schema(self.target_len, self.vocab_size)
+        self.rules = SegmentRules(
+            **{name: details[name] for name in _RULE_DETAILS},
+            control_ids=tuple(details.get("control_ids", ())),
+        )
+        self.target_len = self.rules.target_len
+        self._schema = segment_schema(self.target_len, self.rules.vocab_size)
         self._batches = [batch for name in self.manifest.files for batch in self._open_shard(name)]
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         # One flat view per batch into the mapped file: slicing it copies nothing.
         self._flat_tokens = [np.asarray(batch.column(0).flatten()) for batch in self._batches]
-        self._check_counts()
+        promised = self.manifest.counts
+        found = {"num_short_segments": self.short_ids, "num_long_segments": self.long_ids}
+        for key, ids in found.items():
+            if promised.get(key) != len(ids):
+                raise ArtifactError(
+                    f"{self.folder}/manifest.json: counts.{key} is {promised.get(key)}, "
+                    f"the shards hold {len(ids)}; pack again"
+                )
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -127,12 +137,12 @@ class SegmentStore:
     @property
     def short_ids(self) -> list[int]:
         """Segments tagged short."""
-        return self._ids(Window.SHORT)
+        return [index for index, value in enumerate(self._windows) if value == Window.SHORT]
 
     @property
     def long_ids(self) -> list[int]:
         """Segments tagged long."""
-        return self._ids(Window.LONG)
+        return [index for index, value in enumerate(self._windows) if value == Window.LONG]
 
     def segment(self, index: int) -> Segment:
         """Segment ``index``; its tokens are a view into the mapped shard."""
@@ -160,11 +170,7 @@ class SegmentStore:
         return self._flat_tokens[batch_index][offset + start : offset + stop]
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every shard with the manifest.
-
-        Raises:
-            ArtifactError: a shard was changed; names it.
-        """
+        """Raise ArtifactError, naming the shard, unless every SHA-256 is the manifest's."""
         for name, expected in self.manifest.files.items():
             if sha256_of_file(self.folder / name) != expected:
                 raise ArtifactError(
@@ -174,9 +180,6 @@ class SegmentStore:
     @cached_property
     def _windows(self) -> list[str]:
         return [window for batch in self._batches for window in batch.column("window").to_pylist()]
-
-    def _ids(self, window: Window) -> list[int]:
-        return [index for index, value in enumerate(self._windows) if value == window.value]
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Batch and row of a segment."""
@@ -195,156 +198,77 @@ class SegmentStore:
                 f"{path} cannot be read ({error}); the manifest lists it, pack again"
             ) from None
         if not schema.equals(self._schema):
-            different = [
-                f.name
-                for f in self._schema
-                if f.name not in schema.names or schema.field(f.name) != f
-            ]
+            names = {field.name: field for field in schema}
+            different = [field.name for field in self._schema if names.get(field.name) != field]
             named = ", ".join(different) or "order"
             raise ArtifactError(f"{path}: column {named} does not fit the manifest; pack again")
         return [batch for batch in batches if batch.num_rows]
 
-    def _check_counts(self) -> None:
-        """Rows per window as promised."""
-        for key, ids in (
-            ("num_short_segments", self.short_ids),
-            ("num_long_segments", self.long_ids),
-        ):
-            if self.manifest.counts.get(key) != len(ids):
-                raise ArtifactError(
-                    f"{self.folder}/manifest.json: counts.{key} is {self.manifest.counts.get(key)}, "
-                    f"the shards hold {len(ids)}; pack again"
-                )
-
-
-@dataclass(frozen=True)
-class SegmentRules:
-    """What every segment of a folder has to keep.
-
-    Attributes:
-        target_len: L, tokens of a segment.
-        original_len: L0, longest document of a short segment, BOS and EOS included.
-        alignment: No document of a short segment crosses a multiple of ``target_len / alignment``.
-        vocab_size: Ids are below it.
-        bos_id: First id of a document.
-        eos_id: Last id of a document.
-        control_ids: Ids that stand nowhere inside a document; BOS and EOS always belong to them.
-    """
-
-    target_len: int
-    original_len: int
-    alignment: int
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    control_ids: tuple[int, ...] = ()
-
-    @property
-    def dtype(self) -> type[np.unsignedinteger]:
-        """Smallest unsigned type that segments store these ids in."""
-        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
-
-
-def rules_of(store: SegmentStore) -> SegmentRules:
-    """Rules of a folder, from its manifest."""
-    control_ids = tuple(store.manifest.details.get("control_ids", ()))
-    return SegmentRules(
-        store.target_len,
-        store.original_len,
-        store.alignment,
-        store.vocab_size,
-        store.bos_id,
-        store.eos_id,
-        control_ids,
-    )
-
 
 def check_at_start(store: SegmentStore, num_segments: int = 64) -> None:
-    """The cheap part of an audit: sizes of the shards, totals of the manifest, and some segments
-    spread over all.
+    """The cheap part of an audit: sizes of the shards, totals, and segments spread over all.
 
-    Reads about ``num_segments`` segments, so it takes well under a second a million tokens; run
-    ``python -m data_prep.verify FOLDER`` once for all of it.
+    Takes well under a second a million tokens; ``python -m data_prep.verify FOLDER`` checks all.
 
     Raises:
         ArtifactError: a shard has another size than was written, a total does not add up, or a
             segment breaks a rule.
     """
-    _check_sizes(store)
-    _check_totals(store)
-    rules = rules_of(store)
-    for index in np.unique(
-        np.linspace(0, len(store) - 1, num=min(num_segments, len(store)), dtype=np.int64)
-    ):
+    details, counts = store.manifest.details, store.manifest.counts
+    for name, expected in details.get("file_bytes", {}).items():
+        found = (store.folder / name).stat().st_size
+        if found != expected:
+            raise ArtifactError(
+                f"{store.folder / name} has {found} bytes, the manifest says {expected}; pack again"
+            )
+    if "tokens" in counts and "padding_tokens" in counts:
+        packed = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
+        padding = counts["padding_tokens"]
+        if packed + padding != len(store) * store.target_len:
+            raise ArtifactError(
+                f"{store.folder}/manifest.json: counts.tokens ({packed}) and padding_tokens "
+                f"({padding}) do not make up {len(store)} segments of {store.target_len}; "
+                "pack again"
+            )
+    checked = np.linspace(0, len(store) - 1, num=min(num_segments, len(store)), dtype=np.int64)
+    for index in np.unique(checked):
         try:
-            check_segment(store.segment(int(index)), rules)
+            check_segment(store.segment(int(index)), store.rules)
         except DataError as error:
             raise ArtifactError(f"{store.folder}: {error}; pack again") from None
 
 
 def check_segment(segment: Segment, rules: SegmentRules) -> None:
-    """Check one segment.
-
-    Raises:
-        DataError: the first rule that is broken, with the index of the segment.
-    """
-    fault = _fault(segment, rules)
-    if fault:
+    """Raise DataError with the first rule that a segment breaks, and its index."""
+    if fault := _fault(segment, rules):
         raise DataError(f"segment {segment.index} ({segment.window.value}): {fault}")
-
-
-def _check_sizes(store: SegmentStore) -> None:
-    """Bytes of each shard as the manifest has them."""
-    for name, expected in store.manifest.details.get("file_bytes", {}).items():
-        found = Path(store.folder / name).stat().st_size
-        if found != expected:
-            raise ArtifactError(
-                f"{store.folder / name} has {found} bytes, the manifest says {expected}; pack again"
-            )
-
-
-def _check_totals(store: SegmentStore) -> None:
-    """Tokens packed and padding make up exactly all segments."""
-    counts = store.manifest.counts
-    if "tokens" in counts and "padding_tokens" in counts:
-        packed = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
-        if packed + counts["padding_tokens"] != len(store) * store.target_len:
-            raise ArtifactError(
-                f"{store.folder}/manifest.json: counts.tokens ({packed}) and padding_tokens "
-                f"({counts['padding_tokens']}) do not make up {len(store)} segments of {store.target_len}; pack again"
-            )
 
 
 def _fault(segment: Segment, rules: SegmentRules) -> str | None:
     """The first broken rule in words, or None."""
     ends = segment.doc_ends.astype(np.int64)
     if len(segment.tokens) != rules.target_len or len(ends) == 0 or ends[-1] != rules.target_len:
-        return (
-            f"{len(segment.tokens)} tokens and documents up to {ends[-1:]}, not {rules.target_len}"
-        )
+        found = f"{len(segment.tokens)} tokens and documents up to {ends[-1:]}"
+        return f"{found}, not {rules.target_len}"
     lengths = np.diff(ends, prepend=0)
     if (lengths <= 0).any():
         return "an empty document"
     if not len(ends) == len(segment.sources) == len(segment.doc_ids) == len(segment.doc_is_padding):
         return "ends, sources, ids and padding marks differ in number"
-    if int(segment.tokens.max()) >= rules.vocab_size:
-        return f"id {int(segment.tokens.max())} is outside the vocabulary of {rules.vocab_size}"
+    if (largest := int(segment.tokens.max())) >= rules.vocab_size:
+        return f"id {largest} is outside the vocabulary of {rules.vocab_size}"
     is_padding = np.asarray(segment.doc_is_padding)
-    if int(lengths[is_padding].sum()) != segment.num_padding:
-        return f"num_padding is {segment.num_padding}, padding documents hold {int(lengths[is_padding].sum())}"
+    if (padding := int(lengths[is_padding].sum())) != segment.num_padding:
+        return f"num_padding is {segment.num_padding}, padding documents hold {padding}"
     if segment.window is Window.SHORT:
-        fault = _short_fault(segment, rules, ends, lengths, is_padding)
+        fault = _short_fault(segment, rules, lengths, is_padding)
     else:
         fault = "padding in a long segment" if is_padding.any() else None
     return fault or _boundary_fault(segment, rules, ends, is_padding)
 
 
 def _short_fault(
-    segment: Segment,
-    rules: SegmentRules,
-    ends: np.ndarray,
-    lengths: np.ndarray,
-    is_padding: np.ndarray,
+    segment: Segment, rules: SegmentRules, lengths: np.ndarray, is_padding: np.ndarray
 ) -> str | None:
     """Rules of short segments only."""
     longest = int(lengths[~is_padding].max(initial=0))
@@ -353,6 +277,7 @@ def _short_fault(
     if segment.starts_mid_document:
         return "starts mid-document"
     chunk = rules.target_len // rules.alignment
+    ends = np.cumsum(lengths)
     if ((ends - lengths) // chunk != (ends - 1) // chunk).any():
         return f"a document crosses a multiple of {chunk} tokens (alignment {rules.alignment})"
     return None
@@ -361,40 +286,31 @@ def _short_fault(
 def _boundary_fault(
     segment: Segment, rules: SegmentRules, ends: np.ndarray, is_padding: np.ndarray
 ) -> str | None:
-    """BOS and EOS stand at document ends and nowhere else; only a continued or a cut-off document may lack one."""
-    starts = np.concatenate([[0], ends[:-1]])[~is_padding]
-    lasts = ends[~is_padding] - 1
-    begun = starts[1:] if segment.starts_mid_document else starts
-    # A long segment cuts its last document, and a continued slice at its start may end before its
-    # document does.
-    may_lack_eos = (
-        {int(lasts[0]), int(lasts[-1])} if segment.window is Window.LONG and len(lasts) else set()
-    )
-    found = np.isin(segment.tokens, [rules.bos_id, rules.eos_id, *rules.control_ids])
-    found[_padding_positions(ends, is_padding)] = False
+    """BOS and EOS stand at the ends of documents only; a continued or a cut one may lack one."""
+    starts = np.concatenate([[0], ends[:-1]])
+    begun, lasts = starts[~is_padding], ends[~is_padding] - 1
+    if segment.starts_mid_document:
+        begun = begun[1:]
     if not (segment.tokens[begun] == rules.bos_id).all():
         return "a document does not start with BOS"
+    # A long segment cuts its last document, and a continued slice at its start may end before its
+    # document does.
+    is_cut = segment.window is Window.LONG and len(lasts)
+    may_lack_eos = {int(lasts[0]), int(lasts[-1])} if is_cut else set()
     if set(lasts[segment.tokens[lasts] != rules.eos_id].tolist()) - may_lack_eos:
         return "a document does not end with EOS"
+    inside = np.isin(segment.tokens, [rules.bos_id, rules.eos_id, *rules.control_ids])
+    for start, end in zip(starts[is_padding], ends[is_padding], strict=True):
+        inside[start:end] = False
     # Ends are exempt only for BOS and EOS: a cut document may begin or end with any id but a
     # control id.
-    boundary = np.isin(segment.tokens, [rules.bos_id, rules.eos_id])
-    inside = found & ~_marked(boundary, begun, lasts)
-    if inside.any():
-        place = int(np.flatnonzero(inside)[0])
-        return f"the control id {int(segment.tokens[place])} stands inside a document (BOS or EOS, or special), at {place}"
-    return None
-
-
-def _padding_positions(ends: np.ndarray, is_padding: np.ndarray) -> np.ndarray:
-    """Positions of all padding tokens."""
-    starts = np.concatenate([[0], ends[:-1]])
-    spans = [np.arange(a, b) for a, b in zip(starts[is_padding], ends[is_padding], strict=True)]
-    return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-
-
-def _marked(boundary: np.ndarray, begun: np.ndarray, lasts: np.ndarray) -> np.ndarray:
-    """Where BOS or EOS may stand and does."""
-    allowed = np.zeros(len(boundary), dtype=bool)
-    allowed[begun] = allowed[lasts] = True
-    return allowed & boundary
+    boundary = np.concatenate([begun, lasts])
+    is_marker = np.isin(segment.tokens[boundary], [rules.bos_id, rules.eos_id])
+    inside[boundary[is_marker]] = False
+    if not inside.any():
+        return None
+    place = int(np.flatnonzero(inside)[0])
+    return (
+        f"the control id {int(segment.tokens[place])} stands inside a document (BOS or EOS, or "
+        f"special), at {place}"
+    )

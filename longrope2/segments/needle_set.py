@@ -46,7 +46,7 @@ class NeedleSample:
 
     @property
     def through_value(self) -> np.ndarray:
-        """Ids up to the end of the value, shape [length - 1]: what is read and scored; the closing EOS is neither."""
+        """Ids up to the end of the value, shape [length - 1]: all that is read and scored."""
         return self.tokens[:-1]
 
 
@@ -64,39 +64,29 @@ class NeedleSet:
 
     def __post_init__(self) -> None:
         for number, sample in enumerate(self.samples):
-            if len(sample.tokens) != self.length:
-                raise ArtifactError(
-                    f"needle sample {number} has {len(sample.tokens)} tokens, not {self.length}"
-                )
+            found = len(sample.tokens)
+            if found != self.length:
+                raise ArtifactError(f"needle sample {number} has {found} tokens, not {self.length}")
             if not 0 < sample.value_start < self.length - 1:
                 raise ArtifactError(
                     f"needle sample {number} has its value at {sample.value_start} of {self.length}"
                 )
 
     def save(self, path: Path) -> None:
-        """Write the set as one Arrow file, atomically, after a record for readers beside it (``.json``)."""
-        write_text(
-            path.with_suffix(".json"),
-            json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n",
-        )
-        columns = [
-            [sample.tokens for sample in self.samples],
-            [sample.value_start for sample in self.samples],
-            [sample.key for sample in self.samples],
-            [sample.value for sample in self.samples],
-            [float(sample.depth) for sample in self.samples],
-            [json.dumps(sample.record, sort_keys=True) for sample in self.samples],
+        """Write one Arrow file, atomically, and a record for readers beside it (``.json``)."""
+        record = json.dumps(self.describe(), indent=2, ensure_ascii=False)
+        write_text(path.with_suffix(".json"), record + "\n")
+        rows = [
+            {**vars(sample), "record": json.dumps(sample.record, sort_keys=True)}
+            for sample in self.samples
         ]
         schema = SCHEMA.with_metadata({"needle_length": str(self.length)})
-        table = pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema
-        )
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
             with pa.ipc.new_stream(sink, schema) as writer:
-                writer.write_table(table)
+                writer.write_table(pa.Table.from_pylist(rows, schema))
 
     def describe(self) -> dict[str, Any]:
-        """What the samples are, without their tokens: keys, values, positions, books and hashes; plain JSON values."""
+        """What the samples are, without their tokens; plain JSON values."""
         samples = [
             {
                 "number": number,
@@ -127,15 +117,8 @@ class NeedleSet:
             raise ArtifactError(
                 f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
             )
-        samples = [
-            NeedleSample(
-                tokens=np.asarray(row["tokens"], dtype=np.int64),
-                value_start=row["value_start"],
-                key=row["key"],
-                value=row["value"],
-                depth=row["depth"],
-                record=json.loads(row["record"]),
-            )
-            for row in table.to_pylist()
-        ]
-        return cls(samples=samples, length=int(table.schema.metadata[b"needle_length"]))
+        samples = []
+        for row in table.to_pylist():
+            row |= {"tokens": np.asarray(row["tokens"]), "record": json.loads(row["record"])}
+            samples.append(NeedleSample(**row))
+        return cls(samples, int(table.schema.metadata[b"needle_length"]))

@@ -1,5 +1,4 @@
-"""Which segments a step trains on: a pure function of the step, so that the training cursor is one
-integer.
+"""Which segments a step trains on: a pure function of the step, so the cursor is one integer.
 
 ZeRO-3 makes all data-parallel groups advance together, so a micro-step costs as much as its most
 expensive segment. Each micro-step therefore draws segments of one window kind only. The kinds
@@ -61,16 +60,14 @@ class StepSchedule:
         return {w.value: len(self._ids(w)) % self.group_size for w in Window}
 
     def micro_steps(self, step: int, data_size: int) -> list[MicroStep]:
-        """The micro-steps of optimizer step ``step`` (0-based) for ``data_size`` data-parallel groups."""
+        """The micro-steps of optimizer step ``step`` (0-based) for ``data_size`` data ranks."""
         assert self.group_size % data_size == 0 and self.segments_per_step % self.group_size == 0
         groups_per_step = self.segments_per_step // self.group_size
         steps = []
         for group in range(step * groups_per_step, (step + 1) * groups_per_step):
             window, ids = self._group(group)
-            steps += [
-                MicroStep(window, ids[first : first + data_size])
-                for first in range(0, self.group_size, data_size)
-            ]
+            firsts = range(0, self.group_size, data_size)
+            steps += [MicroStep(window, ids[first : first + data_size]) for first in firsts]
         return steps
 
     def _group(self, index: int) -> tuple[Window, tuple[int, ...]]:
@@ -80,12 +77,10 @@ class StepSchedule:
         # Exact error diffusion in integers: the long groups are spread evenly over the epoch.
         long_before = place * num_long // self.groups_per_epoch
         is_long = (place + 1) * num_long // self.groups_per_epoch > long_before
-        window, number = (
-            (Window.LONG, long_before) if is_long else (Window.SHORT, place - long_before)
-        )
-        order = np.random.default_rng([self.seed, epoch, int(is_long)]).permutation(
-            self._ids(window)
-        )
+        window = Window.LONG if is_long else Window.SHORT
+        number = long_before if is_long else place - long_before
+        rng = np.random.default_rng([self.seed, epoch, int(is_long)])
+        order = rng.permutation(self._ids(window))
         chosen = order[number * self.group_size : (number + 1) * self.group_size]
         return window, tuple(int(i) for i in chosen)
 

@@ -1,9 +1,9 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
 The file is the record: one line per ``log`` call, so a killed run keeps its history and a resumed
-one goes on below it. W&B runs offline unless the user is logged in; its
-x-axis is ``train/tokens``. The stages of a run are one W&B group, and a resumed stage continues its
-W&B run, whose id is kept in the product folder.
+one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``.
+The stages of a run are one W&B group, and a resumed stage continues its W&B run, whose id is kept
+in the product folder.
 """
 
 import os
@@ -67,13 +67,7 @@ class MetricsLog:
             self._wandb.log(dict(values), step=position.get("step"))
 
     def log_files(self, kind: str, paths: Sequence[Path]) -> None:
-        """Keep small files with the W&B run, as an artifact.
-
-        Args:
-            kind: Type of the artifact, and the end of its name: ``config``, ``factors``,
-                ``manifest``.
-            paths: Files, of different names.
-        """
+        """Keep small files, of different names, with the W&B run as its artifact ``kind``."""
         if self._wandb is None:
             return
         import wandb
@@ -127,14 +121,13 @@ def _start_wandb(
     )
     run.define_metric("train/tokens")
     for group in METRIC_GROUPS:
-        run.define_metric(
-            f"{group}/*", step_metric="train/tokens" if group in ("train", "perf") else None
-        )
+        x = "train/tokens" if group in ("train", "perf") else None
+        run.define_metric(f"{group}/*", step_metric=x)
     return run
 
 
 def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
-    """The stage's W&B id: made up once and kept in the folder, so that the same name elsewhere is another run."""
+    """The stage's W&B id, kept in the folder: the same name elsewhere is another run."""
     path = folder / WANDB_ID_FILE
     if not path.is_file():
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run_name}-{stage}")[-60:]
@@ -143,21 +136,18 @@ def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """``auto`` -> ``WANDB_MODE``; without it online when a key is configured (environment or
-    ~/.netrc), else offline.
+    """What ``auto`` stands for: ``WANDB_MODE``, else online with a key at hand, else offline.
 
     Raises:
         ConfigError: ``WANDB_MODE`` holds something else.
     """
     if mode is not WandbMode.auto:
         return mode
-    named = os.environ.get("WANDB_MODE")
-    if named:
+    if named := os.environ.get("WANDB_MODE"):
         allowed = {mode.value: mode for mode in WandbMode if mode is not WandbMode.auto}
         if named not in allowed:
-            raise ConfigError(
-                [f"WANDB_MODE={named} in the environment must be one of {', '.join(allowed)}"]
-            )
+            fault = f"WANDB_MODE={named} in the environment must be one of {', '.join(allowed)}"
+            raise ConfigError([fault])
         return allowed[named]
     if os.environ.get("WANDB_API_KEY"):
         return WandbMode.online

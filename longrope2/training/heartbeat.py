@@ -36,23 +36,14 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-HANG_EXIT_CODE = 76
-"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, told apart from 1, 2 and 75
-(``stopping.py``)."""
+from longrope2.command import HANG_EXIT_CODE
+
 FOLDER = "heartbeats"
 WRITE_SECONDS = 5.0
 REPORT_SECONDS = 60.0
 """Time to say who hangs: a stalled file system must not keep the process for ever."""
 MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
-REQUEUE_EXIT_CODE = 75
-"""Exit code of a run that saved and stopped because of a signal: the same command goes on from
-there.
-
-It is EX_TEMPFAIL of sysexits.h ("try again later"), apart from 0 (done or stopped as configured), 1
-(a fault of this project, or a killed rank) and 2 (a fault of the user's), so that a job script can
-requeue on it and on nothing else.
-"""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

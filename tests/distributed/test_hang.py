@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from data_prep.pack import main as pack_main
-from longrope2.training.heartbeat import HANG_EXIT_CODE
+from longrope2.command import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import main as pack_main
+from longrope2.command import REQUEUE_EXIT_CODE
 from longrope2.files.artifacts import sha256_of_file
-from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 

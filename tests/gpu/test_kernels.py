@@ -1,4 +1,4 @@
-"""Every attention kernel of this machine against sdpa in float32: both windows, grouped heads, bf16, output and gradients."""
+"""Every attention kernel of this machine against sdpa in float32, output and gradients."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_kernel_equals_sdpa(
 
 
 def test_something_faster_than_sdpa_is_chosen() -> None:
-    """Torch has carried a varlen kernel since 2.10, so a GPU for bf16 never falls back to one call per document."""
+    """Torch has carried a varlen kernel since 2.10: a GPU for bf16 never falls back to sdpa."""
     assert (
         choose_kernel(AttentionKernel.auto, DEVICE, torch.bfloat16).kernel
         is not AttentionKernel.sdpa

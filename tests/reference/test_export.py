@@ -26,6 +26,7 @@ from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import from_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
@@ -161,7 +162,7 @@ def test_code_files_that_do_not_come_along_are_not_named():
 def test_config_says_the_same_in_both_layouts(checkpoint, tmp_path):
     write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert RescaleFactors.from_hf_config(config).factors == factors_with().factors
+    assert from_hf_config(config).factors == factors_with().factors
     assert config["max_position_embeddings"] == TARGET_LEN
     assert config["original_max_position_embeddings"] == ORIGINAL_LEN
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50_000.0

@@ -40,6 +40,7 @@ from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.hf_config import from_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 LENGTHS = (ORIGINAL_LEN - 1, ORIGINAL_LEN, ORIGINAL_LEN + 1, 2 * ORIGINAL_LEN)
@@ -105,7 +106,7 @@ def test_a_variant_is_read_back_as_what_it_applies(checkpoint, tmp_path, variant
     applied = variant_factors(factors, variant)
     assert RescaleFactors.from_json((tmp_path / "factors.json").read_text()) == applied
     config = json.loads((tmp_path / "config.json").read_text())
-    read = RescaleFactors.from_hf_config(config)
+    read = from_hf_config(config)
     for window in Window:
         assert read.window_factors(window) == applied.window_factors(window)
         assert read.attention_scale(window) == applied.attention_scale(window)

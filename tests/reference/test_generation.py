@@ -1,5 +1,4 @@
-"""Generation against plain transformers that reads the whole sequence anew for every token, without
-a cache.
+"""Generation against transformers that reads the whole sequence anew for every token.
 
 The reference model carries a longrope config, so transformers itself picks the factors by length.
 """
@@ -12,6 +11,7 @@ from longrope2.inference.generation import generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import to_hf_config
 
 ORIGINAL_LEN, TARGET_LEN = 16, 64
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
@@ -49,7 +49,7 @@ def windowed_model():
 
 @pytest.fixture(scope="module")
 def longrope_model():
-    return random_llama(**FACTORS.to_hf_config())
+    return random_llama(**to_hf_config(FACTORS))
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def test_tokens_equal_generation_without_cache(windowed_model, longrope_model, p
 
 
 def test_reference_can_tell_a_stale_cache(windowed_model, longrope_model):
-    """Switching the factors but keeping the cached keys gives other tokens: the test above has teeth."""
+    """Keeping the cached keys at the switch gives other tokens: the test above has teeth."""
     ids = list(range(1, ORIGINAL_LEN))
     exact = generate_without_cache(longrope_model, ids, 20)
     cache, prompt_len = DynamicCache(), len(ids)

@@ -1,4 +1,4 @@
-"""Batched generation against plain transformers that reads each whole sequence anew for every token, without a cache."""
+"""Batched generation against transformers that reads each sequence anew for every token."""
 
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from longrope2.inference.cache import KvPolicy, join_caches, next_logits, prefil
 from longrope2.inference.generation import GeneratedToken, generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
+from longrope2.rope.hf_config import to_hf_config
 
 LENGTHS = (
     ORIGINAL_LEN - 2,
@@ -43,7 +44,7 @@ def model():
 @pytest.fixture(scope="module")
 def expected():
     """The new tokens of each prompt, by plain transformers."""
-    longrope_model = random_llama(**FACTORS.to_hf_config())
+    longrope_model = random_llama(**to_hf_config(FACTORS))
     return [
         generate_without_cache(longrope_model, random_ids(n), new)
         for n, new in zip(LENGTHS, NEW_TOKENS, strict=True)
@@ -178,7 +179,7 @@ def test_rerotation_in_batches_equals_one_by_one_and_differs_from_the_exact_poli
 
 
 def test_rerotation_respects_rotated_part_and_attention_scales():
-    """Scales of both windows, and channels that are not rotated, against keys rotated from scratch in float64."""
+    """Both scales, and channels that are not rotated, against keys rotated in float64."""
     factors = replace(FACTORS, short_attention_scale=1.25, long_attention_scale=0.8)
     torch.manual_seed(5)
     unrotated_C = torch.randn(1, 2, 12, 24, dtype=torch.float64)

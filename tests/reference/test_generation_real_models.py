@@ -1,5 +1,4 @@
-"""Generation of the miniature and of SmolLM2-135M across the switch, on real text; the reference is
-uncached transformers.
+"""Generation of real models across the switch, on real text, against uncached transformers.
 
 SmolLM2's L0 is set to 512 here: where the switch lies is a setting of ours, and at the model's own
 8,192 the reference alone would take an hour on a CPU.
@@ -21,6 +20,7 @@ from longrope2.inference.generation import generate_tokens
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.rope.factors import Window
+from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 NEW_TOKENS = 6
@@ -43,7 +43,7 @@ MINIATURE = pytest.param("tiny", 128, 2048, id="miniature")
 
 @torch.inference_mode()
 def generate_without_cache(model, prompt_ids, generated, original_len):
-    """Most likely token after every prefix: a causal model gives all prefixes of one window in one forward."""
+    """Most likely token after every prefix, all prefixes of one window from one forward."""
     ids, expected = [*prompt_ids, *generated], []
     short = (
         model(input_ids=torch.tensor([ids[:original_len]]), use_cache=False)
@@ -78,7 +78,7 @@ def test_mixed_lengths_in_chunks_equal_generation_without_cache(name, original_l
     )
     factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, original_len), target_len)
     model = load_windowed_model(folder, factors).eval()
-    config = {**json.loads((folder / "config.json").read_text()), **factors.to_hf_config()}
+    config = {**json.loads((folder / "config.json").read_text()), **to_hf_config(factors)}
     plain = AutoModelForCausalLM.from_pretrained(
         folder, config=LlamaConfig(**config), dtype=torch.float32
     ).eval()

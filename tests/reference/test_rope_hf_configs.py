@@ -1,5 +1,4 @@
-"""Factors read from published configs against the tables transformers computes from the same
-config.json.
+"""Factors of published configs against the tables transformers computes from them.
 
 Every RoPE type that can be read, in both layouts, with the settings of real models; and models with
 a partly rotated or explicit head dimension from config.json to logits.
@@ -18,6 +17,7 @@ from longrope2.model.loading import rope_geometry
 from longrope2.model.shape import read_model_config
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.hf_config import from_hf_config, to_hf_config
 
 LLAMA2 = {
     "model_type": "llama",
@@ -296,9 +296,7 @@ def test_tables_of_published_configs(
     if layout == "rope_parameters":
         config = new_layout(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ours = RescaleFactors.from_hf_config(
-        read_model_config(tmp_path / "config.json"), original_len, target_len
-    )
+    ours = from_hf_config(read_model_config(tmp_path / "config.json"), original_len, target_len)
     for window, seq_len in ((Window.SHORT, original_len), (Window.LONG, target_len)):
         inverse_frequencies, attention_scale = theirs(tmp_path, seq_len)
         torch.testing.assert_close(
@@ -307,8 +305,17 @@ def test_tables_of_published_configs(
         assert ours.attention_scale(window) == pytest.approx(attention_scale, rel=1e-12)
 
 
-SIZES = {"vocab_size": 61, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "rope_theta": 10000.0}  # fmt: skip
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "rope_theta": 10000.0,
+}
 FAMILIES = {
     "phi3, three quarters rotated": {
         **SIZES,
@@ -334,7 +341,7 @@ def test_from_config_to_logits_and_back(tmp_path: Path, config: dict[str, Any]) 
     factors = RescaleFactors(
         tuple(1.0 + 0.5 * i for i in range(geometry.num_frequencies)), geometry, 192, "from_hf"
     )
-    exported = {**config, **factors.to_hf_config(head_dim=32)}
+    exported = {**config, **to_hf_config(factors, head_dim=32)}
     extended = build(tmp_path / "extended", exported)
     windowed = WindowedModel(plain, factors)
     for length, window in ((32, Window.SHORT), (33, Window.LONG), (192, Window.LONG)):
@@ -342,6 +349,6 @@ def test_from_config_to_logits_and_back(tmp_path: Path, config: dict[str, Any]) 
         with torch.no_grad():
             expected, found = extended(tokens).logits, windowed.logits(tokens, window)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-    read = RescaleFactors.from_hf_config(read_model_config(tmp_path / "extended" / "config.json"))
+    read = from_hf_config(read_model_config(tmp_path / "extended" / "config.json"))
     assert (read.factors, read.geometry, read.target_len) == (factors.factors, geometry, 192)
     assert read.long_attention_scale == read.short_attention_scale == 1.0

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import from_hf_config, to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 
@@ -128,7 +129,7 @@ def searched_like(model: Model, attention_scale: float) -> RescaleFactors:
 @pytest.mark.parametrize("attention_scale", [1.0, 1.19])
 def test_longrope_config_gives_our_tables_bit_for_bit(model: Model, attention_scale: float) -> None:
     ours = searched_like(model, attention_scale)
-    keys = ours.to_hf_config(head_dim=model.head_dim)
+    keys = to_hf_config(ours, head_dim=model.head_dim)
     config = LlamaConfig(
         hidden_size=4 * model.head_dim, num_attention_heads=4, head_dim=model.head_dim, **keys
     )
@@ -165,7 +166,7 @@ def test_default_attention_factor_of_an_imported_config() -> None:
         "original_max_position_embeddings": model.original_len,
         "rope_scaling": {"type": "longrope", **lists},
     }
-    imported = RescaleFactors.from_hf_config(config)
+    imported = from_hf_config(config)
     assert (
         imported.long_attention_scale
         == imported.short_attention_scale
@@ -177,7 +178,7 @@ def test_default_attention_factor_of_an_imported_config() -> None:
 def test_rotary_module_switches_between_our_two_tables() -> None:
     model = MODELS[6]
     ours = searched_like(model, 1.0)
-    config = LlamaConfig(hidden_size=128, num_attention_heads=4, head_dim=32, **ours.to_hf_config())
+    config = LlamaConfig(hidden_size=128, num_attention_heads=4, head_dim=32, **to_hf_config(ours))
     rotary = LlamaRotaryEmbedding(config)
     for length, window in ((128, Window.SHORT), (129, Window.LONG)):
         positions = torch.arange(length)[None]

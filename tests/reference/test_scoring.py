@@ -11,6 +11,7 @@ from longrope2.inference.generation import generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import to_hf_config
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 ORIGINAL_LEN, TARGET_LEN, VOCAB_SIZE = 16, 64, 97
@@ -46,7 +47,7 @@ def windowed_model():
 @pytest.fixture(scope="module")
 def plain_model():
     """Transformers' own longrope, which chooses the window by length, in float64."""
-    return random_llama(**FACTORS.to_hf_config()).double()
+    return random_llama(**to_hf_config(FACTORS)).double()
 
 
 EOS = 0  # closes the sample; never read, whatever it is

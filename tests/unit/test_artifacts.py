@@ -136,7 +136,8 @@ def test_writers_with_equal_process_ids_do_not_share_a_temporary_file(tmp_path: 
 
 def test_output_that_nobody_reads_to_its_end() -> None:
     """``python -m launch.generate ... | head -1``."""
-    code = "from longrope2.command import run_command\nrun_command(lambda: print('line\\n' * 1_000_000))"
+    code = "from longrope2.command import run_command\n"
+    code += "run_command(lambda: print('line\\n' * 1_000_000))"
     shell = f'{sys.executable} -c "$CODE" | head -1; exit ${{PIPESTATUS[0]}}'
     ended = subprocess.run(
         ["bash", "-c", shell],

@@ -20,7 +20,7 @@ from launch.cluster.attempts import (
     progress_of,
     read_attempts,
 )
-from launch.cluster.node_agent import rank_exit_code
+from longrope2.command import rank_exit_code
 from longrope2.errors import ArtifactError
 from longrope2.training.heartbeat import Beat
 

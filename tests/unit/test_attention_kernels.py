@@ -1,5 +1,4 @@
-"""Which kernel is chosen and why, and what the adapters hand to kernels that cannot run without a
-GPU.
+"""Which kernel is chosen and why, and what kernels that need a GPU are handed.
 
 The kernels here are fakes: brute-force attention with the real functions' signatures. The real ones
 are compared in tests/gpu/test_kernels.py.
@@ -202,8 +201,10 @@ def test_a_rank_of_an_aligned_segment_gets_its_own_documents(rank: int) -> None:
 def test_forcing_an_absent_kernel_is_one_clear_error(kernel: AttentionKernel) -> None:
     with pytest.raises(ConfigError) as refused:
         choose_kernel(kernel, CPU, torch.bfloat16)
-    words = f"attention.kernel={kernel.value} cannot run here: it needs a CUDA device, this is cpu; use auto or sdpa"
-    assert refused.value.faults == (words,)
+    assert refused.value.faults == (
+        f"attention.kernel={kernel.value} cannot run here: it needs a CUDA device, this is cpu; "
+        "use auto or sdpa",
+    )
 
 
 def test_a_float32_run_on_a_gpu_has_sdpa_only() -> None:
@@ -246,7 +247,8 @@ def test_a_kernel_that_fails_when_run_is_passed_over() -> None:
     choice = choose_kernel(AttentionKernel.auto, CUDA, torch.bfloat16)
     assert choice.kernel is AttentionKernel.sdpa
     assert re.search(
-        "no torch_varlen: (AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)",
+        "no torch_varlen: "
+        "(AssertionError: Torch not compiled with CUDA|RuntimeError: Found no NVIDIA)",
         choice.reason,
     )
 

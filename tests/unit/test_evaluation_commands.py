@@ -25,7 +25,7 @@ from longrope2.files.artifacts import (
     write_manifest,
 )
 from longrope2.model.loading import rope_geometry
-from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.hf_config import from_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.segments.needle_set import NeedleSet
 
@@ -219,7 +219,7 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     )
     assert {name: sha256_of_file(folder / name) for name in manifest.files} == manifest.files
     config = json.loads((folder / "hugging_face" / "config.json").read_text())
-    assert RescaleFactors.from_hf_config(config).factors[-1] > 100
+    assert from_hf_config(config).factors[-1] > 100
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.yaml",
         "hugging_face",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from longrope2.training.heartbeat import HANG_EXIT_CODE, Beat, Heartbeat, describe_hang
+from longrope2.command import HANG_EXIT_CODE
+from longrope2.training.heartbeat import Beat, Heartbeat, describe_hang
 
 NOW = 1000.0
 WAITING = Beat(rank=0, host="a", pid=10, marks=7, step=4, phase="update", since=900.0, written=NOW)

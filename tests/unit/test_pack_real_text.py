@@ -63,7 +63,7 @@ def test_long_segments_of_real_text(tmp_path, capsys):
         and store.segment(where[0]).window is Window.LONG
         and len(store.segment(where[0]).tokens) == 131_072
     )
-    assert store.short_ids and store.alignment == 8
+    assert store.short_ids and store.rules.alignment == 8
     capsys.readouterr()
     verify.main([str(folder), "--sample", "40"])
     compared = re.search(

@@ -1,4 +1,4 @@
-"""Leaving the process group: in order, unless an error of this rank alone would have to wait for the others."""
+"""Leaving the process group: in order, unless a failed rank would wait for the others."""
 
 import pytest
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Factors as CSV: the forms found in the authors' repository, an exact round trip, and every error text."""
+"""Factors as CSV: the authors' forms, an exact round trip, and every error text."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WANTED = (0.9978, 3.23, 3.23, 121.0)  # ties and a first factor below 1, as in p
 
 
 def read(text: str) -> RescaleFactors:
-    return RescaleFactors.from_csv(text, GEOMETRY, 128)
+    return RescaleFactors.from_csv(text, GEOMETRY, 128, {})
 
 
 @pytest.mark.parametrize(
@@ -43,37 +43,24 @@ def test_reads_every_form(text: str) -> None:
     )
 
 
-def test_keeps_what_is_known_beside_the_file() -> None:
-    factors = RescaleFactors.from_csv(
-        "1\n2\n4\n5\n",
-        GEOMETRY,
-        128,
-        critical_index=2,
-        long_attention_scale=1.1,
-        provenance={"source": "x.csv"},
-    )
-    assert (factors.critical_index, factors.long_attention_scale, factors.provenance) == (
-        2,
-        1.1,
-        {"source": "x.csv"},
-    )
+def test_keeps_where_the_file_comes_from() -> None:
+    factors = RescaleFactors.from_csv("1\n2\n4\n5\n", GEOMETRY, 128, {"source": "x.csv"})
+    assert factors.provenance == {"source": "x.csv"}
 
 
 def test_round_trip_is_exact_and_numpy_reads_it(tmp_path: Path) -> None:
     ntk = closed_form_factors(RopeMethod.ntk, RopeGeometry(128, 5e5, 8192), 131072)
-    assert (
-        RescaleFactors.from_csv(ntk.to_csv(), ntk.geometry, ntk.target_len).factors == ntk.factors
-    )
+    read_factors = RescaleFactors.from_csv(ntk.to_csv(), ntk.geometry, ntk.target_len, {})
+    assert read_factors.factors == ntk.factors
     (tmp_path / "factors.csv").write_text(ntk.to_csv())
-    assert (
-        tuple(numpy.loadtxt(tmp_path / "factors.csv", delimiter=",")) == ntk.factors
-    )  # how the authors read it
+    # How the authors read it.
+    assert tuple(numpy.loadtxt(tmp_path / "factors.csv", delimiter=",")) == ntk.factors
 
 
 def test_published_array_as_the_authors_ship_it() -> None:
     published = json.loads(FIXTURE.read_text())
     text = "\n".join(f"{value:.10g}" for value in published["factors"])
-    read_factors = RescaleFactors.from_csv(text, RopeGeometry(128, 5e5, 8192), 131072)
+    read_factors = RescaleFactors.from_csv(text, RopeGeometry(128, 5e5, 8192), 131072, {})
     assert read_factors.factors == tuple(published["factors"])
 
 

@@ -1,4 +1,4 @@
-"""RescaleFactors: published arrays, round trips, windows, closed forms in float64, and every error text."""
+"""RescaleFactors: published arrays, round trips, windows, closed forms, every error text."""
 
 import json
 import math
@@ -12,12 +12,13 @@ import torch
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import from_hf_config, to_hf_config
 from longrope2.rope.methods import (
     CLOSED_FORMS,
     RopeMethod,
     closed_form_factors,
+    first_out_of_bound,
     ntk_part,
-    satisfies_bound,
 )
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -25,8 +26,14 @@ PUBLISHED = ["llama3_8b_128k_longrope2.json", "phi4_mini_128k_longrope2.json"]
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 
 
-FLAT = {"factors": [1, 2, 4, 5], "rotary_dim": 8, "rope_base": 1e4, "original_len": 32, "target_len": 128,
-        "method": "test"}  # fmt: skip
+FLAT = {
+    "factors": [1, 2, 4, 5],
+    "rotary_dim": 8,
+    "rope_base": 1e4,
+    "original_len": 32,
+    "target_len": 128,
+    "method": "test",
+}
 
 
 def published(name: str) -> tuple[RescaleFactors, dict[str, Any]]:
@@ -59,8 +66,8 @@ def test_published_arrays_follow_the_ntk_part(name: str) -> None:
     assert factors.factors[:critical] == pytest.approx(
         ntk_part(critical, factors.factors[critical]), abs=1e-8
     )
-    assert satisfies_bound(factors, critical)
-    assert not satisfies_bound(factors, critical - 5)
+    assert first_out_of_bound(factors, critical) is None
+    assert first_out_of_bound(factors, critical - 5) is not None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -84,20 +91,20 @@ def test_json_round_trip_of_every_field() -> None:
 def test_hf_config_round_trip_in_each_layout(name: str, layout: str) -> None:
     factors, fields = published(name)
     head_dim = round(factors.geometry.rotary_dim / fields.get("partial_rotary_factor", 1.0))
-    keys = factors.to_hf_config(head_dim=head_dim)
+    keys = to_hf_config(factors, head_dim=head_dim)
     other = "rope_parameters" if layout == "rope_scaling" else "rope_scaling"
     keys.pop(other)
     if layout == "rope_parameters":  # the layout since transformers 5 keeps these inside only
         keys.pop("rope_theta")
         keys.pop("partial_rotary_factor", None)
-    read = RescaleFactors.from_hf_config({"head_dim": head_dim, **keys})
+    read = from_hf_config({"head_dim": head_dim, **keys})
     assert read == replace(
         factors, method="from_hf", critical_index=None, provenance=read.provenance
     )
 
 
 def test_hf_config_states_everything_in_both_layouts() -> None:
-    keys = small().to_hf_config()
+    keys = to_hf_config(small())
     assert keys["max_position_embeddings"] == 128
     assert keys["original_max_position_embeddings"] == 32
     assert keys["rope_theta"] == 1e4
@@ -120,29 +127,29 @@ def test_hf_config_with_an_unscaled_rope() -> None:
         "rope_theta": 1e4,
         "max_position_embeddings": 64,
     }
-    read = RescaleFactors.from_hf_config(config, original_len=32)
+    read = from_hf_config(config, original_len=32)
     assert (read.factors, read.geometry, read.target_len, read.method) == (
         (1.0,) * 4,
         GEOMETRY,
         64,
         "none",
     )
-    assert RescaleFactors.from_hf_config(config, None, 128).geometry.original_len == 64
+    assert from_hf_config(config, None, 128).geometry.original_len == 64
 
 
 def test_hf_config_original_length_top_level_wins_over_inside() -> None:
-    keys = small().to_hf_config()
+    keys = to_hf_config(small())
     keys["rope_scaling"]["original_max_position_embeddings"] = 16
     keys["rope_parameters"]["original_max_position_embeddings"] = 16
-    assert RescaleFactors.from_hf_config({"head_dim": 8, **keys}).geometry.original_len == 32
+    assert from_hf_config({"head_dim": 8, **keys}).geometry.original_len == 32
     del keys["original_max_position_embeddings"]
-    assert RescaleFactors.from_hf_config({"head_dim": 8, **keys}).geometry.original_len == 16
+    assert from_hf_config({"head_dim": 8, **keys}).geometry.original_len == 16
 
 
 def test_hf_config_default_attention_factor_is_in_both_windows() -> None:
-    keys = {"head_dim": 8, **small(target_len=512).to_hf_config()}
+    keys = {"head_dim": 8, **to_hf_config(small(target_len=512))}
     del keys["rope_scaling"], keys["rope_parameters"]["attention_factor"]
-    read = RescaleFactors.from_hf_config(keys)
+    read = from_hf_config(keys)
     expected = math.sqrt(1 + math.log(16) / math.log(32))
     assert (
         read.attention_scale(Window.SHORT)
@@ -150,13 +157,13 @@ def test_hf_config_default_attention_factor_is_in_both_windows() -> None:
         == pytest.approx(expected, rel=1e-15)
     )
     keys["rope_parameters"]["factor"] = 1.0
-    assert RescaleFactors.from_hf_config(keys).attention_scale(Window.LONG) == 1.0
+    assert from_hf_config(keys).attention_scale(Window.LONG) == 1.0
 
 
 def test_hf_config_attention_scale_per_window() -> None:
-    keys = {"head_dim": 8, **small().to_hf_config()}
+    keys = {"head_dim": 8, **to_hf_config(small())}
     keys["rope_scaling"] |= {"short_mscale": 1.25, "long_mscale": 1.5}
-    read = RescaleFactors.from_hf_config(keys)
+    read = from_hf_config(keys)
     assert (read.short_attention_scale, read.long_attention_scale) == (1.25, 1.5)
 
 
@@ -283,6 +290,10 @@ def test_validation_errors(changes: dict[str, Any], text: str) -> None:
             small().to_json().replace("4.0", '"four"'),
             "missing, unknown or ill-typed field: .*'four'",
         ),
+        (
+            small().to_json().replace("4.0", "true"),
+            r"ill-typed field: factors=.*True.*; it must be a list of numbers",
+        ),
         (small().to_json().replace("4.0", "-4.0"), r"factors\[2\]=-4.0"),
         (
             '{"factors": [1, 2], "rope_base": 1e4}',
@@ -301,7 +312,7 @@ def test_hf_config_holds_one_attention_scale_only() -> None:
     yarn = closed_form_factors(RopeMethod.yarn, GEOMETRY, 128)
     text = "attention scale is 1.0 in the short window and 1.13.* single attention_factor"
     with pytest.raises(FactorsError, match=text):
-        yarn.to_hf_config()
+        to_hf_config(yarn)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +348,7 @@ def test_hf_config_holds_one_attention_scale_only() -> None:
 )
 def test_hf_config_errors(config: dict[str, Any], text: str) -> None:
     with pytest.raises(FactorsError, match=text):
-        RescaleFactors.from_hf_config(config)
+        from_hf_config(config)
 
 
 def test_closed_form_errors() -> None:

@@ -1,4 +1,4 @@
-"""Where factors come from: files, published configs, a search's critical index; error texts."""
+"""Where a run's factors come from: files, configs, a search; and every error text."""
 
 import json
 from pathlib import Path
@@ -19,16 +19,19 @@ from longrope2.rope.methods import (
     RopeMethod,
     closed_form_factors,
     critical_index_factors,
+    first_out_of_bound,
     ntk_part,
-    satisfies_bound,
 )
 from longrope2.training.config import TrainRoot
 
 GEOMETRY = RopeGeometry(8, 1e4, 32)
 SEARCHED = RescaleFactors((1.0, 2.0, 4.0, 5.0), GEOMETRY, 128, "longrope2", critical_index=2)
-YARN = {"head_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 32,
-        "rope_scaling": {"type": "yarn", "factor": 4.0,
-                         "original_max_position_embeddings": 32}}  # fmt: skip
+YARN = {
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 32,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -147,8 +150,8 @@ NO_INDEX = closed_form_factors(RopeMethod.ntk, GEOMETRY, 128).to_json()
             SEARCHED.to_json().replace("128", "64"),
             r"is for target_len=64, not 128",
         ),
-        (RopeMethod.from_hf, "[]", "f.json is not a Hugging Face config: it holds no JSON object"),
-        (RopeMethod.from_hf, "{", "f.json cannot be read as a Hugging Face config: "),
+        (RopeMethod.from_hf, "[]", "f.json holds no JSON object, as a Hugging Face config must"),
+        (RopeMethod.from_hf, "{", "f.json is not JSON: "),
         (
             RopeMethod.from_hf,
             {**YARN, "head_dim": 16},
@@ -269,7 +272,7 @@ def test_a_scaling_beside_a_default_of_transformers_5_is_seen(tmp_path: Path) ->
 
 
 def test_shipped_factors_are_what_a_search_gives() -> None:
-    """``rope=smollm2_135m_16k``: its geometry, NTK scaling below c, the bound from c up."""
+    """``rope=smollm2_135m_16k``: SmolLM2's geometry, NTK below c, the bound from c up."""
     shipped = ROOT / "conf" / "factors" / "smollm2_135m_16384.json"
     preset = (ROOT / "conf" / "rope" / "smollm2_135m_16k.yaml").read_text(encoding="utf-8")
     assert f"factors: {shipped.relative_to(ROOT)}" in preset
@@ -279,6 +282,6 @@ def test_shipped_factors_are_what_a_search_gives() -> None:
     c = factors.critical_index
     assert c == 20
     assert factors.factors[:c] == pytest.approx(ntk_part(c, factors.factors[c]), rel=1e-12)
-    assert satisfies_bound(factors, c)
+    assert first_out_of_bound(factors, c) is None
     assert max(factors.factors) <= 2 * factors.scale
     assert factors.provenance["objective"] == "perplexity"

@@ -1,4 +1,4 @@
-"""Periods and critical dimensions: spot values of the paper and of published models, and every error text."""
+"""Periods and critical dimensions: spot values of paper and models, every error text."""
 
 import math
 
@@ -8,12 +8,11 @@ from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import (
     RopeGeometry,
-    inverse_frequencies,
     periods,
     ten_period_index,
     theoretical_critical_index,
 )
-from longrope2.rope.methods import ntk_part, satisfies_bound
+from longrope2.rope.methods import first_out_of_bound, ntk_part
 
 PHI3_MINI = RopeGeometry(96, 1e4, 2048)
 LLAMA3_8B = RopeGeometry(128, 5e5, 8192)
@@ -70,9 +69,10 @@ def test_period_of_the_paper() -> None:
     assert PHI3_MINI.original_len / period < 0.04
 
 
-def test_inverse_frequencies_closed_form() -> None:
+def test_periods_closed_form() -> None:
     expected = [math.exp(-2 * i / 128 * math.log(5e5)) for i in range(64)]
-    assert inverse_frequencies(LLAMA3_8B).tolist() == pytest.approx(expected, rel=1e-14)
+    found = (2 * math.pi / periods(LLAMA3_8B)).tolist()
+    assert found == pytest.approx(expected, rel=1e-14)
 
 
 def test_every_dimension_trained_clips_to_their_count() -> None:
@@ -95,8 +95,8 @@ def test_bound_looks_from_the_critical_index_on() -> None:
     factors = RescaleFactors(
         factors=(1.0, 3.9, 4.0, 5.0), geometry=geometry, target_len=128, method="x"
     )
-    assert satisfies_bound(factors, 2)
-    assert not satisfies_bound(factors, 1)
+    assert first_out_of_bound(factors, 2) is None
+    assert first_out_of_bound(factors, 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ def test_bound_looks_from_the_critical_index_on() -> None:
         ((8, math.nan, 128), "rope_base=nan"),
         (
             (8, 1e4, 6),
-            "original_len=6: the pre-trained window must be at least 7 tokens; set model.original_len",
+            "original_len=6: the pre-trained window must be at least 7 tokens; "
+            "set model.original_len",
         ),
     ],
 )

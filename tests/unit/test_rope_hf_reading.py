@@ -11,7 +11,7 @@ import pytest
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.hf_config import config_geometry, config_rope_type
+from longrope2.rope.hf_config import config_geometry, config_rope_type, from_hf_config
 
 BASE = {"head_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -22,7 +22,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
 
 
 def read(scaling: dict[str, Any], *lengths: int | None, **top: Any) -> RescaleFactors:
-    return RescaleFactors.from_hf_config({**BASE, **top, "rope_scaling": scaling}, *lengths)
+    return from_hf_config({**BASE, **top, "rope_scaling": scaling}, *lengths)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ def test_geometry_of_either_layout() -> None:
         (
             {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}},
             {},
-            r"a RoPE per layer type \(full_attention, sliding_attention\); one RoPE for all layers is supported",
+            r"a RoPE per layer type \(full_attention, sliding_attention\); "
+            "one RoPE for all layers is supported",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""YaRN and NTK with the real critical dimension: closed forms, the bound, the relation to the plain methods, errors."""
+"""YaRN and NTK with the real critical dimension, beside the plain methods, and errors."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The step schedule: exact mix, homogeneous micro-steps, every segment once an epoch, the same for any grid."""
+"""The step schedule: exact mix, equal kinds, every segment once an epoch, any grid."""
 
 import numpy as np
 import pytest

@@ -24,6 +24,7 @@ from longrope2.model.factors_source import RopeConfig, resolve_factors
 from longrope2.model.loading import load_tokenizer
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import to_hf_config
 from longrope2.search.objective import SampleLosses
 from longrope2.segments.needle_set import NeedleSet
 
@@ -204,7 +205,7 @@ def test_best_value_is_that_of_the_factors_in_plain_transformers(
     folder = search()
     factors = RescaleFactors.from_json((folder / "factors.json").read_text())
     config = LlamaConfig(
-        **{**LlamaConfig.from_pretrained(model_folder).to_dict(), **factors.to_hf_config()}
+        **{**LlamaConfig.from_pretrained(model_folder).to_dict(), **to_hf_config(factors)}
     )
     plain = LlamaForCausalLM.from_pretrained(model_folder, config=config)
     ppl = plain_needle_ppl(plain, NeedleSet.load(folder / "needles.arrow"))

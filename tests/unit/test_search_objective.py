@@ -13,6 +13,7 @@ from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.config import SearchConfig
 from longrope2.search.objective import (
@@ -39,7 +40,7 @@ NONE = closed_form_factors(RopeMethod.none, GEOMETRY, TARGET_LEN)
 def hf_model(factors: RescaleFactors | None = None) -> LlamaForCausalLM:
     """A small random Llama; with factors, plain transformers applies them beyond the original window."""
     torch.manual_seed(0)
-    keys = factors.to_hf_config() if factors else {"max_position_embeddings": TARGET_LEN}
+    keys = to_hf_config(factors) if factors else {"max_position_embeddings": TARGET_LEN}
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=32,

@@ -9,7 +9,7 @@ import pytest
 
 from longrope2.errors import FactorsError
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.methods import RopeMethod, closed_form_factors, satisfies_bound
+from longrope2.rope.methods import RopeMethod, closed_form_factors, first_out_of_bound
 from longrope2.search.config import Algorithm, SearchConfig, SearchedDims, search_faults
 from longrope2.search.evolution import children, cross, first_population, moved, mutate
 from longrope2.search.space import Candidate, SearchSpace
@@ -32,7 +32,7 @@ def assert_in_space(space: SearchSpace, candidate: Candidate) -> None:
     assert len(values) == space.geometry.num_frequencies
     assert c in space.critical_indices
     assert all(a <= b for a, b in itertools.pairwise(values))
-    assert satisfies_bound(factors, c)
+    assert first_out_of_bound(factors, c) is None
     assert values[-1] <= 2 * scale
     first = c if space.dims is SearchedDims.tail else 0
     assert all(

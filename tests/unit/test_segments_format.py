@@ -1,4 +1,4 @@
-"""The segment store: what is written comes back, and a damaged folder is refused with the reason."""
+"""The segment store: what is written comes back; a damaged folder is refused with the reason."""
 
 import dataclasses
 import json
@@ -20,9 +20,14 @@ RULES = SegmentRules(
     target_len=32, original_len=8, alignment=2, vocab_size=70_000, bos_id=1, eos_id=2
 )
 DETAILS = {
-    "target_len": 32, "original_len": 8, "alignment": 2, "vocab_size": 70_000, "bos_id": 1, "eos_id": 2,
+    "target_len": 32,
+    "original_len": 8,
+    "alignment": 2,
+    "vocab_size": 70_000,
+    "bos_id": 1,
+    "eos_id": 2,
     "model_name": "none",
-}  # fmt: skip
+}
 
 
 def documents(lengths, name):

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from launch.cluster.torchrun import _send_on, run_under_torchrun
-from longrope2.training.heartbeat import REQUEUE_EXIT_CODE, STOP_SIGNALS, StopSignals
+from longrope2.command import REQUEUE_EXIT_CODE
+from longrope2.training.heartbeat import STOP_SIGNALS, StopSignals
 
 # Stands in for a rank of launch.train: waits for a stop signal, then ends as its last argument
 # says.

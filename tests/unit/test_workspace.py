@@ -1,4 +1,4 @@
-"""The W&B workspace, offline: the object tree that would be saved, and the figures that are logged beside it."""
+"""The W&B workspace, offline: the object tree that would be saved, and its figures."""
 
 import json
 
@@ -16,11 +16,24 @@ pytest.importorskip("wandb_workspaces", reason="extra `dashboards` is not instal
 TRACKING = TrackingConfig(wandb=WandbMode.offline, project="longrope2", entity="lab")
 # Logged by training and search; what is drawn must be among them.
 LOGGED = {
-    "train/loss", "train/loss_short", "train/loss_long", "train/grad_norm", "train/learning_rate", "train/skipped_steps",
-    "train/tokens", "perf/tokens_per_second_per_gpu", "perf/mfu", "perf/step_seconds", "perf/memory_peak_gib",
-    "perf/micro_step_seconds_short", "perf/micro_step_seconds_long", "search/best_needle_ppl", "search/best_ppl",
-    "search/critical_index", "search/evaluations",
-}  # fmt: skip
+    "train/loss",
+    "train/loss_short",
+    "train/loss_long",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/skipped_steps",
+    "train/tokens",
+    "perf/tokens_per_second_per_gpu",
+    "perf/mfu",
+    "perf/step_seconds",
+    "perf/memory_peak_gib",
+    "perf/micro_step_seconds_short",
+    "perf/micro_step_seconds_long",
+    "search/best_needle_ppl",
+    "search/best_ppl",
+    "search/critical_index",
+    "search/evaluations",
+}
 
 
 @pytest.fixture
@@ -130,7 +143,6 @@ def test_what_a_workspace_needs(run) -> None:
 def test_a_missing_package_is_named(run, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(
-        ConfigError,
-        match=r"wandb-workspaces is not installed; pip install 'longrope2\[dashboards\]'",
+        ConfigError, match=r"wandb-workspaces is not installed; pip install '\.\[dashboards\]'"
     ):
         run_workspace(load_run(run), "demo", TRACKING)
