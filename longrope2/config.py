@@ -38,7 +38,10 @@ from longrope2.help import (
     topic_help,
 )
 
-CONF_FOLDER = Path(__file__).parent.parent / "conf"
+_PACKAGED = Path(__file__).parent / "_data"
+# conf/ and models/: in a wheel inside the package (setup.py), in a checkout at its top.
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent
+CONF_FOLDER = SHIPPED / "conf"
 SHORTEST_WINDOW = 8
 Root = TypeVar("Root")
 
@@ -119,6 +122,13 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
     ]
 
 
+def find_shipped(path: str) -> Path:
+    """Where a path of a preset (``models/tiny``) stands: here, or else beside the presets."""
+    shipped = SHIPPED / path
+    is_preset = Path(path).parts[:1] in (("conf",), ("models",))
+    return shipped if is_preset and shipped.exists() and not Path(path).exists() else Path(path)
+
+
 def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Root:
     """Compose ``conf/<config_name>.yaml`` and a command line into an object of the schema ``root``.
 
@@ -137,7 +147,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         try:
             key, text, adds = _split(argument)
             if key in groups:
-                _choose(chosen, key, text)
+                _choose(chosen, key, text, adds)
             else:
                 settings.append(_read_setting(root, key, text, adds))
         except ConfigError as error:
@@ -226,12 +236,14 @@ def _split(argument: str) -> tuple[str, str, bool]:
     return key, text, adds
 
 
-def _choose(chosen: dict[str, str | None], group: str, member: str) -> None:
+def _choose(chosen: dict[str, str | None], group: str, member: str, adds: bool) -> None:
     """Note the member of a group that the user chose; None for one that does not exist.
 
     Raises:
         ConfigError: there is no such member, or another was chosen before.
     """
+    if adds:
+        raise ConfigError([f"+{group}={member}: leave the + out"])
     if group in chosen:
         raise ConfigError([f"{group} is given twice: {chosen[group]} and {member}"])
     members, chosen[group] = list(_members(group)), member
@@ -255,7 +267,7 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     except UnknownKeyError as error:
         raise ConfigError([_unknown_key(key, error.neighbours)]) from None
     if adds and not in_dictionary:
-        raise ConfigError([f"+{key}={text}: the key exists; leave the + out"])
+        raise ConfigError([f"+{key}={text}: leave the + out; the key exists"])
     if accepts(hint, str) and text[:1] not in ("'", '"') and "\\" not in text:
         is_null = text == "null" and accepts(hint, type(None))
         return _Setting(key, None if is_null else os.path.expanduser(text), adds)
