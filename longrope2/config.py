@@ -43,6 +43,8 @@ _PACKAGED = Path(__file__).parent / "_data"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent
 CONF_FOLDER = SHIPPED / "conf"
 SHORTEST_WINDOW = 8
+# Keys that have another name now.
+MOVED = {"corpus.plan": "corpus.mixture", "cluster": "hardware"}
 Root = TypeVar("Root")
 
 
@@ -265,7 +267,15 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     try:
         hint, in_dictionary = find_key(root, key)
     except UnknownKeyError as error:
-        raise ConfigError([_unknown_key(key, error.neighbours)]) from None
+        moved = [
+            new + key[len(old) :] for old, new in MOVED.items() if f"{key}.".startswith(f"{old}.")
+        ]
+        fault = (
+            f"unknown key {key}; it is {moved[0]} now"
+            if moved
+            else _unknown_key(key, error.neighbours)
+        )
+        raise ConfigError([fault]) from None
     if adds and not in_dictionary:
         raise ConfigError([f"+{key}={text}: leave the + out; the key exists"])
     if accepts(hint, str) and text[:1] not in ("'", '"') and "\\" not in text:

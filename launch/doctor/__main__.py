@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from longrope2.command import run_command
 from longrope2.errors import ConfigError
+from longrope2.help import HELP_FLAGS
 
 
 def _machine(arguments: list[str]) -> None:
@@ -65,7 +66,7 @@ def main() -> None:
         ConfigError: an unknown word.
     """
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if not word or "=" in word:
+    if not word or "=" in word or word in HELP_FLAGS:
         _machine(sys.argv[1:])
         return
     if word not in SUBCOMMANDS:

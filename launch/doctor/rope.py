@@ -18,6 +18,7 @@ from launch.doctor.rope_view import (
 from longrope2.config import MISSING, ModelConfig, RunConfig, compose, target_faults
 from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
+from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
 from longrope2.model.folder import find_config_file
 from longrope2.model.shape import read_model_config
@@ -77,6 +78,8 @@ def overrides(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: methods given in both ways.
     """
+    if help_topic(arguments) is not None:
+        return arguments
     words = [argument for argument in arguments if "=" not in argument]
     settings = [argument for argument in arguments if "=" in argument]
     if not words:

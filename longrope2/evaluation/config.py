@@ -61,6 +61,7 @@ class ShortTasksConfig:
     """Short tasks, all read with the RoPE side that each sequence's own length asks for."""
 
     tasks: list[ShortTaskConfig] = field(default_factory=list)
+    """Tasks to run; none by default."""
     include_path: str | None = None
     """Folder with task files of your own for lm-eval."""
     limit: int | None = None
