@@ -127,8 +127,17 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
 def find_shipped(path: str) -> Path:
     """Where a path of a preset (``models/tiny``) stands: here, or else beside the presets."""
     shipped = SHIPPED / path
-    is_preset = Path(path).parts[:1] in (("conf",), ("models",))
-    return shipped if is_preset and shipped.exists() and not Path(path).exists() else Path(path)
+    elsewhere = _is_of_preset(path) and not Path(path).exists() and shipped.exists()
+    return shipped if elsewhere else Path(path)
+
+
+def where_looked(path: str) -> str:
+    """The end of a message about a preset's path that is in neither place; "" for other paths."""
+    return f"; looked for in {Path.cwd()} and {SHIPPED}" if _is_of_preset(path) else ""
+
+
+def _is_of_preset(path: str) -> bool:
+    return Path(path).parts[:1] in (("conf",), ("models",))
 
 
 def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Root:

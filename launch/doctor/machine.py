@@ -23,9 +23,9 @@ from rich.table import Table
 
 from launch.doctor.rope import DoctorRoot
 from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
-from longrope2.config import compose
+from longrope2.config import compose, find_shipped
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model.folder import GGUF_PREFIX, converted_folder
+from longrope2.model.folder import local_model_folder
 from longrope2.model.norms import NormKernel, choose_norm, norm_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape
 from longrope2.tracking.metrics import WandbMode, resolve_mode
@@ -291,7 +291,7 @@ def _hub(path: str) -> Finding:
 
     if get_token():
         return Finding(State.ok, "hub login", "token found")
-    if Path(path).is_dir() or "://" in path:
+    if find_shipped(path).is_dir() or "://" in path:
         return Finding(State.ok, "hub login", f"none; {path} needs none")
     remedy = f"`hf auth login`, and accept the licence of {path} on the hub if it is gated"
     return Finding(State.fix, "hub login", "none", remedy)
@@ -313,7 +313,7 @@ def _model(config: DoctorRoot) -> list[Finding]:
     """Weights and tokenizer of the configured model, on this machine."""
     name, path = config.model.name, config.model.path
     try:
-        folder = _local_folder(path)
+        folder = local_model_folder(path)
     except ArtifactError as error:
         return [
             Finding(State.blocker, f"model {name}", f"{path} is not on this machine", str(error))
@@ -352,18 +352,3 @@ def _missing_files(folder: Path) -> list[str]:
         else ()
     )
     return sorted(name for name in {CONFIG_FILE, *named} if not (folder / name).is_file())
-
-
-def _local_folder(path: str) -> Path | None:
-    """The model's folder if it is here: given as a folder, converted from a package, or in the hub's cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    if path.startswith(GGUF_PREFIX):
-        return converted_folder(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
