@@ -43,9 +43,9 @@ NEEDED = {
     "hydra-core": "1.3",
 }
 OPTIONAL = {
-    "lm-eval": "standard short tasks: pip install 'longrope2[lm-eval]'",
-    "wandb-workspaces": "the W&B workspace of launch.report: pip install 'longrope2[dashboards]'",
-    "gguf": "model=smollm2_135m and GGUF exports: pip install 'longrope2[smollm2]'",
+    "lm-eval": "standard short tasks: pip install '.[lm-eval]'",
+    "wandb-workspaces": "the W&B workspace of launch.report: pip install '.[dashboards]'",
+    "gguf": "model=smollm2_135m and GGUF exports: pip install '.[smollm2]'",
 }
 # A run of the miniature takes some ten MiB; a checkpoint of an 8B model with its optimizer 16 bytes
 # a parameter.

@@ -33,7 +33,7 @@ from longrope2.tracking.metrics import TrackingConfig
 
 LM_EVAL_SUITE = "lm_eval"
 """The suite that short tasks' scores belong to."""
-INSTALL = "pip install 'longrope2[lm-eval]'"
+INSTALL = "pip install '.[lm-eval]'"
 TASKS_BY_SUITE = {
     "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
     "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,

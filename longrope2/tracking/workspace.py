@@ -62,7 +62,7 @@ def build_workspace(
         import wandb_workspaces.workspaces as ws
     except ImportError:
         raise ConfigError(
-            ["wandb-workspaces is not installed; pip install 'longrope2[dashboards]'"]
+            ["wandb-workspaces is not installed; pip install '.[dashboards]'"]
         ) from None
     if tracking.entity is None:
         raise ConfigError(
