@@ -69,7 +69,7 @@ def nodes_command(arguments: list[str]) -> None:
 
 
 def report_refused(faults: Sequence[tuple[str, str]], *, what: str) -> None:
-    """Print faults to stderr, their nodes to stdout, and end with code 1; without any say ``what``."""
+    """Print faults to stderr, their nodes to stdout, and end with code 1; else say ``what``."""
     if not faults:
         print(f"doctor: {what}", file=sys.stderr)
         return
