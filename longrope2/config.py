@@ -21,7 +21,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,7 +44,12 @@ SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent
 CONF_FOLDER = SHIPPED / "conf"
 SHORTEST_WINDOW = 8
 # Keys that have another name now.
-MOVED = {"corpus.plan": "corpus.mixture", "cluster": "hardware"}
+MOVED = {
+    "cluster": "hardware",
+    "corpus.plan": "mixture",
+    "corpus.quotas": "quotas",
+    "corpus.short_overlong": "short_overlong",
+}
 Root = TypeVar("Root")
 
 
@@ -194,9 +199,9 @@ class _Setting:
 
 def _groups(config_name: str) -> dict[str, str | None]:
     """Groups of a root YAML, each with its member by default; None where there is none."""
-    defaults = OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml").defaults
-    pairs = [next(iter(entry.items())) for entry in defaults if isinstance(entry, DictConfig)]
-    return {str(group): member for group, member in pairs}
+    plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml"))
+    pairs = [next(iter(entry.items())) for entry in plain["defaults"] if isinstance(entry, dict)]
+    return {group.removeprefix("optional "): member for group, member in pairs}
 
 
 def _members(group: str) -> dict[str, str]:
@@ -257,11 +262,16 @@ def _choose(chosen: dict[str, str | None], group: str, member: str, adds: bool) 
         raise ConfigError([f"+{group}={member}: leave the + out"])
     if group in chosen:
         raise ConfigError([f"{group} is given twice: {chosen[group]} and {member}"])
-    members, chosen[group] = list(_members(group)), member
-    if member not in members:
+    chosen[group] = member
+    if member not in _members(group):
         chosen[group] = None
-        why = "names several; run once for each" if "," in member else "does not exist"
-        raise ConfigError([f"{group}={member} {why}; choose {group}= one of {', '.join(members)}"])
+        raise ConfigError([_no_member(group, member)])
+
+
+def _no_member(group: str, member: str) -> str:
+    """The fault of a preset that does not exist."""
+    why = "names several; run once for each" if "," in member else "does not exist"
+    return f"{group}={member} {why}; choose {group}= one of {', '.join(_members(group))}"
 
 
 def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
@@ -434,6 +444,9 @@ def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _explain(error: Exception) -> str:
     """One line for a user from a Hydra or OmegaConf error: key, what was given, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, member = error.missing_cfg_file.rpartition("/")
+        return _no_member(group, member)  # a default made of another choice: mixture=${corpus}
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
