@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrope2.command import run_command
-from longrope2.config import compose, target_faults
+from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
 from longrope2.model.folder import find_config_file
@@ -166,8 +166,8 @@ def evaluation_samples(config: PlanRoot) -> list[tuple[int, float]]:
 def _config_folder(config: PlanRoot) -> Path:
     """The folder of the model's config.json: the model's own, else ``model.config_folder``, else the hub's."""
     model = config.model
-    if model.config_folder and not Path(model.path).is_dir():
-        return Path(model.config_folder)
+    if model.config_folder and not find_shipped(model.path).is_dir():
+        return find_shipped(model.config_folder)
     return find_config_file(model.path, "model.path").parent
 
 
