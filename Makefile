@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test test-all check bench wheel clean
 
 setup: .venv/.setup-done
 
@@ -39,5 +39,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.search --target 512 search.population=16 search.iterations=8 search.parents=8
 
+# dist/*.whl: the commands with conf/ and models/, for any folder.
+wheel: setup
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

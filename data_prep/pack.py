@@ -36,6 +36,7 @@ from longrope2.files.artifacts import (
     sha256_of_file,
     write_manifest,
 )
+from longrope2.help import help_topic
 from longrope2.model.folder import model_identity, resolve_model_folder
 
 # Keys that say where, how fast or whether to write, not what: runs that differ in them only give
@@ -213,11 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_prep.pack")
     parser.add_argument("--target", metavar="TOKENS", help="L, the target window (target_len)")
     parser.add_argument("--model", metavar="NAME", help="a model of conf/model")
     parser.add_argument(
@@ -232,6 +229,9 @@ def _run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml"
     )
+    if (topic := help_topic(arguments)) is not None:
+        print("" if topic else f"{parser.format_help()}\n", end="")
+        compose(PackConfig, "pack", arguments)
     flags = vars(parser.parse_intermixed_args(list(arguments)))
     overrides = [f"{key}={flags[flag]}" for flag, key in FLAGS.items() if flags[flag] is not None]
     overrides += ["dry_run=true"] if flags["dry_run"] else []

@@ -103,7 +103,9 @@ def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_prep.train_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="model folder that gets the tokenizer files"

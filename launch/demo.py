@@ -166,6 +166,7 @@ def run_stage(stage: Stage) -> None:
 
 def write_prompt(run_folder: Path) -> None:
     """The first held-out needle sample of the evaluation at the target length, as text, without its answer."""
+    from longrope2.config import find_shipped
     from longrope2.model.loading import load_tokenizer
     from longrope2.segments.needle_set import NeedleSet
 
@@ -173,7 +174,7 @@ def write_prompt(run_folder: Path) -> None:
         run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow"
     ).samples[0]
     tokens = list(sample.tokens[1 : sample.value_start])
-    text = load_tokenizer(Path("models/tiny")).decode(tokens)
+    text = load_tokenizer(find_shipped("models/tiny")).decode(tokens)
     (run_folder / PROMPT_FILE).write_text(text, encoding="utf-8")
 
 

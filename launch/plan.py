@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrope2.command import run_command
-from longrope2.config import compose, target_faults
+from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
 from longrope2.model.folder import find_config_file
@@ -51,7 +51,7 @@ def plan_run(config: PlanRoot) -> Plan:
     if faults := _faults(config):
         raise ConfigError(faults)
     training, parallel, model = config.training, config.parallel, config.model
-    elsewhere = model.config_folder if not Path(model.path).is_dir() else None
+    elsewhere = None if find_shipped(model.path).is_dir() else model.config_folder
     if elsewhere is None:
         shape = ModelShape.from_file(find_config_file(model.path, "model.path"))
     else:

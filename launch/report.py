@@ -15,6 +15,7 @@ from pathlib import Path
 from longrope2.command import run_command
 from longrope2.config import RunConfig, compose
 from longrope2.errors import ConfigError
+from longrope2.help import help_topic
 from longrope2.report.page import REPORT_FILE, write_report
 from longrope2.tracking.metrics import TrackingConfig
 
@@ -36,6 +37,8 @@ class ReportRoot:
 def main() -> None:
     """Find the run folder, write the report once or again and again, or build the workspace."""
     arguments = sys.argv[1:]
+    if help_topic(arguments) is not None:
+        compose(ReportRoot, "report", arguments)
     if arguments[:1] == [WORKSPACE_WORD]:
         _workspace(arguments[1:])
         return

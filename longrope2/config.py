@@ -21,7 +21,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,8 +38,18 @@ from longrope2.help import (
     topic_help,
 )
 
-CONF_FOLDER = Path(__file__).parent.parent / "conf"
+_PACKAGED = Path(__file__).parent / "_data"
+# conf/ and models/: in a wheel inside the package (setup.py), in a checkout at its top.
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent
+CONF_FOLDER = SHIPPED / "conf"
 SHORTEST_WINDOW = 8
+# Keys that have another name now.
+MOVED = {
+    "cluster": "hardware",
+    "corpus.plan": "mixture",
+    "corpus.quotas": "quotas",
+    "corpus.short_overlong": "short_overlong",
+}
 Root = TypeVar("Root")
 
 
@@ -119,6 +129,22 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
     ]
 
 
+def find_shipped(path: str) -> Path:
+    """Where a path of a preset (``models/tiny``) stands: here, or else beside the presets."""
+    shipped = SHIPPED / path
+    elsewhere = _is_of_preset(path) and not Path(path).exists() and shipped.exists()
+    return shipped if elsewhere else Path(path)
+
+
+def where_looked(path: str) -> str:
+    """The end of a message about a preset's path that is in neither place; "" for other paths."""
+    return f"; looked for in {Path.cwd()} and {SHIPPED}" if _is_of_preset(path) else ""
+
+
+def _is_of_preset(path: str) -> bool:
+    return Path(path).parts[:1] in (("conf",), ("models",))
+
+
 def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Root:
     """Compose ``conf/<config_name>.yaml`` and a command line into an object of the schema ``root``.
 
@@ -137,7 +163,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         try:
             key, text, adds = _split(argument)
             if key in groups:
-                _choose(chosen, key, text)
+                _choose(chosen, key, text, adds)
             else:
                 settings.append(_read_setting(root, key, text, adds))
         except ConfigError as error:
@@ -173,9 +199,9 @@ class _Setting:
 
 def _groups(config_name: str) -> dict[str, str | None]:
     """Groups of a root YAML, each with its member by default; None where there is none."""
-    defaults = OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml").defaults
-    pairs = [next(iter(entry.items())) for entry in defaults if isinstance(entry, DictConfig)]
-    return {str(group): member for group, member in pairs}
+    plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml"))
+    pairs = [next(iter(entry.items())) for entry in plain["defaults"] if isinstance(entry, dict)]
+    return {group.removeprefix("optional "): member for group, member in pairs}
 
 
 def _members(group: str) -> dict[str, str]:
@@ -226,19 +252,26 @@ def _split(argument: str) -> tuple[str, str, bool]:
     return key, text, adds
 
 
-def _choose(chosen: dict[str, str | None], group: str, member: str) -> None:
+def _choose(chosen: dict[str, str | None], group: str, member: str, adds: bool) -> None:
     """Note the member of a group that the user chose; None for one that does not exist.
 
     Raises:
         ConfigError: there is no such member, or another was chosen before.
     """
+    if adds:
+        raise ConfigError([f"+{group}={member}: leave the + out"])
     if group in chosen:
         raise ConfigError([f"{group} is given twice: {chosen[group]} and {member}"])
-    members, chosen[group] = list(_members(group)), member
-    if member not in members:
+    chosen[group] = member
+    if member not in _members(group):
         chosen[group] = None
-        why = "names several; run once for each" if "," in member else "does not exist"
-        raise ConfigError([f"{group}={member} {why}; choose {group}= one of {', '.join(members)}"])
+        raise ConfigError([_no_member(group, member)])
+
+
+def _no_member(group: str, member: str) -> str:
+    """The fault of a preset that does not exist."""
+    why = "names several; run once for each" if "," in member else "does not exist"
+    return f"{group}={member} {why}; choose {group}= one of {', '.join(_members(group))}"
 
 
 def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
@@ -253,9 +286,17 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     try:
         hint, in_dictionary = find_key(root, key)
     except UnknownKeyError as error:
-        raise ConfigError([_unknown_key(key, error.neighbours)]) from None
+        moved = [
+            new + key[len(old) :] for old, new in MOVED.items() if f"{key}.".startswith(f"{old}.")
+        ]
+        fault = (
+            f"unknown key {key}; it is {moved[0]} now"
+            if moved
+            else _unknown_key(key, error.neighbours)
+        )
+        raise ConfigError([fault]) from None
     if adds and not in_dictionary:
-        raise ConfigError([f"+{key}={text}: the key exists; leave the + out"])
+        raise ConfigError([f"+{key}={text}: leave the + out; the key exists"])
     if accepts(hint, str) and text[:1] not in ("'", '"') and "\\" not in text:
         is_null = text == "null" and accepts(hint, type(None))
         return _Setting(key, None if is_null else os.path.expanduser(text), adds)
@@ -403,6 +444,9 @@ def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _explain(error: Exception) -> str:
     """One line for a user from a Hydra or OmegaConf error: key, what was given, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, member = error.missing_cfg_file.rpartition("/")
+        return _no_member(group, member)  # a default made of another choice: mixture=${corpus}
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -22,10 +22,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from longrope2.errors import ConfigError
 
-FLAGS = ("--help", "-h")
+HELP_FLAGS = ("--help", "-h")
 UNSET = "???"  # OmegaConf's word for a value that must be given
 LEAST_WIDTH = 100
-NAME_WIDTH = 40
+NAME_WIDTH, LEAST_VALUE_WIDTH = 40, 8
 
 
 class UnknownKeyError(Exception):
@@ -167,7 +167,7 @@ def _as_typed(value: Any) -> str:
 
 def help_topic(arguments: Sequence[str]) -> str | None:
     """What ``--help`` asks for: a key or group, "" for all of them, None without the flag."""
-    place = next((i for i, argument in enumerate(arguments) if argument in FLAGS), None)
+    place = next((i for i, argument in enumerate(arguments) if argument in HELP_FLAGS), None)
     if place is None:
         return None
     return next((a for a in arguments[place + 1 :] if not a.startswith("-") and "=" not in a), "")
@@ -197,8 +197,10 @@ def command_help(
         "Keys with their defaults (--help KEY, or the part before a dot, tells all of it):",
     ]
     for key in keys:
-        text = f"{key.allowed}: {re.split(r'(?<=[.])[ ]', key.doc)[0]}"
-        named = _shorten(f"{key.name}={key.value}", NAME_WIDTH)
+        sentence = re.split(r"(?<!e\.g)(?<=\.) ", key.doc)[0]
+        text = f"{key.allowed}: {sentence}"
+        value = _shorten(key.value, max(LEAST_VALUE_WIDTH, NAME_WIDTH - len(key.name) - 1))
+        named = f"{key.name}={value}"
         lines.append(_shorten(f"  {named:<{NAME_WIDTH}} {text}", _width()))
     return "\n".join(lines)
 

@@ -98,7 +98,11 @@ class FirstFailure:
 
 def main() -> None:
     """Record the begin or the end of an attempt; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m launch.cluster.attempts", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.cluster.attempts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("event", choices=("begin", "end", "terminated"))
     parser.add_argument(
         "product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints"

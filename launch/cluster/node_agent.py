@@ -27,6 +27,7 @@ from typing import Any
 
 from longrope2.command import rank_exit_code
 from longrope2.files.artifacts import write_text
+from longrope2.help import HELP_FLAGS
 
 ENDED_PREFIX = "ended-"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -34,6 +35,9 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 def main() -> None:
     """Run the agent of this node; ends with the ranks' exit code."""
+    if set(sys.argv[1:]) & set(HELP_FLAGS):
+        print(__doc__)
+        return
     stop = _StopSignals()
     os.environ.setdefault(
         "PYTHONWARNINGS", "ignore::FutureWarning"

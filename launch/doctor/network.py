@@ -1,5 +1,4 @@
-"""``launch.doctor network`` and ``links``: do the nodes of a job agree on the time, and how fast do
-they exchange?
+"""``python -m launch.doctor network`` and ``links``: do nodes agree on the time, and exchange fast?
 
 ``network FOLDER`` runs on every rank under torchrun and writes ``FOLDER/network.json``: the clock
 of each node against the first, the bandwidth of an all-reduce over all ranks, and that of each pair
@@ -8,17 +7,15 @@ nodes`` does. Bandwidth is bus bandwidth, 2 (n - 1) / n x bytes / time: what eve
 comparable over any number of ranks n.
 """
 
-import argparse
 import json
 import os
 import statistics
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from launch.cluster.attempts import first_failure
-from launch.doctor.node import report_refused
+from launch.doctor.node import argument_parser, report_refused
 from longrope2.files.artifacts import write_text
 
 NETWORK_FILE = "network.json"
@@ -33,9 +30,9 @@ TIMEOUT = timedelta(seconds=120)
 
 def network_command(arguments: list[str]) -> None:
     """One rank of the measurement; the first writes the file."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor network")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser = argument_parser("network", __doc__)
+    devices = ("gpu", "cpu")
+    parser.add_argument("--device", choices=devices, default="gpu", help="what to measure [gpu]")
     given = parser.parse_args(arguments)
     import torch
     import torch.distributed as dist
@@ -44,9 +41,8 @@ def network_command(arguments: list[str]) -> None:
     device = torch.device("cuda", local_rank) if given.device == "gpu" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     nodes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(nodes, os.environ["SLURMD_NODENAME"])
     names = nodes[::per_node]
@@ -62,9 +58,9 @@ def network_command(arguments: list[str]) -> None:
 
 def links_command(arguments: list[str]) -> None:
     """Judge what was measured: code 1 and the nodes to leave out when it will not do."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor links")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--min-gbps", type=float, default=0.0)
+    parser = argument_parser("links", __doc__)
+    least = "GB/s below which a node is left out [0]"
+    parser.add_argument("--min-gbps", type=float, default=0.0, help=least)
     given = parser.parse_args(arguments)
     path = given.folder / NETWORK_FILE
     if not path.is_file():
@@ -72,18 +68,16 @@ def links_command(arguments: list[str]) -> None:
         node, why = (failure.node, failure.text) if failure else ("", "see above")
         report_refused([(node, f"the nodes could not exchange data: {why}")], what="")
     measured = json.loads(path.read_text(encoding="utf-8"))
-    slowest = min((pair["gbps"] for pair in measured["pairs"]), default=measured["all_reduce_gbps"])
+    overall = measured["all_reduce_gbps"]
+    slowest = min((pair["gbps"] for pair in measured["pairs"]), default=overall)
     clock = max(map(abs, measured["clock_seconds"].values()))
-    report_refused(
-        faults_of_links(measured, given.min_gbps),
-        what=f"all-reduce {measured['all_reduce_gbps']:.3g} GB/s over all ranks, {slowest:.3g} between the slowest two "
-        f"nodes; clocks within {clock:.3f} s",
-    )
+    what = f"all-reduce {overall:.3g} GB/s over all ranks, {slowest:.3g} between the slowest two "
+    what += f"nodes; clocks within {clock:.3f} s"
+    report_refused(faults_of_links(measured, given.min_gbps), what=what)
 
 
 def faults_of_links(measured: dict[str, Any], min_gbps: float) -> list[tuple[str, str]]:
-    """(Node, fault) pairs: clocks that are off, and nodes that are slow with every neighbour they
-    have.
+    """(Node, fault) pairs: clocks that are off, and nodes that are slow with every neighbour.
 
     Slow is below ``min_gbps``, and on GPUs below half of what the better quarter of the pairs
     reach. Of two nodes alone nobody can say which is at fault: such a fault has no node ("").
@@ -91,12 +85,8 @@ def faults_of_links(measured: dict[str, Any], min_gbps: float) -> list[tuple[str
     clocks, pairs = measured["clock_seconds"], measured["pairs"]
     apart = max(clocks.values()) - min(clocks.values())
     if len(clocks) == 2 and apart > MOST_CLOCK_SECONDS:
-        found = [
-            (
-                "",
-                f"the clocks of {' and '.join(clocks)} are {apart:.1f} s apart; mend their time service",
-            )
-        ]
+        both = f"the clocks of {' and '.join(clocks)} are {apart:.1f} s apart"
+        found = [("", f"{both}; mend their time service")]
     else:
         middle = statistics.median(clocks.values())
         found = [
@@ -109,26 +99,16 @@ def faults_of_links(measured: dict[str, Any], min_gbps: float) -> list[tuple[str
     limit = max(min_gbps, SLOW_SHARE * usual if measured["device"] == "gpu" else 0.0)
     if len(pairs) <= 1:
         if usual < limit:
-            found.append(
-                (
-                    "",
-                    f"all-reduce at {usual:.3g} GB/s, at least {limit:.3g} are asked for (MIN_BANDWIDTH_GBPS)",
-                )
-            )
+            asked = f"at least {limit:.3g} are asked for (MIN_BANDWIDTH_GBPS)"
+            found.append(("", f"all-reduce at {usual:.3g} GB/s, {asked}"))
         return found
-    slow = [
-        name
-        for name in clocks
-        if all(pair["gbps"] < limit for pair in pairs if name in pair["nodes"])
-    ]
-    return found + [
-        (name, f"all-reduce with its neighbours is below {limit:.3g} GB/s, others have {usual:.3g}")
-        for name in slow
-    ]
+    slow = f"all-reduce with its neighbours is below {limit:.3g} GB/s, others have {usual:.3g}"
+    fast = {name for pair in pairs if pair["gbps"] >= limit for name in pair["nodes"]}
+    return found + [(name, slow) for name in clocks if name not in fast]
 
 
 def _clocks(names: list[str], per_node: int) -> dict[str, float]:
-    """Seconds by which each node's clock is ahead of the first's: the round with the shortest way there and back."""
+    """Seconds by which each node's clock is ahead of the first's, from its shortest round trip."""
     import torch
     import torch.distributed as dist
 
@@ -153,16 +133,16 @@ def _clocks(names: list[str], per_node: int) -> dict[str, float]:
 
 
 def _pairs(names: list[str], per_node: int, message: Any) -> list[dict[str, Any]]:
-    """Bandwidth between each node and the next in a ring; no node is in two measurements at a time."""
+    """Bandwidth between each node and the next in a ring, a node in one measurement at a time."""
     import torch
     import torch.distributed as dist
 
     count, rank = len(names), dist.get_rank()
     ring = [(i, (i + 1) % count) for i in range(count if count > 2 else 1)]
-    groups = [
-        dist.new_group([n * per_node + i for n in pair for i in range(per_node)], timeout=TIMEOUT)
-        for pair in ring
-    ]
+    groups = []
+    for pair in ring:
+        ranks = [node * per_node + i for node in pair for i in range(per_node)]
+        groups.append(dist.new_group(ranks, timeout=TIMEOUT))
     speeds = torch.zeros(len(ring), dtype=torch.float64)
     for parity in (0, 1, 2):  # 2: the last pair of a ring of odd length
         for index, pair in enumerate(ring):

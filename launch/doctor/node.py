@@ -1,5 +1,4 @@
-"""``launch.doctor node`` and ``nodes``: is every node of a job fit to start on, and is it like the
-others?
+"""``python -m launch.doctor node`` and ``nodes``: is every node of a job fit, and like the others?
 
 ``node FOLDER`` runs on each node and writes ``FOLDER/node-<name>.json``: what is wrong there (GPUs
 that Slurm promised, free disk, packages) and which versions it has. ``nodes FOLDER NAME,NAME``
@@ -22,28 +21,30 @@ from typing import Any
 
 from longrope2.files.artifacts import write_text
 
-COMPARED_PACKAGES = (
-    "torch",
-    "transformers",
-    "deepspeed",
-    "flash-attn",
-    "apex",
-    "tokenizers",
-    "numpy",
-    "pyarrow",
-)
+COMPARED_PACKAGES = ("torch", "transformers", "deepspeed", "flash-attn", "apex", "tokenizers",
+                     "numpy", "pyarrow")  # fmt: skip
 # Memory of an idle GPU that something else may hold: the driver and its services.
 IDLE_GPU_GIB = 4.0
 GIB, GB = 2**30, 1e9
 
 
+def argument_parser(word: str, description: str | None) -> argparse.ArgumentParser:
+    """Parser of a word that takes the folder of the job's reports."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=f"python -m launch.doctor {word}", description=description, formatter_class=raw
+    )
+    parser.add_argument("folder", type=Path, help="where the reports of the job stand")
+    return parser
+
+
 def node_command(arguments: list[str]) -> None:
     """Write the report of this node."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor node")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
-    parser.add_argument("--min-free-gb", type=float, default=0.0)
+    parser = argument_parser("node", __doc__)
+    add = parser.add_argument
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="what ranks compute on [gpu]")
+    add("--scratch", type=Path, default=Path("/tmp"), help="another folder for files [/tmp]")
+    add("--min-free-gb", type=float, default=0.0, help="GB that must be free there and here [0]")
     given = parser.parse_args(arguments)
     node = os.environ.get("SLURMD_NODENAME", platform.node())
     promised = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
@@ -57,8 +58,7 @@ def node_command(arguments: list[str]) -> None:
 
 def nodes_command(arguments: list[str]) -> None:
     """Judge the reports of all nodes; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor nodes")
-    parser.add_argument("folder", type=Path)
+    parser = argument_parser("nodes", __doc__)
     parser.add_argument("names", help="nodes of the job, separated by commas")
     given = parser.parse_args(arguments)
     reports = {}
@@ -69,7 +69,7 @@ def nodes_command(arguments: list[str]) -> None:
 
 
 def report_refused(faults: Sequence[tuple[str, str]], *, what: str) -> None:
-    """Print (node, fault) pairs to stderr and the nodes to stdout, and end with code 1; or say that all is well."""
+    """Print faults to stderr, their nodes to stdout, and end with code 1; else say ``what``."""
     if not faults:
         print(f"doctor: {what}", file=sys.stderr)
         return
@@ -80,36 +80,26 @@ def report_refused(faults: Sequence[tuple[str, str]], *, what: str) -> None:
 
 
 def faults_of_nodes(reports: dict[str, Any]) -> list[tuple[str, str]]:
-    """(Node, fault) pairs: each node's own faults, those that did not report, and versions that
-    differ from most others'.
+    """(Node, fault) pairs: own faults, no report, and versions that differ from most others'.
 
     When no version has more than half of the nodes, nobody can say who is wrong: that fault has no
     node ("").
     """
-    found = [
-        (name, fault)
-        for name, report in reports.items()
-        if report is not None
-        for fault in report["faults"]
-    ]
+    present = {name: report["versions"] for name, report in reports.items() if report is not None}
+    found = [(name, fault) for name in present for fault in reports[name]["faults"]]
     found += [
         (name, f"no report: it did not run the check (doctor-{name}.log)")
-        for name, report in reports.items()
-        if report is None
+        for name in reports
+        if name not in present
     ]
-    present = {name: report["versions"] for name, report in reports.items() if report is not None}
     for item in sorted({item for versions in present.values() for item in versions}):
         values = {name: versions.get(item) for name, versions in present.items()}
         common, count = Counter(values.values()).most_common(1)[0]
         if count == len(values):
             continue
         if 2 * count <= len(values):
-            found.append(
-                (
-                    "",
-                    f"{item} differs: {', '.join(f'{value} on {name}' for name, value in values.items())}",
-                )
-            )
+            where = ", ".join(f"{value} on {name}" for name, value in values.items())
+            found.append(("", f"{item} differs: {where}"))
             continue
         found += [
             (name, f"{item} is {value}, the other nodes have {common}")
@@ -126,9 +116,8 @@ def _disk_faults(places: Sequence[Path], min_free_gb: float) -> list[str]:
         if not os.access(place, os.W_OK):
             faults.append(f"{place} is missing or cannot be written to")
         elif (free := shutil.disk_usage(place).free / GB) < min_free_gb:
-            faults.append(
-                f"{place} has {free:.1f} GB free, at least {min_free_gb:g} are asked for (MIN_FREE_GB)"
-            )
+            asked = f"at least {min_free_gb:g} are asked for (MIN_FREE_GB)"
+            faults.append(f"{place} has {free:.1f} GB free, {asked}")
     return faults
 
 
@@ -167,7 +156,7 @@ def _gpu_faults(promised: int) -> list[str]:
 
 
 def _flash_attention_faults() -> list[str]:
-    """An installed flash-attn that cannot run, as when it was built for another torch; none at all is fine."""
+    """An installed flash-attn that cannot run, as when built for another torch; none is fine."""
     if importlib.util.find_spec("flash_attn") is None:
         return []
     import torch

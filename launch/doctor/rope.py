@@ -1,8 +1,7 @@
-"""``launch.doctor rope``: what each rescaling method does to each RoPE dimension of a model, and
-where the bound holds.
+"""``launch.doctor rope``: what each rescaling method does to each RoPE dimension of a model.
 
-Reads config.json and factors files only: no weights, no tokenizer. Prints a table and writes a
-figure.
+Reads config.json and factors files only: no weights, no tokenizer. Prints a table, with where the
+bound holds, and writes a figure.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from launch.doctor.rope_view import (
 from longrope2.config import MISSING, ModelConfig, RunConfig, compose, target_faults
 from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
+from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
 from longrope2.model.folder import find_config_file
 from longrope2.model.shape import ModelShape, read_model_config
@@ -43,7 +43,7 @@ SEARCHED, PUBLISHED = "searched", "published"
 
 @dataclass
 class RopeDoctorConfig:
-    """What is compared, beside the run's own search result and the model's published scaling where there are any."""
+    """What is compared, beside the run's own search result and the model's published scaling."""
 
     methods: list[RopeMethod] | None = None
     """Methods to compute; null means every closed form, and yarn_rcd and ntk_rcd where a critical
@@ -82,8 +82,10 @@ def overrides(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: methods given in both ways.
     """
-    words = [argument for argument in arguments if "=" not in argument]
-    settings = [argument for argument in arguments if "=" in argument]
+    if help_topic(arguments) is not None:
+        return arguments
+    words = [argument for argument in arguments if "=" not in argument and argument[:1] != "-"]
+    settings = [argument for argument in arguments if argument not in words]
     if not words:
         return settings
     if any(setting.startswith("doctor.methods=") for setting in settings):
@@ -111,9 +113,7 @@ def compare(config: DoctorRoot) -> RopeComparison:
         raise ConfigError(faults)
     columns = _read_columns(config, model_config, geometry, faults)
     stated = (
-        (name, column.critical_index)
-        for name, column in columns.items()
-        if column.critical_index is not None
+        (name, c.critical_index) for name, c in columns.items() if c.critical_index is not None
     )
     source, critical_index = next(stated, ("", None))
     computed = _computed_columns(config, geometry, critical_index, faults)
@@ -128,13 +128,12 @@ def _setting_faults(config: DoctorRoot) -> list[str]:
     if config.doctor.plot and Path(config.doctor.plot).suffix not in PLOT_FORMATS:
         faults.append(f"doctor.plot={config.doctor.plot}: must end in {' or '.join(PLOT_FORMATS)}")
     allowed = CLOSED_FORMS + CRITICAL_INDEX_METHODS
-    faults += [
-        f"doctor.methods: {method.value} is read from a file, give it in doctor.factors; computed methods are "
-        f"{', '.join(allowed_method.value for allowed_method in allowed)}"
+    computed = f"computed methods are {', '.join(method.value for method in allowed)}"
+    return faults + [
+        f"doctor.methods: {method.value} is read from a file, give it in doctor.factors; {computed}"
         for method in config.doctor.methods or []
         if method not in allowed
     ]
-    return faults
 
 
 def _named(path: str, error: UserError) -> str:
@@ -145,7 +144,7 @@ def _named(path: str, error: UserError) -> str:
 def _read_columns(
     config: DoctorRoot, model_config: dict, geometry: RopeGeometry, faults: list[str]
 ) -> dict[str, RescaleFactors]:
-    """Factors that are read: the run's search result, the files given, the model's own published scaling."""
+    """Factors that are read: of the run's search, of the files given, the model's own scaling."""
     columns: dict[str, RescaleFactors] = {}
     searched = product_folder(config.run.folder, "factors") / FACTORS_FILE
     sources = [(SEARCHED, str(searched), "run.name")] if searched.is_file() else []
@@ -153,9 +152,8 @@ def _read_columns(
     for name, given, key in sources:
         try:
             if name in columns:
-                raise ConfigError(
-                    [f"doctor.factors: two files would both be called {name}; rename one"]
-                )
+                twice = f"doctor.factors: two files would both be called {name}; rename one"
+                raise ConfigError([twice])
             columns[name] = read_factors(given, geometry, config.target_len, key)
         except ConfigError as error:
             faults += error.faults
@@ -193,12 +191,12 @@ def _computed_columns(
             elif critical_index is None:
                 faults.append(
                     f"doctor.methods: {method.value} needs a critical index; run launch.search for "
-                    f"run.name={config.run.name}, or give doctor.factors=[FACTORS.json] of a finished search"
+                    f"run.name={config.run.name}, or give doctor.factors=[FACTORS.json] of a "
+                    "finished search"
                 )
             else:
-                columns[method.value] = critical_index_factors(
-                    method, geometry, config.target_len, critical_index
-                )
+                found = critical_index_factors(method, geometry, config.target_len, critical_index)
+                columns[method.value] = found
         except FactorsError as error:
             faults.append(f"doctor.methods: {error}")
     return columns

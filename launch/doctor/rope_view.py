@@ -45,41 +45,38 @@ def describe(comparison: RopeComparison, model_name: str) -> str:
     """The model and its critical dimensions in a few lines."""
     geometry = comparison.geometry
     theoretical, ten = theoretical_critical_index(geometry), ten_period_index(geometry)
+    length, count, base = geometry.original_len, geometry.num_frequencies, geometry.rope_base
+    scale, real = comparison.target_len / length, comparison.critical_index
     lines = [
-        f"model        {model_name}: {geometry.num_frequencies} cosine indices, base {geometry.rope_base:g}",
-        f"window       {geometry.original_len} -> {comparison.target_len} tokens, s = "
-        f"{comparison.target_len / geometry.original_len:g}",
-        f"theoretical  critical index {theoretical}: the first with less than one turn in {geometry.original_len} tokens",
+        f"model        {model_name}: {count} cosine indices, base {base:g}",
+        f"window       {length} -> {comparison.target_len} tokens, s = {scale:g}",
+        f"theoretical  critical index {theoretical}: the first with less than one turn in "
+        f"{length} tokens",
         f"ten turns    index {ten}: a search looks for the real one from {ten} to {theoretical}",
     ]
-    if comparison.critical_index is not None:
-        lines.append(
-            f"real         critical index {comparison.critical_index}, of {comparison.critical_source}"
-        )
+    if real is not None:
+        lines.append(f"real         critical index {real}, of {comparison.critical_source}")
     return "\n".join(lines)
 
 
 def print_table(table: Table) -> None:
-    """Print the table whole: where the terminal is too narrow, long lines are better than cut cells."""
+    """Print the table whole: on a narrow terminal, long lines are better than cut cells."""
     wanted = Console(width=WIDE_COLUMNS).measure(table).maximum
     Console(width=max(Console().width, wanted)).print(table)
 
 
 def comparison_table(comparison: RopeComparison) -> Table:
-    """One row per cosine index; below them, from which critical index the bound lambda_i >= s holds."""
+    """A row per cosine index; below, from which critical index the bound lambda_i >= s holds."""
     geometry, columns = comparison.geometry, comparison.columns
-    table = Table(
-        title_justify="left",
-        title="factor lambda_i of each method; * below s where the bound asks for it",
-    )
+    title = "factor lambda_i of each method; * below s where the bound asks for it"
+    table = Table(title_justify="left", title=title)
     for name in ("i", "period, tokens", "turns in L0", *columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     marks = {ten_period_index(geometry): "< ten turns"}
     for index, name in comparison.bounds:
-        marks[index] = (
-            f"{marks[index]}, {name} critical" if index in marks else f"< {name} critical"
-        )
+        before = f"{marks[index]}," if index in marks else "<"
+        marks[index] = f"{before} {name} critical"
     strictest = min(index for index, _ in comparison.bounds)
     for i, period in enumerate(periods(geometry).tolist()):
         turns = geometry.original_len / period
@@ -89,13 +86,8 @@ def comparison_table(comparison: RopeComparison) -> Table:
     for index, name in comparison.bounds:
         verdicts = (_verdict(column, index) for column in columns.values())
         table.add_row("", f"bound from {index}", f"({name})", *verdicts, "")
-    table.add_row(
-        "",
-        "cos, sin times",
-        "(long)",
-        *(f"{c.long_attention_scale:.4g}" for c in columns.values()),
-        "",
-    )
+    scales = (f"{column.long_attention_scale:.4g}" for column in columns.values())
+    table.add_row("", "cos, sin times", "(long)", *scales, "")
     return table
 
 
@@ -121,19 +113,14 @@ def write_figure(comparison: RopeComparison, model_name: str, path: Path) -> Non
     """Write the figure in the format its suffix names; one file that needs nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE), atomic_path(path) as temporary:
+        kind = path.suffix.removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else None
         figure = rope_figure(comparison, model_name)
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(
-            temporary,
-            format=path.suffix.removeprefix("."),
-            bbox_inches="tight",
-            metadata=metadata,
-            dpi=150,
-        )
+        figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata, dpi=150)
 
 
 def rope_figure(comparison: RopeComparison, model_name: str) -> Figure:
-    """Above: factors by dimension, against the bound. Below: turns inside L0. Critical dimensions run through both."""
+    """Above: factors by dimension, against the bound. Below: turns inside L0."""
     figure = Figure(figsize=(7.5, 6.5))
     factor_axes, turn_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     geometry, scale = comparison.geometry, comparison.target_len / comparison.geometry.original_len
@@ -142,41 +129,28 @@ def rope_figure(comparison: RopeComparison, model_name: str) -> Figure:
         ours = column.critical_index is not None and name == comparison.critical_source
         color = OURS_COLOR if ours else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
         dashes = "-" if number < len(SUBJECT_COLORS) else "--"
-        factor_axes.plot(
-            indices, column.factors, dashes, color=color, linewidth=2.2 if ours else 1.3, label=name
-        )
-    factor_axes.axhline(
-        scale, color="#444444", linestyle=":", linewidth=1.2, label=f"bound s = {scale:g}"
-    )
-    factor_axes.set(
-        yscale="log", ylabel="rescale factor $\\lambda_i$", title=_title(comparison, model_name)
-    )
+        line = {"color": color, "linewidth": 2.2 if ours else 1.3, "label": name}
+        factor_axes.plot(indices, column.factors, dashes, **line)
+    bound = {"color": "#444444", "linestyle": ":", "linewidth": 1.2}
+    factor_axes.axhline(scale, label=f"bound s = {scale:g}", **bound)
+    title = f"{model_name}: {geometry.original_len:,} to {comparison.target_len:,} tokens"
+    factor_axes.set(yscale="log", ylabel="rescale factor $\\lambda_i$", title=title)
     turns = [geometry.original_len / period for period in periods(geometry).tolist()]
     turn_axes.plot(indices, turns, color="#444444", linewidth=1.3)
     for level in (1, 10):
         turn_axes.axhline(level, color="#999999", linestyle=":", linewidth=1)
-    turn_axes.set(
-        yscale="log", ylabel="turns inside L0", xlabel="cosine index i (low frequency to the right)"
-    )
+    across = "cosine index i (low frequency to the right)"
+    turn_axes.set(yscale="log", ylabel="turns inside L0", xlabel=across)
     _mark_critical(comparison, factor_axes, turn_axes)
     factor_axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
-def _title(comparison: RopeComparison, model_name: str) -> str:
-    """Model and lengths."""
-    return f"{model_name}: {comparison.geometry.original_len:,} to {comparison.target_len:,} tokens"
-
-
 def _mark_critical(comparison: RopeComparison, *all_axes: Axes) -> None:
     """Vertical lines at the critical dimensions that exist (all of them trained gives none)."""
+    dashes = (0, (6, 3))
     for (index, name), color in zip(comparison.bounds, ("#777777", OURS_COLOR), strict=False):
         if index < comparison.geometry.num_frequencies:
+            label = f"{name} critical: {index}"
             for axes in all_axes:
-                axes.axvline(
-                    index,
-                    color=color,
-                    linewidth=1,
-                    linestyle=(0, (6, 3)),
-                    label=f"{name} critical: {index}",
-                )
+                axes.axvline(index, color=color, linewidth=1, linestyle=dashes, label=label)

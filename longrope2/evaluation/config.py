@@ -33,7 +33,7 @@ from longrope2.tracking.metrics import TrackingConfig
 
 LM_EVAL_SUITE = "lm_eval"
 """The suite that short tasks' scores belong to."""
-INSTALL = "pip install 'longrope2[lm-eval]'"
+INSTALL = "pip install '.[lm-eval]'"
 TASKS_BY_SUITE = {
     "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
     "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
@@ -61,6 +61,7 @@ class ShortTasksConfig:
     """Short tasks, all read with the RoPE side that each sequence's own length asks for."""
 
     tasks: list[ShortTaskConfig] = field(default_factory=list)
+    """Tasks to run; none by default."""
     include_path: str | None = None
     """Folder with task files of your own for lm-eval."""
     limit: int | None = None

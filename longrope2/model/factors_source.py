@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from longrope2.config import find_shipped
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import product_folder
 from longrope2.model.folder import find_config_file
@@ -58,7 +59,7 @@ def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
         return product_folder(run_folder, "factors") / FACTORS_FILE
     if rope.method is RopeMethod.from_hf:
         return find_config_file(rope.factors, "rope.factors")
-    return Path(rope.factors)
+    return find_shipped(rope.factors)
 
 
 def resolve_factors(
@@ -105,7 +106,7 @@ def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) 
     Raises:
         ArtifactError: missing, damaged, or for another model or target; names path and ``key``.
     """
-    path = Path(given)
+    path = find_shipped(given)
     if path.suffix.lower() in (".json", ".csv") and path.name != CONFIG_FILE:
         return _read_file(path, geometry, target_len, key)
     return _read_published(find_config_file(given, key), geometry, target_len, key)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longrope2.config import find_shipped, where_looked
 from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
 from longrope2.model.shape import CONFIG_FILE, ModelShape, read_raw_config
@@ -147,14 +148,29 @@ def resolve_model_folder(path: str) -> Path:
     """
     if path.startswith(GGUF_PREFIX):
         folder = converted_folder(path)
-    elif Path(path).is_dir():
-        folder = Path(path)
+    elif (folder := find_shipped(path)).is_dir():
+        pass
     else:
         from huggingface_hub import snapshot_download
 
         folder = _from_hub(path, "model.path", "a folder", snapshot_download)
     ModelShape.from_folder(_config_file(folder, f"model.path={path}").parent)
     return folder
+
+
+def local_model_folder(path: str) -> Path | None:
+    """The model if it is on this machine: a folder, a package's, or in the hub's cache."""
+    if path.startswith(GGUF_PREFIX):
+        return converted_folder(path)
+    if (folder := find_shipped(path)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def find_config_file(path: str, key: str) -> Path:
@@ -165,7 +181,7 @@ def find_config_file(path: str, key: str) -> Path:
     """
     if path.startswith(GGUF_PREFIX):
         return converted_folder(path) / CONFIG_FILE
-    given = Path(path)
+    given = find_shipped(path)
     if given.is_file():
         return given
     if given.is_dir():
@@ -192,7 +208,7 @@ def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *
         raise ArtifactError(
             f"{key}={path} is neither {allowed} nor a hub id that can be reached "
             f"({first_line(error)}); give a local Hugging Face model folder, or log in with "
-            "`hf auth login`"
+            f"`hf auth login`{where_looked(path)}"
         ) from None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
-from longrope2.config import to_plain
+from longrope2.config import find_shipped, to_plain
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, describe_input, product_folder
 from longrope2.kernel_choice import KernelChoice
@@ -316,17 +316,17 @@ def _find_model(config: TrainRoot, missing: dict[str, str]) -> tuple[Path, bool]
             f"model.path={path} is not on this machine; a dry run can do without it when model.config_folder names a "
             "folder with a copy of its config.json"
         )
-    if not (Path(description) / CONFIG_FILE).is_file():
+    if not (find_shipped(description) / CONFIG_FILE).is_file():
         raise ArtifactError(f"model.config_folder={description} holds no {CONFIG_FILE}")
     missing["model"] = (
         f"{path}: give model.path=FOLDER, or log in with `hf auth login` where the hub can be reached"
     )
-    return Path(description), False
+    return find_shipped(description), False
 
 
 def _local_model_folder(path: str) -> Path | None:
     """The model's folder if it is on this machine: given as a folder, converted from a package, or in the hub's cache."""
-    if path.startswith(GGUF_PREFIX) or Path(path).is_dir():
+    if path.startswith(GGUF_PREFIX) or find_shipped(path).is_dir():
         return resolve_model_folder(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

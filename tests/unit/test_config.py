@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PackConfig
-from longrope2.config import claim_folder, compose, dump, load, to_plain
+from longrope2.config import CONF_FOLDER, claim_folder, compose, dump, find_shipped, load, to_plain
 from longrope2.errors import ConfigError
 from longrope2.training.config import TrainRoot, check
 
@@ -109,6 +109,122 @@ def test_claimed_folder_refuses_another_configuration(tmp_path: Path) -> None:
         f"use another run.name, or remove {tmp_path} to make it again",
     )
     assert load(TrainRoot, tmp_path / "config.yaml") == first
+
+
+def given(*arguments: str) -> TrainRoot:
+    return compose(TrainRoot, "train", arguments)
+
+
+@pytest.mark.parametrize("text", ["/d/exp=3,lr=1e-5", "/d/a b", "/d/[x]", "007", "1e5", "/d/ä:b"])
+def test_text_is_taken_as_it_stands(text: str) -> None:
+    assert given(*TINY, f"model.path={text}").model.path == text
+
+
+def test_a_path_from_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert given(*TINY, "model.path=~/models/x").model.path == "/home/me/models/x"
+    assert given(*TINY, "model.path='~/models/x'").model.path == "~/models/x"
+    assert given(*TINY, "segments=null").segments is None
+    assert given(*TINY, "segments=${run.root}/x").segments == "runs/x"
+
+
+LEAVE_OUT = "+training.tokens=5: leave the + out; the key exists"
+
+
+@pytest.mark.parametrize(
+    ("argument", "fault"),
+    [
+        ("training.learning_rate=1e-5,2e-5", "training.learning_rate=1e-5,2e-5: takes one value"),
+        ("rope=yarn,pi", "rope=yarn,pi names several; run once for each; choose rope= one of "),
+        ("--multirun", "--multirun: sweeps are not supported; run once for each value"),
+        ("-m", "-m: sweeps are not supported"),
+        ("--cfg", "unknown flag --cfg; settings are key=value, --help lists them"),
+        ("word", "'word' is no setting; settings are key=value, --help lists them"),
+        ("=5", "'=5' is no setting"),
+        ("+training.foo=1", "unknown key training.foo; keys beside it: tokens, "),
+        ("++training.foo=1", "unknown key training.foo; keys beside it: tokens, "),
+        ("+training.tokens=5", LEAVE_OUT),
+        ("++training.tokens=5", LEAVE_OUT),
+        ("+model=tiny", "+model=tiny: leave the + out"),
+        (
+            "~training.tokens",
+            "~training.tokens: keys cannot be removed; give training.tokens=VALUE",
+        ),
+        ("~training.tokens=5", "~training.tokens=5: keys cannot be removed"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings do nothing here; run.root and"),
+        ("hydra/launcher=x", "hydra/launcher=x: Hydra's own settings do nothing here"),
+        ("suite=paper", "unknown key suite; keys beside it: run, model"),
+        ("model@x=tiny", "unknown key model@x; keys beside it: run, model"),
+        ("cluster=a100_64", "unknown key cluster; it is hardware now"),
+        ("parallel.zero_stage=[", "parallel.zero_stage=[ cannot be read; put text in quotes"),
+        ("training.norm=a=b", "training.norm=a=b cannot be read; put text in quotes"),
+        ("run.name=", "run.name= must name a folder below run.root=runs; set run.root"),
+        ("run.name=.", "run.name=. must name a folder below run.root=runs"),
+        ("run.name=../x", "run.name=../x must name a folder below run.root=runs"),
+        ("run.name=/x", "run.name=/x must name a folder below run.root=runs"),
+        ("training=null", "training=null does not exist; choose training= one of miniature, paper"),
+    ],
+)
+def test_what_is_no_setting_is_one_clear_fault(argument: str, fault: str) -> None:
+    (found,) = faults_of(*(a for a in TINY if a.split("=")[0] != argument.split("=")[0]), argument)
+    assert found.startswith(fault)
+
+
+def faults_of(*arguments: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        given(*arguments)
+    return caught.value.faults
+
+
+def test_a_group_given_twice() -> None:
+    assert faults_of(*TINY, "model=tiny") == ("model is given twice: tiny and tiny",)
+
+
+def test_a_name_made_of_another_key_may_not_leave_the_root() -> None:
+    (fault,) = faults_of(*TINY, "model.name=../../x")
+    assert fault.startswith("run.name=../../x_2048 must name a folder below run.root=runs")
+
+
+def test_all_faults_of_a_command_line_come_together() -> None:
+    wrong = {
+        "--multirun": "--multirun",
+        "model=nope": "model=nope does not exist",
+        "training.learning_rate=1,2": "training.learning_rate=1,2: takes one value",
+        "+training.foo=1": "unknown key training.foo",
+        "training.tokens=many": "training.tokens: Value 'many'",
+        "rope.method=magic": "rope.method: Invalid value 'magic'",
+        "training=miniature": "target_len is not set",
+        "run.name=": "run.name= must",
+    }
+    found = faults_of(*wrong)
+    starts = zip(found, wrong.values(), strict=True)
+    assert all(fault.startswith(start) for fault, start in starts), found
+
+
+def test_missing_choices_and_values_come_together() -> None:
+    group, target = faults_of()
+    assert group.startswith("model is not chosen; give model=NAME, one of llama2_7b, ")
+    assert group.endswith(", tiny (or set model.name, model.path, model.original_len)")
+    assert target == "target_len is not set; give it as target_len=VALUE"
+    by_keys = ["model.name=x", "model.path=/x", "model.original_len=8", "target_len=64"]
+    assert given(*by_keys).run.name == "x_64"
+    assert given("experiment=tiny").model.name == "tiny"
+
+
+@pytest.mark.parametrize("name", ["search", "train", "evaluate", "export", "generate", "plan"])
+def test_no_stage_chooses_the_model_or_the_target(name: str) -> None:
+    """What nobody typed must not be complained of, nor made."""
+    text = (CONF_FOLDER / f"{name}.yaml").read_text()
+    assert "  - model: null\n" in text and "target_len:" not in text
+
+
+def test_presets_stand_here_or_beside_the_configuration(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_shipped("models/tiny") == CONF_FOLDER.parent / "models" / "tiny"
+    assert find_shipped("models/other") == Path("models/other")
+    assert find_shipped("pyproject.toml") == Path("pyproject.toml")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert find_shipped("models/tiny") == Path("models/tiny")
 
 
 def check_faults(world_size: int, *overrides: str) -> list[str]:

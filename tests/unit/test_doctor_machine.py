@@ -81,7 +81,7 @@ def test_optional_packages_name_the_extra_that_holds_them() -> None:
         "optional-dependencies"
     ]
     for package, remedy in machine.OPTIONAL.items():
-        (extra,) = re.findall(r"pip install 'longrope2\[(.+)\]'", remedy)
+        (extra,) = re.findall(r"pip install '\.\[(.+)\]'", remedy)
         assert any(requirement.startswith(f"{package}>=") for requirement in extras[extra])
 
 

@@ -25,6 +25,7 @@ def evaluate(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         options = (
             f"run.root={tmp_path}",
+            "model=tiny",
             "run.name=r",
             "target_len=1024",
             "suite=needle_map",

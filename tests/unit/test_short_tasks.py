@@ -47,7 +47,7 @@ def test_faults_of_the_settings_are_reported_together(monkeypatch):
         "tasks[0].metric='acc' must be",
         "tasks[1].num_fewshot=-1 must be 0 or more",
         "limit=0 must be at least 1",
-        "needs lm-eval, which is not installed: pip install 'longrope2[lm-eval]'",
+        "needs lm-eval, which is not installed: pip install '.[lm-eval]'",
     ):
         assert part in faults
     with pytest.raises(ConfigError, match="lm-eval is not installed"):
