@@ -8,7 +8,6 @@ why, what other targets and machines cost, and what search and evaluation cost.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
@@ -55,7 +54,7 @@ def plan_run(config: PlanRoot) -> Plan:
     if elsewhere is None:
         shape = ModelShape.from_file(find_config_file(model.path, "model.path"))
     else:
-        shape = ModelShape.from_folder(Path(elsewhere))
+        shape = ModelShape.from_folder(find_shipped(elsewhere))
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
