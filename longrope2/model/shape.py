@@ -28,7 +28,7 @@ from longrope2.rope.factors import Window
 
 CONFIG_FILE = "config.json"
 # What a Llama-like model must state.
-SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+_SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "vocab_size")  # fmt: skip
 _SIZE = "a whole number above 0"
 _CLASS_DEFAULTS = ("rope_theta", "partial_rotary_factor")
@@ -42,7 +42,7 @@ def _is_size(value: Any) -> bool:
 
 # Key -> what it may be, in words and as a check. Each may also be left out or null.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys((*SIZE_KEYS, "num_key_value_heads", "head_dim"), (_SIZE, _is_size)),
+    **dict.fromkeys((*_SIZE_KEYS, "num_key_value_heads", "head_dim"), (_SIZE, _is_size)),
     "model_type": ("a text", lambda value: isinstance(value, str)),
     "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
     **dict.fromkeys(
@@ -133,12 +133,12 @@ class ModelShape:
             ArtifactError: see ``read_raw_config``; or a size is missing.
         """
         config = read_raw_config(path)
-        missing = [key for key in SIZE_KEYS if config.get(key) is None]
+        missing = [key for key in _SIZE_KEYS if config.get(key) is None]
         if missing:
             raise ArtifactError(
                 f"{path} holds no {', '.join(missing)}; a Llama-like model states each as {_SIZE}"
             )
-        hidden, num_layers, heads, mlp, vocabulary = (config[key] for key in SIZE_KEYS)
+        hidden, num_layers, heads, mlp, vocabulary = (config[key] for key in _SIZE_KEYS)
         return cls(
             hidden=hidden,
             num_layers=num_layers,

@@ -9,9 +9,9 @@ from longrope2.planning.hardware import Machine
 from longrope2.planning.memory import Layout, MemoryUse, Recompute, ZeroBuffers, predict_memory
 from longrope2.planning.timing import RunTime, predict_time
 
-GIB = 2**30
+_GIB = 2**30
 # The model of time is not good to one per cent, so memory decides between layouts that close.
-CLOSE_ENOUGH = 1.01
+_CLOSE_ENOUGH = 1.01
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Choice:
 
     @property
     def best(self) -> FittingLayout | None:
-        """Of those within ``CLOSE_ENOUGH`` of the fastest, the one that takes least memory.
+        """Of those within 1 % of the fastest, the one that takes least memory.
 
         The trainer works on one segment a group at a time, so a larger micro-batch is shown but
         never chosen.
         """
         runnable = [fit for fit in self.fitting if fit.layout.micro_batch == 1]
-        close = [f for f in runnable if f.time.hours <= CLOSE_ENOUGH * runnable[0].time.hours]
+        close = [f for f in runnable if f.time.hours <= _CLOSE_ENOUGH * runnable[0].time.hours]
         return min(close, key=lambda fit: fit.memory.peak, default=None)
 
     @property
@@ -98,8 +98,8 @@ def find_refusal(
     parts = vars(memory)
     largest = max(parts, key=parts.__getitem__)
     reason = (
-        f"{memory.peak / GIB:.0f} GiB of {machine.usable_bytes / GIB:.0f}; "
-        f"the largest part is {largest} with {parts[largest] / GIB:.0f} GiB"
+        f"{memory.peak / _GIB:.0f} GiB of {machine.usable_bytes / _GIB:.0f}; "
+        f"the largest part is {largest} with {parts[largest] / _GIB:.0f} GiB"
     )
     return Refusal(layout, reason, memory)
 

@@ -24,10 +24,10 @@ from enum import Enum
 from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.model.shape import ModelShape, Workload
 
-BYTES_FP32, BYTES_BF16 = 4, 2
+_BYTES_FP32, _BYTES_BF16 = 4, 2
 # Logits, their softmax in place of the gradient, and the product of one chunk.
-LOGITS_COPIES = 2
-SUB_GROUP_ELEMENTS = 1_000_000_000
+_LOGITS_COPIES = 2
+_SUB_GROUP_ELEMENTS = 1_000_000_000
 PART_WORDS = {
     "states": "weights, gradients, master weights, two moments, sharded",
     "checkpoints": "inputs of the layers",
@@ -58,7 +58,7 @@ class ZeroBuffers:
     reduce_bucket: int = 500_000_000
     max_live: int = 1_000_000_000
     hpz_size: int = 1
-    gradient_bytes: int = BYTES_FP32
+    gradient_bytes: int = _BYTES_FP32
     """Of a gradient on its way under sequence parallelism."""
 
 
@@ -89,7 +89,7 @@ class Layout:
     @property
     def compute_bytes(self) -> int:
         """Bytes of a number in forward and backward."""
-        return BYTES_BF16 if self.bf16 else BYTES_FP32
+        return _BYTES_BF16 if self.bf16 else _BYTES_FP32
 
     @property
     def gradient_bytes(self) -> int:
@@ -156,11 +156,11 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     zero, recompute, on_gpu = layout.zero, layout.recompute, 0 if layout.offload else 1
     shard = shape.parameters / world
     # Weight; in float32 the sum of gradients, the master weight, two moments.
-    state_bytes = b + 4 * BYTES_FP32
+    state_bytes = b + 4 * _BYTES_FP32
     # hpZ: the weights once more, sharded inside a group.
     second_copy = b * shape.parameters / zero.hpz_size if zero.hpz_size > 1 else 0.0
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
-    attention = attention_bytes_per_token(shape, layout) * tokens
+    attention = _attention_bytes_per_token(shape, layout) * tokens
     kept_attention = attention if recompute is Recompute.dense else 0.0
     # At the MLP's product: gradients of both branches, of the layer's output, of the residual.
     layer = b * (2 * shape.mlp + 2 * shape.hidden) * tokens
@@ -168,7 +168,7 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     if keeps_inputs:
         layer += saved_layer - on_gpu * kept_attention
     # Gathered, its float32 gradient, that one's copy in the compute format.
-    head_weights = (b + BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
+    head_weights = (b + _BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
     bucket = zero.reduce_bucket * layout.gradient_bytes
     filled = min(zero.reduce_bucket, shape.parameters) * layout.gradient_bytes
     return MemoryUse(
@@ -178,10 +178,10 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
         attention=on_gpu * shape.num_layers * kept_attention,
         layer=layer,
         head=head_weights + 2 * b * shape.hidden * tokens,
-        logits=LOGITS_COPIES * min(CHUNK_TOKENS, tokens) * shape.vocabulary * BYTES_FP32,
+        logits=_LOGITS_COPIES * min(CHUNK_TOKENS, tokens) * shape.vocabulary * _BYTES_FP32,
         gathered=b * min(shape.parameters, zero.max_live) + b * shape.hidden * shape.mlp,
         communication=bucket + (filled if world > 1 else 0.0),
-        update=BYTES_FP32 * min(shard, SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
+        update=_BYTES_FP32 * min(shard, _SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
     )
 
 
@@ -193,15 +193,15 @@ def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     product.
     """
     b = layout.compute_bytes
-    norm = 2 * b if layout.fused_norms else BYTES_FP32 + 2 * b
-    return 2 * norm * shape.hidden + attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
+    norm = 2 * b if layout.fused_norms else _BYTES_FP32 + 2 * b
+    return 2 * norm * shape.hidden + _attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
 
 
-def attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
+def _attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     """Queries, keys, values, the log-sum of every head, and the output: twice if exchanged."""
     outputs = 2 if layout.sequence > 1 else 1
     widths = (1 + outputs) * shape.query_width + 2 * layout.kv_width(shape)
-    return layout.compute_bytes * widths + BYTES_FP32 * shape.num_heads
+    return layout.compute_bytes * widths + _BYTES_FP32 * shape.num_heads
 
 
 def load_bytes(shape: ModelShape, layout: Layout) -> float:

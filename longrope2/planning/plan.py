@@ -30,13 +30,13 @@ from longrope2.rope.factors import Window
 
 GIB, GB, GFLOP, TFLOP = 2**30, 1e9, 1e9, 1e12
 # Of the tables: a terminal that is narrower wraps them, a pipe does not.
-WIDTH = 118
-MOMENT_WORDS = {
+_WIDTH = 118
+_MOMENT_WORDS = {
     "loss": "at the loss",
     "layer": "in the backward pass",
     "update": "in the update (* is the peak)",
 }
-TIME_PARTS = ("products", "attention", "elementwise", "exchange", "offload", "exposed_gathers",
+_TIME_PARTS = ("products", "attention", "elementwise", "exchange", "offload", "exposed_gathers",
               "total")  # fmt: skip
 
 
@@ -113,7 +113,7 @@ class Plan:
 
 def print_plan(plan: Plan) -> None:
     """Print all parts of a plan."""
-    console = Console(width=WIDTH, soft_wrap=True)
+    console = Console(width=_WIDTH, soft_wrap=True)
 
     def say(*parts: list[str]) -> None:
         console.print("\n".join(line for part in parts for line in part), highlight=False)
@@ -238,7 +238,7 @@ def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
         [part, *(f"{vars(memory)[part] / GIB:.2f}" for memory in found), words]
         for part, words in PART_WORDS.items()
     ]
-    for moment, words in MOMENT_WORDS.items():
+    for moment, words in _MOMENT_WORDS.items():
         cells = []
         for memory in found:
             mark = "*" if moment == memory.peak_moment else ""
@@ -260,7 +260,7 @@ def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
         steps += [f"{time.step_seconds:.1f}", ""]
     rows = [
         [part.replace("_", " "), *(f"{getattr(micro, part):.2f}" for micro in micro_steps)]
-        for part in TIME_PARTS
+        for part in _TIME_PARTS
     ]
     return _table("seconds of a micro-step by part", head, [*rows, steps])
 

@@ -32,10 +32,10 @@ from longrope2.planning.hardware import Machine
 from longrope2.planning.memory import Layout, Recompute, predict_memory
 from longrope2.rope.factors import Window
 
-ATTENTION_BACKWARD = 2.5
+_ATTENTION_BACKWARD = 2.5
 # Weight, gradient and three float32 numbers a parameter, read and written.
-UPDATE_BYTES = 2 * 16
-SECONDS_PER_HOUR = 3600.0
+_UPDATE_BYTES = 2 * 16
+_SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def predict_time(
     """Time of a run on ``layout.num_processes`` GPUs of a machine."""
     micro = {w: predict_micro_step(shape, workload, layout, machine, window=w) for w in Window}
     num_micro_steps, share = layout.micro_steps(workload), workload.share
-    update = UPDATE_BYTES * shape.parameters / layout.num_processes / machine.memory_bytes
+    update = _UPDATE_BYTES * shape.parameters / layout.num_processes / machine.memory_bytes
     step = num_micro_steps * sum(share(w) * micro[w].total for w in Window) + update
     floor = sum(share(w) * (micro[w].products + micro[w].attention) for w in Window)
     steps = workload.total_tokens / workload.step_tokens
@@ -100,8 +100,8 @@ def predict_time(
     return RunTime(
         micro_steps=micro,
         step_seconds=step,
-        hours=steps * step / SECONDS_PER_HOUR,
-        floor_hours=steps * (num_micro_steps * floor) / SECONDS_PER_HOUR,
+        hours=steps * step / _SECONDS_PER_HOUR,
+        floor_hours=steps * (num_micro_steps * floor) / _SECONDS_PER_HOUR,
         tokens_per_second_per_gpu=rate,
         mfu=rate * workload.mean_model_flops(shape) / machine.peak_flops,
         num_gpus=layout.num_processes,
@@ -114,7 +114,7 @@ def predict_micro_step(
     """Time of one micro-step of a window kind."""
     tokens, recompute = layout.local_tokens(workload), layout.recompute
     passes = 3 if recompute is Recompute.none else 4
-    attention_passes = 1 + ATTENTION_BACKWARD + (1 if recompute is Recompute.full else 0)
+    attention_passes = 1 + _ATTENTION_BACKWARD + (1 if recompute is Recompute.full else 0)
     forward_attention = shape.attention_flops(workload.attended_len(window))
     elementwise = _elementwise_bytes_per_token(shape, layout) * passes
     exchange = _exchange_seconds(shape, workload, layout, machine)
@@ -205,4 +205,4 @@ def forward_hours(
     for length, number in samples:
         attention = shape.attention_flops(length) / machine.attention_flops
         seconds += number * length * (products + attention)
-    return seconds / machine.num_gpus / SECONDS_PER_HOUR
+    return seconds / machine.num_gpus / _SECONDS_PER_HOUR

@@ -47,7 +47,7 @@ def _launch(folder: Path, root: Path) -> list[str]:
     return ["model=tiny", f"model.path={folder}", "target_len=2048", f"run.root={root}"]
 
 
-def _with_checkpoint(stage: str) -> Callable[[Path, Path], list[str]]:
+def _with_checkpoint(stage: str, *more: str) -> Callable[[Path, Path], list[str]]:
     """The same with a finished checkpoint of the whole model."""
 
     def arguments(folder: Path, root: Path) -> list[str]:
@@ -56,7 +56,7 @@ def _with_checkpoint(stage: str) -> Callable[[Path, Path], list[str]]:
         factors = RescaleFactors((2.0,) * geometry.num_frequencies, geometry, 2048, "pi")
         (checkpoint / "factors.json").write_text(factors.to_json())
         write_manifest(checkpoint, Manifest("checkpoint"))
-        return [*_launch(folder, root), f"{stage}.checkpoint={checkpoint}"]
+        return [*_launch(folder, root), f"{stage}.checkpoint={checkpoint}", *more]
 
     return arguments
 
@@ -82,7 +82,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "launch.train": _launch,
     "launch.evaluate": _launch,
     "launch.export": _with_checkpoint("export"),
-    f"launch.generate generate.prompt_file={__file__}": _with_checkpoint("generate"),
+    "launch.generate": _with_checkpoint("generate", f"generate.prompt_file={__file__}"),
     "launch.plan training.tokens=1000000000": _launch,
     "launch.doctor": _launch,
     "launch.doctor rope": _launch,
