@@ -58,7 +58,8 @@ def command(tmp_path, model_folder, monkeypatch, capsys):
     """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
 
     def run(verb, *arguments):
-        places = (f"model.path={model_folder}", f"run.root={tmp_path}", "run.name=r")
+        model = ("model=tiny", f"model.path={model_folder}", "target_len=2048")
+        places = (*model, f"run.root={tmp_path}", "run.name=r")
         given = arguments if verb == "report" else (*places, *arguments)
         monkeypatch.setattr(sys, "argv", [verb, *given])
         capsys.readouterr()
