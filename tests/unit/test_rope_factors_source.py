@@ -150,8 +150,8 @@ NO_INDEX = closed_form_factors(RopeMethod.ntk, GEOMETRY, 128).to_json()
             SEARCHED.to_json().replace("128", "64"),
             r"is for target_len=64, not 128",
         ),
-        (RopeMethod.from_hf, "[]", "f.json holds no JSON object, as a Hugging Face config must"),
-        (RopeMethod.from_hf, "{", "f.json is not JSON: "),
+        (RopeMethod.from_hf, "[]", "f.json is not a Hugging Face config: it holds no JSON object"),
+        (RopeMethod.from_hf, "{", "f.json cannot be read as a Hugging Face config: "),
         (
             RopeMethod.from_hf,
             {**YARN, "head_dim": 16},
