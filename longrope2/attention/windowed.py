@@ -218,10 +218,9 @@ class _KeptOutputs:
     """Outputs of one layer's attention, by call, between its forward pass and its recomputation."""
 
     def __init__(self, on_cpu: bool) -> None:
-        pin = on_cpu and torch.cuda.is_available()
-        self.hooks: saved_tensors_hooks = (
-            save_on_cpu(pin_memory=pin) if on_cpu else saved_tensors_hooks(lambda x: x, lambda x: x)
-        )
+        self.hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
+        if on_cpu:
+            self.hooks = save_on_cpu(pin_memory=torch.cuda.is_available())
         self.outputs: deque[tuple[Any, bool]] = deque()
         self.replay = False
 

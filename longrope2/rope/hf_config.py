@@ -130,13 +130,22 @@ def config_rope_type(config: dict[str, Any]) -> str:
 def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
     """Rotary dimension and base of the config, with a pre-trained window of ours.
 
+    The dimension is head_dim (else hidden / heads) times the rotated part.
+
     Raises:
         FactorsError: a key is missing or out of range, or the config holds a RoPE per layer type.
     """
     keys = {**config, **_scaling(config)}
     # First: its absence says that the model has no RoPE at all.
     rope_base = _number(keys, "rope_theta")
-    return RopeGeometry(_rotary_dim(keys), rope_base, original_len)
+    if keys.get("head_dim") is not None:
+        head_dim = int(_number(keys, "head_dim"))
+    else:
+        head_dim = int(_number(keys, "hidden_size")) // int(_number(keys, "num_attention_heads"))
+    if keys.get("partial_rotary_factor") is None:
+        return RopeGeometry(head_dim, rope_base, original_len)
+    rotary_dim = int(head_dim * _number(keys, "partial_rotary_factor"))
+    return RopeGeometry(rotary_dim, rope_base, original_len)
 
 
 def _closed_form_fields(
@@ -266,17 +275,6 @@ def _target_len(
     if rope_type in (UNSCALED_TYPE, *LONGROPE_TYPES) or "factor" not in scaling:
         return stated
     return max(stated, round(_number(scaling, "factor") * original_len))
-
-
-def _rotary_dim(keys: dict[str, Any]) -> int:
-    """Rotated channels of a head: head_dim (else hidden / heads) times the rotated part."""
-    if keys.get("head_dim") is not None:
-        head_dim = int(_number(keys, "head_dim"))
-    else:
-        head_dim = int(_number(keys, "hidden_size")) // int(_number(keys, "num_attention_heads"))
-    if keys.get("partial_rotary_factor") is None:
-        return head_dim
-    return int(head_dim * _number(keys, "partial_rotary_factor"))
 
 
 def _required(values: dict[str, Any], key: str) -> Any:

@@ -116,7 +116,7 @@ class SegmentStore:
             **{name: details[name] for name in _RULE_DETAILS},
             control_ids=tuple(details.get("control_ids", ())),
         )
-        self.target_len = self.rules.target_len
+        self.target_len, self.original_len = self.rules.target_len, self.rules.original_len
         self._schema = segment_schema(self.target_len, self.rules.vocab_size)
         self._batches = [batch for name in self.manifest.files for batch in self._open_shard(name)]
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])

@@ -104,13 +104,18 @@ def _start_wandb(
         return None
     import wandb
 
+    # Kept in the folder, so that a run of the same name elsewhere is another W&B run.
+    id_file = folder / WANDB_ID_FILE
+    if not id_file.is_file():
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run_name}-{stage}")[-60:]
+        write_text(id_file, f"{readable}-{secrets.token_hex(4)}\n")
     run = wandb.init(
         project=tracking.project,
         entity=tracking.entity,
         group=run_name,
         job_type=stage,
         name=f"{run_name}/{stage}",
-        id=_wandb_id(folder, run_name, stage),
+        id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow" if mode is WandbMode.online else None,
         dir=str(folder),
         mode=mode.value,  # type: ignore[arg-type]
@@ -124,15 +129,6 @@ def _start_wandb(
         x = "train/tokens" if group in ("train", "perf") else None
         run.define_metric(f"{group}/*", step_metric=x)
     return run
-
-
-def _wandb_id(folder: Path, run_name: str, stage: str) -> str:
-    """The stage's W&B id, kept in the folder: the same name elsewhere is another run."""
-    path = folder / WANDB_ID_FILE
-    if not path.is_file():
-        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run_name}-{stage}")[-60:]
-        write_text(path, f"{readable}-{secrets.token_hex(4)}\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
