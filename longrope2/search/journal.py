@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longrope2.config import remake, require_same
 from longrope2.errors import ArtifactError
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.rope.factors import RescaleFactors
@@ -50,8 +51,7 @@ class Journal:
             writes: False for the processes of a worker that leave writing to another one.
 
         Raises:
-            ArtifactError: another search has the file open, a journal is damaged, or belongs to
-                another search.
+            ArtifactError: a journal is in use, damaged, or of another search.
         """
         self._losses: dict[str, dict[int, list[float]]] = {}
         self.num_losses = 0
@@ -99,15 +99,9 @@ class Journal:
             raise damaged_line(path, 1)
         if (version := found.pop("search_journal")) != VERSION:
             raise ArtifactError(
-                f"{path} has version {version}, this program reads {VERSION}; use another run.name, or remove "
-                f"{path.parent} to search again"
+                f"{path} has version {version}, this program reads {VERSION}; {remake(path.parent)}"
             )
-        for key in sorted(found.keys() | header.keys()):
-            if found.get(key) != header.get(key):
-                raise ArtifactError(
-                    f"{path} belongs to another search: {key} was {found.get(key)}, now it is {header.get(key)}; "
-                    f"use another run.name, or remove {path.parent} to search again"
-                )
+        require_same(f"{path} belongs to another search", found, header, path.parent)
 
     def _take(self, path: Path, record: Any, number: int) -> None:
         """Add one line of a file to the known losses."""
