@@ -53,6 +53,7 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
         sys.executable,
         "-m",
         "launch.search",
+        "model=tiny",
         f"model.path={folder / 'model'}",
         "target_len=256",
         "corpus=folder",

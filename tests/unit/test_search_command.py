@@ -74,6 +74,7 @@ def search(
 
     def run(*overrides: str) -> Path:
         settings = [
+            "model=tiny",
             f"model.path={model_folder}",
             "target_len=256",
             "corpus=folder",
@@ -357,6 +358,12 @@ def test_model_that_cannot_retrieve_is_refused(search: SearchRun, tmp_path: Path
     ):
         search("search.max_needle_ppl_at_original=3")
     assert not (tmp_path / "test").exists()
+
+
+def test_model_and_target_have_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["launch.search"])
+    with pytest.raises(ConfigError, match=r"(?s)model=NAME, one of .*tiny.*target_len=VALUE"):
+        command.main()
 
 
 def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
