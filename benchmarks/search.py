@@ -66,11 +66,9 @@ class Contestant:
         return done == num_candidates
 
 
-def contestant(
-    config: SearchRoot, pruning: Pruning, prepared: PreparedSearch, folder: Path
-) -> Contestant:
+def contestant(prepared: PreparedSearch, pruning: Pruning, folder: Path) -> Contestant:
     """A search with a journal of its own; straightforward where nothing is pruned."""
-    is_pruning = pruning is not Pruning.none
+    config, is_pruning = prepared.config, pruning is not Pruning.none
     evaluator = Evaluator(
         prepared.losses if is_pruning else StraightforwardLosses(prepared.losses),
         Journal(folder / pruning.value, {}),
@@ -97,9 +95,9 @@ def main() -> None:
         folder = Path(scratch)
         prepared = prepare(config, model_folder, space, folder, Workers())
         contestants = {
-            "straightforward": contestant(config, Pruning.none, prepared, folder),
-            "ours": contestant(config, Pruning.exact, prepared, folder),
-            "ours, racing": contestant(config, Pruning.racing, prepared, folder),
+            "straightforward": contestant(prepared, Pruning.none, folder),
+            "ours": contestant(prepared, Pruning.exact, folder),
+            "ours, racing": contestant(prepared, Pruning.racing, folder),
         }
         running = list(contestants.values())
         while running:
@@ -120,7 +118,8 @@ def report(config: SearchRoot, num_scored_tokens: int, contestants: dict[str, Co
         print(
             f"{name:16}{evolution.num_candidates:>12,}{num_losses * config.target_len:>18,}"
             f"{fewer:>7.2f}x{search.seconds:>10.1f}{plain.seconds / search.seconds:>8.2f}x"
-            f"{perplexity(best.loss_sum, num_scored_tokens):>10.4f}{best.critical_index:>4}"
+            f"{perplexity(best.loss_sum, num_scored_tokens):>10.4f}"
+            f"{best.candidate.critical_index:>4}"
         )
     evolution = ours.evolution
     whole = (evolution.num_candidates - evolution.num_terminated) * config.search.num_samples

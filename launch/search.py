@@ -88,7 +88,7 @@ def _search(config: SearchRoot) -> None:
     if workers.is_main:
         claim_folder(folder, config, CHANGEABLE)
     workers.wait_for_all("the folder is claimed")
-    run_search(config, prepared, folder, workers)
+    run_search(prepared, folder, workers)
     if workers.is_main:
         _write_plots(folder)
     leave_processes()

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from longrope2.errors import FactorsError
 from longrope2.search.config import Pruning, SearchConfig
@@ -63,6 +63,7 @@ def children(
     space: SearchSpace,
     parents: Sequence[Candidate],
     config: SearchConfig,
+    *,
     seed: int,
     iteration: int,
     seen: Collection[Candidate],
@@ -95,10 +96,8 @@ def children(
 def cross(first: Candidate, second: Candidate, rng: random.Random) -> Candidate:
     """Each free factor from one of two parents with one c, then none below the one before."""
     assert first.critical_index == second.critical_index
-    steps: list[int] = []
-    for pair in zip(first.steps, second.steps, strict=True):
-        steps.append(max(rng.choice(pair), steps[-1] if steps else 0))
-    return Candidate(first.critical_index, tuple(steps))
+    chosen = map(rng.choice, zip(first.steps, second.steps, strict=True))
+    return Candidate(first.critical_index, tuple(accumulate(chosen, max)))
 
 
 def _mutated(
@@ -164,13 +163,7 @@ class Ranked:
     """A completely evaluated candidate; sorts from best to worst, equal losses by the candidate."""
 
     loss_sum: float
-    critical_index: int
-    steps: tuple[int, ...]
-
-    @property
-    def candidate(self) -> Candidate:
-        """The candidate without its loss."""
-        return Candidate(self.critical_index, self.steps)
+    candidate: Candidate
 
 
 @dataclass(frozen=True)
@@ -253,8 +246,14 @@ class Evolution:
             self._close_round(iteration)
             if iteration == config.iterations:
                 return
-            parents = [ranked.candidate for ranked in self.kept]
-            population = children(self.space, parents, config, self._seed, iteration + 1, seen)
+            population = children(
+                self.space,
+                [ranked.candidate for ranked in self.kept],
+                config,
+                seed=self._seed,
+                iteration=iteration + 1,
+                seen=seen,
+            )
 
     def _evaluate_all(self, population: Sequence[Candidate], label: str) -> Iterator[Candidate]:
         """Evaluate with the other workers, each candidate against the bound of that moment."""
@@ -287,7 +286,7 @@ class Evolution:
     def _take(self, candidate: Candidate, score: Score) -> Candidate:
         """Account for an evaluated candidate, and keep it if it is among the best."""
         if score.is_complete and score.loss_sum < math.inf:
-            self.kept.append(Ranked(score.loss_sum, candidate.critical_index, candidate.steps))
+            self.kept.append(Ranked(score.loss_sum, candidate))
             self.kept = sorted(self.kept)[: self.config.parents]
             self._batch_losses[candidate] = score.batch_losses
         self.num_candidates += 1
@@ -300,7 +299,7 @@ class Evolution:
         finished = Round(
             iteration=iteration,
             best_value=self.evaluator.value(self.best.loss_sum),
-            best_critical_index=self.best.critical_index,
+            best_critical_index=self.best.candidate.critical_index,
             worst_kept_value=self.evaluator.value(self.kept[-1].loss_sum),
             num_candidates=self.num_candidates,
             num_terminated=self.num_terminated,

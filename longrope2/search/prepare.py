@@ -50,6 +50,7 @@ class PreparedSearch:
     """What a search works on, after the self-tests.
 
     Attributes:
+        config: What is searched, checked.
         space: Where candidates lie.
         losses: Losses of the samples under given factors.
         shape: The model's sizes, for what a forward pass costs.
@@ -60,6 +61,7 @@ class PreparedSearch:
         inputs: ``model`` and ``corpus`` for the manifest.
     """
 
+    config: SearchRoot
     space: SearchSpace
     losses: SampleLosses
     shape: ModelShape
@@ -210,6 +212,7 @@ def prepare(
     model = load_to_run(model_folder, unscaled)
     tests_guidance = workers.worker == 0 and needles is not None
     return PreparedSearch(
+        config=config,
         space=space,
         losses=SampleLosses(
             model, samples, search.batch_size, sequence_group=workers.sequence_group

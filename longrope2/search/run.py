@@ -72,9 +72,7 @@ class SearchBudget:
     projected_hours: float
 
 
-def run_search(
-    config: SearchRoot, prepared: PreparedSearch, folder: Path, workers: Workers
-) -> None:
+def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None:
     """Search, or go on with a killed search, and write the product; every process calls it.
 
     Raises:
@@ -82,10 +80,10 @@ def run_search(
             does not apply the factors it is given (self-test b).
         FactorsError: no candidate gave a finite loss.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), prepared.config
     if workers.is_main and prepared.needles is not None:
         prepared.needles.save(folder / NEEDLES_FILE)
-    header = _journal_header(config, prepared)
+    header = _journal_header(prepared)
     with Journal(folder, header, workers.worker, writes=workers.is_leader) as journal:
         num_known = journal.num_losses
         workers.wait_for_all("journals are read")  # from here on they grow
@@ -97,7 +95,9 @@ def run_search(
         )
         scores = _baseline_scores(prepared.space, evaluator, workers)
         check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
-        evolution = Evolution(prepared.space, config.search, evaluator, config.seed, workers)
+        evolution = Evolution(
+            prepared.space, config.search, evaluator, seed=config.seed, workers=workers
+        )
         if workers.is_main:
             _run_with_progress(config, evolution, folder)
         else:
@@ -105,15 +105,22 @@ def run_search(
     workers.wait_for_all("journals are written")
     if workers.is_main:
         num_forwards = Journal(folder, header, writes=False).num_losses
-        num_new, seconds = num_forwards - num_known, time.monotonic() - started
-        budget = _budget(config, prepared, evolution, workers, num_forwards, num_new, seconds)
+        budget = _budget(
+            prepared,
+            evolution,
+            num_forwards=num_forwards,
+            num_new=num_forwards - num_known,
+            seconds=time.monotonic() - started,
+            processes=workers.processes.dims.world_size if workers.processes else 1,
+        )
         baselines = {m.value: evaluator.value(score.loss_sum) for m, score in scores.items()}
-        _write_product(config, prepared, evolution, baselines, folder, budget)
+        _write_product(prepared, evolution, baselines, budget, folder)
     workers.wait_for_all("the product is written")
 
 
-def _journal_header(config: SearchRoot, prepared: PreparedSearch) -> dict[str, Any]:
+def _journal_header(prepared: PreparedSearch) -> dict[str, Any]:
     """All that a loss depends on besides the factors."""
+    config = prepared.config
     return {
         **prepared.inputs["model"],
         "samples_sha256": samples_sha256(prepared.losses.samples),
@@ -140,7 +147,7 @@ def _baseline_scores(
 
 def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
-    name, evaluator = _value_name(config.search.objective), evolution.evaluator
+    name = _value_name(config.search.objective)
     columns = (
         TextColumn("search"),
         BarColumn(),
@@ -157,8 +164,8 @@ def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -
         for _ in evolution.steps():
             text = "no value yet"
             if evolution.kept:
-                best = evolution.best
-                text = f"{name} {evaluator.value(best.loss_sum):.4g} at c={best.critical_index}"
+                value = evolution.evaluator.value(evolution.best.loss_sum)
+                text = f"{name} {value:.4g} at c={evolution.best.candidate.critical_index}"
             progress.update(bar, advance=1, description=text)
             num_logged = _log_rounds(tracking, evolution, name, num_logged)
         _log_rounds(tracking, evolution, name, num_logged)
@@ -178,16 +185,15 @@ def _log_rounds(tracking: MetricsLog, evolution: Evolution, name: str, num_logge
 
 
 def _budget(
-    config: SearchRoot,
     prepared: PreparedSearch,
     evolution: Evolution,
-    workers: Workers,
+    *,
     num_forwards: int,
     num_new: int,
     seconds: float,
+    processes: int,
 ) -> SearchBudget:
     """What the search has cost, with ``num_new`` of its forward passes in this run."""
-    processes = workers.processes.dims.world_size if workers.processes else 1
     shape, sample_len = prepared.shape, prepared.sample_len
     flops = shape.forward_flops(sample_len) * num_new
     most_forwards = evolution.num_candidates * prepared.losses.num_samples
@@ -200,7 +206,7 @@ def _budget(
         seconds=round(seconds, 1),
         device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
         sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
-        projected_hours=projected_hours(shape, sample_len, num_forwards, config.search),
+        projected_hours=projected_hours(shape, sample_len, num_forwards, prepared.config.search),
     )
 
 
@@ -255,7 +261,7 @@ def search_history(
     kept = [
         {
             "value": value(ranked.loss_sum),
-            "critical_index": ranked.critical_index if space.is_bounded else None,
+            "critical_index": ranked.candidate.critical_index if space.is_bounded else None,
             "factors": list(space.to_factors(ranked.candidate).factors),
         }
         for ranked in evolution.kept
@@ -281,14 +287,14 @@ def search_history(
 
 
 def _write_product(
-    config: SearchRoot,
     prepared: PreparedSearch,
     evolution: Evolution,
     baselines: dict[str, float],
-    folder: Path,
     budget: SearchBudget,
+    folder: Path,
 ) -> None:
     """Factors, history, and the manifest that marks the search as finished."""
+    config = prepared.config
     samples_hash = samples_sha256(prepared.losses.samples)
     factors = best_factors(
         evolution,

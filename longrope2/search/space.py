@@ -24,7 +24,7 @@ from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn", "llama3")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Candidate:
     """One point of the space.
 

@@ -106,8 +106,8 @@ def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
     evolution, evaluator, _ = search(
         tmp_path, config_of(population=64, iterations=60, parents=32), seed=seed
     )
-    assert evolution.best.critical_index == PLANTED.critical_index
-    found = evolution.best.steps
+    assert evolution.best.candidate.critical_index == PLANTED.critical_index
+    found = evolution.best.candidate.steps
     assert all(abs(a - b) <= 60 for a, b in zip(found, PLANTED.steps, strict=True)), found
     values = [finished.best_value for finished in evolution.rounds]
     assert values == sorted(values, reverse=True)
