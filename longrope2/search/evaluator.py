@@ -83,10 +83,8 @@ class Evaluator:
         num_scored_tokens: int,
         is_pruning: bool = True,
     ) -> None:
-        self._losses = losses
-        self._journal = journal
-        self._num_scored_tokens = num_scored_tokens
-        self._is_pruning = is_pruning
+        self._losses, self._journal = losses, journal
+        self._num_scored_tokens, self._is_pruning = num_scored_tokens, is_pruning
         self._loss_by_batch: defaultdict[int, float] = defaultdict(float)
         self._times_seen: defaultdict[int, int] = defaultdict(int)
 
@@ -96,12 +94,9 @@ class Evaluator:
         bound: Callable[[], float] = lambda: math.inf,
         race: Race | None = None,
     ) -> Score:
-        """Sum the losses of all samples, or stop as soon as the sum is above the bound.
+        """Sum the losses of all samples, or stop once the sum is above the bound or the race lost.
 
-        Args:
-            factors: What to judge.
-            bound: Asked before every batch; it may fall meanwhile, as other workers finish.
-            race: Also stop where the candidate has lost this race; inexact.
+        The bound is asked before every batch: it may fall meanwhile, as other workers finish.
         """
         known = self._journal.losses(factors)
         order = race.order if race else self._hardest_first()

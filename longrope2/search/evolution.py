@@ -168,15 +168,10 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Round:
-    """Account of one round (0: the first population), cumulative where it counts.
+    """Account of the search up to the end of one round; 0 is the first population.
 
-    Attributes:
-        best_value: Objective of the best candidate so far.
-        worst_kept_value: Objective of the worst kept candidate.
-        num_candidates: Distinct candidates evaluated so far.
-        num_terminated: Those of them stopped early.
-        num_losses: Sample losses looked at so far, computed or known. With several workers, where
-            an evaluation stops depends on what the others have finished.
+    ``num_losses`` counts sample losses looked at, computed or known: with several workers, where an
+    evaluation stops depends on what the others have finished.
     """
 
     iteration: int

@@ -73,10 +73,7 @@ class PreparedSearch:
 
 
 def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
-    """Check everything that needs no forward pass.
-
-    Returns:
-        The model's folder and the search space.
+    """The model's folder and the search space, once all that needs no forward pass is checked.
 
     Raises:
         ConfigError: every fault found, together.

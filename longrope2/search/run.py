@@ -51,11 +51,10 @@ class SearchBudget:
     Attributes:
         num_candidates: Distinct candidates evaluated.
         num_terminated: Those of them stopped early.
-        num_forwards: Forward passes of one sample for candidates and closed forms, over all
-            processes and resumptions: as many as the journals hold.
+        num_forwards: Forward passes of one sample in all the journals, closed forms included.
         num_forwards_saved: Those that early termination saved.
         forward_tokens: ``num_forwards`` times the tokens of a sample.
-        seconds: Wall time of this run of the command; less than the search took if it was resumed.
+        seconds: Wall time of this run of the command, not of those that it resumed.
         device_hours: The same times the number of processes.
         sustained_tflops: TFLOP/s of one process in this run; None when all was known already.
         projected_hours: The forward passes on the hardware that ``search.projected_*`` describe.
@@ -76,8 +75,7 @@ def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None
     """Search, or go on with a killed search, and write the product; every process calls it.
 
     Raises:
-        ArtifactError: the folder's journal is damaged, in use, or of another search; or the model
-            does not apply the factors it is given (self-test b).
+        ArtifactError: a journal is damaged, in use, or of another search; or self-test (b) failed.
         FactorsError: no candidate gave a finite loss.
     """
     started, config = time.monotonic(), prepared.config
@@ -148,14 +146,13 @@ def _baseline_scores(
 def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
     name = _value_name(config.search.objective)
-    columns = (
+    shown = (
         TextColumn("search"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
+    columns = *shown, TimeElapsedColumn(), TimeRemainingColumn()
     # A resume logs no round twice.
     num_logged = sum("iteration" in record for record in read_metrics(folder))
     tracking = MetricsLog(folder, config.tracking, config.run.name, "search", to_plain(config))
@@ -220,8 +217,7 @@ def best_factors(
 ) -> RescaleFactors:
     """The rescale factors of the best candidate, with what they were chosen by.
 
-    With ``long_factors`` the candidate gives the short window's factors, and those are the long
-    window's.
+    With ``long_factors``, the long window's, the candidate gives those of the short window.
     """
     best, config = evolution.best, evolution.config
     critical = "searched" if config.critical is None else "fixed"
@@ -237,9 +233,8 @@ def best_factors(
     if long_factors is None:
         return found
     short = {f"short_{key}": value for key, value in found.provenance.items()}
-    return replace(
-        long_factors, short_factors=found.factors, provenance={**long_factors.provenance, **short}
-    )
+    both = {**long_factors.provenance, **short}
+    return replace(long_factors, short_factors=found.factors, provenance=both)
 
 
 def search_history(

@@ -43,10 +43,7 @@ class SearchSpace:
     """Bounds of a search and the translation of its candidates into rescale factors.
 
     Attributes:
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L in tokens.
         critical_indices: Allowed critical indices, ascending.
-        dims: Which factors are free.
         steps_per_unit: Grid steps in a factor of 1.
         highest_ratio: Largest factor over s.
     """

@@ -69,9 +69,8 @@ class Workers:
         self.is_leader = processes is None or processes.dims.sequence_rank == 0
         self.sequence_group = processes.sequence_group if processes else None
         # The store behind the default process group has no public accessor.
-        self._store: Store = (
-            dist.distributed_c10d._get_default_store() if processes else HashStore()
-        )
+        default_store = dist.distributed_c10d._get_default_store
+        self._store: Store = default_store() if processes else HashStore()
         self._store.set_timeout(GIVE_UP_AFTER)
 
     @property
