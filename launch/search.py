@@ -37,9 +37,9 @@ from longrope2.search.prepare import check, describe, prepare, refuse_other_mode
 from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search
 from longrope2.search.workers import Workers
 
-RANKS_CONFIG = "ranks.yaml"
-PROJECTION = ("search.projected_gpus", "search.projected_tflops")
-CHANGEABLE = ("dry_run", "tracking", "parallel.processes", *PROJECTION)
+_RANKS_CONFIG = "ranks.yaml"
+_PROJECTION = ("search.projected_gpus", "search.projected_tflops")
+CHANGEABLE = ("dry_run", "tracking", "parallel.processes", *_PROJECTION)
 
 
 def main() -> None:
@@ -68,8 +68,8 @@ def main() -> None:
             note_config_of_ranks(note, None)
     elif note is not None:
         # config.yaml marks a folder as claimed, which the ranks do after their self-tests.
-        dump(config, folder / RANKS_CONFIG)
-        note_config_of_ranks(note, folder / RANKS_CONFIG)
+        dump(config, folder / _RANKS_CONFIG)
+        note_config_of_ranks(note, folder / _RANKS_CONFIG)
         return
     elif config.parallel.processes == 1:
         _search(config)

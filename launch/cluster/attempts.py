@@ -31,19 +31,19 @@ from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.files.artifacts import PRODUCT_FOLDERS
 from longrope2.tracking.metrics import METRICS_FILE
 
-ATTEMPTS_FILE = "attempts.jsonl"
-MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
+_ATTEMPTS_FILE = "attempts.jsonl"
+_MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
 TRACEBACK_LINES, READ_LINES = 40, 1000
 # What a rank says whose peer went away: the consequence, not the cause.
-PEER_IS_GONE = re.compile(
+_PEER_IS_GONE = re.compile(
     r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|"
     r"remote process exited|NCCL (error|communicator was aborted)|Socket Timeout|Broken pipe|"
     r"Watchdog caught collective"
 )
 # What a rank that waited in vain says of a stopped or dead one (longrope2.training.heartbeat).
-SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
+_SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
 # What a rank says whose hardware is at fault; CUDA's and the driver's words.
-HARDWARE = re.compile(
+_HARDWARE = re.compile(
     r"uncorrectable ECC|ECC error|Xid|NVLink error|device.{0,20}(unavailable|lost)|"
     r"fallen off the bus|unspecified launch failure|hardware stack error|"
     r"No CUDA GPUs are available|CUDA-capable device.{0,20}busy"
@@ -85,14 +85,14 @@ class FirstFailure:
     @property
     def is_consequence(self) -> bool:
         """Whether it only says that a peer has gone."""
-        misses_peer = self.exit_code > 0 and PEER_IS_GONE.search(self.text) is not None
+        misses_peer = self.exit_code > 0 and _PEER_IS_GONE.search(self.text) is not None
         return misses_peer or self.exit_code == -signal.SIGTERM
 
     @property
     def is_the_nodes_fault(self) -> bool:
         """Whether another node may do better: the rank was killed, or its hardware failed."""
         killed = self.exit_code < 0 and self.exit_code != -signal.SIGTERM
-        return killed or HARDWARE.search(self.text) is not None
+        return killed or _HARDWARE.search(self.text) is not None
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def begin(product: Path, known: list[Attempt]) -> None:
     """
     here = progress_of(product)
     lost = known and known[-1].outcome == "begun"
-    if lost and _without_progress(known, here) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
+    if lost and _without_progress(known, here) >= _MOST_ATTEMPTS_WITHOUT_PROGRESS:
         how = "The last was cut off without a word, as when its node dies"
         sys.exit(f"error: {_in_vain(known, here)}. {how}")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -153,7 +153,7 @@ def end(
     failure = first_failure(logs) if logs is not None and code and outcome == "failed" else None
     blamed = []
     if failure is not None and failure.exit_code == HANG_EXIT_CODE:
-        blamed = sorted(set(SILENT_RANK.findall(failure.text)))
+        blamed = sorted(set(_SILENT_RANK.findall(failure.text)))
     elif failure is not None and failure.is_the_nodes_fault:
         blamed = [failure.node]
     elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
@@ -189,7 +189,7 @@ def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, 
         return "done", "done"
     if USER_FAULT_EXIT_CODE in (last.exit_code, failure.exit_code if failure else 0):
         return "stop", "stopped: a fault that no restart mends; its message stands in this log"
-    if _without_progress(attempts, last.left) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
+    if _without_progress(attempts, last.left) >= _MOST_ATTEMPTS_WITHOUT_PROGRESS:
         return "stop", f"stopped: {_in_vain(attempts, last.left)}"
     next_start = "in the next start of this job"
     if last.exit_code == REQUEUE_EXIT_CODE:
@@ -233,14 +233,14 @@ def progress_of(product: Path) -> int:
         return int(step.removeprefix("step_"))
     count = 0
     for path in product.rglob("*"):
-        if path.is_file() and path.name not in (ATTEMPTS_FILE, METRICS_FILE):
+        if path.is_file() and path.name not in (_ATTEMPTS_FILE, METRICS_FILE):
             count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
     return count
 
 
 def read_attempts(product: Path, *, job: str) -> list[Attempt]:
     """Attempts of one job, oldest first: one entry each, ``begun`` replaced by how it ended."""
-    path = product / ATTEMPTS_FILE
+    path = product / _ATTEMPTS_FILE
     attempts: list[Attempt] = []
     for number, fields in enumerate(read_log(path), start=1):
         try:
@@ -280,7 +280,7 @@ def _without_progress(attempts: list[Attempt], here: int) -> int:
 
 def _in_vain(attempts: list[Attempt], here: int) -> str:
     """The message of the third failure."""
-    nodes = dict.fromkeys(attempt.nodes for attempt in attempts[-MOST_ATTEMPTS_WITHOUT_PROGRESS:])
+    nodes = dict.fromkeys(attempt.nodes for attempt in attempts[-_MOST_ATTEMPTS_WITHOUT_PROGRESS:])
     return (
         f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with "
         f"progress at {here} (on {', '.join(nodes)}); see what they say, mend it, and submit the "
@@ -290,7 +290,7 @@ def _in_vain(attempts: list[Attempt], here: int) -> str:
 
 def _append(product: Path, attempt: Attempt) -> None:
     """Add one line and force it to disk."""
-    with AppendLog(product / ATTEMPTS_FILE, durable=True) as log:
+    with AppendLog(product / _ATTEMPTS_FILE, durable=True) as log:
         log.append(asdict(attempt))
 
 

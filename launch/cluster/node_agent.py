@@ -28,7 +28,7 @@ from longrope2.command import rank_exit_code
 from longrope2.files.artifacts import write_text
 
 ENDED_PREFIX = "ended-"
-SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ class _StopSignals:
                         self._told.add(child.pid)
                         with contextlib.suppress(OSError):
                             child.send_signal(self._asked)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _children() -> list[Any]:

@@ -14,11 +14,11 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
 
 CONFIG_FLAG = "--config"
-PREPARE_FLAG = "--prepare"
+_PREPARE_FLAG = "--prepare"
 # A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill
 # them after 30 seconds.
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def config_path_of_rank(arguments: list[str]) -> Path:
@@ -42,11 +42,11 @@ def split_prepare(arguments: list[str]) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: no path stands behind the flag.
     """
-    if arguments[:1] != [PREPARE_FLAG]:
+    if arguments[:1] != [_PREPARE_FLAG]:
         return None, arguments
     if len(arguments) < 2 or "=" in arguments[1]:
-        usage = f"{PREPARE_FLAG} FILE key=value ..."
-        raise ConfigError([f"{PREPARE_FLAG} takes a path before the overrides: {usage}"])
+        usage = f"{_PREPARE_FLAG} FILE key=value ..."
+        raise ConfigError([f"{_PREPARE_FLAG} takes a path before the overrides: {usage}"])
     return Path(arguments[1]), arguments[2:]
 
 
@@ -80,7 +80,7 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=AGENT_SIGNALS,
+        signals_to_handle=_AGENT_SIGNALS,
     )
     try:
         with _signals_go_to_ranks():
@@ -97,7 +97,7 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
 @contextlib.contextmanager
 def _signals_go_to_ranks() -> Iterator[None]:
     """While open, a stop signal to this process goes on to the ranks, which decide when to end."""
-    before = {number: signal.signal(number, _send_on) for number in FORWARDED_SIGNALS}
+    before = {number: signal.signal(number, _send_on) for number in _FORWARDED_SIGNALS}
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from longrope2.search.space import Candidate, SearchSpace
 from longrope2.search.workers import Score, Workers
 
 # Draws for one new candidate before the space counts as exhausted around its parent.
-MAX_ATTEMPTS = 100
+_MAX_ATTEMPTS = 100
 
 
 def first_population(
@@ -37,7 +37,7 @@ def first_population(
     """
     seeds = space.closed_form_seeds()
     found = dict.fromkeys(list(dict.fromkeys(seeds))[:size])
-    for number in range(size * MAX_ATTEMPTS):
+    for number in range(size * _MAX_ATTEMPTS):
         if len(found) == size:
             break
         rng = random.Random(f"population/{seed}/{number}")
@@ -72,13 +72,13 @@ def children(
 
     Parents are mutated in order of rank, again from the first when there are fewer than
     ``search.mutations`` (null: one per parent), and crossed in pairs of one critical index. Where
-    nothing new is found in ``MAX_ATTEMPTS`` draws there is none.
+    nothing new is found in ``_MAX_ATTEMPTS`` draws there is none.
     """
     num_mutations = len(parents) if config.mutations is None else config.mutations
     fresh: dict[Candidate, None] = {}
 
     def add_new(kind: str, number: int, draw: Callable[[random.Random], Candidate]) -> None:
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             child = draw(random.Random(f"{kind}/{seed}/{iteration}/{number}/{attempt}"))
             if child not in seen and child not in fresh:
                 fresh[child] = None

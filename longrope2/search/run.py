@@ -38,10 +38,10 @@ from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Score, Workers
 from longrope2.tracking.metrics import MetricsLog, read_metrics
 
-BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
+_BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
 HISTORY_FILE = "history.json"
 # The samples, and for readers the record of what they are made of.
-NEEDLES_FILES = (NEEDLES_FILE, "needles.json")
+_NEEDLES_FILES = (NEEDLES_FILE, "needles.json")
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def _baseline_scores(
     space: SearchSpace, evaluator: Evaluator, workers: Workers
 ) -> dict[RopeMethod, Score]:
     """Scores of the closed-form methods on the same samples."""
-    queue = workers.queue("baselines", len(BASELINE_METHODS))
+    queue = workers.queue("baselines", len(_BASELINE_METHODS))
     while (task := queue.claim()) is not None:
-        factors = closed_form_factors(BASELINE_METHODS[task], space.geometry, space.target_len)
+        factors = closed_form_factors(_BASELINE_METHODS[task], space.geometry, space.target_len)
         queue.publish(task, evaluator.evaluate(factors))
     scores = dict(queue.remaining())
-    return {method: scores[number] for number, method in enumerate(BASELINE_METHODS)}
+    return {method: scores[number] for number, method in enumerate(_BASELINE_METHODS)}
 
 
 def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
@@ -306,7 +306,7 @@ def _write_product(
     )
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
-    files = [FACTORS_FILE, HISTORY_FILE, *(NEEDLES_FILES if prepared.needles is not None else ())]
+    files = [FACTORS_FILE, HISTORY_FILE, *(_NEEDLES_FILES if prepared.needles is not None else ())]
     manifest = Manifest(
         "factors",
         inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},

@@ -21,7 +21,7 @@ from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretic
 from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
 from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 
-SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn", "llama3")]
+_SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn", "llama3")]
 
 
 @dataclass(frozen=True, order=True)
@@ -145,7 +145,7 @@ class SearchSpace:
     def closed_form_seeds(self) -> list[Candidate]:
         """Closed-form methods that lie in the space, at the largest critical index."""
         critical_index = self.critical_indices[-1]
-        closed = (closed_form_factors(m, self.geometry, self.target_len) for m in SEED_METHODS)
+        closed = (closed_form_factors(m, self.geometry, self.target_len) for m in _SEED_METHODS)
         seeds = (self.candidate(critical_index, factors.factors) for factors in closed)
         return [seed for seed in seeds if seed is not None]
 

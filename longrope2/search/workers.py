@@ -20,8 +20,8 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from longrope2.parallel.processes import Processes
 
-POLL_SECONDS = 0.02
-GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun long before
+_POLL_SECONDS = 0.02
+_GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun long before
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Workers:
         # The store behind the default process group has no public accessor.
         default_store = dist.distributed_c10d._get_default_store
         self._store: Store = default_store() if processes else HashStore()
-        self._store.set_timeout(GIVE_UP_AFTER)
+        self._store.set_timeout(_GIVE_UP_AFTER)
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +101,7 @@ class Workers:
         store = PrefixStore(f"search/{label}", self._store)
         if store.add("arrived", 1) == self.processes.dims.world_size:
             store.set("all", "1")
-        store.wait(["all"], GIVE_UP_AFTER)
+        store.wait(["all"], _GIVE_UP_AFTER)
 
 
 class TaskQueue:
@@ -141,7 +141,7 @@ class TaskQueue:
             fresh = self.news()
             yield from fresh
             if not fresh:
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
     def _unread(self) -> Iterator[list[float]]:
         """Log entries after the last one read."""
