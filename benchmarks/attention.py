@@ -1,5 +1,4 @@
-"""``python -m benchmarks.attention``: document attention of a short window, ours against three
-other ways.
+"""``python -m benchmarks.attention``: a short window's attention, ours against three other ways.
 
 All four compute the same thing, forward and backward, on one packed segment; results are compared
 before times are. Printed are ratios to ours (above 1: slower than ours), best of several
@@ -16,8 +15,8 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from longrope2.attention.layout import SegmentLayout, build_layout
 from longrope2.attention.windowed import causal_attention, windowed_attention
@@ -40,9 +39,7 @@ def ways(ends: list[int], layout: SegmentLayout, scaling: float) -> dict[str, At
     """The four ways, each [1, H, T, D] x 3 -> [1, T, H, D]."""
     length = ends[-1]
     document_T = torch.searchsorted(torch.tensor(ends), torch.arange(length), right=True)
-    mask_TT = torch.ones(length, length, dtype=torch.bool).tril() & (
-        document_T[:, None] == document_T[None]
-    )
+    mask_TT = (document_T[:, None] == document_T[None]).tril()
     spans = list(zip([0, *ends], ends, strict=False))
 
     def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,9 +49,8 @@ def ways(ends: list[int], layout: SegmentLayout, scaling: float) -> dict[str, At
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, scale=scaling).transpose(
-            1, 2
-        )
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, scale=scaling)
+        return out.transpose(1, 2)
 
     return {
         "ours": lambda q, k, v: windowed_attention(q, k, v, layout, scaling),
@@ -84,9 +80,8 @@ def main() -> None:
             began = time.perf_counter()
             attention(*qkv).sum().backward()
             best[name] = min(best[name], time.perf_counter() - began)
-    print(
-        f"{len(ends)} documents in {arguments.length} tokens, {heads} heads of {head_dim}, forward and backward"
-    )
+    what = f"{len(ends)} documents in {arguments.length} tokens, {heads} heads of {head_dim}"
+    print(f"{what}, forward and backward")
     for name, seconds in best.items():
         print(f"{name:12s} {seconds * 1000:9.1f} ms   {seconds / best['ours']:6.2f} x ours")
 

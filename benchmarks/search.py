@@ -1,5 +1,4 @@
-"""``python -m benchmarks.search``: a finished search, ours against a straightforward one, on the
-miniature.
+"""``python -m benchmarks.search``: a search on the miniature, ours against a straightforward one.
 
 Straightforward: every candidate on every sample, logits of all positions, every layer whole. Ours:
 exact early termination with the hardest sample first, and only what the losses need in the last
@@ -17,27 +16,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from longrope2.config import compose
-from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
-from longrope2.search import prepare as command
-from longrope2.search.config import Pruning, SearchConfig
+from longrope2.search.config import Pruning, SearchRoot
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
 from longrope2.search.journal import Journal
 from longrope2.search.objective import SampleLosses, perplexity
-from longrope2.search.run import PreparedSearch
+from longrope2.search.prepare import PreparedSearch, check, prepare
 from longrope2.search.workers import Workers
 
 
 class StraightforwardLosses:
     """The same losses, from the logits of every position."""
 
-    def __init__(self, model: WindowedModel, losses: SampleLosses) -> None:
-        self.num_batches = self.num_samples = losses.num_samples
-        self._model = model
-        self._samples = losses.samples
+    def __init__(self, losses: SampleLosses) -> None:
+        self.num_batches = losses.num_samples
+        self._model, self._samples = losses.model, losses.samples
 
     @torch.no_grad()
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
@@ -46,9 +43,7 @@ class StraightforwardLosses:
         sample = self._samples[batch]
         tokens_T = torch.from_numpy(sample.tokens)
         logits_TV = self._model.logits(tokens_T[None, :-1], Window.LONG)[0]
-        losses_T = torch.nn.functional.cross_entropy(
-            logits_TV, tokens_T[1:], reduction="none"
-        ).double()
+        losses_T = cross_entropy(logits_TV, tokens_T[1:], reduction="none").double()
         return [losses_T[sample.first_scored - 1 :].sum().item()]
 
 
@@ -57,7 +52,6 @@ class Contestant:
     """One search, advanced round by round."""
 
     evolution: Evolution
-    evaluator: Evaluator
     steps: Iterator[object] = field(init=False)
     seconds: float = 0.0
 
@@ -72,21 +66,17 @@ class Contestant:
         return done == num_candidates
 
 
-def contestant(
-    search: SearchConfig,
-    seed: int,
-    prepared: PreparedSearch,
-    losses: SampleLosses | StraightforwardLosses,
-    folder: Path,
-) -> Contestant:
-    """A search with a journal of its own."""
+def contestant(prepared: PreparedSearch, pruning: Pruning, folder: Path) -> Contestant:
+    """A search with a journal of its own; straightforward where nothing is pruned."""
+    config, is_pruning = prepared.config, pruning is not Pruning.none
     evaluator = Evaluator(
-        losses,
-        Journal(folder, {}),
+        prepared.losses if is_pruning else StraightforwardLosses(prepared.losses),
+        Journal(folder / pruning.value, {}),
         num_scored_tokens=prepared.losses.num_scored_tokens,
-        is_pruning=search.pruning is not Pruning.none,
+        is_pruning=is_pruning,
     )
-    return Contestant(Evolution(prepared.space, search, evaluator, seed), evaluator)
+    search = replace(config.search, pruning=pruning)
+    return Contestant(Evolution(prepared.space, search, evaluator, config.seed))
 
 
 def main() -> None:
@@ -95,71 +85,50 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", type=int, default=2048, help="target window in tokens")
-    parser.add_argument(
-        "overrides", nargs="*", help="any key of conf/search.yaml; default: the paper's budget"
-    )
-    arguments = parser.parse_args()
-    overrides = [
-        "model=tiny",
-        f"target_len={arguments.target}",
-        "corpus=sample",
-        *arguments.overrides,
-    ]
-    config = compose(command.SearchCommand, "search", overrides)
-    model_folder, space = command.check(config)
+    text = "any key of conf/search.yaml; default: the paper's budget"
+    parser.add_argument("overrides", nargs="*", help=text)
+    given = parser.parse_args()
+    miniature = ["model=tiny", f"target_len={given.target}", "corpus=sample"]
+    config = compose(SearchRoot, "search", [*miniature, *given.overrides])
+    model_folder, space = check(config)
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = command.prepare(config, model_folder, space, Path(scratch), Workers())
-        plain_losses = StraightforwardLosses(
-            command.load_search_model(model_folder, space), prepared.losses
-        )
+        folder = Path(scratch)
+        prepared = prepare(config, model_folder, space, folder, Workers())
         contestants = {
-            name: contestant(
-                replace(config.search, pruning=pruning),
-                config.seed,
-                prepared,
-                losses,
-                Path(scratch) / name,
-            )
-            for name, pruning, losses in [
-                ("straightforward", Pruning.none, plain_losses),
-                ("ours", Pruning.exact, prepared.losses),
-                ("ours, racing", Pruning.racing, prepared.losses),
-            ]
+            "straightforward": contestant(prepared, Pruning.none, folder),
+            "ours": contestant(prepared, Pruning.exact, folder),
+            "ours, racing": contestant(prepared, Pruning.racing, folder),
         }
         running = list(contestants.values())
         while running:
-            running = [
-                contestant for contestant in running if contestant.advance(config.search.parents)
-            ]
+            running = [search for search in running if search.advance(config.search.parents)]
     report(config, prepared.losses.num_scored_tokens, contestants)
 
 
-def report(
-    config: command.SearchCommand, num_scored_tokens: int, contestants: dict[str, Contestant]
-) -> None:
+def report(config: SearchRoot, num_scored_tokens: int, contestants: dict[str, Contestant]) -> None:
     """Same result? Tokens, seconds, and what the remaining tokens are."""
     plain, ours, _ = contestants.values()
     print(
-        f"{'':16}{'candidates':>12}{'forward tokens':>18}{'fewer':>8}{'seconds':>10}{'shorter':>9}{'result':>10}{'c':>4}"
+        f"{'':16}{'candidates':>12}{'forward tokens':>18}{'fewer':>8}"
+        f"{'seconds':>10}{'shorter':>9}{'result':>10}{'c':>4}"
     )
-    for name, contestant in contestants.items():
-        evolution, ratio = (
-            contestant.evolution,
-            plain.evolution.num_losses / contestant.evolution.num_losses,
-        )
+    for name, search in contestants.items():
+        evolution, best = search.evolution, search.evolution.best
+        num_losses, fewer = evolution.num_losses, plain.evolution.num_losses / evolution.num_losses
         print(
-            f"{name:16}{evolution.num_candidates:>12,}{evolution.num_losses * config.target_len:>18,}{ratio:>7.2f}x"
-            f"{contestant.seconds:>10.1f}{plain.seconds / contestant.seconds:>8.2f}x"
-            f"{perplexity(evolution.best.loss_sum, num_scored_tokens):>10.4f}{evolution.best.critical_index:>4}"
+            f"{name:16}{evolution.num_candidates:>12,}{num_losses * config.target_len:>18,}"
+            f"{fewer:>7.2f}x{search.seconds:>10.1f}{plain.seconds / search.seconds:>8.2f}x"
+            f"{perplexity(best.loss_sum, num_scored_tokens):>10.4f}"
+            f"{best.candidate.critical_index:>4}"
         )
     evolution = ours.evolution
     whole = (evolution.num_candidates - evolution.num_terminated) * config.search.num_samples
+    stopped = evolution.num_terminated
     print(
-        f"of our forward passes {whole / evolution.num_losses:.0%} went to the {evolution.num_candidates} - "
-        f"{evolution.num_terminated} candidates that had to be finished, the rest to "
-        f"{evolution.num_terminated} that were stopped after "
-        f"{(evolution.num_losses - whole) / max(evolution.num_terminated, 1):.1f} of {config.search.num_samples} "
-        "samples on average"
+        f"of our forward passes {whole / evolution.num_losses:.0%} went to the "
+        f"{evolution.num_candidates} - {stopped} candidates that had to be finished, the rest to "
+        f"{stopped} that were stopped after {(evolution.num_losses - whole) / max(stopped, 1):.1f} "
+        f"of {config.search.num_samples} samples on average"
     )
     same_kept = [r.candidate for r in plain.evolution.kept] == [r.candidate for r in evolution.kept]
     print(f"straightforward and ours kept the same {len(evolution.kept)} candidates: {same_kept}")

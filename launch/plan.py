@@ -19,8 +19,7 @@ from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
-from longrope2.search.config import SearchConfig
-from longrope2.search.run import most_candidates
+from longrope2.search.config import SearchConfig, most_candidates
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import zero_buffers
 

@@ -1,5 +1,4 @@
-"""``python -m launch.search``: find the rescale factors and the critical dimension of a model for a
-target window.
+"""``python -m launch.search``: find a model's rescale factors and critical dimension for a window.
 
 Writes ``2_factors/``: the frozen samples, a journal of every loss, ``factors.json``,
 ``history.json``, metrics and, last, the manifest. A killed search is resumed by the same command
@@ -33,100 +32,85 @@ from longrope2.parallel.processes import (
 )
 from longrope2.report.plots import factors_figure, search_figure
 from longrope2.rope.factors import RescaleFactors
-from longrope2.search.prepare import (
-    SearchCommand,
-    check,
-    describe,
-    identity,
-    prepare,
-    refuse_other_model,
-)
+from longrope2.search.config import SearchRoot
+from longrope2.search.prepare import check, describe, prepare, refuse_other_model
 from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search
 from longrope2.search.workers import Workers
 
-RANKS_CONFIG = "ranks.yaml"
-CHANGEABLE = (
-    "dry_run",
-    "tracking",
-    "parallel.processes",
-    "search.projected_gpus",
-    "search.projected_tflops",
-)
+_RANKS_CONFIG = "ranks.yaml"
+_PROJECTION = ("search.projected_gpus", "search.projected_tflops")
+CHANGEABLE = ("dry_run", "tracking", "parallel.processes", *_PROJECTION)
 
 
 def main() -> None:
-    """Compose, check and plan; then search here, or in processes that torchrun starts; then report."""
+    """Compose, check and plan; then search here, or in processes of torchrun; then report."""
     arguments = sys.argv[1:]
     if arguments[:1] == [CONFIG_FLAG]:
-        search(load(SearchCommand, config_path_of_rank(arguments)))
+        _search(load(SearchRoot, config_path_of_rank(arguments)))
         return
     if world_size_from_environment() is not None:
-        raise ConfigError(
-            ["under torchrun, give --config FILE, a search configuration: ranks do not compose"]
-        )
-    prepare, overrides = split_prepare(arguments)
-    config = compose(SearchCommand, "search", overrides)
+        text = "under torchrun, give --config FILE, a search configuration: ranks do not compose"
+        raise ConfigError([text])
+    note, overrides = split_prepare(arguments)
+    config = compose(SearchRoot, "search", overrides)
     model_folder, space = check(config)
     print(describe(config, model_folder, space))
     if config.dry_run:
         return
     folder = product_folder(config.run.folder, "factors")
-    if (
-        folder / "config.yaml"
-    ).is_file():  # refuse the folder of another search before anything is computed
+    # Refuse the folder of another search before anything is computed.
+    if (folder / "config.yaml").is_file():
         claim_folder(folder, config, CHANGEABLE)
     if (folder / MANIFEST_NAME).is_file():
-        refuse_other_model(folder, identity(model_folder))
+        refuse_other_model(folder, model_folder)
         print(f"already complete: {folder / FACTORS_FILE}")
-        if prepare is not None:
-            note_config_of_ranks(prepare, None)
-    elif (
-        prepare is not None
-    ):  # config.yaml marks a folder as claimed, which the ranks do after their self-tests
-        dump(config, folder / RANKS_CONFIG)
-        note_config_of_ranks(prepare, folder / RANKS_CONFIG)
+        if note is not None:
+            note_config_of_ranks(note, None)
+    elif note is not None:
+        # config.yaml marks a folder as claimed, which the ranks do after their self-tests.
+        dump(config, folder / _RANKS_CONFIG)
+        note_config_of_ranks(note, folder / _RANKS_CONFIG)
         return
     elif config.parallel.processes == 1:
-        search(config)
+        _search(config)
     else:
-        search_in_processes(config)
-    print_report(folder)
+        _search_in_processes(config)
+    _print_report(folder)
 
 
-def search(config: SearchCommand) -> None:
-    """One process of a search: prepare and test the samples, then take part until the product is written."""
+def _search(config: SearchRoot) -> None:
+    """One process of a search: prepare, test the samples, and take part to the end."""
     model_folder, space = check(config)
-    workers = Workers(
-        join_processes(config.parallel) if world_size_from_environment() is not None else None
-    )
+    is_rank = world_size_from_environment() is not None
+    workers = Workers(join_processes(config.parallel) if is_rank else None)
     folder = product_folder(config.run.folder, "factors")
     prepared = prepare(config, model_folder, space, folder, workers)
     if workers.is_main:
         claim_folder(folder, config, CHANGEABLE)
     workers.wait_for_all("the folder is claimed")
-    run_search(config, prepared, folder, workers)
+    run_search(prepared, folder, workers)
     if workers.is_main:
-        write_plots(folder)
+        _write_plots(folder)
     leave_processes()
 
 
-def search_in_processes(config: SearchCommand) -> None:
+def _search_in_processes(config: SearchRoot) -> None:
     """Run the workers under torchrun on this machine; ends as they end."""
     with tempfile.TemporaryDirectory() as scratch:
-        dump(config, Path(scratch) / "config.yaml")
-        ended = run_under_torchrun(
-            "launch.search", Path(scratch) / "config.yaml", config.parallel.processes
-        )
+        path = Path(scratch) / "config.yaml"
+        dump(config, path)
+        ended = run_under_torchrun("launch.search", path, config.parallel.processes)
     if ended != 0:
         print(
-            f"error: a process of the search ended early (exit code {ended}; its message stands above). Every loss that "
-            "was computed is in the journals: give the same command again to go on",
+            f"error: a process of the search ended early (exit code {ended}; its message stands "
+            "above). Every loss that was computed is in the journals: give the same command again "
+            "to go on",
             file=sys.stderr,
         )
         sys.exit(ended)
 
 
-def write_plots(folder: Path) -> None:
+def _write_plots(folder: Path) -> None:
     """``factors.svg`` and ``search.svg`` beside the product."""
     factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
@@ -135,8 +119,8 @@ def write_plots(folder: Path) -> None:
             figure.savefig(temporary, format="svg", bbox_inches="tight")
 
 
-def print_report(folder: Path) -> None:
-    """What the search found, beside the closed-form methods on the same samples, and what it cost."""
+def _print_report(folder: Path) -> None:
+    """What was found, beside the closed-form methods on the same samples, and what it cost."""
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
     budget = SearchBudget(**history["budget"])
     table = Table(title=f"training-free, {history['sample_len']} tokens", title_justify="left")
@@ -146,16 +130,15 @@ def print_report(folder: Path) -> None:
         table.add_row(method, f"{value:.4g}")
     table.add_row(f"{history['algorithm']} (searched)", f"{history['best_value']:.4g}")
     Console().print(table)
-    if history["critical_index"] is not None:
-        print(
-            f"critical index {history['critical_index']} (theoretical {history['theoretical_critical_index']})"
-        )
+    if (critical := history["critical_index"]) is not None:
+        print(f"critical index {critical} (theoretical {history['theoretical_critical_index']})")
     rate = f", {budget.sustained_tflops:.3g} TFLOP/s a process" if budget.sustained_tflops else ""
     print(
-        f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; {budget.num_forwards:,} forward "
-        f"passes ({budget.forward_tokens:,} tokens), {budget.num_forwards_saved:,} saved by stopping\n"
-        f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}; all of it on the hardware of "
-        f"search.projected_*: {budget.projected_hours:.3g} h\n"
+        f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; "
+        f"{budget.num_forwards:,} forward passes ({budget.forward_tokens:,} tokens), "
+        f"{budget.num_forwards_saved:,} saved by stopping\n"
+        f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}; all of it "
+        f"on the hardware of search.projected_*: {budget.projected_hours:.3g} h\n"
         f"factors in {folder / FACTORS_FILE}"
     )
 

@@ -25,7 +25,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longrope2.errors import ConfigError
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import write_text
 from longrope2.help import (
     UNSET,
@@ -361,26 +361,49 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     """
     path = folder / "config.yaml"
     if path.is_file():
-        made, wanted, defaults = (
-            _flatten(OmegaConf.to_container(node, enum_to_str=True))
-            for node in (
-                OmegaConf.load(path),
-                OmegaConf.structured(config),
-                OmegaConf.structured(type(config)),
-            )
-        )
-        found = defaults | made
-        free = ("run.root", *changeable)
-        faults = [
-            f"{key} is {wanted.get(key)}, but {path} was made with {found.get(key)}"
-            for key in sorted(made.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key)
-            and not any(f"{key}.".startswith(f"{c}.") for c in free)
-        ]
-        if faults:
-            advice = f"use another run.name, or remove {folder} to make it again"
-            raise ConfigError([*faults, advice])
+        found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
+        wanted, defaults = _flatten(to_plain(config)), _flatten(to_plain(type(config)))
+        made = {key: found.get(key, defaults.get(key)) for key in found | wanted}
+        changes = differences(made, wanted, free=("run.root", *changeable))
+        if changes:
+            way_out = f"{path} was made with other settings; {remake(folder)}"
+            raise ConfigError([*changes, way_out])
     dump(config, path)
+
+
+def differences(
+    made: Mapping[str, Any], wanted: Mapping[str, Any], *, free: Sequence[str] = ()
+) -> list[str]:
+    """What a product was made with and what is wanted now: a sentence for each key that differs.
+
+    Args:
+        made: Nested or flat, plain values.
+        wanted: The same, now.
+        free: Dotted keys (or their parents) that may differ.
+    """
+    old, new = _flatten(made), _flatten(wanted)
+    return [
+        f"{key} was {old.get(key)}, now it is {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in free)
+    ]
+
+
+def remake(folder: Path) -> str:
+    """The way out where a product was made differently."""
+    return f"use another run.name, or remove {folder} to make it again"
+
+
+def require_same(
+    what: str, made: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse what was made from something else; ``what`` begins the message.
+
+    Raises:
+        ArtifactError: names each key that differs, and ``folder`` as what to remove.
+    """
+    if changes := differences(made, wanted):
+        raise ArtifactError(f"{what}: {'; '.join(changes)}; {remake(folder)}")
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

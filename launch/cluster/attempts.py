@@ -1,10 +1,9 @@
-"""``python -m launch.cluster.attempts begin|end|terminated ...``: what a job does after its ranks
-ended; for ``slurm/common.sh``.
+"""``python -m launch.cluster.attempts begin|end|terminated ...``: what a job does after its ranks.
 
-A stage may take many attempts: preempted, at its time limit, on a node that died. Each leaves a
-line in ``attempts.jsonl`` of its product folder when it begins and one when it ends. Slurm starts
-some again by itself (preemption, a dead node); for the others ``end`` decides, on what is written
-down and never on hope:
+For ``slurm/common.sh``. A stage may take many attempts: preempted, at its time limit, on a node
+that died. Each leaves a line in ``attempts.jsonl`` of its product folder when it begins and one
+when it ends. Slurm starts some again by itself (preemption, a dead node); for the others ``end``
+decides, on what is written down and never on hope:
 
 - exit code 0: done; 2: a fault of the user's, which no restart mends: stop;
 - anything else: start again from the last checkpoint, without the node to blame where there is one;
@@ -22,9 +21,9 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from launch.cluster.node_agent import ENDED_PREFIX
 from longrope2.command import HANG_EXIT_CODE, REQUEUE_EXIT_CODE, USER_FAULT_EXIT_CODE, run_command
@@ -32,21 +31,22 @@ from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.files.artifacts import PRODUCT_FOLDERS
 from longrope2.tracking.metrics import METRICS_FILE
 
-ATTEMPTS_FILE = "attempts.jsonl"
-MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
+_ATTEMPTS_FILE = "attempts.jsonl"
+_MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
 TRACEBACK_LINES, READ_LINES = 40, 1000
 # What a rank says whose peer went away: the consequence, not the cause.
-PEER_IS_GONE = re.compile(
-    r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|remote process exited|"
-    r"NCCL (error|communicator was aborted)|Socket Timeout|Broken pipe|Watchdog caught collective"
+_PEER_IS_GONE = re.compile(
+    r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|"
+    r"remote process exited|NCCL (error|communicator was aborted)|Socket Timeout|Broken pipe|"
+    r"Watchdog caught collective"
 )
-# What a rank that waited in vain says of one that is stopped or dead
-# (longrope2.training.heartbeat).
-SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
+# What a rank that waited in vain says of a stopped or dead one (longrope2.training.heartbeat).
+_SILENT_RANK = re.compile(r"rank \d+ \(host ([^,.]+)[^,]*, process \d+\): .*; no sign of life")
 # What a rank says whose hardware is at fault; CUDA's and the driver's words.
-HARDWARE = re.compile(
-    r"uncorrectable ECC|ECC error|Xid|NVLink error|device.{0,20}(unavailable|lost)|fallen off the bus|"
-    r"unspecified launch failure|hardware stack error|No CUDA GPUs are available|CUDA-capable device.{0,20}busy"
+_HARDWARE = re.compile(
+    r"uncorrectable ECC|ECC error|Xid|NVLink error|device.{0,20}(unavailable|lost)|"
+    r"fallen off the bus|unspecified launch failure|hardware stack error|"
+    r"No CUDA GPUs are available|CUDA-capable device.{0,20}busy"
 )
 
 
@@ -85,15 +85,14 @@ class FirstFailure:
     @property
     def is_consequence(self) -> bool:
         """Whether it only says that a peer has gone."""
-        return self.exit_code == -signal.SIGTERM or (
-            self.exit_code > 0 and PEER_IS_GONE.search(self.text) is not None
-        )
+        misses_peer = self.exit_code > 0 and _PEER_IS_GONE.search(self.text) is not None
+        return misses_peer or self.exit_code == -signal.SIGTERM
 
     @property
     def is_the_nodes_fault(self) -> bool:
         """Whether another node may do better: the rank was killed, or its hardware failed."""
         killed = self.exit_code < 0 and self.exit_code != -signal.SIGTERM
-        return killed or HARDWARE.search(self.text) is not None
+        return killed or _HARDWARE.search(self.text) is not None
 
 
 def main() -> None:
@@ -103,48 +102,38 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("event", choices=("begin", "end", "terminated"))
-    parser.add_argument(
-        "product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints"
-    )
-    parser.add_argument("--logs", type=Path, help="folder of this attempt's rank files")
-    parser.add_argument(
-        "--nodes", type=lambda text: text.split(","), default=[], help="nodes of the job"
-    )
-    parser.add_argument("--code", type=int, default=0, help="exit code of the ranks")
-    parser.add_argument("--stopped", action="store_true", help="the ranks had been asked to stop")
-    arguments = parser.parse_args()
-    known = read_attempts(arguments.product, job=os.environ["SLURM_JOB_ID"])
-    if arguments.event == "begin":
-        begin(arguments.product, known)
-    elif arguments.event == "terminated":
-        _append(arguments.product, _ended(arguments.product, known, "terminated", 0))
+    add = parser.add_argument
+    add("event", choices=("begin", "end", "terminated"))
+    add("product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints")
+    add("--logs", type=Path, help="folder of this attempt's rank files")
+    add("--nodes", type=lambda text: text.split(","), default=[], help="nodes of the job")
+    add("--code", type=int, default=0, help="exit code of the ranks")
+    add("--stopped", action="store_true", help="the ranks had been asked to stop")
+    given = parser.parse_args()
+    product, logs = given.product, given.logs
+    known = read_attempts(product, job=os.environ["SLURM_JOB_ID"])
+    if given.event == "begin":
+        begin(product, known)
+    elif given.event == "terminated":
+        _append(product, _ended(product, known, "terminated", 0))
     else:
-        lost = (
-            nodes_without_end(arguments.logs, arguments.nodes) if arguments.logs is not None else []
-        )
-        end(
-            arguments.product,
-            known,
-            arguments.code,
-            stopped=arguments.stopped,
-            logs=arguments.logs,
-            silent=lost,
-        )
+        silent = nodes_without_end(logs, given.nodes) if logs is not None else []
+        end(product, known, given.code, stopped=given.stopped, logs=logs, silent=silent)
 
 
 def begin(product: Path, known: list[Attempt]) -> None:
-    """Note that an attempt begins; ends with code 1 when the ones before it were lost too often from the same point."""
-    restart, here = int(os.environ.get("SLURM_RESTART_COUNT", "0")), progress_of(product)
-    lost = known[-1:] if known and known[-1].outcome == "begun" else []
-    if lost and _without_progress(known, here) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
-        sys.exit(
-            f"error: {_in_vain(known, here)}. The last was cut off without a word, as when its node dies"
-        )
-    _append(
-        product,
-        Attempt(_job(), restart, os.environ.get("SLURM_JOB_NODELIST", ""), here, here, "begun"),
-    )
+    """Note that an attempt begins.
+
+    Ends with code 1 when the ones before it were lost too often from the same point.
+    """
+    here = progress_of(product)
+    lost = known and known[-1].outcome == "begun"
+    if lost and _without_progress(known, here) >= _MOST_ATTEMPTS_WITHOUT_PROGRESS:
+        how = "The last was cut off without a word, as when its node dies"
+        sys.exit(f"error: {_in_vain(known, here)}. {how}")
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job, nodes = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NODELIST", "")
+    _append(product, Attempt(job, restart, nodes, here, here, outcome="begun"))
 
 
 def end(
@@ -156,33 +145,30 @@ def end(
     logs: Path | None,
     silent: list[str],
 ) -> None:
-    """Note how an attempt ended, say it, and print what the job does next; ``silent`` nodes did not say how they ended."""
-    failure = (
-        first_failure(logs)
-        if logs is not None and code not in (0, REQUEUE_EXIT_CODE) and not stopped
-        else None
-    )
-    outcome = (
-        "done" if code == 0 else "stopped" if stopped or code == REQUEUE_EXIT_CODE else "failed"
-    )
+    """Note how an attempt ended, say it, and print what the job does next.
+
+    ``silent`` nodes did not say how they ended.
+    """
+    outcome = "stopped" if stopped or code == REQUEUE_EXIT_CODE else "failed"
+    failure = first_failure(logs) if logs is not None and code and outcome == "failed" else None
     blamed = []
     if failure is not None and failure.exit_code == HANG_EXIT_CODE:
-        blamed = sorted(set(SILENT_RANK.findall(failure.text)))
+        blamed = sorted(set(_SILENT_RANK.findall(failure.text)))
     elif failure is not None and failure.is_the_nodes_fault:
         blamed = [failure.node]
     elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
         blamed = silent
-    ended = _ended(product, known, outcome, code, blamed)
+    ended = _ended(product, known, "done" if code == 0 else outcome, code, blamed)
     _append(product, ended)
     verdict, reason = decide([*known[:-1], ended], failure)
     print(reason, file=sys.stderr)
     if failure is not None:
+        code = failure.exit_code
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        last_words = "\n".join(failure.text.splitlines()[-TRACEBACK_LINES:])
         print(
-            f"--- rank {failure.rank} on {failure.node} ended first ({_how(failure.exit_code)}):",
-            file=sys.stderr,
-        )
-        print(
-            "\n".join(failure.text.splitlines()[-TRACEBACK_LINES:]) or "(it wrote nothing)",
+            f"--- rank {failure.rank} on {failure.node} ended first ({how}):\n"
+            f"{last_words or '(it wrote nothing)'}",
             file=sys.stderr,
         )
     print(verdict)
@@ -201,38 +187,35 @@ def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, 
     last = attempts[-1]
     if last.outcome == "done":
         return "done", "done"
-    if last.exit_code == USER_FAULT_EXIT_CODE or (
-        failure is not None and failure.exit_code == USER_FAULT_EXIT_CODE
-    ):
+    if USER_FAULT_EXIT_CODE in (last.exit_code, failure.exit_code if failure else 0):
         return "stop", "stopped: a fault that no restart mends; its message stands in this log"
-    if _without_progress(attempts, last.left) >= MOST_ATTEMPTS_WITHOUT_PROGRESS:
+    if _without_progress(attempts, last.left) >= _MOST_ATTEMPTS_WITHOUT_PROGRESS:
         return "stop", f"stopped: {_in_vain(attempts, last.left)}"
-    without = f" without {', '.join(last.blamed)}" if last.blamed else ""
+    next_start = "in the next start of this job"
     if last.exit_code == REQUEUE_EXIT_CODE:
-        return "requeue", f"all is saved at {last.left}: goes on in the next start of this job"
+        return "requeue", f"all is saved at {last.left}: goes on {next_start}"
     if last.outcome == "stopped":
-        lost = f"asked to stop, but the ranks had not saved in time: goes on from {last.left} in the next start of this job"
-        return "requeue", lost
-    return (
-        f"requeue {','.join(last.blamed)}".strip(),
-        f"failed: starts again{without}, from {last.left}",
-    )
+        lost = "asked to stop, but the ranks had not saved in time"
+        return "requeue", f"{lost}: goes on from {last.left} {next_start}"
+    without = f" without {', '.join(last.blamed)}" if last.blamed else ""
+    again = f"failed: starts again{without}, from {last.left}"
+    return f"requeue {','.join(last.blamed)}".strip(), again
 
 
 def first_failure(logs: Path) -> FirstFailure | None:
-    """The cause among the ranks that failed: the first in time, those last that only say that a
-    peer has gone.
+    """The cause among the ranks that failed, of ``ended-<node>.json`` and the ranks' files.
 
-    Args:
-        logs: Folder with ``ended-<node>.json`` and the files of the ranks.
+    The first in time; those last that only say that a peer has gone.
     """
     found: list[tuple[float, FirstFailure]] = []
     for path in sorted(logs.glob(f"{ENDED_PREFIX}*.json")):
         ended = json.loads(path.read_text(encoding="utf-8"))
         for rank, code in ended["exit_codes"].items():
             file = logs / f"rank-{int(rank):03d}.err"
-            text = _tail(file)
-            when = file.stat().st_mtime if file.is_file() else ended["time"]
+            text, when = "", ended["time"]
+            if file.is_file():
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+                text, when = "\n".join(lines[-READ_LINES:]), file.stat().st_mtime
             found.append((when, FirstFailure(ended["node"], int(rank), code, text)))
     return min(found, key=lambda entry: (entry[1].is_consequence, entry[0]))[1] if found else None
 
@@ -243,24 +226,21 @@ def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
 
 
 def progress_of(product: Path) -> int:
-    """Finished steps of the newest checkpoint; for other stages the files in the folder and the lines of its journals."""
+    """Steps of the newest checkpoint; of other stages the files and lines of journals."""
     if product.name == PRODUCT_FOLDERS["checkpoints"]:
         latest = product / "latest"
-        return (
-            int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
-            if latest.is_file()
-            else 0
-        )
+        step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "0"
+        return int(step.removeprefix("step_"))
     count = 0
     for path in product.rglob("*"):
-        if path.is_file() and path.name not in (ATTEMPTS_FILE, METRICS_FILE):
+        if path.is_file() and path.name not in (_ATTEMPTS_FILE, METRICS_FILE):
             count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
     return count
 
 
 def read_attempts(product: Path, *, job: str) -> list[Attempt]:
     """Attempts of one job, oldest first: one entry each, ``begun`` replaced by how it ended."""
-    path = product / ATTEMPTS_FILE
+    path = product / _ATTEMPTS_FILE
     attempts: list[Attempt] = []
     for number, fields in enumerate(read_log(path), start=1):
         try:
@@ -275,24 +255,21 @@ def read_attempts(product: Path, *, job: str) -> list[Attempt]:
 
 
 def _ended(
-    product: Path, known: list[Attempt], outcome: str, code: int, blamed: list[str] | None = None
+    product: Path, known: list[Attempt], outcome: str, code: int, blamed: Sequence[str] = ()
 ) -> Attempt:
     """The record of the end of the attempt that was begun last."""
-    begun = known[-1]
-    return Attempt(
-        begun.job,
-        begun.restart,
-        begun.nodes,
-        begun.found,
-        progress_of(product),
-        outcome,
-        code,
-        blamed or [],
+    return replace(
+        known[-1],
+        left=progress_of(product),
+        outcome=outcome,
+        exit_code=code,
+        blamed=list(blamed),
+        time=round(time.time(), 1),
     )
 
 
 def _without_progress(attempts: list[Attempt], here: int) -> int:
-    """Latest attempts in a row that began and ended at ``here``; those that Slurm itself terminated do not count."""
+    """Latest attempts in a row that began and ended at ``here``, without those Slurm terminated."""
     count = 0
     for attempt in reversed(attempts):
         if attempt.left != here or attempt.found != here:
@@ -303,36 +280,18 @@ def _without_progress(attempts: list[Attempt], here: int) -> int:
 
 def _in_vain(attempts: list[Attempt], here: int) -> str:
     """The message of the third failure."""
-    nodes = ", ".join(
-        dict.fromkeys(attempt.nodes for attempt in attempts[-MOST_ATTEMPTS_WITHOUT_PROGRESS:])
-    )
+    nodes = dict.fromkeys(attempt.nodes for attempt in attempts[-_MOST_ATTEMPTS_WITHOUT_PROGRESS:])
     return (
-        f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with progress at {here} "
-        f"(on {nodes}); see what they say, mend it, and submit the same command again: it goes on from there"
+        f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with "
+        f"progress at {here} (on {', '.join(nodes)}); see what they say, mend it, and submit the "
+        "same command again: it goes on from there"
     )
 
 
 def _append(product: Path, attempt: Attempt) -> None:
     """Add one line and force it to disk."""
-    with AppendLog(product / ATTEMPTS_FILE, durable=True) as log:
+    with AppendLog(product / _ATTEMPTS_FILE, durable=True) as log:
         log.append(asdict(attempt))
-
-
-def _tail(path: Path) -> str:
-    """The last lines of a file; empty when there is none."""
-    if not path.is_file():
-        return ""
-    lines: list[Any] = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-READ_LINES:])
-
-
-def _how(code: int) -> str:
-    """An exit code in words."""
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _job() -> str:
-    return os.environ["SLURM_JOB_ID"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""torchrun as one node of a Slurm job runs it: ``srun python -m launch.cluster.node_agent
-TORCHRUN_ARGUMENTS``.
+"""``srun python -m launch.cluster.node_agent TORCHRUN_ARGUMENTS``: torchrun on a node of a job.
 
 The arguments are torchrun's, and its agent does the work. What this adds:
 
@@ -30,7 +29,7 @@ from longrope2.files.artifacts import write_text
 from longrope2.help import HELP_FLAGS
 
 ENDED_PREFIX = "ended-"
-SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def main() -> None:
@@ -39,12 +38,10 @@ def main() -> None:
         print(__doc__)
         return
     stop = _StopSignals()
-    os.environ.setdefault(
-        "PYTHONWARNINGS", "ignore::FutureWarning"
-    )  # DeepSpeed uses torch names that are deprecated
-    from torch.distributed.elastic.multiprocessing.errors import (
-        ChildFailedError,  # torch loads for seconds
-    )
+    # DeepSpeed uses torch names that are deprecated.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    # torch loads for seconds, in which signals must be caught.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
@@ -105,7 +102,7 @@ class _StopSignals:
                         self._told.add(child.pid)
                         with contextlib.suppress(OSError):
                             child.send_signal(self._asked)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _children() -> list[Any]:
@@ -116,26 +113,22 @@ def _children() -> list[Any]:
 
 
 def _rank_files(folder: Path, *, shows_rank_0: bool) -> Any:
-    """Where torchrun puts the output of ranks: files named by global rank, and that of rank 0 also into the job's log."""
+    """Files of the ranks' output, by global rank; rank 0's also goes to the job's log."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, Std
 
     class RankFiles(DefaultLogsSpecs):
-        """torchrun's own files, renamed: it numbers them by local rank in a folder for each node."""
+        """torchrun's own, renamed: it numbers them by local rank, in a folder for each node."""
 
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
             """The files of this node's ranks."""
-            chosen = super().reify(envs)
-
-            def renamed(files: dict[int, str], ending: str) -> dict[int, str]:
-                return {i: str(folder / f"rank-{int(envs[i]['RANK']):03d}.{ending}") for i in files}
-
-            return dataclasses.replace(
-                chosen,
-                stdouts=renamed(chosen.stdouts, "out"),
-                stderrs=renamed(chosen.stderrs, "err"),
-                tee_stdouts=renamed(chosen.tee_stdouts, "out"),
-                tee_stderrs=renamed(chosen.tee_stderrs, "err"),
-            )
+            chosen, renamed = super().reify(envs), {}
+            for kind in ("stdouts", "stderrs", "tee_stdouts", "tee_stderrs"):
+                ending = "out" if kind.endswith("stdouts") else "err"
+                renamed[kind] = {
+                    i: str(folder / f"rank-{int(envs[i]['RANK']):03d}.{ending}")
+                    for i in getattr(chosen, kind)
+                }
+            return dataclasses.replace(chosen, **renamed)
 
     tee = {0: Std.ALL} if shows_rank_0 else Std.NONE
     return RankFiles(log_dir=str(folder / ".torchrun"), redirects=Std.ALL, tee=tee)

@@ -1,4 +1,4 @@
-"""Start the processes of a command on this machine with torchrun's agent, and read what each of them is given."""
+"""Start a command's processes here with torchrun's agent, and read what each of them is given."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
 
 CONFIG_FLAG = "--config"
-PREPARE_FLAG = "--prepare"
+_PREPARE_FLAG = "--prepare"
 # A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill
 # them after 30 seconds.
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def config_path_of_rank(arguments: list[str]) -> Path:
@@ -28,11 +28,8 @@ def config_path_of_rank(arguments: list[str]) -> Path:
         ConfigError: no path, or more than that.
     """
     if len(arguments) != 2:
-        raise ConfigError(
-            [
-                f"{CONFIG_FLAG} takes one path and no overrides; got {' '.join(arguments[1:]) or 'nothing'}"
-            ]
-        )
+        got = " ".join(arguments[1:]) or "nothing"
+        raise ConfigError([f"{CONFIG_FLAG} takes one path and no overrides; got {got}"])
     return Path(arguments[1])
 
 
@@ -45,23 +42,21 @@ def split_prepare(arguments: list[str]) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: no path stands behind the flag.
     """
-    if arguments[:1] != [PREPARE_FLAG]:
+    if arguments[:1] != [_PREPARE_FLAG]:
         return None, arguments
     if len(arguments) < 2 or "=" in arguments[1]:
-        raise ConfigError(
-            [f"{PREPARE_FLAG} takes a path before the overrides: {PREPARE_FLAG} FILE key=value ..."]
-        )
+        usage = f"{_PREPARE_FLAG} FILE key=value ..."
+        raise ConfigError([f"{_PREPARE_FLAG} takes a path before the overrides: {usage}"])
     return Path(arguments[1]), arguments[2:]
 
 
 def note_config_of_ranks(note: Path, config_path: Path | None) -> None:
-    """Write the path that ranks get after ``--config`` into ``note``; nothing when there is nothing left to do."""
+    """Write the path that ranks get after ``--config`` into ``note``; none when all is done."""
     write_text(note, "" if config_path is None else f"{config_path}\n")
 
 
 def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
-    """Run ``python -m <module> --config <path>`` in ``processes`` processes of torchrun's agent,
-    which lives in this one.
+    """Run ``python -m <module> --config <path>`` in processes of an agent that lives here.
 
     SIGTERM and SIGUSR1 are passed on to the ranks; when one rank ends with an error the agent stops
     the others.
@@ -69,16 +64,14 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
     Returns:
         0, or the exit code of the rank that failed first; 1 when a signal ended it.
     """
-    from torch.distributed.elastic.multiprocessing.api import (
-        SignalException,  # torch loads for seconds
-    )
+    # torch loads for seconds.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault(
-        "PYTHONWARNINGS", "ignore::FutureWarning"
-    )  # DeepSpeed uses torch names that are deprecated
+    # DeepSpeed uses torch names that are deprecated.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -87,7 +80,7 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=AGENT_SIGNALS,
+        signals_to_handle=_AGENT_SIGNALS,
     )
     try:
         with _signals_go_to_ranks():
@@ -103,8 +96,8 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
 
 @contextlib.contextmanager
 def _signals_go_to_ranks() -> Iterator[None]:
-    """While open, a stop signal to this process is sent on to the ranks, which decide when to end."""
-    before = {number: signal.signal(number, _send_on) for number in FORWARDED_SIGNALS}
+    """While open, a stop signal to this process goes on to the ranks, which decide when to end."""
+    before = {number: signal.signal(number, _send_on) for number in _FORWARDED_SIGNALS}
     try:
         yield
     finally:

@@ -1,5 +1,4 @@
-"""Evaluate rescale factors: losses from the journal where known, computed where not, stopped where
-pointless.
+"""Evaluate rescale factors: losses from the journal, else computed, stopped where pointless.
 
 Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends
 neither on their order nor on who computed them, and a partial sum never exceeds the full one. Once
@@ -31,11 +30,6 @@ class BatchLosses(Protocol):
         """Batches that the samples are divided into."""
         ...
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of all batches."""
-        ...
-
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Summed loss of each sample of one batch."""
         ...
@@ -43,8 +37,7 @@ class BatchLosses(Protocol):
 
 @dataclass(frozen=True)
 class Race:
-    """The inexact rule of ``search.pruning=racing``, fixed for a round so that all workers judge
-    alike.
+    """The inexact rule of ``search.pruning=racing``, one for a round: all workers judge alike.
 
     Attributes:
         order: Batches in the order they are run.
@@ -80,11 +73,7 @@ class Race:
 
 
 class Evaluator:
-    """Computes scores and keeps the account of what they cost.
-
-    Attributes:
-        num_losses_computed: Sample losses computed by this process.
-    """
+    """Computes scores, journalling every loss."""
 
     def __init__(
         self,
@@ -94,18 +83,10 @@ class Evaluator:
         num_scored_tokens: int,
         is_pruning: bool = True,
     ) -> None:
-        self.num_losses_computed = 0
-        self._losses = losses
-        self._journal = journal
-        self._num_scored_tokens = num_scored_tokens
-        self._is_pruning = is_pruning
+        self._losses, self._journal = losses, journal
+        self._num_scored_tokens, self._is_pruning = num_scored_tokens, is_pruning
         self._loss_by_batch: defaultdict[int, float] = defaultdict(float)
         self._times_seen: defaultdict[int, int] = defaultdict(int)
-
-    @property
-    def num_losses_known(self) -> int:
-        """Sample losses in the journal: the forward passes that the search has cost so far, as this worker knows."""
-        return self._journal.num_losses
 
     def evaluate(
         self,
@@ -113,12 +94,9 @@ class Evaluator:
         bound: Callable[[], float] = lambda: math.inf,
         race: Race | None = None,
     ) -> Score:
-        """Sum the losses of all samples, or stop as soon as the sum is above the bound.
+        """Sum the losses of all samples, or stop once the sum is above the bound or the race lost.
 
-        Args:
-            factors: What to judge.
-            bound: Asked before every batch; it may fall meanwhile, as other workers finish.
-            race: Also stop where the candidate has lost this race; inexact.
+        The bound is asked before every batch: it may fall meanwhile, as other workers finish.
         """
         known = self._journal.losses(factors)
         order = race.order if race else self._hardest_first()
@@ -128,12 +106,10 @@ class Evaluator:
             if batch in known:
                 continue
             total = _sum_of(known)
-            if (
-                total == math.inf
-                or (self._is_pruning and total > bound())
-                or (race and race.is_lost(_by_batch(known)))
-            ):
-                return self._score(known)
+            if total == math.inf or (self._is_pruning and total > bound()):
+                break
+            if race and race.is_lost(_by_batch(known)):
+                break
             known[batch] = self._computed(factors, batch)
             self._learn_hardness(batch, known[batch])
         return self._score(known)
@@ -150,16 +126,12 @@ class Evaluator:
 
     def _computed(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Losses of one batch, journalled before they are used."""
-        losses = [
-            loss if math.isfinite(loss) else math.inf for loss in self._losses(factors, batch)
-        ]
+        computed = self._losses(factors, batch)
+        losses = [loss if math.isfinite(loss) else math.inf for loss in computed]
         if math.inf in losses:
-            logger.warning(
-                "factors %s gave a loss that is not finite; they count as worst",
-                factors_key(factors),
-            )
+            text = "factors %s gave a loss that is not finite; they count as worst"
+            logger.warning(text, factors_key(factors))
         self._journal.add(factors, batch, losses)
-        self.num_losses_computed += len(losses)
         return losses
 
     def _learn_hardness(self, batch: int, losses: list[float]) -> None:

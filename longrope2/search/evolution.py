@@ -4,20 +4,15 @@ Evaluate a first population; then, round by round, keep the best candidates of a
 each give one mutated candidate. The bound of early termination is the loss of the worst candidate
 that would be kept at that moment: what exceeds it can never be kept, so the result is the same with
 and without termination. Ties are broken by the candidate itself, never by the order of evaluation,
-and every worker draws the same candidates: the result is the same for any number of workers.
-
-New candidates: the first population, mutation and crossover [LongRoPE2, arXiv 2502.20082,
-Algorithms 1 and 2].
-
-Everything random is drawn from (seed, round, number), never from a running generator, so a resumed
-search and one with another number of workers draw the same candidates.
+and everything random is drawn from (seed, round, number), never from a running generator: a resumed
+search, and any number of workers, draw the same candidates and find the same result.
 """
 
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from longrope2.errors import FactorsError
 from longrope2.search.config import Pruning, SearchConfig
@@ -25,28 +20,26 @@ from longrope2.search.evaluator import Evaluator, Race
 from longrope2.search.space import Candidate, SearchSpace
 from longrope2.search.workers import Score, Workers
 
-MAX_ATTEMPTS = (
-    100  # draws for one new candidate before the space counts as exhausted around its parent
-)
+# Draws for one new candidate before the space counts as exhausted around its parent.
+_MAX_ATTEMPTS = 100
 
 
 def first_population(
     space: SearchSpace, size: int, mutation_probability: float, seed: int
 ) -> list[Candidate]:
-    """Algorithm 1: for every critical index a flat factor drawn from [s, 2s]; again, and mutated,
-    until ``size`` exist.
+    """Algorithm 1: ``size`` candidates, for every critical index a flat factor drawn from [s, 2s].
 
-    The closed-form methods that lie in the space come first. Where nothing is bounded, the others
-    are mutations of those [LongRoPE, sec. 3.2: PI, NTK, YaRN].
+    Laps over the indices after the first are mutated. The closed-form methods that lie in the space
+    come first; where nothing is bounded, the others are mutations of those [LongRoPE, sec. 3.2].
 
     Raises:
         FactorsError: the space holds too few distinct candidates.
     """
-    found = list(dict.fromkeys(space.closed_form_seeds()))[:size]
-    seen = set(found)
-    for number in range(size * MAX_ATTEMPTS):
+    seeds = space.closed_form_seeds()
+    found = dict.fromkeys(list(dict.fromkeys(seeds))[:size])
+    for number in range(size * _MAX_ATTEMPTS):
         if len(found) == size:
-            return found
+            break
         rng = random.Random(f"population/{seed}/{number}")
         if space.is_bounded:
             lap, place = divmod(number, len(space.critical_indices))
@@ -54,40 +47,38 @@ def first_population(
                 space.critical_indices[place], rng.randint(space.lowest_step, space.highest_step)
             )
         else:
-            lap, candidate = 1, found[number % len(space.closed_form_seeds())]
+            lap, candidate = 1, list(found)[number % len(seeds)]
         if lap > 0:
             candidate = mutate(space, candidate, mutation_probability, rng)
-        if candidate not in seen:
-            seen.add(candidate)
-            found.append(candidate)
-    if len(found) == size:
-        return found
-    raise FactorsError(
-        f"search.population={size}: the space holds too few distinct candidates ({len(found)} found); "
-        "lower search.population or search.grid"
-    )
+        found.setdefault(candidate)
+    if len(found) < size:
+        raise FactorsError(
+            f"search.population={size}: the space holds too few distinct candidates "
+            f"({len(found)} found); lower search.population or search.grid"
+        )
+    return list(found)
 
 
 def children(
     space: SearchSpace,
     parents: Sequence[Candidate],
     config: SearchConfig,
+    *,
     seed: int,
     iteration: int,
     seen: Collection[Candidate],
 ) -> list[Candidate]:
-    """New candidates of a round, different from ``seen`` and from each other: mutations, then
-    crossovers.
+    """New candidates of a round, none of ``seen`` and all different: mutations, then crossovers.
 
-    ``search.mutations`` mutated candidates, their parents taken in order of rank, again from the
-    first when there are fewer (null: one per parent), and ``search.crossovers`` of two parents with
-    the same critical index. Where nothing new is found in ``MAX_ATTEMPTS`` draws there is none.
+    Parents are mutated in order of rank, again from the first when there are fewer than
+    ``search.mutations`` (null: one per parent), and crossed in pairs of one critical index. Where
+    nothing new is found in ``_MAX_ATTEMPTS`` draws there is none.
     """
     num_mutations = len(parents) if config.mutations is None else config.mutations
     fresh: dict[Candidate, None] = {}
 
     def add_new(kind: str, number: int, draw: Callable[[random.Random], Candidate]) -> None:
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             child = draw(random.Random(f"{kind}/{seed}/{iteration}/{number}/{attempt}"))
             if child not in seen and child not in fresh:
                 fresh[child] = None
@@ -96,24 +87,17 @@ def children(
     for number in range(num_mutations):
         parent = parents[number % len(parents)]
         add_new("mutation", number, lambda rng, parent=parent: _mutated(space, parent, config, rng))
-    pairs = _mates(parents)
-    for number in range(config.crossovers if pairs else 0):
-        add_new("crossover", number, lambda rng: cross(*rng.choice(pairs), rng))
+    same = [(a, b) for a, b in combinations(parents, 2) if a.critical_index == b.critical_index]
+    for number in range(config.crossovers if same else 0):
+        add_new("crossover", number, lambda rng: cross(*rng.choice(same), rng))
     return list(fresh)
 
 
 def cross(first: Candidate, second: Candidate, rng: random.Random) -> Candidate:
-    """Each free factor from one of two parents with the same critical index; then none may lie below the one before."""
+    """Each free factor from one of two parents with one c, then none below the one before."""
     assert first.critical_index == second.critical_index
-    steps: list[int] = []
-    for pair in zip(first.steps, second.steps, strict=True):
-        steps.append(max(rng.choice(pair), steps[-1] if steps else 0))
-    return Candidate(first.critical_index, tuple(steps))
-
-
-def _mates(parents: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """Pairs of parents that can be crossed."""
-    return [(a, b) for a, b in combinations(parents, 2) if a.critical_index == b.critical_index]
+    chosen = map(rng.choice, zip(first.steps, second.steps, strict=True))
+    return Candidate(first.critical_index, tuple(accumulate(chosen, max)))
 
 
 def _mutated(
@@ -126,8 +110,7 @@ def _mutated(
 
 
 def moved(space: SearchSpace, candidate: Candidate, step: int) -> Candidate:
-    """The candidate with its critical index moved by ``step`` (-1 or 1), or itself at the end of
-    the range.
+    """The candidate with its critical index moved by -1 or 1, or itself at the end of the range.
 
     The factors at and above the new index stay; one that becomes free, or comes under the bound,
     takes the value of the one above it, the least change that keeps every rule.
@@ -138,10 +121,8 @@ def moved(space: SearchSpace, candidate: Candidate, step: int) -> Candidate:
     first, old_first = space.first_free(critical_index), space.first_free(candidate.critical_index)
     steps = list(candidate.steps[max(first - old_first, 0) :])
     steps = [steps[0]] * max(old_first - first, 0) + steps
-    steps = [
-        max(value, space.least_step(first + n, critical_index)) for n, value in enumerate(steps)
-    ]
-    return Candidate(critical_index, tuple(steps))
+    least = (space.least_step(first + n, critical_index) for n in range(len(steps)))
+    return Candidate(critical_index, tuple(map(max, steps, least)))
 
 
 def mutate(
@@ -151,9 +132,8 @@ def mutate(
 
     Neighbouring factors that change together are drawn together, uniformly between the unchanged
     ones on either side and sorted, so no index is favoured by the order of drawing; what then lies
-    below s at or above c becomes s (only possible with ``dims=all``). The part below c follows from
-    the new lambda_c when the candidate is turned into factors. Departure: the paper does not say
-    how its monotonic constraint is kept.
+    below s at or above c becomes s (only possible with ``dims=all``). Departure: the paper does not
+    say how its monotonic constraint is kept.
     """
     changed = [rng.random() < probability for _ in parent.steps]
     first = space.first_free(parent.critical_index)
@@ -183,28 +163,15 @@ class Ranked:
     """A completely evaluated candidate; sorts from best to worst, equal losses by the candidate."""
 
     loss_sum: float
-    critical_index: int
-    steps: tuple[int, ...]
-
-    @property
-    def candidate(self) -> Candidate:
-        """The candidate without its loss."""
-        return Candidate(self.critical_index, self.steps)
+    candidate: Candidate
 
 
 @dataclass(frozen=True)
 class Round:
-    """Account of one round, cumulative where it counts.
+    """Account of the search up to the end of one round; 0 is the first population.
 
-    Attributes:
-        iteration: 0 for the first population.
-        best_value: Objective of the best candidate so far.
-        best_critical_index: Its critical index.
-        worst_kept_value: Objective of the worst kept candidate.
-        num_candidates: Distinct candidates evaluated so far.
-        num_terminated: Those of them stopped early.
-        num_losses: Sample losses looked at so far, whether computed or taken from the journal. With
-            several workers, where an evaluation stops depends on what the others have finished.
+    ``num_losses`` counts sample losses looked at, computed or known: with several workers, where an
+    evaluation stops depends on what the others have finished.
     """
 
     iteration: int
@@ -240,9 +207,9 @@ class Evolution:
         self.num_candidates = 0
         self.num_terminated = 0
         self.num_losses = 0
-        self._space = space
-        self._config = config
-        self._evaluator = evaluator
+        self.space = space
+        self.config = config
+        self.evaluator = evaluator
         self._seed = seed
         self._workers = workers or Workers()
         self._batch_losses: dict[Candidate, dict[int, float]] = {}
@@ -256,16 +223,16 @@ class Evolution:
         """
         if not self.kept:
             raise FactorsError(
-                f"none of {self.num_candidates} candidates gave a finite loss: the model cannot be evaluated at the "
-                "target length; check the weights and the number format"
+                f"none of {self.num_candidates} candidates gave a finite loss: the model cannot be "
+                "evaluated at the target length; check the weights and the number format"
             )
         return self.kept[0]
 
     def steps(self) -> Iterator[Candidate]:
         """Run the search; yields each candidate after its evaluation."""
-        config = self._config
+        config = self.config
         population = first_population(
-            self._space, config.population, config.mutation_probability, self._seed
+            self.space, config.population, config.mutation_probability, self._seed
         )
         seen: set[Candidate] = set()
         for iteration in range(config.iterations + 1):
@@ -274,45 +241,48 @@ class Evolution:
             self._close_round(iteration)
             if iteration == config.iterations:
                 return
-            parents = [ranked.candidate for ranked in self.kept]
-            population = children(self._space, parents, config, self._seed, iteration + 1, seen)
+            population = children(
+                self.space,
+                [ranked.candidate for ranked in self.kept],
+                config,
+                seed=self._seed,
+                iteration=iteration + 1,
+                seen=seen,
+            )
 
     def _evaluate_all(self, population: Sequence[Candidate], label: str) -> Iterator[Candidate]:
-        """Evaluate candidates together with the other workers, each against the bound of that moment."""
+        """Evaluate with the other workers, each candidate against the bound of that moment."""
         queue = self._workers.queue(label, len(population))
         race = self._race()
         waiting: list[Candidate] = []  # evaluated, not yet yielded
 
         def bound() -> float:
             waiting.extend(self._take(population[task], score) for task, score in queue.news())
-            full = len(self.kept) == self._config.parents
+            full = len(self.kept) == self.config.parents
             return self.kept[-1].loss_sum if full else math.inf
 
         while (task := queue.claim()) is not None:
-            queue.publish(
-                task,
-                self._evaluator.evaluate(self._space.to_factors(population[task]), bound, race),
-            )
+            factors = self.space.to_factors(population[task])
+            queue.publish(task, self.evaluator.evaluate(factors, bound, race))
             bound()
             yield from waiting
             waiting.clear()
         yield from (self._take(population[task], score) for task, score in queue.remaining())
 
     def _race(self) -> Race | None:
-        """The race of a round, against the worst candidate kept before it; none while there is room for more."""
-        config = self._config
+        """The race of a round, against the worst candidate kept; none while there is room."""
+        config = self.config
         if config.pruning is not Pruning.racing or len(self.kept) < config.parents:
             return None
         least_batches = -(-config.racing_samples // config.batch_size)
-        return Race.against(
-            self._batch_losses[self.kept[-1].candidate], config.racing_margin, least_batches
-        )
+        worst = self._batch_losses[self.kept[-1].candidate]
+        return Race.against(worst, config.racing_margin, least_batches)
 
     def _take(self, candidate: Candidate, score: Score) -> Candidate:
         """Account for an evaluated candidate, and keep it if it is among the best."""
         if score.is_complete and score.loss_sum < math.inf:
-            self.kept.append(Ranked(score.loss_sum, candidate.critical_index, candidate.steps))
-            self.kept = sorted(self.kept)[: self._config.parents]
+            self.kept.append(Ranked(score.loss_sum, candidate))
+            self.kept = sorted(self.kept)[: self.config.parents]
             self._batch_losses[candidate] = score.batch_losses
         self.num_candidates += 1
         self.num_terminated += not score.is_complete
@@ -321,15 +291,13 @@ class Evolution:
 
     def _close_round(self, iteration: int) -> None:
         """Add the account of a round that has just ended."""
-        evaluator = self._evaluator
-        self.rounds.append(
-            Round(
-                iteration=iteration,
-                best_value=evaluator.value(self.best.loss_sum),
-                best_critical_index=self.best.critical_index,
-                worst_kept_value=evaluator.value(self.kept[-1].loss_sum),
-                num_candidates=self.num_candidates,
-                num_terminated=self.num_terminated,
-                num_losses=self.num_losses,
-            )
+        finished = Round(
+            iteration=iteration,
+            best_value=self.evaluator.value(self.best.loss_sum),
+            best_critical_index=self.best.candidate.critical_index,
+            worst_kept_value=self.evaluator.value(self.kept[-1].loss_sum),
+            num_candidates=self.num_candidates,
+            num_terminated=self.num_terminated,
+            num_losses=self.num_losses,
         )
+        self.rounds.append(finished)

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longrope2.config import remake, require_same
 from longrope2.errors import ArtifactError
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.rope.factors import RescaleFactors
 
-VERSION = 2
-JOURNAL_FILE = "journal.jsonl"
-IN_USE = "is in use by another search; wait for it, or end it"
+_VERSION = 2
+_JOURNAL_FILE = "journal.jsonl"
+_IN_USE = "is in use by another search; wait for it, or end it"
 
 
 def factors_key(factors: RescaleFactors) -> str:
@@ -50,17 +51,16 @@ class Journal:
             writes: False for the processes of a worker that leave writing to another one.
 
         Raises:
-            ArtifactError: another search has the file open, a journal is damaged, or belongs to
-                another search.
+            ArtifactError: a journal is in use, damaged, or of another search.
         """
         self._losses: dict[str, dict[int, list[float]]] = {}
         self.num_losses = 0
-        path = folder / (f"journal.{worker}.jsonl" if worker else JOURNAL_FILE)
-        self._log = AppendLog(path, in_use=IN_USE) if writes else None
+        path = folder / (f"journal.{worker}.jsonl" if worker else _JOURNAL_FILE)
+        self._log = AppendLog(path, in_use=_IN_USE) if writes else None
         try:
             self._read_all(folder, json.loads(json.dumps(dict(header))))
             if self._log is not None and not read_log(path):
-                self._log.append({"search_journal": VERSION, **header})
+                self._log.append({"search_journal": _VERSION, **header})
         except BaseException:
             self.__exit__()
             raise
@@ -97,17 +97,10 @@ class Journal:
         """The journal must be of this program's version and of this very search."""
         if not isinstance(found, dict) or "search_journal" not in found:
             raise damaged_line(path, 1)
-        if (version := found.pop("search_journal")) != VERSION:
-            raise ArtifactError(
-                f"{path} has version {version}, this program reads {VERSION}; use another run.name, or remove "
-                f"{path.parent} to search again"
-            )
-        for key in sorted(found.keys() | header.keys()):
-            if found.get(key) != header.get(key):
-                raise ArtifactError(
-                    f"{path} belongs to another search: {key} was {found.get(key)}, now it is {header.get(key)}; "
-                    f"use another run.name, or remove {path.parent} to search again"
-                )
+        if (version := found.pop("search_journal")) != _VERSION:
+            fault = f"{path} has version {version}, this program reads {_VERSION}"
+            raise ArtifactError(f"{fault}; {remake(path.parent)}")
+        require_same(f"{path} belongs to another search", found, header, path.parent)
 
     def _take(self, path: Path, record: Any, number: int) -> None:
         """Add one line of a file to the known losses."""

@@ -4,20 +4,19 @@ Needle-driven perplexity [LongRoPE2, arXiv 2502.20082, sec. 3.2] scores the toke
 only; plain perplexity scores every token. Both are exp(mean negative log-likelihood over the scored
 tokens of all samples).
 
+A search would optimise noise unless the self-tests hold: (a) the scored tokens are there, whole,
+and inside the window; (b) the loss depends on the rescale factors; (c) inside its own window the
+model retrieves the needle, and taking the needle away raises the loss of the value.
+
 Shape legend: B = samples of a batch, T = tokens of a sample (of this process's chunk), H = hidden
 size, S = scored tokens.
-
-What must hold before a search may start: it would otherwise optimise noise.
-
-(a) the scored tokens are there, whole, and inside the window; (b) the loss depends on the rescale
-factors; (c) inside its own window the model retrieves the needle, and taking the needle away raises
-the loss of the value.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -60,15 +59,9 @@ def needle_samples(needles: NeedleSet) -> list[ScoredSample]:
 def cut_documents(
     documents: Iterable[Sequence[int]], bos_id: int, length: int, num_samples: int
 ) -> list[ScoredSample]:
-    """Long documents scored on every token: BOS and the first ``length - 1`` ids, documents joined
-    where too short.
+    """Long documents scored on every token: BOS and the first ``length - 1`` ids.
 
-    Args:
-        documents: Ids of texts without BOS, in the order they are to be used; each serves one
-            sample only.
-        bos_id: Put in front of every sample.
-        length: Tokens of a sample.
-        num_samples: Samples wanted.
+    Those too short are joined; none serves two samples. The ids of ``documents`` come without BOS.
 
     Raises:
         DataError: too little text.
@@ -80,14 +73,13 @@ def cut_documents(
             break
         joined = np.concatenate([joined, np.asarray(document, dtype=np.int64)])
         if len(joined) >= length - 1:
-            samples.append(
-                ScoredSample(np.concatenate([[bos_id], joined[: length - 1]]), first_scored=1)
-            )
+            tokens = np.concatenate([[bos_id], joined[: length - 1]])
+            samples.append(ScoredSample(tokens, first_scored=1))
             joined = np.empty(0, dtype=np.int64)
     if len(samples) < num_samples:
         raise DataError(
-            f"search.num_samples={num_samples} samples of {length} tokens are wanted, the held-out text is enough for "
-            f"{len(samples)}; lower search.num_samples or use a larger corpus"
+            f"search.num_samples={num_samples} samples of {length} tokens are wanted, the held-out "
+            f"text is enough for {len(samples)}; lower search.num_samples or use a larger corpus"
         )
     return samples
 
@@ -115,6 +107,7 @@ class SampleLosses:
     group.
 
     Attributes:
+        model: What computes them, the one model of the search.
         samples: The frozen samples.
         num_samples: Their number.
         num_batches: Batches they are divided into.
@@ -129,25 +122,25 @@ class SampleLosses:
         window: Window = Window.LONG,
         sequence_group: ProcessGroup | None = None,
     ) -> None:
+        self.model = model
         self.samples = tuple(samples)
         self.num_samples = len(samples)
         self.num_batches = -(-len(samples) // batch_size)
         self.num_scored_tokens = sum(sample.num_scored for sample in samples)
-        self._model = model
         self._batch_size = batch_size
         self._window = window
         self._group = sequence_group
 
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Summed loss of each sample of one batch, nats."""
-        self._model.set_factors(factors)
+        self.model.set_factors(factors)
         samples = self.samples[batch * self._batch_size : (batch + 1) * self._batch_size]
         if self._group is not None:
             return [self._shared_loss(sample, self._group) for sample in samples]
-        device = next(self._model.parameters()).device
+        device = next(self.model.parameters()).device
         tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in samples])).to(device)
         first = min(sample.first_scored for sample in samples)
-        losses_BS = token_nll(self._model, tokens_BT, self._window, first).double()
+        losses_BS = token_nll(self.model, tokens_BT, self._window, first).double()
         return [
             losses_S[sample.first_scored - first :].sum().item()
             for sample, losses_S in zip(samples, losses_BS, strict=True)
@@ -155,11 +148,10 @@ class SampleLosses:
 
     @torch.no_grad()
     def _shared_loss(self, sample: ScoredSample, group: ProcessGroup) -> float:
-        """Loss of one sample whose tokens are spread over a group; the same number on all of its processes."""
+        """Loss of one sample spread over a group; the same number in all its processes."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        num_inputs = len(sample.tokens) - 1
-        # Padded on the right to a multiple of the group's size: under a causal mask no scored token
-        # sees it.
+        num_inputs, device = len(sample.tokens) - 1, self.model.hf.device
+        # Padded on the right to a multiple of the group's size, which no scored token sees.
         padded = np.pad(sample.tokens, (0, -num_inputs % size), mode="edge")
         start, stop = chunk_bounds(len(padded) - 1, rank, size)
         layout = build_layout(
@@ -168,16 +160,14 @@ class SampleLosses:
             sequence_rank=rank,
             sequence_group=group,
             sequence_size=size,
-            device=self._model.hf.device,
+            device=device,
         )
-        tokens_T = torch.from_numpy(padded).to(self._model.hf.device)
-        hidden_BTH = self._model.hidden_states(tokens_T[None, start:stop], self._window, layout)
+        tokens_T = torch.from_numpy(padded).to(device)
+        hidden_BTH = self.model.hidden_states(tokens_T[None, start:stop], self._window, layout)
         first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
-        losses_BS = head_nll(
-            self._model,
-            hidden_BTH[:, first - start : last - start],
-            tokens_T[None, first + 1 : last + 1],
-        )
+        scored_BSH = hidden_BTH[:, first - start : last - start]
+        targets_BS = tokens_T[None, first + 1 : last + 1]
+        losses_BS = head_nll(self.model, scored_BSH, targets_BS)
         loss = losses_BS.double().sum()
         dist.all_reduce(loss, group=group)
         return loss.item()
@@ -202,8 +192,7 @@ def check_needle_labels(
     bos_id: int,
     decode: Callable[[Sequence[int] | np.ndarray], str],
 ) -> None:
-    """Self-test (a): exactly ``length`` tokens, one BOS at the front, and the whole value at the
-    end.
+    """Self-test (a): ``length`` tokens, one BOS at the front, and the whole value at the end.
 
     Raises:
         ArtifactError: a sample breaks one of these; names the sample.
@@ -211,24 +200,18 @@ def check_needle_labels(
     if not needles.samples:
         raise ArtifactError("the needle set holds no samples")
     for number, sample in enumerate(needles.samples):
-        if len(sample.tokens) != length:
-            raise ArtifactError(
-                f"needle sample {number} has {len(sample.tokens)} tokens, target_len is {length}"
-            )
-        if sample.tokens[0] != bos_id or np.count_nonzero(sample.tokens == bos_id) != 1:
-            raise ArtifactError(
-                f"needle sample {number} does not hold exactly one BOS ({bos_id}), at its front"
-            )
+        name, tokens = f"needle sample {number}", sample.tokens
+        if len(tokens) != length:
+            raise ArtifactError(f"{name} has {len(tokens)} tokens, target_len is {length}")
+        if tokens[0] != bos_id or np.count_nonzero(tokens == bos_id) != 1:
+            raise ArtifactError(f"{name} does not hold exactly one BOS ({bos_id}), at its front")
         scored = decode(sample.through_value[sample.value_start :]).strip()
         if scored != sample.value:
-            raise ArtifactError(
-                f"needle sample {number}: the scored tokens read {scored!r}, not {sample.value!r}"
-            )
+            raise ArtifactError(f"{name}: the scored tokens read {scored!r}, not {sample.value!r}")
 
 
 def check_factors_matter(unscaled: Score, interpolated: Score) -> None:
-    """Self-test (b): unscaled and interpolated RoPE give different losses on the samples of the
-    search.
+    """Self-test (b): unscaled and interpolated RoPE give different losses on the search's samples.
 
     It costs nothing: both are among the closed forms that every search is compared with.
 
@@ -238,8 +221,9 @@ def check_factors_matter(unscaled: Score, interpolated: Score) -> None:
     """
     if unscaled.batch_losses == interpolated.batch_losses:
         raise ArtifactError(
-            f"the loss is {unscaled.loss_sum:.6g} with the unscaled and with the interpolated RoPE alike: this model does "
-            "not apply the rescale factors it is given; its class is not supported"
+            f"the loss is {unscaled.loss_sum:.6g} with the unscaled and with the interpolated RoPE "
+            "alike: this model does not apply the rescale factors it is given; its class is not "
+            "supported"
         )
 
 
@@ -251,30 +235,26 @@ def check_needle_guidance(
 ) -> NeedleGuidance:
     """Self-test (c), on samples of the original window computed with the original RoPE.
 
-    Args:
-        with_needle: Needle samples of the original length, in the short window.
-        without_needle: The same keys and texts without the needle.
-        factors: Any factors of the model; their short window is used.
-        config: Holds the two limits.
+    The samples are the same keys and texts with and without the needle. Of ``factors``, any of the
+    model, the short window is used.
 
     Raises:
         DataError: the model does not retrieve inside its own window, or does not use the needle.
     """
-    guidance = NeedleGuidance(
-        _perplexity(with_needle, factors), _perplexity(without_needle, factors)
-    )
-    original_len = factors.geometry.original_len
+    guidance = NeedleGuidance(*(_perplexity(x, factors) for x in (with_needle, without_needle)))
+    tokens = f"{factors.geometry.original_len} tokens"
     advice = "this model cannot guide a needle search; use search.objective=perplexity"
     if not guidance.needle_ppl <= config.max_needle_ppl_at_original:
         raise DataError(
-            f"needle perplexity at {original_len} tokens, inside the original window, is {guidance.needle_ppl:.4g}, "
-            f"above search.max_needle_ppl_at_original={config.max_needle_ppl_at_original:g}: {advice}"
+            f"needle perplexity at {tokens}, inside the original window, is "
+            f"{guidance.needle_ppl:.4g}, above search.max_needle_ppl_at_original="
+            f"{config.max_needle_ppl_at_original:g}: {advice}"
         )
     gain = float(np.log(guidance.control_ppl) - np.log(guidance.needle_ppl))
     if not gain >= config.min_needle_loss_gain:
         raise DataError(
-            f"the needle lowers the loss of its value by {gain:.4g} nats per token at {original_len} tokens, below "
-            f"search.min_needle_loss_gain={config.min_needle_loss_gain:g}: {advice}"
+            f"the needle lowers the loss of its value by {gain:.4g} nats per token at {tokens}, "
+            f"below search.min_needle_loss_gain={config.min_needle_loss_gain:g}: {advice}"
         )
     return guidance
 
@@ -282,6 +262,4 @@ def check_needle_guidance(
 def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
     """Perplexity over all samples."""
     batches = (losses(factors, batch) for batch in range(losses.num_batches))
-    return perplexity(
-        math.fsum(loss for batch in batches for loss in batch), losses.num_scored_tokens
-    )
+    return perplexity(math.fsum(chain.from_iterable(batches)), losses.num_scored_tokens)

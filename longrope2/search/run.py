@@ -1,16 +1,14 @@
-"""Run a prepared search and write its product: journal, factors, history, metrics and, last, the
-manifest.
+"""Run a prepared search and write its product.
 
-What a search costs: counted, measured, and projected to other hardware.
-
-What a finished search leaves behind: the best factors, and the history that reports are drawn from.
+The product: the frozen samples, journals of every loss, the best factors, the history that reports
+are drawn from, metrics and, last, the manifest.
 """
 
-import collections
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +22,39 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from longrope2.config import StageConfig, to_plain
+from longrope2.config import to_plain
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.model.shape import ModelShape
-from longrope2.parallel.dims import ParallelConfig
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.search.config import Algorithm, Objective, Pruning, SearchConfig
+from longrope2.search.config import Algorithm, Objective, Pruning, SearchRoot, most_candidates
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
 from longrope2.search.journal import Journal
-from longrope2.search.objective import (
-    NeedleGuidance,
-    SampleLosses,
-    check_factors_matter,
-    samples_sha256,
-)
+from longrope2.search.objective import NeedleGuidance, check_factors_matter, samples_sha256
+from longrope2.search.prepare import NEEDLES_FILE, SECONDS_PER_HOUR, PreparedSearch, projected_hours
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Score, Workers
-from longrope2.segments.needle_set import NeedleSet
-from longrope2.tracking.metrics import MetricsLog, TrackingConfig, read_metrics
+from longrope2.tracking.metrics import MetricsLog, read_metrics
 
-SECONDS_PER_HOUR = 3600.0
-BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
+_BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
 HISTORY_FILE = "history.json"
-NEEDLES_FILE = "needles.arrow"
-NEEDLES_FILES = (
-    NEEDLES_FILE,
-    "needles.json",
-)  # the samples, and for readers the record of what they are made of
-
-
-def most_candidates(config: SearchConfig) -> int:
-    """Candidates of a search that finds a new one in every draw."""
-    mutations = config.parents if config.mutations is None else config.mutations
-    return config.population + config.iterations * (mutations + config.crossovers)
-
-
-def projected_hours(
-    shape: ModelShape, target_len: int, num_forwards: int, config: SearchConfig
-) -> float:
-    """Hours on ``search.projected_gpus`` GPUs, each sustaining ``search.projected_tflops``; loading not included."""
-    rate = config.projected_gpus * config.projected_tflops * 1e12
-    return shape.forward_flops(target_len) * num_forwards / rate / SECONDS_PER_HOUR
+# The samples, and for readers the record of what they are made of.
+_NEEDLES_FILES = (NEEDLES_FILE, "needles.json")
 
 
 @dataclass(frozen=True)
 class SearchBudget:
-    """Account of a finished search.
+    """What a finished search has cost: counted, measured, and projected to other hardware.
 
     Attributes:
         num_candidates: Distinct candidates evaluated.
         num_terminated: Those of them stopped early.
-        num_forwards: Forward passes of one sample that the search and the closed forms cost, over
-            all processes and resumptions: as many as the journals hold.
+        num_forwards: Forward passes of one sample in all the journals, closed forms included.
         num_forwards_saved: Those that early termination saved.
-        forward_tokens: ``num_forwards`` times the target length.
-        seconds: Wall time of this run of the command; less than the search took if it was resumed.
+        forward_tokens: ``num_forwards`` times the tokens of a sample.
+        seconds: Wall time of this run of the command, not of those that it resumed.
         device_hours: The same times the number of processes.
         sustained_tflops: TFLOP/s of one process in this run; None when all was known already.
         projected_hours: The forward passes on the hardware that ``search.projected_*`` describe.
@@ -99,153 +71,17 @@ class SearchBudget:
     projected_hours: float
 
 
-def _critical(config: SearchConfig) -> str:
-    """Where the critical index came from."""
-    if config.algorithm is Algorithm.longrope:
-        return "none"
-    return "searched" if config.critical is None else "fixed"
-
-
-def value_name(objective: Objective) -> str:
-    """Name of the objective's value in histories and metrics."""
-    return "needle_ppl" if objective is Objective.needle else "ppl"
-
-
-def best_factors(
-    evolution: Evolution,
-    evaluator: Evaluator,
-    space: SearchSpace,
-    config: SearchConfig,
-    *,
-    long_factors: RescaleFactors | None = None,
-    **provenance: str,
-) -> RescaleFactors:
-    """The rescale factors of the best candidate, with what they were chosen by.
-
-    With ``long_factors`` the candidate gives the short window's factors, and those are the long
-    window's.
-    """
-    best = evolution.best
-    found = space.to_factors(
-        best.candidate,
-        method=config.algorithm.value,
-        objective=config.objective.value,
-        dims=config.dims.value,
-        critical=_critical(config),
-        **{value_name(config.objective): repr(evaluator.value(best.loss_sum))},
-        **provenance,
-    )
-    if long_factors is None:
-        return found
-    short = {f"short_{key}": value for key, value in found.provenance.items()}
-    return replace(
-        long_factors, short_factors=found.factors, provenance={**long_factors.provenance, **short}
-    )
-
-
-def search_history(
-    evolution: Evolution,
-    evaluator: Evaluator,
-    space: SearchSpace,
-    config: SearchConfig,
-    *,
-    baselines: Mapping[str, float],
-    guidance: NeedleGuidance | None,
-    sample_len: int,
-    budget: SearchBudget,
-) -> dict[str, Any]:
-    """Everything a report needs, as plain JSON values.
-
-    All but ``budget`` and the costs in ``rounds`` is the same however often the search was
-    interrupted and for any number of workers. Keys: ``algorithm``, ``objective`` and
-    ``value_name``; ``sample_len``; ``budget`` (see ``SearchBudget``); ``best_value``,
-    ``critical_index``, ``theoretical_critical_index``, ``ten_period_index``; ``baselines`` (method
-    -> value on the same samples); ``rounds`` (see ``Round``); ``kept`` (best candidates: value,
-    critical index, factors); ``needle_ppl_at_original`` and ``control_ppl_at_original`` of the
-    self-test, null without one.
-    """
-    return {
-        "algorithm": config.algorithm.value,
-        "objective": config.objective.value,
-        "value_name": value_name(config.objective),
-        "best_value": evaluator.value(evolution.best.loss_sum),
-        "critical_index": evolution.best.critical_index if space.is_bounded else None,
-        "theoretical_critical_index": theoretical_critical_index(space.geometry),
-        "ten_period_index": ten_period_index(space.geometry),
-        "original_len": space.geometry.original_len,
-        "target_len": space.target_len,
-        "sample_len": sample_len,
-        "budget": asdict(budget),
-        "baselines": dict(baselines),
-        "needle_ppl_at_original": guidance.needle_ppl if guidance else None,
-        "control_ppl_at_original": guidance.control_ppl if guidance else None,
-        "rounds": [asdict(finished) for finished in evolution.rounds],
-        "kept": [
-            {
-                "value": evaluator.value(ranked.loss_sum),
-                "critical_index": ranked.critical_index if space.is_bounded else None,
-                "factors": list(space.to_factors(ranked.candidate).factors),
-            }
-            for ranked in evolution.kept
-        ],
-    }
-
-
-@dataclass
-class SearchRoot(StageConfig):
-    """Configuration of the search stage, without the corpus its samples come from."""
-
-    search: SearchConfig = field(default_factory=SearchConfig)
-    """The evolutionary search."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Processes that share the candidates; ``parallel.sequence`` of them hold every sample
-    together."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where metrics go."""
-
-
-@dataclass(frozen=True)
-class PreparedSearch:
-    """What a search works on, after the self-tests.
-
-    Attributes:
-        space: Where candidates lie.
-        losses: Losses of the samples under given factors.
-        shape: Sizes of the model, for what a forward pass costs.
-        sample_len: Tokens of a sample: the target window, or the original one for short-window
-            factors.
-        long_factors: The long window's factors when the search is for the short window's; else
-            None.
-        guidance: Figures of the needle self-test; None for the plain-perplexity objective.
-        needles: The needle set to freeze; None for the plain-perplexity objective.
-        inputs: ``model`` and ``corpus`` for the manifest.
-    """
-
-    space: SearchSpace
-    losses: SampleLosses
-    shape: ModelShape
-    sample_len: int
-    long_factors: RescaleFactors | None
-    guidance: NeedleGuidance | None
-    needles: NeedleSet | None
-    inputs: dict[str, dict[str, Any]]
-
-
-def run_search(
-    config: SearchRoot, prepared: PreparedSearch, folder: Path, workers: Workers
-) -> None:
-    """Search, or go on with a killed search, and write the product into ``folder``; every process
-    calls it.
+def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None:
+    """Search, or go on with a killed search, and write the product; every process calls it.
 
     Raises:
-        ArtifactError: the folder's journal is damaged, in use, or of another search; or the model
-            does not apply the factors it is given (self-test b).
+        ArtifactError: a journal is damaged, in use, or of another search; or self-test (b) failed.
         FactorsError: no candidate gave a finite loss.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), prepared.config
     if workers.is_main and prepared.needles is not None:
         prepared.needles.save(folder / NEEDLES_FILE)
-    header = _journal_header(config, prepared)
+    header = _journal_header(prepared)
     with Journal(folder, header, workers.worker, writes=workers.is_leader) as journal:
         num_known = journal.num_losses
         workers.wait_for_all("journals are read")  # from here on they grow
@@ -257,32 +93,32 @@ def run_search(
         )
         scores = _baseline_scores(prepared.space, evaluator, workers)
         check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
-        baselines = {
-            method.value: evaluator.value(score.loss_sum) for method, score in scores.items()
-        }
-        evolution = Evolution(prepared.space, config.search, evaluator, config.seed, workers)
+        evolution = Evolution(
+            prepared.space, config.search, evaluator, seed=config.seed, workers=workers
+        )
         if workers.is_main:
-            _run_with_progress(config, evolution, evaluator, folder)
+            _run_with_progress(config, evolution, folder)
         else:
-            collections.deque(evolution.steps(), maxlen=0)
+            deque(evolution.steps(), maxlen=0)
     workers.wait_for_all("journals are written")
     if workers.is_main:
         num_forwards = Journal(folder, header, writes=False).num_losses
         budget = _budget(
-            config,
             prepared,
             evolution,
-            workers,
-            num_forwards,
-            num_known,
-            time.monotonic() - started,
+            num_forwards=num_forwards,
+            num_new=num_forwards - num_known,
+            seconds=time.monotonic() - started,
+            processes=workers.processes.dims.world_size if workers.processes else 1,
         )
-        _write_product(config, prepared, evolution, evaluator, baselines, folder, budget)
+        baselines = {m.value: evaluator.value(score.loss_sum) for m, score in scores.items()}
+        _write_product(prepared, evolution, baselines, budget, folder)
     workers.wait_for_all("the product is written")
 
 
-def _journal_header(config: SearchRoot, prepared: PreparedSearch) -> dict[str, Any]:
+def _journal_header(prepared: PreparedSearch) -> dict[str, Any]:
     """All that a loss depends on besides the factors."""
+    config = prepared.config
     return {
         **prepared.inputs["model"],
         "samples_sha256": samples_sha256(prepared.losses.samples),
@@ -299,68 +135,34 @@ def _baseline_scores(
     space: SearchSpace, evaluator: Evaluator, workers: Workers
 ) -> dict[RopeMethod, Score]:
     """Scores of the closed-form methods on the same samples."""
-    queue = workers.queue("baselines", len(BASELINE_METHODS))
+    queue = workers.queue("baselines", len(_BASELINE_METHODS))
     while (task := queue.claim()) is not None:
-        factors = closed_form_factors(BASELINE_METHODS[task], space.geometry, space.target_len)
+        factors = closed_form_factors(_BASELINE_METHODS[task], space.geometry, space.target_len)
         queue.publish(task, evaluator.evaluate(factors))
     scores = dict(queue.remaining())
-    return {method: scores[number] for number, method in enumerate(BASELINE_METHODS)}
+    return {method: scores[number] for number, method in enumerate(_BASELINE_METHODS)}
 
 
-def _budget(
-    config: SearchRoot,
-    prepared: PreparedSearch,
-    evolution: Evolution,
-    workers: Workers,
-    num_forwards: int,
-    num_known: int,
-    seconds: float,
-) -> SearchBudget:
-    """What the search has cost, and what it would cost elsewhere."""
-    processes = workers.processes.dims.world_size if workers.processes else 1
-    flops = prepared.shape.forward_flops(prepared.sample_len) * (num_forwards - num_known)
-    return SearchBudget(
-        num_candidates=evolution.num_candidates,
-        num_terminated=evolution.num_terminated,
-        num_forwards=num_forwards,
-        num_forwards_saved=evolution.num_candidates * prepared.losses.num_samples
-        - evolution.num_losses,
-        forward_tokens=num_forwards * prepared.sample_len,
-        seconds=round(seconds, 1),
-        device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
-        sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
-        projected_hours=projected_hours(
-            prepared.shape, prepared.sample_len, num_forwards, config.search
-        ),
-    )
-
-
-def _run_with_progress(
-    config: SearchRoot, evolution: Evolution, evaluator: Evaluator, folder: Path
-) -> None:
+def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
-    search, name = config.search, value_name(config.search.objective)
-    columns = (
+    name = _value_name(config.search.objective)
+    shown = (
         TextColumn("search"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
-    num_logged = sum(
-        "iteration" in record for record in read_metrics(folder)
-    )  # a resume logs no round twice
+    columns = *shown, TimeElapsedColumn(), TimeRemainingColumn()
+    # A resume logs no round twice.
+    num_logged = sum("iteration" in record for record in read_metrics(folder))
     tracking = MetricsLog(folder, config.tracking, config.run.name, "search", to_plain(config))
     with tracking, Progress(*columns) as progress:
-        bar = progress.add_task("", total=most_candidates(search))
+        bar = progress.add_task("", total=most_candidates(config.search))
         for _ in evolution.steps():
-            best = evolution.kept[0] if evolution.kept else None
-            text = (
-                f"{name} {evaluator.value(best.loss_sum):.4g} at c={best.critical_index}"
-                if best
-                else "no value yet"
-            )
+            text = "no value yet"
+            if evolution.kept:
+                value = evolution.evaluator.value(evolution.best.loss_sum)
+                text = f"{name} {value:.4g} at c={evolution.best.candidate.critical_index}"
             progress.update(bar, advance=1, description=text)
             num_logged = _log_rounds(tracking, evolution, name, num_logged)
         _log_rounds(tracking, evolution, name, num_logged)
@@ -379,31 +181,124 @@ def _log_rounds(tracking: MetricsLog, evolution: Evolution, name: str, num_logge
     return max(num_logged, len(evolution.rounds))
 
 
-def _write_product(
-    config: SearchRoot,
+def _budget(
     prepared: PreparedSearch,
     evolution: Evolution,
-    evaluator: Evaluator,
-    baselines: dict[str, float],
-    folder: Path,
+    *,
+    num_forwards: int,
+    num_new: int,
+    seconds: float,
+    processes: int,
+) -> SearchBudget:
+    """What the search has cost, with ``num_new`` of its forward passes in this run."""
+    shape, sample_len = prepared.shape, prepared.sample_len
+    flops = shape.forward_flops(sample_len) * num_new
+    most_forwards = evolution.num_candidates * prepared.losses.num_samples
+    return SearchBudget(
+        num_candidates=evolution.num_candidates,
+        num_terminated=evolution.num_terminated,
+        num_forwards=num_forwards,
+        num_forwards_saved=most_forwards - evolution.num_losses,
+        forward_tokens=num_forwards * sample_len,
+        seconds=round(seconds, 1),
+        device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
+        sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
+        projected_hours=projected_hours(shape, sample_len, num_forwards, prepared.config.search),
+    )
+
+
+def _value_name(objective: Objective) -> str:
+    """Name of the objective's value in histories and metrics."""
+    return "needle_ppl" if objective is Objective.needle else "ppl"
+
+
+def best_factors(
+    evolution: Evolution, *, long_factors: RescaleFactors | None = None, **provenance: str
+) -> RescaleFactors:
+    """The rescale factors of the best candidate, with what they were chosen by.
+
+    With ``long_factors``, the long window's, the candidate gives those of the short window.
+    """
+    best, config = evolution.best, evolution.config
+    critical = "searched" if config.critical is None else "fixed"
+    found = evolution.space.to_factors(
+        best.candidate,
+        method=config.algorithm.value,
+        objective=config.objective.value,
+        dims=config.dims.value,
+        critical="none" if config.algorithm is Algorithm.longrope else critical,
+        **{_value_name(config.objective): repr(evolution.evaluator.value(best.loss_sum))},
+        **provenance,
+    )
+    if long_factors is None:
+        return found
+    short = {f"short_{key}": value for key, value in found.provenance.items()}
+    both = {**long_factors.provenance, **short}
+    return replace(long_factors, short_factors=found.factors, provenance=both)
+
+
+def search_history(
+    evolution: Evolution,
+    *,
+    baselines: Mapping[str, float],
+    guidance: NeedleGuidance | None,
+    sample_len: int,
     budget: SearchBudget,
+) -> dict[str, Any]:
+    """Everything a report needs, as plain JSON values.
+
+    All but ``budget`` and the costs in ``rounds`` is the same however often the search was
+    interrupted and for any number of workers. ``baselines`` are values of the closed forms on the
+    same samples, ``rounds`` of ``Round``, ``kept`` the best candidates; ``*_ppl_at_original`` come
+    from self-test (c), null without one.
+    """
+    space, config, value = evolution.space, evolution.config, evolution.evaluator.value
+    kept = [
+        {
+            "value": value(ranked.loss_sum),
+            "critical_index": ranked.candidate.critical_index if space.is_bounded else None,
+            "factors": list(space.to_factors(ranked.candidate).factors),
+        }
+        for ranked in evolution.kept
+    ]
+    return {
+        "algorithm": config.algorithm.value,
+        "objective": config.objective.value,
+        "value_name": _value_name(config.objective),
+        "best_value": kept[0]["value"],
+        "critical_index": kept[0]["critical_index"],
+        "theoretical_critical_index": theoretical_critical_index(space.geometry),
+        "ten_period_index": ten_period_index(space.geometry),
+        "original_len": space.geometry.original_len,
+        "target_len": space.target_len,
+        "sample_len": sample_len,
+        "budget": asdict(budget),
+        "baselines": dict(baselines),
+        "needle_ppl_at_original": guidance.needle_ppl if guidance else None,
+        "control_ppl_at_original": guidance.control_ppl if guidance else None,
+        "rounds": [asdict(finished) for finished in evolution.rounds],
+        "kept": kept,
+    }
+
+
+def _write_product(
+    prepared: PreparedSearch,
+    evolution: Evolution,
+    baselines: dict[str, float],
+    budget: SearchBudget,
+    folder: Path,
 ) -> None:
     """Factors, history, and the manifest that marks the search as finished."""
+    config = prepared.config
     samples_hash = samples_sha256(prepared.losses.samples)
     factors = best_factors(
         evolution,
-        evaluator,
-        prepared.space,
-        config.search,
         long_factors=prepared.long_factors,
         model=config.model.name,
         samples_sha256=samples_hash,
     )
     history = search_history(
         evolution,
-        evaluator,
-        prepared.space,
-        config.search,
         baselines=baselines,
         guidance=prepared.guidance,
         sample_len=prepared.sample_len,
@@ -411,15 +306,13 @@ def _write_product(
     )
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
-    files = [FACTORS_FILE, HISTORY_FILE, *(NEEDLES_FILES if prepared.needles is not None else ())]
-    write_manifest(
-        folder,
-        Manifest(
-            "factors",
-            inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},
-            config=to_plain(config),
-            seeds={"seed": config.seed},
-            counts=asdict(budget),
-            files={name: sha256_of_file(folder / name) for name in files},
-        ),
+    files = [FACTORS_FILE, HISTORY_FILE, *(_NEEDLES_FILES if prepared.needles is not None else ())]
+    manifest = Manifest(
+        "factors",
+        inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},
+        config=to_plain(config),
+        seeds={"seed": config.seed},
+        counts=asdict(budget),
+        files={name: sha256_of_file(folder / name) for name in files},
     )
+    write_manifest(folder, manifest)

@@ -1,5 +1,4 @@
-"""The search space: a critical index and the factors from it upwards [LongRoPE2, arXiv 2502.20082,
-sec. 3.2].
+"""The search space: a critical index and the factors from it upwards [LongRoPE2, sec. 3.2].
 
 Every factor at or above the critical index c lies in [s, 2s] (out-of-distribution bound), factors
 never decrease with the index, and those below c follow from the one at c by NTK scaling. With
@@ -14,6 +13,7 @@ Free factors are held as whole grid steps, so that equal candidates are equal wh
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
@@ -21,16 +21,10 @@ from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretic
 from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
 from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 
-SEED_METHODS = (
-    RopeMethod.pi,
-    RopeMethod.ntk,
-    RopeMethod.ntk_aware,
-    RopeMethod.yarn,
-    RopeMethod.llama3,
-)
+_SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn", "llama3")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Candidate:
     """One point of the space.
 
@@ -49,10 +43,7 @@ class SearchSpace:
     """Bounds of a search and the translation of its candidates into rescale factors.
 
     Attributes:
-        geometry: Rotary geometry of the pre-trained model.
-        target_len: L in tokens.
         critical_indices: Allowed critical indices, ascending.
-        dims: Which factors are free.
         steps_per_unit: Grid steps in a factor of 1.
         highest_ratio: Largest factor over s.
     """
@@ -74,28 +65,30 @@ class SearchSpace:
             FactorsError: ``search.critical`` is no cosine index of the model, or every dimension
                 turns ten times in the pre-trained window.
         """
-        last = geometry.num_frequencies - 1
+        last, critical = geometry.num_frequencies - 1, config.critical
         if config.algorithm is Algorithm.longrope:
             indices = (geometry.num_frequencies,)
-        elif config.critical is not None:
-            if not 0 <= config.critical <= last:
-                raise FactorsError(
-                    f"search.critical={config.critical}: must be null or a cosine index, 0 .. {last}"
-                )
-            indices = (config.critical,)
+        elif critical is not None:
+            if not 0 <= critical <= last:
+                allowed = f"must be null or a cosine index, 0 .. {last}"
+                raise FactorsError(f"search.critical={critical}: {allowed}")
+            indices = (critical,)
         else:
-            indices = tuple(
-                range(
-                    ten_period_index(geometry), min(theoretical_critical_index(geometry), last) + 1
-                )
-            )
+            highest = min(theoretical_critical_index(geometry), last)
+            indices = tuple(range(ten_period_index(geometry), highest + 1))
         if not indices:
             raise FactorsError(
-                f"every dimension turns ten times or more in original_len={geometry.original_len}: no critical "
-                f"dimension to search; check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
+                f"every dimension turns ten times or more in original_len={geometry.original_len}: "
+                "no critical dimension to search; check model.original_len, or set search.critical "
+                f"to a cosine index, 0 .. {last}"
             )
         return cls(
-            geometry, target_len, indices, config.dims, round(1 / config.grid), config.highest_ratio
+            geometry=geometry,
+            target_len=target_len,
+            critical_indices=indices,
+            dims=config.dims,
+            steps_per_unit=round(1 / config.grid),
+            highest_ratio=config.highest_ratio,
         )
 
     @property
@@ -105,11 +98,9 @@ class SearchSpace:
 
     @property
     def highest_step(self) -> int:
-        """``highest_ratio`` times s (2s), rounded down to the grid, but never below s rounded up."""
-        highest = (
-            self.highest_ratio * self.target_len * self.steps_per_unit / self.geometry.original_len
-        )
-        return max(math.floor(highest), self.lowest_step)
+        """``highest_ratio`` times s, rounded down to the grid, but never below s rounded up."""
+        steps = self.highest_ratio * self.target_len * self.steps_per_unit
+        return max(math.floor(steps / self.geometry.original_len), self.lowest_step)
 
     @property
     def is_bounded(self) -> bool:
@@ -125,30 +116,26 @@ class SearchSpace:
         return self.lowest_step if index >= critical_index else self.steps_per_unit
 
     def candidate(self, critical_index: int, factors: tuple[float, ...]) -> Candidate | None:
-        """The candidate on the grid with these factors (one per cosine index), or None if they leave the space."""
-        steps = tuple(
-            round(factor * self.steps_per_unit)
-            for factor in factors[self.first_free(critical_index) :]
-        )
+        """The candidate on the grid with these factors (all of them); None outside the space."""
+        free = factors[self.first_free(critical_index) :]
+        steps = tuple(round(factor * self.steps_per_unit) for factor in free)
         candidate = Candidate(critical_index, steps)
         return candidate if self.contains(candidate) else None
 
     def contains(self, candidate: Candidate) -> bool:
         """Whether a candidate keeps every rule of the space."""
-        first, critical = self.first_free(candidate.critical_index), candidate.critical_index
+        critical, steps = candidate.critical_index, candidate.steps
+        first = self.first_free(critical)
         return (
             critical in self.critical_indices
-            and len(candidate.steps) == self.geometry.num_frequencies - first
-            and all(a <= b for a, b in zip(candidate.steps, candidate.steps[1:], strict=False))
-            and all(
-                step >= self.least_step(first + n, critical)
-                for n, step in enumerate(candidate.steps)
-            )
-            and candidate.steps[-1] <= self.highest_step
+            and len(steps) == self.geometry.num_frequencies - first
+            and all(a <= b for a, b in pairwise(steps))
+            and all(s >= self.least_step(first + n, critical) for n, s in enumerate(steps))
+            and steps[-1] <= self.highest_step
         )
 
     def flat(self, critical_index: int, step: int) -> Candidate:
-        """One factor from c upwards and NTK scaling below: the form of every candidate of Algorithm 1."""
+        """One factor from c upwards and NTK scaling below, the form of Algorithm 1's candidates."""
         factor = step / self.steps_per_unit
         tail = (factor,) * (self.geometry.num_frequencies - critical_index)
         candidate = self.candidate(critical_index, ntk_part(critical_index, factor) + tail)
@@ -158,12 +145,9 @@ class SearchSpace:
     def closed_form_seeds(self) -> list[Candidate]:
         """Closed-form methods that lie in the space, at the largest critical index."""
         critical_index = self.critical_indices[-1]
-        seeds = []
-        for method in SEED_METHODS:
-            factors = closed_form_factors(method, self.geometry, self.target_len).factors
-            if (candidate := self.candidate(critical_index, factors)) is not None:
-                seeds.append(candidate)
-        return seeds
+        closed = (closed_form_factors(m, self.geometry, self.target_len) for m in _SEED_METHODS)
+        seeds = (self.candidate(critical_index, factors.factors) for factors in closed)
+        return [seed for seed in seeds if seed is not None]
 
     def to_factors(
         self, candidate: Candidate, method: str = "longrope2", **provenance: str

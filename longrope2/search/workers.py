@@ -16,14 +16,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
 from longrope2.parallel.processes import Processes
 
-POLL_SECONDS = 0.02
-GIVE_UP_AFTER = timedelta(
-    days=7
-)  # a dead worker ends its fellows through torchrun, long before this
+_POLL_SECONDS = 0.02
+_GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun long before
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,25 @@ class Workers:
 
     Attributes:
         worker: Number of this worker.
-        num_workers: Workers in all.
         is_leader: Whether this process speaks for its worker: the only one of it that writes.
         processes: The process grid; None for a search in one process.
+        sequence_group: The processes that hold every sample together; None: each holds whole ones.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.processes = processes
         self.worker = processes.dims.data_rank if processes else 0
-        self.num_workers = processes.dims.data if processes else 1
         self.is_leader = processes is None or processes.dims.sequence_rank == 0
-        self._group: ProcessGroup | None = processes.sequence_group if processes else None
+        self.sequence_group = processes.sequence_group if processes else None
         # The store behind the default process group has no public accessor.
-        self._store: Store = (
-            dist.distributed_c10d._get_default_store() if processes else HashStore()
-        )
-        self._store.set_timeout(GIVE_UP_AFTER)
+        default_store = dist.distributed_c10d._get_default_store
+        self._store: Store = default_store() if processes else HashStore()
+        self._store.set_timeout(_GIVE_UP_AFTER)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes the product."""
         return self.worker == 0 and self.is_leader
-
-    @property
-    def sequence_group(self) -> ProcessGroup | None:
-        """The processes that hold every sample together, or None when each holds whole samples."""
-        return self._group
 
     def queue(self, label: str, num_tasks: int) -> "TaskQueue":
         """The tasks 0 .. ``num_tasks`` - 1 under a label that no other queue has."""
@@ -93,15 +84,14 @@ class Workers:
 
     def agreed(self, value: list[float]) -> list[float]:
         """The leader's numbers, on every process of the worker."""
-        if self._group is None:
+        if self.sequence_group is None:
             return value
         device = self.processes.device if self.processes else torch.device("cpu")
         length = torch.tensor([len(value)], device=device)
-        dist.broadcast(length, group=self._group, group_src=0)
-        numbers = torch.tensor(
-            value if self.is_leader else [0.0] * int(length), dtype=torch.float64, device=device
-        )
-        dist.broadcast(numbers, group=self._group, group_src=0)
+        dist.broadcast(length, group=self.sequence_group, group_src=0)
+        value = value if self.is_leader else [0.0] * int(length)
+        numbers = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.broadcast(numbers, group=self.sequence_group, group_src=0)
         return numbers.tolist()
 
     def wait_for_all(self, label: str) -> None:
@@ -111,7 +101,7 @@ class Workers:
         store = PrefixStore(f"search/{label}", self._store)
         if store.add("arrived", 1) == self.processes.dims.world_size:
             store.set("all", "1")
-        store.wait(["all"], GIVE_UP_AFTER)
+        store.wait(["all"], _GIVE_UP_AFTER)
 
 
 class TaskQueue:
@@ -151,7 +141,7 @@ class TaskQueue:
             fresh = self.news()
             yield from fresh
             if not fresh:
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
     def _unread(self) -> Iterator[list[float]]:
         """Log entries after the last one read."""

@@ -1,4 +1,4 @@
-"""A search over several processes finds what one process finds, bit for bit; with shared samples within rounding."""
+"""Several processes find what one finds, bit for bit; with shared samples within rounding."""
 
 import json
 import os
@@ -16,10 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-COSTS = (
-    "num_losses",
-    "num_terminated",
-)  # of a round: where an evaluation stops depends on the other workers
+# Of a round: where an evaluation stops depends on the other workers.
+COSTS = ("num_losses", "num_terminated")
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -55,6 +53,7 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
         sys.executable,
         "-m",
         "launch.search",
+        "model=tiny",
         f"model.path={folder / 'model'}",
         "target_len=256",
         "corpus=folder",
@@ -73,7 +72,7 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread everywhere: a matrix product may round differently with another number of threads."""
+    """One thread everywhere: a matrix product may round differently with more."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -124,7 +123,7 @@ def test_four_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
 def test_processes_that_share_samples_find_the_same_within_rounding(
     folder: Path, alone: Path
 ) -> None:
-    """Two workers of two processes each; sums are rounded elsewhere, so values agree to 1e-5, not bit for bit."""
+    """Two workers of two processes each; sums are rounded elsewhere, so values agree to 1e-5."""
     product = searched(folder, "shared", "parallel.processes=4", "parallel.sequence=2")
     ours, theirs = (json.loads((p / "history.json").read_text()) for p in (product, alone))
     assert ours["critical_index"] == theirs["critical_index"]
@@ -137,7 +136,7 @@ def test_processes_that_share_samples_find_the_same_within_rounding(
 
 @pytest.mark.slow
 def test_a_dead_worker_loses_nothing(folder: Path, alone: Path) -> None:
-    """Kill -9 of one worker ends the search with a message; the same command, with fewer workers, goes on."""
+    """Kill -9 of one ends the search with a message; the same command, with fewer, goes on."""
     with subprocess.Popen(
         command_of(folder, "killed", "parallel.processes=2"),
         env=environment(),

@@ -1,4 +1,4 @@
-"""What a job does after its ranks have ended: decided on exit codes, checkpoints and what the ranks wrote."""
+"""What a job does after its ranks, decided on exit codes, checkpoints and what they wrote."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_a_rank_s_fault_of_the_user_stops_whatever_the_other_codes() -> None:
 
 
 def test_the_cause_comes_before_its_consequences(tmp_path: Path) -> None:
-    """Rank 3 raised; the others lost their peer, one of them by an earlier clock; rank 1 was ended by its agent."""
+    """Rank 3 raised; others lost their peer, one by an earlier clock; its agent ended rank 1."""
     rank_failed(tmp_path, "n1", {0: 1, 1: -15}, {0: (GONE, 50.0), 1: ("", 40.0)})
     rank_failed(tmp_path, "n2", {3: 1}, {3: ("Traceback ...\nValueError: loss is None", 51.0)})
     failure = first_failure(tmp_path)
@@ -140,7 +140,7 @@ def test_nodes_that_left_no_word(tmp_path: Path) -> None:
 
 
 def test_progress(tmp_path: Path) -> None:
-    """Steps of the newest checkpoint; for other stages files and the lines of journals, not metrics and attempts."""
+    """Steps of the newest checkpoint; else files and lines of journals, no metrics or attempts."""
     factors, checkpoints = tmp_path / "2_factors", tmp_path / "3_checkpoints"
     assert progress_of(factors) == progress_of(checkpoints) == 0
     for folder in (factors, checkpoints):
@@ -162,7 +162,7 @@ def test_progress(tmp_path: Path) -> None:
 def test_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Verdict on stdout, the failing rank's traceback last on stderr, a record of everything; lost attempts count."""
+    """Verdict on stdout, the failing rank's traceback last on stderr; lost attempts count."""
     product, logs = tmp_path / "3_checkpoints", tmp_path / "logs"
     logs.mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -22,7 +22,7 @@ from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload, read_raw_co
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.search.config import SearchConfig
-from longrope2.search.run import projected_hours
+from longrope2.search.prepare import projected_hours
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"

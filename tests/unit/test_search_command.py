@@ -1,4 +1,4 @@
-"""``launch.search`` from its overrides to its product, on a random miniature: what is written, reused and refused."""
+"""``launch.search`` on a random miniature, from its overrides to its product, reused or refused."""
 
 import itertools
 import json
@@ -74,6 +74,7 @@ def search(
 
     def run(*overrides: str) -> Path:
         settings = [
+            "model=tiny",
             f"model.path={model_folder}",
             "target_len=256",
             "corpus=folder",
@@ -95,14 +96,12 @@ def search(
     return run
 
 
-COSTS = (
-    "num_losses",
-    "num_terminated",
-)  # of a round: where an evaluation stops may depend on other workers
+# Of a round: where an evaluation stops may depend on other workers.
+COSTS = ("num_losses", "num_terminated")
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Everything that must not depend on how often a search was interrupted, nor on the number of workers."""
+    """All that must not depend on how often a search was interrupted, nor on the workers."""
     history = json.loads((folder / "history.json").read_text())
     del history["budget"]
     history["rounds"] = [
@@ -187,7 +186,7 @@ def test_self_test_runs_inside_the_original_window(
 
 
 def plain_needle_ppl(plain: LlamaForCausalLM, needles: NeedleSet) -> float:
-    """Needle perplexity by the loss that transformers computes; all values have the same number of tokens."""
+    """Needle perplexity by transformers' own loss; all values have the same number of tokens."""
     losses = []
     for sample in needles.samples:
         labels_BT = torch.from_numpy(sample.through_value)[None].clone()
@@ -328,7 +327,7 @@ def test_dry_run_writes_nothing(search: SearchRun, capsys: pytest.CaptureFixture
 def test_other_configuration_is_refused(search: SearchRun) -> None:
     before = contents(folder := search())
     with pytest.raises(
-        ConfigError, match=r"(?s)search.population is 6, but .* made with 5.*use another run.name"
+        ConfigError, match=r"(?s)search.population was 5, now it is 6\n.*use another run.name"
     ):
         search("search.population=6")
     assert contents(folder) == before
@@ -361,6 +360,12 @@ def test_model_that_cannot_retrieve_is_refused(search: SearchRun, tmp_path: Path
     assert not (tmp_path / "test").exists()
 
 
+def test_model_and_target_have_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["launch.search"])
+    with pytest.raises(ConfigError, match=r"(?s)model=NAME, one of .*tiny.*target_len=VALUE"):
+        command.main()
+
+
 def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         search(
@@ -368,7 +373,9 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
         )
     faults = "\n".join(error.value.faults)
     assert len(error.value.faults) == 4
-    assert "target_len=200 must be a multiple of model.original_len=128, and at least twice" in faults
+    assert (
+        "target_len=200 must be a multiple of model.original_len=128, and at least twice" in faults
+    )
     assert "search.grid=0.7" in faults
     assert "corpus.folder=nowhere" in faults
     assert f"model.path={tmp_path} holds no config.json" in faults

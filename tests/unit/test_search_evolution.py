@@ -1,4 +1,4 @@
-"""The search finds a planted optimum; termination, resumption and journals never change its result."""
+"""The search finds a planted optimum; stopping, resuming and journals never change its result."""
 
 import json
 import math
@@ -26,7 +26,7 @@ HEADER = {"model": "synthetic"}
 
 
 class PlantedLosses:
-    """Losses that grow with the distance in log frequency from planted factors; counts what is computed."""
+    """Losses that grow with the distance in log frequency from planted factors; counts itself."""
 
     def __init__(self, batch_size: int = 1, broken: frozenset[int] = frozenset()) -> None:
         self.best = (
@@ -57,12 +57,8 @@ class PlantedLosses:
 
 
 def config_of(**changes: object) -> SearchConfig:
-    settings = {
-        "population": 24,
-        "iterations": 12,
-        "parents": 8,
-        "num_samples": NUM_SAMPLES,
-    } | changes
+    settings = {"population": 24, "iterations": 12, "parents": 8, "num_samples": NUM_SAMPLES}
+    settings |= changes  # type: ignore[arg-type]
     return SearchConfig(**settings)  # type: ignore[arg-type]
 
 
@@ -89,6 +85,11 @@ def search(
     return evolution, evaluator, losses
 
 
+def num_known(folder: Path) -> int:
+    """Sample losses on disk."""
+    return Journal(folder, HEADER, writes=False).num_losses
+
+
 def outcome(evolution: Evolution) -> list[tuple[float, Candidate]]:
     return [(ranked.loss_sum, ranked.candidate) for ranked in evolution.kept]
 
@@ -105,8 +106,8 @@ def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
     evolution, evaluator, _ = search(
         tmp_path, config_of(population=64, iterations=60, parents=32), seed=seed
     )
-    assert evolution.best.critical_index == PLANTED.critical_index
-    found = evolution.best.steps
+    assert evolution.best.candidate.critical_index == PLANTED.critical_index
+    found = evolution.best.candidate.steps
     assert all(abs(a - b) <= 60 for a, b in zip(found, PLANTED.steps, strict=True)), found
     values = [finished.best_value for finished in evolution.rounds]
     assert values == sorted(values, reverse=True)
@@ -130,20 +131,13 @@ def test_early_termination_changes_nothing_but_the_cost(
     full, _, all_losses = search(
         tmp_path / "full", config_of(pruning=Pruning.none, batch_size=batch_size, dims=dims)
     )
-    short, evaluator, fewer_losses = search(
-        tmp_path / "short", config_of(batch_size=batch_size, dims=dims)
-    )
+    short, _, fewer_losses = search(tmp_path / "short", config_of(batch_size=batch_size, dims=dims))
     assert outcome(short) == outcome(full)
     assert account(short) == account(full)
     assert short.num_terminated > 0
     assert full.num_terminated == 0
     assert fewer_losses.num_computed <= all_losses.num_computed - short.num_terminated
-    assert (
-        fewer_losses.num_computed
-        == evaluator.num_losses_computed
-        == evaluator.num_losses_known
-        == short.num_losses
-    )
+    assert fewer_losses.num_computed == num_known(tmp_path / "short") == short.num_losses
     assert all_losses.num_computed == NUM_SAMPLES * full.num_candidates
 
 
@@ -172,13 +166,8 @@ class GivenLosses:
 @pytest.mark.parametrize(
     ("losses", "bound", "loss_sum", "is_complete", "num_computed"),
     [
-        (
-            [1.0, 2.0, 3.0, 0.0],
-            6.0,
-            6.0,
-            True,
-            4,
-        ),  # equal to the bound may still be kept, by its tie-break
+        # Equal to the bound may still be kept, by its tie-break.
+        ([1.0, 2.0, 3.0, 0.0], 6.0, 6.0, True, 4),
         ([1.0, 2.0, 6.5, 0.25], 10.0, 9.75, True, 4),
         ([1.0, 2.0, 3.0, 4.0], 5.5, 6.0, False, 3),
         ([1.0, 2.0, 3.0, 4.0], 0.5, 1.0, False, 1),
@@ -197,12 +186,9 @@ def test_where_an_evaluation_stops(
     with Journal(tmp_path, HEADER) as journal:
         evaluator = Evaluator(GivenLosses(losses), journal, num_scored_tokens=4)
         score = evaluator.evaluate(_factors((16.0,) * 16), lambda: bound)
-    assert (score.loss_sum, score.is_complete, score.num_losses) == (
-        loss_sum,
-        is_complete,
-        num_computed,
-    )
-    assert evaluator.num_losses_computed == num_computed
+    found = (score.loss_sum, score.is_complete, score.num_losses)
+    assert found == (loss_sum, is_complete, num_computed)
+    assert num_known(tmp_path) == num_computed
 
 
 def test_a_bound_that_falls_meanwhile_stops_an_evaluation(tmp_path: Path) -> None:
@@ -280,9 +266,9 @@ def test_resume_repeats_nothing_and_ends_the_same(
     assert outcome(resumed) == outcome(whole)
     assert resumed.rounds == whole.rounds
     assert first.num_computed + second.num_computed == whole_losses.num_computed
-    again, evaluator, third = search(tmp_path / "cut", config)
-    assert third.num_computed == evaluator.num_losses_computed == 0
-    assert evaluator.num_losses_known == whole_losses.num_computed
+    again, _, third = search(tmp_path / "cut", config)
+    assert third.num_computed == 0
+    assert num_known(tmp_path / "cut") == whole_losses.num_computed
     assert again.rounds == whole.rounds
 
 
@@ -306,7 +292,7 @@ def test_no_candidate_is_evaluated_twice(tmp_path: Path) -> None:
 
 def test_a_wider_search_reuses_the_journal(tmp_path: Path) -> None:
     search(tmp_path, config_of(iterations=3))
-    _, evaluator, losses = search(tmp_path, config_of(iterations=6))
+    _, _, losses = search(tmp_path, config_of(iterations=6))
     _, _, alone = search(tmp_path / "alone", config_of(iterations=6))
     assert 0 < losses.num_computed < alone.num_computed
 
@@ -353,27 +339,17 @@ BUDGET = SearchBudget(
 def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
     config = config_of()
     space = SearchSpace.from_config(config, GEOMETRY, 2048)
-    evolution, evaluator, _ = search(tmp_path, config)
-    factors = best_factors(evolution, evaluator, space, config, model="tiny")
+    evolution, _, _ = search(tmp_path, config)
+    factors = best_factors(evolution, model="tiny")
     assert RescaleFactors.from_json(factors.to_json()) == factors
     assert factors.factors == space.to_factors(evolution.best.candidate).factors
     assert factors.provenance["objective"] == Objective.needle.value
     history = search_history(
-        evolution,
-        evaluator,
-        space,
-        config,
-        baselines={"pi": 3.0},
-        guidance=None,
-        sample_len=2048,
-        budget=BUDGET,
+        evolution, baselines={"pi": 3.0}, guidance=None, sample_len=2048, budget=BUDGET
     )
     assert json.loads(json.dumps(history)) == history
-    assert (
-        float(factors.provenance["needle_ppl"])
-        == history["best_value"]
-        == history["kept"][0]["value"]
-    )
+    best_value = float(factors.provenance["needle_ppl"])
+    assert best_value == history["best_value"] == history["kept"][0]["value"]
     assert history["kept"][0]["factors"] == list(factors.factors)
     assert (history["theoretical_critical_index"], history["ten_period_index"]) == (6, 2)
     assert [entry["num_candidates"] for entry in history["rounds"]][-1] == evolution.num_candidates
@@ -397,7 +373,7 @@ def test_losses_are_known_by_all_that_shapes_the_long_window(tmp_path: Path) -> 
 
 def test_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     search(tmp_path, config_of(iterations=0))
-    text = "belongs to another search: samples was None, now it is other; use another run.name, or remove"
+    text = "belongs to another search: samples was None, now it is other; use another run.name, or "
     with pytest.raises(ArtifactError, match=text):
         Journal(tmp_path, {**HEADER, "samples": "other"})
 
@@ -421,9 +397,8 @@ def test_workers_read_each_others_journals(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER) as journal:
         assert journal.losses(factors) == {0: [1.0], 1: [2.0]}
         assert journal.num_losses == 2
-    assert (
-        (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')
-    )  # another worker's file
+    # Another worker's file.
+    assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')
     with Journal(tmp_path, HEADER, worker=2):
         assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b"]}\n")
 
@@ -437,9 +412,8 @@ def test_a_journal_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
 
 def test_journal_in_use_is_refused(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER):
-        with pytest.raises(
-            ArtifactError, match="is in use by another search; wait for it, or end it"
-        ):
+        text = "is in use by another search; wait for it, or end it"
+        with pytest.raises(ArtifactError, match=text):
             Journal(tmp_path, HEADER)
     Journal(tmp_path, HEADER).__exit__()
 
@@ -461,8 +435,7 @@ def test_damaged_journal_is_refused(tmp_path: Path, number: int, line: bytes) ->
     lines = path.read_bytes().splitlines(keepends=True)
     lines[number - 1] = line
     path.write_bytes(b"".join(lines))
-    with pytest.raises(
-        ArtifactError, match=f"is damaged at line {number}; remove that line and all after it"
-    ):
+    text = f"is damaged at line {number}; remove that line and all after it"
+    with pytest.raises(ArtifactError, match=text):
         Journal(tmp_path, HEADER)
     assert path.read_bytes() == b"".join(lines)

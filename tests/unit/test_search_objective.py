@@ -1,4 +1,4 @@
-"""Losses of scored tokens against transformers' own loss, samples, and the self-tests with every error text."""
+"""Losses of scored tokens against transformers' own, samples, and every self-test's error text."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ NONE = closed_form_factors(RopeMethod.none, GEOMETRY, TARGET_LEN)
 
 
 def hf_model(factors: RescaleFactors | None = None) -> LlamaForCausalLM:
-    """A small random Llama; with factors, plain transformers applies them beyond the original window."""
+    """A small random Llama; with factors, transformers applies them beyond the original window."""
     torch.manual_seed(0)
     keys = to_hf_config(factors) if factors else {"max_position_embeddings": TARGET_LEN}
     config = LlamaConfig(
@@ -247,9 +247,8 @@ def test_factors_must_matter(model: WindowedModel) -> None:
         return [Score(value, True, 1, {0: value}) for value in values]
 
     check_factors_matter(*scores())
-    model.hf.base_model.rotary_emb = (
-        hf_model().model.rotary_emb
-    )  # a model that applies a RoPE of its own
+    # A model that applies a RoPE of its own.
+    model.hf.base_model.rotary_emb = hf_model().model.rotary_emb
     with pytest.raises(ArtifactError, match="does not apply the rescale factors it is given"):
         check_factors_matter(*scores())
 
@@ -277,13 +276,15 @@ def test_needle_guidance() -> None:
         (
             2.0,
             5.0,
-            "needle perplexity at 16 tokens, inside the original window, is 7.389, above search.max_needle_ppl",
+            "needle perplexity at 16 tokens, inside the original window, is 7.389, above "
+            "search.max_needle_ppl",
         ),
         (float("nan"), 5.0, "inside the original window, is inf, above"),
         (
             0.1,
             0.5,
-            "the needle lowers the loss of its value by 0.4 nats per token at 16 tokens, below search.min_need",
+            "the needle lowers the loss of its value by 0.4 nats per token at 16 tokens, below "
+            "search.min_need",
         ),
     ],
 )

@@ -50,11 +50,8 @@ def assert_in_space(space: SearchSpace, candidate: Candidate) -> None:
         (TINY, 2048, (2, 3, 4, 5, 6)),
         (PHI3, 131072, tuple(range(19, 32))),
         (RopeGeometry(128, 5e5, 8192), 131072, tuple(range(24, 36))),
-        (
-            RopeGeometry(128, 1e4, 65536),
-            131072,
-            tuple(range(49, 64)),
-        ),  # theoretically every dimension is trained
+        # Theoretically every dimension is trained.
+        (RopeGeometry(128, 1e4, 65536), 131072, tuple(range(49, 64))),
     ],
 )
 def test_critical_indices(
@@ -339,7 +336,8 @@ def test_space_errors() -> None:
         ),
         (
             SearchConfig(algorithm=Algorithm.longrope, dims=SearchedDims.all, critical=3),
-            "search.critical and search.critical_move_probability: search.algorithm=longrope has no critical dimension",
+            "search.critical and search.critical_move_probability: search.algorithm=longrope has "
+            "no critical dimension",
         ),
         (
             SearchConfig(short_window_of="x.json"),
