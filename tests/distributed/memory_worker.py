@@ -86,18 +86,11 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
         config=deepspeed_settings(training, parallel, zero, micro_steps=1, bf16=False),
         mpu=mpu,
     )
-    guard = StepGuard(engine)
+    guard = StepGuard(engine, clip=1.0)
     for step in range(NUM_STEPS):
         micro = MicroStep(store.window, tuple(range(step, step + dims.data)))
-        run_step(
-            engine,
-            guard,
-            [load_rank_batch(store, micro, dims, group)],
-            dims,
-            zero_stage=3,
-            learning_rate=1e-4,
-            gradient_clip=1.0,
-        )
+        batches = [load_rank_batch(store, micro, dims, group)]
+        run_step(guard, batches, dims, learning_rate=1e-4)
     if mpu is not None:
         mpu._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None

@@ -132,22 +132,14 @@ def train_case(case: str) -> dict[str, Any]:
         ),
         mpu=processes.mpu,
     )
-    guard = StepGuard(engine)
+    guard = StepGuard(engine, clip=TRAINING.gradient_clip)
     steps = []
     for step in range(1, NUM_STEPS + 1):
         batches = [
             load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
         ]
-        report = run_step(
-            engine,
-            guard,
-            batches,
-            processes.dims,
-            zero_stage=parallel.zero_stage,
-            learning_rate=TRAINING.learning_rate,
-            gradient_clip=TRAINING.gradient_clip,
-            step=step,
-        )
+        rate = TRAINING.learning_rate
+        report = run_step(guard, batches, processes.dims, learning_rate=rate, step=step)
         steps.append(
             {
                 "loss": report.loss,

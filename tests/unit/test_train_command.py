@@ -15,8 +15,8 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.training.config import TrainRoot, check_rules
-from longrope2.training.plan import make_plan
+from longrope2.training.config import TrainRoot, check
+from longrope2.training.plan import resolve_run
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_without_mixed_windows_the_model_has_one_rope(
             f"training.mixed={str(mixed).lower()}",
         ],
     )
-    factors = make_plan(config, 1).factors
+    factors = resolve_run(config, 1).factors
     yarn = closed_form_factors(RopeMethod.yarn, RopeGeometry(32, 10_000.0, 128), 256)
     assert factors.factors == yarn.factors
     assert factors.short_factors == (yarn.factors if rope_of_short else None)
@@ -221,7 +221,7 @@ def test_key_value_heads_that_are_null_are_the_query_heads(tmp_path) -> None:
         ["experiment=tiny_extend", "parallel.sequence=3", "parallel.processes=3"],
     )
     with pytest.raises(ConfigError, match="cannot share 4 query and 4 key/value heads"):
-        check_rules(config, tmp_path, 3)
+        check(config, tmp_path, 3)
 
 
 def test_a_complete_run_in_another_final_format_is_not_passed_over(tmp_path) -> None:

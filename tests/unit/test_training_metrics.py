@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from longrope2.model.shape import ModelShape
-from longrope2.parallel.dims import ParallelDims
-from longrope2.parallel.processes import Processes
 from longrope2.rope.factors import Window
 from longrope2.training.forecast import peak_tflops
 from longrope2.training.observer import step_metrics
@@ -64,21 +62,15 @@ def report(window: Window | None = None) -> StepReport:
         squared_lengths=64.0,
         seconds=0.5,
         micro_step_seconds=dict.fromkeys(occurred, 0.2),
+        step=2,
+        learning_rate=1e-3,
+        skipped_steps=1,
     )
 
 
 def metrics(tmp_path: Path, found: StepReport, peak: float | None) -> dict[str, float | int]:
-    processes = Processes(ParallelDims(2, 2), torch.device("cpu"), None, None)
-    return step_metrics(
-        found,
-        processes,
-        shape_of("phi3_mini", tmp_path),
-        learning_rate=1e-3,
-        step_tokens=16,
-        tokens=32,
-        skipped_steps=1,
-        peak_tflops=peak,
-    )
+    shape = shape_of("phi3_mini", tmp_path)
+    return step_metrics(found, shape, num_devices=4, tokens=16, memory_gib=0.5, peak=peak)
 
 
 DESIGN_NAMES = {
@@ -93,6 +85,7 @@ def test_every_metric_of_the_design(tmp_path: Path) -> None:
     found = metrics(tmp_path, report(), 312.0)
     assert set(found) == DESIGN_NAMES | {"train/skipped_steps"}
     assert found["perf/tokens_per_second_per_gpu"] == 16 / 4 / 0.5
+    assert (found["train/tokens"], found["train/skipped_steps"]) == (32, 1)
     expected = shape_of("phi3_mini", tmp_path).training_flops(16, 64.0) / 0.5 / (4 * 312e12)
     assert found["perf/mfu"] == pytest.approx(expected)
 
