@@ -36,14 +36,8 @@ from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
 from longrope2.training.run import RunEnd, train
 
 # What may change between the parts of one run without making it another run.
-CHANGEABLE = (
-    "dry_run",
-    "tracking",
-    "parallel",
-    "zero",
-    "attention",
-    *(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS),
-)
+CHANGEABLE = ("dry_run", "tracking", "parallel", "zero", "attention")
+CHANGEABLE += tuple(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS)
 
 
 def main() -> None:
