@@ -56,7 +56,9 @@ class RankBatch:
 class SegmentSource(Protocol):
     """Where segments come from: a ``SegmentStore``, or what stands in for one."""
 
-    def segment(self, index: int) -> Segment: ...  # noqa: D102
+    def segment(self, index: int) -> Segment:
+        """One segment."""
+        ...
 
 
 def next_token_labels(
