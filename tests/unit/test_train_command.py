@@ -266,6 +266,30 @@ def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) ->
     )
 
 
+def test_a_dry_run_names_what_training_refuses(tmp_path, monkeypatch, capsys, packed) -> None:
+    asked = ["training.optimizer=deepspeed_fused_adam", "training.norm=liger"]
+    given = [f"segments={packed}", "rope=yarn", *asked]
+    refusal = refused(tmp_path, monkeypatch, capsys, *given)
+    sys.argv.append("dry_run=true")
+    main()
+    printed = capsys.readouterr().out.split("asked for, and not to be had on this machine:")[1]
+    for text in asked:
+        assert f"{text} cannot run here: " in refusal and f"{text} cannot run here: " in printed
+
+
+def test_weights_are_missed_before_a_process_is_started(
+    tmp_path, monkeypatch, capsys, packed
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("models/tiny", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    given = [f"segments={packed}", "rope=yarn", f"model.path={model}"]
+    missing = f"{model} holds no *.safetensors weights"
+    assert missing in refused(tmp_path, monkeypatch, capsys, *given)
+    sys.argv.append("dry_run=true")
+    main()
+    assert f"  weights  {missing}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("kernel", "line"),
     [
