@@ -83,15 +83,10 @@ class RandomSegments:
 
 def model_config(length: int) -> LlamaConfig:
     """The model of all three ways."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        max_position_embeddings=length,
-    )
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN}
+    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2}
+    sizes |= {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    return LlamaConfig(**sizes, max_position_embeddings=length)
 
 
 def orders(processes: Processes) -> dict[str, list[int]]:

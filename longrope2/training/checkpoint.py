@@ -137,15 +137,14 @@ class CheckpointWriter:
     def __init__(
         self, engine: Any, folder: Path, identity: dict[str, Any], *, keep: int, in_background: bool
     ) -> None:
-        """Prepare to write.
+        """Prepare to write into ``3_checkpoints``.
 
         Args:
             engine: DeepSpeed engine.
             folder: ``3_checkpoints`` of the run.
             identity: Stored in every manifest and compared on resume.
             keep: Newest checkpoints kept.
-            in_background: Let training go on while files are written; costs host memory for a
-                rank's share of the state.
+            in_background: Let training go on meanwhile; costs host memory for a rank's share.
         """
         self._engine, self._folder, self._identity = engine, folder, identity
         self._keep, self._in_background = keep, in_background

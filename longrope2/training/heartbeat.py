@@ -84,14 +84,13 @@ class Heartbeat:
         timeout_s: float | None,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """Prepare one rank's.
+        """For one rank of a run with its ``3_checkpoints`` in ``product``.
 
         Args:
-            product: The run's ``3_checkpoints``.
+            product: Gets a folder of the ranks' files.
             rank: This process.
             world_size: All processes.
-            timeout_s: Seconds without a mark after which the process ends; None only writes the
-                files.
+            timeout_s: Seconds without a mark after which it ends; None only writes the files.
             leave: Ends the process at once, without the clean-up that may hang too.
         """
         self._folder, self._rank, self._world_size = product / FOLDER, rank, world_size
@@ -120,12 +119,7 @@ class Heartbeat:
         self._write()
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """Note what comes next; all ranks make the same marks.
-
-        Args:
-            phase: A few words.
-            step: Number of the step, 1-based; None keeps the latest.
-        """
+        """Note what comes next, at which step (None: the latest); all ranks make the same marks."""
         marks, latest_step, _, _ = self._now
         self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
 
@@ -142,7 +136,6 @@ class Heartbeat:
                 return
 
     def _beat(self) -> Beat:
-        """The latest mark."""
         marks, step, phase, since = self._now
         return Beat(self._rank, self._host, self._pid, marks, step, phase, since, time.time())
 
@@ -157,7 +150,6 @@ class Heartbeat:
             print(f"rank {self._rank}: {path} could not be written: {error}", file=sys.stderr)
 
     def _file(self, rank: int) -> Path:
-        """A rank's file."""
         return self._folder / f"rank_{rank:05d}.json"
 
     def _read(self) -> list[Beat | None]:

@@ -16,7 +16,7 @@ and DeepSpeed's counters are as before.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,12 +47,8 @@ BUCKET_ELEMENTS = 10_000
 KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Loss per target token and global gradient norm of one step."""
-
-    loss: float
-    gradient_norm: float
+Sums = dict[str, float]
+"""Loss per target token and global gradient norm of one step."""
 
 
 def check_parity(run: ResolvedRun, processes: Processes) -> None:
@@ -114,7 +110,7 @@ def _tiny_run(run: ResolvedRun) -> ResolvedRun:
 
 def _steps_in_layout(
     run: ResolvedRun, heads: int, kv_heads: int, processes: Processes
-) -> dict[Window, _Sums]:
+) -> dict[Window, Sums]:
     """One step per window through DeepSpeed at a learning rate of 0."""
     dims, group = processes.dims, processes.sequence_group
     kernel, clip = run.machine.attention.kernel, run.config.training.gradient_clip
@@ -129,12 +125,12 @@ def _steps_in_layout(
         batches = [load_rank_batch(store, m, dims, group, kernel=kernel) for m in micro_steps]
         batches = [batch.to(processes.device) for batch in batches]
         report = run_step(guard, batches, dims, learning_rate=0.0)
-        sums[window] = _Sums(report.loss, report.gradient_norm)
+        sums[window] = {"loss": report.loss, "gradient norm": report.gradient_norm}
     engine.destroy()
     return sums
 
 
-def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes) -> _Sums:
+def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes) -> Sums:
     """The same step on all segments of all ranks, in this process."""
     model = _tiny_model(heads, kv_heads, processes)
     store = _TinySegments(window, processes.dims)
@@ -146,18 +142,16 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
         targets += batch.num_targets
     (total / targets).backward()
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return _Sums(total.item() / targets, torch.stack(norms).norm().item())
+    return {"loss": total.item() / targets, "gradient norm": torch.stack(norms).norm().item()}
 
 
-def _differences(window: Window, found: _Sums, expected: _Sums) -> Iterator[str]:
+def _differences(window: Window, found: Sums, expected: Sums) -> list[str]:
     """What of one window's step is not the same."""
-    alone = asdict(expected)
-    for name, value in asdict(found).items():
-        if not math.isclose(value, alone[name], rel_tol=RELATIVE):
-            yield (
-                f"{window.value} window: {name.replace('_', ' ')} {value:.7g} in this layout, "
-                f"{alone[name]:.7g} in one process"
-            )
+    return [
+        f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
+        for (name, value), alone in zip(found.items(), expected.values(), strict=True)
+        if not math.isclose(value, alone, rel_tol=RELATIVE)
+    ]
 
 
 def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedModel:

@@ -46,9 +46,9 @@ FINGERPRINT_BITS = 20
 def fingerprints(batches: Sequence[RankBatch], dims: ParallelDims) -> list[float]:
     """This rank's numbers to be summed over all ranks: 2 + 2 * data-parallel size of them."""
     values = [0.0] * (2 + 2 * dims.data)
-    values[:2] = _with_square(_windows(batches))
+    windows, segments = _content(batches)
     place = 2 + 2 * dims.data_rank
-    values[place : place + 2] = _with_square(_segments(batches))
+    values[:2], values[place : place + 2] = _with_square(windows), _with_square(segments)
     return values
 
 
@@ -64,9 +64,8 @@ def check_agreement(
     pairs = zip(sizes, sums[::2], sums[1::2], strict=True)
     if all(size * int(squares) == int(total) ** 2 for size, total, squares in pairs):
         return
-    mine = (_windows(batches), _segments(batches))
-    everyone: list[tuple[str, str]] = [mine] * dims.world_size
-    dist.all_gather_object(everyone, mine)
+    everyone = [_content(batches)] * dims.world_size
+    dist.all_gather_object(everyone, everyone[0])
     who = _who_differs(everyone, dims)
     raise DataError(f"step {step}: {who}; do all nodes see the same segments, code and config?")
 
@@ -92,12 +91,10 @@ def _more(odd: Sequence[int]) -> str:
     return f" (so do ranks {', '.join(map(str, odd[1:]))})" if len(odd) > 1 else ""
 
 
-def _windows(batches: Sequence[RankBatch]) -> str:
-    return " ".join(batch.window.value for batch in batches)
-
-
-def _segments(batches: Sequence[RankBatch]) -> str:
-    return " ".join(str(batch.segment_id) for batch in batches)
+def _content(batches: Sequence[RankBatch]) -> tuple[str, str]:
+    """Window kinds and segment ids of the micro-steps."""
+    kinds = " ".join(batch.window.value for batch in batches)
+    return kinds, " ".join(str(batch.segment_id) for batch in batches)
 
 
 def _with_square(text: str) -> tuple[float, float]:
@@ -152,12 +149,9 @@ class StepGuard:
         """Hook into the engine's optimizer.
 
         Args:
-            engine: DeepSpeed engine; ``engine.basic_optimizer`` is the optimizer that was given to
-                it.
-            max_norm: Gradient norm (before clipping) above which a step is refused; None refuses
-                none for its size.
-            clip: Largest global gradient norm; used only where DeepSpeed neither clips nor reports
-                the norm.
+            engine: DeepSpeed engine.
+            max_norm: Gradient norm (before clipping) above which a step is refused.
+            clip: Largest global gradient norm; used where DeepSpeed neither clips nor reports it.
             skipped: Refused so far.
         """
         self.engine, self.skipped = engine, skipped or SkippedSteps()
@@ -181,9 +175,7 @@ class StepGuard:
     def step(self, loss: float, norm: float | None) -> bool:
         """The engine's step for the last micro-step; returns whether the update was applied.
 
-        Args:
-            loss: Loss of the whole step, the same on all ranks.
-            norm: Global gradient norm, where DeepSpeed does not compute it itself; else None.
+        ``loss`` is the whole step's; ``norm`` is None where DeepSpeed computes it itself.
         """
         self._loss, self._norm, self._refused = loss, norm, False
         self.engine.step()
@@ -194,9 +186,8 @@ class StepGuard:
     def _take_gradients_if_refused(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
         """Hook: without gradients the optimizer changes neither parameters nor state."""
         norm = float(self.engine.optimizer._global_grad_norm) if self._norm is None else self._norm
-        self._refused = not (
-            math.isfinite(self._loss) and math.isfinite(norm) and norm <= self._max_norm
-        )
+        is_finite = math.isfinite(self._loss) and math.isfinite(norm)
+        self._refused = not (is_finite and norm <= self._max_norm)
         if self._refused:
             self._taken = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
             self._counted = [(group, group.get("step")) for group in optimizer.param_groups]
@@ -224,14 +215,13 @@ class StepReport:
     targets_by_window: dict[Window, int]
     gradient_norm: float
     squared_lengths: float
-    """Sum of squared lengths of all spans attended by themselves; what attention cost is
-    proportional to."""
+    """Sum of squared lengths of all spans attended by themselves, to which its cost is in
+    proportion."""
     seconds: float
     micro_step_seconds: dict[Window, float]
     """Mean on this rank, for the kinds that occurred."""
     applied: bool = True
-    """False when the guard, or DeepSpeed, refused the update; then nothing but the step's number
-    has changed."""
+    """False when the guard, or DeepSpeed, refused the update."""
     step: int = 0
     """Number of the step, 1-based."""
     learning_rate: float = 0.0
@@ -264,11 +254,11 @@ def run_step(
     """Forward and backward over the rank's micro-steps, then the update at ``learning_rate``.
 
     Args:
-        guard: Around a DeepSpeed engine of a ``WindowedModel``; it takes the engine's last step.
+        guard: Around a DeepSpeed engine of a ``WindowedModel``.
         batches: The rank's micro-steps of this step.
         dims: This process's place on the grid.
-        learning_rate: Learning rate of this step.
-        step: Number of the step, 1-based, for messages.
+        learning_rate: Of this step.
+        step: Its number, 1-based.
         mark: Told what the rank does next.
 
     Raises:
@@ -289,7 +279,9 @@ def run_step(
     for number, batch in enumerate(batches, start=1):
         mark(f"micro-step {number} of {len(batches)}, {batch.window.value}")
         micro_began = time.perf_counter()
-        loss_sums[batch.window] += _micro_step(engine, batch, scale)
+        loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
+        engine.backward(loss_sum * scale)
+        loss_sums[batch.window] += loss_sum.detach().double().item()
         seconds[batch.window].append(time.perf_counter() - micro_began)
         if number < len(batches):
             engine.step()
@@ -313,13 +305,6 @@ def run_step(
         learning_rate=learning_rate,
         skipped_steps=guard.skipped.total,
     )
-
-
-def _micro_step(engine: Any, batch: RankBatch, scale: float) -> float:
-    """Forward and backward of one micro-step; returns this rank's loss sum."""
-    loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
-    engine.backward(loss_sum * scale)
-    return loss_sum.detach().double().item()
 
 
 def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:
