@@ -1,5 +1,4 @@
-"""Train a tiny random Llama with steps that must be refused beside a twin without them; write what
-came out.
+"""Train a tiny random Llama with steps that must be refused, beside a twin; write what came out.
 
 Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case; precision ``offload`` is fp32
 with the optimizer on the CPU.

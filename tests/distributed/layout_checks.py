@@ -1,4 +1,7 @@
-"""Checks of two ranks that are no training case; each returns what the test looks at. Imported by ``parity_worker``."""
+"""Checks of two ranks that are no training case.
+
+Each returns what the test looks at. Imported by ``parity_worker``.
+"""
 
 import json
 import tempfile
@@ -164,7 +167,10 @@ def check_disagreement() -> dict[str, str | None]:
 
 
 def check_recompute() -> dict[str, Any]:
-    """One step under ZeRO-3 with heads exchanged, per policy: numbers, weights, and how often what ran on this rank."""
+    """One step under ZeRO-3 with heads exchanged, per policy.
+
+    Numbers, weights, and how often what ran on this rank.
+    """
     found: dict[str, Any] = {}
     for policy in Recompute:
         processes = processes_of(2)
@@ -230,7 +236,10 @@ def check_shares() -> dict[str, Any]:
     held_by_now = []
 
     def take(parameter: nn.Parameter) -> None:
-        """Hand over to DeepSpeed; count what this rank holds of all parameters so far, the new one still whole."""
+        """Hand over to DeepSpeed.
+
+        Count what this rank holds of all parameters so far, the new one still whole.
+        """
         whole_bytes = parameter.numel() * 4
         shares.take(parameter)
         held_by_now.append(

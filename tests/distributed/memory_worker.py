@@ -35,7 +35,8 @@ from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import StepGuard, run_step
 
 SIZES = {
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+    "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
 ORIGINAL_LEN, DOCUMENT_TOKENS, BUCKET_ELEMENTS, NUM_STEPS = 512, 512, 1_000_000, 2

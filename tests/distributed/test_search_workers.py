@@ -1,4 +1,4 @@
-"""A search over several processes finds what one process finds, bit for bit; with shared samples within rounding."""
+"""A search over several processes finds what one finds, with shared samples within rounding."""
 
 import json
 import os
@@ -73,7 +73,10 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread everywhere: a matrix product may round differently with another number of threads."""
+    """One thread everywhere.
+
+    A matrix product may round differently with another number of threads.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -124,7 +127,10 @@ def test_four_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
 def test_processes_that_share_samples_find_the_same_within_rounding(
     folder: Path, alone: Path
 ) -> None:
-    """Two workers of two processes each; sums are rounded elsewhere, so values agree to 1e-5, not bit for bit."""
+    """Two workers of two processes each.
+
+    Sums are rounded elsewhere, so values agree to 1e-5, not bit for bit.
+    """
     product = searched(folder, "shared", "parallel.processes=4", "parallel.sequence=2")
     ours, theirs = (json.loads((p / "history.json").read_text()) for p in (product, alone))
     assert ours["critical_index"] == theirs["critical_index"]
@@ -137,7 +143,10 @@ def test_processes_that_share_samples_find_the_same_within_rounding(
 
 @pytest.mark.slow
 def test_a_dead_worker_loses_nothing(folder: Path, alone: Path) -> None:
-    """Kill -9 of one worker ends the search with a message; the same command, with fewer workers, goes on."""
+    """Kill -9 of one worker ends the search with a message.
+
+    The same command, with fewer workers, goes on.
+    """
     with subprocess.Popen(
         command_of(folder, "killed", "parallel.processes=2"),
         env=environment(),

@@ -87,7 +87,8 @@ def fake_apex(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> Non
 
 def test_apex_is_absent() -> None:
     assert optimizer_fault(OptimizerKind.apex_fused_adam, CUDA) == (
-        "training.optimizer=apex_fused_adam cannot run here: NVIDIA apex is not installed; build NVIDIA's from "
+        "training.optimizer=apex_fused_adam cannot run here: NVIDIA apex is not installed; build "
+        "NVIDIA's from "
         "github.com/NVIDIA/apex, or use torch_adamw"
     )
 
@@ -120,7 +121,8 @@ def test_apex_of_nvidia_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_deepspeed_fused_adam_needs_a_gpu() -> None:
     assert optimizer_fault(OptimizerKind.deepspeed_fused_adam, CUDA) is None
     assert optimizer_fault(OptimizerKind.deepspeed_fused_adam, CPU) == (
-        "training.optimizer=deepspeed_fused_adam cannot run here: it needs a CUDA device, this is cpu; use torch_adamw"
+        "training.optimizer=deepspeed_fused_adam cannot run here: it needs a CUDA device, this "
+        "is cpu; use torch_adamw"
     )
     assert optimizer_fault(OptimizerKind.torch_adamw, CPU) is None
 
@@ -239,7 +241,8 @@ def test_faults_of_zero_are_reported_together() -> None:
         "zero.hpz_size=3 needs parallel.zero_stage=3, this run has 0; use 1",
         "zero.hpz_size=3 does not divide 4 processes; use one of [1, 2, 4]",
         "zero.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, this run has 0",
-        "zero.offload_optimizer=true updates on the CPU, where training.optimizer=apex_fused_adam cannot run; "
+        "zero.offload_optimizer=true updates on the CPU, where "
+        "training.optimizer=apex_fused_adam cannot run; "
         "use training.optimizer=torch_adamw",
     ]
     assert zero_faults(ZeroConfig(hpz_size=2), stage=3, world_size=4, optimizer="torch_adamw") == []

@@ -1,4 +1,4 @@
-"""Bad input to ``launch.train``: one message that names what to change, exit code 2, no traceback, nothing written."""
+"""Bad input to ``launch.train``: one message with what to change, exit code 2, nothing written."""
 
 import json
 import shutil
@@ -46,7 +46,10 @@ def refused(
     capsys: pytest.CaptureFixture[str],
     *overrides: str,
 ) -> str:
-    """The message of a refused command; checks the exit code and that the run folder was not made."""
+    """The message of a refused command.
+
+    Checks the exit code and that the run folder was not made.
+    """
     runs = tmp_path / "runs"
     fixed = [
         "experiment=tiny_extend",
@@ -84,8 +87,8 @@ def test_activations_that_cannot_be_offloaded(tmp_path, monkeypatch, capsys) -> 
     )
     message = refused(tmp_path, monkeypatch, capsys, *faults)
     assert (
-        "training.offload_activations=true needs training.recompute=full or dense; with none all stays"
-        in message
+        "training.offload_activations=true needs training.recompute=full or dense; with none all "
+        "stays" in message
     )
     assert "training.hang_timeout_s=0.0 must be above 0, or null" in message
 
@@ -261,8 +264,8 @@ def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) ->
         "attention.kernel=torch_varlen",
     )
     assert (
-        "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use auto or sdpa"
-        in message
+        "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use "
+        "auto or sdpa" in message
     )
 
 
@@ -296,7 +299,8 @@ def test_weights_are_missed_before_a_process_is_started(
         ("sdpa", "attention  sdpa, forced\n"),
         (
             "auto",
-            "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no torch_varlen: it needs",
+            "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no "
+            "torch_varlen: it needs",
         ),
         (
             "flash_attn",
