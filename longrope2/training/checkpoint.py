@@ -48,8 +48,8 @@ from longrope2.files.artifacts import (
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
-LATEST_FILE = "latest"
-STEP_KIND = "training_state"
+_LATEST_FILE = "latest"
+_STEP_KIND = "training_state"
 _POLL_SECONDS = 0.05
 _log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class CheckpointWriter:
         if is_main:  # the others need none, and it asks git for the commit
             counts = {"steps": steps_done, "skipped_steps": skipped.total}
             counts["skipped_in_a_row"] = skipped.in_a_row
-            manifest = Manifest(STEP_KIND, inputs=self._identity, counts=counts, details=details)
+            manifest = Manifest(_STEP_KIND, inputs=self._identity, counts=counts, details=details)
         given = (files, working, tag, manifest)
         name = "checkpoint-writer"
         self._thread = threading.Thread(target=self._write, args=given, name=name, daemon=True)
@@ -233,7 +233,7 @@ class CheckpointWriter:
             shutil.rmtree(self._folder / tag)
         working.rename(self._folder / tag)
         fsync_folder(self._folder)
-        write_text(self._folder / LATEST_FILE, tag + "\n")
+        write_text(self._folder / _LATEST_FILE, tag + "\n")
         # A newer one was found damaged when the run was resumed: it must not take the place of an
         # intact one.
         intact = [path for path in _step_folders(self._folder) if path.name <= tag]
@@ -285,7 +285,7 @@ def _newest_intact(
         return None
     for candidate in reversed(candidates):
         try:
-            manifest = read_manifest(candidate, STEP_KIND)
+            manifest = read_manifest(candidate, _STEP_KIND)
             _verify(candidate, manifest)
         except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
             _log.warning("skipping a damaged checkpoint: %s", error)

@@ -26,11 +26,11 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
-FINAL_FOLDER = "final"
-FINAL_KIND = "checkpoint"
-WEIGHTS_FILE = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
-MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model",
+_FINAL_FOLDER = "final"
+_FINAL_KIND = "checkpoint"
+_WEIGHTS_FILE = "model.safetensors"
+_MAX_SHARD_BYTES = 5_000_000_000
+_MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model",
                "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 
@@ -43,7 +43,7 @@ def save_final(
     manifest: Manifest,
     dtype: torch.dtype,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
     """Write ``final/``: config and tokenizer of the base model, weights, factors.
 
@@ -58,7 +58,7 @@ def save_final(
         dtype: Number format of the weights; float32 gives the master weights of a bf16 run.
         max_shard_bytes: Largest file of weights; more are written as shards with an index.
     """
-    final = folder / FINAL_FOLDER
+    final = folder / _FINAL_FOLDER
     is_main = dist.get_rank() == 0
     if is_main:
         final.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def save_final(
         write_text(final / FACTORS_FILE, factors.to_json())
     _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
     if is_main:
-        manifest.kind = FINAL_KIND
+        manifest.kind = _FINAL_KIND
         manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
         write_manifest(final, manifest)
     dist.barrier()
@@ -76,7 +76,7 @@ def save_final(
 
 def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> None:
     """The base model's tokenizer, and its config with the number format under the key it uses."""
-    for name in MODEL_FILES:
+    for name in _MODEL_FILES:
         if (model_folder / name).is_file():
             with atomic_path(final / name) as temporary:
                 shutil.copyfile(model_folder / name, temporary)
@@ -97,7 +97,7 @@ def _write_weights(
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
-            file = WEIGHTS_FILE
+            file = _WEIGHTS_FILE
         tensors = {}
         for name in names:
             with _whole(parameters[name], dtype) as whole:
@@ -110,7 +110,7 @@ def _write_weights(
     if is_main and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_text(final / f"{WEIGHTS_FILE}.index.json", text)
+        write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
 
 
 def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:

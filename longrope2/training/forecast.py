@@ -28,13 +28,13 @@ from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
 
 GIB = 2**30
-TOLERANCE = 0.15
+_TOLERANCE = 0.15
 # The first steps of a process allocate, compile and fill caches.
-WARM_UP_STEPS = 3
-FP32_BYTES, BF16_BYTES = 4, 2
-ASSUMED_LONG_SHARE = 0.7
-MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
-HINTS = {
+_WARM_UP_STEPS = 3
+_FP32_BYTES, _BF16_BYTES = 4, 2
+_ASSUMED_LONG_SHARE = 0.7
+_MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
+_HINTS = {
     "step time": "; its rates are assumptions (python -m launch.plan), "
     "but a kernel or the network may be slow",
     "GPU memory": "",
@@ -64,7 +64,7 @@ class Forecast:
         if self.memory is not None:
             number_format, most = "bf16" if self.layout.bf16 else "fp32", self.memory.peak_moment
             gib = f"{self.memory.peak / GIB:.3g} GiB a process in {number_format}"
-            words.append(f"{gib}, most in {MOMENTS[most]}")
+            words.append(f"{gib}, most in {_MOMENTS[most]}")
         if self.machine is None:
             words.append("time unknown: no rates for this device")
         else:
@@ -91,7 +91,7 @@ class Forecast:
 
 
 class ForecastCheck:
-    """Warns, once each, when step time or GPU memory is off by more than ``TOLERANCE``."""
+    """Warns, once each, when step time or GPU memory is off by more than ``_TOLERANCE``."""
 
     def __init__(self, forecast: Forecast, warn: Callable[[str], None]) -> None:
         self._forecast = forecast
@@ -109,7 +109,7 @@ class ForecastCheck:
                 tensors.
         """
         self._steps_seen += 1
-        if self._steps_seen <= WARM_UP_STEPS or not report.applied:
+        if self._steps_seen <= _WARM_UP_STEPS or not report.applied:
             return
         expected = self._forecast.step_seconds(report)
         if expected is not None:
@@ -119,18 +119,18 @@ class ForecastCheck:
 
     def _compare(self, what: str, measured: float, expected: float, unit: str, step: int) -> None:
         """Warn the first time a measurement is out."""
-        if what not in self._open or abs(measured / expected - 1) <= TOLERANCE:
+        if what not in self._open or abs(measured / expected - 1) <= _TOLERANCE:
             return
         self._open.remove(what)
         percent = 100 * (measured / expected - 1)
         self._warn(
             f"warning: {what} at step {step} is {measured:.3g} {unit}, {percent:+.0f} % against "
-            f"the planner's {expected:.3g} {unit}{HINTS[what]}"
+            f"the planner's {expected:.3g} {unit}{_HINTS[what]}"
         )
 
 
 def make_forecast(run: ResolvedRun) -> Forecast:
-    """What to expect of a run; ``ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
+    """What to expect of a run; ``_ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
     config, training, parallel = run.config, run.config.training, run.config.parallel
     layout = Layout(
         data=run.world_size // parallel.sequence,
@@ -142,7 +142,7 @@ def make_forecast(run: ResolvedRun) -> Forecast:
         fused_norms=run.machine.norm.kernel is not NormKernel.model,
     )
     num_long, num_short = len(run.schedule.long_ids), len(run.schedule.short_ids)
-    share = num_long / (num_long + num_short) if num_long + num_short else ASSUMED_LONG_SHARE
+    share = num_long / (num_long + num_short) if num_long + num_short else _ASSUMED_LONG_SHARE
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
@@ -163,7 +163,7 @@ def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
         reduce_bucket=zero.reduce_bucket_elements,
         max_live=zero.max_live_elements,
         hpz_size=zero.hpz_size,
-        gradient_bytes=FP32_BYTES if in_fp32 else BF16_BYTES,
+        gradient_bytes=_FP32_BYTES if in_fp32 else _BF16_BYTES,
     )
 
 

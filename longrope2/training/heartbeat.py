@@ -19,6 +19,7 @@ and what is saved is a whole step.
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -36,10 +37,10 @@ import torch.distributed as dist
 HANG_EXIT_CODE = 76
 """Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, apart from 1, 2 and 75."""
 FOLDER = "heartbeats"
-WRITE_SECONDS = 5.0
+_WRITE_SECONDS = 5.0
 REPORT_SECONDS = 60.0
 """Time to say who hangs: a stalled file system must not keep the process for ever."""
-MARKS_TO_LIVE = 4
+_MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -95,7 +96,7 @@ class Heartbeat:
         """
         self._folder, self._rank, self._world_size = product / FOLDER, rank, world_size
         self._timeout_s, self._leave = timeout_s, leave
-        self._interval = WRITE_SECONDS if timeout_s is None else min(WRITE_SECONDS, timeout_s / 10)
+        self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._now = (0, 0, "start", time.time())
         self._stop = threading.Event()
@@ -175,7 +176,7 @@ class Heartbeat:
         out_of_time = threading.Timer(REPORT_SECONDS, self._leave_without_report)
         out_of_time.daemon = True
         out_of_time.start()
-        text = describe_hang(self._read(), self._rank, timeout_s, MARKS_TO_LIVE * self._interval)
+        text = describe_hang(self._read(), self._rank, timeout_s, _MARKS_TO_LIVE * self._interval)
         print(f"{text}\nstacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         try:

@@ -19,9 +19,9 @@ from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
 
 # Where the progress line cannot be redrawn (a job's log), a line now and then.
-SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_LINES = 60.0
 # Steps take from a tenth of a second to minutes: the time left is told from the last half hour.
-SPEED_PERIOD_SECONDS = 1800.0
+_SPEED_PERIOD_SECONDS = 1800.0
 
 
 def step_metrics(
@@ -91,7 +91,7 @@ class TrainingObserver:
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            speed_estimate_period=SPEED_PERIOD_SECONDS,
+            speed_estimate_period=_SPEED_PERIOD_SECONDS,
         )
         self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=run.total_steps, completed=first)
@@ -132,7 +132,7 @@ class TrainingObserver:
         loss = ", ".join(f"{w.value} {loss:.3f}" for w, loss in losses if not math.isnan(loss))
         self._progress.update(self._task, completed=report.step, description=f"loss {loss}")
         silent = time.monotonic() - self._last_line
-        if self._progress.console.is_terminal or silent < SECONDS_BETWEEN_LINES:
+        if self._progress.console.is_terminal or silent < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
         seconds = self._progress.tasks[self._task].time_remaining

@@ -4,7 +4,7 @@ A tiny random Llama, with the relation of query and key/value heads to the seque
 that the real model has, takes one step per window kind through the configured parallelism (same
 grid, ZeRO stage, sharded parameters, recompute policy), in float32 and without changing its
 weights. Every rank computes the same losses and gradients alone, in plain torch over whole
-segments. Loss and gradient norm must agree within ``RELATIVE``. A wrong gradient scale, a mask or
+segments. Loss and gradient norm must agree within ``_RELATIVE``. A wrong gradient scale, a mask or
 RoPE table of the wrong window, a segment put together in the wrong order: each shows here within
 seconds, and later not at all.
 
@@ -39,15 +39,15 @@ from longrope2.training.engine import take_in_shares, wrap_model
 from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepGuard, run_step
 
-RELATIVE = 1e-4
-VOCABULARY, HEAD_DIM, LAYERS = 61, 16, 2
-CHUNK_TOKENS = 24
+_RELATIVE = 1e-4
+_VOCABULARY, _HEAD_DIM, _LAYERS = 61, 16, 2
+_CHUNK_TOKENS = 24
 """Tokens per sequence rank."""
-BUCKET_ELEMENTS = 10_000
-KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
+_BUCKET_ELEMENTS = 10_000
+_KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
 
 
-Sums = dict[str, float]
+_Sums = dict[str, float]
 """Loss per target token and global gradient norm of one step."""
 
 
@@ -97,8 +97,8 @@ def _tiny_run(run: ResolvedRun) -> ResolvedRun:
         config.zero,
         gradient_dtype=Precision.auto,
         sequence_gradient_dtype=Precision.fp32,
-        reduce_bucket_elements=min(BUCKET_ELEMENTS, config.zero.reduce_bucket_elements),
-        gather_bucket_elements=min(BUCKET_ELEMENTS, config.zero.gather_bucket_elements),
+        reduce_bucket_elements=min(_BUCKET_ELEMENTS, config.zero.reduce_bucket_elements),
+        gather_bucket_elements=min(_BUCKET_ELEMENTS, config.zero.gather_bucket_elements),
     )
     parallel = replace(config.parallel, replicate_below=0)
     if kernel_fault(kernel.kernel, machine.device, torch.float32, run=False):
@@ -110,7 +110,7 @@ def _tiny_run(run: ResolvedRun) -> ResolvedRun:
 
 def _steps_in_layout(
     run: ResolvedRun, heads: int, kv_heads: int, processes: Processes
-) -> dict[Window, Sums]:
+) -> dict[Window, _Sums]:
     """One step per window through DeepSpeed at a learning rate of 0."""
     dims, group = processes.dims, processes.sequence_group
     kernel, clip = run.machine.attention.kernel, run.config.training.gradient_clip
@@ -130,7 +130,7 @@ def _steps_in_layout(
     return sums
 
 
-def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes) -> Sums:
+def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes) -> _Sums:
     """The same step on all segments of all ranks, in this process."""
     model = _tiny_model(heads, kv_heads, processes)
     store = _TinySegments(window, processes.dims)
@@ -145,33 +145,33 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
     return {"loss": total.item() / targets, "gradient norm": torch.stack(norms).norm().item()}
 
 
-def _differences(window: Window, found: Sums, expected: Sums) -> list[str]:
+def _differences(window: Window, found: _Sums, expected: _Sums) -> list[str]:
     """What of one window's step is not the same."""
     return [
         f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
         for (name, value), alone in zip(found.items(), expected.values(), strict=True)
-        if not math.isclose(value, alone, rel_tol=RELATIVE)
+        if not math.isclose(value, alone, rel_tol=_RELATIVE)
     ]
 
 
 def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedModel:
     """The tiny model, the same on every rank."""
     torch.manual_seed(0)
-    original_len = CHUNK_TOKENS // 2
+    original_len = _CHUNK_TOKENS // 2
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=_VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=_LAYERS,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=HEAD_DIM,
+        head_dim=_HEAD_DIM,
         tie_word_embeddings=False,
         initializer_range=0.2,
         max_position_embeddings=original_len,
     )
-    geometry = RopeGeometry(rotary_dim=HEAD_DIM, rope_base=10_000.0, original_len=original_len)
-    target_len = CHUNK_TOKENS * max(2, processes.dims.sequence)
+    geometry = RopeGeometry(rotary_dim=_HEAD_DIM, rope_base=10_000.0, original_len=original_len)
+    target_len = _CHUNK_TOKENS * max(2, processes.dims.sequence)
     factors = closed_form_factors(RopeMethod.yarn, geometry, target_len)
     return WindowedModel(LlamaForCausalLM(config), factors).to(processes.device)
 
@@ -185,7 +185,7 @@ class _TinySegments:
     def __init__(self, window: Window, dims: ParallelDims) -> None:
         self.window = window
         self.num_segments = 2 * dims.data
-        self._data, self._length = dims.data, CHUNK_TOKENS * dims.sequence
+        self._data, self._length = dims.data, _CHUNK_TOKENS * dims.sequence
 
     def micro_step(self, number: int) -> MicroStep:
         """One of the two micro-steps."""
@@ -194,11 +194,11 @@ class _TinySegments:
     def segment(self, index: int) -> Segment:
         """Random tokens; documents of 7 and 17 tokens in a rank's chunk, or of 10 across them."""
         ends = np.array([*range(10, self._length, 10), self._length], np.int32)
-        if KINDS[self.window][index // self._data] == "aligned":
-            chunks = np.arange(0, self._length, CHUNK_TOKENS, dtype=np.int32)
-            ends = np.stack([chunks + 7, chunks + CHUNK_TOKENS], axis=1).flatten()
+        if _KINDS[self.window][index // self._data] == "aligned":
+            chunks = np.arange(0, self._length, _CHUNK_TOKENS, dtype=np.int32)
+            ends = np.stack([chunks + 7, chunks + _CHUNK_TOKENS], axis=1).flatten()
         random = np.random.default_rng(index)
-        tokens = random.integers(0, VOCABULARY, self._length).astype(np.uint16)
+        tokens = random.integers(0, _VOCABULARY, self._length).astype(np.uint16)
         names = tuple(map(str, range(len(ends))))
         padded = tuple((ends == self._length).tolist())
         return Segment(index, self.window, tokens, ends, names, names, padded, False, 0)

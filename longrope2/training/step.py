@@ -40,7 +40,7 @@ from longrope2.parallel.dims import ParallelDims
 from longrope2.rope.factors import Window
 from longrope2.training.batch import RankBatch
 
-FINGERPRINT_BITS = 20
+_FINGERPRINT_BITS = 20
 
 
 def fingerprints(batches: Sequence[RankBatch], dims: ParallelDims) -> list[float]:
@@ -99,7 +99,7 @@ def _content(batches: Sequence[RankBatch]) -> tuple[str, str]:
 
 def _with_square(text: str) -> tuple[float, float]:
     """Fingerprint of a text and its square."""
-    value = zlib.crc32(text.encode()) >> (32 - FINGERPRINT_BITS)
+    value = zlib.crc32(text.encode()) >> (32 - _FINGERPRINT_BITS)
     return float(value), float(value * value)
 
 

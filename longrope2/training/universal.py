@@ -32,8 +32,8 @@ import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
-SAME_SUM = 1e-9
+_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_SAME_SUM = 1e-9
 """Relative difference allowed between two sums of squares: the order of summation in float64."""
 
 
@@ -181,13 +181,13 @@ def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) ->
     faults = []
     if saved["step"] != loaded["step"]:
         faults.append(f"step {loaded['step']} instead of {saved['step']}")
-    nothing = [math.nan] * len(STATES)
+    nothing = [math.nan] * len(_STATES)
     for name, sums in saved["sums"].items():
         after = loaded["sums"].get(name, nothing)
         faults += [
             f"{state} of {name}"
-            for state, a, b in zip(STATES, sums, after, strict=True)
-            if not math.isclose(a, b, rel_tol=SAME_SUM)
+            for state, a, b in zip(_STATES, sums, after, strict=True)
+            if not math.isclose(a, b, rel_tol=_SAME_SUM)
         ]
     if faults:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
@@ -203,18 +203,18 @@ def _shards(engine: Any, parameter: torch.Tensor) -> list[torch.Tensor | None]:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         try:
-            moments = [safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]]
+            moments = [safe_get_local_optimizer_state(parameter, state) for state in _STATES[1:]]
         except KeyError:  # no step has been applied yet
-            moments = [None] * len(STATES[1:])
+            moments = [None] * len(_STATES[1:])
         return [safe_get_local_fp32_param(parameter), *moments]
     mapping: Any = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
-        return [None] * len(STATES)
+        return [None] * len(_STATES)
     # Not the mapping's own moments: DeepSpeed links them after the first group's first update, when
     # others have none yet.
     flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     state, place = engine.basic_optimizer.state[flat], mapping.get_hp_fragment_address()
-    parts = [flat, *(state.get(moment) for moment in STATES[1:])]
+    parts = [flat, *(state.get(moment) for moment in _STATES[1:])]
     return [p if p is None else p.narrow(0, place.start, place.numel) for p in parts]
 
 

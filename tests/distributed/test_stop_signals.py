@@ -1,4 +1,4 @@
-"""A stop signal to a real ``launch.train``: saved, exit code 75, and continued as if undisturbed."""
+"""A stop signal to a real ``launch.train``: saved, code 75, and continued as if undisturbed."""
 
 import json
 import os
