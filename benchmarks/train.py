@@ -1,19 +1,17 @@
-"""``python -m benchmarks.train``: a step of mixed windows, ours against two other ways; and the
-memory of the loss.
+"""``python -m benchmarks.train``: a step of mixed windows and its loss, ours against other ways.
 
 Ranks (gloo, ZeRO-3; four, of which two share a segment) train one random Llama on the same 20
 segments, 70 % long and 30 % short:
 
-    ours          micro-steps of one window kind; short windows attend per document and exchange
-    nothing random order  the same segments and code, paired across data-parallel groups by chance:
-    a group with a short segment
-                  waits for the other's long one in every gather of ZeRO-3
+    ours          micro-steps of one window kind; short windows attend per document, no exchange
+    random order  the same segments and code, paired across data-parallel groups by chance: a group
+                  with a short segment waits for the other's long one in every gather of ZeRO-3
     all alike     DeepSpeed's own UlyssesSPAttentionHF: every segment causal over its whole length;
                   left out with ``--sequence 1``
 
 A rank that waits costs nothing where ranks share a core: compare the orders with one rank a core
 (``--ranks 2 --sequence 1`` on two cores). Printed are seconds of forward, backward and update,
-ratios to ours (above 1: slower) and the model FLOPs each did (the convention of training/flops.py).
+ratios to ours (above 1: slower) and the model FLOPs each did (the convention of model/shape.py).
 The ways take turns; the best of ``--rounds`` counts, so that a noisy machine touches all alike.
 ``all alike`` has its own loss function replaced by ours, so that attention and order are all that
 differs.
@@ -24,6 +22,7 @@ a process of its own.
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -31,8 +30,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -66,7 +67,7 @@ PLAIN_COPIES = 3
 
 
 class RandomSegments:
-    """Stands in for a store: long segments first, then short ones with aligned documents of a sixteenth."""
+    """Stands in for a store: long segments, then short ones of aligned documents of a sixteenth."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -82,15 +83,10 @@ class RandomSegments:
 
 def model_config(length: int) -> LlamaConfig:
     """The model of all three ways."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        max_position_embeddings=length,
-    )
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN}
+    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2}
+    sizes |= {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    return LlamaConfig(**sizes, max_position_embeddings=length)
 
 
 def orders(processes: Processes) -> dict[str, list[int]]:
@@ -108,19 +104,20 @@ def make_engine(model: torch.nn.Module, processes: Processes, micro_steps: int) 
     import deepspeed
 
     parallel = ParallelConfig(sequence=processes.dims.sequence, zero_stage=3)
+    settings = deepspeed_settings(
+        TRAINING, parallel, ZeroConfig(), micro_steps=micro_steps, bf16=False
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, TRAINING),  # type: ignore[arg-type]
-        config=deepspeed_settings(
-            TRAINING, parallel, ZeroConfig(), micro_steps=micro_steps, bf16=False
-        ),
+        config=settings,
         mpu=processes.mpu,
     )
     return engine
 
 
 class PlainUlysses(torch.nn.Module):
-    """DeepSpeed's sequence-parallel attention around an unchanged transformers model, with our loss."""
+    """DeepSpeed's sequence-parallel attention around an unchanged model, with our loss."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -128,12 +125,9 @@ class PlainUlysses(torch.nn.Module):
 
     def forward(self, batch: RankBatch, positions_BT: torch.Tensor) -> torch.Tensor:
         """Summed loss of this rank's tokens."""
-        hidden = self.hf.model(
-            input_ids=batch.tokens_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
-        return token_loss_sum(
-            hidden.flatten(0, 1), self.hf.lm_head.weight, batch.labels_BT.flatten()
-        )
+        inputs = {"input_ids": batch.tokens_BT, "position_ids": positions_BT}
+        hidden_TH = self.hf.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return token_loss_sum(hidden_TH, self.hf.lm_head.weight, batch.labels_BT.flatten())
 
 
 def seconds_of(engine: Any, forwards: list[Callable[[], torch.Tensor]], scale: float) -> float:
@@ -167,38 +161,26 @@ def compare(length: int, rounds: int, sequence: int) -> dict[str, Any]:
         engines["all alike"] = make_engine(plain, processes, micro_steps)
     targets = processes.dims.data * micro_steps * length
     scale = gradient_scale(processes.dims, 3, micro_steps, targets)
-    found: dict[str, Any] = {name: {"seconds": []} for name in chosen}
-    forwards = {
-        name: forwards_of(name, engines[name], chosen[name], store, processes) for name in found
-    }
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    forwards = {n: forwards_of(n, engines[n], chosen[n], store, processes) for n in chosen}
     for _ in range(rounds + 1):  # the first is the warm-up
-        for name in found:
-            found[name]["seconds"].append(seconds_of(engines[name], forwards[name], scale))
-    for name, entry in found.items():
-        entry["seconds"] = min(entry["seconds"][1:])
-        entry["flops"] = flops_of(model_config(length), length, all_long=name == "all alike")
+        for name in chosen:
+            seconds[name].append(seconds_of(engines[name], forwards[name], scale))
     leave_processes()
-    return found
+    return {n: {"seconds": min(s[1:]), "flops": flops_of(n, length)} for n, s in seconds.items()}
 
 
 def plain_ulysses(config: LlamaConfig, sequence: int) -> PlainUlysses:
-    """The model under DeepSpeed's wrapper; our groups are released first, because the wrapper makes the same ones itself."""
+    """The model under DeepSpeed's wrapper, which would make the groups that there are again."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     torch.manual_seed(0)
     plain = PlainUlysses(config)
     plain.hf.set_attn_implementation("sdpa")
-    make_groups, parallel_state_sp.initialize_sequence_parallel = (
-        parallel_state_sp.initialize_sequence_parallel,
-        lambda **given: None,
-    )
-    try:
-        UlyssesSPAttentionHF.register_with_transformers(
-            plain.hf, "sdpa", sequence, 1, seq_length_is_variable=True
-        )
-    finally:
-        parallel_state_sp.initialize_sequence_parallel = make_groups
+    register = UlyssesSPAttentionHF.register_with_transformers
+    with patch.object(parallel_state_sp, "initialize_sequence_parallel"):
+        register(plain.hf, "sdpa", sequence, 1, seq_length_is_variable=True)
     return plain.train()
 
 
@@ -218,14 +200,15 @@ def forwards_of(
     return forwards
 
 
-def flops_of(config: LlamaConfig, length: int, *, all_long: bool) -> float:
+def flops_of(name: str, length: int) -> float:
     """Model FLOPs of one step, all ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        model_config(length).save_pretrained(folder)
         shape = ModelShape.from_folder(Path(folder))
-    num_long = NUM_LONG + NUM_SHORT if all_long else NUM_LONG
-    squares = num_long * length**2 + (NUM_LONG + NUM_SHORT - num_long) * length**2 / 16
-    return shape.training_flops((NUM_LONG + NUM_SHORT) * length, squares)
+    total = NUM_LONG + NUM_SHORT
+    num_long = total if name == "all alike" else NUM_LONG
+    squares = num_long * length**2 + (total - num_long) * length**2 / 16
+    return shape.training_flops(total * length, squares)
 
 
 def loss_peak_bytes(kind: str, tokens: int, vocabulary: int, hidden: int) -> int:
@@ -243,27 +226,16 @@ def loss_peak_bytes(kind: str, tokens: int, vocabulary: int, hidden: int) -> int
 
 
 def compare_losses(tokens: int, vocabulary: int, hidden: int) -> dict[str, int | str]:
-    """Peak memory of both losses, each in its own process; plain logits that would not fit are refused."""
+    """Peak memory of both losses, each in its own process; plain logits only where they fit."""
     found: dict[str, int | str] = {}
-    needed, available = PLAIN_COPIES * tokens * vocabulary * 4, psutil.virtual_memory().available
+    needed, free = PLAIN_COPIES * tokens * vocabulary * 4, psutil.virtual_memory().available
     for kind in ("fused", "plain"):
-        if kind == "plain" and needed > available:
-            found[kind] = (
-                f"needs up to {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
-            )
+        if kind == "plain" and needed > free:
+            found[kind] = f"needs up to {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             continue
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.train",
-            "--loss",
-            kind,
-            str(tokens),
-            str(vocabulary),
-            str(hidden),
-        ]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[kind] = int(ended.stdout.split()[-1])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            task = pool.submit(loss_peak_bytes, kind, tokens, vocabulary, hidden)
+            found[kind] = task.result()
     return found
 
 
@@ -278,26 +250,31 @@ def report_steps(found: dict[str, Any]) -> None:
 
 
 def check(length: int, ranks: int, sequence: int) -> None:
-    """Refuse what cannot be shared evenly.
-
-    Raises:
-        ConfigError: all faults together.
-    """
+    """Refuse, with all faults together, what cannot be shared evenly."""
     if min(length, ranks, sequence) < 1:
-        raise ConfigError(
-            [f"--length {length}, --ranks {ranks} and --sequence {sequence} must be at least 1"]
-        )
+        given = f"--length {length}, --ranks {ranks} and --sequence {sequence}"
+        raise ConfigError([f"{given} must be at least 1"])
     faults = []
     if length % 16 or 16 % sequence or HEADS // 2 % sequence:
-        faults.append(
-            f"--length {length} and --sequence {sequence}: 16 documents and {HEADS // 2} heads must divide evenly"
-        )
+        given = f"--length {length} and --sequence {sequence}"
+        faults.append(f"{given}: 16 documents and {HEADS // 2} heads must divide evenly")
     if ranks % sequence or NUM_LONG % (ranks // sequence) or NUM_SHORT % (ranks // sequence):
-        faults.append(
-            f"--ranks {ranks}: groups of {sequence} must share {NUM_LONG} long and {NUM_SHORT} short segments evenly"
-        )
+        shared = f"{NUM_LONG} long and {NUM_SHORT} short segments"
+        faults.append(f"--ranks {ranks}: groups of {sequence} must share {shared} evenly")
     if faults:
         raise ConfigError(faults)
+
+
+def run_ranks(ranks: int) -> dict[str, Any]:
+    """This command again, as ranks of torchrun; what they found."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "steps.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        worker = ["-m", "benchmarks.train", *sys.argv[1:], "--json", str(output)]
+        quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = {**quiet, **os.environ, "DS_ACCELERATOR": "cpu"}
+        subprocess.run([sys.executable, *launcher, *worker], env=environment, check=True)
+        return json.loads(output.read_text())
 
 
 def main() -> None:
@@ -305,75 +282,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
         description="A training step and its loss, ours against other ways.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--length", type=int, default=2048, help="tokens of a segment, 16 documents a rank"
-    )
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=2, help="ranks that share a segment")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each way; the best counts")
-    parser.add_argument("--loss-tokens", type=int, default=16_384)
-    parser.add_argument("--loss-vocabulary", type=int, default=128_256)
-    parser.add_argument(
-        "--loss-hidden", type=int, default=64, help="small, so that logits are what counts"
-    )
+    for flag, default, meaning in (
+        ("--length", 2048, "tokens of a segment, 16 documents a rank"),
+        ("--ranks", 4, "processes"),
+        ("--sequence", 2, "ranks that share a segment"),
+        ("--rounds", 3, "steps of each way; the best counts"),
+        ("--loss-tokens", 16_384, "tokens of the loss"),
+        ("--loss-vocabulary", 128_256, "words of the loss"),
+        ("--loss-hidden", 64, "hidden size of the loss; small, so that logits are what counts"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=meaning)
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument(
-        "--loss", nargs=4, help=argparse.SUPPRESS
-    )  # one measurement in a process of its own
     given = parser.parse_args()
     check(given.length, given.ranks, given.sequence)
-    if given.loss:
-        print(loss_peak_bytes(given.loss[0], *map(int, given.loss[1:])))
-        return
     if "RANK" in os.environ:
         found = compare(given.length, given.rounds, given.sequence)
         if os.environ["RANK"] == "0":
             given.json.write_text(json.dumps(found))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "steps.json"
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={given.ranks}",
-        ]
-        worker = [
-            "-m",
-            "benchmarks.train",
-            "--length",
-            str(given.length),
-            "--ranks",
-            str(given.ranks),
-            "--sequence",
-            str(given.sequence),
-            "--rounds",
-            str(given.rounds),
-            "--json",
-            str(output),
-        ]
-        environment = {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-        }
-        subprocess.run([*launcher, *worker], env=environment, check=True)
-        steps = json.loads(output.read_text())
+    steps = run_ranks(given.ranks)
     report_steps(steps)
     losses = compare_losses(given.loss_tokens, given.loss_vocabulary, given.loss_hidden)
     print(f"peak memory of the loss, {given.loss_tokens} tokens x {given.loss_vocabulary} words:")
     for kind, peak in losses.items():
         print(f"  {kind:<6}{peak if isinstance(peak, str) else f'{peak / 2**20:.0f} MiB'}")
     if given.json:
-        settings = {
-            "length": given.length,
-            "ranks": given.ranks,
-            "sequence": given.sequence,
-            "torch": torch.__version__,
-        }
+        settings = {name: getattr(given, name) for name in ("length", "ranks", "sequence")}
+        settings |= {"torch": torch.__version__}
         figures = {**settings, "steps": steps, "loss_peak_bytes": losses}
         given.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -27,59 +27,50 @@ from launch.cluster.torchrun import (
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.files.artifacts import MANIFEST_NAME, product_folder, read_manifest
+from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.training.config import TrainRoot
-from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, check_machine, make_plan, preview_plan
+from longrope2.training.forecast import make_forecast
+from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
+from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
 from longrope2.training.run import RunEnd, train
 
 # What may change between the parts of one run without making it another run.
-CHANGEABLE = (
-    "dry_run",
-    "tracking",
-    "parallel",
-    "zero",
-    "attention",
-    *(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS),
-)
+CHANGEABLE = ("dry_run", "tracking", "parallel", "zero", "attention")
+CHANGEABLE += tuple(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS)
 
 
 def main() -> None:
-    """Compose, check, plan, then train here or in processes of torchrun."""
+    """Compose, check, describe, then train here or in processes of torchrun."""
     arguments = sys.argv[1:]
     if arguments[:1] == [CONFIG_FLAG]:
         _exit_unless_done(train(load(TrainRoot, config_path_of_rank(arguments))))
         return
     if world_size_from_environment() is not None:
-        raise ConfigError(
-            ["under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"]
-        )
+        text = "under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"
+        raise ConfigError([text])
     prepare, overrides = split_prepare(arguments)
     config = compose(TrainRoot, "train", overrides)
+    run = resolve_run(config, config.parallel.processes)
+    if not config.dry_run:
+        run.refuse_what_is_missing()
+    print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")
     if config.dry_run:
-        print(preview_plan(config, config.parallel.processes))
         return
-    plan = make_plan(config, config.parallel.processes)
-    print(plan.describe(config, config.parallel.processes))
-    folder = product_folder(config.run.folder, "checkpoints")
-    check_machine(config)
-    complete = _is_complete(folder, config)
-    claim_folder(folder, config, changeable=CHANGEABLE)
+    complete = _is_complete(run.folder, config)
+    claim_folder(run.folder, config, changeable=CHANGEABLE)
+    config_file = run.folder / "config.yaml"
     if prepare is not None:
-        note_config_of_ranks(prepare, None if complete else folder / "config.yaml")
+        note_config_of_ranks(prepare, None if complete else config_file)
     if complete:
-        print(f"already complete: {folder / 'final'}")
+        print(f"already complete: {run.folder / 'final'}")
     if complete or prepare is not None:
         return
-    if config.parallel.processes == 1:
+    if run.world_size == 1:
         _exit_unless_done(train(config))
-    else:
-        ended = run_under_torchrun(
-            "launch.train", folder / "config.yaml", config.parallel.processes
-        )
-        if ended != 0:
-            sys.exit(ended)
-    print(f"checkpoints in {folder}")
+    elif ended := run_under_torchrun("launch.train", config_file, run.world_size):
+        sys.exit(ended)
+    print(f"checkpoints in {run.folder}")
 
 
 def _exit_unless_done(end: RunEnd) -> None:
@@ -110,8 +101,9 @@ def _is_complete(folder: Path, config: TrainRoot) -> bool:
     if written != wanted:
         raise ConfigError(
             [
-                f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was written with {written}; to write it "
-                f"again from the newest checkpoint, remove {folder / MANIFEST_NAME}"
+                f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was "
+                f"written with {written}; to write it again from the newest checkpoint, remove "
+                f"{folder / MANIFEST_NAME}"
             ]
         )
     return True

@@ -37,12 +37,22 @@ def apex_fault() -> str | None:
     )
 
 
+class KernelError(ConfigError):
+    """A kernel that was asked for by name cannot run; ``fault`` says why."""
+
+    def __init__(self, asked: str, fault: str, instead: str) -> None:
+        super().__init__([f"{asked} cannot run here: {fault}; use {instead}"])
+        self.fault = fault
+
+
 @dataclass(frozen=True)
 class KernelChoice(Generic[_Kernel]):
     """The kernel of a run and why it was taken."""
 
     kernel: _Kernel
     reason: str
+    fault: str | None = None
+    """Why it cannot run on the machine that plans; a run is refused for it."""
 
     def __str__(self) -> str:
         return f"{self.kernel.value} ({self.reason})"
@@ -54,10 +64,10 @@ def forced_kernel(
     """A kernel that was asked for by name under a configuration key.
 
     Raises:
-        ConfigError: it has a fault and cannot run; says what to set ``instead``.
+        KernelError: it has a fault and cannot run; says what to set ``instead``.
     """
     if fault:
-        raise ConfigError([f"{key}={wanted.value} cannot run here: {fault}; use {instead}"])
+        raise KernelError(f"{key}={wanted.value}", fault, instead)
     return KernelChoice(wanted, f"forced by {key}")
 
 

@@ -1,1 +1,1 @@
-"""Measurements that need a GPU; each runs at a tiny size on a CPU, which shows that it works and nothing else."""
+"""Measurements that need a GPU; a tiny size on a CPU shows that each works."""

@@ -1,5 +1,4 @@
-"""``python -m benchmarks.gpu.slice``: what one rank of a long run computes, on one device, without
-the others.
+"""``python -m benchmarks.gpu.slice``: what one rank of a long run computes, on one device alone.
 
 With 8 ranks per segment of 131,072 tokens, a rank of LLaMA3-8B runs every dense product over its
 16,384 tokens, and attention for 4 of 32 query heads and 1 of 8 key/value heads over all 131,072.
@@ -8,7 +7,7 @@ rearrangement in memory of the same shape and size, so communication is all that
 parameter gathers, and the optimizer). Layers are as many as asked for, or as fit.
 
 Per window kind: seconds of forward and backward, tokens per second, peak memory, FLOPs and causal
-MFU (training/flops.py). ``--tiny`` shows on a CPU that the script works.
+MFU (model/shape.py). ``--tiny`` shows on a CPU that the script works.
 """
 
 import argparse
@@ -37,8 +36,6 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training.engine import apply_recompute
 from longrope2.training.forecast import peak_tflops
 
-__all__ = ["LLAMA3_8B", "TINY", "Slice", "measure"]
-
 
 @dataclass(frozen=True)
 class Slice:
@@ -63,16 +60,8 @@ class Slice:
 
 
 LLAMA3_8B = Slice()
-TINY = Slice(
-    segment_tokens=512,
-    document_tokens=32,
-    hidden=64,
-    intermediate=96,
-    heads=8,
-    kv_heads=8,
-    vocabulary=101,
-    rope_base=10_000.0,
-)
+TINY = Slice(segment_tokens=512, document_tokens=32, hidden=64, intermediate=96, heads=8,
+             kv_heads=8, vocabulary=101, rope_base=10_000.0)  # fmt: skip
 
 
 def measure(
@@ -80,12 +69,7 @@ def measure(
 ) -> dict[str, Any]:
     """Both windows through a model of ``layers`` layers.
 
-    Args:
-        size: What is measured.
-        layers: Layers of the model.
-        recompute: ``training.recompute``.
-        device: Where.
-        rounds: Passes of each window after a first one; the best counts.
+    The best of ``rounds`` passes of each window after a first one counts.
     """
     bf16 = device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -193,22 +177,19 @@ class _NoGroup:
 def _tokens_to_heads(
     q: Tensor, k: Tensor, v: Tensor, group: _NoGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, T, D] -> [B, H / n, T * n, D], as the exchange would leave it: other ranks' tokens are our other heads'."""
-    shares = [
-        x.unflatten(1, (group.size, x.shape[1] // group.size)).transpose(1, 2).flatten(2, 3)
-        for x in (q, k, v)
-    ]
-    return shares[0].contiguous(), shares[1].contiguous(), shares[2].contiguous()
+    """[B, H, T, D] -> [B, H / n, T * n, D]: other ranks' tokens are our other heads'."""
+
+    def rearranged(x: Tensor) -> Tensor:
+        heads = x.unflatten(1, (group.size, x.shape[1] // group.size))
+        return heads.transpose(1, 2).flatten(2, 3).contiguous()
+
+    return rearranged(q), rearranged(k), rearranged(v)
 
 
 def _heads_to_tokens(out_BThD: Tensor, group: _NoGroup) -> Tensor:
     """[B, T * n, H / n, D] -> [B, T, H, D]."""
-    return (
-        out_BThD.unflatten(1, (group.size, out_BThD.shape[1] // group.size))
-        .transpose(1, 2)
-        .flatten(2, 3)
-        .contiguous()
-    )
+    tokens = out_BThD.unflatten(1, (group.size, out_BThD.shape[1] // group.size))
+    return tokens.transpose(1, 2).flatten(2, 3).contiguous()
 
 
 def _wait_for(device: torch.device) -> None:
@@ -237,27 +218,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.slice", description="One rank of a long run, on one device."
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model and segment, on whatever device there is"
-    )
-    parser.add_argument(
-        "--layers", type=int, help="layers; as many as fit, at most 32, when not given"
-    )
-    parser.add_argument(
-        "--recompute", type=Recompute, default=Recompute.dense, choices=list(Recompute)
-    )
+    tiny = "a tiny model and segment, on whatever device there is"
+    parser.add_argument("--tiny", action="store_true", help=tiny)
+    as_fit = "layers; as many as fit, at most 32, when not given"
+    parser.add_argument("--layers", type=int, help=as_fit)
+    policies = {"type": Recompute, "choices": list(Recompute), "default": Recompute.dense}
+    parser.add_argument("--recompute", **policies)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.tiny:
         parser.error("LLaMA3-8B's slice needs a CUDA device; --tiny runs anywhere")
-    size = TINY if given.tiny else LLAMA3_8B
-    layers = given.layers or (2 if given.tiny else None)
-    found = (
-        measure(size, layers, given.recompute, device)
-        if layers
-        else _most_layers(size, given.recompute, device, 32)
-    )
+    size, layers = (TINY, given.layers or 2) if given.tiny else (LLAMA3_8B, given.layers)
+    if layers:
+        found = measure(size, layers, given.recompute, device)
+    else:
+        found = _most_layers(size, given.recompute, device, 32)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     figures = {"device": name, "torch": torch.__version__, "slice": size.__dict__, **found}
     print(json.dumps(figures, indent=1))

@@ -1,13 +1,11 @@
-"""One rank's share of a micro-step: tokens, labels, window and layout.
+"""One rank's share of a micro-step: tokens, labels, window and layout, read ahead of their step.
+
+One thread reads while the present step computes: it touches only this rank's slice of each segment,
+and builds labels and layouts on the CPU. Moving a batch to the device stays with the training
+thread, just before the step. What is read is a pure function of the step, so reading ahead changes
+when a batch is made and nothing else.
 
 Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
-
-The batches of coming steps, read while the present step computes.
-
-One thread reads ahead: it touches only this rank's slice of each segment, and builds labels and
-layouts on the CPU. Moving a batch to the device stays with the training thread, just before the
-step. What is read is a pure function of the step, so reading ahead changes when a batch is made and
-nothing else.
 """
 
 from collections import deque
@@ -66,22 +64,20 @@ class SegmentSource(Protocol):
 def next_token_labels(
     segment: Segment, window: Window, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
-    """Label of every position from ``start`` to ``stop``, int64: the next token, or
-    ``IGNORED_LABEL``.
+    """Label of every position from ``start`` to ``stop``, int64.
 
-    Ignored are the segment's last position, padding, the token before padding, and in a short
-    window the last token of every document: the next document is not its continuation (paper,
-    section 3.3). A long window predicts across document ends, as its attention spans them. Only the
-    tokens from ``start`` to one past ``stop`` are read.
+    The next token, or ``IGNORED_LABEL``: at the segment's last position, in padding, before
+    padding, and in a short window at the last token of every document: the next document is not its
+    continuation (paper, section 3.3). A long window predicts across document ends, as its attention
+    spans them. Only the tokens from ``start`` to one past ``stop`` are read.
     """
     stop = len(segment.tokens) if stop is None else stop
     labels_T = np.full(stop - start, IGNORED_LABEL, dtype=np.int64)
     following = segment.tokens[start + 1 : stop + 1]
     labels_T[: len(following)] = following
     doc_starts = np.concatenate([[0], segment.doc_ends[:-1]])
-    for doc_start, doc_end, is_padding in zip(
-        doc_starts, segment.doc_ends, segment.doc_is_padding, strict=True
-    ):
+    documents = zip(doc_starts, segment.doc_ends, segment.doc_is_padding, strict=True)
+    for doc_start, doc_end, is_padding in documents:
         first = max(doc_start - 1, 0) if is_padding else doc_end - 1
         if is_padding or window is Window.SHORT:
             labels_T[max(first - start, 0) : max(doc_end - start, 0)] = IGNORED_LABEL
@@ -97,8 +93,7 @@ def load_rank_batch(
     mixed: bool = True,
     kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> RankBatch:
-    """Read this rank's contiguous chunk of its data-parallel group's segment, and no other tokens
-    of it; on the CPU.
+    """Read this rank's chunk of its data-parallel group's segment, and no other tokens of it.
 
     Args:
         store: The packed segments.
@@ -143,8 +138,9 @@ def _squared_lengths(segment: Segment, window: Window) -> int:
 def step_batches(
     load: Callable[[int], list[RankBatch]], steps: range, *, ahead: int, device: torch.device | str
 ) -> Generator[list[RankBatch], None, None]:
-    """This rank's micro-steps of each step, in order; close the generator when it is not read to
-    its end.
+    """This rank's micro-steps of each step, in order.
+
+    Close the generator when it is not read to its end.
 
     Args:
         load: Makes the batches of one step on the CPU.

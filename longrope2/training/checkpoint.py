@@ -5,17 +5,15 @@ cursor; the cursor is the number of finished optimizer steps, and everything els
 segments, learning rate) is a pure function of it, save for the count of skipped steps, which is
 kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed when it is
 complete: whatever ends the run in between, the one before is untouched and is used. Another number
-of ranks takes the way of ``checkpoint_universal.py``; ``checkpoint_final.py`` writes the result of
-a run.
+of ranks takes the way of ``universal.py``; ``final.py`` writes the result of a run.
 
-How the files of a checkpoint come to disk: DeepSpeed says what is in them, this module writes them.
-
-DeepSpeed 0.19.8 has engines of its own that write beside the training
-(``DecoupledCheckpointEngine``, DataStates). They are not used: the first hands the live tensors to
-another process and must be done before the next update, reports a writer that died by writing
-nothing, and neither hashes nor fsyncs; the second needs a package that is not on the Python index.
-Here DeepSpeed's own ``save_checkpoint`` runs as ever, and only its last act is replaced: the state
-is serialised into memory, which fixes it, and a thread writes the bytes while training goes on.
+DeepSpeed says what is in the files, this module writes them. DeepSpeed 0.19.8 has engines of its
+own that write beside the training (``DecoupledCheckpointEngine``, DataStates). They are not used:
+the first hands the live tensors to another process and must be done before the next update, reports
+a writer that died by writing nothing, and neither hashes nor fsyncs; the second needs a package
+that is not on the Python index. Here DeepSpeed's own ``save_checkpoint`` runs as ever, and only its
+last act is replaced: the state is serialised into memory, which fixes it, and a thread writes the
+bytes while training goes on.
 """
 
 import contextlib
@@ -28,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +48,28 @@ from longrope2.files.artifacts import (
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
-POLL_SECONDS = 0.05
-LATEST_FILE = "latest"
-STEP_KIND = "training_state"
-log = logging.getLogger(__name__)
+_LATEST_FILE = "latest"
+_STEP_KIND = "training_state"
+_POLL_SECONDS = 0.05
+_log = logging.getLogger(__name__)
 
 
-class RankFiles:
-    """The files that one rank contributes to one checkpoint."""
+class _RankFiles:
+    """The files that one rank contributes to the checkpoint in ``folder``."""
 
-    def __init__(self, rank: int, *, in_memory: bool) -> None:
-        """Files of rank ``rank``; ``in_memory`` keeps their bytes until ``write``, else they are written at once."""
-        self._rank = rank
-        self._in_memory = in_memory
+    def __init__(self, folder: Path, rank: int, *, in_memory: bool) -> None:
+        """``in_memory`` keeps their bytes until ``write``, else they are written at once."""
+        self._folder, self._rank, self._in_memory = folder, rank, in_memory
         self._waiting: dict[Path, io.BytesIO] = {}
         self._hashes: dict[str, str] = {}
-        self._folder = Path()
 
     @contextlib.contextmanager
-    def taken_from(self, engine: Any, folder: Path) -> Iterator[None]:
-        """While open, the engine's checkpoint files, which belong in ``folder``, come here.
+    def taken_from(self, engine: Any) -> Iterator[None]:
+        """While open, the engine's checkpoint files come here.
 
         The engine is without its sequence-parallel groups meanwhile: it would note their size as a
         tensor-parallel one, and stages 1 and 2 could not be converted.
         """
-        self._folder = folder
         saver, mpu = engine.checkpoint_engine, engine.mpu
         saver.save, engine.mpu = self._take, None  # the former hides the method of its class
         try:
@@ -83,7 +79,7 @@ class RankFiles:
             engine.mpu = mpu
 
     def write(self) -> None:
-        """Write what waits in memory, read it back, and leave the list of all hashes for the rank that publishes."""
+        """Write what waits in memory, read it back, and list all hashes for rank 0."""
         for path, buffer in self._waiting.items():
             data = buffer.getbuffer()
             with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -101,21 +97,21 @@ class RankFiles:
 
     def _take(self, state_dict: Any, path: str) -> None:
         """In place of the engine's ``save``."""
+        file = Path(path)
         if self._in_memory:
-            self._waiting[Path(path)] = buffer = io.BytesIO()
+            self._waiting[file] = buffer = io.BytesIO()
             torch.save(state_dict, buffer)
-        else:
-            with atomic_path(Path(path)) as temporary:
-                try:
-                    torch.save(state_dict, temporary)
-                except RuntimeError as error:  # torch's word for a disk that takes no more
-                    raise OSError(f"{path}: {error}") from error
-            self._hashes[Path(path).name] = sha256_of_file(Path(path))
+            return
+        with atomic_path(file) as temporary:
+            try:
+                torch.save(state_dict, temporary)
+            except RuntimeError as error:  # torch's word for a disk that takes no more
+                raise OSError(f"{path}: {error}") from error
+        self._hashes[file.name] = sha256_of_file(file)
 
 
-def collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
-    """Wait until every rank has written its files into ``folder``; file name -> SHA-256 of all of
-    them.
+def _collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
+    """Wait until every rank has written its files into ``folder``; file name -> SHA-256.
 
     Ranks tell each other by files, not by collectives: those belong to the training thread. A rank
     that failed leaves no list; it ends the run itself.
@@ -124,7 +120,7 @@ def collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
     for rank in range(num_ranks):
         path = _list_of(folder, rank)
         while not path.is_file():
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         hashes |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     return dict(sorted(hashes.items()))
@@ -141,64 +137,52 @@ class CheckpointWriter:
     def __init__(
         self, engine: Any, folder: Path, identity: dict[str, Any], *, keep: int, in_background: bool
     ) -> None:
-        """Prepare to write.
+        """Prepare to write into ``3_checkpoints``.
 
         Args:
             engine: DeepSpeed engine.
             folder: ``3_checkpoints`` of the run.
             identity: Stored in every manifest and compared on resume.
             keep: Newest checkpoints kept.
-            in_background: Let training go on while files are written; costs host memory for a
-                rank's share of the state.
+            in_background: Let training go on meanwhile; costs host memory for a rank's share.
         """
-        self._engine = engine
-        self._folder = folder
-        self._identity = identity
-        self._keep = keep
-        self._in_background = in_background
+        self._engine, self._folder, self._identity = engine, folder, identity
+        self._keep, self._in_background = keep, in_background
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
     def save(self, steps_done: int, skipped: SkippedSteps) -> None:
-        """Begin to write ``step_<n>``; with ``in_background`` it is complete only after the next
-        ``save`` or ``finish``.
+        """Begin to write ``step_<n>``.
+
+        With ``in_background`` it is complete only after the next ``save`` or ``finish``.
 
         Raises:
             ArtifactError: a file of this or the checkpoint before could not be written.
         """
         self._join()
-        tag = _tag(steps_done)
+        tag, is_main = _tag(steps_done), dist.get_rank() == 0
         working = self._folder / f".{tag}.writing"
-        files = RankFiles(dist.get_rank(), in_memory=self._in_background)
+        files = _RankFiles(working, dist.get_rank(), in_memory=self._in_background)
         try:
-            if dist.get_rank() == 0:
+            if is_main:
                 shutil.rmtree(working, ignore_errors=True)
                 working.mkdir(parents=True)
-            with files.taken_from(
-                self._engine, working
-            ):  # save_checkpoint begins with a barrier: the folder is there
+            with files.taken_from(self._engine):
+                # It begins with a barrier: the folder is there.
                 self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
         except OSError as error:
             self._failure = error
             self.raise_if_failed()
-        counts = {
-            "steps": steps_done,
-            "skipped_steps": skipped.total,
-            "skipped_in_a_row": skipped.in_a_row,
-        }
-        details = {
-            "shards": ShardLayout.of(self._engine).to_json(),
-            "optimizer": optimizer_record(self._engine),
-        }
+        shards, optimizer = ShardLayout.of(self._engine), optimizer_record(self._engine)
+        details = {"shards": asdict(shards), "optimizer": optimizer}
         manifest = None
-        if dist.get_rank() == 0:  # the others need none, and it asks git for the commit
-            manifest = Manifest(STEP_KIND, inputs=self._identity, counts=counts, details=details)
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(files, working, tag, manifest),
-            name="checkpoint-writer",
-            daemon=True,
-        )
+        if is_main:  # the others need none, and it asks git for the commit
+            counts = {"steps": steps_done, "skipped_steps": skipped.total}
+            counts["skipped_in_a_row"] = skipped.in_a_row
+            manifest = Manifest(_STEP_KIND, inputs=self._identity, counts=counts, details=details)
+        given = (files, working, tag, manifest)
+        name = "checkpoint-writer"
+        self._thread = threading.Thread(target=self._write, args=given, name=name, daemon=True)
         self._thread.start()
         if not self._in_background:
             self.finish()
@@ -211,8 +195,9 @@ class CheckpointWriter:
         """
         if self._failure is not None:
             raise ArtifactError(
-                f"a checkpoint in {self._folder} could not be written: {self._failure}; the one before is intact. "
-                "Free space or repair the disk; the same command goes on from there"
+                f"a checkpoint in {self._folder} could not be written: {self._failure}; the one "
+                "before is intact. Free space or repair the disk; the same command goes on from "
+                "there"
             ) from self._failure
 
     def finish(self) -> None:
@@ -231,12 +216,12 @@ class CheckpointWriter:
             self._thread = None
         self.raise_if_failed()
 
-    def _write(self, files: RankFiles, working: Path, tag: str, manifest: Manifest | None) -> None:
+    def _write(self, files: _RankFiles, working: Path, tag: str, manifest: Manifest | None) -> None:
         """The thread: this rank's files; on rank 0 then everything that makes them a checkpoint."""
         try:
             files.write()
             if manifest is not None:
-                manifest.files = collect_hashes(working, dist.get_world_size())
+                manifest.files = _collect_hashes(working, dist.get_world_size())
                 self._publish(working, tag, manifest)
         except Exception as error:  # told to the training thread
             self._failure = error
@@ -248,7 +233,7 @@ class CheckpointWriter:
             shutil.rmtree(self._folder / tag)
         working.rename(self._folder / tag)
         fsync_folder(self._folder)
-        write_text(self._folder / LATEST_FILE, tag + "\n")
+        write_text(self._folder / _LATEST_FILE, tag + "\n")
         # A newer one was found damaged when the run was resumed: it must not take the place of an
         # intact one.
         intact = [path for path in _step_folders(self._folder) if path.name <= tag]
@@ -280,62 +265,55 @@ def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[in
     if found[0] is None:
         return 0, SkippedSteps()
     tag, manifest = found[0]
-    written_as, counts = ShardLayout.from_json(manifest.details.get("shards")), manifest.counts
-    if written_as is None or written_as.fits(ShardLayout.of(engine)):
-        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-        if loaded is None:
-            raise ArtifactError(
-                f"DeepSpeed could not load {folder / tag}; remove it to go on from the one before"
-            )
-    else:
-        load_converted(engine, folder / tag, written_as, manifest.details["optimizer"])
-    return counts["steps"], SkippedSteps(
-        counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0)
-    )
+    counts, written_as = manifest.counts, manifest.details.get("shards")
+    skipped = SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
+    if written_as and not ShardLayout(**written_as).fits(ShardLayout.of(engine)):
+        optimizer = manifest.details["optimizer"]
+        load_converted(engine, folder / tag, ShardLayout(**written_as), optimizer)
+    elif engine.load_checkpoint(str(folder), tag=tag)[0] is None:
+        text = f"DeepSpeed could not load {folder / tag}"
+        raise ArtifactError(f"{text}; remove it to go on from the one before")
+    return counts["steps"], skipped
 
 
 def _newest_intact(
     folder: Path, identity: dict[str, Any]
 ) -> tuple[str, Manifest] | ArtifactError | None:
-    """Name and manifest of the newest checkpoint whose files match their hashes; an error is returned to be raised."""
+    """Name and manifest of the newest intact checkpoint; an error is returned to be raised."""
     candidates = _step_folders(folder)
     if not candidates:
         return None
     for candidate in reversed(candidates):
         try:
-            manifest = read_manifest(candidate, STEP_KIND)
+            manifest = read_manifest(candidate, _STEP_KIND)
             _verify(candidate, manifest)
         except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
-            log.warning("skipping a damaged checkpoint: %s", error)
+            _log.warning("skipping a damaged checkpoint: %s", error)
             continue
-        changed = [
-            key for key in identity if _content(manifest.inputs.get(key)) != _content(identity[key])
-        ]
+        inputs = manifest.inputs
+        changed = [k for k in identity if _content(inputs.get(k)) != _content(identity[k])]
         if changed:
             return ArtifactError(
                 f"{candidate} was written by another run: {', '.join(changed)} differ; "
                 "use another run.name, or remove the checkpoints to start over"
             )
         return candidate.name, manifest
-    return ArtifactError(
-        f"no checkpoint in {folder} is intact ({len(candidates)} damaged); remove them to start over"
-    )
+    text = f"no checkpoint in {folder} is intact ({len(candidates)} damaged)"
+    return ArtifactError(f"{text}; remove them to start over")
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its hash, and the cursor, which no hash covers, with the folder's name."""
+    """Compare files with their hashes, and the cursor, which no hash covers, with the name."""
     steps = manifest.counts.get("steps")
     if not isinstance(steps, int) or folder.name != _tag(steps):
-        raise ArtifactError(
-            f"{folder / MANIFEST_NAME} says counts.steps={steps}, its folder another number"
-        )
+        text = f"{folder / MANIFEST_NAME} says counts.steps={steps}"
+        raise ArtifactError(f"{text}, its folder another number")
     paths = [folder / name for name in manifest.files]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ArtifactError(f"{missing[0]} is missing")
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # hashing leaves Python's lock: 100 GB of an 8B model should not take minutes
+    # Hashing leaves Python's lock: 100 GB of an 8B model should not take minutes.
+    with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(sha256_of_file, paths))
     for path, found, expected in zip(paths, hashes, manifest.files.values(), strict=True):
         if found != expected:
@@ -350,7 +328,6 @@ def _content(described: Any) -> Any:
 
 
 def _tag(steps_done: int) -> str:
-    """Name of a checkpoint."""
     return f"step_{steps_done:08d}"
 
 

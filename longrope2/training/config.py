@@ -1,8 +1,6 @@
-"""Settings of a training run, and the checks that cross their fields.
+"""Settings of a training run, and the checks that cross their fields."""
 
-Settings of DeepSpeed's ZeRO beyond the stage, and the checks that cross them.
-"""
-
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,7 +11,6 @@ from longrope2.attention.kernels import AttentionConfig
 from longrope2.config import StageConfig, target_faults
 from longrope2.errors import ConfigError
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.folder import resolve_model_folder
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelConfig, head_faults
@@ -21,21 +18,36 @@ from longrope2.planning.memory import Recompute
 from longrope2.tracking.metrics import TrackingConfig
 
 
-class CommunicationType(Enum):
-    """Number format in which gradients travel between ranks."""
+class Precision(Enum):
+    """A number format, or ``auto``, which each setting explains."""
 
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
 
+class Recompute(Enum):
+    """Which activations are computed again in the backward pass."""
+
+    none = "none"
+    dense = "dense"
+    full = "full"
+
+
+class OptimizerKind(Enum):
+    """Implementations of AdamW: the same update, rounded and fused differently."""
+
+    torch_adamw = "torch_adamw"
+    deepspeed_fused_adam = "deepspeed_fused_adam"
+    apex_fused_adam = "apex_fused_adam"
+
+
 @dataclass
 class ZeroConfig:
-    """How ZeRO shards and communicates; the stage itself is ``parallel.zero_stage``. Defaults are
-    DeepSpeed's.
+    """How ZeRO shards and communicates; its stage is ``parallel.zero_stage``.
 
-    Sizes count elements, not bytes: larger buckets mean fewer, longer messages and more memory for
-    buffers.
+    Defaults are DeepSpeed's. Sizes count elements, not bytes: larger buckets mean fewer, longer
+    messages and more memory for buffers.
     """
 
     hpz_size: int = 1
@@ -52,10 +64,10 @@ class ZeroConfig:
     """Gathered parameters kept at most before the next are released. Stage 3."""
     overlap_communication: bool | None = None
     """Reduce gradients while the backward pass goes on; null is on for stage 3 and off below."""
-    gradient_dtype: CommunicationType = CommunicationType.auto
-    """Format of reduced gradients without sequence parallelism; ``auto`` is that of the forward
-    pass."""
-    sequence_gradient_dtype: CommunicationType = CommunicationType.fp32
+    gradient_dtype: Precision = Precision.auto
+    """Number format in which gradients travel between ranks without sequence parallelism; ``auto``
+    is that of the forward pass."""
+    sequence_gradient_dtype: Precision = Precision.fp32
     """The same with ``parallel.sequence`` > 1; bf16 halves the traffic, fp32 sums the chunks of a
     segment exactly."""
     offload_optimizer: bool = False
@@ -63,65 +75,6 @@ class ZeroConfig:
     ``training.optimizer=torch_adamw``."""
     pin_memory: bool = True
     """Page-locked CPU memory for the offloaded state: faster copies."""
-
-
-def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str) -> list[str]:
-    """Values that are out of range or do not fit the stage, the processes or the optimizer; empty when all fit."""
-    faults = [
-        f"zero.{name}={getattr(zero, name)} must be above 0"
-        for name in (
-            "hpz_size",
-            "reduce_bucket_elements",
-            "gather_bucket_elements",
-            "max_live_elements",
-        )
-        if getattr(zero, name) <= 0
-    ]
-    if zero.prefetch_elements < 0:
-        faults.append(f"zero.prefetch_elements={zero.prefetch_elements} must not be negative")
-    if zero.hpz_size > 1 and stage != 3:
-        faults.append(
-            f"zero.hpz_size={zero.hpz_size} needs parallel.zero_stage=3, this run has {stage}; use 1"
-        )
-    if zero.hpz_size > 0 and world_size > 0 and world_size % zero.hpz_size:
-        allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        faults.append(
-            f"zero.hpz_size={zero.hpz_size} does not divide {world_size} processes; use one of {allowed}"
-        )
-    if zero.offload_optimizer and stage == 0:
-        faults.append(
-            "zero.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, this run has 0"
-        )
-    if zero.offload_optimizer and optimizer != "torch_adamw":
-        faults.append(
-            f"zero.offload_optimizer=true updates on the CPU, where training.optimizer={optimizer} cannot run; "
-            "use training.optimizer=torch_adamw"
-        )
-    return faults
-
-
-class Precision(Enum):
-    """Number format of the forward and backward pass; the master weights are always float32."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class FinalDtype(Enum):
-    """Number format of the weights in ``final/``."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class OptimizerKind(Enum):
-    """Implementations of AdamW: the same update, rounded and fused differently."""
-
-    torch_adamw = "torch_adamw"
-    deepspeed_fused_adam = "deepspeed_fused_adam"
-    apex_fused_adam = "apex_fused_adam"
 
 
 @dataclass
@@ -164,7 +117,8 @@ class TrainingConfig:
     max_skipped_steps: int = 5
     """Steps in a row that may be skipped before the run stops."""
     precision: Precision = Precision.auto
-    """``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    """Number format of the forward and backward pass; ``auto`` is bf16 on a GPU and fp32 on a CPU.
+    The master weights are always float32."""
     recompute: Recompute = Recompute.none
     """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and
     recomputes the rest."""
@@ -189,7 +143,7 @@ class TrainingConfig:
     async_checkpoints: bool = True
     """Write checkpoints while training goes on; false waits for the disk and keeps no copy of the
     state in memory."""
-    final_dtype: FinalDtype = FinalDtype.auto
+    final_dtype: Precision = Precision.auto
     """Weights of ``final/``; ``auto`` is the format of the forward pass; fp32 after bf16 gives the
     master weights."""
     log_steps: int = 1
@@ -221,133 +175,144 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def final_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """Number format of the weights in ``final/``."""
-    if training.final_dtype is FinalDtype.auto:
-        return compute_dtype(training.precision, device)
-    return torch.bfloat16 if training.final_dtype is FinalDtype.bf16 else torch.float32
-
-
-def check(config: TrainRoot, world_size: int) -> Path:
-    """Every rule that crosses fields or files of a training run, before anything is written.
-
-    Returns:
-        The model's local folder.
-
-    Raises:
-        ConfigError: all faults together, each naming its key.
-        ArtifactError: the model cannot be found.
-    """
-    folder = resolve_model_folder(config.model.path)
-    check_rules(config, folder, world_size)
-    return folder
-
-
-def check_rules(config: TrainRoot, folder: Path, world_size: int) -> None:
-    """The rules of ``check``, for a model whose config.json stands in ``folder``.
+def check(config: TrainRoot, model_folder: Path, world_size: int) -> None:
+    """Every rule that crosses fields of a training run, for a model whose config.json is there.
 
     Raises:
         ConfigError: all faults together, each naming its key.
     """
-    faults = (
-        _range_faults(config.training)
-        + _window_faults(config)
-        + _parallel_faults(config, folder, world_size)
-    )
-    faults += zero_faults(
-        config.zero,
-        stage=config.parallel.zero_stage,
-        world_size=world_size,
-        optimizer=config.training.optimizer.value,
-    )
+    faults = _range_faults(config.training) + _window_faults(config)
+    faults += _parallel_faults(config, model_folder, world_size)
+    stage, optimizer = config.parallel.zero_stage, config.training.optimizer.value
+    faults += zero_faults(config.zero, stage=stage, world_size=world_size, optimizer=optimizer)
     if faults:
         raise ConfigError(faults)
 
 
+def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str) -> list[str]:
+    """Values that are out of range or do not fit the stage, the processes or the optimizer."""
+    sizes = ("hpz_size", "reduce_bucket_elements", "gather_bucket_elements", "max_live_elements")
+    hpz, offload = zero.hpz_size, zero.offload_optimizer
+    divisors = _divisors(world_size)
+    return _broken(
+        *_not_above_zero("zero", zero, sizes),
+        *_negative("zero", zero, ("prefetch_elements",)),
+        (
+            hpz > 1 and stage != 3,
+            f"zero.hpz_size={hpz} needs parallel.zero_stage=3, this run has {stage}; use 1",
+        ),
+        (
+            hpz > 0 and world_size > 0 and hpz not in divisors,
+            f"zero.hpz_size={hpz} does not divide {world_size} processes; use one of {divisors}",
+        ),
+        (
+            offload and stage == 0,
+            "zero.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, this run has 0",
+        ),
+        (
+            offload and optimizer != "torch_adamw",
+            f"zero.offload_optimizer=true updates on the CPU, where training.optimizer={optimizer} "
+            "cannot run; use training.optimizer=torch_adamw",
+        ),
+    )
+
+
 def _range_faults(training: TrainingConfig) -> list[str]:
     """Values outside their range."""
-    above_zero = (
-        "global_batch_tokens",
-        "same_kind_segments",
-        "learning_rate",
-        "gradient_clip",
-        "checkpoint_steps",
-        "keep_checkpoints",
-        "log_steps",
-        "max_skipped_steps",
+    above_zero = "global_batch_tokens same_kind_segments learning_rate gradient_clip"
+    above_zero += " checkpoint_steps keep_checkpoints log_steps max_skipped_steps"
+    or_null = ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s")
+    given = {name: getattr(training, name) for name in or_null}
+    betas = {name: getattr(training, name) for name in ("beta1", "beta2")}
+    floor = training.min_learning_rate_ratio
+    return _broken(
+        *_not_above_zero("training", training, above_zero.split()),
+        *((not 0 <= b < 1, f"training.{name}={b} must be in [0, 1)") for name, b in betas.items()),
+        (not 0 <= floor <= 1, f"training.min_learning_rate_ratio={floor} must be in [0, 1]"),
+        *_negative("training", training, ("weight_decay", "warmup_steps", "prefetch_steps")),
+        *(
+            (value is not None and value <= 0, f"training.{name}={value} must be above 0, or null")
+            for name, value in given.items()
+        ),
+        (
+            training.offload_activations and training.recompute is Recompute.none,
+            "training.offload_activations=true needs training.recompute=full or dense; "
+            "with none all stays",
+        ),
     )
-    faults = [
-        f"training.{name}={getattr(training, name)} must be above 0"
-        for name in above_zero
-        if getattr(training, name) <= 0
-    ]
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(training, name) < 1:
-            faults.append(f"training.{name}={getattr(training, name)} must be in [0, 1)")
-    if not 0 <= training.min_learning_rate_ratio <= 1:
-        faults.append(
-            f"training.min_learning_rate_ratio={training.min_learning_rate_ratio} must be in [0, 1]"
-        )
-    for name in ("weight_decay", "warmup_steps", "prefetch_steps"):
-        if getattr(training, name) < 0:
-            faults.append(f"training.{name}={getattr(training, name)} must not be negative")
-    for name in ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s"):
-        value = getattr(training, name)
-        if value is not None and value <= 0:
-            faults.append(f"training.{name}={value} must be above 0, or null")
-    if training.offload_activations and training.recompute is Recompute.none:
-        faults.append(
-            "training.offload_activations=true needs training.recompute=full or dense; with none all stays"
-        )
-    return faults
 
 
 def _window_faults(config: TrainRoot) -> list[str]:
     """Window lengths and batch sizes that do not fit each other."""
     target, training = config.target_len, config.training
-    faults = target_faults(config.model, target)
+    batch, tokens = training.global_batch_tokens, training.tokens
     group_tokens = max(1, target * training.same_kind_segments)
-    if training.global_batch_tokens % group_tokens:
-        faults.append(
-            f"training.global_batch_tokens={training.global_batch_tokens} must be a multiple of target_len * "
-            f"training.same_kind_segments = {group_tokens}"
-        )
-    elif training.tokens is not None and 0 < training.tokens < training.global_batch_tokens:
-        faults.append(
-            f"training.tokens={training.tokens} is less than one step of "
-            f"training.global_batch_tokens={training.global_batch_tokens}"
-        )
-    return faults
+    return target_faults(config.model, target) + _broken(
+        (
+            batch % group_tokens != 0,
+            f"training.global_batch_tokens={batch} must be a multiple of target_len * "
+            f"training.same_kind_segments = {group_tokens}",
+        ),
+        (
+            batch % group_tokens == 0 and tokens is not None and 0 < tokens < batch,
+            f"training.tokens={tokens} is less than one step of "
+            f"training.global_batch_tokens={batch}",
+        ),
+    )
 
 
-def _parallel_faults(config: TrainRoot, folder: Path, world_size: int) -> list[str]:
+def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> list[str]:
     """Process counts that do not fit the model, the segments or the batch."""
-    parallel, training = config.parallel, config.training
-    faults = []
-    if parallel.zero_stage not in (0, 1, 2, 3):
-        faults.append(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3")
-    if parallel.replicate_below < 0:
-        faults.append(f"parallel.replicate_below={parallel.replicate_below} must not be negative")
-    if parallel.timeout_seconds <= 0:
-        faults.append(f"parallel.timeout_seconds={parallel.timeout_seconds} must be above 0")
+    parallel, sequence = config.parallel, config.parallel.sequence
+    faults = _broken(
+        (
+            parallel.zero_stage not in (0, 1, 2, 3),
+            f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3",
+        ),
+        *_negative("parallel", parallel, ("replicate_below",)),
+        *_not_above_zero("parallel", parallel, ("timeout_seconds",)),
+    )
     if world_size < 1:
         return [*faults, f"parallel.processes={world_size} must be above 0"]
-    if parallel.sequence < 1 or world_size % parallel.sequence:
-        allowed = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        return [
-            *faults,
-            f"parallel.sequence={parallel.sequence} does not divide {world_size} processes; use {allowed}",
-        ]
-    if config.target_len % parallel.sequence:
-        faults.append(
-            f"target_len={config.target_len} must be a multiple of parallel.sequence={parallel.sequence}, "
-            "so that every rank holds an equal share of a segment"
-        )
-    data = world_size // parallel.sequence
-    if training.same_kind_segments > 0 and training.same_kind_segments % data:
-        faults.append(
-            f"training.same_kind_segments={training.same_kind_segments} must be a multiple of the data-parallel size "
-            f"{data} ({world_size} processes / parallel.sequence={parallel.sequence})"
-        )
-    shape = ModelShape.from_folder(folder)
-    return faults + head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
+    divisors = _divisors(world_size)
+    if sequence not in divisors:
+        text = f"parallel.sequence={sequence} does not divide {world_size} processes"
+        return [*faults, f"{text}; use {divisors}"]
+    data, alike = world_size // sequence, config.training.same_kind_segments
+    target = config.target_len
+    shape = ModelShape.from_folder(model_folder)
+    return [
+        *faults,
+        *_broken(
+            (
+                target % sequence != 0,
+                f"target_len={target} must be a multiple of parallel.sequence={sequence}, "
+                "so that every rank holds an equal share of a segment",
+            ),
+            (
+                alike > 0 and alike % data != 0,
+                f"training.same_kind_segments={alike} must be a multiple of the data-parallel size "
+                f"{data} ({world_size} processes / parallel.sequence={sequence})",
+            ),
+        ),
+        *head_faults(sequence, shape.num_heads, shape.num_kv_heads),
+    ]
+
+
+def _broken(*rules: tuple[bool, str]) -> list[str]:
+    """The texts of the rules that are broken."""
+    return [text for is_broken, text in rules if is_broken]
+
+
+def _not_above_zero(group: str, settings: object, names: Iterable[str]) -> list[tuple[bool, str]]:
+    values = {name: getattr(settings, name) for name in names}
+    return [(v <= 0, f"{group}.{name}={v} must be above 0") for name, v in values.items()]
+
+
+def _negative(group: str, settings: object, names: Iterable[str]) -> list[tuple[bool, str]]:
+    values = {name: getattr(settings, name) for name in names}
+    return [(v < 0, f"{group}.{name}={v} must not be negative") for name, v in values.items()]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,24 +1,20 @@
 """The DeepSpeed engine around the windowed model.
 
-DeepSpeed's dictionary from typed fields; nothing else in this project writes to it, and no
+DeepSpeed's dictionary comes from typed fields; nothing else in this project writes to it, and no
 DeepSpeed JSON is kept.
 
-What the backward pass computes again instead of remembering: ``training.recompute``.
+``training.recompute`` says what the backward pass computes again instead of remembering. Nothing is
+approximated, and the recomputation repeats the same operations, so loss and gradients are the same:
 
 - ``none``: everything is remembered.
 - ``full``: of a decoder layer only its input; the whole layer runs again, attention included.
 - ``dense``: its input and what attention's backward reads; everything but attention (the dense
   products, norms, rotary) runs again. At 131,072 tokens attention is most of the work, so this is
-  nearly as fast as ``none`` (attention/kept.py says what it costs in memory).
+  nearly as fast as ``none`` (attention/windowed.py says what it costs in memory).
 
-All three give the same loss and gradients: nothing is approximated, and the recomputation repeats
-the same operations. ``training.offload_activations`` keeps what is remembered between layers in CPU
-memory.
-
-ZeRO-3 from the first parameter on: each rank keeps its share of a parameter as soon as it exists.
-
-Without this DeepSpeed shards a model that every rank has loaded whole. The sharding itself is
-DeepSpeed's own (``deepspeed.zero.Init``): rank 0's values are broadcast, every rank keeps its part.
+Under ZeRO-3 each rank keeps its share of a parameter as soon as it exists; without this DeepSpeed
+shards a model that every rank has loaded whole. The sharding itself is DeepSpeed's own
+(``deepspeed.zero.Init``): rank 0's values are broadcast, every rank keeps its part.
 """
 
 from collections.abc import Callable
@@ -35,22 +31,15 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from longrope2.attention.windowed import kept_attention_contexts
 from longrope2.errors import ConfigError
 from longrope2.model.loading import load_windowed_model
-from longrope2.model.norms import choose_norm, use_norm
+from longrope2.model.norms import use_norm
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes
-from longrope2.planning.memory import Recompute
-from longrope2.training.config import (
-    CommunicationType,
-    TrainingConfig,
-    TrainRoot,
-    ZeroConfig,
-    compute_dtype,
-)
+from longrope2.training.config import Precision, Recompute, TrainingConfig, ZeroConfig
 from longrope2.training.optimizer import make_optimizer
-from longrope2.training.plan import TrainingPlan
+from longrope2.training.plan import ResolvedRun
 
-NEVER = 1_000_000_000
+_NEVER = 1_000_000_000
 
 
 def deepspeed_settings(
@@ -64,16 +53,13 @@ def deepspeed_settings(
     """What ``deepspeed.initialize`` is given; one segment per micro-step and process group.
 
     Without ZeRO and in float32 DeepSpeed clips but does not report the norm: there ``run_step``
-    clips instead.
-
-    Args:
-        training: For clipping.
-        parallel: For the stage and the size below which parameters stay whole.
-        zero: Everything else about ZeRO.
-        micro_steps: Micro-steps of one optimizer step.
-        bf16: Forward and backward in bf16 with float32 master weights.
+    clips instead. ``bf16`` is forward and backward in bf16 with float32 master weights.
     """
     clips_itself = parallel.zero_stage > 0 or bf16
+    sequence_dtype = zero.sequence_gradient_dtype
+    if sequence_dtype is Precision.auto:
+        # DeepSpeed has no word for it here: the format of the forward pass by name.
+        sequence_dtype = Precision.bf16 if bf16 else Precision.fp32
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
@@ -81,24 +67,18 @@ def deepspeed_settings(
         "bf16": {"enabled": bf16},
         "zero_optimization": _zero_section(parallel, zero),
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam is compiled on first use; torch's is there
-        "seq_parallel_communication_data_type": _sequence_gradient_dtype(zero, bf16=bf16).value,
-        "steps_per_print": NEVER,
+        # DeepSpeed's own CPU Adam is compiled on first use; torch's is there.
+        "zero_force_ds_cpu_optimizer": False,
+        "seq_parallel_communication_data_type": sequence_dtype.value,
+        "steps_per_print": _NEVER,
     }
-    if zero.gradient_dtype is not CommunicationType.auto:
+    if zero.gradient_dtype is not Precision.auto:
         settings["communication_data_type"] = zero.gradient_dtype.value
     if bf16 and parallel.zero_stage >= 2:
         # DeepSpeed would add up the micro-steps in bf16, 8 bits for 64 of them on 8 GPUs. Stages 0
         # and 1 know no other way.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
-
-
-def _sequence_gradient_dtype(zero: ZeroConfig, *, bf16: bool) -> CommunicationType:
-    """DeepSpeed has no word for ``auto`` here: the format of the forward pass by name."""
-    if zero.sequence_gradient_dtype is not CommunicationType.auto:
-        return zero.sequence_gradient_dtype
-    return CommunicationType.bf16 if bf16 else CommunicationType.fp32
 
 
 def _zero_section(parallel: ParallelConfig, zero: ZeroConfig) -> dict[str, Any]:
@@ -127,30 +107,25 @@ def _zero_section(parallel: ParallelConfig, zero: ZeroConfig) -> dict[str, Any]:
 
 
 def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> None:
-    """Checkpoint every decoder layer of a transformers model as the policy says; it acts in
-    training mode only.
+    """Checkpoint every decoder layer of a transformers model; it acts in training mode only.
 
     Args:
         hf: The model.
         policy: ``training.recompute``.
-        offload: ``training.offload_activations``; needs a policy other than ``none``.
+        offload: ``training.offload_activations``: what stays between layers stays in CPU memory;
+            needs a policy other than ``none``.
 
     Raises:
         ConfigError: the model class has no layers that can be checkpointed.
     """
     if policy is Recompute.none:
         return
+    function = partial(_checkpointed, policy=policy, offload=offload)
     try:
-        hf._set_gradient_checkpointing(
-            enable=True,
-            gradient_checkpointing_func=partial(_checkpointed, policy=policy, offload=offload),
-        )
+        hf._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     except ValueError:
-        raise ConfigError(
-            [
-                f"training.recompute={policy.value}: {type(hf).__name__} has no layers that can be recomputed; use none"
-            ]
-        ) from None
+        text = f"{type(hf).__name__} has no layers that can be recomputed; use none"
+        raise ConfigError([f"training.recompute={policy.value}: {text}"]) from None
 
 
 def _checkpointed(
@@ -172,24 +147,17 @@ class RankShares:
     def __init__(
         self, settings: dict[str, Any], mpu: ModuleType | None, dtype: torch.dtype
     ) -> None:
-        """Prepare for the engine that will own the parameters.
-
-        Args:
-            settings: DeepSpeed's dictionary of that engine.
-            mpu: Its sequence-parallel groups.
-            dtype: Number format of the parameters.
-        """
+        """``settings`` are DeepSpeed's for the engine that will own them; ``dtype`` is theirs."""
         self._settings, self._mpu, self._dtype = settings, mpu, dtype
         self._first: Any = None
 
     def take(self, parameter: nn.Parameter) -> None:
-        """Keep this rank's share of rank 0's values; the rest is released. Every rank calls this."""
+        """Keep this rank's share of rank 0's values, release the rest; every rank calls this."""
         if self._first is not None:
             self._first.convert_to_zero_parameters(param_list=[parameter])
             return
-        from deepspeed.runtime.zero import (
-            Init,  # by now loaded with DS_ACCELERATOR set (processes.py)
-        )
+        # By now loaded with DS_ACCELERATOR set (processes.py).
+        from deepspeed.runtime.zero import Init
         from deepspeed.utils import groups
 
         holder = nn.Module()
@@ -204,87 +172,59 @@ class RankShares:
         self._first = parameter
 
 
-def make_engine(config: TrainRoot, plan: TrainingPlan, processes: Processes) -> Any:
-    """Load the model and wrap it; every rank calls this. Under ZeRO-3 no rank ever holds the whole model."""
-    torch.manual_seed(config.seed)
-    dtype = compute_dtype(config.training.precision, processes.device)
-    micro_steps = plan.schedule.segments_per_step // processes.dims.data
-    shares = _shares(config, processes, micro_steps, dtype)
+def make_engine(run: ResolvedRun, processes: Processes) -> Any:
+    """Load the model and wrap it; every rank calls this. Under ZeRO-3 none ever holds all of it."""
+    torch.manual_seed(run.config.seed)
+    shares = _shares(run, processes)
     model = load_windowed_model(
-        plan.model_folder,
-        plan.factors,
+        run.model_folder,
+        run.factors,
         device=processes.device,
-        dtype=dtype,
-        from_scratch=config.model.from_scratch,
+        dtype=run.machine.dtype,
+        from_scratch=run.config.model.from_scratch,
         take=shares.take if shares else None,
         read=processes.is_main,
     )
-    return wrap_model(model, config, processes, micro_steps=micro_steps, dtype=dtype)
+    return wrap_model(model, run, processes)
 
 
-def take_in_shares(
-    model: WindowedModel,
-    config: TrainRoot,
-    processes: Processes,
-    *,
-    micro_steps: int,
-    dtype: torch.dtype,
-) -> None:
-    """Under ZeRO-3, leave each rank its share of a model that is whole; arguments as for ``wrap_model``."""
-    shares = _shares(config, processes, micro_steps, dtype)
-    if shares is not None:
+def take_in_shares(model: WindowedModel, run: ResolvedRun, processes: Processes) -> None:
+    """Under ZeRO-3, leave each rank its share of a model that is whole; every rank calls this."""
+    if shares := _shares(run, processes):
         for parameter in model.parameters():
             shares.take(parameter)
 
 
-def wrap_model(
-    model: WindowedModel,
-    config: TrainRoot,
-    processes: Processes,
-    *,
-    micro_steps: int,
-    dtype: torch.dtype,
-) -> Any:
-    """The DeepSpeed engine that the configuration asks for, around a model; every rank calls this.
+def wrap_model(model: WindowedModel, run: ResolvedRun, processes: Processes) -> Any:
+    """The DeepSpeed engine of a run around a model that is on the device, or in shares.
 
-    Args:
-        model: On the device, or in shares.
-        config: The run.
-        processes: This process among the others.
-        micro_steps: Micro-steps of one optimizer step.
-        dtype: Number format of the model's weights.
+    Every rank calls this.
     """
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
-    use_norm(model.hf, choose_norm(config.training.norm, processes.device, dtype).kernel)
-    apply_recompute(
-        model.hf, config.training.recompute, offload=config.training.offload_activations
-    )
+    config, training = run.config, run.config.training
+    use_norm(model.hf, run.machine.norm.kernel)
+    apply_recompute(model.hf, training.recompute, offload=training.offload_activations)
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, config.training, offloaded=config.zero.offload_optimizer),  # type: ignore[arg-type]
-        config=_settings(config, micro_steps, dtype),
+        optimizer=make_optimizer(model, training, offloaded=config.zero.offload_optimizer),  # type: ignore[arg-type]
+        config=_settings(run),
         mpu=processes.mpu,
     )
     return engine
 
 
-def _shares(
-    config: TrainRoot, processes: Processes, micro_steps: int, dtype: torch.dtype
-) -> RankShares | None:
+def _shares(run: ResolvedRun, processes: Processes) -> RankShares | None:
     """What keeps this rank's part of each parameter; None where ranks hold the whole model."""
-    if config.parallel.zero_stage < 3:
+    if run.config.parallel.zero_stage < 3:
         return None
-    return RankShares(_settings(config, micro_steps, dtype), processes.mpu, dtype)
+    return RankShares(_settings(run), processes.mpu, run.machine.dtype)
 
 
-def _settings(config: TrainRoot, micro_steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's dictionary for this run."""
+def _settings(run: ResolvedRun) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run."""
+    config, bf16 = run.config, run.machine.bf16
     return deepspeed_settings(
-        config.training,
-        config.parallel,
-        config.zero,
-        micro_steps=micro_steps,
-        bf16=dtype is torch.bfloat16,
+        config.training, config.parallel, config.zero, micro_steps=run.micro_steps, bf16=bf16
     )

@@ -1,5 +1,4 @@
-"""``final/``: the result of a run, a Hugging Face folder that plain transformers loads, written
-with bounded memory.
+"""``final/``: the result of a run, a Hugging Face folder that plain transformers loads.
 
 Parameters are gathered one by one and given to the disk shard by shard: no rank ever holds more of
 the model than one file and one parameter, beside its own part.
@@ -27,13 +26,13 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
-FINAL_FOLDER = "final"
-FINAL_KIND = "checkpoint"
-WEIGHTS_FILE = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
-MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-               "chat_template.jinja")  # fmt: skip
+_FINAL_FOLDER = "final"
+_FINAL_KIND = "checkpoint"
+_WEIGHTS_FILE = "model.safetensors"
+_MAX_SHARD_BYTES = 5_000_000_000
+_MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 
 
 def save_final(
@@ -44,10 +43,11 @@ def save_final(
     manifest: Manifest,
     dtype: torch.dtype,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-    """Write ``final/``: config and tokenizer of the base model, weights, factors; every rank calls
-    this.
+    """Write ``final/``: config and tokenizer of the base model, weights, factors.
+
+    Every rank calls this.
 
     Args:
         engine: DeepSpeed engine around a ``WindowedModel``.
@@ -58,7 +58,7 @@ def save_final(
         dtype: Number format of the weights; float32 gives the master weights of a bf16 run.
         max_shard_bytes: Largest file of weights; more are written as shards with an index.
     """
-    final = folder / FINAL_FOLDER
+    final = folder / _FINAL_FOLDER
     is_main = dist.get_rank() == 0
     if is_main:
         final.mkdir(parents=True, exist_ok=True)
@@ -68,24 +68,21 @@ def save_final(
         write_text(final / FACTORS_FILE, factors.to_json())
     _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
     if is_main:
-        manifest.kind = FINAL_KIND
+        manifest.kind = _FINAL_KIND
         manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
         write_manifest(final, manifest)
     dist.barrier()
 
 
 def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> None:
-    """The base model's tokenizer, and its config with the weights' number format under the key it uses."""
-    for name in MODEL_FILES:
+    """The base model's tokenizer, and its config with the number format under the key it uses."""
+    for name in _MODEL_FILES:
         if (model_folder / name).is_file():
             with atomic_path(final / name) as temporary:
                 shutil.copyfile(model_folder / name, temporary)
-    config = read_raw_config(model_folder / CONFIG_FILE)
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or [
-        "dtype",
-        "torch_dtype",
-    ]
-    config |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
+    config, keys = read_raw_config(model_folder / CONFIG_FILE), ("dtype", "torch_dtype")
+    used = [key for key in keys if key in config] or keys
+    config |= dict.fromkeys(used, str(dtype).removeprefix("torch."))
     write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
@@ -94,17 +91,13 @@ def _write_weights(
 ) -> None:
     """One file, or shards with an index; all ranks gather, the main rank keeps and writes."""
     parameters = dict(engine.module.hf.named_parameters())
-    sizes = {
-        name: _num_elements(parameter) * dtype.itemsize for name, parameter in parameters.items()
-    }
+    sizes = {name: _num_elements(p) * dtype.itemsize for name, p in parameters.items()}
     shards = _shard_names(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            WEIGHTS_FILE
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = _WEIGHTS_FILE
         tensors = {}
         for name in names:
             with _whole(parameters[name], dtype) as whole:
@@ -116,9 +109,8 @@ def _write_weights(
                 save_file(tensors, temporary, metadata={"format": "pt"})
     if is_main and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_text(
-            final / f"{WEIGHTS_FILE}.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
-        )
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
 
 
 def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -136,19 +128,18 @@ def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
 
 @contextlib.contextmanager
 def _whole(parameter: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A parameter gathered from all ranks; its float32 master weights when those are wanted of a bf16 model."""
+    """A parameter gathered from all ranks; in float32 the master weights of a bf16 model."""
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
     if dtype is torch.float32 and parameter.dtype is not dtype:
         master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        yield (
-            parameter if master is None else master
-        )  # None: no master weights apart from the parameter
+        # None: no master weights apart from the parameter.
+        yield parameter if master is None else master
         return
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         yield parameter
 
 
 def _num_elements(parameter: torch.Tensor) -> int:
-    """Of the whole parameter; ZeRO-3 leaves an empty tensor in its place and its size in ``ds_numel``."""
+    """Of the whole parameter; where ZeRO-3 leaves an empty tensor, its size is ``ds_numel``."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

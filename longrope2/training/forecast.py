@@ -1,14 +1,13 @@
 """What the planner expects of a run, said before it starts and compared with what is measured.
 
 Memory can be foretold for any process grid under ZeRO-3. Time can where the GPU's rates are known
-(``longrope2.planning.GPUS``); node size is what the process sees, the network is the planner's
+(``longrope2.planning.hardware``); node size is what the process sees, the network is the planner's
 default.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -24,18 +23,20 @@ from longrope2.planning.hardware import (
 from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
-from longrope2.training.config import CommunicationType, TrainRoot, ZeroConfig, compute_dtype
+from longrope2.training.config import Precision, ZeroConfig
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
 
 GIB = 2**30
-TOLERANCE = 0.15
+_TOLERANCE = 0.15
 # The first steps of a process allocate, compile and fill caches.
-WARM_UP_STEPS = 3
-FP32_BYTES, BF16_BYTES = 4, 2
-ASSUMED_LONG_SHARE = 0.7
-MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
-HINTS = {
-    "step time": "; its rates are assumptions (python -m launch.plan), but a kernel or the network may be slow",
+_WARM_UP_STEPS = 3
+_FP32_BYTES, _BF16_BYTES = 4, 2
+_ASSUMED_LONG_SHARE = 0.7
+_MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
+_HINTS = {
+    "step time": "; its rates are assumptions (python -m launch.plan), "
+    "but a kernel or the network may be slow",
     "GPU memory": "",
 }
 
@@ -61,10 +62,9 @@ class Forecast:
             f"{flops:.3g} FLOPs a step with {100 * work.long_share:.0f} % long",
         ]
         if self.memory is not None:
-            number_format = "bf16" if self.layout.bf16 else "fp32"
-            words.append(
-                f"{self.memory.peak / GIB:.3g} GiB a process in {number_format}, most in {MOMENTS[self.memory.peak_moment]}"
-            )
+            number_format, most = "bf16" if self.layout.bf16 else "fp32", self.memory.peak_moment
+            gib = f"{self.memory.peak / GIB:.3g} GiB a process in {number_format}"
+            words.append(f"{gib}, most in {_MOMENTS[most]}")
         if self.machine is None:
             words.append("time unknown: no rates for this device")
         else:
@@ -75,7 +75,7 @@ class Forecast:
         return f"planner    {'; '.join(words)}"
 
     def step_seconds(self, report: StepReport) -> float | None:
-        """Seconds expected of a step with the segments and documents that it really had; None without rates."""
+        """Expected of a step with the segments and documents it really had; None without rates."""
         if self.machine is None:
             return None
         work, targets = self.workload, report.targets_by_window
@@ -91,7 +91,7 @@ class Forecast:
 
 
 class ForecastCheck:
-    """Warns, once each, when step time or GPU memory leaves the forecast by more than ``TOLERANCE``."""
+    """Warns, once each, when step time or GPU memory is off by more than ``_TOLERANCE``."""
 
     def __init__(self, forecast: Forecast, warn: Callable[[str], None]) -> None:
         self._forecast = forecast
@@ -103,13 +103,13 @@ class ForecastCheck:
         """Compare one step.
 
         Args:
-            step: Number of the step, for the message.
+            step: Its number, for the message.
             report: What was measured.
-            memory_gib: Peak GPU memory so far; None on a CPU, where resident memory holds more than
+            memory_gib: Peak GPU memory so far; None on a CPU, whose resident memory holds more than
                 tensors.
         """
         self._steps_seen += 1
-        if self._steps_seen <= WARM_UP_STEPS or not report.applied:
+        if self._steps_seen <= _WARM_UP_STEPS or not report.applied:
             return
         expected = self._forecast.step_seconds(report)
         if expected is not None:
@@ -119,76 +119,52 @@ class ForecastCheck:
 
     def _compare(self, what: str, measured: float, expected: float, unit: str, step: int) -> None:
         """Warn the first time a measurement is out."""
-        if what not in self._open or abs(measured / expected - 1) <= TOLERANCE:
+        if what not in self._open or abs(measured / expected - 1) <= _TOLERANCE:
             return
         self._open.remove(what)
+        percent = 100 * (measured / expected - 1)
         self._warn(
-            f"warning: {what} at step {step} is {measured:.3g} {unit}, {100 * (measured / expected - 1):+.0f} % against the "
-            f"planner's {expected:.3g} {unit}{HINTS[what]}"
+            f"warning: {what} at step {step} is {measured:.3g} {unit}, {percent:+.0f} % against "
+            f"the planner's {expected:.3g} {unit}{_HINTS[what]}"
         )
 
 
-def make_forecast(
-    config: TrainRoot,
-    model_folder: Path,
-    world_size: int,
-    *,
-    total_tokens: int | None,
-    long_share: float | None,
-    device: torch.device | None = None,
-) -> Forecast:
-    """The forecast of a run.
-
-    Args:
-        config: The run.
-        model_folder: Folder with the model's config.json.
-        world_size: Processes.
-        total_tokens: Tokens of the run; None where there are no segments yet that would say.
-        long_share: Share of the segments that are long; None where there are no segments yet takes
-            ``ASSUMED_LONG_SHARE``.
-        device: This process's device; None looks whether there is a GPU and does not touch it.
-    """
-    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training, parallel = config.training, config.parallel
+def make_forecast(run: ResolvedRun) -> Forecast:
+    """What to expect of a run; ``_ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
+    config, training, parallel = run.config, run.config.training, run.config.parallel
     layout = Layout(
-        data=world_size // parallel.sequence,
+        data=run.world_size // parallel.sequence,
         sequence=parallel.sequence,
         recompute=training.recompute,
         offload=training.offload_activations,
-        bf16=compute_dtype(training.precision, place) is torch.bfloat16,
+        bf16=run.machine.bf16,
         zero=zero_buffers(config.zero),
-        fused_norms=_norms_are_fused(training.norm, place),
+        fused_norms=run.machine.norm.kernel is not NormKernel.model,
     )
-    share = ASSUMED_LONG_SHARE if long_share is None else long_share
+    num_long, num_short = len(run.schedule.long_ids), len(run.schedule.short_ids)
+    share = num_long / (num_long + num_short) if num_long + num_short else _ASSUMED_LONG_SHARE
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
-        total_tokens=total_tokens or 0,
+        total_tokens=run.total_steps * training.global_batch_tokens,
         long_share=share if training.mixed else 1.0,
         short_document_tokens=config.model.original_len / 2,
     )
-    shape = ModelShape.from_folder(model_folder)
-    memory = predict_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
-    return Forecast(
-        shape, workload, layout, memory, _machine(place, world_size) if layout.bf16 else None
-    )
+    shape = ModelShape.from_folder(run.model_folder)
+    memory = plan_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
+    machine = _machine(run.machine.device, run.world_size) if layout.bf16 else None
+    return Forecast(shape, workload, layout, memory, machine)
 
 
 def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
     """The sizes that ZeRO is given."""
+    in_fp32 = zero.sequence_gradient_dtype is Precision.fp32
     return ZeroBuffers(
         reduce_bucket=zero.reduce_bucket_elements,
         max_live=zero.max_live_elements,
         hpz_size=zero.hpz_size,
-        gradient_bytes=FP32_BYTES
-        if zero.sequence_gradient_dtype is CommunicationType.fp32
-        else BF16_BYTES,
+        gradient_bytes=_FP32_BYTES if in_fp32 else _BF16_BYTES,
     )
-
-
-def _norms_are_fused(norm: NormKernel, device: torch.device) -> bool:
-    """Whether a run takes a fused kernel; torch's own is always there on a GPU."""
-    return device.type == "cuda" if norm is NormKernel.auto else norm is not NormKernel.model
 
 
 def _machine(device: torch.device, world_size: int) -> Machine | None:
@@ -202,7 +178,7 @@ def _machine(device: torch.device, world_size: int) -> Machine | None:
 
 
 def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -> float | None:
-    """Peak TFLOP/s of one device: ``training.peak_tflops`` if given, else the table's for bf16 on a known GPU, else None."""
+    """Of one device: ``training.peak_tflops`` if given, else the bf16 peak of a known GPU."""
     if configured is not None or device.type != "cuda" or not bf16:
         return configured
     name = torch.cuda.get_device_name(device)

@@ -1,5 +1,4 @@
-"""Who hangs, where: every rank notes what it does, and a thread on every rank notices when nothing
-moves any more.
+"""Who hangs, where, and how a run is stopped.
 
 The training thread marks its progress in memory, which costs nothing. A thread beside it writes the
 latest mark to ``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead
@@ -12,16 +11,15 @@ stacks of its own threads (also to ``rank_00003.stacks``), and ends the process 
 ``HANG_EXIT_CODE``. Without it the run would sit on its nodes until the collectives time out, and
 not say why.
 
-Stop signals: a cluster that wants its nodes back gets a checkpoint, not a dead run.
-
-SIGTERM (cancelled, preempted) and SIGUSR1 (``#SBATCH --signal=USR1@300``: the time limit is near)
-are remembered, not obeyed at once. Between two optimizer steps all ranks agree whether any of them
-was asked to stop; so none stops alone while the others wait in a collective, and what is saved is a
-whole step.
+Stop signals, SIGTERM (cancelled, preempted) and SIGUSR1 (``#SBATCH --signal=USR1@300``: the time
+limit is near), are remembered, not obeyed at once. Between two optimizer steps all ranks agree
+whether any of them was asked to stop; so none stops alone while the others wait in a collective,
+and what is saved is a whole step.
 """
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -36,13 +34,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from longrope2.command import HANG_EXIT_CODE
-
+HANG_EXIT_CODE = 76
+"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, apart from 1, 2 and 75."""
 FOLDER = "heartbeats"
-WRITE_SECONDS = 5.0
+_WRITE_SECONDS = 5.0
 REPORT_SECONDS = 60.0
 """Time to say who hangs: a stalled file system must not keep the process for ever."""
-MARKS_TO_LIVE = 4
+_MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -65,14 +63,14 @@ class Beat:
 
     def describe(self, now: float, sign_of_life_seconds: float) -> str:
         """One line."""
-        line = f"rank {self.rank} (host {self.host}, process {self.pid}): step {self.step}, {self.phase}, for "
-        line += f"{now - self.since:.0f} s"
+        line = f"rank {self.rank} (host {self.host}, process {self.pid}): step {self.step}, "
+        line += f"{self.phase}, for {now - self.since:.0f} s"
         silent = now - self.written
-        if silent > sign_of_life_seconds:
-            line += (
-                f"; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
-            )
-        return line
+        if silent <= sign_of_life_seconds:
+            return line
+        return (
+            f"{line}; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
+        )
 
 
 class Heartbeat:
@@ -87,24 +85,18 @@ class Heartbeat:
         timeout_s: float | None,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """Prepare.
+        """For one rank of a run with its ``3_checkpoints`` in ``product``.
 
         Args:
-            product: The run's ``3_checkpoints``.
+            product: Gets a folder of the ranks' files.
             rank: This process.
             world_size: All processes.
-            timeout_s: Seconds without a mark after which the process ends; None only writes the
-                files.
+            timeout_s: Seconds without a mark after which it ends; None only writes the files.
             leave: Ends the process at once, without the clean-up that may hang too.
         """
-        self._folder = product / FOLDER
-        self._rank, self._world_size, self._timeout_s, self._leave = (
-            rank,
-            world_size,
-            timeout_s,
-            leave,
-        )
-        self._interval = WRITE_SECONDS if timeout_s is None else min(WRITE_SECONDS, timeout_s / 10)
+        self._folder, self._rank, self._world_size = product / FOLDER, rank, world_size
+        self._timeout_s, self._leave = timeout_s, leave
+        self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._now = (0, 0, "start", time.time())
         self._stop = threading.Event()
@@ -128,12 +120,7 @@ class Heartbeat:
         self._write()
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """Note what comes next; all ranks make the same marks.
-
-        Args:
-            phase: A few words.
-            step: Number of the step, 1-based; None keeps the latest.
-        """
+        """Note what comes next, at which step (None: the latest); all ranks make the same marks."""
         marks, latest_step, _, _ = self._now
         self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
 
@@ -150,7 +137,6 @@ class Heartbeat:
                 return
 
     def _beat(self) -> Beat:
-        """The latest mark."""
         marks, step, phase, since = self._now
         return Beat(self._rank, self._host, self._pid, marks, step, phase, since, time.time())
 
@@ -165,7 +151,6 @@ class Heartbeat:
             print(f"rank {self._rank}: {path} could not be written: {error}", file=sys.stderr)
 
     def _file(self, rank: int) -> Path:
-        """A rank's file."""
         return self._folder / f"rank_{rank:05d}.json"
 
     def _read(self) -> list[Beat | None]:
@@ -181,11 +166,8 @@ class Heartbeat:
 
     def _leave_without_report(self) -> None:
         """Leave though the report is not done."""
-        print(
-            f"rank {self._rank}: no progress, and {self._folder} cannot be read or written",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"rank {self._rank}: no progress, and {self._folder} cannot be read or written"
+        print(text, file=sys.stderr, flush=True)
         self._leave(HANG_EXIT_CODE)
 
     def _end_hung_process(self, timeout_s: float) -> None:
@@ -194,7 +176,7 @@ class Heartbeat:
         out_of_time = threading.Timer(REPORT_SECONDS, self._leave_without_report)
         out_of_time.daemon = True
         out_of_time.start()
-        text = describe_hang(self._read(), self._rank, timeout_s, MARKS_TO_LIVE * self._interval)
+        text = describe_hang(self._read(), self._rank, timeout_s, _MARKS_TO_LIVE * self._interval)
         print(f"{text}\nstacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         try:
@@ -211,13 +193,9 @@ class Heartbeat:
 def describe_hang(
     beats: Sequence[Beat | None], rank: int, timeout_s: float, sign_of_life_seconds: float
 ) -> str:
-    """Which ranks the others wait for.
+    """Which ranks the others wait for, as ``rank`` noticed; a beat is None where none is known.
 
-    Args:
-        beats: By rank; None where nothing is known.
-        rank: The rank that noticed.
-        timeout_s: ``training.hang_timeout_s``.
-        sign_of_life_seconds: Age above which a file counts as left behind.
+    A file older than ``sign_of_life_seconds`` counts as left behind.
     """
     mine = beats[rank]
     assert mine is not None
@@ -225,11 +203,10 @@ def describe_hang(
     fewest = min(beat.marks for beat in known)
     behind = [beat for beat in known if beat.marks == fewest]
     lines = [
-        f"rank {rank}: no progress for training.hang_timeout_s={timeout_s:g} s at step {mine.step}, {mine.phase}"
+        f"rank {rank}: no progress for training.hang_timeout_s={timeout_s:g} s "
+        f"at step {mine.step}, {mine.phase}"
     ]
-    lines += [
-        f"rank {number}: wrote no heartbeat" for number, beat in enumerate(beats) if beat is None
-    ]
+    lines += [f"rank {n}: wrote no heartbeat" for n, beat in enumerate(beats) if beat is None]
     if len(behind) == len(beats):
         lines.append("all ranks are at the same place; the stacks tell what they wait for:")
     else:
@@ -257,13 +234,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def any_rank_asked(self, device: torch.device | str) -> bool:
-        """Whether any rank was asked to stop, the same answer on all ranks; one all-reduce of one
-        number.
+        """Whether any rank was asked to stop, the same answer on all ranks.
 
-        Every rank calls this at the same point of its steps.
-
-        Args:
-            device: Where the process group's backend wants its tensors.
+        One all-reduce of one number, on the device where the backend wants it; every rank calls
+        this at the same point of its steps.
         """
         asked = torch.tensor(int(self.received is not None), device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)

@@ -11,8 +11,7 @@ from longrope2.training.config import OptimizerKind, TrainingConfig
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
-    """Learning rate of optimizer step ``step`` (0-based): linear warm-up, then a cosine to the
-    floor.
+    """Of optimizer step ``step`` (0-based): linear warm-up, then a cosine to the floor.
 
     A pure function of the step, so that a resumed run needs no scheduler state.
     """
@@ -27,15 +26,13 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Parameters by weight decay: matrices decay; norms, biases and embeddings do with
-    ``decay_norms_and_embeddings`` only.
+    """Parameters by weight decay; groups without parameters are left out.
 
-    A tied LM head is the embedding; an untied one is a matrix. Groups without parameters are left
-    out.
+    Matrices decay; norms, biases and embeddings do with ``decay_norms_and_embeddings`` only. A tied
+    LM head is the embedding; an untied one is a matrix.
     """
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(table.weight) for table in tables}
     decayed, plain = [], []
     for parameter in model.parameters():
         # Under ZeRO-3 a sharded parameter reports an empty shape; ds_shape holds the real one.
@@ -54,16 +51,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay, as ``training.optimizer`` asks.
 
-    Args:
-        model: Whose parameters are optimized; they tell the device.
-        training: Rates, decay and implementation.
-        offloaded: DeepSpeed keeps parameters and state on the CPU (``zero.offload_optimizer``).
+    ``offloaded``: DeepSpeed keeps parameters and state on the CPU (``zero.offload_optimizer``).
     """
-    groups = parameter_groups(model, training)
-    settings: dict[str, Any] = {
-        "lr": training.learning_rate,
-        "betas": (training.beta1, training.beta2),
-    }
+    groups, betas = parameter_groups(model, training), (training.beta1, training.beta2)
+    settings: dict[str, Any] = {"lr": training.learning_rate, "betas": betas}
     if training.optimizer is OptimizerKind.deepspeed_fused_adam:
         from deepspeed.ops.adam import FusedAdam  # compiled for the GPU on first use
 
@@ -81,12 +72,8 @@ def optimizer_fault(kind: OptimizerKind, device: torch.device) -> str | None:
     if kind is OptimizerKind.torch_adamw:
         return None
     prefix = f"training.optimizer={kind.value} cannot run here: "
-    if kind is OptimizerKind.apex_fused_adam:
-        fault = apex_fault()
-        if fault:
-            return (
-                f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
-            )
+    if kind is OptimizerKind.apex_fused_adam and (fault := apex_fault()):
+        return f"{prefix}{fault}; build NVIDIA's from github.com/NVIDIA/apex, or use torch_adamw"
     if device.type != "cuda":
         return f"{prefix}it needs a CUDA device, this is {device.type}; use torch_adamw"
     return None

@@ -4,47 +4,38 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from longrope2.config import to_plain
-from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.parallel.processes import Processes, join_processes, leave_processes
 from longrope2.segments.format import SegmentStore
 from longrope2.training.batch import RankBatch, load_rank_batch, step_batches
 from longrope2.training.checkpoint import CheckpointWriter, load_newest
-from longrope2.training.config import TrainRoot, final_dtype
+from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
 from longrope2.training.final import save_final
 from longrope2.training.heartbeat import Heartbeat, StopSignals
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
-from longrope2.training.plan import (
-    MachineKernels,
-    TrainingPlan,
-    check_machine,
-    make_plan,
-    run_identity,
-)
+from longrope2.training.plan import ResolvedRun, resolve_run
 from longrope2.training.selftest import check_parity
-from longrope2.training.step import SkippedSteps, StepGuard, run_step
+from longrope2.training.step import StepGuard, run_step
 
 
 class RunEnd(Enum):
     """How a training command ended without an error."""
 
     complete = "complete"
-    """The plan is done and ``final/`` written."""
+    """All steps are done and ``final/`` written."""
     stopped = "stopped"
     """``training.stop_after_step`` was reached."""
     interrupted = "interrupted"
-    """A stop signal came; everything is saved and the same command goes on
-    (``REQUEUE_EXIT_CODE``)."""
+    """A stop signal came; all is saved and the same command goes on (``REQUEUE_EXIT_CODE``)."""
 
 
 def train(config: TrainRoot) -> RunEnd:
-    """Train to the end of the plan, to ``stop_after_step`` or to a stop signal, from the newest
-    intact checkpoint on.
+    """Train from the newest intact checkpoint to the last step or ``stop_after_step`` or a signal.
 
     Raises:
         ConfigError: faults in the configuration, all together.
@@ -56,171 +47,153 @@ def train(config: TrainRoot) -> RunEnd:
         processes = join_processes(config.parallel)
         failed = True
         try:
-            plan = make_plan(config, processes.dims.world_size)
+            run = resolve_run(config, processes.dims.world_size, processes.device)
+            run.refuse_what_is_missing()
             heartbeat = Heartbeat(
-                product_folder(config.run.folder, "checkpoints"),
+                run.folder,
                 rank=processes.dims.rank,
-                world_size=processes.dims.world_size,
+                world_size=run.world_size,
                 timeout_s=config.training.hang_timeout_s,
             )
             with heartbeat:
-                end = _train(config, plan, processes, signals, heartbeat)
+                end = _train(run, processes, signals, heartbeat)
             failed = False
             return end
         finally:
             leave_processes(failed=failed)
 
 
-@dataclass
-class _Run:
-    """What the parts of one rank's run share."""
+@dataclass(frozen=True)
+class _Rank:
+    """What the parts of one rank's training share."""
 
-    config: TrainRoot
-    plan: TrainingPlan
+    run: ResolvedRun
     processes: Processes
-    kernels: MachineKernels
-    engine: Any
-    folder: Path
-    identity: dict[str, Any]
-    skipped: SkippedSteps
+    guard: StepGuard
     writer: CheckpointWriter
     heartbeat: Heartbeat
-    observer: TrainingObserver | None = None
+    observer: TrainingObserver | None
     """On the main rank."""
 
 
 def _train(
-    config: TrainRoot,
-    plan: TrainingPlan,
-    processes: Processes,
-    signals: StopSignals,
-    heartbeat: Heartbeat,
+    run: ResolvedRun, processes: Processes, signals: StopSignals, heartbeat: Heartbeat
 ) -> RunEnd:
     """The run on one rank."""
-    folder = product_folder(config.run.folder, "checkpoints")
-    kernels = check_machine(config, processes.device)
-    if config.training.selftest:
+    training = run.config.training
+    if training.selftest:
         heartbeat.mark("self-test")
-        check_parity(config, plan.model_folder, processes, kernels.attention.kernel)
+        check_parity(run, processes)
     heartbeat.mark("loading the model")
-    engine = make_engine(config, plan, processes)
+    engine = make_engine(run, processes)
     heartbeat.mark("loading a checkpoint")
-    identity = run_identity(config, plan)
-    first, skipped = load_newest(engine, folder, identity)
-    writer = CheckpointWriter(
-        engine,
-        folder,
-        identity,
-        keep=config.training.keep_checkpoints,
-        in_background=config.training.async_checkpoints,
-    )
-    run = _Run(
-        config, plan, processes, kernels, engine, folder, identity, skipped, writer, heartbeat
-    )
-    last = min(plan.total_steps, config.training.stop_after_step or plan.total_steps)
+    identity = run.identity()
+    first, skipped = load_newest(engine, run.folder, identity)
+    keep, in_background = training.keep_checkpoints, training.async_checkpoints
+    writer = CheckpointWriter(engine, run.folder, identity, keep=keep, in_background=in_background)
+    guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)
+    last = min(run.total_steps, training.stop_after_step or run.total_steps)
     with ExitStack() as stack:
+        observer = None
         if processes.is_main:
-            observer = TrainingObserver(config, plan, folder, first, processes, kernels)
-            run.observer = stack.enter_context(observer)
-        done = _train_steps(run, first, last, signals)
-        if done == plan.total_steps:
-            _finish(run)
+            observer = stack.enter_context(TrainingObserver(run, first))
+        rank = _Rank(run, processes, guard, writer, heartbeat, observer)
+        done = _train_steps(rank, first, last, signals)
+        if done == run.total_steps:
+            _finish(rank, identity)
     if done < last:
         if processes.is_main:
             name = signals.received.name if signals.received else "a stop signal to another rank"
-            print(
-                f"stopped by {name} after step {done}, all of it saved; the same command goes on from there"
-            )
+            text = f"stopped by {name} after step {done}, all of it saved"
+            print(f"{text}; the same command goes on from there")
         return RunEnd.interrupted
-    return RunEnd.complete if done == plan.total_steps else RunEnd.stopped
+    return RunEnd.complete if done == run.total_steps else RunEnd.stopped
 
 
-def _train_steps(run: _Run, first: int, last: int, signals: StopSignals) -> int:
-    """Train from ``first`` finished steps to ``last``, or to a stop signal; returns the finished steps, all saved."""
-    training, processes = run.config.training, run.processes
-    guard = StepGuard(run.engine, training.skip_grad_norm)
+def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> int:
+    """Train from ``first`` finished steps to ``last``, or to a stop signal.
+
+    Returns:
+        The finished steps, all saved.
+    """
+    training, device = rank.run.config.training, rank.processes.device
+    skipped, writer, mark = rank.guard.skipped, rank.writer, rank.heartbeat.mark
     batches = step_batches(
-        _batch_loader(run),
-        range(first, last),
-        ahead=training.prefetch_steps,
-        device=processes.device,
+        _batch_loader(rank), range(first, last), ahead=training.prefetch_steps, device=device
     )
     done = saved = first
     with closing(batches):
-        while done < last and not signals.any_rank_asked(processes.device):
-            run.heartbeat.mark("reading segments", done + 1)
-            rate = learning_rate(done, run.plan.total_steps, training)
+        while done < last and not signals.any_rank_asked(device):
+            mark("reading segments", done + 1)
             report = run_step(
-                run.engine,
-                guard,
+                rank.guard,
                 next(batches),
-                processes.dims,
-                zero_stage=run.config.parallel.zero_stage,
-                learning_rate=rate,
-                gradient_clip=training.gradient_clip,
+                rank.processes.dims,
+                learning_rate=learning_rate(done, rank.run.total_steps, training),
                 step=done + 1,
-                mark=run.heartbeat.mark,
+                mark=mark,
             )
             done += 1
-            run.skipped.count(report.applied)
-            if run.observer is not None:
-                run.observer.record(done, rate, report, run.skipped.total)
-            run.skipped.stop_if_too_many(
+            if rank.observer is not None:
+                rank.observer.record(report)
+            skipped.stop_if_too_many(
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
             if done % training.checkpoint_steps == 0 or done == last:
-                run.heartbeat.mark("writing a checkpoint")
-                run.writer.save(done, run.skipped)
+                mark("writing a checkpoint")
+                writer.save(done, skipped)
                 saved = done
-            run.writer.raise_if_failed()
-    run.heartbeat.mark("writing the last checkpoint")
+            writer.raise_if_failed()
+    mark("writing the last checkpoint")
     if saved < done:
-        run.writer.save(done, run.skipped)
-    run.writer.finish()
+        writer.save(done, skipped)
+    writer.finish()
     return done
 
 
-def _batch_loader(run: _Run) -> Callable[[int], list[RankBatch]]:
+def _batch_loader(rank: _Rank) -> Callable[[int], list[RankBatch]]:
     """A function from an optimizer step to this rank's micro-steps of it."""
-    store = SegmentStore(run.plan.segments_folder)
-    dims, group = run.processes.dims, run.processes.sequence_group
-    mixed, kernel = run.config.training.mixed, run.kernels.attention.kernel
+    run, dims, group = rank.run, rank.processes.dims, rank.processes.sequence_group
+    store = SegmentStore(run.segments_folder)
+    mixed, kernel = run.config.training.mixed, run.machine.attention.kernel
 
     def load(step: int) -> list[RankBatch]:
-        micro_steps = run.plan.schedule.micro_steps(step, dims.data)
         return [
             load_rank_batch(store, micro, dims, group, mixed=mixed, kernel=kernel)
-            for micro in micro_steps
+            for micro in run.schedule.micro_steps(step, dims.data)
         ]
 
     return load
 
 
-def _finish(run: _Run) -> None:
+def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
-    run.heartbeat.mark("writing final/")
-    steps = run.plan.total_steps
+    rank.heartbeat.mark("writing final/")
+    run, config, steps = rank.run, rank.run.config, rank.run.total_steps
     counts = {
         "steps": steps,
-        "tokens": steps * run.config.training.global_batch_tokens,
-        "skipped_steps": run.skipped.total,
+        "tokens": steps * config.training.global_batch_tokens,
+        "skipped_steps": rank.guard.skipped.total,
     }
     manifest = Manifest(
         "checkpoint",
-        inputs=run.identity,
-        config=to_plain(run.config),
-        seeds={"seed": run.config.seed},
+        inputs=identity,
+        config=to_plain(config),
+        seeds={"seed": config.seed},
         counts=counts,
-        details={
-            "attention_kernel": str(run.kernels.attention),
-            "norm_kernel": str(run.kernels.norm),
-        },
+        details=run.machine.kernels(),
     )
-    dtype = final_dtype(run.config.training, run.processes.device)
-    save_final(run.engine, run.folder, run.plan.model_folder, run.plan.factors, manifest, dtype)
-    if run.processes.is_main:
+    save_final(
+        rank.guard.engine,
+        run.folder,
+        run.model_folder,
+        run.factors,
+        manifest,
+        run.machine.final_dtype,
+    )
+    if rank.processes.is_main:
         manifest.kind = "checkpoints"
         manifest.files = {}
         write_manifest(run.folder, manifest)
-    if run.observer is not None:
-        run.observer.finished()
+    if rank.observer is not None:
+        rank.observer.finished()

@@ -4,20 +4,19 @@ A tiny random Llama, with the relation of query and key/value heads to the seque
 that the real model has, takes one step per window kind through the configured parallelism (same
 grid, ZeRO stage, sharded parameters, recompute policy), in float32 and without changing its
 weights. Every rank computes the same losses and gradients alone, in plain torch over whole
-segments. Loss and gradient norm must agree within ``RELATIVE``. A wrong gradient scale, a mask or
+segments. Loss and gradient norm must agree within ``_RELATIVE``. A wrong gradient scale, a mask or
 RoPE table of the wrong window, a segment put together in the wrong order: each shows here within
 seconds, and later not at all.
 
-The kernel is the run's own where it can compute in float32; flash kernels cannot, and are checked
-by running them when they are chosen (attention/kernels.py). Nothing is left behind: random state
+Kernels are the run's own where they can compute in float32; flash attention cannot, and is checked
+by running it when it is chosen (attention/kernels.py). Nothing is left behind: random state
 and DeepSpeed's counters are as before.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,69 +34,55 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.segments.format import Segment
 from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
-from longrope2.training.config import CommunicationType, Precision, TrainRoot
+from longrope2.training.config import Precision
 from longrope2.training.engine import take_in_shares, wrap_model
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepGuard, run_step
 
-RELATIVE = 1e-4
-VOCABULARY, HEAD_DIM, LAYERS = 61, 16, 2
-CHUNK_TOKENS = 24
+_RELATIVE = 1e-4
+_VOCABULARY, _HEAD_DIM, _LAYERS = 61, 16, 2
+_CHUNK_TOKENS = 24
 """Tokens per sequence rank."""
-BUCKET_ELEMENTS = 10_000
-KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
+_BUCKET_ELEMENTS = 10_000
+_KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Loss per target token and global gradient norm of one step."""
-
-    loss: float
-    gradient_norm: float
+_Sums = dict[str, float]
+"""Loss per target token and global gradient norm of one step."""
 
 
-def check_parity(
-    config: TrainRoot, model_folder: Path, processes: Processes, kernel: AttentionKernel
-) -> None:
+def check_parity(run: ResolvedRun, processes: Processes) -> None:
     """Run the self-test; every rank calls this before it loads the model.
-
-    Args:
-        config: The run.
-        model_folder: For the real model's heads.
-        processes: This process among the others.
-        kernel: The run's attention kernel.
 
     Raises:
         UserError: loss or gradient norm differ from one process; names window, quantity and both
             values.
     """
-    if kernel_fault(kernel, processes.device, torch.float32, run=False):
-        kernel = AttentionKernel.sdpa
-    shape = ModelShape.from_folder(model_folder)
-    heads, kv_heads = tiny_heads(processes.dims.sequence, shape.num_heads, shape.num_kv_heads)
+    dims, stage = processes.dims, run.config.parallel.zero_stage
+    shape = ModelShape.from_folder(run.model_folder)
+    heads, kv_heads = tiny_heads(dims.sequence, shape.num_heads, shape.num_kv_heads)
     with _nothing_left_behind(processes.device):
-        found = _steps_in_layout(_tiny_config(config), heads, kv_heads, processes, kernel)
+        found = _steps_in_layout(_tiny_run(run), heads, kv_heads, processes)
         expected = {window: _step_alone(window, heads, kv_heads, processes) for window in Window}
-    faults = [
-        fault
-        for window in Window
-        for fault in _differences(window, found[window], expected[window])
-    ]
+    faults: list[str] = []
+    for window in Window:
+        faults += _differences(window, found[window], expected[window])
     if faults:
-        layout = f"{processes.dims.data} data x {processes.dims.sequence} sequence, ZeRO stage {config.parallel.zero_stage}"
+        layout = f"{dims.data} data x {dims.sequence} sequence, ZeRO stage {stage}"
         raise UserError(
-            f"the self-test before training failed: {'; '.join(faults)} (layout: {layout}; {heads} query and {kv_heads} "
-            "key/value heads). Training would not compute what it should. Compare the installed versions of deepspeed, "
-            "torch and transformers with constraints.txt, or use another parallel.sequence or parallel.zero_stage"
+            f"the self-test before training failed: {'; '.join(faults)} (layout: {layout}; {heads} "
+            f"query and {kv_heads} key/value heads). Training would not compute what it should. "
+            "Compare the installed versions of deepspeed, torch and transformers with "
+            "constraints.txt, or use another parallel.sequence or parallel.zero_stage"
         )
 
 
 def tiny_heads(sequence: int, heads: int, kv_heads: int) -> tuple[int, int]:
-    """Query and key/value heads of the tiny model: as few as keep the real model's relation to the
-    sequence-parallel size.
+    """Query and key/value heads of the tiny model.
 
-    One key/value head per rank where they divide evenly (two where the real model has several), as
-    many as the real model has where they are replicated, and two query heads per key/value head
-    where the real model groups them.
+    As few as keep the real model's relation to the sequence-parallel size: one key/value head per
+    rank where they divide evenly (two where the real model has several), as many as the real model
+    has where they are replicated, and two query heads per key/value head where it groups them.
     """
     if kv_heads >= sequence:
         tiny_kv = sequence * min(2, kv_heads // sequence)
@@ -105,52 +90,42 @@ def tiny_heads(sequence: int, heads: int, kv_heads: int) -> tuple[int, int]:
     return math.lcm(kv_heads, sequence) * min(2, heads // sequence), kv_heads
 
 
-def _tiny_config(config: TrainRoot) -> TrainRoot:
-    """The run's configuration in float32, with communication in float32 and small buffers, and nothing kept whole."""
-    training = replace(config.training, precision=Precision.fp32)
+def _tiny_run(run: ResolvedRun) -> ResolvedRun:
+    """The run in float32, with small buffers, nothing kept whole, and two micro-steps a step."""
+    config, machine, kernel = run.config, run.machine, run.machine.attention
     zero = replace(
         config.zero,
-        gradient_dtype=CommunicationType.auto,
-        sequence_gradient_dtype=CommunicationType.fp32,
-        reduce_bucket_elements=min(BUCKET_ELEMENTS, config.zero.reduce_bucket_elements),
-        gather_bucket_elements=min(BUCKET_ELEMENTS, config.zero.gather_bucket_elements),
+        gradient_dtype=Precision.auto,
+        sequence_gradient_dtype=Precision.fp32,
+        reduce_bucket_elements=min(_BUCKET_ELEMENTS, config.zero.reduce_bucket_elements),
+        gather_bucket_elements=min(_BUCKET_ELEMENTS, config.zero.gather_bucket_elements),
     )
-    return replace(
-        config, training=training, zero=zero, parallel=replace(config.parallel, replicate_below=0)
-    )
+    parallel = replace(config.parallel, replicate_below=0)
+    if kernel_fault(kernel.kernel, machine.device, torch.float32, run=False):
+        kernel = replace(kernel, kernel=AttentionKernel.sdpa)
+    machine = replace(machine, dtype=torch.float32, attention=kernel)
+    config = replace(config, zero=zero, parallel=parallel)
+    return replace(run, config=config, machine=machine, micro_steps=2)
 
 
 def _steps_in_layout(
-    config: TrainRoot, heads: int, kv_heads: int, processes: Processes, kernel: AttentionKernel
+    run: ResolvedRun, heads: int, kv_heads: int, processes: Processes
 ) -> dict[Window, _Sums]:
     """One step per window through DeepSpeed at a learning rate of 0."""
+    dims, group = processes.dims, processes.sequence_group
+    kernel, clip = run.machine.attention.kernel, run.config.training.gradient_clip
     model = _tiny_model(heads, kv_heads, processes)
-    take_in_shares(model, config, processes, micro_steps=2, dtype=torch.float32)
-    engine = wrap_model(model, config, processes, micro_steps=2, dtype=torch.float32)
-    guard = StepGuard(engine)
+    take_in_shares(model, run, processes)
+    engine = wrap_model(model, run, processes)
+    guard = StepGuard(engine, clip=clip)
     sums = {}
     for window in Window:
-        store = _TinySegments(window, processes.dims)
-        batches = [
-            load_rank_batch(
-                store,
-                store.micro_step(number),
-                processes.dims,
-                processes.sequence_group,
-                kernel=kernel,
-            ).to(processes.device)
-            for number in range(2)
-        ]
-        report = run_step(
-            engine,
-            guard,
-            batches,
-            processes.dims,
-            zero_stage=config.parallel.zero_stage,
-            learning_rate=0.0,
-            gradient_clip=config.training.gradient_clip,
-        )
-        sums[window] = _Sums(report.loss, report.gradient_norm)
+        store = _TinySegments(window, dims)
+        micro_steps = [store.micro_step(number) for number in range(run.micro_steps)]
+        batches = [load_rank_batch(store, m, dims, group, kernel=kernel) for m in micro_steps]
+        batches = [batch.to(processes.device) for batch in batches]
+        report = run_step(guard, batches, dims, learning_rate=0.0)
+        sums[window] = {"loss": report.loss, "gradient norm": report.gradient_norm}
     engine.destroy()
     return sums
 
@@ -167,73 +142,66 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
         targets += batch.num_targets
     (total / targets).backward()
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return _Sums(total.item() / targets, torch.stack(norms).norm().item())
+    return {"loss": total.item() / targets, "gradient norm": torch.stack(norms).norm().item()}
 
 
-def _differences(window: Window, found: _Sums, expected: _Sums) -> Iterator[str]:
+def _differences(window: Window, found: _Sums, expected: _Sums) -> list[str]:
     """What of one window's step is not the same."""
-    pairs = (
-        ("loss", found.loss, expected.loss),
-        ("gradient norm", found.gradient_norm, expected.gradient_norm),
-    )
-    for name, value, alone in pairs:
-        if not math.isclose(value, alone, rel_tol=RELATIVE):
-            yield f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
+    return [
+        f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
+        for (name, value), alone in zip(found.items(), expected.values(), strict=True)
+        if not math.isclose(value, alone, rel_tol=_RELATIVE)
+    ]
 
 
 def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedModel:
     """The tiny model, the same on every rank."""
     torch.manual_seed(0)
-    original_len = CHUNK_TOKENS // 2
+    original_len = _CHUNK_TOKENS // 2
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=_VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=_LAYERS,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=HEAD_DIM,
+        head_dim=_HEAD_DIM,
         tie_word_embeddings=False,
         initializer_range=0.2,
         max_position_embeddings=original_len,
     )
-    geometry = RopeGeometry(rotary_dim=HEAD_DIM, rope_base=10_000.0, original_len=original_len)
-    factors = closed_form_factors(
-        RopeMethod.yarn, geometry, CHUNK_TOKENS * max(2, processes.dims.sequence)
-    )
+    geometry = RopeGeometry(rotary_dim=_HEAD_DIM, rope_base=10_000.0, original_len=original_len)
+    target_len = _CHUNK_TOKENS * max(2, processes.dims.sequence)
+    factors = closed_form_factors(RopeMethod.yarn, geometry, target_len)
     return WindowedModel(LlamaForCausalLM(config), factors).to(processes.device)
 
 
 class _TinySegments:
-    """Stands in for the store: two segments per data-parallel group, one with documents that cross rank borders."""
+    """Stands in for the store: two segments per data-parallel group.
+
+    In one of them documents cross the borders of ranks.
+    """
 
     def __init__(self, window: Window, dims: ParallelDims) -> None:
         self.window = window
         self.num_segments = 2 * dims.data
-        self._data, self._length = dims.data, CHUNK_TOKENS * dims.sequence
+        self._data, self._length = dims.data, _CHUNK_TOKENS * dims.sequence
 
     def micro_step(self, number: int) -> MicroStep:
         """One of the two micro-steps."""
         return MicroStep(self.window, tuple(range(number * self._data, (number + 1) * self._data)))
 
     def segment(self, index: int) -> Segment:
-        """Random tokens; documents of 7 and 17 tokens within each rank's chunk, or of 10 across them."""
-        if KINDS[self.window][index // self._data] == "aligned":
-            ends = [
-                start + end
-                for start in range(0, self._length, CHUNK_TOKENS)
-                for end in (7, CHUNK_TOKENS)
-            ]
-        else:
-            ends = [*range(10, self._length, 10), self._length]
-        tokens = (
-            np.random.default_rng(index).integers(0, VOCABULARY, self._length).astype(np.uint16)
-        )
-        names = tuple(str(number) for number in range(len(ends)))
-        padded = tuple(end == self._length for end in ends)
-        return Segment(
-            index, self.window, tokens, np.array(ends, np.int32), names, names, padded, False, 0
-        )
+        """Random tokens; documents of 7 and 17 tokens in a rank's chunk, or of 10 across them."""
+        ends = np.array([*range(10, self._length, 10), self._length], np.int32)
+        if _KINDS[self.window][index // self._data] == "aligned":
+            chunks = np.arange(0, self._length, _CHUNK_TOKENS, dtype=np.int32)
+            ends = np.stack([chunks + 7, chunks + _CHUNK_TOKENS], axis=1).flatten()
+        random = np.random.default_rng(index)
+        tokens = random.integers(0, _VOCABULARY, self._length).astype(np.uint16)
+        names = tuple(map(str, range(len(ends))))
+        padded = tuple((ends == self._length).tolist())
+        return Segment(index, self.window, tokens, ends, names, names, padded, False, 0)
 
 
 @contextmanager
@@ -241,15 +209,9 @@ def _nothing_left_behind(device: torch.device) -> Iterator[None]:
     """Random states and DeepSpeed's counters of sharded parameters are as before afterwards."""
     from deepspeed.runtime.zero import Init  # by now loaded with DS_ACCELERATOR set (processes.py)
 
-    names = (
-        "param_id",
-        "num_persisted_parameters",
-        "num_persisted_elements",
-        "apply_param_persistence",
-        "param_persistence_threshold",
-        "model_persistence_threshold",
-    )
-    before = {name: getattr(Init, name) for name in names}
+    names = "param_id num_persisted_parameters num_persisted_elements apply_param_persistence"
+    names += " param_persistence_threshold model_persistence_threshold"
+    before = {name: getattr(Init, name) for name in names.split()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     for name, value in before.items():

@@ -1,5 +1,4 @@
-"""A checkpoint for another number of ranks: DeepSpeed's universal checkpoint, and what it gets
-wrong.
+"""A checkpoint for another number of ranks: DeepSpeed's universal one, and what it gets wrong.
 
 ZeRO cuts the optimizer's state into as many shards as there are ranks. DeepSpeed's converter joins
 the shards into one file per parameter and state, and every rank then reads its part. Of DeepSpeed
@@ -10,7 +9,7 @@ the shards into one file per parameter and state, and every rank then reads its 
   per group and step;
 - that counter is loaded onto the device it was saved from;
 - a stage 1 or 2 checkpoint needs a mark that only Megatron writes, and takes the sequence-parallel
-  size for a tensor-parallel one (``checkpoint_files.py``).
+  size for a tensor-parallel one (``checkpoint.py``).
 
 Files of stage 3 are laid out otherwise than those of stages 1 and 2, and neither kind reads the
 other: between them nothing is converted. Nothing is taken on trust either: every checkpoint records
@@ -24,7 +23,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
-SAME_SUM = 1e-9
+_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_SAME_SUM = 1e-9
 """Relative difference allowed between two sums of squares: the order of summation in float64."""
 
 
@@ -49,31 +48,22 @@ class ShardLayout:
     @classmethod
     def of(cls, engine: Any) -> "ShardLayout":
         """The layout that an engine writes and reads directly."""
-        return cls(
-            dist.get_world_size(),
-            int(engine.zero_optimization_stage()),
-            bool(engine.bfloat16_enabled()),
-        )
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any] | None) -> "ShardLayout | None":
-        """From a manifest; None for one that does not say."""
-        return None if values is None else cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """For a manifest."""
-        return asdict(self)
+        stage, bf16 = int(engine.zero_optimization_stage()), bool(engine.bfloat16_enabled())
+        return cls(dist.get_world_size(), stage, bf16)
 
     def fits(self, other: "ShardLayout") -> bool:
-        """Whether files of this layout load directly into ``other``; without ZeRO and in float32 nothing is sharded."""
-        return self == other or (
-            self.zero_stage == other.zero_stage == 0 and not self.bf16 and not other.bf16
-        )
+        """Whether files of this layout load directly into ``other``.
+
+        Without ZeRO and in float32 nothing is sharded.
+        """
+        whole = self.zero_stage == other.zero_stage == 0 and not (self.bf16 or other.bf16)
+        return self == other or whole
 
 
 def optimizer_record(engine: Any) -> dict[str, Any]:
-    """Step counter, and per parameter the sums of squares of weights and moments over all ranks;
-    every rank calls this.
+    """Step counter, and per parameter the sums of squares of weights and moments over all ranks.
+
+    Every rank calls this.
 
     Returns:
         ``{"step": n, "sums": {parameter: [fp32, exp_avg, exp_avg_sq]}}``; without ZeRO (nothing to
@@ -95,8 +85,7 @@ def optimizer_record(engine: Any) -> dict[str, Any]:
 def load_converted(
     engine: Any, checkpoint: Path, written_as: ShardLayout, record: dict[str, Any]
 ) -> None:
-    """Convert a checkpoint of another layout, load it, and compare what was loaded with what was
-    saved.
+    """Convert a checkpoint of another layout, load it, and compare that with what was saved.
 
     Every rank calls this. The converted copy stands beside the checkpoint while it is read: as much
     disk space again.
@@ -106,60 +95,53 @@ def load_converted(
             lost something.
     """
     wanted = ShardLayout.of(engine)
-    if {written_as.zero_stage, wanted.zero_stage} not in (
-        {3},
-        {1},
-        {2},
-        {1, 2},
-    ) or written_as.bf16 != wanted.bf16:
-        raise ArtifactError(
-            f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
-            f"{' in bf16' if written_as.bf16 else ''}, which does not convert to stage {wanted.zero_stage}"
-            f"{' in bf16' if wanted.bf16 else ''}: give parallel.zero_stage={written_as.zero_stage}"
-            f"{'' if written_as.zero_stage else ' and as many ranks'}"
-        )
+    _refuse_inconvertible(checkpoint, written_as, wanted)
     universal = checkpoint.with_name(f".{checkpoint.name}.universal")
     failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        print(
-            f"{checkpoint.name} was written by {written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}; "
-            f"converting it for {wanted.world_size} ranks at stage {wanted.zero_stage}",
-            flush=True,
-        )
+    is_main = dist.get_rank() == 0
+    if is_main:
+        origin = f"{written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
+        goal = f"{wanted.world_size} ranks at stage {wanted.zero_stage}"
+        print(f"{checkpoint.name} was written by {origin}; converting it for {goal}", flush=True)
         failure = [_convert(checkpoint, universal)]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise ArtifactError(f"{checkpoint} could not be converted: {failure[0]}")
     groups = [
-        {k: v for k, v in g.items() if k not in ("params", "step")}
-        for g in engine.basic_optimizer.param_groups
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in engine.basic_optimizer.param_groups
     ]
     with _reading_universal(engine):
         engine.load_checkpoint(str(universal.parent), tag=universal.name)
     _put_right(engine.basic_optimizer, groups, record["step"])
     _compare(checkpoint, record, optimizer_record(engine))
     dist.barrier()
-    if dist.get_rank() == 0:
+    if is_main:
         shutil.rmtree(universal)
-        print(
-            f"{checkpoint.name} converted and verified: step {record['step']}, {len(record['sums'])} parameters",
-            flush=True,
-        )
+        done = f"step {record['step']}, {len(record['sums'])} parameters"
+        print(f"{checkpoint.name} converted and verified: {done}", flush=True)
+
+
+def _refuse_inconvertible(checkpoint: Path, written_as: ShardLayout, wanted: ShardLayout) -> None:
+    """Stages 1 and 2 convert into each other, 3 into itself, and neither into another format."""
+    stage, bf16 = written_as.zero_stage, " in bf16"
+    convertible = {stage, wanted.zero_stage} in ({3}, {1}, {2}, {1, 2})
+    if convertible and written_as.bf16 == wanted.bf16:
+        return
+    raise ArtifactError(
+        f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {stage}"
+        f"{bf16 if written_as.bf16 else ''}, which does not convert to stage {wanted.zero_stage}"
+        f"{bf16 if wanted.bf16 else ''}: give parallel.zero_stage={stage}"
+        f"{'' if stage else ' and as many ranks'}"
+    )
 
 
 def _convert(checkpoint: Path, universal: Path) -> str | None:
-    """Run DeepSpeed's converter, apart from this process and its threads; the reason when it failed."""
+    """Run DeepSpeed's converter, apart from this process and its threads; why it failed."""
     shutil.rmtree(universal, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--inject_missing_state",
-        "--input_folder",
-        str(checkpoint),
-        "--output_folder",
-        str(universal),
-    ]
+    module = "deepspeed.checkpoint.ds_to_universal"
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
+    command = [sys.executable, "-m", module, "--inject_missing_state", *folders]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     if ended.returncode != 0:
@@ -169,7 +151,7 @@ def _convert(checkpoint: Path, universal: Path) -> str | None:
 
 @contextlib.contextmanager
 def _reading_universal(engine: Any) -> Iterator[None]:
-    """While open, ``load_checkpoint`` reads universal checkpoints, and takes no sequence group for a tensor-parallel one."""
+    """While open, universal checkpoints are read, no sequence group for a tensor-parallel one."""
     config, optimizer = engine._config, engine.optimizer
     mpu, config.load_universal_checkpoint = getattr(optimizer, "mpu", None), True
     optimizer.mpu = None
@@ -183,7 +165,7 @@ def _reading_universal(engine: Any) -> Iterator[None]:
 def _put_right(
     optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], step: int | None
 ) -> None:
-    """Each group's own hyperparameters, each state's own step counter, where the optimizer wants it."""
+    """Each group's own hyperparameters, each state's own step counter, where it belongs."""
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group.update(own)
         if step is not None and "step" in group:
@@ -196,57 +178,52 @@ def _put_right(
 
 def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
     """What was loaded against what was saved."""
-    faults = (
-        []
-        if saved["step"] == loaded["step"]
-        else [f"step {loaded['step']} instead of {saved['step']}"]
-    )
+    faults = []
+    if saved["step"] != loaded["step"]:
+        faults.append(f"step {loaded['step']} instead of {saved['step']}")
+    nothing = [math.nan] * len(_STATES)
     for name, sums in saved["sums"].items():
-        for state, before, after in zip(
-            STATES, sums, loaded["sums"].get(name, [math.nan] * len(STATES)), strict=True
-        ):
-            if not math.isclose(before, after, rel_tol=SAME_SUM):
-                faults.append(f"{state} of {name}")
+        after = loaded["sums"].get(name, nothing)
+        faults += [
+            f"{state} of {name}"
+            for state, a, b in zip(_STATES, sums, after, strict=True)
+            if not math.isclose(a, b, rel_tol=_SAME_SUM)
+        ]
     if faults:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise ArtifactError(
-            f"{checkpoint} lost something in the conversion: {shown}; go on with the number of ranks that wrote it"
+            f"{checkpoint} lost something in the conversion: {shown}; "
+            "go on with the number of ranks that wrote it"
         )
 
 
 def _shards(engine: Any, parameter: torch.Tensor) -> list[torch.Tensor | None]:
-    """This rank's part of a parameter's weights and moments in float32; None where it holds none."""
+    """This rank's part of a parameter's weights and moments in float32; None where it has none."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         try:
-            moments = [safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]]
+            moments = [safe_get_local_optimizer_state(parameter, state) for state in _STATES[1:]]
         except KeyError:  # no step has been applied yet
-            moments = [None] * len(STATES[1:])
+            moments = [None] * len(_STATES[1:])
         return [safe_get_local_fp32_param(parameter), *moments]
     mapping: Any = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
-        return [None] * len(STATES)
+        return [None] * len(_STATES)
     # Not the mapping's own moments: DeepSpeed links them after the first group's first update, when
     # others have none yet.
     flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     state, place = engine.basic_optimizer.state[flat], mapping.get_hp_fragment_address()
-    return [
-        flat.narrow(0, place.start, place.numel),
-        *(
-            state[moment].narrow(0, place.start, place.numel) if moment in state else None
-            for moment in STATES[1:]
-        ),
-    ]
+    parts = [flat, *(state.get(moment) for moment in _STATES[1:])]
+    return [p if p is None else p.narrow(0, place.start, place.numel) for p in parts]
 
 
 def _sum_of_squares(shard: torch.Tensor | None) -> float:
     """In float64, for any size without a copy in float64."""
     if shard is None:
         return 0.0
-    return sum(
-        float(part.double().square().sum()) for part in shard.detach().flatten().split(2**22)
-    )
+    parts = shard.detach().flatten().split(2**22)
+    return sum(float(part.double().square().sum()) for part in parts)
 
 
 def _step(engine: Any) -> int | None:

@@ -1,5 +1,6 @@
-"""Ranks of ``train``, forked from one process that has imported everything: a launch costs a second
-or two, not twenty.
+"""Ranks of ``train``, forked from one process that has imported everything.
+
+A launch costs a second or two, not twenty.
 
 Run as a script, it reads one JSON request a line (config.yaml, number of ranks, and whom to kill
 when) and answers each with the exit codes of the ranks. ``ForkedRanks`` is the tests' end of it.
@@ -25,7 +26,8 @@ POLL_SECONDS = 0.002
 TIMEOUT_SECONDS = 900
 # What a run imports sooner or later; the optimizer module is DeepSpeed's, and brings the compiler
 # of torch with it.
-SLOW_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3", "pyarrow",
+SLOW_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
+                "pyarrow",
                 "deepspeed.runtime.zero.stage_1_and_2", "longrope2.training.run",
                 "transformers.models.llama.modeling_llama")  # fmt: skip
 
@@ -65,8 +67,7 @@ class ForkedRanks:
         self._process.wait(timeout=60)
 
     def run(self, config: Path, ranks: int, kill: dict[str, Any] | None = None) -> list[int]:
-        """Exit codes (negative: signals) of ``ranks`` ranks of ``train`` on a written
-        configuration.
+        """Exit codes (negative: signals) of ``ranks`` ranks of ``train`` on a written config.
 
         Args:
             config: A ``config.yaml``.

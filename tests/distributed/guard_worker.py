@@ -1,5 +1,4 @@
-"""Train a tiny random Llama with steps that must be refused beside a twin without them; write what
-came out.
+"""Train a tiny random Llama with steps that must be refused, beside a twin; write what came out.
 
 Arguments: OUTPUT.json, then one ``zero_stage:precision`` per case; precision ``offload`` is fp32
 with the optimizer on the CPU.
@@ -67,22 +66,12 @@ def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
         optimizer=make_optimizer(model, training, offloaded=zero.offload_optimizer),
         config=deepspeed_settings(training, parallel, zero, micro_steps=len(micro), bf16=bf16),
     )
-    guard = StepGuard(engine, MAX_NORM)
+    guard = StepGuard(engine, MAX_NORM, clip=0.5)
     reports = []
     for loss in losses:
         with patch.object(windowed, "token_loss_sum", loss):
             batches = [load_rank_batch(store, m, dims, None) for m in micro]
-            reports.append(
-                run_step(
-                    engine,
-                    guard,
-                    batches,
-                    dims,
-                    zero_stage=zero_stage,
-                    learning_rate=1e-2,
-                    gradient_clip=0.5,
-                )
-            )
+            reports.append(run_step(guard, batches, dims, learning_rate=1e-2))
     weights = []
     for _, parameter in model.hf.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

@@ -1,4 +1,7 @@
-"""Checks of two ranks that are no training case; each returns what the test looks at. Imported by ``parity_worker``."""
+"""Checks of two ranks that are no training case.
+
+Each returns what the test looks at. Imported by ``parity_worker``.
+"""
 
 import json
 import tempfile
@@ -23,7 +26,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import windowed
-from longrope2.attention.kernels import AttentionKernel
 from longrope2.errors import UserError
 from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.model.norms import NormKernel
@@ -33,10 +35,12 @@ from longrope2.parallel.processes import Processes
 from longrope2.planning.memory import Recompute
 from longrope2.rope.factors import Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.segments.schedule import StepSchedule
 from longrope2.training import selftest, step
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import Precision, TrainRoot
 from longrope2.training.engine import RankShares, wrap_model
+from longrope2.training.plan import ResolvedRun, machine_setup
 from longrope2.training.selftest import check_parity
 from longrope2.training.step import StepGuard, check_agreement, fingerprints, run_step
 
@@ -45,6 +49,23 @@ def root(*, sequence: int, zero_stage: int = 3, recompute: Recompute = Recompute
     training = replace(TRAINING, precision=Precision.fp32, recompute=recompute)
     parallel = ParallelConfig(sequence=sequence, zero_stage=zero_stage, replicate_below=0)
     return TrainRoot(training=training, parallel=parallel)
+
+
+def resolved(
+    config: TrainRoot, processes: Processes, *, model_folder: Path = Path(), micro_steps: int = 2
+) -> ResolvedRun:
+    """What an engine is made from; no products stand behind it."""
+    return ResolvedRun(
+        config=config,
+        world_size=processes.dims.world_size,
+        machine=machine_setup(config, processes.device, run=True),
+        model_folder=model_folder,
+        segments_folder=Path(),
+        schedule=StepSchedule((), (), segments_per_step=1, group_size=1, seed=0),
+        total_steps=0,
+        micro_steps=micro_steps,
+        found_factors=None,
+    )
 
 
 def message_of(call: Callable[[], None]) -> str | None:
@@ -88,9 +109,8 @@ def run_selftest(
         (Path(folder) / "config.json").write_text(json.dumps(config))
         of_run = root(sequence=processes.dims.sequence, zero_stage=zero_stage)
         of_run.training.norm = norm
-        return message_of(
-            lambda: check_parity(of_run, Path(folder), processes, AttentionKernel.sdpa)
-        )
+        run = resolved(of_run, processes, model_folder=Path(folder))
+        return message_of(lambda: check_parity(run, processes))
 
 
 plain_scale, plain_step_alone = step.gradient_scale, selftest._step_alone
@@ -147,7 +167,10 @@ def check_disagreement() -> dict[str, str | None]:
 
 
 def check_recompute() -> dict[str, Any]:
-    """One step under ZeRO-3 with heads exchanged, per policy: numbers, weights, and how often what ran on this rank."""
+    """One step under ZeRO-3 with heads exchanged, per policy.
+
+    Numbers, weights, and how often what ran on this rank.
+    """
     found: dict[str, Any] = {}
     for policy in Recompute:
         processes = processes_of(2)
@@ -155,7 +178,8 @@ def check_recompute() -> dict[str, Any]:
         micro = store.micro_steps(processes.dims)
         config = root(sequence=2, recompute=policy)
         model = WindowedModel(tiny_llama(2), factors())
-        engine = wrap_model(model, config, processes, micro_steps=len(micro), dtype=torch.float32)
+        run = resolved(config, processes, micro_steps=len(micro))
+        engine = wrap_model(model, run, processes)
         batches = [
             load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
         ]
@@ -165,15 +189,8 @@ def check_recompute() -> dict[str, Any]:
             ) as attention,
             patch.object(windowed, "tokens_to_heads", wraps=windowed.tokens_to_heads) as exchange,
         ):
-            report = run_step(
-                engine,
-                StepGuard(engine),
-                batches,
-                processes.dims,
-                zero_stage=3,
-                learning_rate=1e-2,
-                gradient_clip=0.5,
-            )
+            guard = StepGuard(engine, clip=0.5)
+            report = run_step(guard, batches, processes.dims, learning_rate=1e-2)
         found[policy.value] = {
             "loss": report.loss,
             "norm": report.gradient_norm,
@@ -219,7 +236,10 @@ def check_shares() -> dict[str, Any]:
     held_by_now = []
 
     def take(parameter: nn.Parameter) -> None:
-        """Hand over to DeepSpeed; count what this rank holds of all parameters so far, the new one still whole."""
+        """Hand over to DeepSpeed.
+
+        Count what this rank holds of all parameters so far, the new one still whole.
+        """
         whole_bytes = parameter.numel() * 4
         shares.take(parameter)
         held_by_now.append(

@@ -1,4 +1,7 @@
-"""What tensors take, counted as they are made and freed: resident memory is too noisy for models of tests."""
+"""What tensors take, counted as they are made and freed.
+
+Resident memory is too noisy for models of tests.
+"""
 
 import weakref
 from typing import Any

@@ -35,7 +35,8 @@ from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import StepGuard, run_step
 
 SIZES = {
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+    "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
 ORIGINAL_LEN, DOCUMENT_TOKENS, BUCKET_ELEMENTS, NUM_STEPS = 512, 512, 1_000_000, 2
@@ -86,18 +87,11 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
         config=deepspeed_settings(training, parallel, zero, micro_steps=1, bf16=False),
         mpu=mpu,
     )
-    guard = StepGuard(engine)
+    guard = StepGuard(engine, clip=1.0)
     for step in range(NUM_STEPS):
         micro = MicroStep(store.window, tuple(range(step, step + dims.data)))
-        run_step(
-            engine,
-            guard,
-            [load_rank_batch(store, micro, dims, group)],
-            dims,
-            zero_stage=3,
-            learning_rate=1e-4,
-            gradient_clip=1.0,
-        )
+        batches = [load_rank_batch(store, micro, dims, group)]
+        run_step(guard, batches, dims, learning_rate=1e-4)
     if mpu is not None:
         mpu._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None

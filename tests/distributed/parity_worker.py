@@ -1,5 +1,4 @@
-"""Run under torchrun: train a tiny random Llama three steps in each requested layout and write what
-came out.
+"""Run under torchrun: three steps of a tiny random Llama in each requested layout, written out.
 
 Arguments: OUTPUT.pt, then one ``zero_stage:sequence:kv_heads:segments`` per case, where
 ``segments`` is a word over S (short, aligned), U (short, unaligned) and L (long), or the name of a
@@ -46,7 +45,10 @@ TRAINING = TrainingConfig(learning_rate=1e-4, weight_decay=0.1, gradient_clip=0.
 
 @dataclass(frozen=True)
 class SegmentsInMemory:
-    """Stands in for the store on disk: the segments of the case, the last one with padding at its end."""
+    """Stands in for the store on disk.
+
+    The segments of the case, the last one with padding at its end.
+    """
 
     kinds: str
 
@@ -132,22 +134,14 @@ def train_case(case: str) -> dict[str, Any]:
         ),
         mpu=processes.mpu,
     )
-    guard = StepGuard(engine)
+    guard = StepGuard(engine, clip=TRAINING.gradient_clip)
     steps = []
     for step in range(1, NUM_STEPS + 1):
         batches = [
             load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
         ]
-        report = run_step(
-            engine,
-            guard,
-            batches,
-            processes.dims,
-            zero_stage=parallel.zero_stage,
-            learning_rate=TRAINING.learning_rate,
-            gradient_clip=TRAINING.gradient_clip,
-            step=step,
-        )
+        rate = TRAINING.learning_rate
+        report = run_step(guard, batches, processes.dims, learning_rate=rate, step=step)
         steps.append(
             {
                 "loss": report.loss,

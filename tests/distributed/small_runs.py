@@ -12,7 +12,8 @@ from longrope2.files.artifacts import product_folder
 from longrope2.training.config import TrainRoot
 
 SETTINGS = [
-    "experiment=tiny_extend", "rope=yarn", "target_len=256", "model.from_scratch=true", "tracking.wandb=disabled",
+    "experiment=tiny_extend", "rope=yarn", "target_len=256", "model.from_scratch=true",
+    "tracking.wandb=disabled",
     "training.warmup_steps=2", "training.learning_rate=1e-3", "training.selftest=false",
 ]  # fmt: skip
 
@@ -63,7 +64,10 @@ def records(runs: Path, name: str) -> list[dict]:
 
 
 def losses(runs: Path, name: str) -> dict[int, tuple[float, float]]:
-    """Step -> loss and gradient norm; a step repeated after a kill must repeat its numbers exactly."""
+    """Step -> loss and gradient norm.
+
+    A step repeated after a kill must repeat its numbers exactly.
+    """
     found: dict[int, tuple[float, float]] = {}
     for record in records(runs, name):
         values = (record["train/loss"], record["train/grad_norm"])

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks or another sequence-parallel size is the same run."""
+"""A run that goes on with other numbers of ranks and sequence ranks is the same run."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ STEPS = 8
 SAME = 1e-6
 # Weight decay, and an embedding that must not decay: two parameter groups with hyperparameters of
 # their own.
-TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=4",
+TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}",
+            "training.same_kind_segments=4",
             "training.checkpoint_steps=100", "training.weight_decay=0.5")  # fmt: skip
 Outcome = tuple[dict[int, tuple[float, float]], dict[str, torch.Tensor]]
 

@@ -1,4 +1,4 @@
-"""A refused step leaves parameters and optimizer state exactly as they were, for every way DeepSpeed applies a step."""
+"""However DeepSpeed applies steps, a refused one leaves parameters and optimizer as they were."""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""A rank of a real run that is stopped: the other one names it, and the command ends with the code of a hang."""
+"""A rank of a real run that is stopped.
+
+The other one names it, and the command ends with the code of a hang.
+"""
 
 import json
 import os

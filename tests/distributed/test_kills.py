@@ -1,4 +1,7 @@
-"""SIGKILL of a random rank at twenty random moments: the run that is left is the undisturbed one, bit for bit."""
+"""SIGKILL of a random rank at twenty random moments.
+
+The run that is left is the undisturbed one, bit for bit.
+"""
 
 import random
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ KILLS = 20
 STEPS = 40
 RANKS = 2
 # A checkpoint every second step, so that many kills meet one that is being written.
-TRAINING = ("training.global_batch_tokens=512", f"training.tokens={512 * STEPS}", "training.checkpoint_steps=2",
+TRAINING = ("training.global_batch_tokens=512", f"training.tokens={512 * STEPS}",
+            "training.checkpoint_steps=2",
             f"parallel.processes={RANKS}", f"parallel.sequence={RANKS}")  # fmt: skip
 
 
@@ -43,7 +47,10 @@ def outcome(runs: Path, name: str) -> tuple[dict[int, tuple[float, float]], str]
 
 
 def random_kill(chance: random.Random) -> dict:
-    """While ranks start, between steps, or while a checkpoint is written; the delay falls anywhere into what follows."""
+    """While ranks start, between steps, or while a checkpoint is written.
+
+    The delay falls anywhere into what follows.
+    """
     writing = chance.random() < 0.6
     steps = chance.choice([0, 1, 1, 2, 2, 3])
     delay = chance.uniform(0, 0.03 if writing else 0.3 if steps else 3.0)

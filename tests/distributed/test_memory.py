@@ -1,4 +1,7 @@
-"""The planner's memory against measured peaks: tiny models, the real training step, one and two processes on a CPU."""
+"""The planner's memory against measured peaks.
+
+Tiny models, the real training step, one and two processes on a CPU.
+"""
 
 import json
 import os
@@ -59,7 +62,8 @@ def test_prediction_within_15_percent_of_the_measured_peak(
     recompute, sequence, tokens, kind, norm = case.split(":")
     if norm == "torch" and torch.__version__ < "2.13":  # compared as versions
         pytest.skip(
-            "F.rms_norm on a CPU is several operators in torch 2.11, which keep more; fused there on a GPU only"
+            "F.rms_norm on a CPU is several operators in torch 2.11, which keep more; fused "
+            "there on a GPU only"
         )
     length = int(tokens)
     layout = Layout(

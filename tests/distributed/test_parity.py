@@ -1,4 +1,4 @@
-"""A training step is the same for every layout of processes, and what one process, plain torch and transformers compute."""
+"""A training step is the same for every layout of processes, and for plain torch in one."""
 
 import os
 import subprocess

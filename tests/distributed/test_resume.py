@@ -1,4 +1,7 @@
-"""Stopping, killing and damaging a run of ``launch.train``: what follows is the undisturbed run, bit for bit."""
+"""Stopping, killing and damaging a run of ``launch.train``.
+
+What follows is the undisturbed run, bit for bit.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ STEPS = 6
 TRAIN = [
     sys.executable, "-m", "launch.train", "experiment=tiny_extend", "rope=yarn", "target_len=256",
     "model.from_scratch=true", "training.global_batch_tokens=512", f"training.tokens={512 * STEPS}",
-    "training.warmup_steps=2", "training.checkpoint_steps=2", "tracking.wandb=disabled", "parallel.replicate_below=0",
+    "training.warmup_steps=2", "training.checkpoint_steps=2", "tracking.wandb=disabled",
+    "parallel.replicate_below=0",
 ]  # fmt: skip
 
 
@@ -69,7 +73,10 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def losses(runs: Path, name: str) -> dict[int, tuple[float, float]]:
-    """Step -> loss and gradient norm; a step repeated after a kill must repeat its numbers exactly."""
+    """Step -> loss and gradient norm.
+
+    A step repeated after a kill must repeat its numbers exactly.
+    """
     found: dict[int, tuple[float, float]] = {}
     for line in (runs / name / "3_checkpoints" / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -1,4 +1,4 @@
-"""A stop signal to a real run of ``launch.train``: saved, exit code 75, and continued as if nothing had happened."""
+"""A stop signal to a real ``launch.train``: saved, code 75, and continued as if undisturbed."""
 
 import json
 import os
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 30
 TRAIN = [
-    sys.executable, "-m", "launch.train", "experiment=tiny_extend", "parallel=single", "rope=yarn", "target_len=256",
+    sys.executable, "-m", "launch.train", "experiment=tiny_extend", "parallel=single", "rope=yarn",
+    "target_len=256",
     "model.from_scratch=true", "training.global_batch_tokens=512", f"training.tokens={512 * STEPS}",
     "training.warmup_steps=2", "training.checkpoint_steps=1000", "tracking.wandb=disabled",
 ]  # fmt: skip
@@ -86,7 +87,8 @@ def test_stopped_by_a_signal_and_continued(runs: Path) -> None:
     assert stopped.wait(timeout=200) == REQUEUE_EXIT_CODE, printed(runs, "stopped")[-3000:]
     last = records(runs, "stopped")[-1]["step"]
     assert 3 <= last < STEPS
-    words = f"stopped by SIGUSR1 after step {last}, all of it saved; the same command goes on from there"
+    words = f"stopped by SIGUSR1 after step {last}, all of it saved"
+    words += "; the same command goes on from there"
     assert words in printed(runs, "stopped")
     checkpoints = runs / "stopped" / "3_checkpoints"
     assert [p.name for p in checkpoints.glob("step_*")] == [f"step_{last:08d}"]

@@ -1,4 +1,7 @@
-"""200 steps of the miniature on four ranks, stopped half-way: the loss of both windows falls, and W&B has all of it."""
+"""200 steps of the miniature on four ranks, stopped half-way.
+
+The loss of both windows falls, and W&B has all of it.
+"""
 
 import json
 from collections.abc import Iterator
@@ -18,14 +21,17 @@ pytestmark = [
 ]  # minutes; an hour where cores are shared
 
 RANKS, STEPS = 4, 200
-TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}", "training.same_kind_segments=2",
+TRAINING = ("training.global_batch_tokens=1024", f"training.tokens={1024 * STEPS}",
+            "training.same_kind_segments=2",
             "training.checkpoint_steps=50", "training.peak_tflops=0.1", "training.final_dtype=bf16",
             "tracking.wandb=offline",
             f"parallel.processes={RANKS}", "parallel.sequence=2")  # fmt: skip
 # design.md, "Tracking names", of a training run; train/skipped_steps stands beside them.
 NAMES = {
-    "train/loss", "train/loss_short", "train/loss_long", "train/grad_norm", "train/learning_rate", "train/tokens",
-    "perf/tokens_per_second_per_gpu", "perf/mfu", "perf/step_seconds", "perf/micro_step_seconds_short",
+    "train/loss", "train/loss_short", "train/loss_long", "train/grad_norm", "train/learning_rate",
+    "train/tokens",
+    "perf/tokens_per_second_per_gpu", "perf/mfu", "perf/step_seconds",
+    "perf/micro_step_seconds_short",
     "perf/micro_step_seconds_long", "perf/memory_peak_gib",
 }  # fmt: skip
 
@@ -102,7 +108,7 @@ def test_wandb_has_every_metric_and_product(trained: Path, runs: Path) -> None:
 
 
 def test_final_weights_are_bf16_and_complete(trained: Path) -> None:
-    """Gathered from four ranks under ZeRO-3; reference: the master weights of the last checkpoint, joined by DeepSpeed."""
+    """Gathered from four ranks under ZeRO-3, against the last checkpoint's master weights."""
     loaded, report = AutoModelForCausalLM.from_pretrained(
         trained / "final", dtype="auto", output_loading_info=True
     )

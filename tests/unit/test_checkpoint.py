@@ -90,7 +90,9 @@ def test_too_many_skipped_steps_stop_the_run() -> None:
     with pytest.raises(UserError) as stopped:
         skipped.stop_if_too_many(3, step=8, loss=float("nan"), norm=2.5)
     assert str(stopped.value) == (
-        "training.max_skipped_steps=3: that many steps in a row were skipped, the last one step 8 with loss nan and "
-        "gradient norm 2.5; the checkpoints are intact. Lower training.learning_rate, raise training.skip_grad_norm if "
+        "training.max_skipped_steps=3: that many steps in a row were skipped, the last one step "
+        "8 with loss nan and "
+        "gradient norm 2.5; the checkpoints are intact. Lower training.learning_rate, raise "
+        "training.skip_grad_norm if "
         "the norm is finite, or look at the segments of these steps"
     )

@@ -1,4 +1,7 @@
-"""Writing a checkpoint while training goes on: what is on disk at every moment, and what a failure leaves."""
+"""Writing a checkpoint while training goes on.
+
+What is on disk at every moment, and what a failure leaves.
+"""
 
 import threading
 from collections.abc import Callable
@@ -232,7 +235,10 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
 
 
 def test_record_before_any_step_was_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As DeepSpeed answers under ZeRO-3 when the guard has refused every step so far: the optimizer has no state."""
+    """As DeepSpeed answers under ZeRO-3 when the guard has refused every step so far.
+
+    The optimizer has no state.
+    """
     import deepspeed.utils
 
     def no_state(parameter: torch.Tensor, name: str) -> torch.Tensor:
@@ -309,6 +315,6 @@ def test_a_conversion_that_fails_or_loses_something(
     with pytest.raises(ArtifactError) as lost:
         universal._compare(tmp_path, saved, loaded)
     assert (
-        "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; go on"
-        in str(lost.value)
+        "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; "
+        "go on" in str(lost.value)
     )

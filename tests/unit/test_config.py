@@ -231,7 +231,7 @@ def test_presets_stand_here_or_beside_the_configuration(tmp_path: Path, monkeypa
 def check_faults(world_size: int, *overrides: str) -> list[str]:
     config = compose(TrainRoot, "train", [*TINY, *overrides])
     with pytest.raises(ConfigError) as caught:
-        check(config, world_size)
+        check(config, Path("models/tiny"), world_size)
     return list(caught.value.faults)
 
 

@@ -1,4 +1,4 @@
-"""The paper's experiments and their baselines: complete, and planned on a machine that has nothing of them."""
+"""The paper's experiments and baselines: planned on a machine that has nothing of them."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from longrope2.rope.methods import RopeMethod
 from longrope2.training.config import TrainRoot
 
 BASES = {"llama3_8b_128k": 8192, "phi3_mini_128k": 2048}
-BASELINES = {"": "searched", "_yarn": "yarn", "_ntk": "ntk", "_longrope": "searched", "_yarn_rcd": "yarn_rcd",
+BASELINES = {"": "searched", "_yarn": "yarn", "_ntk": "ntk", "_longrope": "searched",
+             "_yarn_rcd": "yarn_rcd",
              "_ntk_rcd": "ntk_rcd"}  # fmt: skip
 EXPERIMENTS = [f"{base}{baseline}" for base in BASES for baseline in BASELINES]
 
@@ -69,7 +70,10 @@ def test_planned_without_gpus_weights_segments_or_factors(
 
 
 def test_the_papers_settings() -> None:
-    """Section 4.1 and the released recipe: AdamW (0.9, 0.95), weight decay 0.1, 2e-5, 64 segments of 131,072 a step."""
+    """Section 4.1 and the released recipe.
+
+    AdamW (0.9, 0.95), weight decay 0.1, 2e-5, 64 segments of 131,072 a step.
+    """
     for base in BASES:
         config = compose(TrainRoot, "train", [f"experiment={base}"])
         training = config.training

@@ -13,12 +13,31 @@ from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Recompute
 from longrope2.planning.timing import predict_micro_step
 from longrope2.rope.factors import Window
-from longrope2.training.config import Precision, TrainingConfig, TrainRoot
+from longrope2.segments.schedule import StepSchedule
+from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
+from longrope2.training.plan import ResolvedRun, machine_setup
 from longrope2.training.step import StepReport
 
 LLAMA = Path(__file__).parent.parent.parent / "models" / "llama3_8b"
 LENGTH = 131_072
+
+
+def resolved(
+    config: TrainRoot, world_size: int, device: str, schedule: StepSchedule
+) -> ResolvedRun:
+    """A run of LLaMA3-8B on 1192 steps; nothing is tried on the device."""
+    return ResolvedRun(
+        config=config,
+        world_size=world_size,
+        machine=machine_setup(config, torch.device(device), run=False),
+        model_folder=LLAMA,
+        segments_folder=Path(),
+        schedule=schedule,
+        total_steps=1192,
+        micro_steps=8,
+        found_factors=None,
+    )
 
 
 def llama_forecast(*, machine: bool = True, stage: int = 3) -> Forecast:
@@ -28,9 +47,8 @@ def llama_forecast(*, machine: bool = True, stage: int = 3) -> Forecast:
         training=TrainingConfig(recompute=Recompute.full),
         parallel=ParallelConfig(sequence=8, zero_stage=stage),
     )
-    found = make_forecast(
-        config, LLAMA, 64, total_tokens=10_000_000_000, long_share=0.7, device=torch.device("cpu")
-    )
+    schedule = StepSchedule(tuple(range(30)), tuple(range(70)), 64, 8, seed=0)
+    found = make_forecast(resolved(config, 64, "cpu", schedule))
     assert found.machine is None  # no rates for a CPU
     rates = make_machine(HardwareConfig(gpu="A100")) if machine else None
     return replace(found, layout=replace(found.layout, bf16=True), machine=rates)
@@ -80,9 +98,7 @@ def test_norms_are_counted_as_the_run_will_compute_them(
     config = TrainRoot(
         model=ModelConfig(name="m", original_len=8192), target_len=LENGTH, training=training
     )
-    found = make_forecast(
-        config, LLAMA, 1, total_tokens=None, long_share=None, device=torch.device(device)
-    )
+    found = make_forecast(resolved(config, 1, device, StepSchedule((), (), 64, 8, seed=0)))
     assert found.layout.fused_norms is fused
 
 

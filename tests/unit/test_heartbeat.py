@@ -75,7 +75,8 @@ def test_a_hang_ends_the_process_and_leaves_the_stacks(
     assert codes == [HANG_EXIT_CODE] == [76]
     printed = capfd.readouterr().err
     assert "no progress for training.hang_timeout_s=1 s at step 4, update" in printed
-    line = r"rank 1 \(host b, process 11\): step 4, reading segments, for 9\d s; no sign of life for 9\d s: stopped"
+    line = r"rank 1 \(host b, process 11\): step 4, reading segments, for 9\d s; "
+    line += r"no sign of life for 9\d s: stopped"
     assert re.search(line, printed)
     assert "stacks of rank 0:" in printed and "test_a_hang_ends_the_process" in printed
     stacks = (folder / "rank_00000.stacks").read_text()
@@ -85,7 +86,10 @@ def test_a_hang_ends_the_process_and_leaves_the_stacks(
 def test_a_file_system_that_stalls_does_not_keep_a_hung_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rank's file is a pipe without a reader: whoever opens it waits, as on a file server that is gone."""
+    """The rank's file is a pipe without a reader.
+
+    Whoever opens it waits, as on a file server that is gone.
+    """
     monkeypatch.setattr("longrope2.training.heartbeat.REPORT_SECONDS", 0.5)
     left = threading.Event()
     heartbeat = Heartbeat(

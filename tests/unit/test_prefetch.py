@@ -1,4 +1,4 @@
-"""Reading ahead: the same batches, no more than asked for, and only the rank's slice of each segment."""
+"""Reading ahead: the same batches, no more than asked for, and only the rank's slice."""
 
 import threading
 from contextlib import closing
@@ -36,7 +36,10 @@ class WatchedTokens:
 
 
 class Segments:
-    """Stands in for the store on disk: random documents, some of them padding; remembers who read what."""
+    """Stands in for the store on disk.
+
+    Random documents, some of them padding; remembers who read what.
+    """
 
     def __init__(self) -> None:
         self.loaded: list[tuple[int, str]] = []

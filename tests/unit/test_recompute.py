@@ -74,7 +74,7 @@ def test_same_numbers_and_runs_of_attention(
 
 @pytest.mark.parametrize("policy", [Recompute.dense, Recompute.full])
 def test_offloaded_activations(policy: Recompute) -> None:
-    """Every tensor kept between layers passes the hooks that move it to CPU memory, and comes back unchanged."""
+    """Every tensor kept between layers goes to CPU memory and comes back unchanged."""
     moved: list[torch.Size] = []
 
     class Counting(torch.autograd.graph.saved_tensors_hooks):

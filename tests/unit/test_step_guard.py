@@ -1,4 +1,4 @@
-"""A refused step with an optimizer that, as NVIDIA apex's FusedAdam, counts a group's steps before it looks at gradients."""
+"""A refused step where the optimizer counts steps before it looks at gradients, as apex's does."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stop signals are remembered, agreed on by all ranks, and passed on to ranks with their exit code coming back."""
+"""Stop signals: remembered, agreed on by all ranks, passed on, and the exit code comes back."""
 
 import os
 import signal

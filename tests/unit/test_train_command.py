@@ -1,4 +1,4 @@
-"""Bad input to ``launch.train``: one message that names what to change, exit code 2, no traceback, nothing written."""
+"""Bad input to ``launch.train``: one message with what to change, exit code 2, nothing written."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.training.config import TrainRoot, check_rules
-from longrope2.training.plan import make_plan
+from longrope2.training.config import TrainRoot, check
+from longrope2.training.plan import resolve_run
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,10 @@ def refused(
     capsys: pytest.CaptureFixture[str],
     *overrides: str,
 ) -> str:
-    """The message of a refused command; checks the exit code and that the run folder was not made."""
+    """The message of a refused command.
+
+    Checks the exit code and that the run folder was not made.
+    """
     runs = tmp_path / "runs"
     fixed = [
         "experiment=tiny_extend",
@@ -84,8 +87,8 @@ def test_activations_that_cannot_be_offloaded(tmp_path, monkeypatch, capsys) -> 
     )
     message = refused(tmp_path, monkeypatch, capsys, *faults)
     assert (
-        "training.offload_activations=true needs training.recompute=full or dense; with none all stays"
-        in message
+        "training.offload_activations=true needs training.recompute=full or dense; with none all "
+        "stays" in message
     )
     assert "training.hang_timeout_s=0.0 must be above 0, or null" in message
 
@@ -124,7 +127,7 @@ def test_without_mixed_windows_the_model_has_one_rope(
             f"training.mixed={str(mixed).lower()}",
         ],
     )
-    factors = make_plan(config, 1).factors
+    factors = resolve_run(config, 1).factors
     yarn = closed_form_factors(RopeMethod.yarn, RopeGeometry(32, 10_000.0, 128), 256)
     assert factors.factors == yarn.factors
     assert factors.short_factors == (yarn.factors if rope_of_short else None)
@@ -221,7 +224,7 @@ def test_key_value_heads_that_are_null_are_the_query_heads(tmp_path) -> None:
         ["experiment=tiny_extend", "parallel.sequence=3", "parallel.processes=3"],
     )
     with pytest.raises(ConfigError, match="cannot share 4 query and 4 key/value heads"):
-        check_rules(config, tmp_path, 3)
+        check(config, tmp_path, 3)
 
 
 def test_a_complete_run_in_another_final_format_is_not_passed_over(tmp_path) -> None:
@@ -261,9 +264,33 @@ def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) ->
         "attention.kernel=torch_varlen",
     )
     assert (
-        "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use auto or sdpa"
-        in message
+        "attention.kernel=torch_varlen cannot run here: it needs a CUDA device, this is cpu; use "
+        "auto or sdpa" in message
     )
+
+
+def test_a_dry_run_names_what_training_refuses(tmp_path, monkeypatch, capsys, packed) -> None:
+    asked = ["training.optimizer=deepspeed_fused_adam", "training.norm=liger"]
+    given = [f"segments={packed}", "rope=yarn", *asked]
+    refusal = refused(tmp_path, monkeypatch, capsys, *given)
+    sys.argv.append("dry_run=true")
+    main()
+    printed = capsys.readouterr().out.split("asked for, and not to be had on this machine:")[1]
+    for text in asked:
+        assert f"{text} cannot run here: " in refusal and f"{text} cannot run here: " in printed
+
+
+def test_weights_are_missed_before_a_process_is_started(
+    tmp_path, monkeypatch, capsys, packed
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("models/tiny", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    given = [f"segments={packed}", "rope=yarn", f"model.path={model}"]
+    missing = f"{model} holds no *.safetensors weights"
+    assert missing in refused(tmp_path, monkeypatch, capsys, *given)
+    sys.argv.append("dry_run=true")
+    main()
+    assert f"  weights  {missing}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -272,7 +299,8 @@ def test_a_kernel_that_cannot_run_here(tmp_path, monkeypatch, capsys, packed) ->
         ("sdpa", "attention  sdpa, forced\n"),
         (
             "auto",
-            "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no torch_varlen: it needs",
+            "attention  sdpa (auto; no flash_attn: it needs a CUDA device, this is cpu; no "
+            "torch_varlen: it needs",
         ),
         (
             "flash_attn",
