@@ -72,39 +72,44 @@ class LongTasksConfig:
 def long_task_faults(
     config: LongTasksConfig, target_len: int, key: str = "suite.long_tasks"
 ) -> list[str]:
-    """What is wrong with the values, each fault naming its key."""
-    faults = []
-    for name, given, allowed in (
-        ("longbench", config.longbench.tasks, LONGBENCH_TASKS),
-        ("infinitebench", config.infinitebench.tasks, INFINITEBENCH_TASKS),
-        ("loft", config.loft.tasks, LOFT_TASKS),
+    """What is wrong with the values, each fault naming its key below ``key``."""
+    loft, checks = config.loft, []
+    for name, chosen, known in (
+        ("longbench", config.longbench, LONGBENCH_TASKS),
+        ("infinitebench", config.infinitebench, INFINITEBENCH_TASKS),
+        ("loft", loft, LOFT_TASKS),
     ):
-        if len(set(given)) < len(given) or not set(given) <= set(allowed):
-            faults.append(
-                f"{key}.{name}.tasks={given} must be distinct names out of {', '.join(allowed)}"
-            )
-    if config.length is not None and not 1 <= config.length <= target_len:
-        faults.append(f"{key}.length={config.length} must be from 1 to target_len={target_len}")
-    if config.num_samples is not None and config.num_samples < 1:
-        faults.append(f"{key}.num_samples={config.num_samples} must be at least 1, or null for all")
-    for name, chosen in (
-        ("longbench", config.longbench),
-        ("infinitebench", config.infinitebench),
-        ("loft", config.loft),
-    ):
-        if chosen.tasks and chosen.prompts is None:
-            faults.append(
-                f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the benchmark"
-            )
-    if config.loft.tasks and config.loft.data is None:
-        faults.append(
-            f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into"
-        )
-    if config.loft.size not in ("32k", "128k", "1m") or config.loft.split not in ("test", "dev"):
-        faults.append(
+        tasks, allowed = chosen.tasks, ", ".join(known)
+        distinct = len(set(tasks)) == len(tasks) and set(tasks) <= set(known)
+        checks += [
+            (not distinct, f"{key}.{name}.tasks={tasks} must be distinct names out of {allowed}"),
+            (
+                tasks and chosen.prompts is None,
+                f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the "
+                "benchmark",
+            ),
+        ]
+    checks += [
+        (
+            config.length is not None and not 1 <= config.length <= target_len,
+            f"{key}.length={config.length} must be from 1 to target_len={target_len}",
+        ),
+        (
+            config.num_samples is not None and config.num_samples < 1,
+            f"{key}.num_samples={config.num_samples} must be at least 1, or null for all",
+        ),
+        (
+            loft.tasks and loft.data is None,
+            f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into",
+        ),
+        (
+            loft.size not in ("32k", "128k", "1m") or loft.split not in ("test", "dev"),
             f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; "
-            f"got {config.loft.size}, {config.loft.split}"
-        )
-    if config.loft.max_new_tokens < 1:
-        faults.append(f"{key}.loft.max_new_tokens={config.loft.max_new_tokens} must be at least 1")
-    return faults
+            f"got {loft.size}, {loft.split}",
+        ),
+        (
+            loft.max_new_tokens < 1,
+            f"{key}.loft.max_new_tokens={loft.max_new_tokens} must be at least 1",
+        ),
+    ]
+    return [message for wrong, message in checks if wrong]
