@@ -1,18 +1,16 @@
-"""Questions of generation tasks: a prompt, what a right answer is, and the rule that scores one.
+"""Samples of generation tasks (a prompt, its right answers, its score), and their store on disk.
 
 RULER, the needle map and the long tasks all come down to this; one runner answers them
-(``generation_run.py``).
+(``answering``).
 
-Samples on disk: made once, found again by the hash of everything they depend on.
-
-A task at a length is a folder named by that hash, holding Arrow files of a few samples each. A file
-is written under a temporary name, fsynced and renamed, so one that is there is whole; a run that
-was interrupted goes on with the files that are missing. Sample n depends on its task's description
-and n alone: neither the number of samples nor the number of processes changes it. Prompts are
-memory-mapped when read, so a long suite takes no memory.
+Samples are made once and found again by the hash of everything they depend on. A task at a length
+is a folder named by that hash, holding Arrow files of a few samples each. A file is written under a
+temporary name, fsynced and renamed, so one that is there is whole; a run that was interrupted goes
+on with the files that are missing. Sample n depends on its task's description and n alone: neither
+the number of samples nor the number of processes changes it. Prompts are memory-mapped when read,
+so a long suite takes no memory.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -63,9 +61,7 @@ class Sample:
     def sha256(self) -> str:
         """Hash of all that an answer and its score depend on."""
         head = json.dumps([list(self.answers), self.max_new_tokens, len(self.prompt_T)]).encode()
-        return hashlib.sha256(
-            head + np.ascontiguousarray(self.prompt_T, dtype="<i4").tobytes()
-        ).hexdigest()
+        return sha256_of_bytes(head + np.ascontiguousarray(self.prompt_T, dtype="<i4").tobytes())
 
 
 @dataclass(frozen=True)
@@ -115,11 +111,8 @@ class SampleRecipe:
 
     def ranges(self) -> list[tuple[int, int]]:
         """First and last sample (exclusive) of each file."""
-        size = self.num_samples if self.whole else SAMPLES_PER_FILE
-        return [
-            (first, min(first + size, self.num_samples))
-            for first in range(0, self.num_samples, size)
-        ]
+        size, most = self.num_samples if self.whole else SAMPLES_PER_FILE, self.num_samples
+        return [(first, min(first + size, most)) for first in range(0, most, size)]
 
 
 # What worker processes inherit when they are forked: recipes hold tokenized texts, which are not
@@ -158,9 +151,8 @@ class SampleStore:
             for first, stop in recipe.ranges()
             if not self.file(recipe, first, stop).is_file()
         ]
-        missing.sort(
-            key=lambda job: -recipes[job[0]].length * (job[2] - job[1])
-        )  # the longest first
+        # The longest first.
+        missing.sort(key=lambda job: -recipes[job[0]].length * (job[2] - job[1]))
         for number, first, stop in self._made(recipes, missing):
             if progress is not None:
                 progress(f"{recipes[number].name} {recipes[number].length}", stop - first)
@@ -188,16 +180,12 @@ class SampleStore:
             [json.dumps(row.facts, sort_keys=True) for row in rows],
         ]
         schema = SCHEMA.with_metadata({IDENTITY: recipe.sha256})
-        table = pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema
-        )
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+        table = pa.table(arrays, schema=schema)
         try:
             with atomic_path(self.file(recipe, first, stop)) as temporary:
-                with (
-                    pa.OSFile(str(temporary), "wb") as sink,
-                    pa.ipc.new_file(sink, schema) as writer,
-                ):
-                    writer.write_table(table)
+                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+                    file.write_table(table)
         except OSError as error:
             raise ArtifactError(f"samples cannot be written below {self.folder}: {error}") from None
 
@@ -221,8 +209,8 @@ class SampleStore:
                 yield futures[future]
         except BrokenProcessPool:
             raise DataError(
-                "a process that makes samples was killed, probably for memory; run again with fewer workers: finished "
-                "samples are kept"
+                "a process that makes samples was killed, probably for memory; run again with "
+                "fewer workers: finished samples are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -239,9 +227,8 @@ class SampleStore:
                 raise ArtifactError(
                     f"{path} is damaged ({error}); remove it, and it is made again"
                 ) from None
-            if (table.schema.metadata or {}).get(
-                IDENTITY
-            ) != recipe.sha256.encode() or table.num_rows != stop - first:
+            identity = (table.schema.metadata or {}).get(IDENTITY)
+            if identity != recipe.sha256.encode() or table.num_rows != stop - first:
                 raise ArtifactError(
                     f"{path} does not hold what its name says; remove it, and it is made again"
                 )
@@ -261,7 +248,7 @@ def _rows(table: pa.Table) -> Iterator[Sample]:
 
 
 def _start_worker() -> None:
-    """A process per core is enough; threads of the tokenizer's would not survive the fork anyway."""
+    """A process per core is enough; the tokenizer's threads do not survive the fork anyway."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -270,5 +257,6 @@ def _write_forked(number: int, first: int, stop: int) -> None:
     store, recipes = _FORKED[-1]
     try:
         store.write(recipes[number], first, stop)
-    except UserError as error:  # the parent must be able to unpickle it
+    except UserError as error:
+        # The parent must be able to unpickle it.
         raise type(error)(str(error)) from None
