@@ -58,7 +58,8 @@ def command(tmp_path, model_folder, monkeypatch, capsys):
     """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
 
     def run(verb, *arguments):
-        places = (f"model.path={model_folder}", f"run.root={tmp_path}", "run.name=r")
+        model = ("model=tiny", f"model.path={model_folder}", "target_len=2048")
+        places = (*model, f"run.root={tmp_path}", "run.name=r")
         given = arguments if verb == "report" else (*places, *arguments)
         monkeypatch.setattr(sys, "argv", [verb, *given])
         capsys.readouterr()
@@ -71,6 +72,16 @@ def command(tmp_path, model_folder, monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.mark.parametrize("verb", ["export", "generate"])
+def test_model_and_target_have_no_default(verb, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [verb, "run.name=r"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"launch.{verb}", run_name="__main__")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "model is not chosen; give model=NAME, one of " in err
+    assert "target_len is not set; give it as target_len=VALUE" in err
 
 
 @pytest.fixture
