@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,14 +86,7 @@ def needle_map_tasks(
     ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised),
     ``repeat``, ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
 
-    Args:
-        config: Settings.
-        tokenizer: The model's tokenizer.
-        haystacks: Texts to hide needles in; not used with ``haystack=noise``.
-        lengths: Tokens that BOS, prompt and answer may take together.
-        cache_folder: Where samples are kept.
-        workers: Processes; 0 works in this one. Changes no sample.
-        progress: Called with a task's name and a number of samples as they are made.
+    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.
@@ -105,7 +99,25 @@ def needle_map_tasks(
     noise = config.haystack is MapHaystack.noise
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)
-    recipes = [_Maker(config, encoder, haystack, length).recipe(texts) for length in lengths]
+    new_tokens = encoder.total([" " + "8" * VALUE_DIGITS]) + SPARE_TOKENS
+    recipes = []
+    for length in lengths:
+        identity = {
+            "suite": "needle_map",
+            "version": GENERATOR_VERSION,
+            "length": length,
+            "seed": config.seed,
+            "depths": config.depths,
+            "haystack": config.haystack.value,
+            "texts": texts,
+            "tokenizer": encoder.fingerprint,
+        }
+        fitted = partial(
+            fitted_samples, partial(_draft, config, encoder, haystack, length), encoder
+        )
+        make = partial(fitted, length=length, max_new_tokens=new_tokens)
+        num_samples = len(config.depths) * config.repeats
+        recipes.append(SampleRecipe("needle_map", length, num_samples, identity, make))
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
     return [
         GenerationTask("needle_map", "needle_map", length, samples, _score)
@@ -113,47 +125,21 @@ def needle_map_tasks(
     ]
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """The samples of one length."""
-
-    config: NeedleMapConfig
-    encoder: PromptEncoder
-    haystack: WordHaystack | NoiseHaystack
-    length: int
-
-    def recipe(self, texts: str) -> SampleRecipe:
-        """How they are made, from texts of this hash."""
-        config = self.config
-        identity = {
-            "suite": "needle_map",
-            "version": GENERATOR_VERSION,
-            "length": self.length,
-            "seed": config.seed,
-            "depths": config.depths,
-            "haystack": config.haystack.value,
-            "texts": texts,
-            "tokenizer": self.encoder.fingerprint,
-        }
-        num_samples = len(config.depths) * config.repeats
-        return SampleRecipe("needle_map", self.length, num_samples, identity, self._make)
-
-    def _make(self, first: int, stop: int) -> list[Sample]:
-        new_tokens = self.encoder.total([" " + "8" * VALUE_DIGITS]) + SPARE_TOKENS
-        numbers = range(first, stop)
-        return fitted_samples(
-            self._draft, self.encoder, numbers, length=self.length, max_new_tokens=new_tokens
-        )
-
-    def _draft(self, index: int, budget: int) -> Draft:
-        """The prompt of one sample, at most ``budget`` tokens."""
-        config, encoder, kind = self.config, self.encoder, NiahTask(self.config.haystack.value)
-        repeat, place = divmod(index, len(config.depths))
-        depth = config.depths[place]
-        rng = random.Random(f"needle map/{config.seed}/{self.length}/{depth}/{repeat}")
-        draft = niah_prompt(kind, encoder, self.haystack, rng=rng, depth=depth, budget=budget)
-        draft.facts["repeat"] = repeat
-        return draft
+def _draft(
+    config: NeedleMapConfig,
+    encoder: PromptEncoder,
+    haystack: WordHaystack | NoiseHaystack,
+    length: int,
+    index: int,
+    budget: int,
+) -> Draft:
+    """The prompt of one sample, at most ``budget`` tokens."""
+    repeat, place = divmod(index, len(config.depths))
+    kind, depth = NiahTask(config.haystack.value), config.depths[place]
+    rng = random.Random(f"needle map/{config.seed}/{length}/{depth}/{repeat}")
+    draft = niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
+    draft.facts["repeat"] = repeat
+    return draft
 
 
 def _score(sample: Sample, text: str) -> float:

@@ -41,21 +41,16 @@ IDENTITY = b"identity"
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, ready to be read by a model.
-
-    Attributes:
-        prompt_T: Token ids of the prompt, BOS included where the model has one; int32 [T].
-        answers: Strings that the score is taken against; what they mean is the task's rule.
-        max_new_tokens: Upper bound on the answer's tokens; prompt and answer fit into the task's
-            length.
-        facts: What is known about the sample (realised depth, tokens left out, ...); plain JSON
-            values.
-    """
+    """One prompt, ready to be read by a model; with its answer it fits into the task's length."""
 
     prompt_T: np.ndarray
+    """Token ids, BOS included where the model has one; int32 [T]."""
     answers: tuple[str, ...]
+    """Strings that the score is taken against; what they mean is the task's rule."""
     max_new_tokens: int
+    """Upper bound on the answer's tokens."""
     facts: dict[str, Any] = field(default_factory=dict)
+    """What is known about the sample (realised depth, tokens left out, ...); plain JSON values."""
 
     @property
     def sha256(self) -> str:
@@ -66,43 +61,31 @@ class Sample:
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """One task at one length, the same samples for every model.
-
-    Attributes:
-        suite: ``ruler``, ``needle_map``, ``longbench``, ...
-        name: The task within it.
-        length: Tokens that prompt and answer may take together.
-        score: From a sample and the text a model answered to a number from 0 (wrong) to 1 (right).
-    """
+    """One task at one length, the same samples for every model."""
 
     suite: str
+    """``ruler``, ``needle_map``, ``longbench``, ..."""
     name: str
     length: int
+    """Tokens that prompt and answer may take together."""
     samples: tuple[Sample, ...]
     score: Callable[[Sample, str], float]
+    """From a sample and the text a model answered to a number from 0 (wrong) to 1 (right)."""
 
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """How the samples of one task at one length are made.
-
-    Attributes:
-        name: The task, for file names and messages.
-        length: Tokens that prompt and answer may take together.
-        num_samples: Samples wanted.
-        identity: All that a sample depends on beside its number; plain JSON values.
-        make: Samples first .. stop - 1. The same numbers give the same samples, whatever else is
-            made.
-        whole: All samples must be made in one go (they are drawn one after the other from one
-            stream).
-    """
+    """How the samples of one task at one length are made."""
 
     name: str
     length: int
     num_samples: int
     identity: dict[str, Any]
+    """All that a sample depends on beside its number; plain JSON values."""
     make: Callable[[int, int], list[Sample]]
+    """Samples first .. stop - 1: the same numbers give the same samples, whatever else is made."""
     whole: bool = False
+    """All samples must be made in one go: they are drawn from one stream."""
 
     @property
     def sha256(self) -> str:
@@ -110,7 +93,7 @@ class SampleRecipe:
         return sha256_of_bytes(json.dumps(self.identity, sort_keys=True).encode())
 
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last sample (exclusive) of each file."""
+        """First sample of each file, and the first behind it."""
         size, most = self.num_samples if self.whole else SAMPLES_PER_FILE, self.num_samples
         return [(first, min(first + size, most)) for first in range(0, most, size)]
 
@@ -121,12 +104,7 @@ _FORKED: list[tuple["SampleStore", Sequence[SampleRecipe]]] = []
 
 
 class SampleStore:
-    """A folder of samples.
-
-    Args:
-        folder: Where samples are kept; made when needed.
-        workers: Processes that make samples; 0 makes them in this one. Changes no sample.
-    """
+    """A folder of samples, made by forked processes, or with no ``workers`` in this one."""
 
     def __init__(self, folder: Path, workers: int = 0) -> None:
         self.folder = folder
@@ -137,9 +115,7 @@ class SampleStore:
     ) -> list[tuple[Sample, ...]]:
         """The samples of every recipe, made where they are missing.
 
-        Args:
-            recipes: What to make.
-            progress: Called with a task's name and a number of samples whenever a file is finished.
+        ``progress`` is called with a task's name and a number of samples for every finished file.
 
         Raises:
             UserError: a recipe cannot be followed, named with its length; or a file is damaged or
@@ -164,11 +140,7 @@ class SampleStore:
         return folder / f"samples-{first:05d}-{stop:05d}.arrow"
 
     def write(self, recipe: SampleRecipe, first: int, stop: int) -> None:
-        """Make samples first .. stop - 1 and write their file.
-
-        Raises:
-            UserError: as ``samples``.
-        """
+        """Make samples first .. stop - 1 and write their file; raises as ``samples`` does."""
         try:
             rows = recipe.make(first, stop)
         except DataError as error:
@@ -224,14 +196,12 @@ class SampleStore:
             try:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             except (OSError, pa.ArrowInvalid) as error:
-                raise ArtifactError(
-                    f"{path} is damaged ({error}); remove it, and it is made again"
-                ) from None
+                fault = f"{path} is damaged ({error}); remove it, and it is made again"
+                raise ArtifactError(fault) from None
             identity = (table.schema.metadata or {}).get(IDENTITY)
             if identity != recipe.sha256.encode() or table.num_rows != stop - first:
-                raise ArtifactError(
-                    f"{path} does not hold what its name says; remove it, and it is made again"
-                )
+                fault = f"{path} does not hold what its name says"
+                raise ArtifactError(f"{fault}; remove it, and it is made again")
             found += _rows(table)
         return tuple(found)
 

@@ -32,12 +32,7 @@ _CLASSES = ("llama", "mistral")
 
 
 def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -> None:
-    """Refuse a model that cannot become a GGUF file here, before anything is written.
-
-    Args:
-        folder: Checkpoint or exported folder.
-        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
-        pretokenizer: See ``write_gguf``.
+    """Refuse a checkpoint or exported folder that cannot become a GGUF file, before any work.
 
     Raises:
         ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer

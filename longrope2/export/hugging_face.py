@@ -26,15 +26,10 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
-_COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+_COPIED_FILES = """
+    tokenizer.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt
+    chat_template.jinja
+    """.split()
 _TOKENIZER_CONFIG, _GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 

@@ -27,7 +27,7 @@ tags: [longrope2, long-context]
 # {architecture}, {title}
 
 The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens \
-({scale:g} times) with
+({factors.scale:g} times) with
 [LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that \
 sequences of up to {original_len:,} tokens
 are read with the original RoPE, longer ones with the rescaled RoPE. {holds} \
@@ -36,14 +36,14 @@ model.
 
 | | |
 |---|---|
-| variant | {variant} |
+| variant | {variant.value} |
 | original window L0 | {original_len:,} tokens |
-| window of this folder | {window:,} tokens |
-| RoPE base, rotary dimension | {rope_base:g}, {rotary_dim} |
-| method | {method} |
+| window of this folder | {applied.target_len:,} tokens |
+| RoPE base, rotary dimension | {geometry.rope_base:g}, {geometry.rotary_dim} |
+| method | {factors.method} |
 | critical dimension (cosine index) | {critical_index} |
-| attention factor | {attention_factor:g} |
-| weights | {dtype} |
+| attention factor | {applied.long_attention_scale:g} |
+| weights | {config[dtype]} |
 
 Rescale factors up to {original_len:,} tokens: {short_factors}.
 {beyond}`factors.json` holds the same numbers with their origin.
@@ -171,13 +171,7 @@ class StaticCost:
 
 
 def measure_static_cost(model: WindowedModel, windows: Sequence[Tensor], text: str) -> StaticCost:
-    """Perplexity of every token but the first.
-
-    Args:
-        model: The trained model.
-        windows: Token ids of texts within L0, BOS first, each [T].
-        text: What they are, for the record.
-    """
+    """Perplexity of every token but the first of ``windows``, texts within L0, BOS first, [T]."""
     perplexities = []
     for window in (Window.SHORT, Window.LONG):
         rows = [tokens_T[None].to(model.hf.device) for tokens_T in windows]
@@ -194,15 +188,7 @@ def model_card(
     variant: ExportVariant,
     cost: StaticCost | None,
 ) -> str:
-    """Text of README.md.
-
-    Args:
-        base_config: The base model's config.json.
-        config: The exported config.json.
-        factors: The checkpoint's factors.
-        variant: What the folder holds of them.
-        cost: What a static choice costs, if it was measured.
-    """
+    """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured."""
     import transformers
 
     applied, geometry = variant_factors(factors, variant), factors.geometry
@@ -214,15 +200,12 @@ def model_card(
         architecture=(config.get("architectures") or [config["model_type"]])[0],
         title=_TITLES[variant].format(**lengths),
         holds=_HOLDS[variant],
-        variant=variant.value,
-        window=applied.target_len,
-        scale=factors.scale,
-        rope_base=geometry.rope_base,
-        rotary_dim=geometry.rotary_dim,
-        method=factors.method,
+        variant=variant,
+        factors=factors,
+        applied=applied,
+        geometry=geometry,
+        config=config,
         critical_index="none" if factors.critical_index is None else factors.critical_index,
-        attention_factor=applied.long_attention_scale,
-        dtype=config["dtype"],
         short_factors="all 1, the original RoPE" if short is None else _numbers(short),
         beyond="" if variant is ExportVariant.short_only else long,
         attention=_attention(base_config, config),

@@ -142,13 +142,7 @@ def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleF
 def variant_keys(
     config: dict[str, Any], factors: RescaleFactors, variant: ExportVariant
 ) -> dict[str, Any]:
-    """A base model's config.json with the RoPE keys of a variant; the rest as it is.
-
-    Args:
-        config: The base model's.
-        factors: What ``variant_factors`` gave.
-        variant: The variant.
-    """
+    """A base model's config.json with the RoPE of ``variant_factors``; the rest as it is."""
     kept = {key: value for key, value in config.items() if key not in _RESCALING_KEYS}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     keys = to_hf_config(factors, head_dim)

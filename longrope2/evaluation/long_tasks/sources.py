@@ -31,12 +31,8 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file.
 
-    Args:
-        key: Configuration key of ``location``, for messages.
-        location: A folder or zip that holds the file, or the id of a data set on the hub.
-        names: Paths of the file within a folder or zip; the first that is there is read.
-        hub_file: File of the hub data set, a zip or the JSON lines themselves.
-        revision: Commit of the hub data set; null is its newest.
+    ``location``, which stands at ``key``, is a folder or zip with the file (the first of ``names``
+    that is there), or the id of a data set on the hub, whose ``hub_file`` is a zip or the lines.
 
     Raises:
         DataError: nothing there, no access, or a line that is no JSON; says what to do.
@@ -81,11 +77,7 @@ def prompt_file(key: str, location: str | None, names: Sequence[str], repository
 
 
 def read_json_strings(path: Path) -> dict[str, str]:
-    """Prompts of a JSON object.
-
-    Raises:
-        DataError: it is none.
-    """
+    """Prompts of a JSON object; a DataError where the file holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -99,11 +91,8 @@ def python_strings(path: Path, known: Mapping[str, Any] | None = None) -> dict[s
     """String constants of a Python file, and dictionaries of them, without running it.
 
     Understood are literals, ``"...".strip()``, concatenation, names assigned before, and
-    ``module.NAME`` for a name in ``known``. Other assignments are left out.
-
-    Args:
-        path: The file.
-        known: Constants of a module that the file imports.
+    ``module.NAME`` for a name in ``known``, the constants of a module that the file imports. Other
+    assignments are left out.
 
     Raises:
         DataError: the file is no Python.
@@ -176,10 +165,9 @@ def _rows_of_file(key: str, path: Path, names: Sequence[str]) -> list[dict[str, 
         return _rows(path.read_bytes(), str(path))
     with zipfile.ZipFile(path) as archive:
         for name in names:
-            ending = f"/{name}"
-            member = next((m for m in archive.namelist() if f"/{m}".endswith(ending)), None)
-            if member is not None:
-                return _rows(archive.read(member), f"{path}, {member}")
+            for member in archive.namelist():
+                if f"/{member}".endswith(f"/{name}"):
+                    return _rows(archive.read(member), f"{path}, {member}")
     raise DataError(f"{key}: {path} holds none of {', '.join(names)}")
 
 
@@ -191,9 +179,8 @@ def _rows(data: bytes, place: str) -> list[dict[str, Any]]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise DataError(
-                    f"{place}, line {number} is no JSON ({error}); fetch the file again"
-                ) from None
+                fault = f"{place}, line {number} is no JSON ({error})"
+                raise DataError(f"{fault}; fetch the file again") from None
     if not rows:
         raise DataError(f"{place} is empty; fetch the file again")
     return rows

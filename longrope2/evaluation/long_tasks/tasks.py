@@ -26,31 +26,13 @@ from typing import Any
 import numpy as np
 
 from longrope2.errors import DataError
+from longrope2.evaluation.long_tasks import rules, sources
 from longrope2.evaluation.long_tasks.config import (
     LOFT_TASKS,
     InfiniteBenchConfig,
     LoftConfig,
     LongBenchConfig,
     LongTasksConfig,
-)
-from longrope2.evaluation.long_tasks.rules import (
-    CHOICES,
-    choice_score,
-    class_score,
-    code_line_score,
-    first_line,
-    key_value_score,
-    listed_ids,
-    mrecall,
-    recall,
-    token_f1,
-)
-from longrope2.evaluation.long_tasks.sources import (
-    check_prompts,
-    prompt_file,
-    python_strings,
-    read_json_strings,
-    read_rows,
 )
 from longrope2.evaluation.prompts import PromptEncoder
 from longrope2.evaluation.samples import GenerationTask, Sample
@@ -61,11 +43,9 @@ LONGBENCH_PROMPT_FILES = (
     "dataset2prompt.json",
 )
 LONGBENCH_PROMPT_HASHES = {
-    "trec": "0eff8bebdba99d91",
-    "triviaqa": "00a802e6377e72fc",
-    "lcc": "6a1f24cf0bb83cd9",
-    "repobench-p": "ee9ec182ea5ffeb7",
-}
+    "trec": "0eff8bebdba99d91", "triviaqa": "00a802e6377e72fc",
+    "lcc": "6a1f24cf0bb83cd9", "repobench-p": "ee9ec182ea5ffeb7",
+}  # fmt: skip
 LONGBENCH_MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p": 64}
 INFINITEBENCH_PROMPT_FILES = ("src/prompt.py", "prompt.py")
 INFINITEBENCH_TEMPLATE_SET = "yarn_mistral_templates"
@@ -84,29 +64,27 @@ LOFT_TURNED = (("ID and TITLE", "TITLE and ID"), ("ID and CONTENT", "CONTENT and
 
 # By the task alone: no name is in two benchmarks.
 SCORES: dict[str, Callable[[Sample, str], float]] = {
-    "triviaqa": lambda sample, text: _best(token_f1, sample, first_line(text)),
+    "triviaqa": lambda sample, text: _best(rules.token_f1, sample, rules.first_line(text)),
     "trec": lambda sample, text: _best(
-        partial(class_score, classes=sample.facts["classes"]), sample, first_line(text)
+        partial(rules.class_score, classes=sample.facts["classes"]), sample, rules.first_line(text)
     ),
-    "lcc": lambda sample, text: _best(code_line_score, sample, text),
-    "repobench-p": lambda sample, text: _best(code_line_score, sample, text),
-    "kv_retrieval": lambda sample, text: key_value_score(text, sample.answers[0]),
-    "longbook_choice_eng": lambda sample, text: choice_score(text, sample.answers),
-    **dict.fromkeys(LOFT_TASKS, lambda sample, text: recall(listed_ids(text), sample.answers, 1)),
-    "hotpotqa": lambda sample, text: mrecall(listed_ids(text), sample.answers, 2),
+    "lcc": lambda sample, text: _best(rules.code_line_score, sample, text),
+    "repobench-p": lambda sample, text: _best(rules.code_line_score, sample, text),
+    "kv_retrieval": lambda sample, text: rules.key_value_score(text, sample.answers[0]),
+    "longbook_choice_eng": lambda sample, text: rules.choice_score(text, sample.answers),
+    **dict.fromkeys(
+        LOFT_TASKS, lambda sample, text: rules.recall(rules.listed_ids(text), sample.answers, 1)
+    ),
+    "hotpotqa": lambda sample, text: rules.mrecall(rules.listed_ids(text), sample.answers, 2),
 }
 
 
 def long_tasks(
     config: LongTasksConfig, encoder: PromptEncoder, target_len: int, key: str = "suite.long_tasks"
 ) -> list[GenerationTask]:
-    """The tasks asked for, benchmark by benchmark.
+    """The tasks asked for, benchmark by benchmark; ``key`` is where ``config`` stands.
 
-    Args:
-        config: Which, and where they are.
-        encoder: The model's tokenizer.
-        target_len: L, the length of all tasks unless the configuration names a smaller one.
-        key: Where ``config`` stands, for messages.
+    All have ``target_len`` tokens for prompt and answer, unless ``config`` names fewer.
 
     Raises:
         DataError: data or prompts are missing, no access, or not the published ones; or a prompt
@@ -196,13 +174,15 @@ class _Fit:
 def _longbench(
     config: LongBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
-    path = prompt_file(
+    path = sources.prompt_file(
         f"{key}.prompts", config.prompts, LONGBENCH_PROMPT_FILES, "github.com/THUDM/LongBench"
     )
-    prompts = read_json_strings(path)
-    check_prompts(f"{key}.prompts", path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
+    prompts = sources.read_json_strings(path)
+    sources.check_prompts(f"{key}.prompts", path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
     names, revision = [f"{task}.jsonl", f"data/{task}.jsonl"], config.revision
-    rows = read_rows(f"{key}.data", config.data, names, hub_file="data.zip", revision=revision)
+    rows = sources.read_rows(
+        f"{key}.data", config.data, names, hub_file="data.zip", revision=revision
+    )
     new_tokens, samples = LONGBENCH_MAX_NEW_TOKENS[task], []
     for row in rows[:num_samples]:
         try:
@@ -221,16 +201,20 @@ def _longbench(
 def _infinitebench(
     config: InfiniteBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
-    path = prompt_file(
+    path = sources.prompt_file(
         f"{key}.prompts",
         config.prompts,
         INFINITEBENCH_PROMPT_FILES,
         repository="github.com/OpenBMB/InfiniteBench",
     )
-    prompts = python_strings(path).get(INFINITEBENCH_TEMPLATE_SET, {})
-    check_prompts(f"{key}.prompts", path, prompts, {task: INFINITEBENCH_PROMPT_HASHES[task]})
+    prompts = sources.python_strings(path).get(INFINITEBENCH_TEMPLATE_SET, {})
+    sources.check_prompts(
+        f"{key}.prompts", path, prompts, {task: INFINITEBENCH_PROMPT_HASHES[task]}
+    )
     file = f"{task}.jsonl"
-    rows = read_rows(f"{key}.data", config.data, [file], hub_file=file, revision=config.revision)
+    rows = sources.read_rows(
+        f"{key}.data", config.data, [file], hub_file=file, revision=config.revision
+    )
     make = _key_value if task == "kv_retrieval" else _choice
     try:
         return [make(row, prompts[task], fit) for row in rows[:num_samples]]
@@ -250,11 +234,13 @@ def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
 
 def _choice(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
     """A question about a book with four options."""
-    options = dict(zip((f"OPTION_{letter}" for letter in CHOICES), row["options"], strict=True))
+    options = dict(
+        zip((f"OPTION_{letter}" for letter in rules.CHOICES), row["options"], strict=True)
+    )
     question = row.get("question") or row["input"]
     prompt = template.format(context=row["context"], question=question, **options)
     answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
-    letter = CHOICES[list(row["options"]).index(answer)]
+    letter = rules.CHOICES[list(row["options"]).index(answer)]
     return fit.cut(prompt, (answer, letter), INFINITEBENCH_MAX_NEW_TOKENS["longbook_choice_eng"])
 
 
@@ -268,7 +254,7 @@ def _loft(
         file = f"{task}/{config.size}/{name}.jsonl"
         # The ways in which people unpack the zips.
         names = [file, f"retrieval/{file}", f"data/retrieval/{file}"]
-        rows[name] = read_rows(f"{key}.data", str(config.data), names)
+        rows[name] = sources.read_rows(f"{key}.data", str(config.data), names)
     try:
         corpus = _loft_corpus(rows["corpus"], place)
         numbers = {pid: str(number) for number, pid in enumerate(corpus)}
@@ -290,15 +276,17 @@ def _loft(
 
 def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
     """The formats of one set, from the constants of upstream's retrieval prompts."""
-    path = prompt_file(f"{key}.prompts", config.prompts, (LOFT_RETRIEVAL_FILE,), LOFT_REPOSITORY)
+    path = sources.prompt_file(
+        f"{key}.prompts", config.prompts, (LOFT_RETRIEVAL_FILE,), LOFT_REPOSITORY
+    )
     common_path = Path(str(config.prompts)) / LOFT_COMMON_FILE
     if not common_path.is_file():
         raise DataError(
             f"{key}.prompts={config.prompts} is no checkout of {LOFT_REPOSITORY}: "
             f"{LOFT_COMMON_FILE} is missing"
         )
-    common = python_strings(common_path)
-    constants = python_strings(path, common)
+    common = sources.python_strings(common_path)
+    constants = sources.python_strings(path, common)
     try:
         name = constants["PROMPT_MAPPER"].get(task, task)
         query = constants["QUERY_FORMAT_SIMPLE"][name]

@@ -173,40 +173,35 @@ def _cwe_example(words: list[str], rng: random.Random, form: _CweForm) -> str:
     return CWE_HEAD + listed + "".join(CWE_TAIL) + solved + "\n\n" + CWE_HEAD
 
 
-class CodedWords:
-    """A stock of distinct words of random letters, tokenized once; samples draw theirs from it.
+def coded_words(encoder: PromptEncoder, length: int) -> PieceTable:
+    """The noise and a stock of distinct words of random letters, for samples to draw from.
 
-    Args:
-        encoder: Tokenizer of the prompts.
-        length: Tokens of the prompts; three times as many words are in stock as one of them draws.
+    For prompts of ``length`` tokens three times as many are in stock as one of them draws.
     """
-
-    def __init__(self, encoder: PromptEncoder, length: int) -> None:
-        self.stock = max(FWE_SMALLEST_STOCK, 3 * length // FWE_TOKENS_PER_WORD)
-        words = draw_names(random.Random("coded words"), self.stock, FWE_LETTERS, upper=False)
-        self.encoder = encoder
-        self.table = PieceTable([f" {word}" for word in (FWE_NOISE, *words)], encoder)
+    stock = max(FWE_SMALLEST_STOCK, 3 * length // FWE_TOKENS_PER_WORD)
+    words = draw_names(random.Random("coded words"), stock, FWE_LETTERS, upper=False)
+    return PieceTable([f" {word}" for word in (FWE_NOISE, *words)], encoder)
 
 
-def fwe_prompt(coded: CodedWords, rng: random.Random, budget: int) -> Draft:
+def fwe_prompt(encoder: PromptEncoder, coded: PieceTable, rng: random.Random, budget: int) -> Draft:
     """A prompt of at most ``budget`` tokens, BOS not counted.
 
     Raises:
         DataError: the budget is too small for three words to lead clearly.
     """
     num_words = max(budget // FWE_TOKENS_PER_WORD, 5)
-    # The stock's first piece is the noise.
-    words = np.asarray([0, *rng.sample(range(1, coded.stock + 1), num_words)])
-    room = budget - coded.encoder.fixed_total([FWE_HEAD, *FWE_TAIL])
+    # The first piece is the noise.
+    words = np.asarray([0, *rng.sample(range(1, len(coded.pieces)), num_words)])
+    room = budget - encoder.fixed_total([FWE_HEAD, *FWE_TAIL])
     shares = 1.0 / (np.arange(1, len(words) + 1) ** 2 * (math.pi**2 / 6))
-    size = _largest_fitting(shares, coded.table.sizes[words], room)
+    size = _largest_fitting(shares, coded.sizes[words], room)
     counts = np.floor(size * shares).astype(int)
     if not counts[1] > counts[2] > counts[3] > counts[4]:
         raise too_short("fwe", room, "its text")
     text = _shuffled(np.repeat(words, counts), rng)
     facts = {"counts": counts[:5].tolist(), "num_words": len(text)}
-    answers = tuple(coded.table.pieces[word].strip() for word in words[1:4])
-    return Draft([FWE_HEAD, coded.table.block(text), *FWE_TAIL], answers, facts)
+    answers = tuple(coded.pieces[word].strip() for word in words[1:4])
+    return Draft([FWE_HEAD, coded.block(text), *FWE_TAIL], answers, facts)
 
 
 def _largest_fitting(shares: np.ndarray, sizes: np.ndarray, room: int) -> int:

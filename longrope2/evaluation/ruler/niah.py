@@ -115,12 +115,12 @@ class NeedleLines:
     """Lines that hide a needle among its like: keys and values in stock, tokenized once.
 
     Args:
-        task: Kinds of keys and values.
         encoder: Tokenizer of the prompts.
+        task: Kinds of keys and values.
         length: Tokens of the prompts; some times as much is in stock as one of them takes.
     """
 
-    def __init__(self, task: NiahTask, encoder: PromptEncoder, length: int) -> None:
+    def __init__(self, encoder: PromptEncoder, task: NiahTask, length: int) -> None:
         rng = random.Random(f"stock/{task.keys}/{task.values}")
         stock = max(SMALLEST_STOCK, length // TOKENS_PER_VALUE)
         self._keys = all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)

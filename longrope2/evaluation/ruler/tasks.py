@@ -18,32 +18,14 @@ import numpy as np
 
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
+from longrope2.evaluation.ruler import counting, niah
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig, RulerMode, ruler_faults
-from longrope2.evaluation.ruler.counting import (
-    CWE_NUM_COMMON,
-    FWE_LETTERS,
-    VT_LETTERS,
-    VT_NUM_HOPS,
-    CodedWords,
-    WordLists,
-    cwe_prompt,
-    draw_names,
-    fwe_prompt,
-    vt_prompt,
-)
 from longrope2.evaluation.ruler.haystacks import (
     NoiseHaystack,
     WordHaystack,
     draw_pairs,
     read_texts,
     texts_sha256,
-)
-from longrope2.evaluation.ruler.niah import (
-    NIAH_TASKS,
-    NeedleLines,
-    niah_prompt,
-    random_value,
-    ruler_score,
 )
 from longrope2.evaluation.ruler.qa import QaDocuments, qa_prompt, read_questions
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
@@ -110,7 +92,9 @@ def ruler_tasks(
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
     return [
-        GenerationTask("ruler", made.name, made.length, samples, partial(ruler_score, made.name))
+        GenerationTask(
+            "ruler", made.name, made.length, samples, partial(niah.ruler_score, made.name)
+        )
         for made, samples in zip(recipes, found, strict=True)
     ]
 
@@ -118,7 +102,8 @@ def ruler_tasks(
 def fitted_samples(
     draft_of: Callable[[int, int], Draft],
     encoder: PromptEncoder,
-    numbers: range,
+    first: int,
+    stop: int,
     *,
     length: int,
     max_new_tokens: int,
@@ -129,7 +114,8 @@ def fitted_samples(
         draft_of: The prompt of a sample, from its number and the most tokens that it may take, BOS
             not counted; the same two give the same prompt.
         encoder: Tokenizer of the model.
-        numbers: The samples wanted; on the first the joining of pieces is confirmed.
+        first: First sample wanted; on it the joining of pieces is confirmed.
+        stop: First sample no longer wanted.
         length: Tokens that BOS, prompt and answer may take together.
         max_new_tokens: Tokens kept free for the answer.
 
@@ -137,9 +123,9 @@ def fitted_samples(
         DataError: the length is too short for the task, as the generator says.
     """
     budget = length - max_new_tokens - len(encoder.bos_ids)
-    joins = _joins_words(encoder) and _joins(draft_of(numbers[0], budget).pieces, encoder)
+    joins = _joins_words(encoder) and _joins(draft_of(first, budget).pieces, encoder)
     samples = []
-    for number in numbers:
+    for number in range(first, stop):
         if joins:
             draft = draft_of(number, budget)
             ids = encoder.join(draft.pieces)
@@ -220,10 +206,10 @@ class FixedRuler:
         self.config = config
         self.encoder = encoder
         self._given_texts = haystacks
-        self._lines = cache(lambda task, length: NeedleLines(NIAH_TASKS[task], encoder, length))
-        self._coded_words = cache(lambda length: CodedWords(encoder, length))
+        self._lines = cache(partial(niah.NeedleLines, encoder))
+        self._coded_words = cache(partial(counting.coded_words, encoder))
         self._documents = cache(lambda task: QaDocuments(read_questions(task, config), encoder))
-        self._lists: WordLists | None = None
+        self._lists: counting.WordLists | None = None
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads and tokenizes the texts that it needs."""
@@ -237,23 +223,25 @@ class FixedRuler:
             "tokenizer": self.encoder.fingerprint,
             "texts": self._prepare(task, length),
         }
-        make = partial(self._make, task, length)
+        draft_of, new_tokens = partial(self.draft, task, length), self.max_new_tokens(task)
+        fitted = partial(fitted_samples, draft_of, self.encoder)
+        make = partial(fitted, length=length, max_new_tokens=new_tokens)
         return SampleRecipe(task, length, self.config.num_samples, identity, make)
 
     def max_new_tokens(self, task: str) -> int:
         """RULER's, or more for a tokenizer that needs more for a right answer."""
         rng, joint = random.Random(f"answer/{task}"), ", "
-        if task in NIAH_TASKS:
-            kind = NIAH_TASKS[task]
+        if task in niah.NIAH_TASKS:
+            kind = niah.NIAH_TASKS[task]
             num_values = kind.num_values * kind.num_queries
-            answers = [random_value(rng, kind.values) for _ in range(num_values)]
+            answers = [niah.random_value(rng, kind.values) for _ in range(num_values)]
         elif task == "vt":
-            answers = draw_names(rng, VT_NUM_HOPS + 1, VT_LETTERS)
+            answers = counting.draw_names(rng, counting.VT_NUM_HOPS + 1, counting.VT_LETTERS)
         elif task == "cwe":
-            words, joint = draw_pairs(rng, CWE_NUM_COMMON, joint=""), " "
+            words, joint = draw_pairs(rng, counting.CWE_NUM_COMMON, joint=""), " "
             answers = [f"{n}. {word}" for n, word in enumerate(words, start=1)]
         elif task == "fwe":
-            answers = draw_names(rng, 3, FWE_LETTERS, upper=False)
+            answers = counting.draw_names(rng, 3, counting.FWE_LETTERS, upper=False)
         else:
             return MAX_NEW_TOKENS[task]
         needed = self.encoder.total([f" {joint.join(answers)}"])
@@ -266,24 +254,17 @@ class FixedRuler:
         # Any number of first samples covers all depths evenly.
         depth = (random.Random(f"depth/{seed}").random() + index * GOLDEN_STEP) % 1.0
         if task == "vt":
-            return vt_prompt(encoder, self._noise, rng, depth, budget)
+            return counting.vt_prompt(encoder, self._noise, rng, depth, budget)
         if task == "cwe":
-            return cwe_prompt(self._word_lists(length), rng, budget)
+            return counting.cwe_prompt(self._word_lists(length), rng, budget)
         if task == "fwe":
-            return fwe_prompt(self._coded_words(length), rng, budget)
+            return counting.fwe_prompt(encoder, self._coded_words(length), rng, budget)
         if task in ("qa_1", "qa_2"):
             documents = self._documents(task)
             question = documents.question(index, seed)
             return qa_prompt(encoder, documents, question, rng=rng, depth=depth, budget=budget)
-        kind, haystack = NIAH_TASKS[task], self._haystack(task, length)
-        return niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
-
-    def _make(self, task: str, length: int, first: int, stop: int) -> list[Sample]:
-        draft_of, new_tokens = partial(self.draft, task, length), self.max_new_tokens(task)
-        numbers = range(first, stop)
-        return fitted_samples(
-            draft_of, self.encoder, numbers, length=length, max_new_tokens=new_tokens
-        )
+        kind, haystack = niah.NIAH_TASKS[task], self._haystack(task, length)
+        return niah.niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
 
     def _prepare(self, task: str, length: int) -> str:
         """Tokenize what a task uses, so that worker processes inherit it; the hash of its texts."""
@@ -293,24 +274,24 @@ class FixedRuler:
             self._coded_words(length)
         if task in ("qa_1", "qa_2"):
             return self._documents(task).sha256
-        if task in NIAH_TASKS:
+        if task in niah.NIAH_TASKS:
             self._haystack(task, length)
-            if NIAH_TASKS[task].haystack == "essay":
+            if niah.NIAH_TASKS[task].haystack == "essay":
                 return texts_sha256(self._texts)
         return "none"
 
-    def _haystack(self, task: str, length: int) -> WordHaystack | NoiseHaystack | NeedleLines:
+    def _haystack(self, task: str, length: int) -> WordHaystack | NoiseHaystack | niah.NeedleLines:
         """What a needle task hides its needles in."""
-        if NIAH_TASKS[task].haystack == "noise":
+        if niah.NIAH_TASKS[task].haystack == "noise":
             return self._noise
-        if NIAH_TASKS[task].haystack == "essay":
+        if niah.NIAH_TASKS[task].haystack == "essay":
             return self._essays
-        return self._lines(task, length)
+        return self._lines(niah.NIAH_TASKS[task], length)
 
-    def _word_lists(self, length: int) -> WordLists:
+    def _word_lists(self, length: int) -> counting.WordLists:
         """Words and list numbers for up to ``length`` tokens; an entry takes at least four."""
         if self._lists is None or self._lists.num_numbers < length // 4:
-            self._lists = WordLists(self.encoder, max(length // 4, 256))
+            self._lists = counting.WordLists(self.encoder, max(length // 4, 256))
         return self._lists
 
     @cached_property

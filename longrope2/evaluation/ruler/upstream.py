@@ -19,24 +19,11 @@ import numpy as np
 
 from longrope2.errors import DataError
 from longrope2.evaluation.prompts import PromptEncoder
+from longrope2.evaluation.ruler import upstream_draws as draws
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 from longrope2.evaluation.ruler.niah import NIAH_TASKS
 from longrope2.evaluation.ruler.qa import read_questions
-from longrope2.evaluation.ruler.upstream_draws import (
-    Streams,
-    Text,
-    UpstreamWords,
-    coded_words,
-    common_words,
-    documents,
-    needles,
-    read_prompts,
-    read_upstream_essays,
-    read_upstream_words,
-    variables,
-    with_example,
-)
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
 VERSION = 1
@@ -62,7 +49,7 @@ class UpstreamRuler:
         self.config = config
         self.encoder = encoder
         self.checkout = Path(config.upstream_checkout)
-        self.prompts = read_prompts(self.checkout)
+        self.prompts = draws.read_prompts(self.checkout)
         self._questions = cache(lambda task: read_questions(task, config))
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
@@ -87,7 +74,7 @@ class UpstreamRuler:
         Raises:
             DataError: the length is too short, where RULER would try for ever.
         """
-        streams, new_tokens = Streams(self.config.seed), MAX_NEW_TOKENS[task]
+        streams, new_tokens = draws.Streams(self.config.seed), MAX_NEW_TOKENS[task]
         if task == "fwe":
             return self._coded_words(streams, length)
         search = self._size_search(task, length, streams)
@@ -109,7 +96,7 @@ class UpstreamRuler:
             samples.append(Sample(prompt, tuple(answers), new_tokens, facts))
         return samples
 
-    def _size_search(self, task: str, length: int, streams: Streams) -> "_SizeSearch":
+    def _size_search(self, task: str, length: int, streams: draws.Streams) -> "_SizeSearch":
         """How a task's size is searched and its samples are drawn."""
         if task == "vt":
             return self._variables(length, streams)
@@ -117,34 +104,36 @@ class UpstreamRuler:
             words, further = list(self._words.words), self._words.further_words
             streams.reshuffle(words)
             template = self.prompts["common_words_extraction"]
-            lists = partial(common_words, template, streams, words, further, length)
+            lists = partial(draws.common_words, template, streams, words, further, length)
             return _SizeSearch(lambda _, size: lists(size), lists, 10, probe_size=4096)
         if task in ("qa_1", "qa_2"):
             found = self._questions(task)
             if self.config.num_samples > len(found.questions):
                 raise DataError(f"there are {len(found.questions)} questions; use fewer samples")
-            shown = partial(documents, self.prompts["qa"], streams, found)
+            shown = partial(draws.documents, self.prompts["qa"], streams, found)
             return _SizeSearch(shown, partial(shown, 0), 10)
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
         essay = self._essay if kind.haystack == "essay" else []
-        hidden = partial(needles, kind, self.prompts["niah"], streams, words, essay, _sentences)
+        hidden = partial(
+            draws.needles, kind, self.prompts["niah"], streams, words, essay, _sentences
+        )
         step = 500 if kind.haystack == "essay" else 25 if length >= 4096 else 5
         return _SizeSearch(lambda _, size: hidden(size), hidden, step)
 
-    def _variables(self, length: int, streams: Streams) -> "_SizeSearch":
+    def _variables(self, length: int, streams: draws.Streams) -> "_SizeSearch":
         """First the solved example is fitted, then prompts that leave room for it."""
         template = self.prompts["variable_tracking"]
-        small = partial(variables, template, streams, example=True)
+        small = partial(draws.variables, template, streams, example=True)
         example_search = _SizeSearch(lambda _, size: small(size), small, 5)
         size = self._largest(example_search, EXAMPLE_LENGTH, EXAMPLE_LENGTH)
         solved, names, _ = self._sample(small, size, 5, EXAMPLE_LENGTH, 0)
         example = solved + " " + " ".join(names) + "\n"
-        large = partial(variables, template, streams, example=False)
+        large = partial(draws.variables, template, streams, example=False)
 
-        def generate(_: int, size: int) -> Text:
+        def generate(_: int, size: int) -> draws.Text:
             text, answers = large(size)
-            return with_example(text, example, streams), answers
+            return draws.with_example(text, example, streams), answers
 
         step = 10 if length >= 4096 else 5
         return _SizeSearch(generate, large, step, reserved=self._count(example))
@@ -167,7 +156,7 @@ class UpstreamRuler:
         return best
 
     def _sample(
-        self, draw: Callable[[int], Text], size: int, step: int, length: int, new_tokens: int
+        self, draw: Callable[[int], draws.Text], size: int, step: int, length: int, new_tokens: int
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
         for _ in range(size // step + TRIES_AT_SMALLEST):
@@ -182,18 +171,18 @@ class UpstreamRuler:
             "the length is too short: RULER's smallest prompt exceeds it; use a longer one"
         )
 
-    def _coded_words(self, streams: Streams, length: int) -> list[tuple[str, list[str], int]]:
+    def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
         room = length - MAX_NEW_TOKENS["fwe"]
         template, step = self.prompts["freq_words_extraction"], room // 32
-        text, _ = coded_words(template, streams, room // 50)
+        text, _ = draws.coded_words(template, streams, room // 50)
         size = room // 6
         while self._count(text(size)) < room:
             size += step
         size -= step
         found = []
         for _ in range(self.config.num_samples):
-            text, answers = coded_words(template, streams, room // 50)
+            text, answers = draws.coded_words(template, streams, room // 50)
             own = size
             while own > 0 and self._count(text(own)) > room:
                 own -= step
@@ -218,14 +207,14 @@ class UpstreamRuler:
         return texts_sha256([*pairs, *(self._essay if kind.haystack == "essay" else [])])
 
     @cached_property
-    def _words(self) -> UpstreamWords:
-        return read_upstream_words(self.checkout, self.config.wordlists)
+    def _words(self) -> draws.UpstreamWords:
+        return draws.read_upstream_words(self.checkout, self.config.wordlists)
 
     @cached_property
     def _essay(self) -> list[str]:
         # Without NLTK an error now, not in the middle.
         _sentences("Punkt is there. Or it is not.")
-        text = read_upstream_essays(self.checkout, self.config.essays)
+        text = draws.read_upstream_essays(self.checkout, self.config.essays)
         return re.sub(r"\s+", " ", text).split(" ")
 
     def _count(self, text: str) -> int:
@@ -237,9 +226,9 @@ class UpstreamRuler:
 class _SizeSearch:
     """What the search for a size and the drawing of samples need."""
 
-    generate: Callable[[int, int], Text]
+    generate: Callable[[int, int], draws.Text]
     """Sample (number, size)."""
-    probe: Callable[[int], Text]
+    probe: Callable[[int], draws.Text]
     """What is measured while the size is searched."""
     step: int
     """Smallest size, and what is taken off a sample that does not fit."""
