@@ -57,18 +57,15 @@ def needle_map_faults(
     depths = config.depths
     distinct = depths and len(set(depths)) == len(depths)
     inside = all(0 <= depth <= 1 for depth in depths)
-    checks = [
-        (
-            not (distinct and inside),
-            f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one",
+    no_length = not lengths or min(lengths) < 1
+    faults = {
+        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": not (
+            distinct and inside
         ),
-        (config.repeats < 1, f"{key}.repeats={config.repeats} must be at least 1"),
-        (
-            not lengths or min(lengths) < 1,
-            f"{key}: lengths={list(lengths)} must be at least one, all above 0",
-        ),
-    ]
-    return [message for wrong, message in checks if wrong]
+        f"{key}.repeats={config.repeats} must be at least 1": config.repeats < 1,
+        f"{key}: lengths={list(lengths)} must be at least one, all above 0": no_length,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]
 
 
 def needle_map_tasks(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,17 +44,11 @@ Piece = str | Block
 
 @dataclass
 class Draft:
-    """A prompt before it is a sample.
-
-    Attributes:
-        pieces: The prompt's text, cut behind newlines or in front of spaces.
-        answers: What the score is taken against.
-        facts: What is known about it; plain JSON values.
-    """
+    """A prompt before it is a sample, its text cut behind newlines or in front of spaces."""
 
     pieces: list[Piece]
     answers: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
 
 
 def text_of(pieces: Sequence[Piece]) -> str:
@@ -70,12 +64,7 @@ def too_short(task: str, room: int, what: str) -> DataError:
 
 
 class PieceTable:
-    """Pieces that are used again and again, tokenized once, and joined by index without a loop.
-
-    Args:
-        pieces: The pieces, each as it stands inside a prompt.
-        encoder: Tokenizer of the prompts.
-    """
+    """Pieces that are used again and again, tokenized once, and joined by index without a loop."""
 
     def __init__(self, pieces: Sequence[str], encoder: "PromptEncoder") -> None:
         self.pieces = list(pieces)

@@ -63,12 +63,8 @@ def write_gguf(
 ) -> None:
     """Write config, factors, tokenizer and weights of an exported folder, then read the file back.
 
-    Args:
-        folder: Exported Hugging Face folder.
-        factors: What the folder applies in either window.
-        path: File to write.
-        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
-        pretokenizer: llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
+    A SentencePiece model is taken from the base model's ``tokenizer_folder``; ``pretokenizer`` is
+    llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
 
     Raises:
         ArtifactError: see ``check_gguf``; or what was read back is not what was meant.

@@ -43,17 +43,11 @@ def write_hugging_face_folder(
     cost: StaticCost | None = None,
     weights_from: Path | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and model card into ``folder``.
+    """Write config, weights, tokenizer and model card of a finished checkpoint into ``folder``.
 
-    Args:
-        checkpoint: Folder of a finished checkpoint, with the base model's config.json.
-        factors: The checkpoint's factors.
-        folder: Where to write; made if missing.
-        dtype: Number format of floating-point weights.
-        variant: Which windows the folder holds.
-        cost: What a static choice costs, for the card; None is said to be unmeasured.
-        weights_from: A folder already written from this checkpoint in this format; its weight files
-            are shared (hard links where the file system has them).
+    Floating-point weights are cast to ``dtype``, or shared with ``weights_from``, a folder already
+    written from this checkpoint in this format (hard links where the file system has them). A
+    ``cost`` of None is said to be unmeasured in the card.
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).

@@ -22,15 +22,7 @@ from longrope2.export.hugging_face import write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
 from longrope2.export.variants import ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
-    describe_input,
-    product_folder,
-    read_manifest,
-    sha256_of_file,
-    write_manifest,
-)
+from longrope2.files import artifacts
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors
@@ -53,7 +45,7 @@ class Export:
     @property
     def folder(self) -> Path:
         """The product folder."""
-        return product_folder(self.config.run.folder, "exports")
+        return artifacts.product_folder(self.config.run.folder, "exports")
 
     @property
     def finals(self) -> list[Path]:
@@ -74,13 +66,13 @@ def find_export(config: ExportRoot) -> Export:
         variant_factors(factors, variant)
     if export.gguf:
         check_gguf(checkpoint, resolve_model_folder(config.model.path), export.gguf_pretokenizer)
-    return Export(config, checkpoint, factors, {"checkpoint": describe_input(checkpoint)})
+    return Export(config, checkpoint, factors, {"checkpoint": artifacts.describe_input(checkpoint)})
 
 
 def is_complete(export: Export) -> bool:
     """Whether this checkpoint has been exported with these settings, and still stands there."""
     try:
-        manifest = read_manifest(export.folder, "exports")
+        manifest = artifacts.read_manifest(export.folder, "exports")
     except ArtifactError:
         return False
     # The checkpoint is compared by its content, wherever it stood.
@@ -112,7 +104,7 @@ def publish(export: Export) -> _Differences:
             differences[variant.folder_name] = _write(
                 export, variant, temporary, cost, weights_from
             )
-        (export.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        (export.folder / artifacts.MANIFEST_NAME).unlink(missing_ok=True)
         _remove_former(export)
         for temporary, final in zip(unverified, export.finals, strict=True):
             temporary.rename(final)
@@ -189,11 +181,11 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
     """Declare the export finished."""
     settings, finals = export.config.export, export.finals
     paths = [path for final in finals for path in sorted(final.iterdir())]
-    manifest = Manifest(
+    manifest = artifacts.Manifest(
         "exports",
         inputs=export.inputs,
         config=to_plain(export.config),
-        files={f"{path.parent.name}/{path.name}": sha256_of_file(path) for path in paths},
+        files={f"{path.parent.name}/{path.name}": artifacts.sha256_of_file(path) for path in paths},
         details={
             "dtype": settings.dtype.value,
             "variants": [variant.value for variant in settings.variants],
@@ -204,4 +196,4 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
             "static_cost": None if cost is None else asdict(cost),
         },
     )
-    write_manifest(export.folder, manifest)
+    artifacts.write_manifest(export.folder, manifest)

@@ -95,20 +95,15 @@ def check(config: ExportRoot) -> None:
     """
     given = [variant.value for variant in config.export.variants]
     no_gguf = config.export.gguf and importlib.util.find_spec("gguf") is None
-    checks = [
-        (
-            not given or len(set(given)) != len(given),
-            f"export.variants={given} must name one or more of dual, long_only, short_only, "
-            "each once",
-        ),
-        (no_gguf, "export.gguf=true needs the gguf package; run `pip install gguf`"),
-        (
-            config.export.cost_windows < 0,
-            f"export.cost_windows={config.export.cost_windows} must be 0 or more",
-        ),
-    ]
-    if faults := [message for wrong, message in checks if wrong]:
-        raise ConfigError(faults)
+    cost_windows = config.export.cost_windows
+    faults = {
+        f"export.variants={given} must name one or more of dual, long_only, short_only, "
+        "each once": not given or len(set(given)) != len(given),
+        "export.gguf=true needs the gguf package; run `pip install gguf`": no_gguf,
+        f"export.cost_windows={cost_windows} must be 0 or more": cost_windows < 0,
+    }
+    if found := [fault for fault, is_there in faults.items() if is_there]:
+        raise ConfigError(found)
 
 
 def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleFactors:

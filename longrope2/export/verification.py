@@ -31,12 +31,8 @@ def verify_export(
 ) -> dict[int, float]:
     """Compare logits on random tokens, in float32 from weights rounded to the exported format.
 
-    Args:
-        checkpoint: What was exported, run by our own windowed model, which is told the window.
-        factors: The checkpoint's factors.
-        folder: The exported folder, run by plain transformers, which finds the window by itself.
-        dtype: Format the exported weights were rounded to.
-        lengths: Tokens of each comparison; take them from both windows.
+    The checkpoint is run by our own windowed model, which is told the window, the folder by plain
+    transformers, which finds the window by itself; take ``lengths`` from both windows.
 
     Returns:
         Length -> largest absolute difference over the largest absolute logit.

@@ -73,43 +73,31 @@ def long_task_faults(
     config: LongTasksConfig, target_len: int, key: str = "suite.long_tasks"
 ) -> list[str]:
     """What is wrong with the values, each fault naming its key below ``key``."""
-    loft, checks = config.loft, []
+    loft, length, count = config.loft, config.length, config.num_samples
+    faults: dict[str, bool] = {}
     for name, chosen, known in (
         ("longbench", config.longbench, LONGBENCH_TASKS),
         ("infinitebench", config.infinitebench, INFINITEBENCH_TASKS),
         ("loft", loft, LOFT_TASKS),
     ):
-        tasks, allowed = chosen.tasks, ", ".join(known)
+        tasks, place, allowed = chosen.tasks, f"{key}.{name}", ", ".join(known)
         distinct = len(set(tasks)) == len(tasks) and set(tasks) <= set(known)
-        checks += [
-            (not distinct, f"{key}.{name}.tasks={tasks} must be distinct names out of {allowed}"),
-            (
-                tasks and chosen.prompts is None,
-                f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the "
-                "benchmark",
-            ),
-        ]
-    checks += [
-        (
-            config.length is not None and not 1 <= config.length <= target_len,
-            f"{key}.length={config.length} must be from 1 to target_len={target_len}",
-        ),
-        (
-            config.num_samples is not None and config.num_samples < 1,
-            f"{key}.num_samples={config.num_samples} must be at least 1, or null for all",
-        ),
-        (
-            loft.tasks and loft.data is None,
-            f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into",
-        ),
-        (
-            loft.size not in ("32k", "128k", "1m") or loft.split not in ("test", "dev"),
-            f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; "
-            f"got {loft.size}, {loft.split}",
-        ),
-        (
-            loft.max_new_tokens < 1,
-            f"{key}.loft.max_new_tokens={loft.max_new_tokens} must be at least 1",
-        ),
-    ]
-    return [message for wrong, message in checks if wrong]
+        no_prompts = bool(tasks) and chosen.prompts is None
+        faults |= {
+            f"{place}.tasks={tasks} must be distinct names out of {allowed}": not distinct,
+            f"{place}.prompts is not set: its prompts are read from a checkout of the "
+            "benchmark": no_prompts,
+        }
+    bad_length = length is not None and not 1 <= length <= target_len
+    bad_count = count is not None and count < 1
+    bad_size = loft.size not in ("32k", "128k", "1m") or loft.split not in ("test", "dev")
+    no_data = bool(loft.tasks) and loft.data is None
+    too_few, given = loft.max_new_tokens < 1, f"{loft.size}, {loft.split}"
+    faults |= {
+        f"{key}.length={length} must be from 1 to target_len={target_len}": bad_length,
+        f"{key}.num_samples={count} must be at least 1, or null for all": bad_count,
+        f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into": no_data,
+        f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; got {given}": bad_size,
+        f"{key}.loft.max_new_tokens={loft.max_new_tokens} must be at least 1": too_few,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]

@@ -56,28 +56,17 @@ def ruler_faults(
     distinct = tasks and len(set(tasks)) == len(tasks) and set(tasks) <= set(RULER_TASKS)
     long_enough = lengths and min(lengths) >= SHORTEST_LENGTH
     no_checkout = config.mode is RulerMode.upstream and config.upstream_checkout is None
-    checks = [
-        (not distinct, f"{key}.tasks={tasks} must be distinct names out of {known}"),
-        (config.num_samples < 1, f"{key}.num_samples={config.num_samples} must be at least 1"),
-        (
-            not long_enough,
-            f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, "
-            "and at least one",
-        ),
-        (
-            "qa_1" in tasks and config.squad is None,
-            f"{key}.squad is not set, which qa_1 needs: give SQuAD's dev-v2.0.json, `hub`, "
-            "or leave qa_1 out of tasks",
-        ),
-        (
-            "qa_2" in tasks and config.hotpotqa is None,
-            f"{key}.hotpotqa is not set, which qa_2 needs: give HotpotQA's "
-            "hotpot_dev_distractor_v1.json, `hub`, or leave qa_2 out of tasks",
-        ),
-        (
-            no_checkout,
-            f"{key}.upstream_checkout is not set, which mode=upstream needs: "
-            "clone github.com/NVIDIA/RULER and give its path",
-        ),
-    ]
-    return [message for wrong, message in checks if wrong]
+    faults = {
+        f"{key}.tasks={tasks} must be distinct names out of {known}": not distinct,
+        f"{key}.num_samples={config.num_samples} must be at least 1": config.num_samples < 1,
+        f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, "
+        "and at least one": not long_enough,
+        f"{key}.squad is not set, which qa_1 needs: give SQuAD's dev-v2.0.json, `hub`, "
+        "or leave qa_1 out of tasks": "qa_1" in tasks and config.squad is None,
+        f"{key}.hotpotqa is not set, which qa_2 needs: give HotpotQA's "
+        "hotpot_dev_distractor_v1.json, `hub`, "
+        "or leave qa_2 out of tasks": "qa_2" in tasks and config.hotpotqa is None,
+        f"{key}.upstream_checkout is not set, which mode=upstream needs: "
+        "clone github.com/NVIDIA/RULER and give its path": no_checkout,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]

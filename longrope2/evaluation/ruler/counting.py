@@ -85,12 +85,7 @@ CWE_SHORT = _CweForm(6, 1, 12, 2, 1)
 
 
 class WordLists:
-    """All words and the numbers in front of them, tokenized once.
-
-    Args:
-        encoder: Tokenizer of the prompts.
-        most_entries: Longest list that will be made.
-    """
+    """All words and the numbers in front of them, tokenized once, for at most so many entries."""
 
     def __init__(self, encoder: PromptEncoder, most_entries: int) -> None:
         numbers = [f" {number}." for number in range(1, most_entries + 1)]

@@ -81,11 +81,7 @@ def draw_distinct(count: int, draw: Callable[[], str]) -> list[str]:
 
 
 class WordHaystack:
-    """Running text whose tokens are known word by word, read in a circle.
-
-    Args:
-        texts: The documents, read in this order up to ``MOST_WORDS`` words.
-        encoder: Tokenizer of the prompts.
+    """The first ``MOST_WORDS`` words of texts, tokens known word by word, read in a circle.
 
     Raises:
         DataError: no text.

@@ -114,10 +114,7 @@ class _Needle:
 class NeedleLines:
     """Lines that hide a needle among its like: keys and values in stock, tokenized once.
 
-    Args:
-        encoder: Tokenizer of the prompts.
-        task: Kinds of keys and values.
-        length: Tokens of the prompts; some times as much is in stock as one of them takes.
+    Some times as much is in stock as a prompt of ``length`` tokens takes.
     """
 
     def __init__(self, encoder: PromptEncoder, task: NiahTask, length: int) -> None:

@@ -30,23 +30,16 @@ HEAD = f"{INSTRUCTION}\nDocuments:\n"
 
 @dataclass(frozen=True)
 class SetQuestion:
-    """One question of a data set.
-
-    Attributes:
-        text: The question.
-        answers: Accepted answers.
-        gold: Documents that answer it, indices into the set's documents.
-        given: All documents that the data set shows with it, gold ones included (HotpotQA adds
-            eight distractors).
-        related: Further documents of the same article (SQuAD), which RULER takes as distractors
-            first.
-    """
+    """One question of a data set; numbers are indices into the set's documents."""
 
     text: str
     answers: tuple[str, ...]
     gold: tuple[int, ...]
+    """Documents that answer it."""
     given: tuple[int, ...]
+    """All that the data set shows with it, gold ones included (HotpotQA adds eight distractors)."""
     related: tuple[int, ...] = ()
+    """Further ones of the same article (SQuAD), which RULER takes as distractors first."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +192,7 @@ def _hotpotqa_from_hub() -> list[dict[str, Any]]:
 
 
 class QaDocuments:
-    """Questions with all documents tokenized once.
-
-    Args:
-        found: Questions and documents.
-        encoder: Tokenizer of the prompts.
-    """
+    """Questions with all documents tokenized once."""
 
     def __init__(self, found: QuestionSet, encoder: PromptEncoder) -> None:
         self.questions = found.questions

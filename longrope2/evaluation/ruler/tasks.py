@@ -192,13 +192,7 @@ def _fit_whole(
 
 
 class FixedRuler:
-    """Our generators over one tokenizer; texts are tokenized when a task first needs them.
-
-    Args:
-        config: Settings.
-        encoder: Tokenizer of the prompts.
-        haystacks: Texts of the essay tasks, used if ``config.essays`` is null.
-    """
+    """Our generators over one tokenizer; texts are tokenized when a task first needs them."""
 
     def __init__(
         self, config: RulerConfig, encoder: PromptEncoder, haystacks: Sequence[str]

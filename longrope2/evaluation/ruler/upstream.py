@@ -33,11 +33,7 @@ EXAMPLE_LENGTH = 500
 
 
 class UpstreamRuler:
-    """RULER's generators over one tokenizer.
-
-    Args:
-        config: Settings, with ``upstream_checkout``.
-        encoder: Tokenizer of the prompts.
+    """RULER's generators over one tokenizer; ``config`` names a checkout.
 
     Raises:
         DataError: the checkout or its prompts are missing.

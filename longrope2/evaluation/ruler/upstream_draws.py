@@ -44,6 +44,7 @@ WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
 EXAMPLE_VALUE = "12345"
+NUM_COMMON, NUM_HOPS = 10, 4
 Text = tuple[str, list[str]]
 """A prompt and its answers."""
 
@@ -200,10 +201,8 @@ def needles(
     keys, values, hidden = [], [], []
     for _ in range(task.num_keys):
         keys.append(draw(task.keys))
-        values.append([])
-        for _ in range(task.num_values):
-            values[-1].append(draw(task.values))
-            hidden.append(needle(keys[-1], values[-1][-1]))
+        values.append([draw(task.values) for _ in range(task.num_values)])
+        hidden += [needle(keys[-1], value) for value in values[-1]]
     streams.reshuffle(hidden)
     if task.haystack == "essay":
         context = _in_essay(hidden, essay, sentences_of, streams, size)
@@ -235,8 +234,8 @@ def _in_essay(
     size: int,
 ) -> str:
     """Needles between the sentences of the first ``size`` words, at depths drawn from forty."""
-    repeats = -(-size // len(essay)) if size > len(essay) else 1
-    sentences = sentences_of(" ".join((list(essay) * repeats)[:size]).strip())
+    words = [essay[number % len(essay)] for number in range(size)]
+    sentences = sentences_of(" ".join(words).strip())
     depths = streams.python.sample(DEPTHS, len(hidden))
     places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
     parts = []
@@ -246,21 +245,19 @@ def _in_essay(
     return " ".join(parts)
 
 
-def variables(
-    template: str, streams: Streams, size: int, *, example: bool, num_hops: int = 4
-) -> Text:
+def variables(template: str, streams: Streams, size: int, *, example: bool) -> Text:
     """One chain of assignments among ``size`` lines of noise."""
     letters = 3 if example else 5
     names: list[str] = []
-    while len(set(names)) < num_hops + 1:
+    while len(set(names)) < NUM_HOPS + 1:
         names.append(streams.word(string.ascii_uppercase, letters))
     value, chain = "", []
     # More than one group only after a repeated name.
-    for first in range(0, len(names), num_hops + 1):
-        group = names[first : first + num_hops + 1]
+    for first in range(0, len(names), NUM_HOPS + 1):
+        group = names[first : first + NUM_HOPS + 1]
         drawn = EXAMPLE_VALUE if example else str(streams.numpy.randint(10_000, 99_999))
         value = value or drawn
-        hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(num_hops)]
+        hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(NUM_HOPS)]
         chain.append([f"VAR {group[0]} = {drawn}", *hops])
     lines = [NOISE] * size
     for statements in chain:
@@ -268,38 +265,32 @@ def variables(
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
             lines.insert(place + offset, statement)
     context = "\n".join(lines).replace(". \n", ".\n")
-    return template.format(context=context, query=value, num_v=num_hops + 1), names[: num_hops + 1]
+    return template.format(context=context, query=value, num_v=NUM_HOPS + 1), names[: NUM_HOPS + 1]
 
 
-def with_example(text: str, example: str, streams: Streams, num_hops: int = 4) -> str:
+def with_example(text: str, example: str, streams: Streams) -> str:
     """The solved example, with new names and a new value, in front of a prompt."""
-    for name in example.strip().split()[-num_hops - 1 :]:
+    for name in example.strip().split()[-NUM_HOPS - 1 :]:
         example = example.replace(name, streams.word(string.ascii_uppercase, len(name)))
     return example.replace(EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
 
 
 def common_words(
-    template: str,
-    streams: Streams,
-    words: list[str],
-    further: list[str],
-    length: int,
-    size: int,
-    num_common: int = 10,
+    template: str, streams: Streams, words: list[str], further: list[str], length: int, size: int
 ) -> Text:
     """A numbered list of ``size`` different words behind a solved example."""
 
     def listed(count: int, often: int, seldom: int) -> Text:
         drawn = streams.python.sample(words if count <= len(words) else further, count)
-        entries = drawn[:num_common] * often + drawn[num_common:] * seldom
+        entries = drawn[:NUM_COMMON] * often + drawn[NUM_COMMON:] * seldom
         streams.reshuffle(entries)
-        return _numbered(entries), drawn[:num_common]
+        return _numbered(entries), drawn[:NUM_COMMON]
 
     short = length < 4096
     example, solved = listed(20, 3, 1) if short else listed(40, 10, 3)
     context, answers = listed(size, 6, 1) if short else listed(size, 30, 3)
-    shot = template.format(num_cw=num_common, context=example, query="")
-    text = template.format(num_cw=num_common, context=context, query="")
+    shot = template.format(num_cw=NUM_COMMON, context=example, query="")
+    text = template.format(num_cw=NUM_COMMON, context=context, query="")
     return f"{shot} {_numbered(solved)}\n{text}", answers
 
 
@@ -344,8 +335,7 @@ def documents(
             numbers = own + streams.python.sample(related, size - len(own))
         texts = [questions.documents[number] for number in numbers]
     else:
-        repeats = -(-size // len(questions.documents))
-        texts = (questions.documents * repeats)[:size]
+        texts = [questions.documents[n % len(questions.documents)] for n in range(size)]
     streams.reshuffle(texts)
     context = "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(texts, start=1))
     return template.format(context=context, query=question.text), list(question.answers)
