@@ -20,9 +20,9 @@ from longrope2.command import run_command
 from longrope2.errors import UserError
 
 NAME = "demo"
-TARGET_LEN = 2048
-BASELINE = "yarn"
-PROMPT_FILE = "prompt.txt"
+_TARGET_LEN = 2048
+_BASELINE = "yarn"
+_PROMPT_FILE = "prompt.txt"
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ def stages(root: Path, with_baseline: bool) -> list[Stage]:
     """The flow, in order, for runs under ``root``."""
     run_folder = root / NAME
     run = (f"run.name={NAME}", *_place(root))
-    model = ("model=tiny", f"target_len={TARGET_LEN}")
+    model = ("model=tiny", f"target_len={_TARGET_LEN}")
     extend = ("launch.train", "experiment=tiny_extend")
-    packing = f"--target {TARGET_LEN} --corpus sample --model tiny --align 2".split()
-    beside = (f"run.name={NAME}_{BASELINE}", *_place(root), f"segments={run_folder}/1_segments")
+    packing = f"--target {_TARGET_LEN} --corpus sample --model tiny --align 2".split()
+    beside = (f"run.name={NAME}_{_BASELINE}", *_place(root), f"segments={run_folder}/1_segments")
     baseline = Stage(
-        f"train the baseline {BASELINE}: the same segments and steps",
-        (*extend, *beside, f"rope={BASELINE}"),
+        f"train the baseline {_BASELINE}: the same segments and steps",
+        (*extend, *beside, f"rope={_BASELINE}"),
     )
     compared = "miniature_baseline" if with_baseline else "miniature"
-    prompt = f"generate.prompt_file={run_folder / PROMPT_FILE}"
+    prompt = f"generate.prompt_file={run_folder / _PROMPT_FILE}"
     return [
         Stage(
             "pack the sample corpus into 2,048-token segments, tagged short or long",
@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run_folder = arguments.root / NAME
     if arguments.fresh:
-        for name in (NAME, f"{NAME}_{BASELINE}"):
+        for name in (NAME, f"{NAME}_{_BASELINE}"):
             shutil.rmtree(arguments.root / name, ignore_errors=True)
     console = Console(highlight=False)
     began = time.monotonic()
@@ -135,11 +135,11 @@ def _write_prompt(run_folder: Path) -> None:
     from longrope2.model.loading import load_tokenizer
     from longrope2.segments.needle_set import NeedleSet
 
-    needles = run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow"
+    needles = run_folder / "4_evaluations" / "needles" / f"{_TARGET_LEN}.arrow"
     sample = NeedleSet.load(needles).samples[0]
     tokens = list(sample.tokens[1 : sample.value_start])
     text = load_tokenizer(Path("models/tiny")).decode(tokens)
-    (run_folder / PROMPT_FILE).write_text(text, encoding="utf-8")
+    (run_folder / _PROMPT_FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, S
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALUE_DIGITS = 7
+_VALUE_DIGITS = 7
 # Words that a model may put in front of the value.
-SPARE_TOKENS = 8
+_SPARE_TOKENS = 8
 
 
 class MapHaystack(Enum):
@@ -96,7 +96,7 @@ def needle_map_tasks(
     noise = config.haystack is MapHaystack.noise
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)
-    new_tokens = encoder.total([" " + "8" * VALUE_DIGITS]) + SPARE_TOKENS
+    new_tokens = encoder.total([" " + "8" * _VALUE_DIGITS]) + _SPARE_TOKENS
     recipes = []
     for length in lengths:
         identity = {

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Stands in front of a piece while it is tokenized: a piece inside a prompt never opens a text.
-ANCHOR = "\n"
-REMEMBERED_PIECES = 300_000
+_ANCHOR = "\n"
+_REMEMBERED_PIECES = 300_000
 # Added tokens that text in a prompt must not turn into.
-MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PromptEncoder:
             )
         self._backend = Tokenizer.from_str(backend.to_str())
         added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
-        markers = [name for name in added if MARKER.fullmatch(name.strip())]
+        markers = [name for name in added if _MARKER.fullmatch(name.strip())]
         self._backend.add_special_tokens(
             [AddedToken(name, normalized=False, special=True) for name in markers]
         )
@@ -110,7 +110,7 @@ class PromptEncoder:
         self.bos_ids = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
         identity = json.dumps([self._backend.to_str(), self.bos_ids])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self._anchor = self.encode_text(ANCHOR)
+        self._anchor = self.encode_text(_ANCHOR)
         self._known: dict[str, list[int]] = {}
 
     def encode_text(self, text: str) -> list[int]:
@@ -122,7 +122,7 @@ class PromptEncoder:
         known = self._known
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in known]
         if missing:
-            if len(known) + len(missing) > REMEMBERED_PIECES:
+            if len(known) + len(missing) > _REMEMBERED_PIECES:
                 known.clear()
                 missing = list(dict.fromkeys(pieces))
             known.update(zip(missing, self.encode_once(missing), strict=True))
@@ -130,7 +130,7 @@ class PromptEncoder:
 
     def encode_once(self, pieces: Sequence[str]) -> list[list[int]]:
         """The same for pieces that do not come again."""
-        anchored = [ANCHOR + piece for piece in pieces]
+        anchored = [_ANCHOR + piece for piece in pieces]
         encoded = self._backend.encode_batch_fast(anchored, add_special_tokens=False)
         return [encoding.ids[len(self._anchor) :] for encoding in encoded]
 

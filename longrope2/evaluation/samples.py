@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 SAMPLES_PER_FILE = 50
-IDENTITY = b"identity"
+_IDENTITY = b"identity"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class SampleStore:
             [row.max_new_tokens for row in rows],
             [json.dumps(row.facts, sort_keys=True) for row in rows],
         ]
-        schema = SCHEMA.with_metadata({IDENTITY: recipe.sha256})
+        schema = SCHEMA.with_metadata({_IDENTITY: recipe.sha256})
         arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
         table = pa.table(arrays, schema=schema)
         try:
@@ -198,7 +198,7 @@ class SampleStore:
             except (OSError, pa.ArrowInvalid) as error:
                 fault = f"{path} is damaged ({error}); remove it, and it is made again"
                 raise ArtifactError(fault) from None
-            identity = (table.schema.metadata or {}).get(IDENTITY)
+            identity = (table.schema.metadata or {}).get(_IDENTITY)
             if identity != recipe.sha256.encode() or table.num_rows != stop - first:
                 fault = f"{path} does not hold what its name says"
                 raise ArtifactError(f"{fault}; remove it, and it is made again")

@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-COMMENT_MARKS = ("`", "#", "//")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_COMMENT_MARKS = ("`", "#", "//")
 CHOICES = "ABCD"
-ANSWER_PHRASES = ("answer is:", "answer:", "answer is", "option is")
-INNER_QUOTE = re.compile(r"([a-zA-Z0-9])'([a-zA-Z0-9])")
+_ANSWER_PHRASES = ("answer is:", "answer:", "answer is", "option is")
+_INNER_QUOTE = re.compile(r"([a-zA-Z0-9])'([a-zA-Z0-9])")
 
 
 def first_line(text: str) -> str:
@@ -57,7 +57,7 @@ def class_score(text: str, answer: str, classes: Sequence[str]) -> float:
 def code_line_score(text: str, answer: str) -> float:
     """Similarity of the first line without a backtick, ``#`` or ``//`` to the right one."""
     lines = text.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in COMMENT_MARKS)), "")
+    line = next((line for line in lines if not any(mark in line for mark in _COMMENT_MARKS)), "")
     return text_ratio(line, answer) / 100
 
 
@@ -93,7 +93,7 @@ def choice_score(text: str, labels: Sequence[str]) -> float:
     for mark in "\n\"'.,?!{}":
         text = text.replace(mark, " ")
     text = re.sub(" {2,}", " ", text)
-    for phrase in ANSWER_PHRASES:
+    for phrase in _ANSWER_PHRASES:
         place = text.find(phrase)
         if place >= 0:
             # One character, a space as a rule, is skipped behind the phrase; a text that ends there
@@ -108,7 +108,7 @@ def listed_ids(text: str) -> list[str]:
     for line in text.replace("*", "").replace("`", "").strip().split("\n"):
         if "[" in line and "]" in line:
             listed = line[line.find("[") : line.rfind("]") + 1].strip()
-            return [str(item).strip() for item in _parsed(INNER_QUOTE.sub(r"\1\\'\2", listed))]
+            return [str(item).strip() for item in _parsed(_INNER_QUOTE.sub(r"\1\\'\2", listed))]
     return []
 
 
@@ -123,7 +123,7 @@ def mrecall(found: Sequence[str], wanted: Sequence[str], k: int) -> float:
 
 
 def _normal_words(text: str) -> list[str]:
-    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def _parsed(listed: str) -> list[Any]:

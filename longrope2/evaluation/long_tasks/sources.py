@@ -17,8 +17,8 @@ from typing import Any
 
 from longrope2.errors import DataError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HASH_DIGITS = 16
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HASH_DIGITS = 16
 
 
 def read_rows(
@@ -47,7 +47,7 @@ def read_rows(
             )
         return _rows(found.read_bytes(), str(found))
     if not path.is_file():
-        if not hub_file or not HUB_ID.fullmatch(location):
+        if not hub_file or not _HUB_ID.fullmatch(location):
             raise DataError(
                 f"{key}={location} does not exist; give a folder or zip that holds {names[0]}"
             )
@@ -123,7 +123,7 @@ def check_prompts(
     for name, wanted in hashes.items():
         if not isinstance(prompts.get(name), str):
             faults.append(f"{name} is missing")
-        elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:HASH_DIGITS]) != wanted:
+        elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:_HASH_DIGITS]) != wanted:
             faults.append(f"{name} has SHA-256 {found}..., expected {wanted}...")
     if faults:
         raise DataError(

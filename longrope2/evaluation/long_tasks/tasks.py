@@ -37,7 +37,7 @@ from longrope2.evaluation.long_tasks.config import (
 from longrope2.evaluation.prompts import PromptEncoder
 from longrope2.evaluation.samples import GenerationTask, Sample
 
-LONGBENCH_PROMPT_FILES = (
+_LONGBENCH_PROMPT_FILES = (
     "LongBench/config/dataset2prompt.json",
     "config/dataset2prompt.json",
     "dataset2prompt.json",
@@ -46,24 +46,24 @@ LONGBENCH_PROMPT_HASHES = {
     "trec": "0eff8bebdba99d91", "triviaqa": "00a802e6377e72fc",
     "lcc": "6a1f24cf0bb83cd9", "repobench-p": "ee9ec182ea5ffeb7",
 }  # fmt: skip
-LONGBENCH_MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p": 64}
-INFINITEBENCH_PROMPT_FILES = ("src/prompt.py", "prompt.py")
-INFINITEBENCH_TEMPLATE_SET = "yarn_mistral_templates"
+_LONGBENCH_MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p": 64}
+_INFINITEBENCH_PROMPT_FILES = ("src/prompt.py", "prompt.py")
+_INFINITEBENCH_TEMPLATE_SET = "yarn_mistral_templates"
 INFINITEBENCH_PROMPT_HASHES = {
     "kv_retrieval": "afa97419dd69cd74",
     "longbook_choice_eng": "fddf5d8b4293a275",
 }
-INFINITEBENCH_MAX_NEW_TOKENS = {"kv_retrieval": 50, "longbook_choice_eng": 40}
-LOFT_REPOSITORY = "github.com/google-deepmind/loft"
-LOFT_COMMON_FILE = "prompts/constants/common.py"
-LOFT_RETRIEVAL_FILE = "prompts/constants/retrieval.py"
+_INFINITEBENCH_MAX_NEW_TOKENS = {"kv_retrieval": 50, "longbook_choice_eng": 40}
+_LOFT_REPOSITORY = "github.com/google-deepmind/loft"
+_LOFT_COMMON_FILE = "prompts/constants/common.py"
+_LOFT_RETRIEVAL_FILE = "prompts/constants/retrieval.py"
 # What upstream writes for a passage without a title, and what its loader takes out of every one.
-LOFT_NO_TITLE, LOFT_REMOVED_WORDS = "None", "childhood abuse"
+_LOFT_NO_TITLE, _LOFT_REMOVED_WORDS = "None", "childhood abuse"
 # Examples name their passages before the ids: upstream turns its query format round for that.
-LOFT_TURNED = (("ID and TITLE", "TITLE and ID"), ("ID and CONTENT", "CONTENT and ID"))
+_LOFT_TURNED = (("ID and TITLE", "TITLE and ID"), ("ID and CONTENT", "CONTENT and ID"))
 
 # By the task alone: no name is in two benchmarks.
-SCORES: dict[str, Callable[[Sample, str], float]] = {
+_SCORES: dict[str, Callable[[Sample, str], float]] = {
     "triviaqa": lambda sample, text: _best(rules.token_f1, sample, rules.first_line(text)),
     "trec": lambda sample, text: _best(
         partial(rules.class_score, classes=sample.facts["classes"]), sample, rules.first_line(text)
@@ -103,7 +103,7 @@ def long_tasks(
     ):
         for name in names:
             samples = make(name, fit, config.num_samples, f"{key}.{suite}")
-            tasks.append(GenerationTask(suite, name, length, tuple(samples), SCORES[name]))
+            tasks.append(GenerationTask(suite, name, length, tuple(samples), _SCORES[name]))
     return tasks
 
 
@@ -175,7 +175,7 @@ def _longbench(
     config: LongBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
     path = sources.prompt_file(
-        f"{key}.prompts", config.prompts, LONGBENCH_PROMPT_FILES, "github.com/THUDM/LongBench"
+        f"{key}.prompts", config.prompts, _LONGBENCH_PROMPT_FILES, "github.com/THUDM/LongBench"
     )
     prompts = sources.read_json_strings(path)
     sources.check_prompts(f"{key}.prompts", path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
@@ -183,7 +183,7 @@ def _longbench(
     rows = sources.read_rows(
         f"{key}.data", config.data, names, hub_file="data.zip", revision=revision
     )
-    new_tokens, samples = LONGBENCH_MAX_NEW_TOKENS[task], []
+    new_tokens, samples = _LONGBENCH_MAX_NEW_TOKENS[task], []
     for row in rows[:num_samples]:
         try:
             prompt = prompts[task].format(context=row["context"], input=row["input"])
@@ -204,10 +204,10 @@ def _infinitebench(
     path = sources.prompt_file(
         f"{key}.prompts",
         config.prompts,
-        INFINITEBENCH_PROMPT_FILES,
+        _INFINITEBENCH_PROMPT_FILES,
         repository="github.com/OpenBMB/InfiniteBench",
     )
-    prompts = sources.python_strings(path).get(INFINITEBENCH_TEMPLATE_SET, {})
+    prompts = sources.python_strings(path).get(_INFINITEBENCH_TEMPLATE_SET, {})
     sources.check_prompts(
         f"{key}.prompts", path, prompts, {task: INFINITEBENCH_PROMPT_HASHES[task]}
     )
@@ -228,7 +228,7 @@ def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
     """A pair to find among many."""
     answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
     prompt = template.format(context=row["context"], input=row["input"])
-    new_tokens = INFINITEBENCH_MAX_NEW_TOKENS["kv_retrieval"]
+    new_tokens = _INFINITEBENCH_MAX_NEW_TOKENS["kv_retrieval"]
     return fit.cut(prompt, (answer,), new_tokens, needle=answer)
 
 
@@ -241,7 +241,7 @@ def _choice(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
     prompt = template.format(context=row["context"], question=question, **options)
     answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
     letter = rules.CHOICES[list(row["options"]).index(answer)]
-    return fit.cut(prompt, (answer, letter), INFINITEBENCH_MAX_NEW_TOKENS["longbook_choice_eng"])
+    return fit.cut(prompt, (answer, letter), _INFINITEBENCH_MAX_NEW_TOKENS["longbook_choice_eng"])
 
 
 def _loft(
@@ -277,20 +277,20 @@ def _loft(
 def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
     """The formats of one set, from the constants of upstream's retrieval prompts."""
     path = sources.prompt_file(
-        f"{key}.prompts", config.prompts, (LOFT_RETRIEVAL_FILE,), LOFT_REPOSITORY
+        f"{key}.prompts", config.prompts, (_LOFT_RETRIEVAL_FILE,), _LOFT_REPOSITORY
     )
-    common_path = Path(str(config.prompts)) / LOFT_COMMON_FILE
+    common_path = Path(str(config.prompts)) / _LOFT_COMMON_FILE
     if not common_path.is_file():
         raise DataError(
-            f"{key}.prompts={config.prompts} is no checkout of {LOFT_REPOSITORY}: "
-            f"{LOFT_COMMON_FILE} is missing"
+            f"{key}.prompts={config.prompts} is no checkout of {_LOFT_REPOSITORY}: "
+            f"{_LOFT_COMMON_FILE} is missing"
         )
     common = sources.python_strings(common_path)
     constants = sources.python_strings(path, common)
     try:
         name = constants["PROMPT_MAPPER"].get(task, task)
         query = constants["QUERY_FORMAT_SIMPLE"][name]
-        for old, new in LOFT_TURNED:
+        for old, new in _LOFT_TURNED:
             query = query.replace(old, new)
         return {
             "instruction": constants["CORPUS_INSTRUCTION"][name],
@@ -305,7 +305,7 @@ def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
     except KeyError as error:
         raise DataError(
             f"{key}.prompts: {path} has no {error}; is it the retrieval prompts of "
-            f"{LOFT_REPOSITORY}?"
+            f"{_LOFT_REPOSITORY}?"
         ) from None
 
 
@@ -320,10 +320,10 @@ def _loft_corpus(rows: list[dict[str, Any]], place: str) -> dict[str, dict[str, 
                 "run its preprocess.py first"
             )
         texts = {
-            "title": (row.get("title_text") or "").strip() or LOFT_NO_TITLE,
+            "title": (row.get("title_text") or "").strip() or _LOFT_NO_TITLE,
             "passage": passage,
         }
-        corpus[row["pid"]] = {k: v.replace(LOFT_REMOVED_WORDS, "") for k, v in texts.items()}
+        corpus[row["pid"]] = {k: v.replace(_LOFT_REMOVED_WORDS, "") for k, v in texts.items()}
     return corpus
 
 

@@ -9,7 +9,7 @@ MAX_NEW_TOKENS = {
     "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32,
 }  # fmt: skip
 RULER_TASKS = tuple(MAX_NEW_TOKENS)
-SHORTEST_LENGTH = 256
+_SHORTEST_LENGTH = 256
 
 
 class RulerMode(Enum):
@@ -54,12 +54,12 @@ def ruler_faults(
     """What is wrong with the values, each fault naming its key below ``key``."""
     tasks, known = config.tasks, ", ".join(RULER_TASKS)
     distinct = tasks and len(set(tasks)) == len(tasks) and set(tasks) <= set(RULER_TASKS)
-    long_enough = lengths and min(lengths) >= SHORTEST_LENGTH
+    long_enough = lengths and min(lengths) >= _SHORTEST_LENGTH
     no_checkout = config.mode is RulerMode.upstream and config.upstream_checkout is None
     faults = {
         f"{key}.tasks={tasks} must be distinct names out of {known}": not distinct,
         f"{key}.num_samples={config.num_samples} must be at least 1": config.num_samples < 1,
-        f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, "
+        f"{key}: lengths={lengths} must all be at least {_SHORTEST_LENGTH} tokens, "
         "and at least one": not long_enough,
         f"{key}.squad is not set, which qa_1 needs: give SQuAD's dev-v2.0.json, `hub`, "
         "or leave qa_1 out of tasks": "qa_1" in tasks and config.squad is None,

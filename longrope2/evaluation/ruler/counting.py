@@ -33,33 +33,33 @@ from longrope2.evaluation.ruler.haystacks import (
 
 CWE_NUM_COMMON = 10
 # RULER's border of 4,096 tokens less the answer.
-CWE_SHORT_BUDGET = 3900
-CWE_HEAD = (
+_CWE_SHORT_BUDGET = 3900
+_CWE_HEAD = (
     "The numbered list below repeats some words more often than others. Find out which.\nList:"
 )
-CWE_TAIL = (
+_CWE_TAIL = (
     " (End of the list.)\n",
     f"Question: which {CWE_NUM_COMMON} words are the most frequent in the list?",
     f" Answer: the {CWE_NUM_COMMON} most frequent words in the list are:",
 )
 # RULER: one coded word per 50 tokens of input.
-FWE_TOKENS_PER_WORD = 50
+_FWE_TOKENS_PER_WORD = 50
 FWE_LETTERS = 6
-FWE_NOISE = "..."
-FWE_SMALLEST_STOCK = 2048
-FWE_HEAD = (
+_FWE_NOISE = "..."
+_FWE_SMALLEST_STOCK = 2048
+_FWE_HEAD = (
     "The text below is written in code. Count how often each coded word comes up; dots are no "
     "words.\nText:"
 )
-FWE_TAIL = (
+_FWE_TAIL = (
     " (End of the text.)\n",
     "Question: which three coded words come up most often?",
     " Answer: the three coded words that come up most often in the text are:",
 )
-VT_HEAD = "Some lines of the text below assign values to variables. Keep track of them.\n"
+_VT_HEAD = "Some lines of the text below assign values to variables. Keep track of them.\n"
 VT_NUM_HOPS = 4
 VT_LETTERS = 5
-VT_EXAMPLE_LETTERS, VT_EXAMPLE_LINES = 3, 4
+_VT_EXAMPLE_LETTERS, _VT_EXAMPLE_LINES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class _CweForm:
         return uncommon + common
 
 
-CWE_LONG = _CweForm(30, 3, 40, 10, 3)
-CWE_SHORT = _CweForm(6, 1, 12, 2, 1)
+_CWE_LONG = _CweForm(30, 3, 40, 10, 3)
+_CWE_SHORT = _CweForm(6, 1, 12, 2, 1)
 
 
 class WordLists:
@@ -97,7 +97,7 @@ class WordLists:
     def expected_tokens(self, form: _CweForm) -> float:
         """Tokens that the smallest prompt of a form takes on average."""
         entry = self.word_sizes.mean() + self.number_sizes[: form.smallest].mean()
-        return form.smallest * entry + self.encoder.fixed_total([CWE_HEAD, *CWE_TAIL])
+        return form.smallest * entry + self.encoder.fixed_total([_CWE_HEAD, *_CWE_TAIL])
 
     def listed(self, words: np.ndarray) -> Block:
         """Numbered list of words, given by their indices."""
@@ -118,13 +118,13 @@ def cwe_prompt(lists: WordLists, rng: random.Random, budget: int) -> Draft:
         DataError: the budget cannot hold example and common words, or more words are needed than
             there are.
     """
-    too_long = budget < CWE_SHORT_BUDGET or lists.expected_tokens(CWE_LONG) > budget
-    form = CWE_SHORT if too_long else CWE_LONG
+    too_long = budget < _CWE_SHORT_BUDGET or lists.expected_tokens(_CWE_LONG) > budget
+    form = _CWE_SHORT if too_long else _CWE_LONG
     words = np.asarray(rng.sample(range(NUM_PAIRS), NUM_PAIRS))
     borders = [form.example_words, form.example_words + CWE_NUM_COMMON]
     example, common, others = np.split(words, borders)
     head = _cwe_example([lists.word(index) for index in example], rng, form)
-    room = budget - lists.encoder.fixed_total([head, *CWE_TAIL])
+    room = budget - lists.encoder.fixed_total([head, *_CWE_TAIL])
     num_others = _fitting_others(lists, common, others, form, room)
     repeated = np.repeat(common, form.often), np.repeat(others[:num_others], form.seldom)
     entries = _shuffled(np.concatenate(repeated), rng)
@@ -134,7 +134,7 @@ def cwe_prompt(lists: WordLists, rng: random.Random, budget: int) -> Draft:
         "repeats": [form.often, form.seldom],
     }
     answers = tuple(lists.word(index) for index in common)
-    return Draft([head, lists.listed(entries), *CWE_TAIL], answers, facts)
+    return Draft([head, lists.listed(entries), *_CWE_TAIL], answers, facts)
 
 
 def _fitting_others(
@@ -165,7 +165,7 @@ def _cwe_example(words: list[str], rng: random.Random, form: _CweForm) -> str:
     rng.shuffle(entries)
     listed = "".join(f" {number}. {word}" for number, word in enumerate(entries, start=1))
     solved = "".join(f" {number}. {word}" for number, word in enumerate(common, start=1))
-    return CWE_HEAD + listed + "".join(CWE_TAIL) + solved + "\n\n" + CWE_HEAD
+    return _CWE_HEAD + listed + "".join(_CWE_TAIL) + solved + "\n\n" + _CWE_HEAD
 
 
 def coded_words(encoder: PromptEncoder, length: int) -> PieceTable:
@@ -173,9 +173,9 @@ def coded_words(encoder: PromptEncoder, length: int) -> PieceTable:
 
     For prompts of ``length`` tokens three times as many are in stock as one of them draws.
     """
-    stock = max(FWE_SMALLEST_STOCK, 3 * length // FWE_TOKENS_PER_WORD)
+    stock = max(_FWE_SMALLEST_STOCK, 3 * length // _FWE_TOKENS_PER_WORD)
     words = draw_names(random.Random("coded words"), stock, FWE_LETTERS, upper=False)
-    return PieceTable([f" {word}" for word in (FWE_NOISE, *words)], encoder)
+    return PieceTable([f" {word}" for word in (_FWE_NOISE, *words)], encoder)
 
 
 def fwe_prompt(encoder: PromptEncoder, coded: PieceTable, rng: random.Random, budget: int) -> Draft:
@@ -184,10 +184,10 @@ def fwe_prompt(encoder: PromptEncoder, coded: PieceTable, rng: random.Random, bu
     Raises:
         DataError: the budget is too small for three words to lead clearly.
     """
-    num_words = max(budget // FWE_TOKENS_PER_WORD, 5)
+    num_words = max(budget // _FWE_TOKENS_PER_WORD, 5)
     # The first piece is the noise.
     words = np.asarray([0, *rng.sample(range(1, len(coded.pieces)), num_words)])
-    room = budget - encoder.fixed_total([FWE_HEAD, *FWE_TAIL])
+    room = budget - encoder.fixed_total([_FWE_HEAD, *_FWE_TAIL])
     shares = 1.0 / (np.arange(1, len(words) + 1) ** 2 * (math.pi**2 / 6))
     size = _largest_fitting(shares, coded.sizes[words], room)
     counts = np.floor(size * shares).astype(int)
@@ -196,7 +196,7 @@ def fwe_prompt(encoder: PromptEncoder, coded: PieceTable, rng: random.Random, bu
     text = _shuffled(np.repeat(words, counts), rng)
     facts = {"counts": counts[:5].tolist(), "num_words": len(text)}
     answers = tuple(coded.pieces[word].strip() for word in words[1:4])
-    return Draft([FWE_HEAD, coded.block(text), *FWE_TAIL], answers, facts)
+    return Draft([_FWE_HEAD, coded.block(text), *_FWE_TAIL], answers, facts)
 
 
 def _largest_fitting(shares: np.ndarray, sizes: np.ndarray, room: int) -> int:
@@ -252,13 +252,13 @@ def draw_names(rng: random.Random, count: int, letters: int, *, upper: bool = Tr
 
 def _vt_example(rng: random.Random, value: str) -> str:
     """A small solved problem and the instruction of the real one."""
-    names = draw_names(rng, VT_NUM_HOPS + 1, VT_EXAMPLE_LETTERS)
-    lines = ["".join(NOISE_LINE)] * VT_EXAMPLE_LINES
-    places = sorted(rng.sample(range(VT_EXAMPLE_LINES + 1), VT_NUM_HOPS + 1), reverse=True)
+    names = draw_names(rng, VT_NUM_HOPS + 1, _VT_EXAMPLE_LETTERS)
+    lines = ["".join(NOISE_LINE)] * _VT_EXAMPLE_LINES
+    places = sorted(rng.sample(range(_VT_EXAMPLE_LINES + 1), VT_NUM_HOPS + 1), reverse=True)
     for place, line in zip(places, reversed(_statements(names, value)), strict=True):
         lines.insert(place, line)
     solved = "".join(_question(value)) + " " + ", ".join(names)
-    return VT_HEAD + "".join(lines) + solved + "\n\n" + VT_HEAD
+    return _VT_HEAD + "".join(lines) + solved + "\n\n" + _VT_HEAD
 
 
 def _question(value: str) -> list[str]:

@@ -56,9 +56,9 @@ NOISE_LINE = (
     " Nothing moves.",
     " The clock ticks on.\n",
 )
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 # About 2.7M tokens: twenty samples of 131,072 tokens that do not overlap.
-MOST_WORDS = 2_000_000
+_MOST_WORDS = 2_000_000
 
 
 def all_pairs(joint: str = "-") -> list[str]:
@@ -81,7 +81,7 @@ def draw_distinct(count: int, draw: Callable[[], str]) -> list[str]:
 
 
 class WordHaystack:
-    """The first ``MOST_WORDS`` words of texts, tokens known word by word, read in a circle.
+    """The first ``_MOST_WORDS`` words of texts, tokens known word by word, read in a circle.
 
     Raises:
         DataError: no text.
@@ -91,9 +91,9 @@ class WordHaystack:
         words: list[str] = []
         for text in texts:
             words += text.split()
-            if len(words) >= MOST_WORDS:
+            if len(words) >= _MOST_WORDS:
                 break
-        self._words = words[:MOST_WORDS]
+        self._words = words[:_MOST_WORDS]
         if not self._words:
             raise DataError(
                 "the haystack holds no words; give texts, e.g. a folder of *.txt files as "
@@ -103,7 +103,7 @@ class WordHaystack:
         self._ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
         self._offsets = _prefix_sums(map(len, encoded))
         self._characters = _prefix_sums(len(word) + 1 for word in self._words)
-        ends = [bool(SENTENCE_END.search(word)) for word in self._words]
+        ends = [bool(_SENTENCE_END.search(word)) for word in self._words]
         self.sentence_starts = np.flatnonzero([True, *ends[:-1]])
         self.num_words = len(self._words)
         self.num_tokens = int(self._offsets[-1])

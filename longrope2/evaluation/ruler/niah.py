@@ -25,10 +25,10 @@ from longrope2.evaluation.ruler.haystacks import (
 )
 from longrope2.evaluation.samples import Sample
 
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
-SMALLEST_STOCK = 2048
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
+_SMALLEST_STOCK = 2048
 # A line takes at least twice as many.
-TOKENS_PER_VALUE = 8
+_TOKENS_PER_VALUE = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ NIAH_TASKS = {
 
 def clean_answer(text: str) -> str:
     """What RULER compares: control characters as newlines, stripped before and after."""
-    return CONTROL_CHARACTERS.sub("\n", text.strip()).strip()
+    return _CONTROL_CHARACTERS.sub("\n", text.strip()).strip()
 
 
 def string_match_all(answers: Sequence[str], text: str) -> float:
@@ -119,7 +119,7 @@ class NeedleLines:
 
     def __init__(self, encoder: PromptEncoder, task: NiahTask, length: int) -> None:
         rng = random.Random(f"stock/{task.keys}/{task.values}")
-        stock = max(SMALLEST_STOCK, length // TOKENS_PER_VALUE)
+        stock = max(_SMALLEST_STOCK, length // _TOKENS_PER_VALUE)
         self._keys = all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)
         self._values = _draw_values(rng, task.values, stock)
         pieces = _Needle("", "", 0.0).pieces(task.values, own_line=True)[::2]

@@ -21,11 +21,11 @@ from longrope2.evaluation.prompts import Block, Draft, Piece, PromptEncoder, too
 from longrope2.evaluation.ruler.config import RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 
-HUB = "hub"
-SQUAD_FILE, SQUAD_HUB = "dev-v2.0.json", "rajpurkar/squad_v2"
-HOTPOTQA_FILE, HOTPOTQA_HUB = "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"
-INSTRUCTION = "Answer the question from the documents with a few words and nothing else."
-HEAD = f"{INSTRUCTION}\nDocuments:\n"
+_HUB = "hub"
+_SQUAD_FILE, _SQUAD_HUB = "dev-v2.0.json", "rajpurkar/squad_v2"
+_HOTPOTQA_FILE, _HOTPOTQA_HUB = "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"
+_INSTRUCTION = "Answer the question from the documents with a few words and nothing else."
+_HEAD = f"{_INSTRUCTION}\nDocuments:\n"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_squad(source: str) -> QuestionSet:
         DataError: the file is missing or laid out differently, or the hub cannot be reached; names
             ``ruler.squad``.
     """
-    squad = _squad_from_hub() if source == HUB else _read_json(source, "squad", SQUAD_FILE)
+    squad = _squad_from_hub() if source == _HUB else _read_json(source, "squad", _SQUAD_FILE)
     try:
         # One article: its paragraphs.
         articles = [article["paragraphs"] for article in squad["data"]]
@@ -89,7 +89,7 @@ def read_squad(source: str) -> QuestionSet:
                         questions.append(SetQuestion(qa["question"], answers, own, own, related))
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"ruler.squad={source} is not laid out like SQuAD's {SQUAD_FILE}: {error!r}"
+            f"ruler.squad={source} is not laid out like SQuAD's {_SQUAD_FILE}: {error!r}"
         ) from None
     return _checked(QuestionSet(questions, documents), "squad", source)
 
@@ -101,10 +101,10 @@ def read_hotpotqa(source: str) -> QuestionSet:
         DataError: the file is missing or laid out differently, or the hub cannot be reached; names
             ``ruler.hotpotqa``.
     """
-    if source == HUB:
+    if source == _HUB:
         entries = _hotpotqa_from_hub()
     else:
-        entries = _read_json(source, "hotpotqa", HOTPOTQA_FILE)
+        entries = _read_json(source, "hotpotqa", _HOTPOTQA_FILE)
     try:
         contexts = [context for entry in entries for context in entry["context"]]
         documents = sorted({_hotpot_document(*context) for context in contexts})
@@ -119,7 +119,7 @@ def read_hotpotqa(source: str) -> QuestionSet:
             questions.append(SetQuestion(entry["question"], (entry["answer"],), gold, given))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"ruler.hotpotqa={source} is not laid out like {HOTPOTQA_FILE}: {error!r}"
+            f"ruler.hotpotqa={source} is not laid out like {_HOTPOTQA_FILE}: {error!r}"
         ) from None
     return _checked(QuestionSet(questions, documents), "hotpotqa", source)
 
@@ -168,7 +168,7 @@ def _hub_rows(name: str, key: str, official: str, *config: str) -> Iterable[dict
 def _squad_from_hub() -> dict[str, Any]:
     """The hub's rows in the layout of the official file."""
     articles: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in _hub_rows(SQUAD_HUB, "squad", SQUAD_FILE):
+    for row in _hub_rows(_SQUAD_HUB, "squad", _SQUAD_FILE):
         answers = [{"text": text} for text in row["answers"]["text"]]
         entry = {"question": row["question"], "answers": answers, "is_impossible": not answers}
         articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(entry)
@@ -182,7 +182,7 @@ def _squad_from_hub() -> dict[str, Any]:
 def _hotpotqa_from_hub() -> list[dict[str, Any]]:
     """The hub's rows in the layout of the official file."""
     entries = []
-    for row in _hub_rows(HOTPOTQA_HUB, "hotpotqa", HOTPOTQA_FILE, "distractor"):
+    for row in _hub_rows(_HOTPOTQA_HUB, "hotpotqa", _HOTPOTQA_FILE, "distractor"):
         context, facts = row["context"], row["supporting_facts"]
         entry = {name: row[name] for name in ("question", "answer")}
         entry["context"] = list(zip(context["title"], context["sentences"], strict=True))
@@ -231,8 +231,8 @@ def qa_prompt(
         DataError: the budget cannot hold the answering documents, or there are too few documents to
             fill it.
     """
-    tail = [f"{INSTRUCTION}\n", f"Question: {' '.join(question.text.split())}\n", "Answer:"]
-    room = budget - encoder.fixed_total([HEAD, *tail])
+    tail = [f"{_INSTRUCTION}\n", f"Question: {' '.join(question.text.split())}\n", "Answer:"]
+    room = budget - encoder.fixed_total([_HEAD, *tail])
     chosen, used = _choose(encoder, documents, question, rng, room)
     if len(chosen) == len(documents.blocks):
         raise DataError(
@@ -246,7 +246,7 @@ def qa_prompt(
     headers = [_header(place) for place in range(len(order))]
     sizes = documents.sizes[order] + encoder.count(headers)
     starts = dict(zip(order, (np.cumsum(sizes) - sizes).tolist(), strict=True))
-    pieces: list[Piece] = [HEAD]
+    pieces: list[Piece] = [_HEAD]
     for header, number in zip(headers, order, strict=True):
         pieces += [header, documents.blocks[number]]
     depths = [starts[number] / int(sizes.sum()) for number in question.gold]

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 # Part of every sample's identity: raise it with any change to what the generators write.
 GENERATOR_VERSION = 1
 # Steps of the golden ratio cover [0, 1) evenly, however many there are.
-GOLDEN_STEP = 0.6180339887498949
+_GOLDEN_STEP = 0.6180339887498949
 # Of the tokens of a right answer.
-SPARE = 1.25
+_SPARE = 1.25
 # A prompt that is tokenized whole may leave one percent of its room, and is built so often.
-ENOUGH, TRIES = 0.99, 10
+_ENOUGH, _TRIES = 0.99, 10
 
 
 def ruler_tasks(
@@ -176,8 +176,8 @@ def _fit_whole(
         exceeding = fitting
         fitting -= len(best[1]) - limit
         best = attempt(fitting)
-    for _ in range(TRIES):
-        if len(best[1]) >= ENOUGH * limit:
+    for _ in range(_TRIES):
+        if len(best[1]) >= _ENOUGH * limit:
             break
         if exceeding is None:
             budget = int(fitting * limit / len(best[1]))
@@ -239,14 +239,14 @@ class FixedRuler:
         else:
             return MAX_NEW_TOKENS[task]
         needed = self.encoder.total([f" {joint.join(answers)}"])
-        return max(MAX_NEW_TOKENS[task], round(needed * SPARE))
+        return max(MAX_NEW_TOKENS[task], round(needed * _SPARE))
 
     def draft(self, task: str, length: int, index: int, budget: int) -> Draft:
         """The prompt of sample ``index``, at most ``budget`` tokens, BOS not counted."""
         encoder, seed = self.encoder, self.config.seed
         rng = random.Random(f"ruler/{task}/{length}/{seed}/{index}")
         # Any number of first samples covers all depths evenly.
-        depth = (random.Random(f"depth/{seed}").random() + index * GOLDEN_STEP) % 1.0
+        depth = (random.Random(f"depth/{seed}").random() + index * _GOLDEN_STEP) % 1.0
         if task == "vt":
             return counting.vt_prompt(encoder, self._noise, rng, depth, budget)
         if task == "cwe":

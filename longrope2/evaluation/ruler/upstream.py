@@ -26,10 +26,10 @@ from longrope2.evaluation.ruler.niah import NIAH_TASKS
 from longrope2.evaluation.ruler.qa import read_questions
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
-VERSION = 1
-TRIES_AT_SMALLEST = 100
+_VERSION = 1
+_TRIES_AT_SMALLEST = 100
 # Of variable tracking's solved example, in tokens.
-EXAMPLE_LENGTH = 500
+_EXAMPLE_LENGTH = 500
 
 
 class UpstreamRuler:
@@ -53,7 +53,7 @@ class UpstreamRuler:
         identity = {
             "suite": "ruler",
             "mode": "upstream",
-            "version": VERSION,
+            "version": _VERSION,
             "task": task,
             "length": length,
             "seed": self.config.seed,
@@ -122,8 +122,8 @@ class UpstreamRuler:
         template = self.prompts["variable_tracking"]
         small = partial(draws.variables, template, streams, example=True)
         example_search = _SizeSearch(lambda _, size: small(size), small, 5)
-        size = self._largest(example_search, EXAMPLE_LENGTH, EXAMPLE_LENGTH)
-        solved, names, _ = self._sample(small, size, 5, EXAMPLE_LENGTH, 0)
+        size = self._largest(example_search, _EXAMPLE_LENGTH, _EXAMPLE_LENGTH)
+        solved, names, _ = self._sample(small, size, 5, _EXAMPLE_LENGTH, 0)
         example = solved + " " + " ".join(names) + "\n"
         large = partial(draws.variables, template, streams, example=False)
 
@@ -155,7 +155,7 @@ class UpstreamRuler:
         self, draw: Callable[[int], draws.Text], size: int, step: int, length: int, new_tokens: int
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
-        for _ in range(size // step + TRIES_AT_SMALLEST):
+        for _ in range(size // step + _TRIES_AT_SMALLEST):
             # More needles than places, a repeated name: RULER catches everything.
             with contextlib.suppress(ValueError, IndexError):
                 text, answers = draw(size)

@@ -30,7 +30,7 @@ from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.ruler.niah import NiahTask
 from longrope2.evaluation.ruler.qa import QuestionSet
 
-DATA_FOLDER = Path("scripts/data/synthetic")
+_DATA_FOLDER = Path("scripts/data/synthetic")
 # First 16 hexadecimal digits of the SHA-256 of template and answer prefix, NVIDIA/RULER@c3f5e3b
 # (2026-07-22).
 PROMPT_SHA256 = {
@@ -40,11 +40,11 @@ PROMPT_SHA256 = {
     "freq_words_extraction": ("a0c7b873cf500d6c", "9a72271c5762c96d"),
     "qa": ("18a659c9723f24f1", "255204f061d7e266"),
 }
-WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
-EXAMPLE_VALUE = "12345"
-NUM_COMMON, NUM_HOPS = 10, 4
+_WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
+_EXAMPLE_VALUE = "12345"
+_NUM_COMMON, _NUM_HOPS = 10, 4
 Text = tuple[str, list[str]]
 """A prompt and its answers."""
 
@@ -65,10 +65,10 @@ def read_prompts(checkout: Path) -> dict[str, str]:
         DataError: no such file, or one without the prompts.
         ArtifactError: a prompt is not the known one; names it with both hashes.
     """
-    path = checkout / DATA_FOLDER / "constants.py"
+    path = checkout / _DATA_FOLDER / "constants.py"
     if not path.is_file():
         raise DataError(
-            f"ruler.upstream_checkout={checkout} holds no {DATA_FOLDER}/constants.py; "
+            f"ruler.upstream_checkout={checkout} holds no {_DATA_FOLDER}/constants.py; "
             "give a checkout of github.com/NVIDIA/RULER"
         )
     tasks = _literal_tasks(path)
@@ -98,7 +98,7 @@ def read_upstream_essays(checkout: Path, essays: str | None) -> str:
     Raises:
         DataError: neither is there.
     """
-    path = Path(essays or checkout / DATA_FOLDER / "json" / "PaulGrahamEssays.json")
+    path = Path(essays or checkout / _DATA_FOLDER / "json" / "PaulGrahamEssays.json")
     if not path.is_file():
         raise DataError(
             f"mode=upstream needs RULER's essays: {path} is not there; run "
@@ -115,7 +115,7 @@ def read_upstream_words(checkout: Path, wordlists: str | None) -> UpstreamWords:
     """
     folder = Path(wordlists) if wordlists is not None else _installed_lists()
     lists = []
-    for name in WORD_FILES:
+    for name in _WORD_FILES:
         if not (folder / name).is_file():
             raise DataError(
                 f"ruler.wordlists={folder} holds no {name}; "
@@ -124,7 +124,7 @@ def read_upstream_words(checkout: Path, wordlists: str | None) -> UpstreamWords:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         lists.append([line.rstrip() for line in lines])
     nouns, adjectives, verbs = lists
-    further = checkout / DATA_FOLDER / "json" / "english_words.json"
+    further = checkout / _DATA_FOLDER / "json" / "english_words.json"
     if not further.is_file():
         raise DataError(
             f"ruler.upstream_checkout={checkout} holds no {further.relative_to(checkout)}"
@@ -207,7 +207,7 @@ def needles(
     if task.haystack == "essay":
         context = _in_essay(hidden, essay, sentences_of, streams, size)
     else:
-        lines = [NOISE] * size
+        lines = [_NOISE] * size
         if task.haystack == "needle":
             lines = [needle(draw(task.keys), draw(task.values)) for _ in range(size)]
         places = sorted(streams.python.sample(range(size), len(hidden)), reverse=True)
@@ -236,7 +236,7 @@ def _in_essay(
     """Needles between the sentences of the first ``size`` words, at depths drawn from forty."""
     words = [essay[number % len(essay)] for number in range(size)]
     sentences = sentences_of(" ".join(words).strip())
-    depths = streams.python.sample(DEPTHS, len(hidden))
+    depths = streams.python.sample(_DEPTHS, len(hidden))
     places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
     parts = []
     for number in range(1, len(places)):
@@ -249,30 +249,30 @@ def variables(template: str, streams: Streams, size: int, *, example: bool) -> T
     """One chain of assignments among ``size`` lines of noise."""
     letters = 3 if example else 5
     names: list[str] = []
-    while len(set(names)) < NUM_HOPS + 1:
+    while len(set(names)) < _NUM_HOPS + 1:
         names.append(streams.word(string.ascii_uppercase, letters))
     value, chain = "", []
     # More than one group only after a repeated name.
-    for first in range(0, len(names), NUM_HOPS + 1):
-        group = names[first : first + NUM_HOPS + 1]
-        drawn = EXAMPLE_VALUE if example else str(streams.numpy.randint(10_000, 99_999))
+    for first in range(0, len(names), _NUM_HOPS + 1):
+        group = names[first : first + _NUM_HOPS + 1]
+        drawn = _EXAMPLE_VALUE if example else str(streams.numpy.randint(10_000, 99_999))
         value = value or drawn
-        hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(NUM_HOPS)]
+        hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(_NUM_HOPS)]
         chain.append([f"VAR {group[0]} = {drawn}", *hops])
-    lines = [NOISE] * size
+    lines = [_NOISE] * size
     for statements in chain:
         places = sorted(streams.python.sample(range(len(lines)), len(statements)))
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
             lines.insert(place + offset, statement)
     context = "\n".join(lines).replace(". \n", ".\n")
-    return template.format(context=context, query=value, num_v=NUM_HOPS + 1), names[: NUM_HOPS + 1]
+    return template.format(context=context, query=value, num_v=_NUM_HOPS + 1), names[: _NUM_HOPS + 1]
 
 
 def with_example(text: str, example: str, streams: Streams) -> str:
     """The solved example, with new names and a new value, in front of a prompt."""
-    for name in example.strip().split()[-NUM_HOPS - 1 :]:
+    for name in example.strip().split()[-_NUM_HOPS - 1 :]:
         example = example.replace(name, streams.word(string.ascii_uppercase, len(name)))
-    return example.replace(EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
+    return example.replace(_EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
 
 
 def common_words(
@@ -282,15 +282,15 @@ def common_words(
 
     def listed(count: int, often: int, seldom: int) -> Text:
         drawn = streams.python.sample(words if count <= len(words) else further, count)
-        entries = drawn[:NUM_COMMON] * often + drawn[NUM_COMMON:] * seldom
+        entries = drawn[:_NUM_COMMON] * often + drawn[_NUM_COMMON:] * seldom
         streams.reshuffle(entries)
-        return _numbered(entries), drawn[:NUM_COMMON]
+        return _numbered(entries), drawn[:_NUM_COMMON]
 
     short = length < 4096
     example, solved = listed(20, 3, 1) if short else listed(40, 10, 3)
     context, answers = listed(size, 6, 1) if short else listed(size, 30, 3)
-    shot = template.format(num_cw=NUM_COMMON, context=example, query="")
-    text = template.format(num_cw=NUM_COMMON, context=context, query="")
+    shot = template.format(num_cw=_NUM_COMMON, context=example, query="")
+    text = template.format(num_cw=_NUM_COMMON, context=context, query="")
     return f"{shot} {_numbered(solved)}\n{text}", answers
 
 
