@@ -64,7 +64,7 @@ def stale(model: WindowedModel, ids: list[int], cache: DynamicCache) -> DynamicC
     return cache
 
 
-POLICIES: dict[str, Crossing] = {"reprefill": reprefill, "rerotate": rerotate, "stale": stale}
+_POLICIES: dict[str, Crossing] = {"reprefill": reprefill, "rerotate": rerotate, "stale": stale}
 
 
 @dataclass
@@ -86,7 +86,7 @@ def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally
     labels_S = torch.tensor(ids[first_scored:])
     reference_NV = torch.empty(0)
     _, short_cache = prefill(model, ids[:original_len], Window.SHORT, None)
-    for name, crossing in POLICIES.items():
+    for name, crossing in _POLICIES.items():
         cache = single_row(short_cache, 0, 0)  # a copy
         started = time.perf_counter()
         cache = crossing(model, ids[: original_len + 1], cache)
@@ -143,7 +143,7 @@ def main() -> None:
         num_samples=options.samples * len(options.depths),
         seed=options.seed,
     ).samples
-    tallies = {name: Tally() for name in POLICIES}
+    tallies = {name: Tally() for name in _POLICIES}
     for sample in track(samples, description="texts", console=Console(stderr=True)):
         measure(model, sample, tallies)
     factors, texts = model.factors, f"{len(samples)} texts of {options.length} tokens"

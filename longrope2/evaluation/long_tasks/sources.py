@@ -41,16 +41,13 @@ def read_rows(
     if path.is_dir():
         found = _first_file(path, names)
         if found is None:
-            raise DataError(
-                f"{key}={location} holds none of {', '.join(names)}; "
-                "give the folder that has the file"
-            )
+            fault = f"{key}={location} holds none of {', '.join(names)}"
+            raise DataError(f"{fault}; give the folder that has the file")
         return _rows(found.read_bytes(), str(found))
     if not path.is_file():
         if not hub_file or not _HUB_ID.fullmatch(location):
-            raise DataError(
-                f"{key}={location} does not exist; give a folder or zip that holds {names[0]}"
-            )
+            way_out = f"give a folder or zip that holds {names[0]}"
+            raise DataError(f"{key}={location} does not exist; {way_out}")
         path = _download(key, location, hub_file, revision)
     return _rows_of_file(key, path, names)
 
@@ -126,9 +123,8 @@ def check_prompts(
         elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:_HASH_DIGITS]) != wanted:
             faults.append(f"{name} has SHA-256 {found}..., expected {wanted}...")
     if faults:
-        raise DataError(
-            f"{key}: the prompts of {path} are not the published ones: {'; '.join(faults)}"
-        )
+        what = f"the prompts of {path} are not the published ones"
+        raise DataError(f"{key}: {what}: {'; '.join(faults)}")
 
 
 def _constant(node: ast.expr, found: Mapping[str, Any], known: Mapping[str, Any]) -> Any:

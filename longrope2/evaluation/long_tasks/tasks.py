@@ -90,15 +90,11 @@ def long_tasks(
         DataError: data or prompts are missing, no access, or not the published ones; or a prompt
             that may not be cut does not fit.
     """
-    length, tasks = config.length or target_len, []
+    length, tasks, bench = config.length or target_len, [], config.infinitebench
     fit = _Fit(encoder, length)
     for suite, names, make in (
         ("longbench", config.longbench.tasks, partial(_longbench, config.longbench)),
-        (
-            "infinitebench",
-            config.infinitebench.tasks,
-            partial(_infinitebench, config.infinitebench),
-        ),
+        ("infinitebench", bench.tasks, partial(_infinitebench, bench)),
         ("loft", config.loft.tasks, partial(_loft, config.loft)),
     ):
         for name in names:
@@ -189,10 +185,8 @@ def _longbench(
             prompt = prompts[task].format(context=row["context"], input=row["input"])
             answers, classes = tuple(row["answers"]), row["all_classes"]
         except KeyError as error:
-            raise DataError(
-                f"{key}.data={config.data}, {task}: a row has no field {error}; "
-                "this is not LongBench v1"
-            ) from None
+            fault = f"{key}.data={config.data}, {task}: a row has no field {error}"
+            raise DataError(f"{fault}; this is not LongBench v1") from None
         facts = {"classes": list(classes)} if classes else {}
         samples.append(fit.cut(prompt, answers, new_tokens, facts=facts))
     return samples
@@ -219,9 +213,8 @@ def _infinitebench(
     try:
         return [make(row, prompts[task], fit) for row in rows[:num_samples]]
     except (KeyError, ValueError) as error:
-        raise DataError(
-            f"{key}.data={config.data}, {task}: a row does not fit ({error}); is it InfiniteBench?"
-        ) from None
+        fault = f"{key}.data={config.data}, {task}: a row does not fit ({error})"
+        raise DataError(f"{fault}; is it InfiniteBench?") from None
 
 
 def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
@@ -234,9 +227,8 @@ def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
 
 def _choice(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
     """A question about a book with four options."""
-    options = dict(
-        zip((f"OPTION_{letter}" for letter in rules.CHOICES), row["options"], strict=True)
-    )
+    names = [f"OPTION_{letter}" for letter in rules.CHOICES]
+    options = dict(zip(names, row["options"], strict=True))
     question = row.get("question") or row["input"]
     prompt = template.format(context=row["context"], question=question, **options)
     answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
@@ -259,19 +251,17 @@ def _loft(
         corpus = _loft_corpus(rows["corpus"], place)
         numbers = {pid: str(number) for number, pid in enumerate(corpus)}
         opening = _loft_opening(prompts, corpus, numbers, rows["few_shot_queries"])
-        queries = [
-            (row["query_text"].strip(), tuple(numbers[pid] for pid, _ in row["answers"]))
-            for row in rows[asked][:num_samples]
-        ]
+        samples = []
+        for row in rows[asked][:num_samples]:
+            query = prompts["query"].format(query=row["query_text"].strip())
+            prompt = opening + prompts["test"] + query + "\n"
+            gold = tuple(numbers[pid] for pid, _ in row["answers"])
+            samples.append(fit.whole(prompt, gold, config.max_new_tokens, f"loft/{task}"))
+        return samples
     except KeyError as error:
         raise DataError(
             f"{place}: {error} is in no passage or row; are corpus and queries of one LOFT set?"
         ) from None
-    samples = []
-    for text, gold in queries:
-        prompt = opening + prompts["test"] + prompts["query"].format(query=text) + "\n"
-        samples.append(fit.whole(prompt, gold, config.max_new_tokens, f"loft/{task}"))
-    return samples
 
 
 def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
@@ -319,10 +309,8 @@ def _loft_corpus(rows: list[dict[str, Any]], place: str) -> dict[str, dict[str, 
                 f"{place}: passage {row['pid']} has no text; LOFT ships this set without, "
                 "run its preprocess.py first"
             )
-        texts = {
-            "title": (row.get("title_text") or "").strip() or _LOFT_NO_TITLE,
-            "passage": passage,
-        }
+        title = (row.get("title_text") or "").strip() or _LOFT_NO_TITLE
+        texts = {"title": title, "passage": passage}
         corpus[row["pid"]] = {k: v.replace(_LOFT_REMOVED_WORDS, "") for k, v in texts.items()}
     return corpus
 

@@ -151,10 +151,8 @@ def _fitting_others(
     if fitting < 1:
         raise too_short("cwe", room, f"a list of {totals[1]}")
     if fitting == len(others):
-        raise DataError(
-            f"the length is too long for cwe: its vocabulary has {NUM_PAIRS} words; "
-            "use a shorter one"
-        )
+        fault = f"the length is too long for cwe: its vocabulary has {NUM_PAIRS} words"
+        raise DataError(f"{fault}; use a shorter one")
     return fitting
 
 

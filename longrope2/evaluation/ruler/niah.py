@@ -168,9 +168,8 @@ class NeedleLines:
         if fitting < 1:
             raise too_short("needles", room, "a haystack")
         if fitting == len(lines_N4):
-            raise DataError(
-                f"the length is too long for this task: there are {most} keys; use a shorter one"
-            )
+            fault = f"the length is too long for this task: there are {most} keys"
+            raise DataError(f"{fault}; use a shorter one")
         return lines_N4[:fitting], sums_N[:fitting]
 
 

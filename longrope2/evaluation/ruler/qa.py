@@ -57,19 +57,19 @@ class QuestionSet:
 
 
 def read_questions(task: str, config: RulerConfig) -> QuestionSet:
-    """The data set of ``qa_1`` or ``qa_2``."""
+    """The data set of ``qa_1`` or ``qa_2``.
+
+    Raises:
+        DataError: the file is missing or laid out differently, or the hub cannot be reached; names
+            ``ruler.squad`` or ``ruler.hotpotqa``.
+    """
     if task == "qa_1":
         return read_squad(str(config.squad))
     return read_hotpotqa(str(config.hotpotqa))
 
 
 def read_squad(source: str) -> QuestionSet:
-    """SQuAD v2 ``dev-v2.0.json`` (or ``hub``), without the questions that have no answer.
-
-    Raises:
-        DataError: the file is missing or laid out differently, or the hub cannot be reached; names
-            ``ruler.squad``.
-    """
+    """SQuAD v2 ``dev-v2.0.json`` (or ``hub``), without the questions that have no answer."""
     squad = _squad_from_hub() if source == _HUB else _read_json(source, "squad", _SQUAD_FILE)
     try:
         # One article: its paragraphs.
@@ -88,23 +88,15 @@ def read_squad(source: str) -> QuestionSet:
                         own = (number,)
                         questions.append(SetQuestion(qa["question"], answers, own, own, related))
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"ruler.squad={source} is not laid out like SQuAD's {_SQUAD_FILE}: {error!r}"
-        ) from None
+        fault = f"ruler.squad={source} is not laid out like SQuAD's {_SQUAD_FILE}: {error!r}"
+        raise DataError(fault) from None
     return _checked(QuestionSet(questions, documents), "squad", source)
 
 
 def read_hotpotqa(source: str) -> QuestionSet:
-    """HotpotQA ``hotpot_dev_distractor_v1.json`` (or ``hub``).
-
-    Raises:
-        DataError: the file is missing or laid out differently, or the hub cannot be reached; names
-            ``ruler.hotpotqa``.
-    """
-    if source == _HUB:
-        entries = _hotpotqa_from_hub()
-    else:
-        entries = _read_json(source, "hotpotqa", _HOTPOTQA_FILE)
+    """HotpotQA ``hotpot_dev_distractor_v1.json`` (or ``hub``)."""
+    at_hub = source == _HUB
+    entries = _hotpotqa_from_hub() if at_hub else _read_json(source, "hotpotqa", _HOTPOTQA_FILE)
     try:
         contexts = [context for entry in entries for context in entry["context"]]
         documents = sorted({_hotpot_document(*context) for context in contexts})
@@ -113,14 +105,12 @@ def read_hotpotqa(source: str) -> QuestionSet:
         for entry in entries:
             supporting = {title for title, _ in entry["supporting_facts"]}
             given = tuple(number_of[_hotpot_document(*context)] for context in entry["context"])
-            titles = [title for title, _ in entry["context"]]
-            titled = zip(given, titles, strict=True)
-            gold = tuple(number for number, title in titled if title in supporting)
+            titled = zip(given, entry["context"], strict=True)
+            gold = tuple(number for number, (title, _) in titled if title in supporting)
             questions.append(SetQuestion(entry["question"], (entry["answer"],), gold, given))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"ruler.hotpotqa={source} is not laid out like {_HOTPOTQA_FILE}: {error!r}"
-        ) from None
+        fault = f"ruler.hotpotqa={source} is not laid out like {_HOTPOTQA_FILE}: {error!r}"
+        raise DataError(fault) from None
     return _checked(QuestionSet(questions, documents), "hotpotqa", source)
 
 
@@ -210,11 +200,10 @@ class QaDocuments:
     def question(self, index: int, seed: int) -> SetQuestion:
         """Question of a sample: each is used once, in a drawn order, before one comes again."""
         turn, place = divmod(index, len(self.questions))
-        order = self._orders.get((seed, turn))
-        if order is None:
+        if (seed, turn) not in self._orders:
             order = self._orders[seed, turn] = list(range(len(self.questions)))
             random.Random(f"questions/{seed}/{turn}").shuffle(order)
-        return self.questions[order[place]]
+        return self.questions[self._orders[seed, turn][place]]
 
 
 def qa_prompt(

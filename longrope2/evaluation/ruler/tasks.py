@@ -58,22 +58,17 @@ def ruler_tasks(
 
     Samples are made once per tokenizer, settings and texts, and found again in ``cache_folder``.
     With ``mode=fixed`` the first 100 of 500 samples are the samples that ``num_samples=100`` gives.
-    With ``mode=upstream`` essays come from ``config.essays`` or the checkout, never from
-    ``haystacks``.
+    ``haystacks`` are the texts of the essay tasks if ``config.essays`` is null; with
+    ``mode=upstream`` the checkout's are taken instead.
 
     ``Sample.facts`` holds ``fill`` (share of the length taken by prompt and ``max_new_tokens``),
     ``num_characters``, and for tasks with a place ``depth`` (realised, of the first asked-for
     needle or document, 0 start to 1 end of the haystack in tokens), ``depths`` (of all) and
     ``requested_depth``.
 
-    Args:
-        config: Settings.
-        tokenizer: The model's tokenizer.
-        haystacks: Texts of the essay tasks, used if ``config.essays`` is null.
-        lengths: Tokens that BOS, prompt and answer may take together.
-        cache_folder: Where samples are kept.
-        workers: Processes; 0 works in this one. Changes no sample.
-        progress: Called with a task's name and a number of samples as they are made.
+    ``lengths`` are the tokens that BOS, prompt and answer may take together. ``workers`` is a
+    number of processes, 0 for this one, and changes no sample; ``progress`` is called with a task's
+    name and a number of samples as they are made.
 
     Raises:
         ConfigError: settings that cannot be; all of them.
@@ -85,18 +80,15 @@ def ruler_tasks(
     if faults := ruler_faults(config, list(lengths)):
         raise ConfigError(faults)
     encoder = PromptEncoder(tokenizer)
-    if config.mode is RulerMode.upstream:
-        ruler: FixedRuler | UpstreamRuler = UpstreamRuler(config, encoder)
-    else:
-        ruler = FixedRuler(config, encoder, haystacks)
+    upstream = config.mode is RulerMode.upstream
+    ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, haystacks)
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
-    return [
-        GenerationTask(
-            "ruler", made.name, made.length, samples, partial(niah.ruler_score, made.name)
-        )
-        for made, samples in zip(recipes, found, strict=True)
-    ]
+    tasks = []
+    for recipe, samples in zip(recipes, found, strict=True):
+        name, score = recipe.name, partial(niah.ruler_score, recipe.name)
+        tasks.append(GenerationTask("ruler", name, recipe.length, samples, score))
+    return tasks
 
 
 def fitted_samples(
@@ -108,16 +100,11 @@ def fitted_samples(
     length: int,
     max_new_tokens: int,
 ) -> list[Sample]:
-    """Samples that fill a length and never exceed it.
+    """Samples first .. stop - 1, which fill ``length`` and never exceed it.
 
-    Args:
-        draft_of: The prompt of a sample, from its number and the most tokens that it may take, BOS
-            not counted; the same two give the same prompt.
-        encoder: Tokenizer of the model.
-        first: First sample wanted; on it the joining of pieces is confirmed.
-        stop: First sample no longer wanted.
-        length: Tokens that BOS, prompt and answer may take together.
-        max_new_tokens: Tokens kept free for the answer.
+    ``draft_of`` makes the prompt of a sample from its number and the most tokens that it may take,
+    BOS not counted; the same two give the same prompt. On the first sample the joining of pieces is
+    confirmed. ``max_new_tokens`` are kept free for the answer.
 
     Raises:
         DataError: the length is too short for the task, as the generator says.

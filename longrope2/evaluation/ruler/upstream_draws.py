@@ -77,10 +77,8 @@ def read_prompts(checkout: Path) -> dict[str, str]:
         try:
             parts = tasks[name]["template"], tasks[name]["answer_prefix"]
         except (KeyError, TypeError):
-            raise DataError(
-                f"{path}: TASKS has no template and answer_prefix of {name}; "
-                "use RULER of 2025-06 or later"
-            ) from None
+            fault = f"{path}: TASKS has no template and answer_prefix of {name}"
+            raise DataError(f"{fault}; use RULER of 2025-06 or later") from None
         for part, field, known in zip(parts, ("template", "answer_prefix"), expected, strict=True):
             found = hashlib.sha256(part.encode()).hexdigest()[:16]
             if found != known:
@@ -117,18 +115,15 @@ def read_upstream_words(checkout: Path, wordlists: str | None) -> UpstreamWords:
     lists = []
     for name in _WORD_FILES:
         if not (folder / name).is_file():
-            raise DataError(
-                f"ruler.wordlists={folder} holds no {name}; "
-                "give the folder of wonderwords' word lists"
-            )
+            way_out = "give the folder of wonderwords' word lists"
+            raise DataError(f"ruler.wordlists={folder} holds no {name}; {way_out}")
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         lists.append([line.rstrip() for line in lines])
     nouns, adjectives, verbs = lists
     further = checkout / _DATA_FOLDER / "json" / "english_words.json"
     if not further.is_file():
-        raise DataError(
-            f"ruler.upstream_checkout={checkout} holds no {further.relative_to(checkout)}"
-        )
+        missing = further.relative_to(checkout)
+        raise DataError(f"ruler.upstream_checkout={checkout} holds no {missing}")
     return UpstreamWords(
         pairs=sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns}),
         words=sorted({*nouns, *adjectives, *verbs}),
@@ -265,7 +260,9 @@ def variables(template: str, streams: Streams, size: int, *, example: bool) -> T
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
             lines.insert(place + offset, statement)
     context = "\n".join(lines).replace(". \n", ".\n")
-    return template.format(context=context, query=value, num_v=_NUM_HOPS + 1), names[: _NUM_HOPS + 1]
+    return template.format(context=context, query=value, num_v=_NUM_HOPS + 1), names[
+        : _NUM_HOPS + 1
+    ]
 
 
 def with_example(text: str, example: str, streams: Streams) -> str:
