@@ -152,7 +152,7 @@ def _straightforward(ruler: FixedRuler, arguments: argparse.Namespace) -> Cost:
             budget = length - ruler.max_new_tokens(task) - len(ruler.encoder.bos_ids)
             for index in range(arguments.compare):
                 start, start_cpu = time.perf_counter(), time.process_time()
-                text = text_of(ruler.build(task, length, index)(budget).pieces)
+                text = text_of(ruler.draft(task, length, index, budget).pieces)
                 tokens = len(ruler.encoder.encode_text(text))
                 # The search for the size belongs to all samples of a cell alike.
                 share = 1 + SEARCH_STEPS / 500

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.kv_policies``: what it costs not to read a text again when it outgrows the
-original window.
+"""``python -m benchmarks.kv_policies``: the cost of not reading a text again at the switch.
 
-Texts with a needle begin within L0 and go on beyond it. The first L0 tokens are read with the
-original RoPE; then the cache is treated by one of three policies and the rest of the text is read
-with the rescaled RoPE:
+Texts with a needle begin within the original window L0 and go on beyond it. The first L0 tokens are
+read with the original RoPE; then the cache is treated by one of three policies and the rest of the
+text is read with the rescaled RoPE:
 
 * ``reprefill``: the L0 tokens are read again. This is the model that was trained.
 * ``rerotate``: the cached keys are turned to the rescaled RoPE. Exact in layer 0 only.
@@ -65,7 +64,7 @@ def stale(model: WindowedModel, ids: list[int], cache: DynamicCache) -> DynamicC
     return cache
 
 
-POLICIES: dict[str, Crossing] = {"reprefill": reprefill, "rerotate": rerotate, "stale": stale}
+_POLICIES: dict[str, Crossing] = {"reprefill": reprefill, "rerotate": rerotate, "stale": stale}
 
 
 @dataclass
@@ -82,13 +81,12 @@ class Tally:
 def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally]) -> None:
     """Read one text under each policy."""
     ids, original_len = sample.through_value.tolist(), model.factors.geometry.original_len
-    first_scored = max(
-        sample.value_start, original_len + 2
-    )  # earlier ones are predicted before the cache is used again
+    # Earlier tokens are predicted before the cache is used again.
+    first_scored = max(sample.value_start, original_len + 2)
     labels_S = torch.tensor(ids[first_scored:])
     reference_NV = torch.empty(0)
     _, short_cache = prefill(model, ids[:original_len], Window.SHORT, None)
-    for name, crossing in POLICIES.items():
+    for name, crossing in _POLICIES.items():
         cache = single_row(short_cache, 0, 0)  # a copy
         started = time.perf_counter()
         cache = crossing(model, ids[: original_len + 1], cache)
@@ -98,9 +96,8 @@ def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally
         log_p_NV = model.hf(input_ids=rest_BT, past_key_values=cache).logits[0].log_softmax(-1)
         if name == "reprefill":
             reference_NV = log_p_NV
-        tallies[name].divergence_nats.append(
-            (reference_NV.exp() * (reference_NV - log_p_NV)).sum(-1)
-        )
+        divergence_N = (reference_NV.exp() * (reference_NV - log_p_NV)).sum(-1)
+        tallies[name].divergence_nats.append(divergence_N)
         value_SV = log_p_NV[-len(labels_S) :]
         tallies[name].exact.append(bool((value_SV.argmax(-1) == labels_S).all()))
         tallies[name].value_nats.append(-float(value_SV.gather(1, labels_S[:, None]).mean()))
@@ -108,44 +105,33 @@ def measure(model: WindowedModel, sample: NeedleSample, tallies: dict[str, Tally
 
 def report(tallies: dict[str, Tally]) -> None:
     """Print the table."""
-    print(
-        "| policy | median seconds at the switch | needle accuracy | value perplexity | KL mean | KL median | KL largest |"
-    )
+    columns = ("policy", "median seconds at the switch", "needle accuracy", "value perplexity")
+    print(f"| {' | '.join((*columns, 'KL mean', 'KL median', 'KL largest'))} |")
     print("|---|---|---|---|---|---|---|")
     for name, tally in tallies.items():
         divergence_N = torch.cat(tally.divergence_nats)
+        perplexity = math.exp(sum(tally.value_nats) / len(tally.value_nats))
         print(
-            f"| {name} | {statistics.median(tally.seconds):.4f} | {sum(tally.exact)}/{len(tally.exact)} | "
-            f"{math.exp(sum(tally.value_nats) / len(tally.value_nats)):.2f} | {divergence_N.mean():.2g} | "
-            f"{divergence_N.median():.2g} | {divergence_N.max():.2g} |"
+            f"| {name} | {statistics.median(tally.seconds):.4f} | "
+            f"{sum(tally.exact)}/{len(tally.exact)} | {perplexity:.2f} | {divergence_N.mean():.2g} "
+            f"| {divergence_N.median():.2g} | {divergence_N.max():.2g} |"
         )
 
 
 def main() -> None:
     """Load, build the texts, measure, print."""
-    parser = argparse.ArgumentParser(
-        description="what it costs not to read a text again at the switch"
-    )
-    parser.add_argument("--model", default="tiny", help="name of a file in conf/model")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="folder of a trained checkpoint; its factors are used"
-    )
-    parser.add_argument("--factors", type=Path, help="factors JSON for the untrained model")
-    parser.add_argument(
-        "--method", default="ntk", help="closed form for the untrained model, without --factors"
-    )
-    parser.add_argument("--target", type=int, default=2048, help="target window of a closed form")
-    parser.add_argument(
-        "--original",
-        type=int,
-        help="original window to assume, below the model's own, to measure quickly",
-    )
-    parser.add_argument(
-        "--length", type=int, required=True, help="tokens of a text, beyond the original window"
-    )
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    parser.add_argument("--samples", type=int, default=4, help="texts per depth")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_policies")
+    add = parser.add_argument
+    add("--model", default="tiny", help="name of a file in conf/model")
+    add("--checkpoint", type=Path, help="folder of a trained checkpoint; its factors are used")
+    add("--factors", type=Path, help="factors JSON for the untrained model")
+    add("--method", default="ntk", help="closed form for the untrained model, without --factors")
+    add("--target", type=int, default=2048, help="target window of a closed form")
+    add("--original", type=int, help="original window to assume, to measure quickly")
+    add("--length", type=int, required=True, help="tokens of a text, beyond the original window")
+    add("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add("--samples", type=int, default=4, help="texts per depth")
+    add("--seed", type=int, default=0)
     options = parser.parse_args()
     model, folder = load(options)
     corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
@@ -157,13 +143,14 @@ def main() -> None:
         num_samples=options.samples * len(options.depths),
         seed=options.seed,
     ).samples
-    tallies = {name: Tally() for name in POLICIES}
+    tallies = {name: Tally() for name in _POLICIES}
     for sample in track(samples, description="texts", console=Console(stderr=True)):
         measure(model, sample, tallies)
-    geometry = model.factors.geometry
+    factors, texts = model.factors, f"{len(samples)} texts of {options.length} tokens"
     print(
-        f"{options.model}, {options.checkpoint or 'not trained'}, {model.factors.method}, window {geometry.original_len} -> "
-        f"{model.factors.target_len}, {len(samples)} texts of {options.length} tokens, {torch.get_num_threads()} threads"
+        f"{options.model}, {options.checkpoint or 'not trained'}, {factors.method}, window "
+        f"{factors.geometry.original_len} -> {factors.target_len}, {texts}, "
+        f"{torch.get_num_threads()} threads"
     )
     report(tallies)
 

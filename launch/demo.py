@@ -1,5 +1,4 @@
-"""``python -m launch.demo`` (``make demo``): the whole flow on the miniature, with the commands a
-user would type.
+"""``python -m launch.demo`` (``make demo``): the whole flow on the miniature, as a user types it.
 
 Every stage is the real command in a process of its own; finished stages are reused. ``--fresh``
 starts over, ``--baseline`` also trains YaRN on the same segments for the same steps (about five
@@ -21,9 +20,9 @@ from longrope2.command import run_command
 from longrope2.errors import UserError
 
 NAME = "demo"
-TARGET_LEN = 2048
-BASELINE = "yarn"
-PROMPT_FILE = "prompt.txt"
+_TARGET_LEN = 2048
+_BASELINE = "yarn"
+_PROMPT_FILE = "prompt.txt"
 
 
 @dataclass(frozen=True)
@@ -42,76 +41,48 @@ class Stage:
 def stages(root: Path, with_baseline: bool) -> list[Stage]:
     """The flow, in order, for runs under ``root``."""
     run_folder = root / NAME
-    segments = f"segments={run_folder}/1_segments"
-    run = (f"run.name={NAME}", *place(root))
+    run = (f"run.name={NAME}", *_place(root))
+    model = ("model=tiny", f"target_len={_TARGET_LEN}")
+    extend = ("launch.train", "experiment=tiny_extend")
+    packing = f"--target {_TARGET_LEN} --corpus sample --model tiny --align 2".split()
+    beside = (f"run.name={NAME}_{_BASELINE}", *_place(root), f"segments={run_folder}/1_segments")
     baseline = Stage(
-        f"train the baseline {BASELINE}: the same segments and steps",
-        (
-            "launch.train",
-            "experiment=tiny_extend",
-            f"run.name={NAME}_{BASELINE}",
-            *place(root),
-            segments,
-            f"rope={BASELINE}",
-        ),
+        f"train the baseline {_BASELINE}: the same segments and steps",
+        (*extend, *beside, f"rope={_BASELINE}"),
     )
     compared = "miniature_baseline" if with_baseline else "miniature"
+    prompt = f"generate.prompt_file={run_folder / _PROMPT_FILE}"
     return [
         Stage(
             "pack the sample corpus into 2,048-token segments, tagged short or long",
-            (
-                "data_prep.pack",
-                "--target",
-                "2048",
-                "--corpus",
-                "sample",
-                "--model",
-                "tiny",
-                "--align",
-                "2",
-                *run,
-            ),
+            ("data_prep.pack", *packing, *run),
         ),
         Stage(
             "search the rescale factors and the critical dimension with needle-driven perplexity",
-            (
-                "launch.search",
-                "model=tiny",
-                "target_len=2048",
-                "corpus=sample",
-                "search=quick",
-                *run,
-            ),
+            ("launch.search", *model, "corpus=sample", "search=quick", *run),
         ),
         Stage(
             "train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
-            ("launch.train", "experiment=tiny_extend", *run),
+            (*extend, *run),
         ),
         *([baseline] if with_baseline else []),
         Stage(
             "evaluate the base model, the baselines and the result",
-            ("launch.evaluate", "model=tiny", "target_len=2048", f"evaluation={compared}", *run),
+            ("launch.evaluate", *model, f"evaluation={compared}", *run),
         ),
         Stage(
             "export a Hugging Face folder and check it against plain transformers",
-            ("launch.export", "model=tiny", "target_len=2048", *run),
+            ("launch.export", *model, *run),
         ),
         Stage(
             "generate across the window: the prompt is far longer than the base model's 128 tokens",
-            (
-                "launch.generate",
-                "model=tiny",
-                "target_len=2048",
-                *run,
-                f"generate.prompt_file={run_folder / PROMPT_FILE}",
-                "generate.max_new_tokens=8",
-            ),
+            ("launch.generate", *model, *run, prompt, "generate.max_new_tokens=8"),
         ),
         Stage("write the report", ("launch.report", str(run_folder))),
     ]
 
 
-def place(root: Path) -> tuple[str, ...]:
+def _place(root: Path) -> tuple[str, ...]:
     """The override that puts runs under ``root``, where it is not the default."""
     return () if root == Path("runs") else (f"run.root={root}",)
 
@@ -120,38 +91,32 @@ def main() -> None:
     """Run the flow and end with where to look and what to try next."""
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove the demo's runs first")
-    parser.add_argument(
-        "--baseline", action="store_true", help="train YaRN too, for the same steps"
-    )
+    parser.add_argument("--baseline", action="store_true", help="train YaRN for as many steps too")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of all runs")
     arguments = parser.parse_args()
     run_folder = arguments.root / NAME
     if arguments.fresh:
-        for name in (NAME, f"{NAME}_{BASELINE}"):
+        for name in (NAME, f"{NAME}_{_BASELINE}"):
             shutil.rmtree(arguments.root / name, ignore_errors=True)
     console = Console(highlight=False)
     began = time.monotonic()
     planned = stages(arguments.root, arguments.baseline)
     for number, stage in enumerate(planned, 1):
-        console.print(
-            f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]\n$ {stage.command}",
-            soft_wrap=True,
-        )
+        title = f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]"
+        console.print(f"{title}\n$ {stage.command}", soft_wrap=True)
         if "launch.generate" in stage.arguments:
-            write_prompt(run_folder)
-        run_stage(stage)
-    minutes = (time.monotonic() - began) / 60
+            _write_prompt(run_folder)
+        _run_stage(stage)
+    minutes, report = (time.monotonic() - began) / 60, run_folder / "report.html"
+    console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{report}[/bold]")
     console.print(
-        f"\nDone in {minutes:.1f} minutes. The report: [bold]{run_folder / 'report.html'}[/bold]"
-    )
-    console.print(
-        "Next: the same with YaRN trained beside it (on this miniature it retrieves more, see LAB_NOTES.md):\n"
-        "make demo BASELINE=1",
+        "Next: the same with YaRN trained beside it (on this miniature it retrieves more, see "
+        "LAB_NOTES.md):\nmake demo BASELINE=1",
         soft_wrap=True,
     )
 
 
-def run_stage(stage: Stage) -> None:
+def _run_stage(stage: Stage) -> None:
     """Run one stage in a process of its own.
 
     Raises:
@@ -160,22 +125,22 @@ def run_stage(stage: Stage) -> None:
     ended = subprocess.run([sys.executable, "-m", *stage.arguments], check=False)
     if ended.returncode != 0:
         raise UserError(
-            f"the demo stopped: {stage.command} ended with code {ended.returncode}; its message is above"
+            f"the demo stopped: {stage.command} ended with code {ended.returncode}; "
+            "its message is above"
         )
 
 
-def write_prompt(run_folder: Path) -> None:
-    """The first held-out needle sample of the evaluation at the target length, as text, without its answer."""
+def _write_prompt(run_folder: Path) -> None:
+    """The evaluation's first needle sample at the target length, as text, without its answer."""
     from longrope2.config import find_shipped
     from longrope2.model.loading import load_tokenizer
     from longrope2.segments.needle_set import NeedleSet
 
-    sample = NeedleSet.load(
-        run_folder / "4_evaluations" / "needles" / f"{TARGET_LEN}.arrow"
-    ).samples[0]
+    needles = run_folder / "4_evaluations" / "needles" / f"{_TARGET_LEN}.arrow"
+    sample = NeedleSet.load(needles).samples[0]
     tokens = list(sample.tokens[1 : sample.value_start])
     text = load_tokenizer(find_shipped("models/tiny")).decode(tokens)
-    (run_folder / PROMPT_FILE).write_text(text, encoding="utf-8")
+    (run_folder / _PROMPT_FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""``python -m launch.generate``: continue a text with a trained model, across the end of its
-original window.
+"""``python -m launch.generate``: continue a text with a trained model, beyond its first window.
 
 The text goes to standard output as it comes; where the RoPE switched is said once, on standard
 error. The prompt comes from a file, or with ``generate.prompt_file=-`` from standard input.
@@ -13,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import ArtifactError, DataError
-from longrope2.evaluation.subjects import check_same_model, read_checkpoint_factors
-from longrope2.files.artifacts import product_folder
+from longrope2.errors import DataError
+from longrope2.evaluation.subjects import find_checkpoint
 from longrope2.inference.cache import KvPolicy
 from longrope2.inference.generation import (
     GenerateRoot,
@@ -24,13 +22,12 @@ from longrope2.inference.generation import (
     generate_tokens,
     window_for_length,
 )
-from longrope2.model.folder import model_identity, resolve_model_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.model.windowed import WindowedModel
-from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.factors import Window
 
-STANDARD_INPUT = "-"
-SWITCHED = {
+_STANDARD_INPUT = "-"
+_SWITCHED = {
     KvPolicy.reprefill: "the whole text was read again",
     KvPolicy.rerotate: "the cached keys were turned, which is not exact",
 }
@@ -40,39 +37,21 @@ def main() -> None:
     """Compose, check, load, generate."""
     config = compose(GenerateRoot, "generate", sys.argv[1:])
     check(config)
-    prompt = read_prompt(config.generate.prompt_file)
-    checkpoint, factors = find_checkpoint(config)
+    prompt = _read_prompt(config.generate.prompt_file)
+    given = config.generate.checkpoint
+    checkpoint, factors = find_checkpoint(config, "generate.checkpoint", given)
     if config.dry_run:
-        print(
-            f"checkpoint {checkpoint}: window {factors.geometry.original_len} -> {factors.target_len}"
-        )
+        window = f"window {factors.geometry.original_len} -> {factors.target_len}"
+        print(f"checkpoint {checkpoint}: {window}")
         print(f"prompt     {_prompt_name(config.generate.prompt_file)}: {len(prompt)} characters")
         return
-    stream_text(load_to_run(checkpoint, factors), load_tokenizer(checkpoint), prompt, config)
+    _stream_text(load_to_run(checkpoint, factors), load_tokenizer(checkpoint), prompt, config)
 
 
-def find_checkpoint(config: GenerateRoot) -> tuple[Path, RescaleFactors]:
-    """The checkpoint to use and its factors.
-
-    Raises:
-        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
-    """
-    own = product_folder(config.run.folder, "checkpoints") / "final"
-    checkpoint = Path(config.generate.checkpoint) if config.generate.checkpoint else own
-    if not checkpoint.is_dir():
-        raise ArtifactError(
-            f"generate.checkpoint={checkpoint} does not exist; run launch.train first"
-        )
-    factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
-    base_folder = resolve_model_folder(config.model.path)
-    check_same_model(f"generate.checkpoint={checkpoint}", model_identity(checkpoint), base_folder)
-    return checkpoint, factors
-
-
-def stream_text(
+def _stream_text(
     model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateRoot
 ) -> None:
-    """Print the continuation of ``prompt`` as it comes; say on standard error where the rescaled RoPE begins."""
+    """Print the continuation as it comes; say on standard error where the rescaled RoPE begins."""
     generate, original_len = config.generate, model.factors.geometry.original_len
     encoder = DocumentTokenizer(tokenizer)
     prompt_ids = [encoder.bos_id, *encoder.encode(prompt)]
@@ -89,15 +68,12 @@ def stream_text(
     )
     window = window_for_length(len(prompt_ids), original_len)
     if window is Window.LONG:
-        _say(
-            f"the prompt has {len(prompt_ids)} tokens, more than {original_len}: rescaled RoPE from the start"
-        )
-    for number, token in enumerate(tokens):
+        is_long = f"the prompt has {len(prompt_ids)} tokens, more than {original_len}"
+        _say(f"{is_long}: rescaled RoPE from the start")
+    for length, token in enumerate(tokens, start=len(prompt_ids)):
         if token.window is not window:
-            window = token.window
-            _say(
-                f"switched to the rescaled RoPE at {len(prompt_ids) + number} tokens: {SWITCHED[generate.kv_policy]}"
-            )
+            window, how = token.window, _SWITCHED[generate.kv_policy]
+            _say(f"switched to the rescaled RoPE at {length} tokens: {how}")
         print(text.push(token.token_id), end="", flush=True)
     print(text.finish())
 
@@ -107,7 +83,7 @@ def _say(message: str) -> None:
     print(f"\n[{message}]", file=sys.stderr, flush=True)
 
 
-def read_prompt(path: str) -> str:
+def _read_prompt(path: str) -> str:
     """Text of the prompt file, or of standard input for ``-``.
 
     Raises:
@@ -115,7 +91,7 @@ def read_prompt(path: str) -> str:
     """
     name = _prompt_name(path)
     try:
-        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if path == _STANDARD_INPUT else Path(path).read_bytes()
         text = content.decode("utf-8")
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
@@ -128,7 +104,7 @@ def read_prompt(path: str) -> str:
 
 def _prompt_name(path: str) -> str:
     """The prompt's source as messages name it."""
-    return f"generate.prompt_file={path}" + (" (standard input)" if path == STANDARD_INPUT else "")
+    return f"generate.prompt_file={path}" + (" (standard input)" if path == _STANDARD_INPUT else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The needle map: one needle at every depth of every length, several times, answered by generation.
+"""The needle map: one needle at every depth of every length, several times, to be answered.
 
 The paper shows it as a heat map of depth by length with 10 samples a cell. Prompts are those of
 RULER's single needle in our wording, so a cell's samples differ in key, value and haystack. A
@@ -17,14 +17,15 @@ from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, PromptEncoder
 from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, texts_sha256
 from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, string_match_all
-from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION, Build, fitted_sample, joins_exactly
+from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION, fitted_samples
 from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALUE_DIGITS = 7
-SPARE_TOKENS = 8  # words that a model may put in front of the value
+_VALUE_DIGITS = 7
+# Words that a model may put in front of the value.
+_SPARE_TOKENS = 8
 
 
 class MapHaystack(Enum):
@@ -52,16 +53,19 @@ class NeedleMapConfig:
 def needle_map_faults(
     config: NeedleMapConfig, lengths: Sequence[int], key: str = "evaluation.needle_map"
 ) -> list[str]:
-    """What is wrong with the values, each fault naming its key (``key`` is where ``config`` stands)."""
-    faults = []
+    """What is wrong with the values, each fault naming its key below ``key``."""
     depths = config.depths
-    if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
-        faults.append(f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one")
-    if config.repeats < 1:
-        faults.append(f"{key}.repeats={config.repeats} must be at least 1")
-    if not lengths or min(lengths) < 1:
-        faults.append(f"{key}: lengths={list(lengths)} must be at least one, all above 0")
-    return faults
+    distinct = depths and len(set(depths)) == len(depths)
+    inside = all(0 <= depth <= 1 for depth in depths)
+    no_length = not lengths or min(lengths) < 1
+    faults = {
+        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": not (
+            distinct and inside
+        ),
+        f"{key}.repeats={config.repeats} must be at least 1": config.repeats < 1,
+        f"{key}: lengths={list(lengths)} must be at least one, all above 0": no_length,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]
 
 
 def needle_map_tasks(
@@ -74,35 +78,43 @@ def needle_map_tasks(
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[GenerationTask]:
-    """One task per length, of ``repeats`` samples for every depth: all depths once, then all again,
-    ...
+    """One task per length: ``repeats`` times all depths, one after the other.
 
     ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised),
     ``repeat``, ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
 
-    Args:
-        config: Settings.
-        tokenizer: The model's tokenizer.
-        haystacks: Texts to hide needles in; not used with ``haystack=noise``.
-        lengths: Tokens that BOS, prompt and answer may take together.
-        cache_folder: Where samples are kept (``sample_store``).
-        workers: Processes; 0 works in this one. Changes no sample.
-        progress: Called with a task's name and a number of samples as they are made.
+    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.
         DataError: no texts, or a length that is too short.
         ArtifactError: a file of the store that is damaged.
     """
-    faults = needle_map_faults(config, lengths)
-    if faults:
+    if faults := needle_map_faults(config, lengths):
         raise ConfigError(faults)
     encoder = PromptEncoder(tokenizer)
     noise = config.haystack is MapHaystack.noise
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)
-    makers = [_Maker(config, encoder, haystack, length) for length in lengths]
-    recipes = [maker.recipe(texts) for maker in makers]
+    new_tokens = encoder.total([" " + "8" * _VALUE_DIGITS]) + _SPARE_TOKENS
+    recipes = []
+    for length in lengths:
+        identity = {
+            "suite": "needle_map",
+            "version": GENERATOR_VERSION,
+            "length": length,
+            "seed": config.seed,
+            "depths": config.depths,
+            "haystack": config.haystack.value,
+            "texts": texts,
+            "tokenizer": encoder.fingerprint,
+        }
+        fitted = partial(
+            fitted_samples, partial(_draft, config, encoder, haystack, length), encoder
+        )
+        make = partial(fitted, length=length, max_new_tokens=new_tokens)
+        num_samples = len(config.depths) * config.repeats
+        recipes.append(SampleRecipe("needle_map", length, num_samples, identity, make))
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
     return [
         GenerationTask("needle_map", "needle_map", length, samples, _score)
@@ -110,61 +122,21 @@ def needle_map_tasks(
     ]
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """The samples of one length."""
-
-    config: NeedleMapConfig
-    encoder: PromptEncoder
-    haystack: WordHaystack | NoiseHaystack
-    length: int
-
-    def recipe(self, texts: str) -> SampleRecipe:
-        """How they are made."""
-        config = self.config
-        identity = {
-            "suite": "needle_map",
-            "version": GENERATOR_VERSION,
-            "length": self.length,
-            "seed": config.seed,
-            "depths": config.depths,
-            "haystack": config.haystack.value,
-            "texts": texts,
-            "tokenizer": self.encoder.fingerprint,
-        }
-        return SampleRecipe(
-            "needle_map", self.length, len(config.depths) * config.repeats, identity, self.make
-        )
-
-    def make(self, first: int, stop: int) -> list[Sample]:
-        """Samples first .. stop - 1; the joining of pieces is confirmed on the first of them."""
-        new_tokens = self.encoder.total([" " + "8" * VALUE_DIGITS]) + SPARE_TOKENS
-        budget = self.length - new_tokens - len(self.encoder.bos_ids)
-        whole = not joins_exactly(self._build(first), self.encoder, budget)
-        return [
-            fitted_sample(
-                self._build(index),
-                self.encoder,
-                length=self.length,
-                max_new_tokens=new_tokens,
-                tokenize_whole=whole,
-            )
-            for index in range(first, stop)
-        ]
-
-    def _build(self, index: int) -> Build:
-        """The generator of one sample."""
-        return partial(self._draft, index)
-
-    def _draft(self, index: int, budget: int) -> Draft:
-        """A prompt of at most ``budget`` tokens."""
-        repeat, place = divmod(index, len(self.config.depths))
-        depth = self.config.depths[place]
-        rng = random.Random(f"needle map/{self.config.seed}/{self.length}/{depth}/{repeat}")
-        kind = NiahTask(self.config.haystack.value)
-        draft = niah_prompt(kind, self.encoder, self.haystack, rng, depth, budget)
-        draft.facts["repeat"] = repeat
-        return draft
+def _draft(
+    config: NeedleMapConfig,
+    encoder: PromptEncoder,
+    haystack: WordHaystack | NoiseHaystack,
+    length: int,
+    index: int,
+    budget: int,
+) -> Draft:
+    """The prompt of one sample, at most ``budget`` tokens."""
+    repeat, place = divmod(index, len(config.depths))
+    kind, depth = NiahTask(config.haystack.value), config.depths[place]
+    rng = random.Random(f"needle map/{config.seed}/{length}/{depth}/{repeat}")
+    draft = niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
+    draft.facts["repeat"] = repeat
+    return draft
 
 
 def _score(sample: Sample, text: str) -> float:

@@ -1,18 +1,16 @@
-"""Questions of generation tasks: a prompt, what a right answer is, and the rule that scores one.
+"""Samples of generation tasks (a prompt, its right answers, its score), and their store on disk.
 
 RULER, the needle map and the long tasks all come down to this; one runner answers them
-(``generation_run.py``).
+(``answering``).
 
-Samples on disk: made once, found again by the hash of everything they depend on.
-
-A task at a length is a folder named by that hash, holding Arrow files of a few samples each. A file
-is written under a temporary name, fsynced and renamed, so one that is there is whole; a run that
-was interrupted goes on with the files that are missing. Sample n depends on its task's description
-and n alone: neither the number of samples nor the number of processes changes it. Prompts are
-memory-mapped when read, so a long suite takes no memory.
+Samples are made once and found again by the hash of everything they depend on. A task at a length
+is a folder named by that hash, holding Arrow files of a few samples each. A file is written under a
+temporary name, fsynced and renamed, so one that is there is whole; a run that was interrupted goes
+on with the files that are missing. Sample n depends on its task's description and n alone: neither
+the number of samples nor the number of processes changes it. Prompts are memory-mapped when read,
+so a long suite takes no memory.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -38,75 +36,56 @@ SCHEMA = pa.schema(
     ]
 )
 SAMPLES_PER_FILE = 50
-IDENTITY = b"identity"
+_IDENTITY = b"identity"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, ready to be read by a model.
-
-    Attributes:
-        prompt_T: Token ids of the prompt, BOS included where the model has one; int32 [T].
-        answers: Strings that the score is taken against; what they mean is the task's rule.
-        max_new_tokens: Upper bound on the answer's tokens; prompt and answer fit into the task's
-            length.
-        facts: What is known about the sample (realised depth, tokens left out, ...); plain JSON
-            values.
-    """
+    """One prompt, ready to be read by a model; with its answer it fits into the task's length."""
 
     prompt_T: np.ndarray
+    """Token ids, BOS included where the model has one; int32 [T]."""
     answers: tuple[str, ...]
+    """Strings that the score is taken against; what they mean is the task's rule."""
     max_new_tokens: int
+    """Upper bound on the answer's tokens."""
     facts: dict[str, Any] = field(default_factory=dict)
+    """What is known about the sample (realised depth, tokens left out, ...); plain JSON values."""
 
     @property
     def sha256(self) -> str:
         """Hash of all that an answer and its score depend on."""
         head = json.dumps([list(self.answers), self.max_new_tokens, len(self.prompt_T)]).encode()
-        return hashlib.sha256(
-            head + np.ascontiguousarray(self.prompt_T, dtype="<i4").tobytes()
-        ).hexdigest()
+        return sha256_of_bytes(head + np.ascontiguousarray(self.prompt_T, dtype="<i4").tobytes())
 
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """One task at one length, the same samples for every model.
-
-    Attributes:
-        suite: ``ruler``, ``needle_map``, ``longbench``, ...
-        name: The task within it.
-        length: Tokens that prompt and answer may take together.
-        score: From a sample and the text a model answered to a number from 0 (wrong) to 1 (right).
-    """
+    """One task at one length, the same samples for every model."""
 
     suite: str
+    """``ruler``, ``needle_map``, ``longbench``, ..."""
     name: str
     length: int
+    """Tokens that prompt and answer may take together."""
     samples: tuple[Sample, ...]
     score: Callable[[Sample, str], float]
+    """From a sample and the text a model answered to a number from 0 (wrong) to 1 (right)."""
 
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """How the samples of one task at one length are made.
-
-    Attributes:
-        name: The task, for file names and messages.
-        length: Tokens that prompt and answer may take together.
-        num_samples: Samples wanted.
-        identity: All that a sample depends on beside its number; plain JSON values.
-        make: Samples first .. stop - 1. The same numbers give the same samples, whatever else is
-            made.
-        whole: All samples must be made in one go (they are drawn one after the other from one
-            stream).
-    """
+    """How the samples of one task at one length are made."""
 
     name: str
     length: int
     num_samples: int
     identity: dict[str, Any]
+    """All that a sample depends on beside its number; plain JSON values."""
     make: Callable[[int, int], list[Sample]]
+    """Samples first .. stop - 1: the same numbers give the same samples, whatever else is made."""
     whole: bool = False
+    """All samples must be made in one go: they are drawn from one stream."""
 
     @property
     def sha256(self) -> str:
@@ -114,12 +93,9 @@ class SampleRecipe:
         return sha256_of_bytes(json.dumps(self.identity, sort_keys=True).encode())
 
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last sample (exclusive) of each file."""
-        size = self.num_samples if self.whole else SAMPLES_PER_FILE
-        return [
-            (first, min(first + size, self.num_samples))
-            for first in range(0, self.num_samples, size)
-        ]
+        """First sample of each file, and the first behind it."""
+        size, most = self.num_samples if self.whole else SAMPLES_PER_FILE, self.num_samples
+        return [(first, min(first + size, most)) for first in range(0, most, size)]
 
 
 # What worker processes inherit when they are forked: recipes hold tokenized texts, which are not
@@ -128,12 +104,7 @@ _FORKED: list[tuple["SampleStore", Sequence[SampleRecipe]]] = []
 
 
 class SampleStore:
-    """A folder of samples.
-
-    Args:
-        folder: Where samples are kept; made when needed.
-        workers: Processes that make samples; 0 makes them in this one. Changes no sample.
-    """
+    """A folder of samples, made by forked processes, or with no ``workers`` in this one."""
 
     def __init__(self, folder: Path, workers: int = 0) -> None:
         self.folder = folder
@@ -144,9 +115,7 @@ class SampleStore:
     ) -> list[tuple[Sample, ...]]:
         """The samples of every recipe, made where they are missing.
 
-        Args:
-            recipes: What to make.
-            progress: Called with a task's name and a number of samples whenever a file is finished.
+        ``progress`` is called with a task's name and a number of samples for every finished file.
 
         Raises:
             UserError: a recipe cannot be followed, named with its length; or a file is damaged or
@@ -158,9 +127,8 @@ class SampleStore:
             for first, stop in recipe.ranges()
             if not self.file(recipe, first, stop).is_file()
         ]
-        missing.sort(
-            key=lambda job: -recipes[job[0]].length * (job[2] - job[1])
-        )  # the longest first
+        # The longest first.
+        missing.sort(key=lambda job: -recipes[job[0]].length * (job[2] - job[1]))
         for number, first, stop in self._made(recipes, missing):
             if progress is not None:
                 progress(f"{recipes[number].name} {recipes[number].length}", stop - first)
@@ -172,11 +140,7 @@ class SampleStore:
         return folder / f"samples-{first:05d}-{stop:05d}.arrow"
 
     def write(self, recipe: SampleRecipe, first: int, stop: int) -> None:
-        """Make samples first .. stop - 1 and write their file.
-
-        Raises:
-            UserError: as ``samples``.
-        """
+        """Make samples first .. stop - 1 and write their file; raises as ``samples`` does."""
         try:
             rows = recipe.make(first, stop)
         except DataError as error:
@@ -187,17 +151,13 @@ class SampleStore:
             [row.max_new_tokens for row in rows],
             [json.dumps(row.facts, sort_keys=True) for row in rows],
         ]
-        schema = SCHEMA.with_metadata({IDENTITY: recipe.sha256})
-        table = pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema
-        )
+        schema = SCHEMA.with_metadata({_IDENTITY: recipe.sha256})
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+        table = pa.table(arrays, schema=schema)
         try:
             with atomic_path(self.file(recipe, first, stop)) as temporary:
-                with (
-                    pa.OSFile(str(temporary), "wb") as sink,
-                    pa.ipc.new_file(sink, schema) as writer,
-                ):
-                    writer.write_table(table)
+                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+                    file.write_table(table)
         except OSError as error:
             raise ArtifactError(f"samples cannot be written below {self.folder}: {error}") from None
 
@@ -221,8 +181,8 @@ class SampleStore:
                 yield futures[future]
         except BrokenProcessPool:
             raise DataError(
-                "a process that makes samples was killed, probably for memory; run again with fewer workers: finished "
-                "samples are kept"
+                "a process that makes samples was killed, probably for memory; run again with "
+                "fewer workers: finished samples are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -236,15 +196,12 @@ class SampleStore:
             try:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             except (OSError, pa.ArrowInvalid) as error:
-                raise ArtifactError(
-                    f"{path} is damaged ({error}); remove it, and it is made again"
-                ) from None
-            if (table.schema.metadata or {}).get(
-                IDENTITY
-            ) != recipe.sha256.encode() or table.num_rows != stop - first:
-                raise ArtifactError(
-                    f"{path} does not hold what its name says; remove it, and it is made again"
-                )
+                fault = f"{path} is damaged ({error}); remove it, and it is made again"
+                raise ArtifactError(fault) from None
+            identity = (table.schema.metadata or {}).get(_IDENTITY)
+            if identity != recipe.sha256.encode() or table.num_rows != stop - first:
+                fault = f"{path} does not hold what its name says"
+                raise ArtifactError(f"{fault}; remove it, and it is made again")
             found += _rows(table)
         return tuple(found)
 
@@ -261,7 +218,7 @@ def _rows(table: pa.Table) -> Iterator[Sample]:
 
 
 def _start_worker() -> None:
-    """A process per core is enough; threads of the tokenizer's would not survive the fork anyway."""
+    """A process per core is enough; the tokenizer's threads do not survive the fork anyway."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -270,5 +227,6 @@ def _write_forked(number: int, first: int, stop: int) -> None:
     store, recipes = _FORKED[-1]
     try:
         store.write(recipes[number], first, stop)
-    except UserError as error:  # the parent must be able to unpickle it
+    except UserError as error:
+        # The parent must be able to unpickle it.
         raise type(error)(str(error)) from None

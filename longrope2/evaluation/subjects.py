@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longrope2.config import StageConfig
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
-from longrope2.files.artifacts import describe_input, read_manifest
+from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
-from longrope2.model.folder import model_identity, weights_sha256
+from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
 from longrope2.model.loading import rope_geometry
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -63,6 +64,29 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
         except (ArtifactError, FactorsError) as error:
             raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
     return subjects
+
+
+def find_checkpoint(
+    config: StageConfig, key: str, given: str | None
+) -> tuple[Path, RescaleFactors]:
+    """The checkpoint of a stage and its factors: ``given``, or what the run itself has trained.
+
+    Args:
+        config: Of the stage.
+        key: Where ``given`` stands in it, for messages.
+        given: Folder; None is the run's ``3_checkpoints/final``.
+
+    Raises:
+        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
+    """
+    own = product_folder(config.run.folder, "checkpoints") / "final"
+    checkpoint = Path(given) if given else own
+    if not checkpoint.is_dir():
+        raise ArtifactError(f"{key}={checkpoint} does not exist; run launch.train first")
+    factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
+    base_folder = resolve_model_folder(config.model.path)
+    check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
+    return checkpoint, factors
 
 
 def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:

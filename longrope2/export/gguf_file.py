@@ -24,40 +24,33 @@ from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
 
 GGUF_FILE = "model.gguf"
-FACTOR_TENSORS = {
+_FACTOR_TENSORS = {
     Window.LONG: "rope_factors_long.weight",
     Window.SHORT: "rope_factors_short.weight",
 }
-CLASSES = ("llama", "mistral")
+_CLASSES = ("llama", "mistral")
 
 
 def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -> None:
-    """Refuse a model that cannot become a GGUF file here, before anything is written.
-
-    Args:
-        folder: Checkpoint or exported folder.
-        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
-        pretokenizer: See ``write_gguf``.
+    """Refuse a checkpoint or exported folder that cannot become a GGUF file, before any work.
 
     Raises:
         ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer
             whose kind is not known.
     """
     config = read_raw_config(folder / CONFIG_FILE)
-    if config["model_type"] not in CLASSES:
+    if config["model_type"] not in _CLASSES:
         raise ArtifactError(
-            f"export.gguf=true: {config['model_type']} models are not supported, {', '.join(CLASSES)} are"
+            f"export.gguf=true: {config['model_type']} models are not supported, "
+            f"{', '.join(_CLASSES)} are"
         )
-    if (
-        config.get("attention_bias")
-        or config.get("mlp_bias")
-        or config.get("partial_rotary_factor", 1) != 1
-    ):
+    has_bias = config.get("attention_bias") or config.get("mlp_bias")
+    if has_bias or config.get("partial_rotary_factor", 1) != 1:
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
     if not (tokenizer_folder / "tokenizer.model").is_file() and pretokenizer is None:
         raise ArtifactError(
-            "export.gguf=true: this tokenizer is a byte-level BPE; set export.gguf_pretokenizer to llama.cpp's name for how "
-            "it splits text (llama-bpe for Llama 3, smollm for SmolLM2)"
+            "export.gguf=true: this tokenizer is a byte-level BPE; set export.gguf_pretokenizer to "
+            "llama.cpp's name for how it splits text (llama-bpe for Llama 3, smollm for SmolLM2)"
         )
 
 
@@ -70,12 +63,8 @@ def write_gguf(
 ) -> None:
     """Write config, factors, tokenizer and weights of an exported folder, then read the file back.
 
-    Args:
-        folder: Exported Hugging Face folder.
-        factors: What the folder applies in either window.
-        path: File to write.
-        tokenizer_folder: Where the base model's tokenizer.model stands, if it has one.
-        pretokenizer: llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
+    A SentencePiece model is taken from the base model's ``tokenizer_folder``; ``pretokenizer`` is
+    llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
 
     Raises:
         ArtifactError: see ``check_gguf``; or what was read back is not what was meant.
@@ -87,8 +76,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, "llama")
     _add_config(writer, config, factors)
     _add_tokenizer(writer, folder, tokenizer_folder, config["vocab_size"], pretokenizer)
-    for window, name in FACTOR_TENSORS.items():
-        writer.add_tensor(name, np.array(factors.window_factors(window), dtype=np.float32))
+    for window, name in _FACTOR_TENSORS.items():
+        writer.add_tensor(name, _float32(factors, window))
     bf16 = config["dtype"] == "bfloat16"
     for name, values in _renamed_tensors(folder, config):
         if bf16 and values.ndim > 1:
@@ -141,18 +130,14 @@ def _add_tokenizer(
         writer.add_token_scores(scores + [-1000.0] * (vocab_size - len(tokens)))
     else:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        by_id = {
-            number: (token, gguf.TokenType.NORMAL)
-            for token, number in tokenizer["model"]["vocab"].items()
-        }
+        vocab = tokenizer["model"]["vocab"]
+        by_id = {number: (token, gguf.TokenType.NORMAL) for token, number in vocab.items()}
         for added in tokenizer["added_tokens"]:
             kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
             by_id[added["id"]] = added["content"], kind
-        all_ids = range(max(by_id) + 1)  # a vocabulary may leave ids out
-        tokens, kinds = (
-            list(column)
-            for column in zip(*(by_id.get(n, _unused(n)) for n in all_ids), strict=True)
-        )
+        # A vocabulary may leave ids out.
+        entries = [by_id.get(number, _unused(number)) for number in range(max(by_id) + 1)]
+        tokens, kinds = (list(column) for column in zip(*entries, strict=True))
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pretokenizer)
     for number in range(len(tokens), vocab_size):
@@ -161,9 +146,14 @@ def _add_tokenizer(
         kinds.append(kind)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(folder, load_merges=pretokenizer is not None, n_vocab=vocab_size).add_to_gguf(
-        writer, quiet=True
-    )
+    has_merges = pretokenizer is not None
+    special = gguf.SpecialVocab(folder, load_merges=has_merges, n_vocab=vocab_size)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _float32(factors: RescaleFactors, window: Window) -> np.ndarray:
+    """The factors of a window, as its tensor holds them."""
+    return np.array(factors.window_factors(window), dtype=np.float32)
 
 
 def _unused(number: int) -> tuple[str, int]:
@@ -190,9 +180,8 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
             for part, heads in num_heads.items():
                 if f".{part}." in name:
                     rows, columns = tensor.shape
-                    values = (
-                        values.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
-                    )
+                    halves = values.reshape(heads, 2, -1, columns)
+                    values = halves.swapaxes(1, 2).reshape(rows, columns)
             yield renamed, np.ascontiguousarray(values)
 
 
@@ -202,10 +191,8 @@ def _check_read_back(path: Path, factors: RescaleFactors, config: dict[str, Any]
 
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    for window, name in FACTOR_TENSORS.items():
-        if not np.array_equal(
-            tensors[name], np.array(factors.window_factors(window), dtype=np.float32)
-        ):
+    for window, name in _FACTOR_TENSORS.items():
+        if not np.array_equal(tensors[name], _float32(factors, window)):
             raise ArtifactError(f"{path}: {name} reads back as other factors")
     expected = {
         "llama.context_length": factors.target_len,

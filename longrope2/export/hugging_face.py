@@ -1,9 +1,8 @@
-"""A checkpoint as a Hugging Face folder that plain transformers loads, with one window's RoPE or
-both in its config.json.
+"""A checkpoint as a Hugging Face folder that plain transformers loads.
 
 The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor
-explicit; see ``to_hf_config`` and ``variants``). The weights are the checkpoint's,
-cast to the wanted format.
+explicit; see ``to_hf_config`` and ``variants``), one window's or both. The weights
+are the checkpoint's, cast to the wanted format.
 """
 
 import json
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from longrope2.export.model_card import StaticCost, model_card
 from longrope2.export.variants import (
@@ -28,10 +26,12 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 
-COPIED_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
-                "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-INDEX_FILE = "model.safetensors.index.json"
+_COPIED_FILES = """
+    tokenizer.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt
+    chat_template.jinja
+    """.split()
+_TOKENIZER_CONFIG, _GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+_INDEX_FILE = "model.safetensors.index.json"
 
 
 def write_hugging_face_folder(
@@ -43,17 +43,11 @@ def write_hugging_face_folder(
     cost: StaticCost | None = None,
     weights_from: Path | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and model card into ``folder``.
+    """Write config, weights, tokenizer and model card of a finished checkpoint into ``folder``.
 
-    Args:
-        checkpoint: Folder of a finished checkpoint, with the base model's config.json.
-        factors: The checkpoint's factors.
-        folder: Where to write; made if missing.
-        dtype: Number format of floating-point weights.
-        variant: Which windows the folder holds.
-        cost: What a static choice costs, for the card; None is said to be unmeasured.
-        weights_from: A folder already written from this checkpoint in this format; its weight files
-            are shared (hard links where the file system has them).
+    Floating-point weights are cast to ``dtype``, or shared with ``weights_from``, a folder already
+    written from this checkpoint in this format (hard links where the file system has them). A
+    ``cost`` of None is said to be unmeasured in the card.
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
@@ -67,19 +61,17 @@ def write_hugging_face_folder(
         _write_weights(checkpoint, folder, dtype)
     else:
         _share_weights(weights_from, folder)
-    for name in COPIED_FILES:
+    for name in _COPIED_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
-    if (checkpoint / TOKENIZER_CONFIG).is_file():
-        tokenizer_config = json.loads((checkpoint / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        _write_json(
-            folder / TOKENIZER_CONFIG, tokenizer_config | {"model_max_length": applied.target_len}
-        )
-    if (checkpoint / GENERATION_CONFIG).is_file():
-        generation_config = json.loads((checkpoint / GENERATION_CONFIG).read_text(encoding="utf-8"))
+    if (checkpoint / _TOKENIZER_CONFIG).is_file():
+        reach = {"model_max_length": applied.target_len}
+        _write_json(folder / _TOKENIZER_CONFIG, _read_json(checkpoint / _TOKENIZER_CONFIG) | reach)
+    if (checkpoint / _GENERATION_CONFIG).is_file():
+        generation = _read_json(checkpoint / _GENERATION_CONFIG)
         # Llama's says 4,096, with which transformers refuses longer prompts.
-        reach = {"max_length": applied.target_len} if "max_length" in generation_config else {}
-        _write_json(folder / GENERATION_CONFIG, generation_config | reach)
+        reach = {"max_length": applied.target_len} if "max_length" in generation else {}
+        _write_json(folder / _GENERATION_CONFIG, generation | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
     write_text(folder / "README.md", model_card(base_config, config, factors, variant, cost))
 
@@ -90,41 +82,38 @@ def merged_config(
     dtype: torch.dtype,
     variant: ExportVariant = ExportVariant.dual,
 ) -> dict[str, Any]:
-    """The base model's config.json with a variant's RoPE keys, full attention, and the weights'
-    number format.
+    """The base model's config.json with a variant's RoPE keys, full attention and number format.
 
     Raises:
         FactorsError: ``dual``, and the attention scales of the two windows differ.
     """
-    dtype_name = str(dtype).removeprefix("torch.")
-    # Transformers 5 reads "dtype", older versions "torch_dtype".
     # Names of code files beside the base model, which do not come along; transformers and vLLM have
     # the classes themselves.
     config = {key: value for key, value in config.items() if key != "auto_map"}
-    return {
-        **variant_keys(config, variant_factors(factors, variant), variant),
-        **full_attention_keys(config),
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
-    }
+    # Transformers 5 reads "dtype", older versions "torch_dtype".
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    rope = variant_keys(config, variant_factors(factors, variant), variant)
+    return rope | full_attention_keys(config) | dtypes
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     """Cast and write each weight file under its own name; an index of shards goes along."""
     total_bytes = 0
     for path in sorted(checkpoint.glob("*.safetensors")):
-        tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if (checkpoint / INDEX_FILE).is_file():
-        index = json.loads((checkpoint / INDEX_FILE).read_text(encoding="utf-8"))
+    if (checkpoint / _INDEX_FILE).is_file():
+        index = _read_json(checkpoint / _INDEX_FILE)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
-        _write_json(folder / INDEX_FILE, index)
+        _write_json(folder / _INDEX_FILE, index)
 
 
 def _share_weights(source: Path, folder: Path) -> None:
     """The same weight files and index once more, without their bytes where possible."""
-    for path in (*sorted(source.glob("*.safetensors")), source / INDEX_FILE):
+    for path in (*sorted(source.glob("*.safetensors")), source / _INDEX_FILE):
         if path.is_file():
             try:
                 os.link(path, folder / path.name)
@@ -132,11 +121,9 @@ def _share_weights(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floating-point tensors in ``dtype``, others as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable JSON."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

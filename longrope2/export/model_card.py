@@ -1,7 +1,7 @@
-"""The README of an exported model: what it is, which engines read it correctly, and what a static
-choice costs.
+"""The README of an exported model: what it is, which engines read it, what a static choice costs.
 
-What it costs to read short texts with the rescaled RoPE, as an engine without a switch must.
+The cost is what is lost on short texts under the rescaled RoPE, with which an engine without a
+switch must read them.
 """
 
 import math
@@ -16,8 +16,9 @@ from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.hf_config import UNSCALED_TYPE
 
-CARD = """\
+_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -25,21 +26,24 @@ tags: [longrope2, long-context]
 ---
 # {architecture}, {title}
 
-The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens ({scale:g} times) with
-[LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that sequences of up to {original_len:,} tokens
-are read with the original RoPE, longer ones with the rescaled RoPE. {holds} Licence and intended use are those of the base
+The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens \
+({factors.scale:g} times) with
+[LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that \
+sequences of up to {original_len:,} tokens
+are read with the original RoPE, longer ones with the rescaled RoPE. {holds} \
+Licence and intended use are those of the base
 model.
 
 | | |
 |---|---|
-| variant | {variant} |
+| variant | {variant.value} |
 | original window L0 | {original_len:,} tokens |
-| window of this folder | {window:,} tokens |
-| RoPE base, rotary dimension | {rope_base:g}, {rotary_dim} |
-| method | {method} |
+| window of this folder | {applied.target_len:,} tokens |
+| RoPE base, rotary dimension | {geometry.rope_base:g}, {geometry.rotary_dim} |
+| method | {factors.method} |
 | critical dimension (cosine index) | {critical_index} |
-| attention factor | {attention_factor:g} |
-| weights | {dtype} |
+| attention factor | {applied.long_attention_scale:g} |
+| weights | {config[dtype]} |
 
 Rescale factors up to {original_len:,} tokens: {short_factors}.
 {beyond}`factors.json` holds the same numbers with their origin.
@@ -53,7 +57,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-When this folder was written it was loaded with transformers {transformers_version}, and its logits were compared with
+When this folder was written it was loaded with transformers {transformers_version}, \
+and its logits were compared with
 the trained model's on either side of the end of the original window, as far as this folder reaches.
 
 ## Which engines read it correctly
@@ -66,28 +71,35 @@ the trained model's on either side of the end of the original window, as far as 
 
 {cost}
 """
-TITLES = {
+_TITLES = {
     ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
     ExportVariant.long_only: "window of {target_len:,} tokens, one RoPE for all lengths",
     ExportVariant.short_only: "inside its original window of {original_len:,} tokens",
 }
-HOLDS = {
+_HOLDS = {
     ExportVariant.dual: "This folder holds both.",
-    ExportVariant.long_only: "This folder holds the rescaled RoPE only, for engines that cannot switch.",
-    ExportVariant.short_only: "This folder holds the original RoPE only, for engines that cannot switch.",
+    ExportVariant.long_only: "This folder holds the rescaled RoPE only, for engines that cannot "
+    "switch.",
+    ExportVariant.short_only: "This folder holds the original RoPE only, for engines that cannot "
+    "switch.",
 }
-ENGINES = {
+_ENGINES = {
     ExportVariant.dual: """\
 | engine | reads it correctly | what to set |
 |---|---|---|
 | `launch.generate` of this project | yes, each sequence for itself, across the switch | |
 {transformers_rows}
-| vLLM | one window, chosen at load | `--max-model-len` up to {original_len}: the original RoPE; above: the rescaled one |
-| SGLang | no: one long request moves the whole running batch to the rescaled RoPE | the `long_only` or `short_only` variant |
-| llama.cpp | one window, by its context size; its converter drops Llama factors | `export.gguf=true` writes `model.gguf` |
+| vLLM | one window, chosen at load | `--max-model-len` \
+up to {original_len}: the original RoPE; above: the rescaled one |
+| SGLang | no: one long request moves the whole running batch to the rescaled RoPE | \
+the `long_only` or `short_only` variant |
+| llama.cpp | one window, by its context size; its converter drops Llama factors | \
+`export.gguf=true` writes `model.gguf` |
 
-- transformers switches once per forward pass, **for the whole batch**: one sequence beyond {original_len:,} tokens
-  moves all others of its batch to the long window's RoPE. Put short and long sequences into separate batches.
+- transformers switches once per forward pass, **for the whole batch**: \
+one sequence beyond {original_len:,} tokens
+  moves all others of its batch to the long window's RoPE. \
+Put short and long sequences into separate batches.
 - {cache_note}""",
     ExportVariant.long_only: """\
 | engine | reads it correctly | what to set |
@@ -95,37 +107,48 @@ ENGINES = {
 {transformers_rows}
 | vLLM | yes | `--max-model-len {target_len}` (its default is {original_len}) |
 | SGLang | yes | `--context-length {target_len}` |
-| llama.cpp | its converter drops the factors of Llama classes | `model.gguf` of an export with `export.gguf=true` |""",
+| llama.cpp | its converter drops the factors of Llama classes | \
+`model.gguf` of an export with `export.gguf=true` |""",
     ExportVariant.short_only: """\
 | engine | reads it correctly | what to set |
 |---|---|---|
 | {short_engines} | yes | a window of at most {original_len} tokens |""",
 }
-TRANSFORMERS_ROWS = {
+_TRANSFORMERS_ROWS = {
     ExportVariant.dual: """\
 | transformers 4.57 and later | yes, with two limits below | |
-| transformers before 4.57 | no: Llama classes never switch | the `long_only` or `short_only` variant |""",
+| transformers before 4.57 | no: Llama classes never switch | \
+the `long_only` or `short_only` variant |""",
     ExportVariant.long_only: """\
-| transformers 4.46 and later | yes; no switch, so batches may mix lengths and a cache stays valid | |""",
+| transformers 4.46 and later | yes; no switch, so batches may mix lengths \
+and a cache stays valid | |""",
     ExportVariant.short_only: "",
 }
-PHI3_ROWS = """\
+_PHI3_ROWS = """\
 | transformers 5 and later | yes{limits} | |
-| transformers before 5 | no: its Phi-3 config refuses the attention factor, and this folder with it | |"""
-STALE_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers keeps the key/value cache that was computed under the
-  short window's RoPE (for this model class). That is not the model that was trained. Start with a prompt that is beyond
-  {original_len:,} tokens already, stay within, or run the prompt again after the crossing, as `launch.generate` does."""
-DROPPED_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers drops the key/value cache of this model class once and reads
+| transformers before 5 | no: its Phi-3 config refuses the attention factor, \
+and this folder with it | |"""
+_STALE_CACHE = """\
+When generation crosses {original_len:,} tokens, transformers keeps \
+the key/value cache that was computed under the
+  short window's RoPE (for this model class). That is not the model that was trained. \
+Start with a prompt that is beyond
+  {original_len:,} tokens already, stay within, or run the prompt again \
+after the crossing, as `launch.generate` does."""
+_DROPPED_CACHE = """\
+When generation crosses {original_len:,} tokens, transformers drops the key/value cache of this \
+model class once and reads
   the text again; it counts padding as text there, so keep rows of a batch equally long."""
-CACHE_DROPPING_TYPES = ("phi3", "phi4_multimodal")
-NOTE = """\
-vLLM and SGLang do not read `attention_factor`; `short_mscale` and `long_mscale` in config.json tell them the same number.
-transformers warns that it does not know these two keys; it does not need them. vLLM, SGLang and llama.cpp were judged by
+_CACHE_DROPPING_TYPES = ("phi3", "phi4_multimodal")
+_NOTE = """\
+vLLM and SGLang do not read `attention_factor`; `short_mscale` and `long_mscale` \
+in config.json tell them the same number.
+transformers warns that it does not know these two keys; it does not need them. \
+vLLM, SGLang and llama.cpp were judged by
 their public sources; this folder was not run in them."""
-SLIDING = """
-The base model's config.json asks for a sliding window of {sliding_window:,} tokens. This model was trained with full
+_SLIDING = """
+The base model's config.json asks for a sliding window of {sliding_window:,} tokens. \
+This model was trained with full
 attention, so the folder's config.json has none.
 """
 
@@ -148,24 +171,14 @@ class StaticCost:
 
 
 def measure_static_cost(model: WindowedModel, windows: Sequence[Tensor], text: str) -> StaticCost:
-    """Perplexity of every token but the first.
-
-    Args:
-        model: The trained model.
-        windows: Token ids of texts within L0, BOS first, each [T].
-        text: What they are, for the record.
-    """
-    perplexities = {}
-    for window in Window:
-        nats = [
-            token_nll(model, tokens_T[None].to(model.hf.device), window).flatten()
-            for tokens_T in windows
-        ]
-        perplexities[window] = math.exp(torch.cat(nats).double().mean())
+    """Perplexity of every token but the first of ``windows``, texts within L0, BOS first, [T]."""
+    perplexities = []
+    for window in (Window.SHORT, Window.LONG):
+        rows = [tokens_T[None].to(model.hf.device) for tokens_T in windows]
+        nats = torch.cat([token_nll(model, row_BT, window).flatten() for row_BT in rows])
+        perplexities.append(math.exp(nats.double().mean()))
     longest = max(len(tokens_T) for tokens_T in windows)
-    return StaticCost(
-        perplexities[Window.SHORT], perplexities[Window.LONG], len(windows), longest, text
-    )
+    return StaticCost(*perplexities, num_windows=len(windows), max_tokens=longest, text=text)
 
 
 def model_card(
@@ -175,91 +188,74 @@ def model_card(
     variant: ExportVariant,
     cost: StaticCost | None,
 ) -> str:
-    """Text of README.md.
-
-    Args:
-        base_config: The base model's config.json.
-        config: The exported config.json.
-        factors: The checkpoint's factors.
-        variant: What the folder holds of them.
-        cost: What a static choice costs, if it was measured.
-    """
+    """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured."""
     import transformers
 
-    applied = variant_factors(factors, variant)
-    lengths = {"original_len": factors.geometry.original_len, "target_len": factors.target_len}
-    cache_note = DROPPED_CACHE if config["model_type"] in CACHE_DROPPING_TYPES else STALE_CACHE
-    unscaled = config["rope_parameters"]["rope_type"] == "default"
-    return CARD.format(
+    applied, geometry = variant_factors(factors, variant), factors.geometry
+    lengths = {"original_len": geometry.original_len, "target_len": factors.target_len}
+    unscaled = config["rope_parameters"]["rope_type"] == UNSCALED_TYPE
+    short, long = applied.short_factors, f"Beyond: {_numbers(applied.factors)}.\n"
+    return _CARD.format(
         **lengths,
         architecture=(config.get("architectures") or [config["model_type"]])[0],
-        title=TITLES[variant].format(**lengths),
-        holds=HOLDS[variant],
-        variant=variant.value,
-        window=applied.target_len,
-        scale=factors.scale,
-        rope_base=factors.geometry.rope_base,
-        rotary_dim=factors.geometry.rotary_dim,
-        method=factors.method,
+        title=_TITLES[variant].format(**lengths),
+        holds=_HOLDS[variant],
+        variant=variant,
+        factors=factors,
+        applied=applied,
+        geometry=geometry,
+        config=config,
         critical_index="none" if factors.critical_index is None else factors.critical_index,
-        attention_factor=applied.long_attention_scale,
-        dtype=config["dtype"],
-        short_factors="all 1, the original RoPE"
-        if applied.short_factors is None
-        else _numbers(applied.short_factors),
-        beyond=""
-        if variant is ExportVariant.short_only
-        else f"Beyond: {_numbers(applied.factors)}.\n",
+        short_factors="all 1, the original RoPE" if short is None else _numbers(short),
+        beyond="" if variant is ExportVariant.short_only else long,
         attention=_attention(base_config, config),
         transformers_version=transformers.__version__,
-        engines=ENGINES[variant].format(
-            **lengths,
-            transformers_rows=_transformers_rows(config, variant),
-            cache_note=cache_note.format(**lengths),
-            short_engines="every engine that knows the base model"
-            if unscaled
-            else "transformers, vLLM, SGLang",
-        ),
-        attention_factor_note="It needs no rescaling of RoPE." if unscaled else NOTE,
+        engines=_engines(config, variant, lengths, unscaled),
+        attention_factor_note="It needs no rescaling of RoPE." if unscaled else _NOTE,
         cost=_cost(cost, variant, lengths),
     )
 
 
-def _transformers_rows(config: dict[str, Any], variant: ExportVariant) -> str:
-    """Versions of transformers, by model class."""
+def _engines(
+    config: dict[str, Any], variant: ExportVariant, lengths: dict[str, int], unscaled: bool
+) -> str:
+    """The table of engines, with versions of transformers by model class."""
+    rows = _TRANSFORMERS_ROWS[variant]
     if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
-        return PHI3_ROWS.format(
-            limits=", with two limits below" if variant is ExportVariant.dual else ""
-        )
-    return TRANSFORMERS_ROWS[variant]
+        limits = ", with two limits below" if variant is ExportVariant.dual else ""
+        rows = _PHI3_ROWS.format(limits=limits)
+    drops_cache = config["model_type"] in _CACHE_DROPPING_TYPES
+    short_engines = "transformers, vLLM, SGLang"
+    return _ENGINES[variant].format(
+        **lengths,
+        transformers_rows=rows,
+        cache_note=(_DROPPED_CACHE if drops_cache else _STALE_CACHE).format(**lengths),
+        short_engines="every engine that knows the base model" if unscaled else short_engines,
+    )
 
 
 def _attention(base_config: dict[str, Any], config: dict[str, Any]) -> str:
     """A sentence where the exported config drops a sliding window."""
-    if "sliding_window" not in config or config["sliding_window"] is not None:
+    dropped = base_config.get("sliding_window")
+    if not dropped or config.get("sliding_window", dropped) is not None:
         return ""
-    if not base_config.get("sliding_window"):
-        return ""
-    return SLIDING.format(sliding_window=base_config["sliding_window"])
+    return _SLIDING.format(sliding_window=dropped)
 
 
 def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, int]) -> str:
     """What is lost on short texts under a rescaled RoPE, or that nobody measured it."""
     if variant is ExportVariant.short_only:
-        return "Nothing inside {original_len:,} tokens; beyond them this variant does not read at all.".format(
-            **lengths
-        )
-    subject = (
-        "This variant reads"
-        if variant is ExportVariant.long_only
-        else "An engine set to the long window reads"
-    )
+        inside = f"Nothing inside {lengths['original_len']:,} tokens"
+        return f"{inside}; beyond them this variant does not read at all."
+    static = "An engine set to the long window" if variant is ExportVariant.dual else "This variant"
+    loses = f"{static} reads short texts with the rescaled RoPE."
     if cost is None:
-        return f"{subject} short texts with the rescaled RoPE. What that costs was not measured for this model."
+        return f"{loses} What that costs was not measured for this model."
     return (
-        f"{subject} short texts with the rescaled RoPE. Measured when this folder was written, on {cost.num_windows} texts\n"
-        f"of at most {cost.max_tokens:,} tokens ({cost.text}): perplexity {cost.long_perplexity:.4g} instead of\n"
-        f"{cost.short_perplexity:.4g} with the original RoPE ({100 * (cost.ratio - 1):+.1f} %). Short tasks were not."
+        f"{loses} Measured when this folder was written, on {cost.num_windows} texts\n"
+        f"of at most {cost.max_tokens:,} tokens ({cost.text}): perplexity "
+        f"{cost.long_perplexity:.4g} instead of\n{cost.short_perplexity:.4g} with the original "
+        f"RoPE ({100 * (cost.ratio - 1):+.1f} %). Short tasks were not."
     )
 
 

@@ -1,5 +1,4 @@
-"""Proof that an exported folder is the trained model: plain transformers against our windowed
-model, both windows.
+"""Proof that an exported folder is the trained model: plain transformers against our own.
 
 Shape legend: T = tokens, V = vocabulary.
 """
@@ -17,12 +16,10 @@ from longrope2.inference.generation import window_for_length
 from longrope2.model.loading import device_and_dtype, load_windowed_model
 from longrope2.rope.factors import RescaleFactors
 
-LOGIT_TOLERANCE = (
-    1e-4  # of the largest logit, float32: two attention kernels differ by rounding, no more
-)
-COMPARED_TOKENS = (
-    64  # last positions compared; the logits of a whole long window do not fit in memory
-)
+# Of the largest logit, float32: two attention kernels differ by rounding, no more.
+LOGIT_TOLERANCE = 1e-4
+# Last positions compared; the logits of a whole long window do not fit in memory.
+_COMPARED_TOKENS = 64
 
 
 def verify_export(
@@ -32,15 +29,10 @@ def verify_export(
     dtype: torch.dtype,
     lengths: Sequence[int],
 ) -> dict[int, float]:
-    """Compare logits on random tokens, computed in float32 from weights rounded to the exported
-    format.
+    """Compare logits on random tokens, in float32 from weights rounded to the exported format.
 
-    Args:
-        checkpoint: What was exported, run by our own windowed model, which is told the window.
-        factors: The checkpoint's factors.
-        folder: The exported folder, run by plain transformers, which finds the window by itself.
-        dtype: Format the exported weights were rounded to.
-        lengths: Tokens of each comparison; take them from both windows.
+    The checkpoint is run by our own windowed model, which is told the window, the folder by plain
+    transformers, which finds the window by itself; take ``lengths`` from both windows.
 
     Returns:
         Length -> largest absolute difference over the largest absolute logit.
@@ -58,9 +50,10 @@ def verify_export(
         differences[length] = float((ours[length] - theirs[length]).abs().max()) / largest
         if not differences[length] <= LOGIT_TOLERANCE:
             raise ArtifactError(
-                f"{folder}: at {length} tokens plain transformers gives logits that differ from the checkpoint's by "
-                f"{differences[length]:.2g} of the largest logit (allowed: {LOGIT_TOLERANCE:g}); nothing was exported. "
-                "Is the transformers version one that this project is tested with?"
+                f"{folder}: at {length} tokens plain transformers gives logits that differ from "
+                f"the checkpoint's by {differences[length]:.2g} of the largest logit (allowed: "
+                f"{LOGIT_TOLERANCE:g}); nothing was exported. Is the transformers version one that "
+                "this project is tested with?"
             )
     return differences
 
@@ -82,9 +75,8 @@ def _our_logits(
     for length in lengths:
         window = window_for_length(length, factors.geometry.original_len)
         tokens_BT = _random_tokens(length, vocab_size).to(device)
-        logits[length] = model.logits(tokens_BT, window, keep=slice(-COMPARED_TOKENS, None))[
-            0
-        ].cpu()
+        kept_BTV = model.logits(tokens_BT, window, keep=slice(-_COMPARED_TOKENS, None))
+        logits[length] = kept_BTV[0].cpu()
     return logits
 
 
@@ -95,15 +87,12 @@ def _transformers_logits(
     """Last logits [T, V] of the exported model at each length."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
-    return {
-        length: model(
-            input_ids=_random_tokens(length, model.config.vocab_size).to(device),
-            logits_to_keep=COMPARED_TOKENS,
-        )
-        .logits[0]
-        .cpu()
-        for length in lengths
-    }
+    logits = {}
+    for length in lengths:
+        tokens_BT = _random_tokens(length, model.config.vocab_size).to(device)
+        kept_BTV = model(input_ids=tokens_BT, logits_to_keep=_COMPARED_TOKENS).logits
+        logits[length] = kept_BTV[0].cpu()
+    return logits
 
 
 def _random_tokens(length: int, vocab_size: int) -> Tensor:

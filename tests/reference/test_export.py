@@ -16,10 +16,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from launch import export as export_command
 from longrope2.config import compose, to_plain
 from longrope2.errors import ArtifactError, ConfigError, FactorsError
+from longrope2.export import run as export_run
 from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
+from longrope2.export.run import Export, is_complete, static_cost
 from longrope2.export.variants import ExportRoot
 from longrope2.export.verification import LOGIT_TOLERANCE, verify_export
 from longrope2.files.artifacts import Manifest, write_manifest
@@ -220,36 +221,37 @@ def test_generation_reaches_to_the_end_of_the_window(checkpoint, tmp_path):
         )
 
 
+def composed(folder, *overrides):
+    run = ("model=tiny", f"target_len={TARGET_LEN}", f"run.root={folder}", "run.name=r")
+    return compose(ExportRoot, "export", (*run, *overrides))
+
+
 def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp_path):
-    plan = export_command.ExportPlan(
-        tmp_path, factors_with(), {"checkpoint": {"path": "x", "sha256": "y"}}
-    )
+    inputs = {"checkpoint": {"path": "x", "sha256": "y"}}
 
-    def is_complete(*overrides):
-        return export_command._is_complete(tmp_path, compose(ExportRoot, "export", overrides), plan)
+    def exported(*overrides):
+        return Export(composed(tmp_path, *overrides), tmp_path, factors_with(), inputs)
 
-    made_with = to_plain(compose(ExportRoot, "export", ["export.cost_windows=0"]))
-    write_manifest(tmp_path, Manifest("exports", inputs=plan.inputs, config=made_with))
-    assert not is_complete("export.cost_windows=0")
-    (tmp_path / "hugging_face").mkdir()
-    assert is_complete("export.cost_windows=0") and is_complete(
-        "export.cost_windows=0", "export.checkpoint=elsewhere"
-    )
-    assert not is_complete() and not is_complete("export.cost_windows=0", "export.dtype=bf16")
+    made = exported("export.cost_windows=0")
+    made.folder.mkdir(parents=True)
+    write_manifest(made.folder, Manifest("exports", inputs=inputs, config=to_plain(made.config)))
+    assert not is_complete(made)
+    (made.folder / "hugging_face").mkdir()
+    assert is_complete(made)
+    assert is_complete(exported("export.cost_windows=0", "export.checkpoint=elsewhere"))
+    assert not is_complete(exported())
+    assert not is_complete(exported("export.cost_windows=0", "export.dtype=bf16"))
 
 
-def test_more_texts_than_there_are_are_refused(monkeypatch):
+def test_more_texts_than_there_are_are_refused(tmp_path, monkeypatch):
     model = Path(__file__).parents[2] / "models" / "tiny"
-    monkeypatch.setattr(
-        export_command, "heldout_documents", lambda corpus: iter([SimpleNamespace(text="some")])
-    )
+    only = [SimpleNamespace(text="some")]
+    monkeypatch.setattr(export_run, "heldout_documents", lambda corpus: only)
+    config = composed(tmp_path, "export.cost_windows=2")
     with pytest.raises(
         ConfigError, match=r"export\.cost_windows=2 must be at most 1, all texts there are"
     ):
-        export_command._static_cost(
-            export_command.ExportPlan(model, factors_with(), {}),
-            compose(ExportRoot, "export", ["export.cost_windows=2"]),
-        )
+        static_cost(Export(config, model, factors_with(), {}))
 
 
 def test_two_attention_scales_cannot_be_exported(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""GGUF files of exports, read back by gguf itself and by transformers, which has a reader of its own."""
+"""GGUF files of exports, read back by gguf itself and by the reader of transformers."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
-    """Its reader undoes the order of query and key rows and knows no longrope: the original RoPE, at a short length."""
+    """Its reader undoes the order of rows and knows no longrope: the original RoPE, short."""
     write_gguf(exported(tmp_path / "export", dtype=dtype), FACTORS, tmp_path / "model.gguf", MODEL)
     found = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32, **DEQUANTIZED

@@ -1,5 +1,4 @@
-"""Variants of an export: what transformers computes with them, and what static engines read from
-them.
+"""Variants of an export: what transformers computes with them, what static engines read in them.
 
 The rules of vLLM and SGLang are written out here as their public sources have them: both take
 ``short_factor``, ``long_factor``, ``short_mscale`` and ``long_mscale``, neither reads
@@ -174,7 +173,8 @@ def test_static_engines_get_the_factors_and_magnitudes_stated(
 
 
 def test_two_attention_scales_are_refused_with_a_way_out(checkpoint, tmp_path):
-    expected = r"attention scale is 1\.0 .* 1\.1386.* \(yarn\); .* Set export\.variants=\[long_only,short_only\]"
+    way_out = r"Set export\.variants=\[long_only,short_only\]"
+    expected = rf"attention scale is 1\.0 .* 1\.1386.* \(yarn\); .* {way_out}"
     with pytest.raises(FactorsError, match=expected):
         write_hugging_face_folder(checkpoint, YARN, tmp_path / "export", torch.float32)
     assert not (tmp_path / "export").exists()
@@ -293,7 +293,8 @@ with torch.inference_mode():
             logits[folder] = str(error)
             continue
         for length in lengths:
-            tokens = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(length))
+            generator = torch.Generator().manual_seed(length)
+            tokens = torch.randint(vocab_size, (2, length), generator=generator)
             logits[f"{folder}:{length}"] = model(input_ids=tokens).logits
 torch.save(logits, sys.argv[2])
 """

@@ -1,4 +1,4 @@
-"""What the tests of RULER share: texts of our own in the official layouts, tokenizers of two kinds, and an oracle."""
+"""What the tests of RULER share: texts in the official layouts, tokenizers, and an oracle."""
 
 import json
 import random
@@ -13,13 +13,14 @@ from longrope2.evaluation.ruler.config import RulerConfig, RulerMode
 
 SUBJECTS = ("box", "lamp", "door", "cart", "hat", "boat")
 FILLER = (
-    "time person year way day thing man world life hand part child eye place work week case point number group "
-    "problem fact night home water room mother area money story"
+    "time person year way day thing man world life hand part child eye place work week case "
+    "point number group problem fact night home water room mother area money story"
 ).split()
 __all__ = ["RulerMode"]
 GPT2_SPLIT = Regex(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 LLAMA3_SPLIT = Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -47,7 +48,8 @@ def squad(num_articles=60, seed=1):
         for number in range(10):
             name = f"{rng.choice(SUBJECTS)} {article}-{number}"
             hue = f"hue{article}x{number}"
-            text = f"{filler(rng).capitalize()}. The colour of the {name} is {hue}. {filler(rng).capitalize()}."
+            before, after = filler(rng).capitalize(), filler(rng).capitalize()
+            text = f"{before}. The colour of the {name} is {hue}. {after}."
             answers = [{"text": hue, "answer_start": 0}, {"text": hue.upper(), "answer_start": 0}]
             asked = {
                 "question": f"What is the colour of the {name}?",

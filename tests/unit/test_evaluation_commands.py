@@ -74,6 +74,16 @@ def command(tmp_path, model_folder, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize("verb", ["export", "generate"])
+def test_model_and_target_have_no_default(verb, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [verb, "run.name=r"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"launch.{verb}", run_name="__main__")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "model is not chosen; give model=NAME, one of " in err
+    assert "target_len is not set; give it as target_len=VALUE" in err
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     return tmp_path / "r"

@@ -1,4 +1,4 @@
-"""Long tasks from local files in the layout of upstream, with prompts of our own; every message of a missing one."""
+"""Long tasks from local files in upstream's layout, with prompts of our own; their messages."""
 
 import hashlib
 import json
@@ -135,7 +135,8 @@ def test_longbench_is_read_from_a_zip_too_and_limited(longbench_files, encoder):
     [
         (
             {"prompts": None},
-            r"longbench.prompts is not set: the prompts are read from a checkout of github.com/THUDM",
+            r"longbench.prompts is not set: the prompts are read from a checkout of "
+            r"github.com/THUDM",
         ),
         (
             {"prompts": "/nowhere"},
@@ -225,7 +226,8 @@ def infinite_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "INFINITEBENCH_PROMPT_HASHES", hashes)
     (tmp_path / "src").mkdir()
     (tmp_path / "src/prompt.py").write_text(
-        f"import os\nother = os.sep\nyarn_mistral_templates = {{\n    'kv_retrieval': {kv!r},  # noqa\n"
+        f"import os\nother = os.sep\nyarn_mistral_templates = "
+        f"{{\n    'kv_retrieval': {kv!r},  # noqa\n"
         f"    'longbook_choice_eng': {choice!r},\n    'kept out': 'a' * 3,\n}}\nraise SystemExit\n"
     )
     pairs = {f"key-{n}": f"v{n:05d}" for n in range(60)}
@@ -305,16 +307,22 @@ def loft_files(tmp_path):
     constants = tmp_path / "prompts/constants"
     constants.mkdir(parents=True)
     (constants / "common.py").write_text(
-        'CORPUS_FORMAT_ECHO = "ID: {pid} | {title} | {passage} | END {pid}"\nREVERSE = (\n    "{title} -> {pid}"\n)\n'
-        'FINAL_ANSWER_FORMAT = "Answer: {final_answer}"\nFEW_SHOT_SEPARATOR = "== {example_id} ==\\n"\n'
+        'CORPUS_FORMAT_ECHO = "ID: {pid} | {title} | {passage} | END {pid}"\nREVERSE = (\n'
+        '    "{title} -> {pid}"\n)\n'
+        'FINAL_ANSWER_FORMAT = "Answer: {final_answer}"\n'
+        'FEW_SHOT_SEPARATOR = "== {example_id} ==\\n"\n'
         'TEST_QUERY_SEPARATOR = "== now ==\\n"\n'
     )
     (constants / "retrieval.py").write_text(
-        "from prompts.constants import common\nPROMPT_MAPPER = {'fever': 'nq'}\nFORMATTING_INSTRUCTION = 'List.'\n"
+        "from prompts.constants import common\nPROMPT_MAPPER = {'fever': 'nq'}\n"
+        "FORMATTING_INSTRUCTION = 'List.'\n"
         "CORPUS_INSTRUCTION = {'nq': 'Read.', 'hotpotqa': 'Read two.'}\n"
-        "CORPUS_FORMAT_ECHO = {'nq': common.CORPUS_FORMAT_ECHO, 'hotpotqa': common.CORPUS_FORMAT_ECHO}\n"
-        "FEW_SHOT_EXAMPLE_COT_FORMAT_SIMPLE_REVERSE = {'nq': common.REVERSE, 'hotpotqa': common.REVERSE}\n"
-        "QUERY_FORMAT_SIMPLE = {'nq': 'Give ID and TITLE.\\nq: {query}'.strip(), 'hotpotqa': 'q: {query}'}\n"
+        "CORPUS_FORMAT_ECHO = {'nq': common.CORPUS_FORMAT_ECHO, 'hotpotqa': "
+        "common.CORPUS_FORMAT_ECHO}\n"
+        "FEW_SHOT_EXAMPLE_COT_FORMAT_SIMPLE_REVERSE = {'nq': common.REVERSE, 'hotpotqa': "
+        "common.REVERSE}\n"
+        "QUERY_FORMAT_SIMPLE = {'nq': 'Give ID and TITLE.\\n"
+        "q: {query}'.strip(), 'hotpotqa': 'q: {query}'}\n"
     )
     corpus = [
         {"pid": f"d{n}", "title_text": "" if n == 2 else f"T{n} ", "passage_text": f" P{n}"}
@@ -351,8 +359,10 @@ def test_loft_prompt_is_the_corpus_the_examples_and_the_query(loft_files, encode
         loft_config(loft_files, "nq", "fever", "hotpotqa"), encoder, LENGTH
     )
     assert encoder.decode(nq.samples[0].prompt_T[1:]).strip() == (
-        "Read.\nList.\nID: 0 | T0 | P0 | END 0\nID: 1 | T1 | P1 | END 1\nID: 2 | None | P2 | END 2\n"
-        "== 1 ==\nGive TITLE and ID.\nq: fq\nNone -> 2\nAnswer: ['2']\n== now ==\nGive TITLE and ID.\nq: tq1"
+        "Read.\nList.\nID: 0 | T0 | P0 | END 0\nID: 1 | T1 | P1 | END 1\n"
+        "ID: 2 | None | P2 | END 2\n"
+        "== 1 ==\nGive TITLE and ID.\nq: fq\nNone -> 2\nAnswer: ['2']\n== now ==\n"
+        "Give TITLE and ID.\nq: tq1"
     )
     assert nq.samples[0].answers == ("1",) and hotpot.samples[0].answers == ("1", "0")
     assert fever.samples[1].prompt_T.tolist() == nq.samples[1].prompt_T.tolist()

@@ -1,4 +1,4 @@
-"""RULER in our wording: solvable, exact to the token, spread over depths, the same for any number of processes."""
+"""RULER in our wording: solvable, exact to the token, spread over depths, always the same."""
 
 import hashlib
 import importlib.util
@@ -38,7 +38,7 @@ def tokenizers():
 
 
 def check_tasks(tasks, tokenizer, *, least_fill):
-    """An oracle is right, an empty model wrong; every prompt is its text's ids, within its length and close to it."""
+    """An oracle is right, an empty model wrong; a prompt is its text's ids and fills its length."""
     for task in tasks:
         right = [
             task.score(sample, fixtures.oracle(task.name, fixtures.prompt_text(tokenizer, sample)))
@@ -427,7 +427,7 @@ def test_the_numbers_are_numpys_frozen_stream():
 
 
 def test_the_generators_write_what_their_version_says(tmp_path, tokenizers, questions):
-    """Stored samples are found by GENERATOR_VERSION: raise it, and freeze anew, when a generator writes something else."""
+    """Raise GENERATOR_VERSION, and freeze anew, when a generator writes something else."""
     config = fixtures.config(questions, num_samples=1)
     tasks = ruler_tasks(
         config, tokenizers["tiny"], fixtures.essays(), [3000], cache_folder=tmp_path

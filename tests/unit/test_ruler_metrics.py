@@ -1,4 +1,4 @@
-"""RULER's scores against vectors worked by hand from its rules; intervals belong to evaluation.statistics."""
+"""RULER's scores against vectors worked by hand from its rules."""
 
 import numpy as np
 import pytest

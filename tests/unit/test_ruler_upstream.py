@@ -1,5 +1,4 @@
-"""RULER as upstream makes it: the same draws as its code, prompts read from a checkout and only the
-known ones.
+"""RULER as upstream makes it: the same draws as its code, prompts of a checkout that are known.
 
 Its prompts are not ours to ship, so these tests bring prompts of their own with the same fields.
 FROZEN holds hashes of what the generators of NVIDIA/RULER (as of 2026-07: binary search, answer
@@ -25,8 +24,8 @@ from longrope2.evaluation.ruler.upstream import UpstreamRuler
 from longrope2.evaluation.ruler.upstream_draws import PROMPT_SHA256, read_prompts
 
 PROMPTS = {
-    "niah": ("Some magic {type_needle_v} are hidden; what are all of them?\n{context}\nWhat are all for {query}?",
-             " The {type_needle_v} for {query} are"),
+    "niah": ("Some magic {type_needle_v} are hidden; what are all of them?\n"
+             "{context}\nWhat are all for {query}?", " The {type_needle_v} for {query} are"),
     "variable_tracking": ("Keep track of the assignments.\n\n{context}\nWho holds {query}?",
                           " Reply: {num_v} hold {query}: "),
     "common_words_extraction": ("Numbered words.\n{context}\nWhich ten lead?", " Reply:"),
@@ -35,15 +34,21 @@ PROMPTS = {
 }  # fmt: skip
 FROZEN = {
     2048: {
-        "niah_single_1": "f04f00703f1c2bf6", "niah_single_2": "e65c3399c7db6432", "niah_single_3": "5c3647062e86043e",
-        "niah_multikey_1": "b2de09acc123cae4", "niah_multikey_2": "fb4278c6f976df61", "niah_multikey_3": "39fb063a8e80917b",
-        "niah_multivalue": "1e0d10e7e7d07b7b", "niah_multiquery": "1165ac9ed8689511", "vt": "42f01ea8c8dcd17a",
+        "niah_single_1": "f04f00703f1c2bf6", "niah_single_2": "e65c3399c7db6432",
+        "niah_single_3": "5c3647062e86043e",
+        "niah_multikey_1": "b2de09acc123cae4", "niah_multikey_2": "fb4278c6f976df61",
+        "niah_multikey_3": "39fb063a8e80917b",
+        "niah_multivalue": "1e0d10e7e7d07b7b", "niah_multiquery": "1165ac9ed8689511",
+        "vt": "42f01ea8c8dcd17a",
         "cwe": "da2dd63f332c7c09", "fwe": "f2b2820cf229695e",
     },
     6000: {
-        "niah_single_1": "8015e1f769a483b3", "niah_single_2": "f499b0cd4af69571", "niah_single_3": "e32cc6b3a267c6bb",
-        "niah_multikey_1": "78fc177d33e1014c", "niah_multikey_2": "8ff3d6a740c8f7c7", "niah_multikey_3": "b59a75b9ed3724dd",
-        "niah_multivalue": "443292e2c326561c", "niah_multiquery": "5effbe603472cefd", "vt": "96bad7b7f8077a00",
+        "niah_single_1": "8015e1f769a483b3", "niah_single_2": "f499b0cd4af69571",
+        "niah_single_3": "e32cc6b3a267c6bb",
+        "niah_multikey_1": "78fc177d33e1014c", "niah_multikey_2": "8ff3d6a740c8f7c7",
+        "niah_multikey_3": "b59a75b9ed3724dd",
+        "niah_multivalue": "443292e2c326561c", "niah_multiquery": "5effbe603472cefd",
+        "vt": "96bad7b7f8077a00",
         "cwe": "fc66e54887a8d949", "fwe": "7621ef141ea161e6", "qa_1": "e6939afee2f9d769",
         "qa_2": "211059cab39fa5ed",
     },

@@ -1,1 +1,1 @@
-"""Long tasks of the paper's Table 3: LongBench, InfiniteBench and LOFT, with upstream's prompts, cuts and scores."""
+"""Long tasks of the paper's Table 3, with upstream's prompts, cuts and scores."""

@@ -72,39 +72,32 @@ class LongTasksConfig:
 def long_task_faults(
     config: LongTasksConfig, target_len: int, key: str = "suite.long_tasks"
 ) -> list[str]:
-    """What is wrong with the values, each fault naming its key."""
-    faults = []
-    for name, given, allowed in (
-        ("longbench", config.longbench.tasks, LONGBENCH_TASKS),
-        ("infinitebench", config.infinitebench.tasks, INFINITEBENCH_TASKS),
-        ("loft", config.loft.tasks, LOFT_TASKS),
+    """What is wrong with the values, each fault naming its key below ``key``."""
+    loft, length, count = config.loft, config.length, config.num_samples
+    faults: dict[str, bool] = {}
+    for name, chosen, known in (
+        ("longbench", config.longbench, LONGBENCH_TASKS),
+        ("infinitebench", config.infinitebench, INFINITEBENCH_TASKS),
+        ("loft", loft, LOFT_TASKS),
     ):
-        if len(set(given)) < len(given) or not set(given) <= set(allowed):
-            faults.append(
-                f"{key}.{name}.tasks={given} must be distinct names out of {', '.join(allowed)}"
-            )
-    if config.length is not None and not 1 <= config.length <= target_len:
-        faults.append(f"{key}.length={config.length} must be from 1 to target_len={target_len}")
-    if config.num_samples is not None and config.num_samples < 1:
-        faults.append(f"{key}.num_samples={config.num_samples} must be at least 1, or null for all")
-    for name, chosen in (
-        ("longbench", config.longbench),
-        ("infinitebench", config.infinitebench),
-        ("loft", config.loft),
-    ):
-        if chosen.tasks and chosen.prompts is None:
-            faults.append(
-                f"{key}.{name}.prompts is not set: its prompts are read from a checkout of the benchmark"
-            )
-    if config.loft.tasks and config.loft.data is None:
-        faults.append(
-            f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into"
-        )
-    if config.loft.size not in ("32k", "128k", "1m") or config.loft.split not in ("test", "dev"):
-        faults.append(
-            f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; "
-            f"got {config.loft.size}, {config.loft.split}"
-        )
-    if config.loft.max_new_tokens < 1:
-        faults.append(f"{key}.loft.max_new_tokens={config.loft.max_new_tokens} must be at least 1")
-    return faults
+        tasks, place, allowed = chosen.tasks, f"{key}.{name}", ", ".join(known)
+        distinct = len(set(tasks)) == len(tasks) and set(tasks) <= set(known)
+        no_prompts = bool(tasks) and chosen.prompts is None
+        faults |= {
+            f"{place}.tasks={tasks} must be distinct names out of {allowed}": not distinct,
+            f"{place}.prompts is not set: its prompts are read from a checkout of the "
+            "benchmark": no_prompts,
+        }
+    bad_length = length is not None and not 1 <= length <= target_len
+    bad_count = count is not None and count < 1
+    bad_size = loft.size not in ("32k", "128k", "1m") or loft.split not in ("test", "dev")
+    no_data = bool(loft.tasks) and loft.data is None
+    too_few, given = loft.max_new_tokens < 1, f"{loft.size}, {loft.split}"
+    faults |= {
+        f"{key}.length={length} must be from 1 to target_len={target_len}": bad_length,
+        f"{key}.num_samples={count} must be at least 1, or null for all": bad_count,
+        f"{key}.loft.data is not set; give the folder that LOFT's zips were unpacked into": no_data,
+        f"{key}.loft.size must be 32k, 128k or 1m, and split test or dev; got {given}": bad_size,
+        f"{key}.loft.max_new_tokens={loft.max_new_tokens} must be at least 1": too_few,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]

@@ -1,5 +1,6 @@
-"""The rules that score long tasks, as upstream has them, oddities included: a different rule is a
-different benchmark.
+"""The rules that score long tasks, as upstream has them, oddities included.
+
+A different rule is a different benchmark.
 
 Sources: LongBench v1 ``metrics.py`` and ``eval.py`` (arXiv 2308.14508), InfiniteBench
 ``compute_scores.py`` (arXiv 2402.13718), LOFT ``utils.py`` and ``evaluation/retrieval.py`` (arXiv
@@ -14,12 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-COMMENT_MARKS = ("`", "#", "//")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_COMMENT_MARKS = ("`", "#", "//")
 CHOICES = "ABCD"
-ANSWER_PHRASES = ("answer is:", "answer:", "answer is", "option is")
-INNER_QUOTE = re.compile(r"([a-zA-Z0-9])'([a-zA-Z0-9])")
+_ANSWER_PHRASES = ("answer is:", "answer:", "answer is", "option is")
+_INNER_QUOTE = re.compile(r"([a-zA-Z0-9])'([a-zA-Z0-9])")
 
 
 def first_line(text: str) -> str:
@@ -54,14 +55,14 @@ def class_score(text: str, answer: str, classes: Sequence[str]) -> float:
 
 
 def code_line_score(text: str, answer: str) -> float:
-    """Similarity of the first line without a backtick, ``#`` or ``//`` to the line that was to come."""
+    """Similarity of the first line without a backtick, ``#`` or ``//`` to the right one."""
     lines = text.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in COMMENT_MARKS)), "")
+    line = next((line for line in lines if not any(mark in line for mark in _COMMENT_MARKS)), "")
     return text_ratio(line, answer) / 100
 
 
 def text_ratio(first: str, second: str) -> int:
-    """Similarity from 0 to 100 as fuzzywuzzy gives it without python-Levenshtein: difflib, rounded to an integer."""
+    """Similarity, 0 to 100, as fuzzywuzzy has it without python-Levenshtein: difflib, rounded."""
     if first == second:
         return 100
     if not first or not second:
@@ -77,12 +78,10 @@ def key_value_score(text: str, value: str) -> float:
 
 
 def choice_score(text: str, labels: Sequence[str]) -> float:
-    """Multiple choice: the first character, else the whole text, else what follows an answer
-    phrase, else a lone letter.
+    """Multiple choice: the right option's text and its letter are ``labels``.
 
-    Args:
-        text: The answer.
-        labels: The right option's text and its letter.
+    Decides by the first character, else the whole text, else what follows an answer phrase, else
+    a lone letter.
     """
     text = text.strip()
     if not text:
@@ -94,7 +93,7 @@ def choice_score(text: str, labels: Sequence[str]) -> float:
     for mark in "\n\"'.,?!{}":
         text = text.replace(mark, " ")
     text = re.sub(" {2,}", " ", text)
-    for phrase in ANSWER_PHRASES:
+    for phrase in _ANSWER_PHRASES:
         place = text.find(phrase)
         if place >= 0:
             # One character, a space as a rule, is skipped behind the phrase; a text that ends there
@@ -109,7 +108,7 @@ def listed_ids(text: str) -> list[str]:
     for line in text.replace("*", "").replace("`", "").strip().split("\n"):
         if "[" in line and "]" in line:
             listed = line[line.find("[") : line.rfind("]") + 1].strip()
-            return [str(item).strip() for item in _parsed(INNER_QUOTE.sub(r"\1\\'\2", listed))]
+            return [str(item).strip() for item in _parsed(_INNER_QUOTE.sub(r"\1\\'\2", listed))]
     return []
 
 
@@ -124,8 +123,7 @@ def mrecall(found: Sequence[str], wanted: Sequence[str], k: int) -> float:
 
 
 def _normal_words(text: str) -> list[str]:
-    """Words for the F1."""
-    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def _parsed(listed: str) -> list[Any]:

@@ -1,5 +1,4 @@
-"""Where long tasks come from: JSON lines from a folder, a zip or the hub, and prompts from
-upstream's own files.
+"""Where long tasks come from: rows from a folder, a zip or the hub, prompts from upstream's files.
 
 The prompts are not ours to ship. They are read from a checkout of the benchmark (or the single
 file), as data: Python files are parsed, never run. Each is checked against the hash of the version
@@ -12,14 +11,14 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longrope2.errors import DataError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HASH_DIGITS = 16
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HASH_DIGITS = 16
 
 
 def read_rows(
@@ -32,31 +31,25 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file.
 
-    Args:
-        key: Configuration key of ``location``, for messages.
-        location: A folder or zip that holds the file, or the id of a data set on the hub.
-        names: Paths of the file within a folder or zip; the first that is there is read.
-        hub_file: File of the hub data set, a zip or the JSON lines themselves.
-        revision: Commit of the hub data set; null is its newest.
+    ``location``, which stands at ``key``, is a folder or zip with the file (the first of ``names``
+    that is there), or the id of a data set on the hub, whose ``hub_file`` is a zip or the lines.
 
     Raises:
         DataError: nothing there, no access, or a line that is no JSON; says what to do.
     """
     path = Path(location)
     if path.is_dir():
-        found = next((path / name for name in names if (path / name).is_file()), None)
+        found = _first_file(path, names)
         if found is None:
-            raise DataError(
-                f"{key}={location} holds none of {', '.join(names)}; give the folder that has the file"
-            )
+            fault = f"{key}={location} holds none of {', '.join(names)}"
+            raise DataError(f"{fault}; give the folder that has the file")
         return _rows(found.read_bytes(), str(found))
-    if path.is_file():
-        return _rows_of_file(key, path, names)
-    if not hub_file or not HUB_ID.fullmatch(location):
-        raise DataError(
-            f"{key}={location} does not exist; give a folder or zip that holds {names[0]}"
-        )
-    return _rows_of_file(key, _download(key, location, hub_file, revision), names)
+    if not path.is_file():
+        if not hub_file or not _HUB_ID.fullmatch(location):
+            way_out = f"give a folder or zip that holds {names[0]}"
+            raise DataError(f"{key}={location} does not exist; {way_out}")
+        path = _download(key, location, hub_file, revision)
+    return _rows_of_file(key, path, names)
 
 
 def prompt_file(key: str, location: str | None, names: Sequence[str], repository: str) -> Path:
@@ -72,7 +65,7 @@ def prompt_file(key: str, location: str | None, names: Sequence[str], repository
     path = Path(location)
     if path.is_file():
         return path
-    found = next((path / name for name in names if (path / name).is_file()), None)
+    found = _first_file(path, names)
     if found is None:
         raise DataError(
             f"{key}={location} is no checkout of {repository}: it holds none of {', '.join(names)}"
@@ -81,11 +74,7 @@ def prompt_file(key: str, location: str | None, names: Sequence[str], repository
 
 
 def read_json_strings(path: Path) -> dict[str, str]:
-    """Prompts of a JSON object.
-
-    Raises:
-        DataError: it is none.
-    """
+    """Prompts of a JSON object; a DataError where the file holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -99,11 +88,8 @@ def python_strings(path: Path, known: Mapping[str, Any] | None = None) -> dict[s
     """String constants of a Python file, and dictionaries of them, without running it.
 
     Understood are literals, ``"...".strip()``, concatenation, names assigned before, and
-    ``module.NAME`` for a name in ``known``. Other assignments are left out.
-
-    Args:
-        path: The file.
-        known: Constants of a module that the file imports.
+    ``module.NAME`` for a name in ``known``, the constants of a module that the file imports. Other
+    assignments are left out.
 
     Raises:
         DataError: the file is no Python.
@@ -114,21 +100,18 @@ def python_strings(path: Path, known: Mapping[str, Any] | None = None) -> dict[s
         raise DataError(f"{path} is no Python file: {error}") from None
     found: dict[str, Any] = {}
     for node in tree.body:
-        if (
-            isinstance(node, ast.Assign)
-            and len(node.targets) == 1
-            and isinstance(node.targets[0], ast.Name)
-        ):
-            value = _constant(node.value, found, known or {})
-            if value is not None:
-                found[node.targets[0].id] = value
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=expression):
+                value = _constant(expression, found, known or {})
+                if value is not None:
+                    found[name] = value
     return found
 
 
 def check_prompts(
     key: str, path: Path, prompts: Mapping[str, str], hashes: Mapping[str, str]
 ) -> None:
-    """Compare prompts with the hashes of the version that scores are comparable with.
+    """Refuse prompts that are not those of ``hashes``.
 
     Raises:
         DataError: a prompt is missing or another one; names all of them.
@@ -137,12 +120,11 @@ def check_prompts(
     for name, wanted in hashes.items():
         if not isinstance(prompts.get(name), str):
             faults.append(f"{name} is missing")
-        elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:HASH_DIGITS]) != wanted:
+        elif (found := hashlib.sha256(prompts[name].encode()).hexdigest()[:_HASH_DIGITS]) != wanted:
             faults.append(f"{name} has SHA-256 {found}..., expected {wanted}...")
     if faults:
-        raise DataError(
-            f"{key}: the prompts of {path} are not the published ones: {'; '.join(faults)}"
-        )
+        what = f"the prompts of {path} are not the published ones"
+        raise DataError(f"{key}: {what}: {'; '.join(faults)}")
 
 
 def _constant(node: ast.expr, found: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
@@ -161,15 +143,16 @@ def _constant(node: ast.expr, found: Mapping[str, Any], known: Mapping[str, Any]
             parts = [_constant(left, found, known), _constant(right, found, known)]
             return "".join(parts) if all(isinstance(part, str) for part in parts) else None
         case ast.Dict(keys=keys, values=values):
-            pairs = [
-                (_constant(k, found, known) if k else None, _constant(v, found, known))
-                for k, v in zip(keys, values, strict=True)
-            ]
-            return {
-                name: value for name, value in pairs if isinstance(name, str) and value is not None
-            }
+            names = [_constant(key, found, known) if key else None for key in keys]
+            parts = [_constant(value, found, known) for value in values]
+            pairs = zip(names, parts, strict=True)
+            return {k: v for k, v in pairs if isinstance(k, str) and v is not None}
         case _:
             return None
+
+
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _rows_of_file(key: str, path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -177,27 +160,23 @@ def _rows_of_file(key: str, path: Path, names: Sequence[str]) -> list[dict[str, 
     if not zipfile.is_zipfile(path):
         return _rows(path.read_bytes(), str(path))
     with zipfile.ZipFile(path) as archive:
-        members = archive.namelist()
-        member = next(
-            (m for name in names for m in members if m == name or m.endswith(f"/{name}")), None
-        )
-        if member is None:
-            raise DataError(f"{key}: {path} holds none of {', '.join(names)}")
-        return _rows(archive.read(member), f"{path}, {member}")
+        for name in names:
+            for member in archive.namelist():
+                if f"/{member}".endswith(f"/{name}"):
+                    return _rows(archive.read(member), f"{path}, {member}")
+    raise DataError(f"{key}: {path} holds none of {', '.join(names)}")
 
 
 def _rows(data: bytes, place: str) -> list[dict[str, Any]]:
     """Parse JSON lines; empty ones are left out."""
     rows = []
-    lines: Iterable[bytes] = io.BytesIO(data)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise DataError(
-                    f"{place}, line {number} is no JSON ({error}); fetch the file again"
-                ) from None
+                fault = f"{place}, line {number} is no JSON ({error})"
+                raise DataError(f"{fault}; fetch the file again") from None
     if not rows:
         raise DataError(f"{place} is empty; fetch the file again")
     return rows
@@ -206,21 +185,18 @@ def _rows(data: bytes, place: str) -> list[dict[str, Any]]:
 def _download(key: str, repo: str, file: str, revision: str | None) -> Path:
     """A file of a hub data set, from the cache where it is there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
 
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
     except GatedRepoError:
         raise DataError(
-            f"{key}={repo} is gated: accept its terms on huggingface.co/datasets/{repo} and log in with `hf auth login`"
+            f"{key}={repo} is gated: accept its terms on huggingface.co/datasets/{repo} and log in "
+            "with `hf auth login`"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{key}={repo}: {file} cannot be fetched from the hub ({reason}); fetch it elsewhere and give its folder"
+            f"{key}={repo}: {file} cannot be fetched from the hub ({reason}); "
+            "fetch it elsewhere and give its folder"
         ) from None

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 MAX_NEW_TOKENS = {
-    "niah_single_1": 128, "niah_single_2": 128, "niah_single_3": 128, "niah_multikey_1": 128, "niah_multikey_2": 128,
-    "niah_multikey_3": 128, "niah_multivalue": 128, "niah_multiquery": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32,
-    "qa_2": 32,
+    "niah_single_1": 128, "niah_single_2": 128, "niah_single_3": 128, "niah_multikey_1": 128,
+    "niah_multikey_2": 128, "niah_multikey_3": 128, "niah_multivalue": 128, "niah_multiquery": 128,
+    "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32,
 }  # fmt: skip
 RULER_TASKS = tuple(MAX_NEW_TOKENS)
-SHORTEST_LENGTH = 256
+_SHORTEST_LENGTH = 256
 
 
 class RulerMode(Enum):
@@ -51,30 +51,22 @@ class RulerConfig:
 def ruler_faults(
     config: RulerConfig, lengths: list[int], key: str = "evaluation.ruler"
 ) -> list[str]:
-    """What is wrong with the values, each fault naming its key (``key`` is where ``config`` stands)."""
-    faults = []
-    unknown = [task for task in config.tasks if task not in RULER_TASKS]
-    if unknown or not config.tasks or len(set(config.tasks)) < len(config.tasks):
-        faults.append(
-            f"{key}.tasks={config.tasks} must be distinct names out of {', '.join(RULER_TASKS)}"
-        )
-    if config.num_samples < 1:
-        faults.append(f"{key}.num_samples={config.num_samples} must be at least 1")
-    short = [length for length in lengths if length < SHORTEST_LENGTH]
-    if short or not lengths:
-        faults.append(
-            f"{key}: lengths={lengths} must all be at least {SHORTEST_LENGTH} tokens, and at least one"
-        )
-    for task, name, what in (
-        ("qa_1", "squad", "SQuAD's dev-v2.0.json"),
-        ("qa_2", "hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json"),
-    ):
-        if task in config.tasks and getattr(config, name) is None:
-            faults.append(
-                f"{key}.{name} is not set, which {task} needs: give {what}, `hub`, or leave {task} out of tasks"
-            )
-    if config.mode is RulerMode.upstream and config.upstream_checkout is None:
-        faults.append(
-            f"{key}.upstream_checkout is not set, which mode=upstream needs: clone github.com/NVIDIA/RULER and give its path"
-        )
-    return faults
+    """What is wrong with the values, each fault naming its key below ``key``."""
+    tasks, known = config.tasks, ", ".join(RULER_TASKS)
+    distinct = tasks and len(set(tasks)) == len(tasks) and set(tasks) <= set(RULER_TASKS)
+    long_enough = lengths and min(lengths) >= _SHORTEST_LENGTH
+    no_checkout = config.mode is RulerMode.upstream and config.upstream_checkout is None
+    faults = {
+        f"{key}.tasks={tasks} must be distinct names out of {known}": not distinct,
+        f"{key}.num_samples={config.num_samples} must be at least 1": config.num_samples < 1,
+        f"{key}: lengths={lengths} must all be at least {_SHORTEST_LENGTH} tokens, "
+        "and at least one": not long_enough,
+        f"{key}.squad is not set, which qa_1 needs: give SQuAD's dev-v2.0.json, `hub`, "
+        "or leave qa_1 out of tasks": "qa_1" in tasks and config.squad is None,
+        f"{key}.hotpotqa is not set, which qa_2 needs: give HotpotQA's "
+        "hotpot_dev_distractor_v1.json, `hub`, "
+        "or leave qa_2 out of tasks": "qa_2" in tasks and config.hotpotqa is None,
+        f"{key}.upstream_checkout is not set, which mode=upstream needs: "
+        "clone github.com/NVIDIA/RULER and give its path": no_checkout,
+    }
+    return [fault for fault, is_there in faults.items() if is_there]

@@ -1,58 +1,69 @@
-"""Common words, in our own wording: a numbered list in which ten words are far more frequent than
-all others.
+"""RULER's counting and tracing (arXiv 2404.06654) in our own wording: cwe, fwe and vt.
 
-Ten words 30 times and the others 3 times, as in RULER (arXiv 2404.06654), shuffled anew in every
-sample, behind a solved example; 6 times and once below 4,096 tokens, or where a tokenizer needs
-more than the length for the long form. All lengths use the same vocabulary.
+Everything is drawn anew for every sample, the order of words included.
 
-Frequent coded words, in our own wording: made-up words with zeta-distributed counts, of which three
-lead.
-
-Counts are floor(n k^-2 / zeta(2)) for rank k, as in RULER (arXiv 2404.06654): rank 1 is noise
-(dots), ranks 2 to 4 are the answer. The words and their order are drawn anew for every sample.
-
-Variable tracking, in our own wording: a chain of assignments among lines of noise; which variables
-hold the value?
-
-One chain of four hops, as in RULER (arXiv 2404.06654): five variables hold one value. Names are
-distinct, and a short solved example stands in front of the task, with its own names and value in
-every sample.
+- cwe, common words: a numbered list in which ten words are far more frequent than all others,
+  behind a solved example. Ten words 30 times and the others 3 times, as in RULER; 6 times and once
+  below 4,096 tokens, or where a tokenizer needs more than the length for the long form. All lengths
+  use the same vocabulary.
+- fwe, frequent coded words: made-up words, the one of rank k floor(n k^-2 / zeta(2)) times, as in
+  RULER. Rank 1 is noise (dots), ranks 2 to 4 are the answer.
+- vt, variable tracking: one chain of four hops among lines of noise, as in RULER, so that five
+  variables hold one value. Names are distinct; a short solved example stands in front.
 """
 
 import math
 import random
+import re
 import string
 from dataclasses import dataclass
 
 import numpy as np
 
 from longrope2.errors import DataError
-from longrope2.evaluation.prompts import Block, Draft, Piece, PieceTable, PromptEncoder
-from longrope2.evaluation.ruler.haystacks import NOISE_LINE, NUM_PAIRS, NoiseHaystack, all_pairs
+from longrope2.evaluation.prompts import Block, Draft, Piece, PieceTable, PromptEncoder, too_short
+from longrope2.evaluation.ruler.haystacks import (
+    NOISE_LINE,
+    NUM_PAIRS,
+    NoiseHaystack,
+    all_pairs,
+    draw_distinct,
+    weave,
+)
 
-NUM_COMMON = 10
-SHORT_BUDGET = 3900  # RULER's border of 4,096 tokens less the answer
-CWE_HEAD = (
+CWE_NUM_COMMON = 10
+# RULER's border of 4,096 tokens less the answer.
+_CWE_SHORT_BUDGET = 3900
+_CWE_HEAD = (
     "The numbered list below repeats some words more often than others. Find out which.\nList:"
 )
-CWE_TAIL = (" (End of the list.)\n", f"Question: which {NUM_COMMON} words are the most frequent in the list?",
-        f" Answer: the {NUM_COMMON} most frequent words in the list are:")  # fmt: skip
-ZETA_2 = math.pi**2 / 6
-TOKENS_PER_WORD_IN_VOCABULARY = 50  # RULER: one coded word per 50 tokens of input
+_CWE_TAIL = (
+    " (End of the list.)\n",
+    f"Question: which {CWE_NUM_COMMON} words are the most frequent in the list?",
+    f" Answer: the {CWE_NUM_COMMON} most frequent words in the list are:",
+)
+# RULER: one coded word per 50 tokens of input.
+_FWE_TOKENS_PER_WORD = 50
 FWE_LETTERS = 6
-NOISE = "..."
-SMALLEST_STOCK = 2048
-FWE_HEAD = "The text below is written in code. Count how often each coded word comes up; dots are no words.\nText:"
-FWE_TAIL = (" (End of the text.)\n", "Question: which three coded words come up most often?",
-        " Answer: the three coded words that come up most often in the text are:")  # fmt: skip
-NUM_HOPS = 4
-VT_HEAD = "Some lines of the text below assign values to variables. Keep track of them.\n"
-EXAMPLE_LINES = 4
-EXAMPLE_LETTERS, VT_LETTERS = 3, 5
+_FWE_NOISE = "..."
+_FWE_SMALLEST_STOCK = 2048
+_FWE_HEAD = (
+    "The text below is written in code. Count how often each coded word comes up; dots are no "
+    "words.\nText:"
+)
+_FWE_TAIL = (
+    " (End of the text.)\n",
+    "Question: which three coded words come up most often?",
+    " Answer: the three coded words that come up most often in the text are:",
+)
+_VT_HEAD = "Some lines of the text below assign values to variables. Keep track of them.\n"
+VT_NUM_HOPS = 4
+VT_LETTERS = 5
+_VT_EXAMPLE_LETTERS, _VT_EXAMPLE_LINES = 3, 4
 
 
 @dataclass(frozen=True)
-class _Form:
+class _CweForm:
     """How often words are repeated, in the list and in its example."""
 
     often: int
@@ -64,56 +75,40 @@ class _Form:
     @property
     def smallest(self) -> int:
         """Entries of the example and of a list with a few uncommon words."""
-        example = (
-            NUM_COMMON * self.example_often
-            + (self.example_words - NUM_COMMON) * self.example_seldom
-        )
-        return example + NUM_COMMON * (self.often + 2 * self.seldom)
+        uncommon = (self.example_words - CWE_NUM_COMMON) * self.example_seldom
+        common = CWE_NUM_COMMON * (self.example_often + self.often + 2 * self.seldom)
+        return uncommon + common
 
 
-LONG = _Form(30, 3, 40, 10, 3)
-SHORT = _Form(6, 1, 12, 2, 1)
+_CWE_LONG = _CweForm(30, 3, 40, 10, 3)
+_CWE_SHORT = _CweForm(6, 1, 12, 2, 1)
 
 
 class WordLists:
-    """All words and the numbers in front of them, tokenized once.
-
-    Args:
-        encoder: Tokenizer of the prompts.
-        most_entries: Longest list that will be made.
-    """
+    """All words and the numbers in front of them, tokenized once, for at most so many entries."""
 
     def __init__(self, encoder: PromptEncoder, most_entries: int) -> None:
         numbers = [f" {number}." for number in range(1, most_entries + 1)]
         self.encoder = encoder
         self.num_numbers = len(numbers)
-        self.table = PieceTable([*numbers, *(f" {word}" for word in all_pairs(joint=""))], encoder)
+        self._table = PieceTable([*numbers, *(f" {word}" for word in all_pairs(joint=""))], encoder)
+        self.number_sizes, self.word_sizes = np.split(self._table.sizes, [self.num_numbers])
 
-    @property
-    def number_sizes(self) -> np.ndarray:
-        """Tokens of each list number, from 1."""
-        return self.table.sizes[: self.num_numbers]
-
-    @property
-    def word_sizes(self) -> np.ndarray:
-        """Tokens of each word, [NUM_PAIRS]."""
-        return self.table.sizes[self.num_numbers :]
-
-    def expected_tokens(self, form: _Form) -> float:
+    def expected_tokens(self, form: _CweForm) -> float:
         """Tokens that the smallest prompt of a form takes on average."""
         entry = self.word_sizes.mean() + self.number_sizes[: form.smallest].mean()
-        return form.smallest * entry + self.encoder.fixed_total([CWE_HEAD, *CWE_TAIL])
+        return form.smallest * entry + self.encoder.fixed_total([_CWE_HEAD, *_CWE_TAIL])
 
     def listed(self, words: np.ndarray) -> Block:
         """Numbered list of words, given by their indices."""
         pieces = np.empty(2 * len(words), dtype=np.int64)
         pieces[0::2] = np.arange(len(words))
         pieces[1::2] = self.num_numbers + words
-        return self.table.block(pieces)
+        return self._table.block(pieces)
 
     def word(self, index: int) -> str:
         """One word."""
-        return self.table.pieces[self.num_numbers + index].strip()
+        return self._table.pieces[self.num_numbers + index].strip()
 
 
 def cwe_prompt(lists: WordLists, rng: random.Random, budget: int) -> Draft:
@@ -123,106 +118,87 @@ def cwe_prompt(lists: WordLists, rng: random.Random, budget: int) -> Draft:
         DataError: the budget cannot hold example and common words, or more words are needed than
             there are.
     """
-    form = SHORT if budget < SHORT_BUDGET or lists.expected_tokens(LONG) > budget else LONG
-    often, seldom, num_example = form.often, form.seldom, form.example_words
+    too_long = budget < _CWE_SHORT_BUDGET or lists.expected_tokens(_CWE_LONG) > budget
+    form = _CWE_SHORT if too_long else _CWE_LONG
     words = np.asarray(rng.sample(range(NUM_PAIRS), NUM_PAIRS))
-    example, common, others = np.split(words, [num_example, num_example + NUM_COMMON])
+    borders = [form.example_words, form.example_words + CWE_NUM_COMMON]
+    example, common, others = np.split(words, borders)
     head = _cwe_example([lists.word(index) for index in example], rng, form)
-    room = budget - lists.encoder.fixed_total([head, *CWE_TAIL])
-    num_others = _cwe_fitting(lists, common, others, often, seldom, room)
-    entries = np.concatenate([np.repeat(common, often), np.repeat(others[:num_others], seldom)])
-    shuffled = np.random.RandomState(rng.getrandbits(32)).permutation(
-        entries
-    )  # its stream is frozen
+    room = budget - lists.encoder.fixed_total([head, *_CWE_TAIL])
+    num_others = _fitting_others(lists, common, others, form, room)
+    repeated = np.repeat(common, form.often), np.repeat(others[:num_others], form.seldom)
+    entries = _shuffled(np.concatenate(repeated), rng)
     facts = {
         "num_entries": len(entries),
-        "num_words": NUM_COMMON + num_others,
-        "repeats": [often, seldom],
+        "num_words": CWE_NUM_COMMON + num_others,
+        "repeats": [form.often, form.seldom],
     }
     answers = tuple(lists.word(index) for index in common)
-    return Draft([head, lists.listed(shuffled), *CWE_TAIL], answers, facts)
+    return Draft([head, lists.listed(entries), *_CWE_TAIL], answers, facts)
 
 
-def _cwe_fitting(
-    lists: WordLists, common: np.ndarray, others: np.ndarray, often: int, seldom: int, room: int
+def _fitting_others(
+    lists: WordLists, common: np.ndarray, others: np.ndarray, form: _CweForm, room: int
 ) -> int:
-    """How many uncommon words fit: prefix sums over words and over list numbers, one binary search."""
-    entries = len(common) * often + seldom * np.arange(len(others) + 1)
+    """How many uncommon words fit: prefix sums over words and list numbers, one binary search."""
+    entries = len(common) * form.often + form.seldom * np.arange(len(others) + 1)
     entries = entries[entries <= lists.num_numbers]
     number_sums = np.concatenate([[0], lists.number_sizes.cumsum()])
     word_sums = np.concatenate([[0], lists.word_sizes[others].cumsum()])
-    totals = (
-        often * lists.word_sizes[common].sum()
-        + seldom * word_sums[: len(entries)]
-        + number_sums[entries]
-    )
+    totals = form.often * lists.word_sizes[common].sum() + number_sums[entries]
+    totals = totals + form.seldom * word_sums[: len(entries)]
     fitting = int(np.searchsorted(totals, room, side="right")) - 1
     if fitting < 1:
-        raise DataError(
-            f"the length is too short for cwe: {room} tokens are left for a list of {totals[1]}; use a longer one"
-        )
+        raise too_short("cwe", room, f"a list of {totals[1]}")
     if fitting == len(others):
-        raise DataError(
-            f"the length is too long for cwe: its vocabulary has {NUM_PAIRS} words; use a shorter one"
-        )
+        fault = f"the length is too long for cwe: its vocabulary has {NUM_PAIRS} words"
+        raise DataError(f"{fault}; use a shorter one")
     return fitting
 
 
-def _cwe_example(words: list[str], rng: random.Random, form: _Form) -> str:
+def _cwe_example(words: list[str], rng: random.Random, form: _CweForm) -> str:
     """A small solved list and the instruction of the real one."""
-    common, others = words[:NUM_COMMON], words[NUM_COMMON:]
+    common, others = words[:CWE_NUM_COMMON], words[CWE_NUM_COMMON:]
     entries = common * form.example_often + others * form.example_seldom
     rng.shuffle(entries)
     listed = "".join(f" {number}. {word}" for number, word in enumerate(entries, start=1))
     solved = "".join(f" {number}. {word}" for number, word in enumerate(common, start=1))
-    return CWE_HEAD + listed + "".join(CWE_TAIL) + solved + "\n\n" + CWE_HEAD
+    return _CWE_HEAD + listed + "".join(_CWE_TAIL) + solved + "\n\n" + _CWE_HEAD
 
 
-class CodedWords:
-    """A stock of distinct words of random letters, tokenized once; samples draw theirs from it.
+def coded_words(encoder: PromptEncoder, length: int) -> PieceTable:
+    """The noise and a stock of distinct words of random letters, for samples to draw from.
 
-    Args:
-        encoder: Tokenizer of the prompts.
-        length: Tokens of the prompts; three times as many words are in stock as one of them draws.
+    For prompts of ``length`` tokens three times as many are in stock as one of them draws.
     """
-
-    def __init__(self, encoder: PromptEncoder, length: int) -> None:
-        self.stock = max(SMALLEST_STOCK, 3 * length // TOKENS_PER_WORD_IN_VOCABULARY)
-        rng = random.Random("coded words")
-        words: dict[str, None] = {}
-        while len(words) < self.stock:
-            words["".join(rng.choices(string.ascii_lowercase, k=FWE_LETTERS))] = None
-        self.encoder = encoder
-        self.table = PieceTable([f" {word}" for word in (NOISE, *words)], encoder)
+    stock = max(_FWE_SMALLEST_STOCK, 3 * length // _FWE_TOKENS_PER_WORD)
+    words = draw_names(random.Random("coded words"), stock, FWE_LETTERS, upper=False)
+    return PieceTable([f" {word}" for word in (_FWE_NOISE, *words)], encoder)
 
 
-def fwe_prompt(coded: CodedWords, rng: random.Random, budget: int) -> Draft:
+def fwe_prompt(encoder: PromptEncoder, coded: PieceTable, rng: random.Random, budget: int) -> Draft:
     """A prompt of at most ``budget`` tokens, BOS not counted.
 
     Raises:
         DataError: the budget is too small for three words to lead clearly.
     """
-    num_words = max(budget // TOKENS_PER_WORD_IN_VOCABULARY, 5)
-    words = np.asarray(
-        [0, *rng.sample(range(1, coded.stock + 1), num_words)]
-    )  # the stock's first piece is the noise
-    room = budget - coded.encoder.fixed_total([FWE_HEAD, *FWE_TAIL])
-    shares = 1.0 / (np.arange(1, len(words) + 1) ** 2 * ZETA_2)
-    counts = np.floor(_fitting(shares, coded.table.sizes[words], room) * shares).astype(int)
+    num_words = max(budget // _FWE_TOKENS_PER_WORD, 5)
+    # The first piece is the noise.
+    words = np.asarray([0, *rng.sample(range(1, len(coded.pieces)), num_words)])
+    room = budget - encoder.fixed_total([_FWE_HEAD, *_FWE_TAIL])
+    shares = 1.0 / (np.arange(1, len(words) + 1) ** 2 * (math.pi**2 / 6))
+    size = _largest_fitting(shares, coded.sizes[words], room)
+    counts = np.floor(size * shares).astype(int)
     if not counts[1] > counts[2] > counts[3] > counts[4]:
-        raise DataError(
-            f"the length is too short for fwe: {room} tokens are left for its text; use a longer one"
-        )
-    text = np.random.RandomState(rng.getrandbits(32)).permutation(
-        np.repeat(words, counts)
-    )  # its stream is frozen
-    facts = {"counts": [int(count) for count in counts[:5]], "num_words": len(text)}
-    answers = tuple(coded.table.pieces[word].strip() for word in words[1:4])
-    return Draft([FWE_HEAD, coded.table.block(text), *FWE_TAIL], answers, facts)
+        raise too_short("fwe", room, "its text")
+    text = _shuffled(np.repeat(words, counts), rng)
+    facts = {"counts": counts[:5].tolist(), "num_words": len(text)}
+    answers = tuple(coded.pieces[word].strip() for word in words[1:4])
+    return Draft([_FWE_HEAD, coded.block(text), *_FWE_TAIL], answers, facts)
 
 
-def _fitting(shares: np.ndarray, sizes: np.ndarray, room: int) -> int:
-    """The largest n whose text fits into ``room`` tokens; the text grows with n, so bisection finds it."""
+def _largest_fitting(shares: np.ndarray, sizes: np.ndarray, room: int) -> int:
+    """The largest n whose text fits into ``room`` tokens; the text grows with n, so bisection."""
     low, high = 0, max(room, 0) * 2
     while low < high:
         middle = (low + high + 1) // 2
@@ -233,53 +209,54 @@ def _fitting(shares: np.ndarray, sizes: np.ndarray, room: int) -> int:
     return low
 
 
+def _shuffled(items: np.ndarray, rng: random.Random) -> np.ndarray:
+    """In an order of NumPy's legacy generator, whose stream is frozen."""
+    return np.random.RandomState(rng.getrandbits(32)).permutation(items)
+
+
 def vt_prompt(
     encoder: PromptEncoder, noise: NoiseHaystack, rng: random.Random, depth: float, budget: int
 ) -> Draft:
-    """A prompt of at most ``budget`` tokens, BOS not counted; the chain starts at ``depth``, its
-    hops follow anywhere.
+    """A prompt of at most ``budget`` tokens, BOS not counted; the chain starts at ``depth``.
 
     Raises:
         DataError: the budget cannot hold example and chain.
     """
     value, example_value = (str(number) for number in rng.sample(range(10_000, 100_000), 2))
-    names = _draw_names(rng, VT_LETTERS)
-    pieces: list[Piece] = list(_vt_example(rng, example_value))
-    chain = [_pieces(line) for line in _statements(names, value)]
+    names = draw_names(rng, VT_NUM_HOPS + 1, VT_LETTERS)
+    head = _vt_example(rng, example_value)
+    # Each statement is cut in front of its spaces.
+    chain = [re.split("(?= )", line) for line in _statements(names, value)]
     tail = _question(value)
-    fixed = [
-        piece
-        for piece in [*pieces, *(p for line in chain for p in line), *tail]
-        if isinstance(piece, str)
-    ]
+    fixed = [head, *(piece for line in chain for piece in line), *tail]
     room = budget - encoder.fixed_total(fixed)
-    num_lines, rest, used = noise.fit(room) if room > 0 else (0, [], 0)
+    num_lines, rest, used = noise.fit(room)
     if num_lines < len(chain):
-        raise DataError(
-            f"the length is too short for vt: {room} tokens are left for its noise; use a longer one"
-        )
+        raise too_short("vt", room, "its noise")
     # The first hop stands where the sample is asked to have it, within what leaves the others a
-    # place of their own.
-    first = min(round(depth * num_lines), num_lines - NUM_HOPS)
-    places = [first, *sorted(rng.sample(range(first + 1, num_lines + 1), NUM_HOPS))]
-    done = 0
-    for place, line in zip(places, chain, strict=True):
-        pieces += [*noise.lines(place - done), *line]
-        done = place
-    pieces += [*noise.lines(num_lines - done), *rest, *tail]
+    # place of their own; they follow anywhere.
+    first = min(round(depth * num_lines), num_lines - VT_NUM_HOPS)
+    places = [first, *sorted(rng.sample(range(first + 1, num_lines + 1), VT_NUM_HOPS))]
+    pieces: list[Piece] = [head, *weave(noise, 0, num_lines, places, chain), *rest, *tail]
     depths = [place * noise.line_tokens / used for place in places]
     return Draft(pieces, tuple(names), {"depth": depths[0], "depths": depths, "value": value})
 
 
-def _vt_example(rng: random.Random, value: str) -> list[str]:
+def draw_names(rng: random.Random, count: int, letters: int, *, upper: bool = True) -> list[str]:
+    """Distinct names of random letters."""
+    alphabet = string.ascii_uppercase if upper else string.ascii_lowercase
+    return draw_distinct(count, lambda: "".join(rng.choices(alphabet, k=letters)))
+
+
+def _vt_example(rng: random.Random, value: str) -> str:
     """A small solved problem and the instruction of the real one."""
-    names = _draw_names(rng, EXAMPLE_LETTERS)
-    lines = ["".join(NOISE_LINE)] * EXAMPLE_LINES
-    places = sorted(rng.sample(range(EXAMPLE_LINES + 1), NUM_HOPS + 1), reverse=True)
+    names = draw_names(rng, VT_NUM_HOPS + 1, _VT_EXAMPLE_LETTERS)
+    lines = ["".join(NOISE_LINE)] * _VT_EXAMPLE_LINES
+    places = sorted(rng.sample(range(_VT_EXAMPLE_LINES + 1), VT_NUM_HOPS + 1), reverse=True)
     for place, line in zip(places, reversed(_statements(names, value)), strict=True):
         lines.insert(place, line)
     solved = "".join(_question(value)) + " " + ", ".join(names)
-    return [VT_HEAD + "".join(lines) + solved + "\n\n" + VT_HEAD]
+    return _VT_HEAD + "".join(lines) + solved + "\n\n" + _VT_HEAD
 
 
 def _question(value: str) -> list[str]:
@@ -287,7 +264,7 @@ def _question(value: str) -> list[str]:
     return [
         " (End of the text.)\n",
         f"Question: which variables hold the value {value}?",
-        f" Answer: the {NUM_HOPS + 1} variables that hold the value {value} are:",
+        f" Answer: the {VT_NUM_HOPS + 1} variables that hold the value {value} are:",
     ]
 
 
@@ -295,17 +272,3 @@ def _statements(names: list[str], value: str) -> list[str]:
     """The chain, one line each."""
     hops = [f"VAR {name} = VAR {before}\n" for before, name in zip(names, names[1:], strict=False)]
     return [f"VAR {names[0]} = {value}\n", *hops]
-
-
-def _pieces(line: str) -> list[str]:
-    """A statement, cut in front of its spaces."""
-    first, *others = line.split(" ")
-    return [first, *(f" {word}" for word in others)]
-
-
-def _draw_names(rng: random.Random, letters: int) -> list[str]:
-    """Distinct names of upper-case letters."""
-    names: dict[str, None] = {}
-    while len(names) < NUM_HOPS + 1:
-        names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
-    return list(names)

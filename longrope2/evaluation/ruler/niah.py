@@ -1,12 +1,8 @@
-"""Needles in a haystack, in our own wording: one or several keys with their values, asked for at
-the end.
+"""Needles in a haystack, in our own wording, and RULER's two scores (arXiv 2404.06654).
 
-Every key of a prompt is there once. The needle that is asked for stands at the depth that the
-sample is given; other needles stand anywhere. Depths are realised between sentences or lines and
-recorded in tokens of haystack.
-
-RULER's two scores (arXiv 2404.06654): substrings, not case sensitive, all of the references or any
-of them.
+One or several keys with their values are asked for at the end. Every key of a prompt is there once.
+The needle that is asked for stands at the depth that the sample is given, other needles anywhere;
+depths are realised between sentences or lines and recorded in tokens of haystack.
 """
 
 import random
@@ -18,42 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope2.errors import DataError
-from longrope2.evaluation.prompts import Block, Draft, Piece, PieceTable, PromptEncoder
-from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, all_pairs, draw_pairs
+from longrope2.evaluation.prompts import Draft, Piece, PieceTable, PromptEncoder, too_short
+from longrope2.evaluation.ruler.haystacks import (
+    NoiseHaystack,
+    WordHaystack,
+    all_pairs,
+    draw_distinct,
+    draw_pairs,
+    weave,
+)
 from longrope2.evaluation.samples import Sample
 
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
-PART_TASKS = ("qa_1", "qa_2")
-SMALLEST_STOCK = 2048
-TOKENS_PER_VALUE = 8  # a line takes at least twice as many
-
-
-def clean_answer(text: str) -> str:
-    """A prediction as RULER compares it: stripped, control characters as newlines, stripped again."""
-    return CONTROL_CHARACTERS.sub("\n", text.strip()).strip()
-
-
-def string_match_all(answers: Sequence[str], text: str) -> float:
-    """Share of the references that are substrings of ``text``, 0 to 1."""
-    prediction = clean_answer(text).lower()
-    return sum(answer.lower() in prediction for answer in answers) / len(answers)
-
-
-def string_match_part(answers: Sequence[str], text: str) -> float:
-    """1 if any reference is a substring of ``text``, else 0."""
-    prediction = clean_answer(text).lower()
-    return float(any(answer.lower() in prediction for answer in answers))
-
-
-def ruler_score(task: str, sample: Sample, text: str) -> float:
-    """Score of one sample, 0 to 1: any reference for question answering, the share of all elsewhere."""
-    match = string_match_part if task in PART_TASKS else string_match_all
-    return match(sample.answers, text)
-
-
-def suite_score(scores: Sequence[float]) -> float:
-    """What RULER prints for a task: the mean of its samples' scores in percent, two decimals."""
-    return round(sum(scores) / len(scores) * 100, 2)
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
+_SMALLEST_STOCK = 2048
+# A line takes at least twice as many.
+_TOKENS_PER_VALUE = 8
 
 
 @dataclass(frozen=True)
@@ -87,13 +62,31 @@ NIAH_TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class _Needle:
-    """One hidden sentence and where it should stand."""
+def clean_answer(text: str) -> str:
+    """What RULER compares: control characters as newlines, stripped before and after."""
+    return _CONTROL_CHARACTERS.sub("\n", text.strip()).strip()
 
-    key: str
-    value: str
-    depth: float
+
+def string_match_all(answers: Sequence[str], text: str) -> float:
+    """Share of the references that are substrings of ``text``, not case sensitive, 0 to 1."""
+    prediction = clean_answer(text).lower()
+    return sum(answer.lower() in prediction for answer in answers) / len(answers)
+
+
+def string_match_part(answers: Sequence[str], text: str) -> float:
+    """1 if any reference is a substring of ``text``, not case sensitive, else 0."""
+    return float(string_match_all(answers, text) > 0)
+
+
+def ruler_score(task: str, sample: Sample, text: str) -> float:
+    """Score of a sample, 0 to 1: any reference for question answering, else the share of all."""
+    match = string_match_part if task in ("qa_1", "qa_2") else string_match_all
+    return match(sample.answers, text)
+
+
+def suite_score(scores: Sequence[float]) -> float:
+    """What RULER prints for a task: the mean of its samples' scores in percent, two decimals."""
+    return round(sum(scores) / len(scores) * 100, 2)
 
 
 def random_value(rng: random.Random, kind: str) -> str:
@@ -103,80 +96,164 @@ def random_value(rng: random.Random, kind: str) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
+@dataclass(frozen=True)
+class _Needle:
+    """One hidden sentence and where it should stand."""
+
+    key: str
+    value: str
+    depth: float
+
+    def pieces(self, kind: str, *, own_line: bool) -> list[str]:
+        """Its text: a line of its own, or a sentence inside running text."""
+        before, after = ("", "\n") if own_line else (" ", "")
+        opening = f"{before}One of the special magic {kind} for"
+        return [opening, f" {self.key}", " is:", f" {self.value}.{after}"]
+
+
+class NeedleLines:
+    """Lines that hide a needle among its like: keys and values in stock, tokenized once.
+
+    Some times as much is in stock as a prompt of ``length`` tokens takes.
+    """
+
+    def __init__(self, encoder: PromptEncoder, task: NiahTask, length: int) -> None:
+        rng = random.Random(f"stock/{task.keys}/{task.values}")
+        stock = max(_SMALLEST_STOCK, length // _TOKENS_PER_VALUE)
+        self._keys = all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)
+        self._values = _draw_values(rng, task.values, stock)
+        pieces = _Needle("", "", 0.0).pieces(task.values, own_line=True)[::2]
+        pieces += [f" {key}" for key in self._keys]
+        pieces += [f" {value}.\n" for value in self._values]
+        self._table = PieceTable(pieces, encoder)
+
+    def hide(
+        self, needle: _Needle, own: list[str], rng: random.Random, room: int
+    ) -> tuple[list[Piece], float]:
+        """As many lines as fit ``room`` tokens with the needle among them, and its realised depth.
+
+        Raises:
+            DataError: none fits, or more are needed than there are keys.
+        """
+        lines_N4, sums_N = self._draw(needle, rng, room)
+        place = round(needle.depth * len(lines_N4))
+        before = int(sums_N[place - 1]) if place else 0
+        around = [
+            [self._table.block(some.ravel())] if len(some) else []
+            for some in (lines_N4[:place], lines_N4[place:])
+        ]
+        return [*around[0], *own, *around[1]], before / int(sums_N[-1])
+
+    def _draw(
+        self, needle: _Needle, rng: random.Random, room: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of each line, [N, 4], and the prefix sums of their tokens."""
+        sizes, first_value = self._table.sizes, 2 + len(self._keys)
+        smallest = int(sizes[:2].sum() + sizes[2:first_value].min() + sizes[first_value:].min())
+        most = min(len(self._keys), len(self._values))
+        count = min(most, max(room, 0) // smallest + 2)
+        keys = rng.sample(range(len(self._keys)), count)
+        values = rng.sample(range(len(self._values)), count)
+        lines_N4 = np.zeros((count, 4), dtype=np.int64)
+        lines_N4[:, 1] = 2 + np.asarray(keys)
+        lines_N4[:, 2] = 1
+        lines_N4[:, 3] = first_value + np.asarray(values)
+        is_other = [
+            self._keys[key] != needle.key and self._values[value] != needle.value
+            for key, value in zip(keys, values, strict=True)
+        ]
+        lines_N4 = lines_N4[is_other]
+        sums_N = sizes[lines_N4].sum(axis=1).cumsum()
+        fitting = int(sums_N.searchsorted(room, side="right"))
+        if fitting < 1:
+            raise too_short("needles", room, "a haystack")
+        if fitting == len(lines_N4):
+            fault = f"the length is too long for this task: there are {most} keys"
+            raise DataError(f"{fault}; use a shorter one")
+        return lines_N4[:fitting], sums_N[:fitting]
+
+
 def niah_prompt(
     task: NiahTask,
     encoder: PromptEncoder,
-    haystack: "WordHaystack | NoiseHaystack | NeedleLines",
+    haystack: WordHaystack | NoiseHaystack | NeedleLines,
     rng: random.Random,
     depth: float,
     budget: int,
 ) -> Draft:
-    """A prompt of at most ``budget`` tokens, the first queried needle at ``depth``.
+    """A prompt of at most ``budget`` tokens, BOS not counted.
 
     Args:
         task: Which needles.
         encoder: Tokenizer.
         haystack: Text for ``essay``, noise for ``noise``, lines for ``needle``.
         rng: Source of everything drawn.
-        depth: 0 (start of the haystack) to 1 (its end).
-        budget: Tokens of the prompt, BOS not counted.
+        depth: Of the first needle asked for, 0 (start of the haystack) to 1 (its end).
+        budget: Tokens of the prompt.
 
     Raises:
         DataError: the budget cannot hold instruction, needles and question.
     """
-    keys = _draw_keys(rng, task.keys, task.num_keys)
-    drawn = _draw_values(rng, task.values, task.num_keys * task.num_values)
-    values = [
-        drawn[number * task.num_values :][: task.num_values] for number in range(task.num_keys)
-    ]
-    queried = rng.sample(range(task.num_keys), task.num_queries)
+    values_by_key, queries = _draw_keys(task, rng)
     needles = []
-    for number, key in enumerate(keys):
-        for value in values[number]:
-            first = number == queried[0] and value == values[number][0]
+    for key, values in values_by_key.items():
+        for number, value in enumerate(values):
+            first = key == queries[0] and number == 0
             needles.append(_Needle(key, value, depth if first else rng.random()))
-    queries = [keys[number] for number in queried]
-    answers = tuple(value for number in queried for value in values[number])
+    answers = tuple(value for key in queries for value in values_by_key[key])
     head, tail = _frame(task, queries, num_answers=len(answers))
+    own_line = not isinstance(haystack, WordHaystack)
+    parts = [needle.pieces(task.values, own_line=own_line) for needle in needles]
     room = budget - encoder.fixed_total([head, *tail])
-    sentence = _needle_sentence if isinstance(haystack, WordHaystack) else _needle_line
-    parts = [sentence(needle, task.values) for needle in needles]
     room -= sum(encoder.total(part) for part in parts)
     if isinstance(haystack, NeedleLines):
-        body, depths = _among_needles(haystack, parts[0], needles[0], rng, room)
+        body, realised = haystack.hide(needles[0], parts[0], rng, room)
+        depths = [realised]
     elif isinstance(haystack, NoiseHaystack):
         body, depths = _in_noise(haystack, needles, parts, room)
     else:
         body, depths = _in_text(haystack, needles, parts, room, rng)
-    by_answer = {needle.value: place for needle, place in zip(needles, depths, strict=True)}
-    places = [by_answer[value] for value in answers]
-    facts = {"depth": places[0], "depths": places, "queries": queries, "requested_depth": depth}
+    depth_of = {needle.value: realised for needle, realised in zip(needles, depths, strict=True)}
+    asked = [depth_of[value] for value in answers]
+    facts = {"depth": asked[0], "depths": asked, "queries": queries, "requested_depth": depth}
     return Draft([head, *body, *tail], answers, facts)
 
 
+def _draw_keys(task: NiahTask, rng: random.Random) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of each key, and the keys asked for."""
+    if task.keys == "words":
+        keys = draw_pairs(rng, task.num_keys)
+    else:
+        keys = [random_value(rng, "uuids") for _ in range(task.num_keys)]
+    each = task.num_values
+    values = _draw_values(rng, task.values, task.num_keys * each)
+    queried = rng.sample(range(task.num_keys), task.num_queries)
+    by_key = {key: values[n * each : (n + 1) * each] for n, key in enumerate(keys)}
+    return by_key, [keys[number] for number in queried]
+
+
+def _draw_values(rng: random.Random, kind: str, count: int) -> list[str]:
+    return draw_distinct(count, lambda: random_value(rng, kind))
+
+
 def _frame(task: NiahTask, queries: list[str], num_answers: int) -> tuple[str, list[str]]:
-    """Instruction in front of the haystack, and the pieces of question and answer prefix behind it."""
-    kind = task.values[:-1] if num_answers == 1 else task.values
+    """The instruction in front of the haystack; the pieces of the question behind it."""
+    one = num_answers == 1
+    kind = task.values[:-1] if one else task.values
+    opening, verb = (
+        (f"A special magic {kind}", "is") if one else (f"Some special magic {kind}", "are")
+    )
     asked = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + " and " + queries[-1]
-    opening = f"A special magic {kind} is" if num_answers == 1 else f"Some special magic {kind} are"
-    head = f"{opening} hidden in the text below. Read it with care: you will be asked for the {kind} at its end.\nText:"
-    verb = "is" if num_answers == 1 else "are"
+    head = (
+        f"{opening} {verb} hidden in the text below. Read it with care: "
+        f"you will be asked for the {kind} at its end.\nText:"
+    )
     tail = [
         " (End of the text.)\n",
         f"Which special magic {kind} for {asked} does the text mention?",
         f" The special magic {kind} for {asked} mentioned in the provided text {verb}",
     ]
     return head if task.haystack == "essay" else head + "\n", tail
-
-
-def _needle_sentence(needle: _Needle, kind: str) -> list[str]:
-    """Pieces of a needle inside running text."""
-    return [f" One of the special magic {kind} for", f" {needle.key}", " is:", f" {needle.value}."]
-
-
-def _needle_line(needle: _Needle, kind: str) -> list[str]:
-    """Pieces of a needle that stands on a line of its own."""
-    return [f"One of the special magic {kind} for", f" {needle.key}", " is:", f" {needle.value}.\n"]
 
 
 def _in_text(
@@ -191,130 +268,23 @@ def _in_text(
     start = haystack.tokens_before(first)
     stop = haystack.word_at(start + room) if room > 0 else first
     if stop <= first:
-        raise DataError(_too_short(room))
+        raise too_short("needles", room, "a haystack")
     used = haystack.tokens_before(stop) - start
-    places = [
-        haystack.nearest_sentence(haystack.word_at(start + round(needle.depth * used)), first, stop)
-        for needle in needles
-    ]
-    pieces: list[Piece] = []
-    done = first
-    for number in sorted(range(len(needles)), key=lambda number: places[number]):
-        pieces += [*haystack.blocks(done, places[number]), *parts[number]]
-        done = places[number]
-    pieces += haystack.blocks(done, stop)
-    return pieces, [(haystack.tokens_before(place) - start) / used for place in places]
+    places = []
+    for needle in needles:
+        word = haystack.word_at(start + round(needle.depth * used))
+        places.append(haystack.nearest_sentence(word, first, stop))
+    depths = [(haystack.tokens_before(place) - start) / used for place in places]
+    return weave(haystack, first, stop, places, parts), depths
 
 
 def _in_noise(
     haystack: NoiseHaystack, needles: list[_Needle], parts: list[list[str]], room: int
 ) -> tuple[list[Piece], list[float]]:
     """Lines of noise, needles between lines."""
-    num_lines, rest, used = haystack.fit(room) if room > 0 else (0, [], 0)
+    num_lines, rest, used = haystack.fit(room)
     if num_lines < 1:
-        raise DataError(_too_short(room))
+        raise too_short("needles", room, "a haystack")
     places = [round(needle.depth * num_lines) for needle in needles]
-    pieces: list[Piece] = []
-    done = 0
-    for number in sorted(range(len(needles)), key=lambda number: places[number]):
-        pieces += [*haystack.lines(places[number] - done), *parts[number]]
-        done = places[number]
-    pieces += [*haystack.lines(num_lines - done), *rest]
-    return pieces, [place * haystack.line_tokens / used for place in places]
-
-
-class NeedleLines:
-    """Lines that hide a needle among its like: keys and values in stock, tokenized once.
-
-    Args:
-        task: Kinds of keys and values.
-        encoder: Tokenizer of the prompts.
-        length: Tokens of the prompts; some times as much is in stock as one of them takes.
-    """
-
-    def __init__(self, task: NiahTask, encoder: PromptEncoder, length: int) -> None:
-        rng = random.Random(f"stock/{task.keys}/{task.values}")
-        stock = max(SMALLEST_STOCK, length // TOKENS_PER_VALUE)
-        keys = all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)
-        values = _draw_values(rng, task.values, stock)
-        before, after = _needle_line(_Needle("", "", 0.0), task.values)[::2]
-        self.keys, self.values = keys, values
-        self._table = PieceTable(
-            [before, after, *(f" {key}" for key in keys), *(f" {value}.\n" for value in values)],
-            encoder,
-        )
-        self._first_value = 2 + len(keys)
-
-    def draw(self, rng: random.Random, room: int, taken: _Needle) -> tuple[np.ndarray, np.ndarray]:
-        """As many lines as fit ``room`` tokens: their pieces, [lines, 4], and the prefix sums of
-        their tokens.
-
-        Raises:
-            DataError: none fits, or more are needed than there are keys.
-        """
-        sizes = self._table.sizes
-        fixed, most = int(sizes[:2].sum()), min(len(self.keys), len(self.values))
-        smallest = fixed + int(
-            sizes[2 : self._first_value].min() + sizes[self._first_value :].min()
-        )
-        count = min(most, max(room, 0) // smallest + 2)
-        keys, values = (
-            np.asarray(rng.sample(range(len(self.keys)), count)),
-            rng.sample(range(len(self.values)), count),
-        )
-        kept = [
-            number
-            for number, (key, value) in enumerate(zip(keys, values, strict=True))
-            if self.keys[key] != taken.key and self.values[value] != taken.value
-        ]
-        pieces = np.zeros((len(kept), 4), dtype=np.int64)
-        pieces[:, 1], pieces[:, 2], pieces[:, 3] = (
-            2 + keys[kept],
-            1,
-            self._first_value + np.asarray(values)[kept],
-        )
-        sums = sizes[pieces].sum(axis=1).cumsum()
-        fitting = int(sums.searchsorted(room, side="right"))
-        if fitting < 1:
-            raise DataError(_too_short(room))
-        if fitting == len(kept):
-            raise DataError(
-                f"the length is too long for this task: there are {most} keys; use a shorter one"
-            )
-        return pieces[:fitting], sums[:fitting]
-
-    def block(self, pieces: np.ndarray) -> list[Block]:
-        """Lines from their pieces, [lines, 4]."""
-        return [self._table.block(pieces.ravel())] if len(pieces) else []
-
-
-def _among_needles(
-    lines: NeedleLines, own: list[str], needle: _Needle, rng: random.Random, room: int
-) -> tuple[list[Piece], list[float]]:
-    """Lines of other needles, as many as fit; the one that is asked for at its depth."""
-    pieces, sums = lines.draw(rng, room, needle)
-    place = round(needle.depth * len(pieces))
-    before = int(sums[place - 1]) if place else 0
-    return [*lines.block(pieces[:place]), *own, *lines.block(pieces[place:])], [
-        before / int(sums[-1])
-    ]
-
-
-def _draw_keys(rng: random.Random, kind: str, count: int) -> list[str]:
-    """``count`` distinct keys."""
-    if kind == "words":
-        return draw_pairs(rng, count)
-    return [random_value(rng, "uuids") for _ in range(count)]
-
-
-def _draw_values(rng: random.Random, kind: str, count: int) -> list[str]:
-    """``count`` distinct values."""
-    values: dict[str, None] = {}
-    while len(values) < count:
-        values[random_value(rng, kind)] = None
-    return list(values)
-
-
-def _too_short(room: int) -> str:
-    """What to say when there is no room for a haystack."""
-    return f"the length is too short for needles: {room} tokens are left for a haystack; use a longer one"
+    depths = [place * haystack.line_tokens / used for place in places]
+    return [*weave(haystack, 0, num_lines, places, parts), *rest], depths

@@ -1,5 +1,4 @@
-"""RULER as NVIDIA/RULER@c3f5e3b makes it: its fit, its draws, its prompts from a checkout
-(``mode=upstream``).
+"""RULER as NVIDIA/RULER@c3f5e3b makes it (``mode=upstream``): its fit around its draws.
 
 Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt
 and answer over the length (RULER does not count it), the answer gets one token less,
@@ -12,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,21 @@ import numpy as np
 
 from longrope2.errors import DataError
 from longrope2.evaluation.prompts import PromptEncoder
+from longrope2.evaluation.ruler import upstream_draws as draws
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 from longrope2.evaluation.ruler.niah import NIAH_TASKS
-from longrope2.evaluation.ruler.qa import QuestionSet, read_hotpotqa, read_squad
-from longrope2.evaluation.ruler.upstream_draws import (
-    Streams,
-    Text,
-    UpstreamWords,
-    coded_words,
-    common_words,
-    documents,
-    needles,
-    read_prompts,
-    read_upstream_essays,
-    read_upstream_words,
-    variables,
-    with_example,
-)
+from longrope2.evaluation.ruler.qa import read_questions
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
-VERSION = 1
-TRIES_AT_SMALLEST = 100
-EXAMPLE_LENGTH = 500  # of variable tracking's solved example, in tokens
+_VERSION = 1
+_TRIES_AT_SMALLEST = 100
+# Of variable tracking's solved example, in tokens.
+_EXAMPLE_LENGTH = 500
 
 
 class UpstreamRuler:
-    """RULER's generators over one tokenizer.
-
-    Args:
-        config: Settings, with ``upstream_checkout``.
-        encoder: Tokenizer of the prompts.
+    """RULER's generators over one tokenizer; ``config`` names a checkout.
 
     Raises:
         DataError: the checkout or its prompts are missing.
@@ -62,39 +45,38 @@ class UpstreamRuler:
         self.config = config
         self.encoder = encoder
         self.checkout = Path(config.upstream_checkout)
-        self.prompts = read_prompts(self.checkout)
+        self.prompts = draws.read_prompts(self.checkout)
+        self._questions = cache(lambda task: read_questions(task, config))
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads the texts that it needs."""
         identity = {
             "suite": "ruler",
             "mode": "upstream",
-            "version": VERSION,
+            "version": _VERSION,
             "task": task,
             "length": length,
             "seed": self.config.seed,
             "num_samples": self.config.num_samples,
             "tokenizer": self.encoder.fingerprint,
-            "texts": self._texts_identity(task),
+            "texts": self._texts_sha256(task),
         }
         make = partial(self._make, task, length)
         return SampleRecipe(task, length, self.config.num_samples, identity, make, whole=True)
 
     def texts(self, task: str, length: int) -> list[tuple[str, list[str], int]]:
-        """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in RULER's
-        order.
+        """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in its order.
 
         Raises:
             DataError: the length is too short, where RULER would try for ever.
         """
-        streams = Streams(self.config.seed)
+        streams, new_tokens = draws.Streams(self.config.seed), MAX_NEW_TOKENS[task]
         if task == "fwe":
             return self._coded_words(streams, length)
-        plan = self._plan(task, length, streams)
-        new_tokens = MAX_NEW_TOKENS[task]
-        size = self._largest(plan, length - new_tokens, length)
+        search = self._size_search(task, length, streams)
+        size = self._largest(search, length - new_tokens, length)
         return [
-            self._sample(partial(plan.generate, index), size, plan.step, length, new_tokens)
+            self._sample(partial(search.generate, index), size, search.step, length, new_tokens)
             for index in range(self.config.num_samples)
         ]
 
@@ -102,82 +84,78 @@ class UpstreamRuler:
         """All samples; ``first`` is 0."""
         samples = []
         for text, answers, used in self.texts(task, length)[first:stop]:
-            prompt = np.asarray(
-                [*self.encoder.bos_ids, *self.encoder.encode_text(text)], dtype=np.int32
-            )
-            over = max(len(prompt) + MAX_NEW_TOKENS[task] - length, 0)
+            ids = [*self.encoder.bos_ids, *self.encoder.encode_text(text)]
+            over = max(len(ids) + MAX_NEW_TOKENS[task] - length, 0)
             facts: dict[str, Any] = {"num_characters": len(text), "fill": used / length}
             facts |= {"bos_over": over} if over else {}
-            samples.append(Sample(prompt, tuple(answers), MAX_NEW_TOKENS[task] - over, facts))
+            prompt, new_tokens = np.asarray(ids, dtype=np.int32), MAX_NEW_TOKENS[task] - over
+            samples.append(Sample(prompt, tuple(answers), new_tokens, facts))
         return samples
 
-    def _plan(self, task: str, length: int, streams: Streams) -> "_Plan":
+    def _size_search(self, task: str, length: int, streams: draws.Streams) -> "_SizeSearch":
         """How a task's size is searched and its samples are drawn."""
         if task == "vt":
             return self._variables(length, streams)
         if task == "cwe":
-            words = list(self._words.words)
+            words, further = list(self._words.words), self._words.further_words
             streams.reshuffle(words)
-            lists = partial(
-                common_words,
-                self.prompts["common_words_extraction"],
-                streams,
-                words,
-                self._words.further_words,
-                length,
-            )
-            return _Plan(lambda _, size: lists(size), lists, 10, probe_size=4096)
+            template = self.prompts["common_words_extraction"]
+            lists = partial(draws.common_words, template, streams, words, further, length)
+            return _SizeSearch(lambda _, size: lists(size), lists, 10, probe_size=4096)
         if task in ("qa_1", "qa_2"):
-            questions = self._squad if task == "qa_1" else self._hotpotqa
-            if self.config.num_samples > len(questions.questions):
-                raise DataError(
-                    f"there are {len(questions.questions)} questions; use fewer samples"
-                )
-            shown = partial(documents, self.prompts["qa"], streams, questions)
-            return _Plan(shown, partial(shown, 0), 10)
+            found = self._questions(task)
+            if self.config.num_samples > len(found.questions):
+                raise DataError(f"there are {len(found.questions)} questions; use fewer samples")
+            shown = partial(draws.documents, self.prompts["qa"], streams, found)
+            return _SizeSearch(shown, partial(shown, 0), 10)
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
         essay = self._essay if kind.haystack == "essay" else []
-        hidden = partial(needles, kind, self.prompts["niah"], streams, words, essay, _sentences)
-        step = 500 if kind.haystack == "essay" else 25 if length >= 4096 else 5
-        return _Plan(lambda _, size: hidden(size), hidden, step)
-
-    def _variables(self, length: int, streams: Streams) -> "_Plan":
-        """Variable tracking: first the solved example is fitted, then prompts that leave room for it."""
-        template = self.prompts["variable_tracking"]
-        small = partial(variables, template, streams, example=True)
-        size = self._largest(_Plan(lambda _, n: small(n), small, 5), EXAMPLE_LENGTH, EXAMPLE_LENGTH)
-        solved, names, _ = self._sample(small, size, 5, EXAMPLE_LENGTH, 0)
-        example = solved + " " + " ".join(names) + "\n"
-        large = partial(variables, template, streams, example=False)
-
-        def generate(_: int, size: int) -> Text:
-            text, answers = large(size)
-            return with_example(text, example, streams), answers
-
-        return _Plan(generate, large, 10 if length >= 4096 else 5, reserved=self._count(example))
-
-    def _largest(self, plan: "_Plan", room: int, length: int) -> int:
-        """RULER's binary search for the largest size that fits ``room`` tokens; every probe is a fresh draw."""
-        probe_size = plan.probe_size or plan.step
-        per_unit = self._count(plan.probe(probe_size)[0]) / probe_size
-        bound = (
-            int(length / per_unit * 3) if plan.probe_size is None else int(length // per_unit) * 2
+        hidden = partial(
+            draws.needles, kind, self.prompts["niah"], streams, words, essay, _sentences
         )
-        low, high, best = plan.step, max(bound, 2 * plan.step), plan.step
+        step = 500 if kind.haystack == "essay" else 25 if length >= 4096 else 5
+        return _SizeSearch(lambda _, size: hidden(size), hidden, step)
+
+    def _variables(self, length: int, streams: draws.Streams) -> "_SizeSearch":
+        """First the solved example is fitted, then prompts that leave room for it."""
+        template = self.prompts["variable_tracking"]
+        small = partial(draws.variables, template, streams, example=True)
+        example_search = _SizeSearch(lambda _, size: small(size), small, 5)
+        size = self._largest(example_search, _EXAMPLE_LENGTH, _EXAMPLE_LENGTH)
+        solved, names, _ = self._sample(small, size, 5, _EXAMPLE_LENGTH, 0)
+        example = solved + " " + " ".join(names) + "\n"
+        large = partial(draws.variables, template, streams, example=False)
+
+        def generate(_: int, size: int) -> draws.Text:
+            text, answers = large(size)
+            return draws.with_example(text, example, streams), answers
+
+        step = 10 if length >= 4096 else 5
+        return _SizeSearch(generate, large, step, reserved=self._count(example))
+
+    def _largest(self, search: "_SizeSearch", room: int, length: int) -> int:
+        """RULER's binary search for the largest fitting size; every probe is a fresh draw."""
+        probe_size, step = search.probe_size or search.step, search.step
+        per_unit = self._count(search.probe(probe_size)[0]) / probe_size
+        if search.probe_size is None:
+            bound = int(length / per_unit * 3)
+        else:
+            bound = int(length // per_unit) * 2
+        low, high, best = step, max(bound, 2 * step), step
         while low <= high:
             middle = (low + high) // 2
-            if self._count(plan.probe(middle)[0]) + plan.reserved <= room:
+            if self._count(search.probe(middle)[0]) + search.reserved <= room:
                 best, low = middle, middle + 1
             else:
                 high = middle - 1
         return best
 
     def _sample(
-        self, draw: Callable[[int], Text], size: int, step: int, length: int, new_tokens: int
+        self, draw: Callable[[int], draws.Text], size: int, step: int, length: int, new_tokens: int
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
-        for _ in range(size // step + TRIES_AT_SMALLEST):
+        for _ in range(size // step + _TRIES_AT_SMALLEST):
             # More needles than places, a repeated name: RULER catches everything.
             with contextlib.suppress(ValueError, IndexError):
                 text, answers = draw(size)
@@ -189,38 +167,33 @@ class UpstreamRuler:
             "the length is too short: RULER's smallest prompt exceeds it; use a longer one"
         )
 
-    def _coded_words(self, streams: Streams, length: int) -> list[tuple[str, list[str], int]]:
+    def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
         room = length - MAX_NEW_TOKENS["fwe"]
         template, step = self.prompts["freq_words_extraction"], room // 32
-        text, _ = coded_words(template, streams, room // 50)
+        text, _ = draws.coded_words(template, streams, room // 50)
         size = room // 6
         while self._count(text(size)) < room:
             size += step
         size -= step
         found = []
         for _ in range(self.config.num_samples):
-            text, answers = coded_words(template, streams, room // 50)
+            text, answers = draws.coded_words(template, streams, room // 50)
             own = size
             while own > 0 and self._count(text(own)) > room:
                 own -= step
             if own <= 0:
                 raise DataError(
-                    f"the length is too short: {room} tokens cannot hold coded words; use a longer one"
+                    f"the length is too short: {room} tokens cannot hold coded words; "
+                    "use a longer one"
                 )
             found.append((text(own), answers, self._count(text(own)) + MAX_NEW_TOKENS["fwe"]))
         return found
 
-    def _texts_identity(self, task: str) -> str:
+    def _texts_sha256(self, task: str) -> str:
         """Hash of the texts that a task uses; makes sure that they are there."""
         if task in ("qa_1", "qa_2"):
-            questions = self._squad if task == "qa_1" else self._hotpotqa
-            asked = [
-                text
-                for question in questions.questions
-                for text in (question.text, *question.answers)
-            ]
-            return texts_sha256([*asked, *questions.documents])
+            return self._questions(task).sha256
         if task == "cwe":
             return texts_sha256([*self._words.words, *self._words.further_words])
         if task not in NIAH_TASKS:
@@ -230,23 +203,15 @@ class UpstreamRuler:
         return texts_sha256([*pairs, *(self._essay if kind.haystack == "essay" else [])])
 
     @cached_property
-    def _words(self) -> UpstreamWords:
-        return read_upstream_words(self.checkout, self.config.wordlists)
+    def _words(self) -> draws.UpstreamWords:
+        return draws.read_upstream_words(self.checkout, self.config.wordlists)
 
     @cached_property
     def _essay(self) -> list[str]:
+        # Without NLTK an error now, not in the middle.
         _sentences("Punkt is there. Or it is not.")
-        return re.sub(r"\s+", " ", read_upstream_essays(self.checkout, self.config.essays)).split(
-            " "
-        )
-
-    @cached_property
-    def _squad(self) -> QuestionSet:
-        return read_squad(str(self.config.squad))
-
-    @cached_property
-    def _hotpotqa(self) -> QuestionSet:
-        return read_hotpotqa(str(self.config.hotpotqa))
+        text = draws.read_upstream_essays(self.checkout, self.config.essays)
+        return re.sub(r"\s+", " ", text).split(" ")
 
     def _count(self, text: str) -> int:
         """Tokens of a text, without BOS."""
@@ -254,12 +219,12 @@ class UpstreamRuler:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _SizeSearch:
     """What the search for a size and the drawing of samples need."""
 
-    generate: Callable[[int, int], Text]
+    generate: Callable[[int, int], draws.Text]
     """Sample (number, size)."""
-    probe: Callable[[int], Text]
+    probe: Callable[[int], draws.Text]
     """What is measured while the size is searched."""
     step: int
     """Smallest size, and what is taken off a sample that does not fit."""
@@ -277,6 +242,6 @@ def _sentences(text: str) -> list[str]:
         return sent_tokenize(text)
     except (ImportError, LookupError):
         raise DataError(
-            "mode=upstream cuts essays with NLTK: `pip install nltk`, then `python -m nltk.downloader punkt_tab`; or "
-            "leave the essay tasks out of ruler.tasks"
+            "mode=upstream cuts essays with NLTK: `pip install nltk`, then "
+            "`python -m nltk.downloader punkt_tab`; or leave the essay tasks out of ruler.tasks"
         ) from None

@@ -1,16 +1,14 @@
-"""What ``mode=upstream`` reads from a RULER checkout and from wonderwords: prompts, essays, words.
-Nothing is shipped.
-
-Prompts are taken from ``scripts/data/synthetic/constants.py`` without running it, and must be the
-known ones: RULER changed its prompts before, and a changed one makes another benchmark.
-
-What NVIDIA/RULER@c3f5e3b generates, draw by draw, so that the same seed gives the same prompts.
+"""What NVIDIA/RULER@c3f5e3b generates, draw by draw: the same seed gives the same prompts.
 
 Its draws come from one global stream of Python's generator (and one of NumPy's, for numbers of
 variable tracking), sample after sample; some shuffles start a fresh generator from the seed every
 time, so their permutation is the same in every sample. Known defects are kept: distractor keys may
 repeat the queried key; the document that answers stands at one place in all samples; lists have one
 permutation; the singular is made by replacing letters.
+
+Prompts, essays and words are read from a checkout and from wonderwords; nothing is shipped. The
+prompts are taken from ``scripts/data/synthetic/constants.py`` without running it, and must be the
+known ones: RULER changed its prompts before, and a changed one makes another benchmark.
 """
 
 import ast
@@ -32,7 +30,7 @@ from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.ruler.niah import NiahTask
 from longrope2.evaluation.ruler.qa import QuestionSet
 
-DATA_FOLDER = Path("scripts/data/synthetic")
+_DATA_FOLDER = Path("scripts/data/synthetic")
 # First 16 hexadecimal digits of the SHA-256 of template and answer prefix, NVIDIA/RULER@c3f5e3b
 # (2026-07-22).
 PROMPT_SHA256 = {
@@ -42,18 +40,18 @@ PROMPT_SHA256 = {
     "freq_words_extraction": ("a0c7b873cf500d6c", "9a72271c5762c96d"),
     "qa": ("18a659c9723f24f1", "255204f061d7e266"),
 }
-WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
-EXAMPLE_VALUE = "12345"
+_WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
+_EXAMPLE_VALUE = "12345"
+_NUM_COMMON, _NUM_HOPS = 10, 4
 Text = tuple[str, list[str]]
 """A prompt and its answers."""
 
 
 @dataclass(frozen=True)
 class UpstreamWords:
-    """RULER's vocabularies: pairs for keys, words to count, and the list it changes to when those do not suffice."""
+    """Pairs for keys, words to count, and the list that RULER takes for more than those."""
 
     pairs: list[str]
     words: list[str]
@@ -67,10 +65,10 @@ def read_prompts(checkout: Path) -> dict[str, str]:
         DataError: no such file, or one without the prompts.
         ArtifactError: a prompt is not the known one; names it with both hashes.
     """
-    path = checkout / DATA_FOLDER / "constants.py"
+    path = checkout / _DATA_FOLDER / "constants.py"
     if not path.is_file():
         raise DataError(
-            f"ruler.upstream_checkout={checkout} holds no {DATA_FOLDER}/constants.py; "
+            f"ruler.upstream_checkout={checkout} holds no {_DATA_FOLDER}/constants.py; "
             "give a checkout of github.com/NVIDIA/RULER"
         )
     tasks = _literal_tasks(path)
@@ -79,15 +77,14 @@ def read_prompts(checkout: Path) -> dict[str, str]:
         try:
             parts = tasks[name]["template"], tasks[name]["answer_prefix"]
         except (KeyError, TypeError):
-            raise DataError(
-                f"{path}: TASKS has no template and answer_prefix of {name}; use RULER of 2025-06 or later"
-            ) from None
+            fault = f"{path}: TASKS has no template and answer_prefix of {name}"
+            raise DataError(f"{fault}; use RULER of 2025-06 or later") from None
         for part, field, known in zip(parts, ("template", "answer_prefix"), expected, strict=True):
             found = hashlib.sha256(part.encode()).hexdigest()[:16]
             if found != known:
                 raise ArtifactError(
-                    f"{path}: the {field} of {name} is not RULER's (SHA-256 {found}..., expected {known}...); check out "
-                    "an unchanged NVIDIA/RULER, or use mode=fixed"
+                    f"{path}: the {field} of {name} is not RULER's (SHA-256 {found}..., expected "
+                    f"{known}...); check out an unchanged NVIDIA/RULER, or use mode=fixed"
                 )
         prompts[name] = "".join(parts)
     return prompts
@@ -99,15 +96,11 @@ def read_upstream_essays(checkout: Path, essays: str | None) -> str:
     Raises:
         DataError: neither is there.
     """
-    path = (
-        Path(essays)
-        if essays is not None
-        else checkout / DATA_FOLDER / "json" / "PaulGrahamEssays.json"
-    )
+    path = Path(essays or checkout / _DATA_FOLDER / "json" / "PaulGrahamEssays.json")
     if not path.is_file():
         raise DataError(
-            f"mode=upstream needs RULER's essays: {path} is not there; run download_paulgraham_essay.py in the checkout, "
-            "or give the file as ruler.essays"
+            f"mode=upstream needs RULER's essays: {path} is not there; run "
+            "download_paulgraham_essay.py in the checkout, or give the file as ruler.essays"
         )
     return str(json.loads(path.read_text(encoding="utf-8"))["text"])
 
@@ -120,19 +113,17 @@ def read_upstream_words(checkout: Path, wordlists: str | None) -> UpstreamWords:
     """
     folder = Path(wordlists) if wordlists is not None else _installed_lists()
     lists = []
-    for name in WORD_FILES:
+    for name in _WORD_FILES:
         if not (folder / name).is_file():
-            raise DataError(
-                f"ruler.wordlists={folder} holds no {name}; give the folder of wonderwords' word lists"
-            )
+            way_out = "give the folder of wonderwords' word lists"
+            raise DataError(f"ruler.wordlists={folder} holds no {name}; {way_out}")
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         lists.append([line.rstrip() for line in lines])
     nouns, adjectives, verbs = lists
-    further = checkout / DATA_FOLDER / "json" / "english_words.json"
+    further = checkout / _DATA_FOLDER / "json" / "english_words.json"
     if not further.is_file():
-        raise DataError(
-            f"ruler.upstream_checkout={checkout} holds no {further.relative_to(checkout)}"
-        )
+        missing = further.relative_to(checkout)
+        raise DataError(f"ruler.upstream_checkout={checkout} holds no {missing}")
     return UpstreamWords(
         pairs=sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns}),
         words=sorted({*nouns, *adjectives, *verbs}),
@@ -144,10 +135,9 @@ def _literal_tasks(path: Path) -> dict[str, Any]:
     """The value of ``TASKS`` in a Python file, which is not run."""
     try:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "TASKS" for t in node.targets
-            ):
-                return ast.literal_eval(node.value)
+            match node:
+                case ast.Assign(targets=[ast.Name(id="TASKS")], value=value):
+                    return ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     raise DataError(f"{path} defines no TASKS; give a checkout of github.com/NVIDIA/RULER")
@@ -158,24 +148,27 @@ def _installed_lists() -> Path:
     spec = importlib.util.find_spec("wonderwords")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
-            "mode=upstream needs the word lists of wonderwords: `pip install wonderwords==3.0.1`, or give ruler.wordlists"
+            "mode=upstream needs the word lists of wonderwords: "
+            "`pip install wonderwords==3.0.1`, or give ruler.wordlists"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "assets"
 
 
-@dataclass
 class Streams:
     """The two generators of a run of RULER, and the seed that both started from."""
 
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.python = random.Random(self.seed)
-        self.numpy = np.random.RandomState(self.seed)
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.python = random.Random(seed)
+        self.numpy = np.random.RandomState(seed)
 
     def reshuffle(self, items: list) -> None:
         """The shuffle that is the same every time."""
         random.Random(self.seed).shuffle(items)
+
+    def word(self, alphabet: str, letters: int) -> str:
+        """Random letters."""
+        return "".join(self.python.choices(alphabet, k=letters))
 
 
 def needles(
@@ -197,26 +190,24 @@ def needles(
         assert words is not None
         return streams.python.choice(words.pairs)
 
+    def needle(key: str, value: str) -> str:
+        return f"One of the special magic {task.values} for {key} is: {value}."
+
     keys, values, hidden = [], [], []
     for _ in range(task.num_keys):
         keys.append(draw(task.keys))
-        values.append([])
-        for _ in range(task.num_values):
-            values[-1].append(draw(task.values))
-            hidden.append(NEEDLE.format(kind=task.values, key=keys[-1], value=values[-1][-1]))
+        values.append([draw(task.values) for _ in range(task.num_values)])
+        hidden += [needle(keys[-1], value) for value in values[-1]]
     streams.reshuffle(hidden)
     if task.haystack == "essay":
         context = _in_essay(hidden, essay, sentences_of, streams, size)
     else:
-        lines = [NOISE] * size
+        lines = [_NOISE] * size
         if task.haystack == "needle":
-            lines = [
-                NEEDLE.format(kind=task.values, key=draw(task.keys), value=draw(task.values))
-                for _ in range(size)
-            ]
+            lines = [needle(draw(task.keys), draw(task.values)) for _ in range(size)]
         places = sorted(streams.python.sample(range(size), len(hidden)), reverse=True)
-        for place, needle in zip(places, hidden, strict=True):
-            lines.insert(place, needle)
+        for place, line in zip(places, hidden, strict=True):
+            lines.insert(place, line)
         context = "\n".join(lines)
     indices = streams.python.sample(range(task.num_keys), task.num_queries)
     queries = [keys[index] for index in indices]
@@ -238,9 +229,9 @@ def _in_essay(
     size: int,
 ) -> str:
     """Needles between the sentences of the first ``size`` words, at depths drawn from forty."""
-    repeats = -(-size // len(essay)) if size > len(essay) else 1
-    sentences = sentences_of(" ".join((list(essay) * repeats)[:size]).strip())
-    depths = streams.python.sample(DEPTHS, len(hidden))
+    words = [essay[number % len(essay)] for number in range(size)]
+    sentences = sentences_of(" ".join(words).strip())
+    depths = streams.python.sample(_DEPTHS, len(hidden))
     places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
     parts = []
     for number in range(1, len(places)):
@@ -249,87 +240,76 @@ def _in_essay(
     return " ".join(parts)
 
 
-def variables(
-    template: str, streams: Streams, size: int, *, example: bool, num_hops: int = 4
-) -> Text:
+def variables(template: str, streams: Streams, size: int, *, example: bool) -> Text:
     """One chain of assignments among ``size`` lines of noise."""
     letters = 3 if example else 5
     names: list[str] = []
-    while len(names) < num_hops + 1 or len(set(names)) < num_hops + 1:
-        names.append("".join(streams.python.choices(string.ascii_uppercase, k=letters)))
+    while len(set(names)) < _NUM_HOPS + 1:
+        names.append(streams.word(string.ascii_uppercase, letters))
     value, chain = "", []
-    for first in range(0, len(names), num_hops + 1):  # more than one only after a repeated name
-        group = names[first : first + num_hops + 1]
-        drawn = EXAMPLE_VALUE if example else str(streams.numpy.randint(10_000, 99_999))
+    # More than one group only after a repeated name.
+    for first in range(0, len(names), _NUM_HOPS + 1):
+        group = names[first : first + _NUM_HOPS + 1]
+        drawn = _EXAMPLE_VALUE if example else str(streams.numpy.randint(10_000, 99_999))
         value = value or drawn
-        chain.append(
-            [
-                f"VAR {group[0]} = {drawn}",
-                *(f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(num_hops)),
-            ]
-        )
-    lines = [NOISE] * size
+        hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(_NUM_HOPS)]
+        chain.append([f"VAR {group[0]} = {drawn}", *hops])
+    lines = [_NOISE] * size
     for statements in chain:
         places = sorted(streams.python.sample(range(len(lines)), len(statements)))
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
             lines.insert(place + offset, statement)
     context = "\n".join(lines).replace(". \n", ".\n")
-    return template.format(context=context, query=value, num_v=num_hops + 1), names[: num_hops + 1]
+    return template.format(context=context, query=value, num_v=_NUM_HOPS + 1), names[
+        : _NUM_HOPS + 1
+    ]
 
 
-def with_example(text: str, example: str, streams: Streams, num_hops: int = 4) -> str:
-    """The solved example, with new names and a new value, in front of a prompt of variable tracking."""
-    for name in example.strip().split()[-num_hops - 1 :]:
-        example = example.replace(
-            name, "".join(streams.python.choices(string.ascii_uppercase, k=len(name)))
-        )
-    return example.replace(EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
+def with_example(text: str, example: str, streams: Streams) -> str:
+    """The solved example, with new names and a new value, in front of a prompt."""
+    for name in example.strip().split()[-_NUM_HOPS - 1 :]:
+        example = example.replace(name, streams.word(string.ascii_uppercase, len(name)))
+    return example.replace(_EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
 
 
 def common_words(
-    template: str,
-    streams: Streams,
-    words: list[str],
-    further: list[str],
-    length: int,
-    size: int,
-    num_common: int = 10,
+    template: str, streams: Streams, words: list[str], further: list[str], length: int, size: int
 ) -> Text:
     """A numbered list of ``size`` different words behind a solved example."""
 
     def listed(count: int, often: int, seldom: int) -> Text:
         drawn = streams.python.sample(words if count <= len(words) else further, count)
-        entries = drawn[:num_common] * often + drawn[num_common:] * seldom
+        entries = drawn[:_NUM_COMMON] * often + drawn[_NUM_COMMON:] * seldom
         streams.reshuffle(entries)
-        return " ".join(f"{n}. {word}" for n, word in enumerate(entries, start=1)), drawn[
-            :num_common
-        ]
+        return _numbered(entries), drawn[:_NUM_COMMON]
 
     short = length < 4096
     example, solved = listed(20, 3, 1) if short else listed(40, 10, 3)
     context, answers = listed(size, 6, 1) if short else listed(size, 30, 3)
-    shot = template.format(num_cw=num_common, context=example, query="") + " "
-    shot += " ".join(f"{n}. {word}" for n, word in enumerate(solved, start=1))
-    return shot + "\n" + template.format(num_cw=num_common, context=context, query=""), answers
+    shot = template.format(num_cw=_NUM_COMMON, context=example, query="")
+    text = template.format(num_cw=_NUM_COMMON, context=context, query="")
+    return f"{shot} {_numbered(solved)}\n{text}", answers
+
+
+def _numbered(words: list[str]) -> str:
+    return " ".join(f"{n}. {word}" for n, word in enumerate(words, start=1))
 
 
 def coded_words(
     template: str, streams: Streams, vocabulary_size: int
 ) -> tuple[Callable[[int], str], list[str]]:
     """A drawn vocabulary, as a function from a number of words to the prompt; and the answers."""
-    drawn: list[str] = []
-    while len(drawn) < vocabulary_size or len(set(drawn)) < vocabulary_size:
-        drawn.append("".join(streams.python.choices(string.ascii_lowercase, k=6)))
-    vocabulary = sorted(set(drawn))
+    drawn: set[str] = set()
+    while len(drawn) < vocabulary_size:
+        drawn.add(streams.word(string.ascii_lowercase, 6))
+    vocabulary = sorted(drawn)
     streams.reshuffle(vocabulary)
     vocabulary[0] = "..."
 
     def text(num_words: int) -> str:
         ranks = np.arange(1, len(vocabulary) + 1)
         counts = (num_words * (ranks**-2.0) / (math.pi**2 / 6)).astype(int)
-        entries = [
-            word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)
-        ]
+        entries = np.repeat(vocabulary, counts).tolist()
         streams.reshuffle(entries)
         return template.format(context=" ".join(entries), query="")
 
@@ -346,17 +326,13 @@ def documents(
         if size - len(own) > len(related):
             taken = {*own, *related}
             others = [number for number in range(len(questions.documents)) if number not in taken]
-            numbers = (
-                own
-                + related
-                + streams.python.sample(others, max(0, size - len(own) - len(related)))
-            )
+            count = max(0, size - len(own) - len(related))
+            numbers = own + related + streams.python.sample(others, count)
         else:
             numbers = own + streams.python.sample(related, size - len(own))
         texts = [questions.documents[number] for number in numbers]
     else:
-        repeats = -(-size // len(questions.documents))
-        texts = (questions.documents * repeats)[:size]
+        texts = [questions.documents[n % len(questions.documents)] for n in range(size)]
     streams.reshuffle(texts)
     context = "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(texts, start=1))
     return template.format(context=context, query=question.text), list(question.answers)

@@ -1,0 +1,199 @@
+"""One export: a finished checkpoint found, its folders written, verified, and only then published.
+
+A folder appears only after plain transformers has loaded it and given the logits of the trained
+model on either side of the window switch, as far as the folder reaches.
+"""
+
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from longrope2.config import to_plain
+from longrope2.corpora.build import heldout_documents
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.tokenizer import DocumentTokenizer
+from longrope2.errors import ArtifactError, ConfigError
+from longrope2.evaluation.subjects import find_checkpoint
+from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
+from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.model_card import StaticCost, measure_static_cost
+from longrope2.export.variants import ExportRoot, ExportVariant, variant_factors
+from longrope2.export.verification import verify_export
+from longrope2.files import artifacts
+from longrope2.model.folder import resolve_model_folder
+from longrope2.model.loading import load_to_run, load_tokenizer
+from longrope2.rope.factors import RescaleFactors
+
+_COST_TEXT = "held-out Python documentation and sources"
+# Enough for a token of so many characters on average: a long text is not tokenized to its end.
+_CHARACTERS_PER_TOKEN = 16
+_Differences = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, found and checked."""
+
+    config: ExportRoot
+    checkpoint: Path
+    factors: RescaleFactors
+    inputs: dict[str, dict[str, str]]
+
+    @property
+    def folder(self) -> Path:
+        """The product folder."""
+        return artifacts.product_folder(self.config.run.folder, "exports")
+
+    @property
+    def finals(self) -> list[Path]:
+        """Where each wanted variant will stand."""
+        return [self.folder / variant.folder_name for variant in self.config.export.variants]
+
+
+def find_export(config: ExportRoot) -> Export:
+    """Find the checkpoint, and check that it can be exported as configured.
+
+    Raises:
+        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
+        FactorsError: its factors cannot be written into a Hugging Face config.
+    """
+    export = config.export
+    checkpoint, factors = find_checkpoint(config, "export.checkpoint", export.checkpoint)
+    for variant in export.variants:
+        variant_factors(factors, variant)
+    if export.gguf:
+        check_gguf(checkpoint, resolve_model_folder(config.model.path), export.gguf_pretokenizer)
+    return Export(config, checkpoint, factors, {"checkpoint": artifacts.describe_input(checkpoint)})
+
+
+def is_complete(export: Export) -> bool:
+    """Whether this checkpoint has been exported with these settings, and still stands there."""
+    try:
+        manifest = artifacts.read_manifest(export.folder, "exports")
+    except ArtifactError:
+        return False
+    # The checkpoint is compared by its content, wherever it stood.
+    found, wanted = (
+        plain.get("export", {}) | {"checkpoint": None}
+        for plain in (manifest.config, to_plain(export.config))
+    )
+    there = all(final.is_dir() for final in export.finals)
+    return there and manifest.inputs == export.inputs and found == wanted
+
+
+def publish(export: Export) -> _Differences:
+    """Write beside the final places, verify all, then move; a failure leaves nothing behind.
+
+    Returns:
+        Folder name -> length -> largest difference of the logits, over the largest logit.
+
+    Raises:
+        ArtifactError: plain transformers computes something else than the trained model.
+    """
+    unverified = [final.with_name(f".{final.name}.tmp") for final in export.finals]
+    differences: _Differences = {}
+    try:
+        cost = static_cost(export)
+        for variant, temporary in zip(export.config.export.variants, unverified, strict=True):
+            shutil.rmtree(temporary, ignore_errors=True)
+            # All variants share the weight files of the first.
+            weights_from = unverified[0] if temporary is not unverified[0] else None
+            differences[variant.folder_name] = _write(
+                export, variant, temporary, cost, weights_from
+            )
+        (export.folder / artifacts.MANIFEST_NAME).unlink(missing_ok=True)
+        _remove_former(export)
+        for temporary, final in zip(unverified, export.finals, strict=True):
+            temporary.rename(final)
+    finally:
+        for temporary in unverified:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _write_manifest(export, differences, cost)
+    return differences
+
+
+def static_cost(export: Export) -> StaticCost | None:
+    """What a static choice costs this model on short texts that every machine has.
+
+    Raises:
+        ConfigError: more texts are asked for than there are.
+    """
+    num_windows = export.config.export.cost_windows
+    if num_windows == 0:
+        return None
+    corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
+    documents = heldout_documents(corpus)
+    if num_windows > len(documents):
+        fault = f"export.cost_windows={num_windows} must be at most {len(documents)}"
+        raise ConfigError([f"{fault}, all texts there are"])
+    encoder = DocumentTokenizer(load_tokenizer(export.checkpoint))
+    original_len, windows = export.factors.geometry.original_len, []
+    for document in random.Random(export.config.seed).sample(documents, num_windows):
+        ids = encoder.encode(document.text[: _CHARACTERS_PER_TOKEN * original_len])
+        windows.append(torch.tensor([encoder.bos_id, *ids][: original_len - 1]))
+    model = load_to_run(export.checkpoint, export.factors)
+    return measure_static_cost(model, windows, _COST_TEXT)
+
+
+def _write(
+    export: Export,
+    variant: ExportVariant,
+    folder: Path,
+    cost: StaticCost | None,
+    weights_from: Path | None,
+) -> dict[str, float]:
+    """Write one folder and compare it with the trained model in the windows that it holds."""
+    settings, applied = export.config.export, variant_factors(export.factors, variant)
+    dtype, original_len = settings.dtype.torch_dtype, export.factors.geometry.original_len
+    write_hugging_face_folder(
+        export.checkpoint,
+        export.factors,
+        folder,
+        dtype=dtype,
+        variant=variant,
+        cost=cost,
+        weights_from=weights_from,
+    )
+    around = (original_len - 1, original_len, original_len + 1)
+    lengths = [length for length in around if length <= applied.target_len][-2:]
+    differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)
+    if settings.gguf:
+        base_folder = resolve_model_folder(export.config.model.path)
+        pretokenizer = settings.gguf_pretokenizer
+        write_gguf(folder, applied, folder / GGUF_FILE, base_folder, pretokenizer=pretokenizer)
+    return {str(length): difference for length, difference in differences.items()}
+
+
+def _remove_former(export: Export) -> None:
+    """Make room, and leave no folder of another export beside the new ones."""
+    for variant in ExportVariant:
+        former = export.folder / variant.folder_name
+        if former.exists():
+            shutil.rmtree(former)
+            if former not in export.finals:
+                print(f"removed    {former}, which export.variants no longer names")
+
+
+def _write_manifest(export: Export, differences: _Differences, cost: StaticCost | None) -> None:
+    """Declare the export finished."""
+    settings, finals = export.config.export, export.finals
+    paths = [path for final in finals for path in sorted(final.iterdir())]
+    manifest = artifacts.Manifest(
+        "exports",
+        inputs=export.inputs,
+        config=to_plain(export.config),
+        files={f"{path.parent.name}/{path.name}": artifacts.sha256_of_file(path) for path in paths},
+        details={
+            "dtype": settings.dtype.value,
+            "variants": [variant.value for variant in settings.variants],
+            "gguf": settings.gguf,
+            "original_len": export.factors.geometry.original_len,
+            "target_len": export.factors.target_len,
+            "largest_relative_logit_difference": differences,
+            "static_cost": None if cost is None else asdict(cost),
+        },
+    )
+    artifacts.write_manifest(export.folder, manifest)
