@@ -122,8 +122,8 @@ def _comparison(record: RunRecord) -> str:
         f"{summary.needle[0].num_samples}. Needle ppl and text ppl: perplexity of the needles' "
         f"values and of held-out text at {longest} tokens. Short window: change of the perplexity "
         f"of held-out text inside {original} tokens against {html.escape(summary.reference)}. "
-        f"Up to {original} tokens every model runs on its short-window RoPE, beyond on its long-window "
-        "RoPE."
+        f"Up to {original} tokens every model runs on its short-window RoPE, beyond on its "
+        "long-window RoPE."
     )
     return f"{table(head, rows)}<p class=note>{note}</p>{_length_figures(summary)}"
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longrope2.evaluation import scoring
+from longrope2.evaluation import subjects
 from longrope2.files.artifacts import (
     Manifest,
     product_folder,
@@ -137,7 +137,7 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     assert accuracies <= {key for record in metrics for key in record}
     assert NeedleSet.load(folder / "needles" / "256.arrow").length == 256
     before = {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"}
-    monkeypatch.setattr(scoring, "load_to_run", None)  # a second measurement would call it
+    monkeypatch.setattr(subjects, "load_windowed_model", None)  # a second measurement would call it
     assert command("evaluate", SUBJECTS, *SMALL)[0] == 0
     assert {
         name: value for name, value in tree(folder).items() if name != "metrics.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longrope2.evaluation import answering
+from longrope2.evaluation import answering, subjects
 from longrope2.evaluation.config import CalibrationConfig, CalibrationRule, calibration_faults
 from longrope2.evaluation.results import read_answers
 from longrope2.files.artifacts import read_manifest
@@ -69,7 +69,7 @@ def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monke
     assert all(set(c["sides"]) == {"long"} and c["score"] is not None for c in summary["cells"])
     assert summary["calibration"] == {"passed": True, "rules": []} and len(summary["paired"]) == 2
     assert read_manifest(folder, "evaluations").counts["num_subjects"] == 2
-    monkeypatch.setattr(answering, "load_windowed_model", None)  # another answer would call it
+    monkeypatch.setattr(subjects, "load_windowed_model", None)  # another answer would call it
     code, _, err = evaluate()
     assert code == 0, err
     assert json.loads((folder / "suite.json").read_text()) == summary
