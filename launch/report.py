@@ -65,8 +65,7 @@ def run_folder(arguments: list[str]) -> Path:
 
 
 def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None:
-    """Write the report whenever a file it reads has changed, until Ctrl-C; then once more, as a
-    page that rests.
+    """Write the report whenever a file it reads has changed, until Ctrl-C; then a page that rests.
 
     Raises:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
