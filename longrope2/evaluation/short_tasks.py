@@ -50,14 +50,10 @@ def measure_short_tasks(
 
 def short_task_cell(measurement: Measurement) -> Cell:
     """A measurement as a cell of the suite."""
-    values = measurement.values
-    scores = values["scores"]
+    values, scores = measurement.values, measurement.values["scores"]
+    place = measurement.subject, LM_EVAL_SUITE, values["name"], 0, len(scores)
     return Cell(
-        subject=measurement.subject,
-        suite=LM_EVAL_SUITE,
-        task=values["name"],
-        length=0,
-        num_samples=len(scores),
+        *place,
         score=values["score"],
         interval=score_interval(scores),
         sides=dict(sorted(scores_by_side(scores, values["sides"]).items())),

@@ -36,7 +36,7 @@ class PairedTest:
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """95 % score interval of a success probability (Wilson 1927), inside [0, 1] and honest there."""
+    """95 % score interval of a success probability (Wilson 1927), honest at 0 and 1 too."""
     z2 = NORMAL_95**2
     share = num_correct / num_samples
     centre = (share + z2 / (2 * num_samples)) / (1 + z2 / num_samples)

@@ -14,28 +14,12 @@ import torch
 from rich import box
 from rich.table import Table
 
+from longrope2.evaluation import schema
 from longrope2.evaluation.answering import NotMeasured, sample_key
 from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
 from longrope2.evaluation.results import Answer, AnswersLog, Measurement
 from longrope2.evaluation.samples import GenerationTask
-from longrope2.evaluation.schema import (
-    Average,
-    Calibration,
-    CalibrationRow,
-    Cell,
-    ContextRow,
-    DepthRow,
-    EvaluationSummary,
-    KeptRow,
-    MeasuredSubject,
-    NeedleRow,
-    PairedRow,
-    RetentionRow,
-    SideScore,
-    SuiteSubject,
-    SuiteSummary,
-    TextRow,
-)
+from longrope2.evaluation.schema import Average, Cell
 from longrope2.evaluation.statistics import (
     macro_interval,
     paired_test,
@@ -53,32 +37,29 @@ AVERAGED_SUITES = ("ruler",)
 
 def summarize(
     subjects: Sequence[Subject], measurements: Sequence[Measurement], reference: str
-) -> EvaluationSummary:
-    """Content of ``evaluations.json``.
-
-    Args:
-        subjects: In the order of the tables; all for the same L0 and L.
-        measurements: Of these subjects.
-        reference: Subject whose perplexity inside the original window is 1 in ``retention``.
-    """
+) -> schema.EvaluationSummary:
+    """Content of ``evaluations.json``; all subjects are for the same L0 and L."""
     by_suite: dict[str, list[Measurement]] = defaultdict(list)
     for measurement in measurements:
         by_suite[measurement.suite].append(measurement)
     original_len = subjects[0].factors.geometry.original_len
     kept = [_text_row(m) for m in by_suite["retention"]]
     reference_perplexity = next(row.perplexity for row in kept if row.subject == reference)
-    return EvaluationSummary(
+    return schema.EvaluationSummary(
         original_len=original_len,
         target_len=subjects[0].factors.target_len,
         reference=reference,
         subjects=tuple(_measured_subject(subject) for subject in subjects),
         needle=tuple(_needle_row(m, original_len) for m in by_suite["needle"]),
         perplexity=tuple(
-            ContextRow(**vars(_text_row(m)), window=window_for_length(m.length, original_len).value)
+            schema.ContextRow(
+                **vars(_text_row(m)), window=window_for_length(m.length, original_len).value
+            )
             for m in by_suite["perplexity"]
         ),
         retention=tuple(
-            RetentionRow(**vars(row), ratio=row.perplexity / reference_perplexity) for row in kept
+            schema.RetentionRow(**vars(row), ratio=row.perplexity / reference_perplexity)
+            for row in kept
         ),
     )
 
@@ -92,9 +73,9 @@ def metric_values(measurement: Measurement) -> dict[str, float]:
     return {f"eval/{measurement.suite}/{task}": _text_row(measurement).perplexity}
 
 
-def _measured_subject(subject: Subject) -> MeasuredSubject:
+def _measured_subject(subject: Subject) -> schema.MeasuredSubject:
     factors = subject.factors
-    return MeasuredSubject(
+    return schema.MeasuredSubject(
         name=subject.name,
         trained=subject.trained,
         method=factors.method,
@@ -105,18 +86,18 @@ def _measured_subject(subject: Subject) -> MeasuredSubject:
     )
 
 
-def _needle_row(measurement: Measurement, original_len: int) -> NeedleRow:
+def _needle_row(measurement: Measurement, original_len: int) -> schema.NeedleRow:
     values = measurement.values
     by_depth: dict[float, list[int]] = defaultdict(list)
     for index, depth in enumerate(values["depths"]):
         by_depth[depth].append(index)
-    return NeedleRow(
+    return schema.NeedleRow(
         subject=measurement.subject,
         length=measurement.length,
         window=window_for_length(measurement.length, original_len).value,
         **_needle_numbers(values, range(len(values["exact"]))),
         depths=tuple(
-            DepthRow(depth, **_needle_numbers(values, by_depth[depth]))
+            schema.DepthRow(depth, **_needle_numbers(values, by_depth[depth]))
             for depth in sorted(by_depth)
         ),
     )
@@ -135,10 +116,10 @@ def _needle_numbers(values: dict[str, Any], indices: Sequence[int]) -> dict[str,
     }
 
 
-def _text_row(measurement: Measurement) -> TextRow:
+def _text_row(measurement: Measurement) -> schema.TextRow:
     """Perplexity over all scored tokens of text windows."""
     nll, num_tokens = measurement.values["nll"], sum(measurement.values["num_tokens"])
-    return TextRow(
+    return schema.TextRow(
         subject=measurement.subject,
         length=measurement.length,
         num_windows=len(nll),
@@ -147,13 +128,11 @@ def _text_row(measurement: Measurement) -> TextRow:
     )
 
 
-def comparison_lines(summary: EvaluationSummary) -> tuple[list[int], list[list[str]]]:
-    """The table of a comparison: the lengths, and a line per subject.
+def comparison_lines(summary: schema.EvaluationSummary) -> tuple[list[int], list[list[str]]]:
+    """The lengths of a comparison, ascending, and a line of its table per subject.
 
-    Returns:
-        Lengths, ascending; and for each subject its name, the needles retrieved in percent by
-        length, their interval, the needles' and the text's perplexity at the longest length, and
-        the change of the perplexity inside the original window.
+    A line: name, needles retrieved in percent by length, their interval at the longest, perplexity
+    of needles and of text there, change of the perplexity inside the original window.
     """
     needle = {(row.subject, row.length): row for row in summary.needle}
     text = {(row.subject, row.length): row for row in summary.perplexity}
@@ -176,7 +155,7 @@ def comparison_lines(summary: EvaluationSummary) -> tuple[list[int], list[list[s
     return lengths, lines
 
 
-def comparison_table(summary: EvaluationSummary) -> Table:
+def comparison_table(summary: schema.EvaluationSummary) -> Table:
     """The comparison as a terminal table of 80 columns."""
     lengths, lines = comparison_lines(summary)
     longest = lengths[-1]
@@ -216,38 +195,25 @@ def score_cells(
             keys = [sample_key(subject, s, dtype=dtype, stop_ids=stop_ids) for s in task.samples]
             answers = [answer for key in keys if (answer := log.find(key)) is not None]
             num_missing = len(keys) - len(answers)
+            place = (subject.name, task.suite, task.name, task.length, len(keys))
             if answers and not num_missing:
-                cells.append(_scored(subject.name, task, answers))
-                continue
-            reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
-            cells.append(_unscored(subject.name, task, num_missing, reason))
+                cells.append(_scored(place, task, answers))
+            else:
+                reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
+                cells.append(Cell(*place, score=None, num_missing=num_missing, reason=reason))
     return cells
 
 
-def _unscored(subject: str, task: GenerationTask, num_missing: int, reason: str) -> Cell:
-    return Cell(
-        subject=subject,
-        suite=task.suite,
-        task=task.name,
-        length=task.length,
-        num_samples=len(task.samples),
-        score=None,
-        num_missing=num_missing,
-        reason=reason,
-    )
-
-
-def _scored(subject: str, task: GenerationTask, answers: Sequence[Answer]) -> Cell:
+def _scored(
+    place: tuple[str, str, str, int, int], task: GenerationTask, answers: Sequence[Answer]
+) -> Cell:
+    """A finished cell; ``place`` are its first fields."""
     pairs = zip(task.samples, answers, strict=True)
     scores = [task.score(sample, answer.text) for sample, answer in pairs]
     first, facts = scores[:FIRST_VIEW], [sample.facts for sample in task.samples]
     survived = [known["needle_survived"] for known in facts if "needle_survived" in known]
     return Cell(
-        subject=subject,
-        suite=task.suite,
-        task=task.name,
-        length=task.length,
-        num_samples=len(task.samples),
+        *place,
         score=sum(scores) / len(scores),
         interval=score_interval(scores),
         first_100=sum(first) / len(first),
@@ -259,13 +225,13 @@ def _scored(subject: str, task: GenerationTask, answers: Sequence[Answer]) -> Ce
     )
 
 
-def scores_by_side(scores: Sequence[float], sides: Sequence[str]) -> dict[str, SideScore]:
+def scores_by_side(scores: Sequence[float], sides: Sequence[str]) -> dict[str, schema.SideScore]:
     """Score of the answers made with each RoPE side."""
     found = {}
     for side in ("short", "both", "long"):
         own = [score for score, its_side in zip(scores, sides, strict=True) if its_side == side]
         if own:
-            found[side] = SideScore(len(own), sum(own) / len(own), score_interval(own))
+            found[side] = schema.SideScore(len(own), sum(own) / len(own), score_interval(own))
     return found
 
 
@@ -304,14 +270,8 @@ def effective_length(averages: Sequence[Average], subject: str, suite: str = "ru
 
 def calibration_rows(
     config: CalibrationConfig, scored: Sequence[Cell | Average], reference: str
-) -> list[CalibrationRow]:
-    """What came of each rule.
-
-    Args:
-        config: The rules.
-        scored: Cells and averages of all subjects.
-        reference: The base model's name.
-    """
+) -> list[schema.CalibrationRow]:
+    """What came of each rule on the scores of the base model, ``reference``."""
     scores: dict[str, float | None] = {}
     for row in scored:
         if row.subject == reference:
@@ -325,16 +285,16 @@ def calibration_rows(
             state = "passed" if rule.low <= found <= rule.high else "broken"
         else:
             state = "not measured" if rule.score in scores else "not in this suite"
-        rows.append(CalibrationRow(rule.score, rule.low, rule.high, found, state))
+        rows.append(schema.CalibrationRow(rule.score, rule.low, rule.high, found, state))
     return rows
 
 
-def passed(config: CalibrationConfig, rows: Sequence[CalibrationRow]) -> bool:
+def passed(config: CalibrationConfig, rows: Sequence[schema.CalibrationRow]) -> bool:
     """Whether extended models may be reported."""
     return not config.required or all(row.state in ("passed", "not in this suite") for row in rows)
 
 
-def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[PairedRow]:
+def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[schema.PairedRow]:
     """Paired tests in every cell: of each subject and ``reference``, or of all where it is missing.
 
     Beyond its window the base model may not have been asked, and the extended ones are then
@@ -353,22 +313,17 @@ def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[Pai
                 names = first.subject, second.subject
                 if (all_pairs or reference in names) and first.samples == second.samples:
                     numbers = asdict(paired_test(first.scores, second.scores))
-                    rows.append(PairedRow(*place, *names, **numbers))
+                    rows.append(schema.PairedRow(*place, *names, **numbers))
     return rows
 
 
 def summarize_suite(
     config: EvaluateRoot, subjects: Sequence[Subject], cells: Sequence[Cell]
-) -> SuiteSummary:
+) -> schema.SuiteSummary:
     """Content of ``suite.json``.
 
     When the base model breaks a calibration rule, the scores of all other subjects are withheld:
     their cells say so.
-
-    Args:
-        config: The evaluation.
-        subjects: In the order of the tables.
-        cells: Of all subjects and tasks.
     """
     reference = config.evaluation.reference
     averages = average_cells(cells)
@@ -377,15 +332,15 @@ def summarize_suite(
     if not may_report:
         cells = [cell if cell.subject == reference else _withheld(cell) for cell in cells]
         averages = average_cells(cells)
-    return SuiteSummary(
+    return schema.SuiteSummary(
         model=config.model.name,
         original_len=config.model.original_len,
         target_len=config.target_len,
         reference=reference,
         subjects=tuple(
-            SuiteSubject(s.name, s.trained, s.factors.method, s.source) for s in subjects
+            schema.SuiteSubject(s.name, s.trained, s.factors.method, s.source) for s in subjects
         ),
-        calibration=Calibration(may_report, tuple(rules)),
+        calibration=schema.Calibration(may_report, tuple(rules)),
         cells=tuple(cells),
         averages=tuple(averages),
         effective_length={s.name: effective_length(averages, s.name) for s in subjects},
@@ -394,7 +349,7 @@ def summarize_suite(
     )
 
 
-def suite_metrics(summary: SuiteSummary) -> dict[str, float]:
+def suite_metrics(summary: schema.SuiteSummary) -> dict[str, float]:
     """Finished scores under their tracking names, in percent."""
     return {
         f"eval/{row.suite}/{row.task}/{row.subject}/{row.length}": 100 * row.score
@@ -405,11 +360,11 @@ def suite_metrics(summary: SuiteSummary) -> dict[str, float]:
 
 def _withheld(cell: Cell) -> Cell:
     reason = "withheld: the base model breaks its calibration"
-    place = cell.subject, cell.suite, cell.task, cell.length
-    return Cell(*place, cell.num_samples, score=None, num_missing=0, reason=reason)
+    place = cell.subject, cell.suite, cell.task, cell.length, cell.num_samples
+    return Cell(*place, score=None, num_missing=0, reason=reason)
 
 
-def _kept_rows(cells: Sequence[Cell], reference: str, original_len: int) -> list[KeptRow]:
+def _kept_rows(cells: Sequence[Cell], reference: str, original_len: int) -> list[schema.KeptRow]:
     """By subject and suite, on the tasks inside the original window that both models finished."""
     inside: dict[str, dict[tuple[str, str, int], float]] = defaultdict(dict)
     for cell in cells:
@@ -423,5 +378,5 @@ def _kept_rows(cells: Sequence[Cell], reference: str, original_len: int) -> list
             total = sum(base[place] for place in common)
             if common and total > 0:
                 ratio = sum(scores[place] for place in common) / total
-                rows.append(KeptRow(subject, suite, len(common), ratio))
+                rows.append(schema.KeptRow(subject, suite, len(common), ratio))
     return rows
