@@ -237,7 +237,6 @@ class LongRope2LM(TemplateLM):
         return results
 
     def _window(self, num_tokens: int) -> Window:
-        """RoPE side of a sequence."""
         return window_for_length(num_tokens, self.original_len)
 
     def _note(self, request: Instance, num_tokens: int) -> None:
@@ -245,7 +244,6 @@ class LongRope2LM(TemplateLM):
         self.sides[place].add(self._window(num_tokens).value)
 
     def _check_fits(self, num_tokens: int) -> None:
-        """Nothing is cut."""
         if num_tokens > self.target_len:
             raise DataError(
                 f"a question of {num_tokens} tokens (new ones included) exceeds the window of "

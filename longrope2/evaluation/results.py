@@ -64,7 +64,6 @@ class ResultsLog:
 
 
 def _read_measurements(path: Path) -> list[Measurement]:
-    """Measurements of the file."""
     measurements = []
     for number, fields in enumerate(read_log(path), start=1):
         try:

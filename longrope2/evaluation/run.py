@@ -26,14 +26,7 @@ from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.needles import build_needle_set
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError, DataError
-from longrope2.evaluation.answering import (
-    NotMeasured,
-    Request,
-    answer_requests,
-    make_decoder,
-    plan_requests,
-    shard_requests,
-)
+from longrope2.evaluation import answering, scoring, summary
 from longrope2.evaluation.config import EvaluateRoot, evaluated_lengths, suite_lengths
 from longrope2.evaluation.long_tasks.tasks import long_tasks
 from longrope2.evaluation.needle_map import needle_map_tasks
@@ -42,28 +35,8 @@ from longrope2.evaluation.results import RESULTS_FILE, AnswersLog, Measurement, 
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.schema import Cell, SuiteSummary, write_summary
-from longrope2.evaluation.scoring import (
-    Measure,
-    context_windows,
-    measure_all,
-    needle_measure,
-    perplexity_measure,
-    retention_measure,
-    short_windows,
-)
 from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
 from longrope2.evaluation.subjects import Subject, SubjectModels
-from longrope2.evaluation.summary import (
-    average_cells,
-    calibration_rows,
-    comparison_table,
-    metric_values,
-    passed,
-    score_cells,
-    suite_metrics,
-    summarize,
-    summarize_suite,
-)
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
@@ -138,7 +111,7 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
 def run_evaluation(
     config: EvaluateRoot, base_folder: Path, subjects: Sequence[Subject]
 ) -> tuple[bool, SuiteSummary | None]:
-    """Measure and ask what is missing, and write the product.
+    """scoring.Measure and ask what is missing, and write the product.
 
     Returns:
         Whether the product is finished: not while other shards have requests left. And what the
@@ -159,35 +132,36 @@ def run_evaluation(
     claim_folder(own_folder, config, changeable=CHANGEABLE)
     for needle_set in needle_sets:
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
-    models, plain = SubjectModels(_own_device(), device_and_dtype()[1]), to_plain(config)
+    models, plain = _own_models(), to_plain(config)
     measurements, suite = [], None
     with MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", plain) as tracking:
         if measures:
             measurements = _measure(subjects, measures, models, folder, tracking)
-            summary = summarize(subjects, measurements, config.evaluation.reference)
-            write_summary(folder, summary)
-            Console().print(comparison_table(summary))
+            found = summary.summarize(subjects, measurements, config.evaluation.reference)
+            write_summary(folder, found)
+            Console().print(summary.comparison_table(found))
         if asks:
             tokenizer = load_tokenizer(base_folder)
             suite = _run_suite(config, subjects, tokenizer, models, folder, shard)
             if suite is not None:
-                tracking.log(suite_metrics(suite))
+                tracking.log(summary.suite_metrics(suite))
     is_finished = suite is not None or bool(measures and not asks)
     if is_finished:
         _write_manifest(config, base_folder, subjects, len(measurements), folder)
     return is_finished, suite
 
 
-def _own_device() -> torch.device:
-    """The GPU of this rank, where there is one."""
-    device, _ = device_and_dtype()
-    is_ranked = device.type == "cuda" and "LOCAL_RANK" in os.environ
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_ranked else device
+def _own_models() -> SubjectModels:
+    """Holder of the model on the GPU of this rank, where there is one."""
+    device, dtype = device_and_dtype()
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return SubjectModels(device, dtype)
 
 
 def _build_measures(
     config: EvaluateRoot, base_folder: Path
-) -> tuple[list[Measure], list[NeedleSet]]:
+) -> tuple[list[scoring.Measure], list[NeedleSet]]:
     """Measures on needles and text windows, and the needle samples themselves.
 
     Raises:
@@ -209,7 +183,7 @@ def _build_measures(
         )
         for length in lengths
     ]
-    windows = context_windows(
+    windows = scoring.context_windows(
         documents,
         lengths,
         num_windows=text.num_windows,
@@ -217,15 +191,17 @@ def _build_measures(
         seed=config.seed,
     )
     num_short = evaluation.retention.num_windows
-    short = short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
-    measures = [needle_measure(needle_set, *fitting) for needle_set in needle_sets]
-    measures += [perplexity_measure(windows[n], text.scored_tokens, *fitting) for n in lengths]
-    return [*measures, retention_measure(short, *fitting)], needle_sets
+    short = scoring.short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
+    measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
+    measures += [
+        scoring.perplexity_measure(windows[n], text.scored_tokens, *fitting) for n in lengths
+    ]
+    return [*measures, scoring.retention_measure(short, *fitting)], needle_sets
 
 
 def _measure(
     subjects: Sequence[Subject],
-    measures: Sequence[Measure],
+    measures: Sequence[scoring.Measure],
     models: SubjectModels,
     folder: Path,
     tracking: MetricsLog,
@@ -235,8 +211,8 @@ def _measure(
     results = ResultsLog(folder / RESULTS_FILE)
     with _progress("evaluate", "{task.description}") as progress:
         bar = progress.add_task("", total=len(subjects) * len(measures))
-        for measurement in measure_all(subjects, measures, results, models):
-            tracking.log(metric_values(measurement))
+        for measurement in scoring.measure_all(subjects, measures, results, models):
+            tracking.log(summary.metric_values(measurement))
             measurements.append(measurement)
             done = f"{measurement.subject} {measurement.suite} {measurement.length}"
             progress.update(bar, advance=1, description=done)
@@ -261,23 +237,25 @@ def _run_suite(
     tasks = _tasks(config, tokenizer) if config.suite.generates else []
     asked = {subject.name: _asked_of(config, subject, tasks) for subject in subjects}
     asks_short = bool(config.suite.short_tasks.tasks)
-    short_results = ResultsLog(folder / SHORT_TASKS_FILE) if asks_short else None
+    # Short tasks are not split: the first shard asks them all.
+    short_results = None
+    if asks_short and shard.index == 0:
+        short_results = ResultsLog(folder / SHORT_TASKS_FILE)
     options: dict[str, Any] = {"dtype": models.dtype, "stop_ids": {tokenizer.eos_token_id}}
-    given_up: list[NotMeasured] = []
+    given_up: list[answering.NotMeasured] = []
     short_cells: list[Cell] = []
     with AnswersLog(folder / ANSWERS_FOLDER, shard) as log:
 
         def cells_of(subject: Subject) -> list[Cell]:
-            return score_cells([subject], asked[subject.name], log, given_up, **options)
+            return summary.score_cells([subject], asked[subject.name], log, given_up, **options)
 
         for subject in sorted(subjects, key=lambda subject: subject.name != reference):
-            requests = plan_requests([subject], asked[subject.name], **options)
-            own = shard_requests(requests, shard)
+            requests = answering.plan_requests([subject], asked[subject.name], **options)
+            own = answering.shard_requests(requests, shard)
             given_up += _answer(config, own, log, tokenizer, models)
-            if short_results is not None and shard.index == 0:
-                found = measure_short_tasks(
-                    config.suite.short_tasks, [subject], short_results, tokenizer, models
-                )
+            if short_results is not None:
+                chosen = config.suite.short_tasks
+                found = measure_short_tasks(chosen, [subject], short_results, tokenizer, models)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
                 _gate(config, cells_of(subject) + short_cells)
@@ -289,9 +267,9 @@ def _run_suite(
             "The same command without evaluation.shard sums up when they have ended"
         )
         return None
-    summary = summarize_suite(config, subjects, cells + short_cells)
-    write_summary(folder, summary)
-    return summary
+    found = summary.summarize_suite(config, subjects, cells + short_cells)
+    write_summary(folder, found)
+    return found
 
 
 def _asked_of(
@@ -303,7 +281,9 @@ def _asked_of(
     return [task for task in tasks if task.length <= config.model.original_len]
 
 
-def _lacking(cells: Sequence[Cell], given_up: Sequence[NotMeasured], short_elsewhere: bool) -> str:
+def _lacking(
+    cells: Sequence[Cell], given_up: Sequence[answering.NotMeasured], short_elsewhere: bool
+) -> str:
     """What other shards still owe; empty when it is nothing."""
     lost = {(row.suite, row.task, row.length) for row in given_up}
     open_cells = (c for c in cells if (c.suite, c.task, c.length) not in lost)
@@ -341,25 +321,25 @@ def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
 
 def _answer(
     config: EvaluateRoot,
-    requests: Sequence[Request],
+    requests: Sequence[answering.Request],
     log: AnswersLog,
     tokenizer: Any,
     models: SubjectModels,
-) -> list[NotMeasured]:
+) -> list[answering.NotMeasured]:
     """Answer with a bar weighted by tokens; what was given up is printed and returned."""
     evaluation, given_up = config.evaluation, []
     with _progress("answers", "tokens, {task.description}") as progress:
         bar = progress.add_task("", total=sum(request.num_tokens for request in requests))
-        for done in answer_requests(
+        for done in answering.answer_requests(
             requests,
             log,
             tokenizer,
             models,
             stop_ids={tokenizer.eos_token_id},
             batch_tokens=evaluation.batch_tokens,
-            generate=make_decoder(evaluation.decode_rows, evaluation.prefill_chunk),
+            generate=answering.make_decoder(evaluation.decode_rows, evaluation.prefill_chunk),
         ):
-            if isinstance(done, NotMeasured):
+            if isinstance(done, answering.NotMeasured):
                 given_up.append(done)
                 progress.console.print(str(done), markup=False)
                 continue
@@ -372,8 +352,10 @@ def _answer(
 def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
     """Stop before extended models when the base model breaks a rule."""
     reference = config.evaluation.reference
-    rows = calibration_rows(config.calibration, [*cells, *average_cells(cells)], reference)
-    if passed(config.calibration, rows):
+    rows = summary.calibration_rows(
+        config.calibration, [*cells, *summary.average_cells(cells)], reference
+    )
+    if summary.passed(config.calibration, rows):
         return
     faults = []
     for row in rows:

@@ -224,7 +224,6 @@ def measure_all(
 
 
 def _fingerprint(subject: Subject, measure: Measure, dtype: str) -> str:
-    """Hash of everything a measurement depends on."""
     table = subject.table_identity(measure.window)
     parts = [subject.weights_sha256, table, dtype, measure.suite, measure.data_sha256]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

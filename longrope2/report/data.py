@@ -107,7 +107,6 @@ def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, A
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, None when there is none."""
     if not path.is_file():
         return None
     try:

@@ -238,7 +238,6 @@ def _search(record: RunRecord) -> str:
 
 
 def _training(record: RunRecord) -> str:
-    """Loss of each window."""
     if not record.training_metrics:
         return _missing(record, "checkpoints")
     last = record.training_metrics[-1]
@@ -248,7 +247,6 @@ def _training(record: RunRecord) -> str:
 
 
 def _mix(record: RunRecord) -> str:
-    """Tokens of the segments by source and window."""
     images = mix_images(record)
     return f"<div class=figures>{images}</div>" if images else _missing(record, "segments")
 
@@ -298,5 +296,4 @@ def _missing(record: RunRecord, product: str) -> str:
 
 
 def _command(product: str, run_name: str) -> str:
-    """The command that makes a product."""
     return html.escape(f"{COMMANDS[product]} run.name={run_name}")

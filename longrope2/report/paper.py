@@ -276,7 +276,6 @@ def _grouped(
 
 
 def _cell(cell: Cell | None, paper_value: float | None, paper_samples: int) -> TableCell:
-    """One measured score."""
     if cell is None or cell.score is None:
         return TableCell(paper=paper_value, note="not asked" if cell is None else cell.reason)
     assert cell.interval is not None

@@ -34,8 +34,9 @@ SUBJECTS = (
     "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
 )
 SMALL = (
-    "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]", "evaluation.needle.samples_per_depth=2",
-    "evaluation.perplexity.num_windows=2", "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
+    "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]",
+    "evaluation.needle.samples_per_depth=2", "evaluation.perplexity.num_windows=2",
+    "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path, model_folder, monkeypatch, capsys):
-    """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
+    """Run ``python -m launch.<verb> ...`` in this process; returns exit code, output, errors."""
 
     def run(verb, *arguments):
         places = (f"model.path={model_folder}", f"run.root={tmp_path}", "run.name=r")
@@ -281,8 +282,8 @@ def test_export_refuses_bad_settings_together(command):
     code, _, err = command("export", "export.variants=[dual,dual]", "export.cost_windows=-1")
     assert code == 2 and "2 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
     assert (
-        "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, each once"
-        in err
+        "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, "
+        "each once" in err
     )
 
 

@@ -22,7 +22,7 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
     ("num_correct", "num_samples"), [(0, 10), (1, 10), (7, 40), (39, 40), (40, 40), (250, 500)]
 )
 def test_wilson_interval_inverts_the_score_test(num_correct, num_samples):
-    """The interval holds exactly the probabilities that a two-sided score test at 5 % does not reject."""
+    """The interval holds exactly the probabilities that a two-sided 5 % score test keeps."""
     share = num_correct / num_samples
     accepted = [
         p / 100_000
@@ -44,7 +44,7 @@ BOS, EOS = 1, 2
 
 
 def documents_of(*num_tokens):
-    """Documents with BOS and EOS whose inner tokens are all different, so that a token tells where it comes from."""
+    """Documents with BOS and EOS whose inner tokens all differ: a token tells where it is from."""
     documents, first = [], 10
     for count in num_tokens:
         documents.append(np.array([BOS, *range(first, first + count - 2), EOS], dtype=np.uint16))

@@ -194,7 +194,10 @@ def resolve_one(make_config, base_folder, subject):
 
 def test_missing_factors_are_one_clear_error(make_config, base_folder, tmp_path):
     subject = SubjectConfig("searched", rope=RopeConfig(RopeMethod.searched))
-    expected = r"^evaluation\.subjects\[1\] \(searched\): .*2_factors/factors\.json does not exist; run launch\.search"
+    expected = (
+        r"^evaluation\.subjects\[1\] \(searched\): .*2_factors/factors\.json does not exist; "
+        r"run launch\.search"
+    )
     with pytest.raises(ArtifactError, match=expected):
         resolve_one(make_config, base_folder, subject)
 
@@ -210,7 +213,10 @@ def test_factors_searched_on_another_model_are_refused(make_config, base_folder,
     ):
         resolve_one(make_config, base_folder, subject)
     write_manifest(searched, Manifest("factors", inputs={"model": model_identity(other)}))
-    expected = r"\(searched\): .*factors\.json belongs to another model than model\.path=.*base \(other architecture\)$"
+    expected = (
+        r"\(searched\): .*factors\.json belongs to another model than model\.path=.*base "
+        r"\(other architecture\)$"
+    )
     with pytest.raises(ArtifactError, match=expected):
         resolve_one(make_config, base_folder, subject)
 

@@ -1,4 +1,4 @@
-"""The runner of generation tasks on a small model on disk: shards, resuming, kills, memory, RoPE sides."""
+"""The runner of generation tasks on a small model: shards, resuming, kills, memory, sides."""
 
 import os
 import random
@@ -121,7 +121,7 @@ def expected(subjects, tasks, tmp_path_factory):
 def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(
     subjects, tasks, expected, tmp_path
 ):
-    """Reference: the whole sequence read anew for every token, with the window its length asks for."""
+    """Reference: the whole sequence read anew for every token, in the window of its length."""
     for request in plan_requests(subjects, tasks, **ASKED):
         model = load_windowed_model(request.subject.folder, request.subject.factors).eval()
         ids, sides = request.sample.prompt_T.tolist(), []
@@ -140,7 +140,7 @@ def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(
 def test_subjects_share_the_answers_that_only_the_original_rope_is_asked_for(
     subjects, tasks, expected
 ):
-    """A prompt of 11 with 6 new tokens reads 16 at most, which is still short; one of 12 may read 17."""
+    """A prompt of 11 with 6 new tokens reads 16 at most, still short; one of 12 may read 17."""
     requests = plan_requests(subjects, tasks, **ASKED)
     own = [r for r in requests if r.subject.name == "ntk"]
     assert len(requests) == len(expected) == 11 + 7
@@ -230,7 +230,7 @@ def test_a_shard_splits_among_ranks():
 def test_out_of_memory_gives_up_one_task_and_loses_nothing(
     subjects, tasks, expected, tmp_path, error
 ):
-    """A batch too large is split; a request too large ends its task at that length, for that subject alone."""
+    """A batch too large is split; a request too large ends its task there for its subject."""
 
     def generate(model, samples, stop_ids):
         if sum(len(sample.prompt_T) for sample in samples) > 50:
@@ -244,7 +244,8 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(
         ("ntk", "c", 64),
     ]
     assert str(lost[0]) == (
-        "ruler/c at 64 tokens, none: not measured, out of memory on cpu with one sequence of 64 tokens"
+        "ruler/c at 64 tokens, none: not measured, out of memory on cpu with one sequence of "
+        "64 tokens"
     )
     found = known(tmp_path)
     assert found == {key: expected[key] for key in found} and len(found) == len(expected) - 8

@@ -1,4 +1,4 @@
-"""Paired tests against scipy, the paper's values against their printed means, tables and verdicts, the gate."""
+"""Paired tests against scipy, the paper's values and their means, tables, verdicts, the gate."""
 
 import json
 import math
@@ -228,7 +228,7 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
 
 
 def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
-    """Five short tasks rest on 39,452 questions, so 3 points below the paper's 55.7 are no chance; for 100 each they are."""
+    """On 39,452 questions 3 points below the paper's 55.7 are no chance; on 100 a task they are."""
     shares = dict(zip(paper.SHORT_COLUMNS, (0.62, 0.316, 0.787, 0.432, 0.478), strict=True))
     cells = [
         cell("extended", "lm_eval", task, 0, share, paper.NUM_SAMPLES[task])

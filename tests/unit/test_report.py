@@ -1,4 +1,4 @@
-"""The report of synthetic runs: every figure and number in it, what is missing, and what it says about limits."""
+"""The report of synthetic runs: every figure and number, what is missing, and its limits."""
 
 import base64
 import json
@@ -265,8 +265,8 @@ def test_report_states_its_limits(full_run):
     assert "untrained models (pi, yarn<b>) are the base model by construction" in text
     assert "(seeds 11 and 7001)" in text
     assert (
-        "Trained in other runs, whose configuration stands there: longrope2-trained (runs/elsewhere/"
-        in text
+        "Trained in other runs, whose configuration stands there: longrope2-trained "
+        "(runs/elsewhere/" in text
     )
 
 

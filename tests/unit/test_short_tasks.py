@@ -1,4 +1,4 @@
-"""Short tasks through lm-eval: our model in the harness, with local tasks. Needs the extra ``lm-eval``."""
+"""Short tasks through lm-eval: our model in the harness, with local tasks."""
 
 import json
 import subprocess
@@ -96,7 +96,7 @@ def alone(model, tokenizer, context, continuation):
 
 @torch.inference_mode()
 def test_padding_and_batch_mates_change_no_log_probability(model, tokenizer):
-    """Rows just below, at and above L0 in one request: a batch padded by its longest row must not move a short one."""
+    """Rows below, at and above L0 in one request: padding by a longer row moves no short one."""
     text = "value = value + 1\n" * 60
     borders = [
         place for place, letter in enumerate(text) if letter == " " and place > 20
