@@ -63,9 +63,9 @@ class ShortTasksConfig:
     """Only the first so many questions of each task; null is all."""
 
 
-def short_task_faults(config: ShortTasksConfig, key: str = "suite.short_tasks") -> list[str]:
+def short_task_faults(config: ShortTasksConfig) -> list[str]:
     """What is wrong with the values, each fault naming its key."""
-    faults = []
+    faults, key = [], "suite.short_tasks"
     names = [task.name for task in config.tasks]
     for index, task in enumerate(config.tasks):
         place = f"{key}.tasks[{index}]"
@@ -156,17 +156,8 @@ class SuiteConfig:
         return needs_lengths or bool(self.long_task_names)
 
 
-def suite_faults(
-    suite: SuiteConfig, lengths: list[int], original_len: int, target_len: int
-) -> list[str]:
-    """What is wrong with a suite, each fault naming its key.
-
-    Args:
-        suite: The suite.
-        lengths: Lengths of RULER and the needle map, as they will be used.
-        original_len: L0.
-        target_len: L.
-    """
+def suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> list[str]:
+    """What is wrong with a suite, each fault naming its key; ``lengths`` as they will be used."""
     faults = []
     if not suite.measures and not suite.generates and not suite.short_tasks.tasks:
         faults.append(
@@ -337,12 +328,11 @@ def check(config: EvaluateRoot) -> Path:
         ConfigError: all faults together, each naming its key.
         ArtifactError: the base model cannot be found.
     """
-    original_len, target_len = config.model.original_len, config.target_len
     faults = [
         *_subject_faults(config.evaluation),
         *_range_faults(config.evaluation),
         *_length_faults(config),
-        *suite_faults(config.suite, suite_lengths(config), original_len, target_len),
+        *suite_faults(config.suite, suite_lengths(config), config.target_len),
         *calibration_faults(config.calibration),
     ]
     if faults:

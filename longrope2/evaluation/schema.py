@@ -34,8 +34,14 @@ class MeasuredSubject:
     """Rescale factors of the long window by cosine index, dimensionless."""
     long_attention_scale: float
     """Multiplier on cos and sin in the long window, dimensionless."""
-    source: dict[str, Any]
+    source: dict[str, str | dict[str, str]]
     """What it was made from: path and SHA-256 of a checkpoint or factors file, or a method."""
+
+    @property
+    def checkpoint(self) -> str:
+        """Path of its checkpoint; empty where it has none."""
+        found = self.source.get("checkpoint")
+        return found.get("path", "") if isinstance(found, dict) else ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class SuiteSubject:
     name: str
     trained: bool
     method: str
-    source: dict[str, Any]
+    source: dict[str, str | dict[str, str]]
 
 
 @dataclass(frozen=True)

@@ -139,21 +139,20 @@ def _length_figures(summary: EvaluationSummary) -> str:
         values[row.subject][row.length] = row.perplexity
     for row in summary.perplexity:
         texts[row.subject][row.length] = row.perplexity
-    images = [
-        image(
-            lengths_figure(shares, "needles retrieved", is_share=True),
-            "Share of needles retrieved by length, one line per model",
+    drawn = (
+        (shares, "needles retrieved", "Share of needles retrieved by length"),
+        (values, "needle perplexity", "Needle perplexity by length"),
+        (
+            texts,
+            "text perplexity",
+            "Perplexity of the same held-out tokens by length of their context",
         ),
-        image(
-            lengths_figure(values, "needle perplexity", is_share=False),
-            "Needle perplexity by length, one line per model",
-        ),
-        image(
-            lengths_figure(texts, "text perplexity", is_share=False),
-            "Perplexity of the same held-out tokens by length of their context, one line per model",
-        ),
-    ]
-    return f"<div class=figures>{''.join(images)}</div>"
+    )
+    images = ""
+    for points, label, alternative in drawn:
+        figure = lengths_figure(points, label, is_share=points is shares)
+        images += image(figure, f"{alternative}, one line per model")
+    return f"<div class=figures>{images}</div>"
 
 
 def _needle_maps(record: RunRecord) -> str:

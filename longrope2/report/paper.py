@@ -201,9 +201,8 @@ def _ruler_by_task(summary: SuiteSummary, subject: SuiteSubject) -> PaperTable |
         return None
     columns = (*paper.RULER_COLUMNS, "mean")
     tasks = [task for task in paper.RULER_COLUMNS if any(cell.task == task for cell in own)]
-    by_length: dict[int, tuple[float, ...]] = {}
-    if _paper_method(summary, subject) == "longrope2":
-        by_length |= paper.RULER_TASK_VALUES.get(summary.model, {})
+    is_papers = _paper_method(summary, subject) == "longrope2"
+    by_length = paper.RULER_TASK_VALUES.get(summary.model, {}) if is_papers else {}
     rows = []
     for length in sorted({cell.length for cell in own}):
         values: dict[str, float] = dict(zip(columns, by_length.get(length, ()), strict=False))

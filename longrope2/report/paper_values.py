@@ -40,7 +40,7 @@ RULER_AVERAGES = {
     },
 }
 # Tables 8 and 9, LongRoPE2 only: model -> length -> scores by RULER_COLUMNS, and the mean.
-RULER_TASK_VALUES = {
+RULER_TASK_VALUES: dict[str, dict[int, tuple[float, ...]]] = {
     "phi3_mini": {
         4096: (100, 100, 99, 91, 96, 97, 97.75, 97.75, 85.8, 93.7, 85.33, 82, 50, 90.41),
         8192: (100, 100, 100, 90, 93, 97, 89.5, 93.75, 84, 87.2, 86, 68, 47, 87.34),

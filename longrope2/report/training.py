@@ -53,13 +53,12 @@ def _of_evaluation(summary: EvaluationSummary, record: RunRecord) -> list[str]:
         f"{summary.perplexity[0].num_tokens:,} tokens at every length, with more and more text "
         "before them.",
     ]
-    elsewhere = []
-    for subject in summary.subjects:
-        path = subject.source["checkpoint"]["path"] if subject.trained else ""
-        if subject.trained and record.folder.name not in path.split("/"):
-            elsewhere.append(f"{subject.name} ({path})")
-    if elsewhere:
-        others = ", ".join(elsewhere)
+    others = ", ".join(
+        f"{subject.name} ({subject.checkpoint})"
+        for subject in summary.subjects
+        if subject.trained and record.folder.name not in subject.checkpoint.split("/")
+    )
+    if others:
         statements.append(f"Trained in other runs, whose configuration stands there: {others}.")
     untrained = [s.name for s in summary.subjects if not s.trained and s.name != summary.reference]
     if untrained:
