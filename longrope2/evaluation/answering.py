@@ -243,17 +243,9 @@ def answer_requests(
 
     Yields every request as it is done, and every task that was given up. When memory runs out for
     one request alone, the rest of its task at that length is given up for this subject, and
-    everything else goes on; when it runs out for a batch, the batch is split.
-
-    Args:
-        requests: From ``plan_requests``, or a shard of them.
-        log: Where answers are kept; each batch is on disk before the next one starts.
-        tokenizer: Turns new ids into text.
-        models: Loads the subjects' models.
-        stop_ids: Ids that end an answer.
-        batch_tokens: Tokens of the prompts and answers that are decoded together; at least one
-            request is taken.
-        generate: Decodes a batch; see ``make_decoder``.
+    everything else goes on; when it runs out for a batch, the batch is split. Each batch is on disk
+    before the next one starts; ``batch_tokens`` counts prompts and longest answers, and at least
+    one request is taken.
     """
     given_up: set[tuple[str, str, str, int]] = set()
     unanswered = [request for request in requests if log.find(request.key) is None]

@@ -73,11 +73,6 @@ def score_values(
     greedy generation). The two agree as long as prompt and value are read in the same window, which
     is checked.
 
-    Args:
-        model: Model with the subject's factors; the window follows from the length of the samples.
-        needle_set: Samples of one length.
-        batch_tokens: Tokens of one forward pass; at least one sample is taken.
-
     Raises:
         DataError: the window changes inside the value of a sample.
     """
@@ -114,17 +109,10 @@ def score_windows(
     num_scored: int | None,
     batch_tokens: int,
 ) -> list[WindowScore]:
-    """Negative log-likelihood of text windows.
+    """Negative log-likelihood of the last ``num_scored`` tokens of every text window, in order.
 
-    Args:
-        model: Model with the subject's factors; the RoPE follows from each text window's length.
-        windows: Token ids of each window, at least two.
-        num_scored: Only so many last tokens of each window are scored; None scores all but the
-            first.
-        batch_tokens: Tokens of one forward pass; windows of equal length share one.
-
-    Returns:
-        One score per window, in the order given.
+    None scores all but the first. The RoPE follows from each window's length; windows of equal
+    length share forward passes of ``batch_tokens``.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(windows):
@@ -253,15 +241,8 @@ def context_windows(
     what more context does. Places are spread over the documents in turn and the scored tokens never
     overlap.
 
-    Args:
-        documents: Ids of each held-out document.
-        lengths: Window lengths in tokens.
-        num_windows: Places.
-        num_scored: Tokens scored at each place.
-        seed: Seed of the choice of places.
-
     Returns:
-        Length -> ``num_windows`` windows of one token less.
+        Length -> windows of one token less, one for each of ``num_windows`` places.
 
     Raises:
         DataError: the documents that are long enough hold too few places.

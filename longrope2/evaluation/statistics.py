@@ -78,12 +78,7 @@ def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, fl
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedTest:
-    """Compare two models sample by sample.
-
-    Args:
-        first: Scores of one model, in the order of the samples.
-        second: Scores of the other, same samples, same order.
-        seed: Seed of resampling and sign flips.
+    """Compare two models by their scores on the same samples, in the same order.
 
     Raises:
         ValueError: the numbers of samples differ, or there are none.

@@ -57,7 +57,8 @@ class SubjectModels:
                 subject.folder, subject.factors, device=self.device, dtype=self.dtype
             ).eval()
             self._weights_sha256 = subject.weights_sha256
-        self._model.set_factors(subject.factors)
+        if self._model.factors is not subject.factors:
+            self._model.set_factors(subject.factors)
         return self._model
 
 
@@ -110,7 +111,7 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
 
 
 def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
-    """Refuse an artifact made for another architecture or tokenizer.
+    """Refuse an artifact made for another architecture or tokenizer than those of ``model.path``.
 
     Args:
         key: What the artifact is called in the message.

@@ -83,12 +83,9 @@ def image(figure: Figure, alternative: str) -> str:
 def heat_map(
     name: str, lengths: Sequence[int], lines: Mapping[float, Sequence[tuple[float, str]]]
 ) -> str:
-    """A needle map: depth down, length across; the colour of a place is its share retrieved.
+    """A needle map of plain ``name``: depth down, length across, share retrieved as colour.
 
-    Args:
-        name: Whose map it is, plain text.
-        lengths: Columns, tokens.
-        lines: Depth -> share and tooltip (HTML) at every length.
+    ``lines`` holds for each depth the share and the tooltip (HTML) at every length.
     """
     head = "".join(f"<th>{length:,}</th>" for length in lengths)
     body = ""

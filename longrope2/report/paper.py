@@ -65,12 +65,11 @@ def verdict(
     one at 50 %, which no mean exceeds.
 
     Args:
-        ours: Our score, 0 to 100.
+        ours: Our score, 0 to 100 like all others here.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        paper_value: The paper's score, 0 to 100.
-        paper_samples: Its samples per task; their harmonic mean where tasks differ, which gives the
-            mean's own error.
+        paper_value: The paper's score.
+        paper_samples: Its samples per task; of unequal tasks the harmonic mean, exact for a mean.
         num_tasks: Tasks that both are means of.
     """
     share = 0.5
@@ -247,11 +246,8 @@ def _grouped(
 ) -> PaperTable | None:
     """A row per subject; per group its mean and its tasks, those of the paper first, then others.
 
-    Args:
-        title: Of the table.
-        summary: What the suite found.
-        groups: Name of each group, its suites, and its tasks in the paper's order.
-        values: From a method to the paper's value by task and by group.
+    A group is a name, its suites and its tasks in the paper's order; ``values`` gives the paper's
+    value by task and by group for a method.
     """
     rows, columns = [], []
     for subject in summary.subjects:

@@ -9,7 +9,7 @@ tracking and common words at 128k are illegible in the scan; 92.6 and 9.0 restor
 """
 
 ORIGINAL = "original"
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+RULER_LENGTHS: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
 RULER_COLUMNS = (
     "niah_single_1", "niah_single_2", "niah_single_3",
     "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",

@@ -118,11 +118,8 @@ def series_figure(
 ) -> Figure | None:
     """Metrics by tokens trained; None when no record has any of them.
 
-    Args:
-        records: Training records, oldest first.
-        keys: Metric -> name in the legend; the last one is drawn strongest.
-        label: Of the vertical axis.
-        scale: Of the vertical axis.
+    ``keys`` are metrics with their names in the legend, the last one drawn strongest; ``label`` and
+    ``scale`` are those of the vertical axis.
     """
     lines = {}
     for key, name in keys.items():
@@ -186,13 +183,9 @@ def needle_map_figure(rows: Sequence[NeedleRow], subject: str) -> Figure:
 def lengths_figure(
     values: Mapping[str, Mapping[int, float]], label: str, *, is_share: bool
 ) -> Figure:
-    """One line per subject over the length.
+    """One line per subject over the length, the last drawn strongest.
 
-    Args:
-        values: Subject -> length -> what is drawn, in drawing order; the last is drawn strongest.
-        label: Of the vertical axis.
-        is_share: Whether shares are drawn, on a linear axis; else perplexities, on a logarithmic
-            one.
+    Shares stand on a linear axis, perplexities on a logarithmic one, named ``label``.
     """
     figure, axes = _figure()
     lengths = sorted({length for by_length in values.values() for length in by_length})
