@@ -35,9 +35,9 @@ from longrope2.inference.generation import generate_tokens, window_for_length
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
-LENGTH_CLASSES = 32
+_LENGTH_CLASSES = 32
 """Steps of a task's length; prompts of one step count as equally long."""
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 GenerateAnswers = Callable[[WindowedModel, Sequence[Sample], Collection[int]], list[list[int]]]
 
 
@@ -219,7 +219,7 @@ def plan_requests(
 
 def _place_in_task(request: Request) -> tuple[int, bytes]:
     # Rounded up: prompts cut to length are in one.
-    length_class = -(-LENGTH_CLASSES * request.num_tokens // request.task.length)
+    length_class = -(-_LENGTH_CLASSES * request.num_tokens // request.task.length)
     ids = request.sample.prompt_T.astype(">u4").tobytes()  # big-endian: bytes sort as the ids do
     return -length_class, ids
 
@@ -348,5 +348,5 @@ def _out_of_memory(request: Request, device: torch.device) -> NotMeasured:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Also on the CPU and for cuBLAS's own memory, where torch raises a plain RuntimeError."""
-    is_said = any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+    is_said = any(words in str(error) for words in _OUT_OF_MEMORY_WORDS)
     return is_said or isinstance(error, (MemoryError, torch.OutOfMemoryError))

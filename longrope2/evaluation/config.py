@@ -29,12 +29,12 @@ from longrope2.tracking.metrics import TrackingConfig
 LM_EVAL_SUITE = "lm_eval"
 """The suite that short tasks' scores belong to."""
 INSTALL = "pip install '.[lm-eval]'"
-TASKS_BY_SUITE = {
+_TASKS_BY_SUITE = {
     "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
     "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
 }  # fmt: skip
 """Scores by length; those of ``lm_eval`` are lm-eval's own tasks and have no length."""
-SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass
@@ -156,7 +156,7 @@ class SuiteConfig:
         return needs_lengths or bool(self.long_task_names)
 
 
-def suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> list[str]:
+def _suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> list[str]:
     """What is wrong with a suite, each fault naming its key; ``lengths`` as they will be used."""
     faults = []
     if not suite.measures and not suite.generates and not suite.short_tasks.tasks:
@@ -187,7 +187,7 @@ def calibration_faults(config: CalibrationConfig) -> list[str]:
         elif not _is_a_score(rule.score):
             faults.append(
                 f"{key}: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
-                f"SUITE/TASK/LENGTH with one of {', '.join(TASKS_BY_SUITE)} and one of its tasks"
+                f"SUITE/TASK/LENGTH with one of {', '.join(_TASKS_BY_SUITE)} and one of its tasks"
             )
     return faults
 
@@ -198,7 +198,7 @@ def _is_a_score(name: str) -> bool:
     task, slash, length = rest.partition("/")
     if suite == LM_EVAL_SUITE:
         return bool(task) and not slash
-    return task in TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0
+    return task in _TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0
 
 
 @dataclass
@@ -332,7 +332,7 @@ def check(config: EvaluateRoot) -> Path:
         *_subject_faults(config.evaluation),
         *_range_faults(config.evaluation),
         *_length_faults(config),
-        *suite_faults(config.suite, suite_lengths(config), config.target_len),
+        *_suite_faults(config.suite, suite_lengths(config), config.target_len),
         *calibration_faults(config.calibration),
     ]
     if faults:
@@ -354,7 +354,7 @@ def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
         )
     for index, subject in enumerate(evaluation.subjects):
         key, name = f"evaluation.subjects[{index}]", subject.name
-        if not SUBJECT_NAME.fullmatch(name):
+        if not _SUBJECT_NAME.fullmatch(name):
             faults.append(f"{key}.name={name!r} may hold letters, digits and _ . + - only")
         if name in names[:index]:
             faults.append(f"{key}.name={name} is used twice; give every subject its own name")

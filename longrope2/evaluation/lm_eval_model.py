@@ -29,8 +29,8 @@ from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
-DEFAULT_NEW_TOKENS = 256  # the harness's own default
-BATCH_TOKENS = 8192
+_DEFAULT_NEW_TOKENS = 256  # the harness's own default
+_BATCH_TOKENS = 8192
 
 
 @register_model("longrope2")
@@ -80,7 +80,7 @@ class LongRope2LM(TemplateLM):
 
     @classmethod
     def around(
-        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
     ) -> "LongRope2LM":
         """Around a model that is loaded already."""
         lm = cls.__new__(cls)
@@ -88,7 +88,7 @@ class LongRope2LM(TemplateLM):
         return lm
 
     def _set_up(
-        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
     ) -> None:
         TemplateLM.__init__(self)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
@@ -179,7 +179,7 @@ class LongRope2LM(TemplateLM):
         given = {key: value for key, value in options.items() if value is not None}
         # It knows the several names of the longest answer, and do_sample=false outranks a
         # temperature.
-        wanted: Any = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
+        wanted: Any = normalize_gen_kwargs(given, _DEFAULT_NEW_TOKENS)
         if wanted["do_sample"]:
             raise DataError(
                 f"task {request.task_name} asks for sampling; answers here are greedy: "

@@ -19,7 +19,7 @@ from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.append_log import AppendLog, read_log
 
 RESULTS_FILE = "results.jsonl"
-ANSWERS_PATTERN = "answers*.jsonl"
+_ANSWERS_PATTERN = "answers*.jsonl"
 IN_USE = (
     "is being written by another process; wait for it, or give each process its own "
     "evaluation.shard"
@@ -181,7 +181,7 @@ def read_answers(folder: Path) -> dict[str, Answer]:
         ArtifactError: a whole line is no answer; names file and line.
     """
     answers: dict[str, Answer] = {}
-    for path in sorted(folder.glob(ANSWERS_PATTERN)):
+    for path in sorted(folder.glob(_ANSWERS_PATTERN)):
         for number, fields in enumerate(read_log(path), start=1):
             try:
                 answer = Answer(**{**fields, "token_ids": tuple(fields["token_ids"])})

@@ -50,10 +50,10 @@ from longrope2.parallel.processes import world_size_from_environment
 from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking.metrics import MetricsLog
 
-ANSWERS_FOLDER = "answers"
-SHORT_TASKS_FILE = "short_tasks.jsonl"
+_ANSWERS_FOLDER = "answers"
+_SHORT_TASKS_FILE = "short_tasks.jsonl"
 # Results are told apart by what they were measured on, so these may change from run to run.
-CHANGEABLE = "dry_run tracking evaluation corpus seed suite calibration checkpoint".split()
+_CHANGEABLE = "dry_run tracking evaluation corpus seed suite calibration checkpoint".split()
 
 
 def check_seed(config: EvaluateRoot) -> None:
@@ -129,7 +129,7 @@ def run_evaluation(
         measures, needle_sets = _build_measures(config, base_folder)
     # Later shards leave the folder's configuration and the metrics to the first.
     own_folder = folder if shard.index == 0 else folder / f"shard_{shard.index + 1}"
-    claim_folder(own_folder, config, changeable=CHANGEABLE)
+    claim_folder(own_folder, config, changeable=_CHANGEABLE)
     for needle_set in needle_sets:
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
     models, plain = _own_models(), to_plain(config)
@@ -240,11 +240,11 @@ def _run_suite(
     # Short tasks are not split: the first shard asks them all.
     short_results = None
     if asks_short and shard.index == 0:
-        short_results = ResultsLog(folder / SHORT_TASKS_FILE)
+        short_results = ResultsLog(folder / _SHORT_TASKS_FILE)
     options: dict[str, Any] = {"dtype": models.dtype, "stop_ids": {tokenizer.eos_token_id}}
     given_up: list[answering.NotMeasured] = []
     short_cells: list[Cell] = []
-    with AnswersLog(folder / ANSWERS_FOLDER, shard) as log:
+    with AnswersLog(folder / _ANSWERS_FOLDER, shard) as log:
 
         def cells_of(subject: Subject) -> list[Cell]:
             return summary.score_cells([subject], asked[subject.name], log, given_up, **options)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-RESAMPLES = 10_000
-MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
+_RESAMPLES = 10_000
+_MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean (Efron 1979), the same for the same values."""
     means = _resampled_means(np.asarray(values, dtype=np.float64), seed)
-    low, high = np.percentile(means, MEAN_95)
+    low, high = np.percentile(means, _MEAN_95)
     return float(low), float(high)
 
 
@@ -114,15 +114,15 @@ def _randomization(differences: np.ndarray, seed: int) -> float:
         return 1.0
     rng = np.random.default_rng(seed)
     observed, hits = abs(nonzero.sum()), 0
-    for _ in range(RESAMPLES // 100):
+    for _ in range(_RESAMPLES // 100):
         signs = rng.integers(0, 2, size=(100, nonzero.size)) * 2 - 1
         hits += int((np.abs(signs @ nonzero) >= observed - 1e-12).sum())
-    return (hits + 1) / (RESAMPLES + 1)
+    return (hits + 1) / (_RESAMPLES + 1)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """Means of resamples with replacement, a block at a time to bound the memory."""
     rng = np.random.default_rng(seed)
     shape = (500, values.size)
-    blocks = (rng.integers(0, values.size, size=shape) for _ in range(RESAMPLES // 500))
+    blocks = (rng.integers(0, values.size, size=shape) for _ in range(_RESAMPLES // 500))
     return np.concatenate([values[block].mean(1) for block in blocks])

@@ -32,7 +32,7 @@ from longrope2.search.objective import perplexity
 
 FIRST_VIEW = 100  # the paper's sample count per RULER task: the first so many are shown beside all
 EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4k
-AVERAGED_SUITES = ("ruler",)
+_AVERAGED_SUITES = ("ruler",)
 
 
 def summarize(
@@ -239,7 +239,7 @@ def average_cells(cells: Sequence[Cell]) -> list[Average]:
     """Plain mean over RULER's tasks by subject and length, None where a task is missing."""
     groups: dict[tuple[str, str, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell.suite in AVERAGED_SUITES:
+        if cell.suite in _AVERAGED_SUITES:
             groups[cell.subject, cell.suite, cell.length].append(cell)
     averages = []
     for place, members in groups.items():

@@ -20,7 +20,7 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.tracking.metrics import read_metrics
 
 HISTORY_FILE = "history.json"
-FINAL_CHECKPOINT = "final"
+_FINAL_CHECKPOINT = "final"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load_run(folder: Path) -> RunRecord:
             f"{folder} holds no product of a run ({', '.join(PRODUCT_FOLDERS.values())})"
         )
     searched, checkpoints = product_folder(folder, "factors"), product_folder(folder, "checkpoints")
-    factors_files = [searched / FACTORS_FILE, checkpoints / FINAL_CHECKPOINT / FACTORS_FILE]
+    factors_files = [searched / FACTORS_FILE, checkpoints / _FINAL_CHECKPOINT / FACTORS_FILE]
     found = [path.read_text(encoding="utf-8") for path in factors_files if path.is_file()]
     evaluations = product_folder(folder, "evaluations")
     return RunRecord(

@@ -54,11 +54,11 @@ def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
     """
     path = run_folder / REPORT_FILE
-    write_text(path, render_report(load_run(run_folder), reload_seconds))
+    write_text(path, _render_report(load_run(run_folder), reload_seconds))
     return path
 
 
-def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
+def _render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
     """The whole page."""
     name = html.escape(record.folder.name)
     stages = "".join(_stage(stage, record.folder.name) for stage in record.stages.values())

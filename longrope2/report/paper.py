@@ -17,7 +17,7 @@ from longrope2.evaluation.statistics import NORMAL_95, macro_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD, FIRST_VIEW
 from longrope2.report import paper_values as paper
 
-LONG_SUITES = ("longbench", "infinitebench")
+_LONG_SUITES = ("longbench", "infinitebench")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _long_tasks(summary: SuiteSummary) -> PaperTable | None:
         loft, others = by_method.get(method, ((), ()))
         return dict(zip(names, (*loft, *others), strict=False))
 
-    groups = (("loft", ("loft",), paper.LOFT_COLUMNS), ("long", LONG_SUITES, paper.LONG_COLUMNS))
+    groups = (("loft", ("loft",), paper.LOFT_COLUMNS), ("long", _LONG_SUITES, paper.LONG_COLUMNS))
     return _grouped("Table 3: long tasks", summary, groups, values)
 
 

@@ -23,7 +23,7 @@ from longrope2.rope.frequencies import theoretical_critical_index
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 # Narrow on purpose: shown at 390 px the letters still have about ten pixels.
-FIGURE_INCHES = (5.0, 3.2)
+_FIGURE_INCHES = (5.0, 3.2)
 OURS_COLOR = "#0b6e69"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 SUBJECT_COLORS = (
     "#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67",
 )  # fmt: skip
-PERPLEXITY_TICKS = (
+_PERPLEXITY_TICKS = (
     1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000,
 )  # fmt: skip
 
@@ -107,7 +107,7 @@ def search_figure(history: dict[str, Any]) -> Figure:
         axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=label)
     objective = "needle perplexity" if history["value_name"] == "needle_ppl" else "perplexity"
     axes.set(yscale="log", xlabel="candidates evaluated", ylabel=objective)
-    _plain_log_ticks(axes, "y", PERPLEXITY_TICKS[:-1])
+    _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS[:-1])
     _legend_below(axes)
     return figure
 
@@ -201,7 +201,7 @@ def lengths_figure(
         axes.set_ylim(-0.03, 1.03)
     else:
         axes.set_yscale("log")
-        _plain_log_ticks(axes, "y", PERPLEXITY_TICKS)
+        _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS)
     _legend_below(axes)
     return figure
 
@@ -215,7 +215,7 @@ def svg_data_uri(figure: Figure) -> str:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=FIGURE_INCHES)
+    figure = Figure(figsize=_FIGURE_INCHES)
     return figure, figure.subplots()
 
 

@@ -8,7 +8,7 @@ from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
 from longrope2.report.html import heat_map, interval, table
 from longrope2.report.paper import TableCell, paper_tables
 
-VERDICT_COLORS = {"agrees": "#0b6e69", "above": "#3056a0", "below": "#a23b2a"}
+_VERDICT_COLORS = {"agrees": "#0b6e69", "above": "#3056a0", "below": "#a23b2a"}
 
 
 def suite_html(summary: SuiteSummary) -> str:
@@ -34,7 +34,7 @@ def _cell(cell: TableCell) -> str:
         shown += f"<br><small>[{cell.low:.0f}-{cell.high:.0f}]</small>"
     if cell.paper is None:
         return shown
-    color = VERDICT_COLORS.get(cell.verdict, "#666")
+    color = _VERDICT_COLORS.get(cell.verdict, "#666")
     return f"{shown}<br><small style='color:{color}'>paper {cell.paper:g} {cell.verdict}</small>"
 
 

@@ -31,7 +31,7 @@ def save_workspace(run_folder: Path, run_name: str, tracking: TrackingConfig) ->
     workspace = run_workspace(record, run_name, tracking)
     if resolve_mode(tracking.wandb) is not WandbMode.online:
         raise ConfigError(["W&B is offline here; `wandb login` first, or set WANDB_API_KEY"])
-    log_figures(record, run_name, tracking)
+    _log_figures(record, run_name, tracking)
     return workspace.save().url
 
 
@@ -60,7 +60,7 @@ def evaluated_metrics(names: set[str]) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> None:
+def _log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> None:
     """Log the mix and the heat maps as the run's ``report`` stage."""
     import wandb
 
