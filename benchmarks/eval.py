@@ -1,8 +1,7 @@
-"""``python -m benchmarks.eval``: samples a second of RULER generation, ours against a
-straightforward generator.
+"""``python -m benchmarks.eval``: samples a second of RULER generation, beside a plain generator's.
 
-Ours: fitted by sums over tokens counted once, stored, worker processes. Straightforward: the same
-prompts, but every one is tokenized whole to be counted, after a binary search of the size by whole
+Ours: fitted by sums over tokens counted once, stored, worker processes. Plain: the same prompts,
+but every one is tokenized whole to be counted, after a binary search of the size by whole
 tokenizations for each task and length, as RULER does it; one process, measured on ``--compare``
 samples a cell. Both are given in CPU seconds too, because those do not depend on what else the
 machine is doing. What was made is checked: no prompt over its length, and how full.
@@ -12,6 +11,7 @@ SQuAD and HotpotQA: nothing is downloaded.
 """
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -32,7 +32,11 @@ from longrope2.model.folder import resolve_model_folder
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 SEARCH_STEPS = 12  # whole tokenizations of a binary search over the size
-WORDS = "time person year way day thing man world life hand part child eye place work week case point number".split()
+WORDS = (
+    "time person year way day thing man world life hand part child eye place work week case point "
+    "number"
+).split()
+COLUMNS = ("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
 
 
 @dataclass
@@ -45,93 +49,71 @@ class Cost:
     cpu_seconds: float
 
     def line(self, name: str) -> list[str]:
-        """A row of the table."""
-        rate = self.num_samples / self.wall_seconds
-        return [
-            name,
-            f"{self.num_samples:,}",
-            f"{self.num_tokens:,}",
-            f"{self.wall_seconds:.1f}",
-            f"{self.cpu_seconds:.1f}",
-            f"{rate:,.1f}",
-            f"{1e6 * self.cpu_seconds / self.num_tokens:.3f}",
-        ]
+        """A row of the table, by ``COLUMNS``."""
+        counts = [f"{self.num_samples:,}", f"{self.num_tokens:,}"]
+        seconds = [f"{self.wall_seconds:.1f}", f"{self.cpu_seconds:.1f}"]
+        rate, per_token = self.num_samples / self.wall_seconds, self.cpu_seconds / self.num_tokens
+        return [name, *counts, *seconds, f"{rate:,.1f}", f"{1e6 * per_token:.3f}"]
 
 
 def main() -> None:
     """Generate, check, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--model",
-        default="models/tiny",
-        help="folder, hub id or gguf://PACKAGE/FILE with the tokenizer",
-    )
-    parser.add_argument(
-        "--samples", type=int, default=20, help="samples of every task and length (RULER: 500)"
-    )
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--tasks", nargs="+", default=list(RULER_TASKS))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--compare", type=int, default=1, help="samples a cell of the straightforward generator"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="keep the samples here; default: a temporary folder"
-    )
-    arguments = parser.parse_args()
+    arguments = _read_arguments()
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_folder(arguments.model))
     with tempfile.TemporaryDirectory() as temporary:
         squad, hotpotqa = _questions(Path(temporary))
         config = RulerConfig(
             tasks=arguments.tasks, num_samples=arguments.samples, squad=squad, hotpotqa=hotpotqa
         )
-        texts = _haystack()
+        texts, lengths = _haystack(), arguments.lengths
         folder = arguments.folder or Path(temporary) / "samples"
-        start, cpu = time.perf_counter(), _cpu_seconds()
-        tasks = ruler_tasks(
-            config,
-            tokenizer,
-            texts,
-            arguments.lengths,
-            cache_folder=folder,
-            workers=arguments.workers,
-        )
+        start, cpu, workers = time.perf_counter(), _cpu_seconds(), arguments.workers
+        tasks = ruler_tasks(config, tokenizer, texts, lengths, cache_folder=folder, workers=workers)
         ours = Cost(*_size(tasks), time.perf_counter() - start, _cpu_seconds() - cpu)
         _check(tasks)
-        columns = ("generator", "samples", "tokens", "wall s", "CPU s", "samples/s", "CPU us/token")
-        own_line = ours.line(f"ours, {arguments.workers} processes")
-        print(dict(zip(columns, own_line, strict=True)), flush=True)
-        plain = _straightforward(FixedRuler(config, PromptEncoder(tokenizer), texts), arguments)
-    table = Table(*columns)
+        own_line = ours.line(f"ours, {workers} processes")
+        print(dict(zip(COLUMNS, own_line, strict=True)), flush=True)
+        plain = _plain(FixedRuler(config, PromptEncoder(tokenizer), texts), arguments)
+    table = Table(*COLUMNS)
     table.add_row(*own_line)
-    table.add_row(*plain.line("straightforward, 1 process"))
+    table.add_row(*plain.line("plain, 1 process"))
     console = Console()
     console.print(table)
     factor = (plain.cpu_seconds / plain.num_tokens) / (ours.cpu_seconds / ours.num_tokens)
-    console.print(f"CPU time per token: {factor:.1f} times less. {_extrapolated(ours, arguments)}")
-
-
-def _extrapolated(ours: Cost, arguments: argparse.Namespace) -> str:
-    """What 500 samples a cell would take at this rate, start-up included every time: an upper bound."""
-    scale = 500 / arguments.samples
-    return (
-        f"At this rate 500 samples a cell take {ours.cpu_seconds * scale / max(arguments.workers, 1) / 60:.1f} minutes on "
-        f"{max(arguments.workers, 1)} free cores."
+    # Start-up is counted in every time: an upper bound.
+    cores = max(workers, 1)
+    minutes = ours.cpu_seconds * 500 / arguments.samples / cores / 60
+    console.print(
+        f"CPU time per token: {factor:.1f} times less. At this rate 500 samples a cell take "
+        f"{minutes:.1f} minutes on {cores} free cores."
     )
+
+
+def _read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    folder_help = "keep the samples here; default: a temporary folder"
+    model_help = "folder, hub id or gguf://PACKAGE/FILE with the tokenizer"
+    samples_help = "samples of every task and length (RULER: 500)"
+    parser.add_argument("--model", default="models/tiny", help=model_help)
+    parser.add_argument("--samples", type=int, default=20, help=samples_help)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--tasks", nargs="+", default=list(RULER_TASKS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--compare", type=int, default=1, help="samples a cell of the plain one")
+    parser.add_argument("--folder", type=Path, help=folder_help)
+    return parser.parse_args()
 
 
 def _size(tasks: list[GenerationTask]) -> tuple[int, int]:
     """Samples and prompt tokens."""
-    return sum(len(task.samples) for task in tasks), sum(
-        len(s.prompt_T) for task in tasks for s in task.samples
-    )
+    sizes = [len(sample.prompt_T) for task in tasks for sample in task.samples]
+    return len(sizes), sum(sizes)
 
 
 def _check(tasks: list[GenerationTask]) -> None:
     """No sample exceeds its length; print the smallest share of it that is filled, by task."""
-    table = Table(
-        "task", *[f"fill at {length}" for length in dict.fromkeys(task.length for task in tasks)]
-    )
+    lengths = dict.fromkeys(task.length for task in tasks)
+    table = Table("task", *[f"fill at {length}" for length in lengths])
     for name in dict.fromkeys(task.name for task in tasks):
         cells = []
         for task in (task for task in tasks if task.name == name):
@@ -142,26 +124,23 @@ def _check(tasks: list[GenerationTask]) -> None:
     Console().print(table)
 
 
-def _straightforward(ruler: FixedRuler, arguments: argparse.Namespace) -> Cost:
+def _plain(ruler: FixedRuler, arguments: argparse.Namespace) -> Cost:
     """The same prompts, each counted by tokenizing it whole."""
-    num_tokens = 0
+    num_samples = num_tokens = 0
     wall = cpu = 0.0
-    for task in arguments.tasks:
-        for length in arguments.lengths:
-            ruler.recipe(task, length)
-            budget = length - ruler.max_new_tokens(task) - len(ruler.encoder.bos_ids)
-            for index in range(arguments.compare):
-                start, start_cpu = time.perf_counter(), time.process_time()
-                text = text_of(ruler.draft(task, length, index, budget).pieces)
-                tokens = len(ruler.encoder.encode_text(text))
-                # The search for the size belongs to all samples of a cell alike.
-                share = 1 + SEARCH_STEPS / 500
-                wall += (time.perf_counter() - start) * share
-                cpu += (time.process_time() - start_cpu) * share
-                num_tokens += tokens
-    return Cost(
-        len(arguments.tasks) * len(arguments.lengths) * arguments.compare, num_tokens, wall, cpu
-    )
+    # The search for the size belongs to all samples of a cell alike.
+    share = 1 + SEARCH_STEPS / 500
+    for task, length in itertools.product(arguments.tasks, arguments.lengths):
+        ruler.recipe(task, length)
+        budget = length - ruler.max_new_tokens(task) - len(ruler.encoder.bos_ids)
+        for index in range(arguments.compare):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            text = text_of(ruler.draft(task, length, index, budget).pieces)
+            num_tokens += len(ruler.encoder.encode_text(text))
+            num_samples += 1
+            wall += (time.perf_counter() - start) * share
+            cpu += (time.process_time() - start_cpu) * share
+    return Cost(num_samples, num_tokens, wall, cpu)
 
 
 def _cpu_seconds() -> float:
@@ -188,29 +167,23 @@ def _questions(folder: Path) -> tuple[str, str]:
     for article in range(150):
         paragraphs = []
         for number in range(10):
-            hue = f"hue{article}x{number}"
-            asked = {
-                "question": f"What is the colour of box {article}-{number}?",
-                "is_impossible": False,
-                "answers": [{"text": hue}],
-            }
-            text = f"{filler()} The colour of box {article}-{number} is {hue}. {filler()}"
+            box, hue = f"box {article}-{number}", f"hue{article}x{number}"
+            question = f"What is the colour of {box}?"
+            asked = {"question": question, "is_impossible": False, "answers": [{"text": hue}]}
+            text = f"{filler()} The colour of {box} is {hue}. {filler()}"
             paragraphs.append({"context": text, "qas": [asked]})
         articles.append({"title": f"Article {article}", "paragraphs": paragraphs})
     entries = []
     for entry in range(250):
-        context = [
-            [f"Box {entry}-{number}", [filler(), f" It is box {number}."]] for number in range(10)
-        ]
+        context = [[f"Box {entry}-{n}", [filler(), f" It is box {n}."]] for n in range(10)]
         context[3][1].append(f" It belongs to box {entry}-7.")
         context[7][1].append(f" Its colour is hue{entry}.")
-        facts = [[context[3][0], 2], [context[7][0], 2]]
         entries.append(
             {
                 "question": f"What is the colour of what box {entry}-3 belongs to?",
                 "answer": f"hue{entry}",
                 "context": context,
-                "supporting_facts": facts,
+                "supporting_facts": [[context[3][0], 2], [context[7][0], 2]],
             }
         )
     squad, hotpotqa = folder / "squad.json", folder / "hotpotqa.json"

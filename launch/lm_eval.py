@@ -1,7 +1,8 @@
-"""``python -m launch.lm_eval --model longrope2 --model_args ... --tasks ...``: lm-eval with ours.
+"""``python -m launch.lm_eval --model longrope2 --model_args ... --tasks ...``.
 
-lm-eval finds models by import alone, so this registers ours and hands over. ``python -m
-launch.evaluate suite=short`` runs the same from our configuration, with results kept per task.
+The harness's own command with our model in it: lm-eval finds models by import alone, so this
+registers ours and hands over. ``python -m launch.evaluate suite=short`` runs the same from our
+configuration, with results kept per task.
 """
 
 import sys

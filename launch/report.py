@@ -21,9 +21,9 @@ from longrope2.tracking.metrics import TrackingConfig
 
 WATCH_FLAG, WORKSPACE_WORD = "--watch", "workspace"
 # Between looks at the run folder; the page reloads at the same pace.
-WATCH_SECONDS = 10
+_WATCH_SECONDS = 10
 # What a report reads; nothing else in a run folder makes it worth writing again.
-WATCHED = ("metrics.jsonl", "manifest.json", "history.json", "factors.json", "evaluations.json")
+_WATCHED = ("metrics.jsonl", "manifest.json", "history.json", "factors.json", "evaluations.json")
 
 
 @dataclass
@@ -65,8 +65,7 @@ def run_folder(arguments: list[str]) -> Path:
 
 
 def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None:
-    """Write the report whenever a file it reads has changed, until Ctrl-C; then once more, as a
-    page that rests.
+    """Write the report whenever a file it reads has changed, until Ctrl-C; then a page that rests.
 
     Raises:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
@@ -78,9 +77,9 @@ def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None
             found = _changes(folder)
             if found != seen:
                 seen = found
-                write_report(folder, reload_seconds=WATCH_SECONDS)
+                write_report(folder, reload_seconds=_WATCH_SECONDS)
                 print(f"{time.strftime('%T')} written", flush=True)
-            pause(WATCH_SECONDS)
+            pause(_WATCH_SECONDS)
     except KeyboardInterrupt:
         print(f"report: {write_report(folder)}")
 
@@ -88,7 +87,7 @@ def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None
 def _changes(folder: Path) -> dict[Path, int]:
     """When each file that the report reads was last written."""
     changes = {}
-    for name in WATCHED:
+    for name in _WATCHED:
         for path in sorted(folder.glob(f"*/{name}")):
             with suppress(FileNotFoundError):  # replaced or removed by the run just now
                 changes[path] = path.stat().st_mtime_ns

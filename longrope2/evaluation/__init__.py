@@ -1,1 +1,1 @@
-"""Needle retrieval, perplexity and short-window retention of several models side by side, and the report of a run."""
+"""Measuring models by length: needles, text, retention, and suites answered by generation."""

@@ -1,21 +1,19 @@
-"""Greedy answers that read a common beginning of prompts once.
+"""The runner of generation tasks: every sample answered for every subject, once.
 
-Prompts are read in chunks of fixed size, counted from the first token. The cache of the last prompt
-is kept, and the next prompt takes over the whole chunks that both have in common: those keys and
-values were computed from the same ids in the same chunks, so they are bit for bit what reading them
-again would give. A cache is taken over only under the same weights and the same RoPE table; a
-sequence that will outgrow L0 starts anew.
+A request is one sample put to one subject. Its answer is looked up by a fingerprint of what it
+depends on: weights, the RoPE tables of the window(s) it is read in, L0, dtype, stop ids and the
+sample itself. Decoding is greedy. Requests are ordered subject by subject and longest first, so
+that a length that does not fit into memory shows at once and the time left is never underestimated;
+shards take every n-th request of that order. An answer depends on its request alone: not on the
+batch, the shard, or how often the run was killed.
+
+``PrefixDecoder`` reads a common beginning of prompts once. Prompts are read in chunks of fixed
+size, counted from the first token; the next prompt takes over the whole chunks that it has in
+common with the last: those keys and values were computed from the same ids in the same chunks, so
+they are bit for bit what reading them again would give. A cache is taken over only under the same
+weights and the same RoPE table; a sequence that will outgrow L0 starts anew.
 
 Shape legend: T = tokens, V = vocabulary.
-
-The runner of generation tasks: every sample answered for every subject, once.
-
-A question is one sample put to one subject. Its answer is looked up by a fingerprint of what it
-depends on: weights, the RoPE tables of the window(s) it is read in, L0, dtype, stop ids and the
-sample itself. Decoding is greedy. Questions are ordered subject by subject and longest first, so
-that a length that does not fit into memory shows at once and the time left is never underestimated;
-shards take every n-th question of that order. An answer depends on its question alone: not on the
-batch, the shard, or how often the run was killed.
 """
 
 import hashlib
@@ -30,25 +28,24 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from longrope2.evaluation.results import Answer, AnswersLog, Shard
 from longrope2.evaluation.samples import GenerationTask, Sample
-from longrope2.evaluation.subjects import Subject
+from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.inference.batch import generate_batch
 from longrope2.inference.cache import next_logits
 from longrope2.inference.generation import generate_tokens, window_for_length
-from longrope2.model.loading import load_windowed_model
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
-LENGTH_CLASSES = 32
+_LENGTH_CLASSES = 32
 """Steps of a task's length; prompts of one step count as equally long."""
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 GenerateAnswers = Callable[[WindowedModel, Sequence[Sample], Collection[int]], list[list[int]]]
 
 
 class PrefixDecoder:
-    """Answers one question after another, keeping the last prompt's keys and values.
+    """Answers one prompt after another, keeping the last one's keys and values.
 
     Attributes:
-        num_reused: Prompt tokens that did not have to be read again, over all questions.
+        num_reused: Prompt tokens that did not have to be read again, over all prompts.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -70,15 +67,13 @@ class PrefixDecoder:
         self._cache = None
 
     def _answer(self, model: WindowedModel, sample: Sample, stop_ids: Collection[int]) -> list[int]:
-        """One answer."""
-        original_len = model.factors.geometry.original_len
-        window = window_for_length(len(sample.prompt_T), original_len)
-        longest_read = len(sample.prompt_T) + sample.max_new_tokens - 1
-        if (
-            window_for_length(longest_read, original_len) is not window
-            or longest_read >= model.factors.target_len
-        ):
-            self.forget()  # it changes its window on the way, or does not fit: the plain decoder knows both
+        original_len, num_prompt = model.factors.geometry.original_len, len(sample.prompt_T)
+        window = window_for_length(num_prompt, original_len)
+        longest_read = num_prompt + sample.max_new_tokens - 1
+        switches = window_for_length(longest_read, original_len) is not window
+        if switches or longest_read >= model.factors.target_len:
+            # It changes its window on the way, or does not fit: the plain decoder knows both.
+            self.forget()
             tokens = generate_tokens(
                 model,
                 sample.prompt_T.tolist(),
@@ -102,14 +97,12 @@ class PrefixDecoder:
         prompt_1T = torch.from_numpy(sample.prompt_T.astype(np.int64))[None]
         logits_1V = torch.empty(0)
         for first in range(start, prompt_1T.shape[1], self.chunk_tokens):
-            logits_1V = next_logits(
-                model, prompt_1T[:, first : first + self.chunk_tokens], cache, window
-            )
+            chunk_1T = prompt_1T[:, first : first + self.chunk_tokens]
+            logits_1V = next_logits(model, chunk_1T, cache, window)
         new_ids = [int(logits_1V[0].argmax())]
         while len(new_ids) < sample.max_new_tokens and new_ids[-1] not in stop_ids:
-            new_ids.append(
-                int(next_logits(model, torch.tensor([new_ids[-1:]]), cache, window)[0].argmax())
-            )
+            logits_1V = next_logits(model, torch.tensor([new_ids[-1:]]), cache, window)
+            new_ids.append(int(logits_1V[0].argmax()))
         self._cache, self._prompt_T = cache, sample.prompt_T
         self._table, self._weights = _table(model, window), weakref.ref(model.hf)
         return new_ids
@@ -117,7 +110,7 @@ class PrefixDecoder:
     def _taken_over(
         self, model: WindowedModel, prompt_T: np.ndarray, window: Window
     ) -> tuple[DynamicCache, int]:
-        """The last cache cut back to the whole chunks in common, or a fresh one; and how many tokens it holds."""
+        """The last cache cut back to the chunks in common, or a fresh one; and its tokens."""
         cache, self._cache = self._cache, None
         same_weights = self._weights is not None and self._weights() is model.hf
         if cache is None or not same_weights or self._table != _table(model, window):
@@ -141,7 +134,7 @@ def _table(model: WindowedModel, window: Window) -> bytes:
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """One sample put to one subject."""
 
     subject: Subject
@@ -153,6 +146,11 @@ class Question:
     def num_tokens(self) -> int:
         """Tokens of the prompt and of the longest answer."""
         return len(self.sample.prompt_T) + self.sample.max_new_tokens
+
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """Who is asked what at which length: subject, suite, task, tokens."""
+        return self.subject.name, self.task.suite, self.task.name, self.task.length
 
 
 @dataclass(frozen=True)
@@ -166,21 +164,21 @@ class NotMeasured:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.suite}/{self.task} at {self.length} tokens, {self.subject}: not measured, {self.reason}"
+        place = f"{self.suite}/{self.task} at {self.length} tokens, {self.subject}"
+        return f"{place}: not measured, {self.reason}"
 
 
 def answer_windows(num_prompt: int, num_new: int, original_len: int) -> tuple[int, int]:
-    """New tokens predicted with the original and with the rescaled RoPE, for a prompt of ``num_prompt`` tokens."""
-    num_short = sum(
-        window_for_length(num_prompt + i, original_len) is Window.SHORT for i in range(num_new)
-    )
+    """New tokens predicted with the original and with the rescaled RoPE."""
+    read = range(num_prompt, num_prompt + num_new)
+    num_short = sum(window_for_length(n, original_len) is Window.SHORT for n in read)
     return num_short, num_new - num_short
 
 
 def sample_key(
     subject: Subject, sample: Sample, *, dtype: torch.dtype, stop_ids: Collection[int]
 ) -> str:
-    """Fingerprint of everything an answer depends on; subjects that are the same model for it share it."""
+    """Fingerprint of everything an answer depends on; equal for subjects that are alike in it."""
     original_len = subject.factors.geometry.original_len
     num_short, num_long = answer_windows(len(sample.prompt_T), sample.max_new_tokens, original_len)
     windows = ([Window.SHORT] if num_short else []) + ([Window.LONG] if num_long else [])
@@ -190,20 +188,20 @@ def sample_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def plan_questions(
+def plan_requests(
     subjects: Sequence[Subject],
     tasks: Sequence[GenerationTask],
     *,
     dtype: torch.dtype,
     stop_ids: Collection[int],
-) -> list[Question]:
-    """Every question once, in the order in which they are put.
+) -> list[Request]:
+    """Every request once, in the order in which they are put.
 
-    Within a subject: longest first; questions of about one length are ordered by their prompts'
+    Within a subject: longest first; requests of about one length are ordered by their prompts'
     ids, so that prompts with much in common follow each other (lines of noise up to the needle,
     say) and are read once (``PrefixDecoder``).
     """
-    questions, known = [], set()
+    requests, known = [], set()
     for subject in subjects:
         own = []
         for task in tasks:
@@ -212,111 +210,90 @@ def plan_questions(
                 key = sample_key(subject, sample, dtype=dtype, stop_ids=stop_ids)
                 if key not in known:
                     known.add(key)
-                    asked.append(Question(subject, task, sample, key))
+                    asked.append(Request(subject, task, sample, key))
+            # Task by task: the sort key copies the prompts.
             own += sorted(asked, key=_place_in_task)
-        questions += sorted(
-            own,
-            key=lambda question: (-question.task.length, question.task.suite, question.task.name),
-        )
-    return questions
+        requests += sorted(own, key=lambda r: (-r.task.length, r.task.suite, r.task.name))
+    return requests
 
 
-def _place_in_task(question: Question) -> tuple[int, bytes]:
-    """Sort key of a question within its task: it copies the prompt, so no more than one task is sorted by it at a time."""
+def _place_in_task(request: Request) -> tuple[int, bytes]:
     # Rounded up: prompts cut to length are in one.
-    length_class = -(-LENGTH_CLASSES * question.num_tokens // question.task.length)
-    ids = question.sample.prompt_T.astype(">u4").tobytes()  # big-endian: bytes sort as the ids do
+    length_class = -(-_LENGTH_CLASSES * request.num_tokens // request.task.length)
+    ids = request.sample.prompt_T.astype(">u4").tobytes()  # big-endian: bytes sort as the ids do
     return -length_class, ids
 
 
-def shard_questions(questions: Sequence[Question], shard: Shard) -> list[Question]:
-    """The questions of one shard."""
-    return list(questions[shard.index :: shard.count])
+def shard_requests(requests: Sequence[Request], shard: Shard) -> list[Request]:
+    """The requests of one shard."""
+    return list(requests[shard.index :: shard.count])
 
 
-def answer_questions(
-    questions: Sequence[Question],
+def answer_requests(
+    requests: Sequence[Request],
     log: AnswersLog,
     tokenizer: PreTrainedTokenizerBase,
+    models: SubjectModels,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     stop_ids: Collection[int],
     batch_tokens: int,
     generate: GenerateAnswers,
-) -> Iterator[Question | NotMeasured]:
-    """Answer what ``log`` does not hold yet; yields every question as it is done, and every task
-    that was given up.
+) -> Iterator[Request | NotMeasured]:
+    """Answer what ``log`` does not hold yet.
 
-    When memory runs out for one question alone, the rest of its task at that length is given up for
-    this subject, and everything else goes on; when it runs out for a batch, the batch is split.
-
-    Args:
-        questions: From ``plan_questions``, or a shard of them.
-        log: Where answers are kept; each batch is on disk before the next one starts.
-        tokenizer: Turns new ids into text.
-        device: Where the model runs.
-        dtype: Of the weights.
-        stop_ids: Ids that end an answer.
-        batch_tokens: Tokens of the prompts and answers that are decoded together; at least one
-            question is taken.
-        generate: Decodes a batch; see ``make_decoder``.
+    Yields every request as it is done, and every task that was given up. When memory runs out for
+    one request alone, the rest of its task at that length is given up for this subject, and
+    everything else goes on; when it runs out for a batch, the batch is split. Each batch is on disk
+    before the next one starts; ``batch_tokens`` counts prompts and longest answers, and at least
+    one request is taken.
     """
-    loaded: tuple[str, WindowedModel] | None = None
     given_up: set[tuple[str, str, str, int]] = set()
-    open_questions = [question for question in questions if log.find(question.key) is None]
-    yield from (question for question in questions if log.find(question.key) is not None)
-    waiting = list(reversed(batches_of(open_questions, batch_tokens)))
+    unanswered = [request for request in requests if log.find(request.key) is None]
+    yield from (request for request in requests if log.find(request.key) is not None)
+    waiting = list(reversed(batches_of(unanswered, batch_tokens)))
     while waiting:
-        batch = [question for question in waiting.pop() if _cell(question) not in given_up]
+        batch = [request for request in waiting.pop() if request.place not in given_up]
         if not batch:
             continue
-        subject = batch[0].subject
-        if loaded is None or loaded[0] != subject.weights_sha256:
-            loaded = None  # free the weights before the next ones are read
-            model = load_windowed_model(
-                subject.folder, subject.factors, device=device, dtype=dtype
-            ).eval()
-            loaded = (subject.weights_sha256, model)
-        loaded[1].set_factors(subject.factors)
+        subject, samples = batch[0].subject, [request.sample for request in batch]
+        models.of(subject)  # not under the handler: weights that do not fit are no request's fault
         try:
-            token_ids = generate(loaded[1], [question.sample for question in batch], stop_ids)
+            token_ids = generate(models.of(subject), samples, stop_ids)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            token_ids = None  # leave the handler first: its traceback holds the tensors that filled the memory
+            # Leave the handler first: its traceback holds the tensors that filled the memory.
+            token_ids = None
         if token_ids is not None:
-            log.append(
-                _answer(q, ids, tokenizer, stop_ids)
-                for q, ids in zip(batch, token_ids, strict=True)
-            )
+            pairs = zip(batch, token_ids, strict=True)
+            log.append(_answer(request, ids, tokenizer, stop_ids) for request, ids in pairs)
             yield from batch
             continue
-        if device.type == "cuda":
+        if models.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) > 1:
             middle = len(batch) // 2
             waiting += [batch[middle:], batch[:middle]]
         else:
-            given_up.add(_cell(batch[0]))
-            yield _out_of_memory(batch[0], device)
+            given_up.add(batch[0].place)
+            yield _out_of_memory(batch[0], models.device)
 
 
-def batches_of(questions: Sequence[Question], batch_tokens: int) -> list[list[Question]]:
-    """Consecutive questions of one subject and one task whose padded tokens fit ``batch_tokens`` together."""
-    batches: list[list[Question]] = []
-    for question in questions:
+def batches_of(requests: Sequence[Request], batch_tokens: int) -> list[list[Request]]:
+    """Consecutive requests of one place whose padded tokens fit ``batch_tokens`` together."""
+    batches: list[list[Request]] = []
+    for request in requests:
         last = batches[-1] if batches else []
-        longest = max((q.num_tokens for q in [*last, question]), default=0)
-        if last and _cell(last[0]) == _cell(question) and longest * (len(last) + 1) <= batch_tokens:
-            last.append(question)
+        longest = max(r.num_tokens for r in [*last, request])
+        if last and last[0].place == request.place and longest * (len(last) + 1) <= batch_tokens:
+            last.append(request)
         else:
-            batches.append([question])
+            batches.append([request])
     return batches
 
 
 def make_decoder(decode_rows: int, prefill_chunk: int) -> GenerateAnswers:
-    """How answers are decoded: one by one with common beginnings read once, or several rows together."""
+    """How answers are decoded: one by one (``PrefixDecoder``), or several rows together."""
     if decode_rows == 1:
         return PrefixDecoder(prefill_chunk)
 
@@ -337,47 +314,39 @@ def make_decoder(decode_rows: int, prefill_chunk: int) -> GenerateAnswers:
 
 
 def _answer(
-    question: Question,
+    request: Request,
     token_ids: list[int],
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Collection[int],
 ) -> Answer:
-    """The line to keep; the text is that of the new ids alone, without the stop id and other special tokens."""
-    sample, task = question.sample, question.task
+    """The line to keep; its text is that of the new ids alone, without special tokens."""
+    sample, (subject, suite, task, length) = request.sample, request.place
     num_short, num_long = answer_windows(
-        len(sample.prompt_T), len(token_ids), question.subject.factors.geometry.original_len
+        len(sample.prompt_T), len(token_ids), request.subject.factors.geometry.original_len
     )
     kept = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return Answer(
-        question.key,
-        question.subject.name,
-        task.suite,
-        task.name,
-        task.length,
-        sample.sha256,
-        text,
-        tuple(token_ids),
-        num_short,
-        num_long,
+        key=request.key,
+        subject=subject,
+        suite=suite,
+        task=task,
+        length=length,
+        sample_sha256=sample.sha256,
+        text=text,
+        token_ids=tuple(token_ids),
+        num_short=num_short,
+        num_long=num_long,
     )
 
 
-def _cell(question: Question) -> tuple[str, str, str, int]:
-    """Who is asked what at which length."""
-    return question.subject.name, question.task.suite, question.task.name, question.task.length
-
-
-def _out_of_memory(question: Question, device: torch.device) -> NotMeasured:
-    """The record of a task given up."""
-    subject, suite, task, length = _cell(question)
-    reason = f"out of memory on {device.type} with one sequence of {question.num_tokens} tokens"
-    return NotMeasured(subject, suite, task, length, reason)
+def _out_of_memory(request: Request, device: torch.device) -> NotMeasured:
+    reason = f"out of memory on {device.type} with one sequence of {request.num_tokens} tokens"
+    return NotMeasured(*request.place, reason)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch raises a plain RuntimeError on the CPU and for cuBLAS's own memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+    """Also on the CPU and for cuBLAS's own memory, where torch raises a plain RuntimeError."""
+    is_said = any(words in str(error) for words in _OUT_OF_MEMORY_WORDS)
+    return is_said or isinstance(error, (MemoryError, torch.OutOfMemoryError))

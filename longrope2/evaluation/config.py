@@ -1,13 +1,7 @@
-"""Settings of an evaluation: who is compared, at which lengths, on how much.
+"""Settings of an evaluation: who is compared, by which suite, at which lengths, on how much.
 
-Settings of short tasks: which, with how many worked examples, and which of the harness's numbers
-counts.
-
-The paper (Table 4) names tasks but no shot counts. The harness is calibrated on the original models
-first: what reproduces their published scores is what conf/suite/paper.yaml freezes.
-
-Suites: which benchmarks an evaluation runs, and the values that the base model must reproduce
-first.
+The paper (Table 4) names short tasks but no shot counts. The harness is calibrated on the original
+models first: what reproduces their published scores is what conf/suite/paper.yaml freezes.
 """
 
 import importlib.metadata
@@ -16,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
+from longrope2.corpora.config import CorpusConfig
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks.config import (
     INFINITEBENCH_TASKS,
@@ -34,12 +29,12 @@ from longrope2.tracking.metrics import TrackingConfig
 LM_EVAL_SUITE = "lm_eval"
 """The suite that short tasks' scores belong to."""
 INSTALL = "pip install '.[lm-eval]'"
-TASKS_BY_SUITE = {
+_TASKS_BY_SUITE = {
     "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
     "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
 }  # fmt: skip
 """Scores by length; those of ``lm_eval`` are lm-eval's own tasks and have no length."""
-SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass
@@ -68,19 +63,19 @@ class ShortTasksConfig:
     """Only the first so many questions of each task; null is all."""
 
 
-def short_task_faults(config: ShortTasksConfig, key: str = "suite.short_tasks") -> list[str]:
+def short_task_faults(config: ShortTasksConfig) -> list[str]:
     """What is wrong with the values, each fault naming its key."""
-    faults = []
+    faults, key = [], "suite.short_tasks"
     names = [task.name for task in config.tasks]
     for index, task in enumerate(config.tasks):
         place = f"{key}.tasks[{index}]"
         if not task.name or not task.task or names.count(task.name) > 1:
-            faults.append(
-                f"{place}: name={task.name!r} and task={task.task!r} must be given, every name once"
-            )
+            given = f"name={task.name!r} and task={task.task!r}"
+            faults.append(f"{place}: {given} must be given, every name once")
         if task.metric.count(",") != 1:
             faults.append(
-                f"{place}.metric={task.metric!r} must be METRIC,FILTER as lm-eval prints it, e.g. acc,none"
+                f"{place}.metric={task.metric!r} must be METRIC,FILTER as lm-eval prints it, "
+                "e.g. acc,none"
             )
         if task.num_fewshot is not None and task.num_fewshot < 0:
             faults.append(f"{place}.num_fewshot={task.num_fewshot} must be 0 or more, or null")
@@ -149,36 +144,30 @@ class SuiteConfig:
     short_tasks: ShortTasksConfig = field(default_factory=ShortTasksConfig)
 
     @property
+    def long_task_names(self) -> list[str]:
+        """All long tasks."""
+        groups = self.long_tasks
+        return [*groups.longbench.tasks, *groups.infinitebench.tasks, *groups.loft.tasks]
+
+    @property
     def generates(self) -> bool:
         """Whether any part asks for answers."""
-        long_tasks = self.long_tasks
-        tasks = long_tasks.longbench.tasks + long_tasks.infinitebench.tasks + long_tasks.loft.tasks
-        return self.ruler is not None or self.needle_map is not None or bool(tasks)
+        needs_lengths = self.ruler is not None or self.needle_map is not None
+        return needs_lengths or bool(self.long_task_names)
 
 
-def suite_faults(
-    suite: SuiteConfig, lengths: list[int], original_len: int, target_len: int
-) -> list[str]:
-    """What is wrong with a suite, each fault naming its key.
-
-    Args:
-        suite: The suite.
-        lengths: Lengths of RULER and the needle map, as they will be used.
-        original_len: L0.
-        target_len: L.
-    """
+def _suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> list[str]:
+    """What is wrong with a suite, each fault naming its key; ``lengths`` as they will be used."""
     faults = []
     if not suite.measures and not suite.generates and not suite.short_tasks.tasks:
         faults.append(
             "suite runs nothing: set suite.measures=true, or choose suite=paper or another one"
         )
     if suite.ruler is not None or suite.needle_map is not None:
-        if any(not 1 <= length <= target_len for length in lengths) or len(set(lengths)) < len(
-            lengths
-        ):
-            faults.append(
-                f"suite.lengths={lengths} must be distinct lengths of at most target_len={target_len}"
-            )
+        out_of_range = any(not 1 <= length <= target_len for length in lengths)
+        if out_of_range or len(set(lengths)) < len(lengths):
+            allowed = f"distinct lengths of at most target_len={target_len}"
+            faults.append(f"suite.lengths={lengths} must be {allowed}")
     if suite.ruler is not None:
         faults += ruler_faults(suite.ruler, lengths, "suite.ruler")
     if suite.needle_map is not None:
@@ -188,17 +177,17 @@ def suite_faults(
 
 
 def calibration_faults(config: CalibrationConfig) -> list[str]:
-    """Rules without a range, or on a score that no suite could ever give: they would never be broken."""
+    """Rules without a range, or on a score that no suite gives: they would never be broken."""
     faults = []
     for index, rule in enumerate(config.rules):
+        key = f"calibration.rules[{index}]"
         if not rule.score or not 0 <= rule.low < rule.high <= 100:
-            faults.append(
-                f"calibration.rules[{index}]: score={rule.score!r} needs low={rule.low} below high={rule.high}, both 0 to 100"
-            )
+            bounds = f"low={rule.low} below high={rule.high}, both 0 to 100"
+            faults.append(f"{key}: score={rule.score!r} needs {bounds}")
         elif not _is_a_score(rule.score):
             faults.append(
-                f"calibration.rules[{index}]: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
-                f"SUITE/TASK/LENGTH with one of {', '.join(TASKS_BY_SUITE)} and one of its tasks"
+                f"{key}: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
+                f"SUITE/TASK/LENGTH with one of {', '.join(_TASKS_BY_SUITE)} and one of its tasks"
             )
     return faults
 
@@ -209,7 +198,7 @@ def _is_a_score(name: str) -> bool:
     task, slash, length = rest.partition("/")
     if suite == LM_EVAL_SUITE:
         return bool(task) and not slash
-    return task in TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0
+    return task in _TASKS_BY_SUITE.get(suite, ()) and length.isdecimal() and int(length) > 0
 
 
 @dataclass
@@ -240,7 +229,7 @@ class NeedleConfig:
 
 @dataclass
 class PerplexityConfig:
-    """Perplexity of held-out text by the length of the context; all lengths score the same tokens."""
+    """Perplexity of the same held-out tokens by the length of the context before them."""
 
     num_windows: int = 16
     """Places in the text; each is scored at every length."""
@@ -280,7 +269,7 @@ class EvaluationConfig:
     and reads what prompts have in common once; more is faster on a GPU where answers are short
     of work, and may turn a tie."""
     shard: str = "1/1"
-    """``i/n``: this process answers every n-th question, from the i-th on (Slurm arrays). Ranks
+    """``i/n``: this process answers every n-th request, from the i-th on (Slurm arrays). Ranks
     of torchrun split a shard again. The run is summed up by the shard that finishes last."""
     workers: int = 0
     """Processes that generate samples; 0 works in this one. Changes no sample."""
@@ -290,7 +279,7 @@ class EvaluationConfig:
 
 @dataclass
 class EvaluateRoot(StageConfig):
-    """Configuration of ``launch.evaluate``, without the corpus, which the command adds."""
+    """Configuration of ``launch.evaluate``."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
@@ -299,6 +288,8 @@ class EvaluateRoot(StageConfig):
     """Folder of a finished checkpoint to evaluate beside the base model, instead of
     ``evaluation.subjects``."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Where the held-out text comes from."""
 
 
 def evaluated_lengths(config: EvaluateRoot) -> list[int]:
@@ -313,19 +304,18 @@ def evaluated_lengths(config: EvaluateRoot) -> list[int]:
 
 def suite_lengths(config: EvaluateRoot) -> list[int]:
     """Lengths of RULER and the needle map in tokens, ascending."""
-    return (
-        evaluated_lengths(config) if config.suite.lengths is None else sorted(config.suite.lengths)
-    )
+    given = config.suite.lengths
+    return evaluated_lengths(config) if given is None else sorted(given)
 
 
 def use_checkpoint(config: EvaluateRoot) -> None:
     """Replace the subjects by the base model and ``checkpoint``, where one is given."""
     if config.checkpoint is not None:
-        reference = SubjectConfig(
-            name=config.evaluation.reference, rope=RopeConfig(method=RopeMethod.none)
-        )
-        trained = SubjectConfig(name="extended", checkpoint=config.checkpoint)
-        config.evaluation.subjects = [reference, trained]
+        unscaled, name = RopeConfig(method=RopeMethod.none), config.evaluation.reference
+        config.evaluation.subjects = [
+            SubjectConfig(name=name, rope=unscaled),
+            SubjectConfig(name="extended", checkpoint=config.checkpoint),
+        ]
 
 
 def check(config: EvaluateRoot) -> Path:
@@ -338,15 +328,13 @@ def check(config: EvaluateRoot) -> Path:
         ConfigError: all faults together, each naming its key.
         ArtifactError: the base model cannot be found.
     """
-    faults = (
-        _subject_faults(config.evaluation)
-        + _range_faults(config.evaluation)
-        + _length_faults(config)
-    )
-    faults += suite_faults(
-        config.suite, suite_lengths(config), config.model.original_len, config.target_len
-    )
-    faults += calibration_faults(config.calibration)
+    faults = [
+        *_subject_faults(config.evaluation),
+        *_range_faults(config.evaluation),
+        *_length_faults(config),
+        *_suite_faults(config.suite, suite_lengths(config), config.target_len),
+        *calibration_faults(config.calibration),
+    ]
     if faults:
         raise ConfigError(faults)
     return resolve_model_folder(config.model.path)
@@ -354,27 +342,25 @@ def check(config: EvaluateRoot) -> Path:
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
     """Subjects that are missing, doubled, or name no model or two."""
-    names = [subject.name for subject in evaluation.subjects]
-    faults = []
+    names, faults = [subject.name for subject in evaluation.subjects], []
     if not names:
         faults.append(
             "evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}"
         )
     elif evaluation.reference not in names:
         faults.append(
-            f"evaluation.reference={evaluation.reference} is not among the subjects: {', '.join(names)}"
+            f"evaluation.reference={evaluation.reference} is not among the subjects: "
+            f"{', '.join(names)}"
         )
     for index, subject in enumerate(evaluation.subjects):
-        key = f"evaluation.subjects[{index}]"
-        if not SUBJECT_NAME.fullmatch(subject.name):
-            faults.append(f"{key}.name={subject.name!r} may hold letters, digits and _ . + - only")
-        if subject.name in names[:index]:
-            faults.append(
-                f"{key}.name={subject.name} is used twice; give every subject its own name"
-            )
+        key, name = f"evaluation.subjects[{index}]", subject.name
+        if not _SUBJECT_NAME.fullmatch(name):
+            faults.append(f"{key}.name={name!r} may hold letters, digits and _ . + - only")
+        if name in names[:index]:
+            faults.append(f"{key}.name={name} is used twice; give every subject its own name")
         if (subject.rope is None) == (subject.checkpoint is None):
             given = "both rope and checkpoint" if subject.rope else "neither rope nor checkpoint"
-            faults.append(f"{key} ({subject.name}) has {given}; give exactly one of them")
+            faults.append(f"{key} ({name}) has {given}; give exactly one of them")
     return faults
 
 
@@ -389,18 +375,13 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
         "prefill_chunk": evaluation.prefill_chunk,
         "decode_rows": evaluation.decode_rows,
     }
-    faults = [
-        f"evaluation.{key}={value} must be at least 1"
-        for key, value in positive.items()
-        if value < 1
-    ]
+    faults = [f"evaluation.{k}={v} must be at least 1" for k, v in positive.items() if v < 1]
     if evaluation.workers < 0:
         faults.append(f"evaluation.workers={evaluation.workers} must be at least 0")
     depths = evaluation.needle.depths
     if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
-        faults.append(
-            f"evaluation.needle.depths={depths} must be distinct numbers from 0 to 1, at least one"
-        )
+        allowed = "distinct numbers from 0 to 1, at least one"
+        faults.append(f"evaluation.needle.depths={depths} must be {allowed}")
     return faults
 
 
@@ -410,18 +391,13 @@ def _length_faults(config: EvaluateRoot) -> list[str]:
     if faults := target_faults(config.model, target):
         return faults
     lengths, scored = evaluated_lengths(config), config.evaluation.perplexity.scored_tokens
-    faults = []
-    if (
-        not lengths
-        or len(set(lengths)) < len(lengths)
-        or any(not 2 <= length <= target for length in lengths)
-    ):
-        faults.append(
-            f"evaluation.lengths={lengths} must be distinct lengths from 2 to target_len={target}"
-        )
-    elif scored > lengths[0] - 2:
-        faults.append(
-            f"evaluation.perplexity.scored_tokens={scored} must be at least 2 below the shortest length evaluated, "
-            f"{lengths[0]}"
-        )
-    return faults
+    out_of_range = any(not 2 <= length <= target for length in lengths)
+    if not lengths or len(set(lengths)) < len(lengths) or out_of_range:
+        allowed = f"distinct lengths from 2 to target_len={target}"
+        return [f"evaluation.lengths={lengths} must be {allowed}"]
+    if scored > lengths[0] - 2:
+        return [
+            f"evaluation.perplexity.scored_tokens={scored} must be at least 2 below the shortest "
+            f"length evaluated, {lengths[0]}"
+        ]
+    return []

@@ -1,5 +1,4 @@
-"""Our model for lm-evaluation-harness (``--model longrope2``): each sequence on its own RoPE side,
-nothing ever cut.
+"""Our model for lm-evaluation-harness (``--model longrope2``).
 
 The harness's own Hugging Face model pads batches and lets the padded length choose the RoPE of all
 rows, and it cuts prompts that are too long with a warning. Here a sequence's own length (context
@@ -30,8 +29,8 @@ from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
-DEFAULT_NEW_TOKENS = 256  # the harness's own default
-BATCH_TOKENS = 8192
+_DEFAULT_NEW_TOKENS = 256  # the harness's own default
+_BATCH_TOKENS = 8192
 
 
 @register_model("longrope2")
@@ -75,14 +74,13 @@ class LongRope2LM(TemplateLM):
         elif factors:
             found = RescaleFactors.from_json(Path(factors).read_text(encoding="utf-8"))
         else:
-            found = closed_form_factors(
-                RopeMethod(rope), rope_geometry(folder, original_len), target_len
-            )
+            geometry = rope_geometry(folder, original_len)
+            found = closed_form_factors(RopeMethod(rope), geometry, target_len)
         self._set_up(load_to_run(folder, found), load_tokenizer(folder))
 
     @classmethod
     def around(
-        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
     ) -> "LongRope2LM":
         """Around a model that is loaded already."""
         lm = cls.__new__(cls)
@@ -90,9 +88,8 @@ class LongRope2LM(TemplateLM):
         return lm
 
     def _set_up(
-        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = BATCH_TOKENS
+        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
     ) -> None:
-        """Take the parts over."""
         TemplateLM.__init__(self)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.bos_ids = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
@@ -133,10 +130,8 @@ class LongRope2LM(TemplateLM):
             if context:
                 context_ids, ids = self._encode_pair(context, continuation)
             else:
-                context_ids, ids = (
-                    [self.prefix_token_id],
-                    self.tok_encode(continuation, add_special_tokens=False),
-                )
+                context_ids = [self.prefix_token_id]
+                ids = self.tok_encode(continuation, add_special_tokens=False)
             pairs.append(((context, continuation), context_ids, ids))
             self._note(request, len(context_ids) + len(ids))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
@@ -148,19 +143,17 @@ class LongRope2LM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Batches of one RoPE side each, the longest first."""
-        for _, context_ids, ids in requests:
-            self._check_fits(len(context_ids) + len(ids))
-        order = sorted(
-            range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
-        )
+        lengths = [len(context_ids) + len(ids) for _, context_ids, ids in requests]
+        for length in lengths:
+            self._check_fits(length)
+        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
-        for batch in self._batches(order, [len(r[1]) + len(r[2]) for r in requests]):
-            scored = self._score([requests[i][1:] for i in batch])
-            for index, result in zip(batch, scored, strict=True):
-                results[index] = result
-            bar.update(len(batch))
-        bar.close()
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            for batch in self._batches(order, lengths):
+                scored = self._score([requests[i][1:] for i in batch])
+                for index, result in zip(batch, scored, strict=True):
+                    results[index] = result
+                bar.update(len(batch))
         return results
 
     def loglikelihood_rolling(
@@ -177,23 +170,20 @@ class LongRope2LM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, each up to the first of its stop strings."""
-        return [
-            self._generate(request)
-            for request in tqdm(requests, desc="answers", disable=disable_tqdm)
-        ]
+        shown = tqdm(requests, desc="answers", disable=disable_tqdm)
+        return [self._generate(request) for request in shown]
 
     def _generate(self, request: Instance) -> str:
-        """One answer."""
         arguments: Any = request.args
         context, options = arguments
-        # The harness knows several names for the longest answer, and do_sample=false outranks a
+        given = {key: value for key, value in options.items() if value is not None}
+        # It knows the several names of the longest answer, and do_sample=false outranks a
         # temperature.
-        wanted: Any = normalize_gen_kwargs(
-            {key: value for key, value in options.items() if value is not None}, DEFAULT_NEW_TOKENS
-        )
+        wanted: Any = normalize_gen_kwargs(given, _DEFAULT_NEW_TOKENS)
         if wanted["do_sample"]:
             raise DataError(
-                f"task {request.task_name} asks for sampling; answers here are greedy: set do_sample=false"
+                f"task {request.task_name} asks for sampling; answers here are greedy: "
+                "set do_sample=false"
             )
         stops, limit = list(wanted["until"]), wanted["max_gen_toks"]
         prompt_ids = self.tok_encode(context)
@@ -211,12 +201,8 @@ class LongRope2LM(TemplateLM):
         else:
             text += stream.finish()
         self.sides[str(request.task_name), int(request.doc_id or 0)] |= used
-        return text[
-            : min(
-                (place for stop in stops if stop and (place := text.find(stop)) >= 0),
-                default=len(text),
-            )
-        ]
+        ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+        return text[: min(ends, default=len(text))]
 
     def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """Neighbours of one RoPE side whose padded tokens fit together."""
@@ -244,27 +230,23 @@ class LongRope2LM(TemplateLM):
             first, stop = len(context_ids), len(context_ids) + len(ids)
             logits_KV = head(hidden_BTH[number, first - 1 : stop - 1]).float()
             targets_K = tokens_BT[number, first:stop]
-            log_probs_K = (
-                torch.log_softmax(logits_KV, dim=-1).gather(-1, targets_K[:, None]).squeeze(-1)
-            )
+            log_probs_KV = torch.log_softmax(logits_KV, dim=-1)
+            log_probs_K = log_probs_KV.gather(-1, targets_K[:, None]).squeeze(-1)
             greedy = bool((logits_KV.argmax(-1) == targets_K).all())
             results.append((float(log_probs_K.double().sum()), greedy))
         return results
 
     def _window(self, num_tokens: int) -> Window:
-        """RoPE side of a sequence."""
         return window_for_length(num_tokens, self.original_len)
 
     def _note(self, request: Instance, num_tokens: int) -> None:
-        """Keep the side of a request."""
-        self.sides[str(request.task_name), int(request.doc_id or 0)].add(
-            self._window(num_tokens).value
-        )
+        place = str(request.task_name), int(request.doc_id or 0)
+        self.sides[place].add(self._window(num_tokens).value)
 
     def _check_fits(self, num_tokens: int) -> None:
-        """Nothing is cut."""
         if num_tokens > self.target_len:
             raise DataError(
-                f"a question of {num_tokens} tokens (new ones included) exceeds the window of {self.target_len}; nothing "
-                "is cut here: use fewer examples (num_fewshot), a smaller max_gen_toks, or leave the task out"
+                f"a question of {num_tokens} tokens (new ones included) exceeds the window of "
+                f"{self.target_len}; nothing is cut here: use fewer examples (num_fewshot), a "
+                "smaller max_gen_toks, or leave the task out"
             )

@@ -1,18 +1,12 @@
-"""Finished measurements on disk, one JSON line each: a rerun after a kill measures only what is
-missing.
+"""Finished measurements and answers on disk, one JSON line each: nothing is done twice.
 
-A line is identified by a fingerprint of everything its values depend on (weights, RoPE table of the
-window used, data), not by the subject's name: changed weights or samples are measured anew, and two
-subjects that are the same model in the short window share one measurement.
+A line is identified by a fingerprint of everything its values depend on (weights, RoPE tables of
+the windows used, data), not by the subject's name: changed weights or samples are measured anew,
+and subjects that are the same model for a measurement or a request (below L0, say) share it.
 
-Answers of generation tasks on disk, one JSON line each: whatever was answered before a kill is
-never asked again.
-
-Every shard of an evaluation appends to a file of its own (``answers.jsonl``,
+Every shard of an evaluation appends its answers to a file of its own (``answers.jsonl``,
 ``answers-2-of-4.jsonl``, ...) and reads those of all when it starts, so shards never wait for each
-other and a later run may have more or fewer of them. A line is identified by a fingerprint of
-everything the answer depends on, so subjects that are the same model for a question (below L0, say)
-share one answer.
+other and a later run may have more or fewer of them.
 """
 
 import re
@@ -25,7 +19,7 @@ from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.append_log import AppendLog, read_log
 
 RESULTS_FILE = "results.jsonl"
-ANSWERS_PATTERN = "answers*.jsonl"
+_ANSWERS_PATTERN = "answers*.jsonl"
 IN_USE = (
     "is being written by another process; wait for it, or give each process its own "
     "evaluation.shard"
@@ -70,7 +64,6 @@ class ResultsLog:
 
 
 def _read_measurements(path: Path) -> list[Measurement]:
-    """Measurements of the file."""
     measurements = []
     for number, fields in enumerate(read_log(path), start=1):
         try:
@@ -85,7 +78,7 @@ def _read_measurements(path: Path) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the questions one process answers: those whose number is ``index`` modulo ``count``."""
+    """Which requests one process answers: those whose number is ``index`` modulo ``count``."""
 
     index: int = 0
     count: int = 1
@@ -109,11 +102,8 @@ class Shard:
     @property
     def file_name(self) -> str:
         """File that the shard appends to."""
-        return (
-            "answers.jsonl"
-            if self.count == 1
-            else f"answers-{self.index + 1}-of-{self.count}.jsonl"
-        )
+        part = "" if self.count == 1 else f"-{self.index + 1}-of-{self.count}"
+        return f"answers{part}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -191,7 +181,7 @@ def read_answers(folder: Path) -> dict[str, Answer]:
         ArtifactError: a whole line is no answer; names file and line.
     """
     answers: dict[str, Answer] = {}
-    for path in sorted(folder.glob(ANSWERS_PATTERN)):
+    for path in sorted(folder.glob(_ANSWERS_PATTERN)):
         for number, fields in enumerate(read_log(path), start=1):
             try:
                 answer = Answer(**{**fields, "token_ids": tuple(fields["token_ids"])})

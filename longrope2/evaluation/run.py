@@ -1,20 +1,17 @@
-"""The generation tasks of a suite, and who is asked which.
+"""The run of ``launch.evaluate``: measure without generating, ask, score, sum up.
 
-The part of ``launch.evaluate`` that measures without generating: needles, text by length,
-short-window retention.
-
-The part of ``launch.evaluate`` that asks questions: build the tasks, answer, score, write
-``suite.json``.
+Every finished measurement is a line of ``results.jsonl`` and every answer a line of ``answers/``,
+so a run that was killed goes on where it was. The base model is asked first, because extended
+models are evaluated only after its calibration.
 """
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,116 +21,148 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from longrope2.corpora.build import heldout_documents
-from longrope2.corpora.config import CorpusConfig
+from longrope2.config import claim_folder, to_plain
+from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.needles import build_needle_set
 from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import DataError
-from longrope2.evaluation.answering import (
-    NotMeasured,
-    Question,
-    answer_questions,
-    make_decoder,
-    plan_questions,
-    shard_questions,
-)
-from longrope2.evaluation.config import EvaluateRoot, SuiteConfig, evaluated_lengths, suite_lengths
+from longrope2.errors import ConfigError, DataError
+from longrope2.evaluation import answering, scoring, summary
+from longrope2.evaluation.config import EvaluateRoot, evaluated_lengths, suite_lengths
 from longrope2.evaluation.long_tasks.tasks import long_tasks
 from longrope2.evaluation.needle_map import needle_map_tasks
 from longrope2.evaluation.prompts import PromptEncoder
 from longrope2.evaluation.results import RESULTS_FILE, AnswersLog, Measurement, ResultsLog, Shard
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
-from longrope2.evaluation.scoring import (
-    Task,
-    context_windows,
-    measure_all,
-    needle_task,
-    perplexity_task,
-    retention_task,
-    short_windows,
+from longrope2.evaluation.schema import Cell, SuiteSummary, write_summary
+from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
+from longrope2.evaluation.subjects import Subject, SubjectModels
+from longrope2.files.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    product_folder,
+    read_manifest,
+    write_manifest,
 )
-from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_rows
-from longrope2.evaluation.subjects import Subject
-from longrope2.evaluation.summary import (
-    SUITE_FILE,
-    average_rows,
-    calibration_rows,
-    metric_values,
-    passed,
-    score_cells,
-    suite_metrics,
-    summarize_suite,
-)
-from longrope2.files.artifacts import write_text
-from longrope2.model.loading import device_and_dtype, load_tokenizer, load_windowed_model
-from longrope2.model.windowed import WindowedModel
+from longrope2.model.folder import model_identity
+from longrope2.model.loading import device_and_dtype, load_tokenizer
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking.metrics import MetricsLog
 
-ANSWERS_FOLDER = "answers"
-SHORT_TASKS_FILE = "short_tasks.jsonl"
+_ANSWERS_FOLDER = "answers"
+_SHORT_TASKS_FILE = "short_tasks.jsonl"
+# Results are told apart by what they were measured on, so these may change from run to run.
+_CHANGEABLE = "dry_run tracking evaluation corpus seed suite calibration checkpoint".split()
 
 
-def suite_tasks(
-    suite: SuiteConfig,
-    tokenizer: Any,
-    haystacks: Sequence[str],
-    lengths: Sequence[int],
-    target_len: int,
-    *,
-    cache_folder: Path,
-    workers: int = 0,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[GenerationTask]:
-    """RULER, the needle map and the long tasks of a suite.
-
-    Args:
-        suite: What is run.
-        tokenizer: Of the base model, and so of all subjects.
-        haystacks: Texts to hide needles in.
-        lengths: Of RULER and the needle map, in tokens.
-        target_len: L, the length of the long tasks.
-        cache_folder: Where generated samples are kept.
-        workers: Processes that generate samples; changes no sample.
-        progress: Called with a task's name and a number of samples as they are made.
+def check_seed(config: EvaluateRoot) -> None:
+    """Refuse to evaluate on the keys and values that the run's factors were fitted to.
 
     Raises:
-        UserError: settings, texts, data or prompts that cannot be used.
+        ConfigError: the needle seed is the search's.
     """
-    options: dict[str, Any] = {
-        "cache_folder": cache_folder,
-        "workers": workers,
-        "progress": progress,
-    }
-    tasks: list[GenerationTask] = []
-    if suite.needle_map is not None:
-        tasks += needle_map_tasks(suite.needle_map, tokenizer, haystacks, lengths, **options)
+    folder, seed = product_folder(config.run.folder, "factors"), config.evaluation.needle.seed
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    if read_manifest(folder, "factors").seeds.get("seed") == seed:
+        fault = f"evaluation.needle.seed={seed} is the seed of the needles that the factors in "
+        raise ConfigError([f"{fault}{folder} were searched on; give another one"])
+
+
+def own_shard(config: EvaluateRoot) -> Shard:
+    """The part of the requests that this process answers."""
+    shard = Shard.parse(config.evaluation.shard)
+    world_size = world_size_from_environment()
+    return shard if world_size is None else shard.within(int(os.environ["RANK"]), world_size)
+
+
+def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
+    """The plan in a few lines."""
+    model, evaluation, suite = config.model, config.evaluation, config.suite
+    needle, lengths = evaluation.needle, ", ".join(map(str, suite_lengths(config)))
+    lines = [f"model      {model.name}, window {model.original_len} -> {config.target_len}"]
+    if suite.measures:
+        num_samples = len(needle.depths) * needle.samples_per_depth
+        depths = ", ".join(map(str, needle.depths))
+        lines += [
+            f"lengths    {', '.join(map(str, evaluated_lengths(config)))}",
+            f"needles    {num_samples} samples per length at depths {depths}",
+            f"text       {evaluation.perplexity.num_windows} windows per length, "
+            f"{evaluation.retention.num_windows} short ones; held out of corpus "
+            f"{config.corpus.name}",
+        ]
     if suite.ruler is not None:
-        tasks += ruler_tasks(suite.ruler, tokenizer, haystacks, lengths, **options)
-    return tasks + long_tasks(suite.long_tasks, PromptEncoder(tokenizer), target_len)
+        tasks = f"{len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples"
+        lines.append(f"ruler      {tasks}, {suite.ruler.mode.value}, at {lengths}")
+    if suite.needle_map is not None:
+        depths = f"{len(suite.needle_map.depths)} depths x {suite.needle_map.repeats}"
+        lines.append(f"needle map {depths}, {suite.needle_map.haystack.value}, at {lengths}")
+    if suite.long_task_names:
+        lines.append(f"long tasks {', '.join(suite.long_task_names)}")
+    if suite.short_tasks.tasks:
+        lines.append(f"short      {', '.join(task.name for task in suite.short_tasks.tasks)}")
+    for subject in subjects:
+        trained = ", trained" if subject.trained else ""
+        lines.append(f"subject    {subject.name}: {subject.factors.method}{trained}")
+    return "\n".join(lines)
 
 
-def asked_of(
-    subject: Subject, tasks: Sequence[GenerationTask], suite: SuiteConfig, reference: str
-) -> list[GenerationTask]:
-    """The tasks put to a subject: all, or for the base model perhaps only those inside its window."""
-    if subject.name != reference or suite.base_beyond_window:
-        return list(tasks)
-    return [task for task in tasks if task.length <= subject.factors.geometry.original_len]
+def run_evaluation(
+    config: EvaluateRoot, base_folder: Path, subjects: Sequence[Subject]
+) -> tuple[bool, SuiteSummary | None]:
+    """scoring.Measure and ask what is missing, and write the product.
+
+    Returns:
+        Whether the product is finished: not while other shards have requests left. And what the
+        suite found, where one asks.
+
+    Raises:
+        UserError: data that cannot be used, or a base model that breaks its calibration (its
+            scores are kept).
+    """
+    shard = own_shard(config)
+    folder = product_folder(config.run.folder, "evaluations")
+    asks = config.suite.generates or bool(config.suite.short_tasks.tasks)
+    measures, needle_sets = [], []
+    if config.suite.measures and shard.index == 0:
+        measures, needle_sets = _build_measures(config, base_folder)
+    # Later shards leave the folder's configuration and the metrics to the first.
+    own_folder = folder if shard.index == 0 else folder / f"shard_{shard.index + 1}"
+    claim_folder(own_folder, config, changeable=_CHANGEABLE)
+    for needle_set in needle_sets:
+        needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
+    models, plain = _own_models(), to_plain(config)
+    measurements, suite = [], None
+    with MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", plain) as tracking:
+        if measures:
+            measurements = _measure(subjects, measures, models, folder, tracking)
+            found = summary.summarize(subjects, measurements, config.evaluation.reference)
+            write_summary(folder, found)
+            Console().print(summary.comparison_table(found))
+        if asks:
+            tokenizer = load_tokenizer(base_folder)
+            suite = _run_suite(config, subjects, tokenizer, models, folder, shard)
+            if suite is not None:
+                tracking.log(summary.suite_metrics(suite))
+    is_finished = suite is not None or bool(measures and not asks)
+    if is_finished:
+        _write_manifest(config, base_folder, subjects, len(measurements), folder)
+    return is_finished, suite
 
 
-@dataclass
-class EvaluateCommand(EvaluateRoot):
-    """Configuration of the command: the evaluation and the corpus its held-out text comes from."""
+def _own_models() -> SubjectModels:
+    """Holder of the model on the GPU of this rank, where there is one."""
+    device, dtype = device_and_dtype()
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return SubjectModels(device, dtype)
 
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
-
-def build_tasks(config: EvaluateCommand, base_folder: Path) -> tuple[list[Task], list[NeedleSet]]:
-    """Tasks on needles and text windows, the same for every subject, and the needle samples
-    themselves.
+def _build_measures(
+    config: EvaluateRoot, base_folder: Path
+) -> tuple[list[scoring.Measure], list[NeedleSet]]:
+    """Measures on needles and text windows, and the needle samples themselves.
 
     Raises:
         DataError: the held-out text is too little for what is asked.
@@ -141,153 +170,135 @@ def build_tasks(config: EvaluateCommand, base_folder: Path) -> tuple[list[Task],
     evaluation, original_len = config.evaluation, config.model.original_len
     books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
     documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
-    lengths, batch_tokens = evaluated_lengths(config), evaluation.batch_tokens
+    lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
     needle, text = evaluation.needle, evaluation.perplexity
-    num_samples = len(needle.depths) * needle.samples_per_depth
     needle_sets = [
         build_needle_set(
             tokenizer,
             books,
             length=length,
             depths=needle.depths,
-            num_samples=num_samples,
+            num_samples=len(needle.depths) * needle.samples_per_depth,
             seed=needle.seed,
         )
         for length in lengths
     ]
-    windows = context_windows(
+    windows = scoring.context_windows(
         documents,
         lengths,
         num_windows=text.num_windows,
         num_scored=text.scored_tokens,
         seed=config.seed,
     )
-    short = short_windows(
-        documents, original_len, num_windows=evaluation.retention.num_windows, seed=config.seed
-    )
-    tasks = [needle_task(needle_set, original_len, batch_tokens) for needle_set in needle_sets]
-    tasks += [
-        perplexity_task(windows[length], text.scored_tokens, original_len, batch_tokens)
-        for length in lengths
+    num_short = evaluation.retention.num_windows
+    short = scoring.short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
+    measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
+    measures += [
+        scoring.perplexity_measure(windows[n], text.scored_tokens, *fitting) for n in lengths
     ]
-    return [*tasks, retention_task(short, original_len, batch_tokens)], needle_sets
+    return [*measures, scoring.retention_measure(short, *fitting)], needle_sets
 
 
-def measure(
-    config: EvaluateCommand,
-    subjects: list[Subject],
-    tasks: list[Task],
+def _measure(
+    subjects: Sequence[Subject],
+    measures: Sequence[scoring.Measure],
+    models: SubjectModels,
     folder: Path,
     tracking: MetricsLog,
 ) -> list[Measurement]:
-    """All measurements, with a progress bar weighted by tokens and with metrics as they come."""
-    columns = (
-        TextColumn("evaluate"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    """All measurements, with metrics as they come."""
     measurements = []
     results = ResultsLog(folder / RESULTS_FILE)
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(subjects) * len(tasks))
-        for measurement in measure_all(subjects, tasks, results):
-            tracking.log(metric_values(measurement))
+    with _progress("evaluate", "{task.description}") as progress:
+        bar = progress.add_task("", total=len(subjects) * len(measures))
+        for measurement in scoring.measure_all(subjects, measures, results, models):
+            tracking.log(summary.metric_values(measurement))
             measurements.append(measurement)
             done = f"{measurement.subject} {measurement.suite} {measurement.length}"
             progress.update(bar, advance=1, description=done)
     return measurements
 
 
-def own_shard(config: EvaluateCommand) -> Shard:
-    """The part of the questions that this process answers."""
-    shard = Shard.parse(config.evaluation.shard)
-    world_size = world_size_from_environment()
-    return shard if world_size is None else shard.within(int(os.environ["RANK"]), world_size)
+def _progress(name: str, state: str) -> Progress:
+    counted = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(state))
+    return Progress(*counted, TimeElapsedColumn(), TimeRemainingColumn())
 
 
-def run_suite(
-    config: EvaluateCommand,
+def _run_suite(
+    config: EvaluateRoot,
     subjects: Sequence[Subject],
     tokenizer: Any,
-    texts: Sequence[str],
+    models: SubjectModels,
     folder: Path,
-    tracking: MetricsLog,
-) -> dict[str, Any] | None:
-    """Answer this shard's questions and, when no shard has any left, sum up.
-
-    Returns:
-        Content of ``suite.json``, once everything asked for is done or given up; else None.
-
-    Raises:
-        UserError: data that cannot be used, or a base model that breaks its calibration (its scores
-            are kept).
-    """
-    device, dtype = device_and_dtype()
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    shard: Shard,
+) -> SuiteSummary | None:
+    """Answer this shard's requests; sum up once everything asked for is done or given up."""
     reference = config.evaluation.reference
-    ordered = sorted(
-        subjects, key=lambda subject: subject.name != reference
-    )  # the base model first: the gate is on it
-    tasks = _tasks(config, tokenizer, texts) if config.suite.generates else []
-    options = {"dtype": dtype, "stop_ids": {tokenizer.eos_token_id}}
-    shard, given_up = own_shard(config), []
-    with AnswersLog(folder / ANSWERS_FOLDER, shard) as log:
+    tasks = _tasks(config, tokenizer) if config.suite.generates else []
+    asked = {subject.name: _asked_of(config, subject, tasks) for subject in subjects}
+    asks_short = bool(config.suite.short_tasks.tasks)
+    # Short tasks are not split: the first shard asks them all.
+    short_results = None
+    if asks_short and shard.index == 0:
+        short_results = ResultsLog(folder / _SHORT_TASKS_FILE)
+    options: dict[str, Any] = {"dtype": models.dtype, "stop_ids": {tokenizer.eos_token_id}}
+    given_up: list[answering.NotMeasured] = []
+    short_cells: list[Cell] = []
+    with AnswersLog(folder / _ANSWERS_FOLDER, shard) as log:
 
-        def cells_of(subject: Subject) -> list[dict[str, Any]]:
-            return score_cells(
-                [subject],
-                asked_of(subject, tasks, config.suite, reference),
-                log,
-                given_up,
-                **options,
-            )
+        def cells_of(subject: Subject) -> list[Cell]:
+            return summary.score_cells([subject], asked[subject.name], log, given_up, **options)
 
-        short_rows: list[dict[str, Any]] = []
-        for subject in ordered:
-            questions = plan_questions(
-                [subject], asked_of(subject, tasks, config.suite, reference), **options
-            )
-            given_up += _answer(
-                config, shard_questions(questions, shard), log, tokenizer, device, options
-            )
-            if shard.index == 0:
-                short_rows += _short(config, subject, folder, tokenizer, device, dtype)
+        for subject in sorted(subjects, key=lambda subject: subject.name != reference):
+            requests = answering.plan_requests([subject], asked[subject.name], **options)
+            own = answering.shard_requests(requests, shard)
+            given_up += _answer(config, own, log, tokenizer, models)
+            if short_results is not None:
+                chosen = config.suite.short_tasks
+                found = measure_short_tasks(chosen, [subject], short_results, tokenizer, models)
+                short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
-                _gate(config, cells_of(subject) + short_rows)
+                _gate(config, cells_of(subject) + short_cells)
         log.reread()
-        cells = [row for subject in subjects for row in cells_of(subject)]
-    lost = {(row.suite, row.task, row.length) for row in given_up}
-    missing = sum(
-        cell["num_missing"]
-        for cell in cells
-        if cell["score"] is None and (cell["suite"], cell["task"], cell["length"]) not in lost
-    )
-    if shard.count > 1 and (missing > 0 or (config.suite.short_tasks.tasks and shard.index > 0)):
-        lacking = (
-            f"{missing} answers of other shards are"
-            if missing
-            else "the short tasks, which shard 1 asks, may be"
-        )
+        cells = [cell for subject in subjects for cell in cells_of(subject)]
+    if shard.count > 1 and (lacking := _lacking(cells, given_up, asks_short and shard.index > 0)):
         print(
             f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. "
             "The same command without evaluation.shard sums up when they have ended"
         )
         return None
-    summary = summarize_suite(config, subjects, cells + short_rows)
-    write_text(folder / SUITE_FILE, json.dumps(summary, indent=1) + "\n")
-    tracking.log(suite_metrics(summary))
-    return summary
+    found = summary.summarize_suite(config, subjects, cells + short_cells)
+    write_summary(folder, found)
+    return found
 
 
-def _tasks(config: EvaluateCommand, tokenizer: Any, texts: Sequence[str]) -> list[GenerationTask]:
-    """Generation tasks, with a line of progress while samples are made."""
-    with Progress(
-        TextColumn("samples"), TextColumn("{task.description}"), TimeElapsedColumn()
-    ) as progress:
+def _asked_of(
+    config: EvaluateRoot, subject: Subject, tasks: Sequence[GenerationTask]
+) -> list[GenerationTask]:
+    """All tasks, or for the base model perhaps only those inside its window."""
+    if subject.name != config.evaluation.reference or config.suite.base_beyond_window:
+        return list(tasks)
+    return [task for task in tasks if task.length <= config.model.original_len]
+
+
+def _lacking(
+    cells: Sequence[Cell], given_up: Sequence[answering.NotMeasured], short_elsewhere: bool
+) -> str:
+    """What other shards still owe; empty when it is nothing."""
+    lost = {(row.suite, row.task, row.length) for row in given_up}
+    open_cells = (c for c in cells if (c.suite, c.task, c.length) not in lost)
+    num_missing = sum(cell.num_missing or 0 for cell in open_cells)
+    if num_missing:
+        return f"{num_missing} answers of other shards are"
+    return "the short tasks, which shard 1 asks, may be" if short_elsewhere else ""
+
+
+def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
+    """RULER, the needle map and the long tasks, with a line of progress while samples are made."""
+    suite, lengths = config.suite, suite_lengths(config)
+    texts = [document.text for document in heldout_documents(config.corpus)]
+    columns = TextColumn("samples"), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns) as progress:
         bar, made = progress.add_task("", total=None), 0
 
         def advance(name: str, count: int) -> None:
@@ -295,109 +306,84 @@ def _tasks(config: EvaluateCommand, tokenizer: Any, texts: Sequence[str]) -> lis
             made += count
             progress.update(bar, description=f"{made} made, {name}")
 
-        return suite_tasks(
-            config.suite,
-            tokenizer,
-            texts,
-            suite_lengths(config),
-            config.target_len,
-            cache_folder=Path(config.evaluation.sample_cache),
-            workers=config.evaluation.workers,
-            progress=advance,
-        )
+        options: dict[str, Any] = {
+            "cache_folder": Path(config.evaluation.sample_cache),
+            "workers": config.evaluation.workers,
+            "progress": advance,
+        }
+        tasks: list[GenerationTask] = []
+        if suite.needle_map is not None:
+            tasks += needle_map_tasks(suite.needle_map, tokenizer, texts, lengths, **options)
+        if suite.ruler is not None:
+            tasks += ruler_tasks(suite.ruler, tokenizer, texts, lengths, **options)
+        return tasks + long_tasks(suite.long_tasks, PromptEncoder(tokenizer), config.target_len)
 
 
 def _answer(
-    config: EvaluateCommand,
-    questions: Sequence[Question],
+    config: EvaluateRoot,
+    requests: Sequence[answering.Request],
     log: AnswersLog,
     tokenizer: Any,
-    device: torch.device,
-    options: dict[str, Any],
-) -> list[NotMeasured]:
-    """Answer questions with a bar weighted by tokens; what was given up is printed and returned."""
-    columns = (
-        TextColumn("answers"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens, {task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    models: SubjectModels,
+) -> list[answering.NotMeasured]:
+    """Answer with a bar weighted by tokens; what was given up is printed and returned."""
     evaluation, given_up = config.evaluation, []
-    decoder = make_decoder(evaluation.decode_rows, evaluation.prefill_chunk)
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=sum(question.num_tokens for question in questions))
-        for done in answer_questions(
-            questions,
+    with _progress("answers", "tokens, {task.description}") as progress:
+        bar = progress.add_task("", total=sum(request.num_tokens for request in requests))
+        for done in answering.answer_requests(
+            requests,
             log,
             tokenizer,
-            device=device,
+            models,
+            stop_ids={tokenizer.eos_token_id},
             batch_tokens=evaluation.batch_tokens,
-            generate=decoder,
-            **options,
+            generate=answering.make_decoder(evaluation.decode_rows, evaluation.prefill_chunk),
         ):
-            if isinstance(done, NotMeasured):
+            if isinstance(done, answering.NotMeasured):
                 given_up.append(done)
                 progress.console.print(str(done), markup=False)
                 continue
-            place = f"{done.subject.name} {done.task.suite}/{done.task.name} {done.task.length}"
-            progress.update(bar, advance=done.num_tokens, description=place)
+            subject, suite, task, length = done.place
+            description = f"{subject} {suite}/{task} {length}"
+            progress.update(bar, advance=done.num_tokens, description=description)
     return given_up
 
 
-def _short(
-    config: EvaluateCommand,
-    subject: Subject,
-    folder: Path,
-    tokenizer: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[dict[str, Any]]:
-    """Short tasks of one subject."""
-    if not config.suite.short_tasks.tasks:
-        return []
-    results = ResultsLog(folder / SHORT_TASKS_FILE)
-    load = _loader(device, dtype)
-    return short_task_rows(
-        list(
-            measure_short_tasks(
-                config.suite.short_tasks, [subject], results, tokenizer, load, dtype
-            )
-        )
-    )
-
-
-def _loader(device: torch.device, dtype: torch.dtype) -> Callable[[Subject], WindowedModel]:
-    """Loads a subject's model when it is first needed."""
-    loaded: list[WindowedModel] = []
-
-    def load(subject: Subject) -> WindowedModel:
-        if not loaded:
-            loaded.append(
-                load_windowed_model(
-                    subject.folder, subject.factors, device=device, dtype=dtype
-                ).eval()
-            )
-        return loaded[0]
-
-    return load
-
-
-def _gate(config: EvaluateCommand, cells: list[dict[str, Any]]) -> None:
+def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
     """Stop before extended models when the base model breaks a rule."""
-    rows = calibration_rows(
-        config.calibration, [*cells, *average_rows(cells)], config.evaluation.reference
+    reference = config.evaluation.reference
+    rows = summary.calibration_rows(
+        config.calibration, [*cells, *summary.average_cells(cells)], reference
     )
-    if passed(config.calibration, rows):
+    if summary.passed(config.calibration, rows):
         return
-    broken = [row for row in rows if row["state"] in ("broken", "not measured")]
-    faults = "; ".join(
-        f"{row['score']} is {'not measured' if row['found'] is None else format(row['found'], '.2f')}, "
-        f"expected {row['low']:g} to {row['high']:g}"
-        for row in broken
-    )
+    faults = []
+    for row in rows:
+        if row.state in ("broken", "not measured"):
+            found = "not measured" if row.found is None else f"{row.found:.2f}"
+            faults.append(f"{row.score} is {found}, expected {row.low:g} to {row.high:g}")
     raise DataError(
-        f"calibration: the base model {config.evaluation.reference} does not reproduce its known scores: {faults}. Its "
-        "answers are kept; extended models are not evaluated. Find out what differs, or set calibration.required=false"
+        f"calibration: the base model {reference} does not reproduce its known scores: "
+        f"{'; '.join(faults)}. Its answers are kept; extended models are not evaluated. Find out "
+        "what differs, or set calibration.required=false"
     )
+
+
+def _write_manifest(
+    config: EvaluateRoot,
+    base_folder: Path,
+    subjects: Sequence[Subject],
+    num_measurements: int,
+    folder: Path,
+) -> None:
+    """Mark the evaluation as finished."""
+    inputs = {
+        "model": model_identity(base_folder),
+        "corpus": build_corpus(config.corpus).describe(),
+        "subjects": {subject.name: subject.source for subject in subjects},
+    }
+    seeds = {"seed": config.seed, "needle": config.evaluation.needle.seed}
+    counts = {"num_subjects": len(subjects), "num_measurements": num_measurements}
+    plain = to_plain(config)
+    manifest = Manifest("evaluations", inputs=inputs, config=plain, seeds=seeds, counts=counts)
+    write_manifest(folder, manifest)

@@ -1,30 +1,27 @@
-"""What a model makes of given tokens: retrieved values and negative log-likelihoods, one forward
-per batch.
-
-Only the positions that are scored pass through the LM head.
-
-Shape legend: B = rows, T = tokens of a row, K = scored tokens of a row, V = vocabulary.
-
-Tasks (one suite at one length, on fixed data) and the loop that measures them for every subject.
+"""Measures without generating: one suite at one length on fixed data, the same for every subject.
 
 Suites: ``needle`` (exact match and likelihood of a hidden value), ``perplexity`` (the same text
 tokens after more and more context), ``retention`` (text inside the original window). Lengths up to
-L0 are read in the short window, longer ones in the long window, as in generation.
+L0 are read in the short window, longer ones in the long window, as in generation. Only the
+positions that are scored pass through the LM head.
 
-Windows of held-out text: the same ones for every subject, drawn from a seed.
-
-A document is its token ids with BOS in front and EOS behind. Windows that start inside a document
-get a BOS of their own, so every window begins the way the model expects. A window of T tokens is a
-document of T tokens without its closing EOS: the last place stays empty, because a model whose
+A document is its token ids with BOS in front and EOS behind. Windows of text that start inside a
+document get a BOS of their own, so every one begins the way the model expects. A window of T tokens
+is a document of T tokens without its closing EOS: the last place stays empty, because a model whose
 training documents all end inside the window has seen nothing but EOS there. Needle samples are cut
 the same way.
+
+Shape legend: B = rows, T = tokens of a row, K = scored tokens of a row, V = vocabulary.
 """
 
 import hashlib
 import json
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,9 +29,8 @@ import torch
 
 from longrope2.errors import DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
-from longrope2.evaluation.subjects import Subject
+from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.inference.generation import window_for_length
-from longrope2.model.loading import device_and_dtype, load_to_run
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
@@ -69,19 +65,13 @@ class WindowScore:
 def score_values(
     model: WindowedModel, needle_set: NeedleSet, batch_tokens: int
 ) -> list[ValueScore]:
-    """Exact match and likelihood of the value of every sample, from one teacher-forced forward per
-    batch.
+    """Exact match and likelihood of every sample's value, one teacher-forced forward per batch.
 
     Greedy decoding reproduces the value exactly when, given the prompt and any part of the value,
     the most likely next token is the value's next one. That is what the argmax at the
     teacher-forced positions says, so no token is ever generated (tests/reference compares with real
     greedy generation). The two agree as long as prompt and value are read in the same window, which
     is checked.
-
-    Args:
-        model: Model with the subject's factors; the window follows from the length of the samples.
-        needle_set: Samples of one length.
-        batch_tokens: Tokens of one forward pass; at least one sample is taken.
 
     Raises:
         DataError: the window changes inside the value of a sample.
@@ -91,24 +81,20 @@ def score_values(
     for sample in needle_set.samples:
         if window_for_length(sample.value_start, original_len) is not window:
             raise DataError(
-                f"evaluation.lengths: a needle sample of {needle_set.length} tokens has its value across the end of "
-                f"the original window ({original_len} tokens); use {original_len} or a length well above it"
+                f"evaluation.lengths: a needle sample of {needle_set.length} tokens has its value "
+                f"across the end of the original window ({original_len} tokens); use {original_len}"
+                " or a length well above it"
             )
     scores = []
     for batch in _batches(needle_set.samples, needle_set.length, batch_tokens):
-        tokens_BT = torch.from_numpy(np.stack([sample.through_value for sample in batch])).to(
-            model.hf.device
-        )
+        stacked_BT = np.stack([sample.through_value for sample in batch])
+        tokens_BT = torch.from_numpy(stacked_BT).to(model.hf.device)
         first = min(sample.value_start for sample in batch)
         logits_BKV = model.logits(tokens_BT, window, keep=slice(first - 1, -1))
         targets_BK = tokens_BT[:, first:]
         hits_BK = (logits_BKV.argmax(-1) == targets_BK).cpu()
-        nll_BK = (
-            -torch.log_softmax(logits_BKV, dim=-1)
-            .gather(-1, targets_BK[..., None])
-            .squeeze(-1)
-            .cpu()
-        )
+        log_probs_BKV = torch.log_softmax(logits_BKV, dim=-1)
+        nll_BK = -log_probs_BKV.gather(-1, targets_BK[..., None]).squeeze(-1).cpu()
         for row, sample in enumerate(batch):
             skipped = sample.value_start - first
             exact, nll = bool(hits_BK[row, skipped:].all()), float(nll_BK[row, skipped:].sum())
@@ -123,39 +109,24 @@ def score_windows(
     num_scored: int | None,
     batch_tokens: int,
 ) -> list[WindowScore]:
-    """Negative log-likelihood of text windows.
+    """Negative log-likelihood of the last ``num_scored`` tokens of every text window, in order.
 
-    Args:
-        model: Model with the subject's factors; the RoPE follows from each text window's length.
-        windows: Token ids of each window, at least two.
-        num_scored: Only so many last tokens of each window are scored; None scores all but the
-            first.
-        batch_tokens: Tokens of one forward pass; windows of equal length share one.
-
-    Returns:
-        One score per window, in the order given.
+    None scores all but the first. The RoPE follows from each window's length; windows of equal
+    length share forward passes of ``batch_tokens``.
     """
-    by_length: dict[int, list[int]] = {}
-    for index, window_tokens in enumerate(windows):
-        by_length.setdefault(len(window_tokens), []).append(index)
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(windows):
+        by_length[len(ids)].append(index)
     scores: dict[int, WindowScore] = {}
     for length, indices in by_length.items():
         window = window_for_length(length, model.factors.geometry.original_len)
         num_targets = length - 1 if num_scored is None else min(num_scored, length - 1)
         for batch in _batches(indices, length, batch_tokens):
-            tokens_BT = torch.from_numpy(
-                np.stack([windows[index] for index in batch]).astype(np.int64)
-            )
-            nll_BK = token_nll(
-                model, tokens_BT.to(model.hf.device), window, first_scored=length - num_targets
-            )
-            sums = nll_BK.double().sum(dim=1).tolist()
-            scores.update(
-                {
-                    index: WindowScore(nll, num_targets)
-                    for index, nll in zip(batch, sums, strict=True)
-                }
-            )
+            stacked_BT = np.stack([windows[index] for index in batch]).astype(np.int64)
+            tokens_BT = torch.from_numpy(stacked_BT).to(model.hf.device)
+            nll_BK = token_nll(model, tokens_BT, window, first_scored=length - num_targets)
+            for index, nll in zip(batch, nll_BK.double().sum(dim=1).tolist(), strict=True):
+                scores[index] = WindowScore(nll, num_targets)
     return [scores[index] for index in range(len(windows))]
 
 
@@ -167,21 +138,21 @@ def _batches(items: Sequence[Item], length: int, batch_tokens: int) -> Iterator[
 
 
 @dataclass(frozen=True)
-class Task:
+class Measure:
     """One suite at one length: the same data for every subject."""
 
     suite: str
     length: int
     window: Window
     data_sha256: str
-    measure: Callable[[WindowedModel], dict[str, Any]]
+    values: Callable[[WindowedModel], dict[str, Any]]
     """Raw numbers of one model; plain JSON values."""
 
 
-def needle_task(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> Task:
+def needle_measure(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> Measure:
     """Retrieval at the length of ``needle_set``; one entry per sample and list."""
 
-    def measure(model: WindowedModel) -> dict[str, Any]:
+    def values(model: WindowedModel) -> dict[str, Any]:
         scores = score_values(model, needle_set, batch_tokens)
         return {
             "depths": [sample.depth for sample in needle_set.samples],
@@ -192,78 +163,57 @@ def needle_task(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> 
 
     data = [np.append(sample.tokens, sample.value_start) for sample in needle_set.samples]
     window = window_for_length(needle_set.length, original_len)
-    return Task("needle", needle_set.length, window, _data_sha256(data), measure)
+    return Measure("needle", needle_set.length, window, _data_sha256(data), values)
 
 
-def perplexity_task(
+def perplexity_measure(
     windows: Sequence[np.ndarray], num_scored: int, original_len: int, batch_tokens: int
-) -> Task:
+) -> Measure:
     """Likelihood of the last ``num_scored`` tokens of windows of one length."""
-
-    def measure(model: WindowedModel) -> dict[str, Any]:
-        return _window_values(
-            score_windows(model, windows, num_scored=num_scored, batch_tokens=batch_tokens)
-        )
-
     length = len(windows[0]) + 1  # a window leaves the place of a closing EOS empty
-    data_sha256 = _data_sha256([*windows, np.array([num_scored])])
-    return Task("perplexity", length, window_for_length(length, original_len), data_sha256, measure)
+    digest = _data_sha256([*windows, np.array([num_scored])])
+    values = partial(_text_values, windows, num_scored, batch_tokens)
+    return Measure("perplexity", length, window_for_length(length, original_len), digest, values)
 
 
-def retention_task(windows: Sequence[np.ndarray], original_len: int, batch_tokens: int) -> Task:
+def retention_measure(
+    windows: Sequence[np.ndarray], original_len: int, batch_tokens: int
+) -> Measure:
     """Likelihood of all tokens (but each BOS) of windows of at most L0 tokens."""
+    values = partial(_text_values, windows, None, batch_tokens)
+    return Measure("retention", original_len, Window.SHORT, _data_sha256(windows), values)
 
-    def measure(model: WindowedModel) -> dict[str, Any]:
-        return _window_values(
-            score_windows(model, windows, num_scored=None, batch_tokens=batch_tokens)
-        )
 
-    return Task("retention", original_len, Window.SHORT, _data_sha256(windows), measure)
+def _text_values(
+    windows: Sequence[np.ndarray], num_scored: int | None, batch_tokens: int, model: WindowedModel
+) -> dict[str, Any]:
+    """Raw numbers of text windows, one entry per window."""
+    scores = score_windows(model, windows, num_scored=num_scored, batch_tokens=batch_tokens)
+    return {"nll": [s.nll for s in scores], "num_tokens": [s.num_tokens for s in scores]}
 
 
 def measure_all(
-    subjects: Iterable[Subject], tasks: Sequence[Task], results: ResultsLog
+    subjects: Iterable[Subject],
+    measures: Sequence[Measure],
+    results: ResultsLog,
+    models: SubjectModels,
 ) -> Iterator[Measurement]:
-    """Measure every task of every subject, subject by subject; what ``results`` holds already is
-    not measured again.
-
-    A model is loaded when its first missing measurement comes up, and stays loaded while subjects
-    share its weights.
-    """
-    loaded: tuple[str, WindowedModel] | None = None
-    _, dtype = device_and_dtype()
+    """Every measure of every subject; what ``results`` holds already is not measured again."""
     for subject in subjects:
-        for task in tasks:
-            fingerprint = _fingerprint(subject, task, dtype)
+        for measure in measures:
+            fingerprint = _fingerprint(subject, measure, str(models.dtype))
             values = results.find(fingerprint)
             if values is None:
-                if loaded is None or loaded[0] != subject.weights_sha256:
-                    loaded = None  # free the weights before the next ones are read
-                    loaded = (subject.weights_sha256, load_to_run(subject.folder, subject.factors))
-                loaded[1].set_factors(subject.factors)
-                values = task.measure(loaded[1])
-            measurement = Measurement(subject.name, task.suite, task.length, fingerprint, values)
+                values = measure.values(models.of(subject))
+            place = subject.name, measure.suite, measure.length
+            measurement = Measurement(*place, fingerprint, values)
             results.append(measurement)
             yield measurement
 
 
-def _window_values(scores: Sequence[WindowScore]) -> dict[str, Any]:
-    """Raw numbers of text windows, one entry per window."""
-    return {
-        "nll": [score.nll for score in scores],
-        "num_tokens": [score.num_tokens for score in scores],
-    }
-
-
-def _fingerprint(subject: Subject, task: Task, dtype: torch.dtype) -> str:
-    """Hash of everything a measurement depends on."""
-    parts = [
-        subject.weights_sha256,
-        subject.table_identity(task.window),
-        str(dtype),
-        task.suite,
-        task.data_sha256,
-    ]
+def _fingerprint(subject: Subject, measure: Measure, dtype: str) -> str:
+    table = subject.table_identity(measure.window)
+    parts = [subject.weights_sha256, table, dtype, measure.suite, measure.data_sha256]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -284,23 +234,15 @@ def context_windows(
     num_scored: int,
     seed: int,
 ) -> dict[int, list[np.ndarray]]:
-    """Windows of every length that end at the same places, so that all lengths score the same
-    tokens.
+    """Windows of every length that end at the same places: all lengths score the same tokens.
 
     A place is the end of ``num_scored`` tokens of a document; the window of length T shows the
     model the T - 2 tokens up to there behind a BOS. Perplexity then differs between lengths only by
     what more context does. Places are spread over the documents in turn and the scored tokens never
     overlap.
 
-    Args:
-        documents: Ids of each held-out document.
-        lengths: Window lengths in tokens.
-        num_windows: Places.
-        num_scored: Tokens scored at each place.
-        seed: Seed of the choice of places.
-
     Returns:
-        Length -> ``num_windows`` windows of one token less.
+        Length -> windows of one token less, one for each of ``num_windows`` places.
 
     Raises:
         DataError: the documents that are long enough hold too few places.
@@ -314,28 +256,26 @@ def context_windows(
         rng.shuffle(ends)
         ends_by_document.append([(number, end) for end in ends])
     rng.shuffle(ends_by_document)
-    deepest = max((len(ends) for ends in ends_by_document), default=0)
-    in_turn = [
-        ends[turn] for turn in range(deepest) for ends in ends_by_document if turn < len(ends)
-    ]
+    in_turn = [place for turn in zip_longest(*ends_by_document) for place in turn if place]
     if len(in_turn) < num_windows:
         raise DataError(
-            f"evaluation.perplexity.num_windows={num_windows}: the held-out documents of at least {longest - 1} tokens "
-            f"have room for {len(in_turn)} windows (the longest has {max(map(len, documents), default=0)} tokens); use "
-            "fewer windows, shorter evaluation.lengths, or a corpus with longer documents"
+            f"evaluation.perplexity.num_windows={num_windows}: the held-out documents of at least "
+            f"{longest - 1} tokens have room for {len(in_turn)} windows (the longest has "
+            f"{max(map(len, documents), default=0)} tokens); use fewer windows, shorter "
+            "evaluation.lengths, or a corpus with longer documents"
         )
-    places = in_turn[:num_windows]
-    return {
-        length: [_window(documents[number], end, length) for number, end in places]
-        for length in lengths
-    }
+    windows: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
+    for length, found in windows.items():
+        for number, end in in_turn[:num_windows]:
+            text = documents[number][end - length + 2 : end]
+            found.append(np.concatenate([documents[number][:1], text]))
+    return windows
 
 
 def short_windows(
     documents: Sequence[np.ndarray], original_len: int, *, num_windows: int, seed: int
 ) -> list[np.ndarray]:
-    """Pieces of held-out documents that fit the original window, each behind a BOS, below
-    ``original_len`` tokens.
+    """Pieces of held-out documents, each behind a BOS and below ``original_len`` tokens.
 
     Every document is cut into consecutive pieces (a short one is one piece), and a seeded choice of
     them is taken.
@@ -343,21 +283,14 @@ def short_windows(
     Raises:
         DataError: fewer pieces than asked for.
     """
-    pieces = []
+    pieces, room = [], original_len - 2
     for document in documents:
         bos, body = document[:1], document[1:]
-        pieces += [
-            np.concatenate([bos, body[first : first + original_len - 2]])
-            for first in range(0, len(body), original_len - 2)
-        ]
+        firsts = range(0, len(body), room)
+        pieces += [np.concatenate([bos, body[first : first + room]]) for first in firsts]
     if len(pieces) < num_windows:
         raise DataError(
-            f"evaluation.retention.num_windows={num_windows}: the held-out text has {len(pieces)} windows of "
-            f"{original_len} tokens; use fewer, or a larger corpus"
+            f"evaluation.retention.num_windows={num_windows}: the held-out text has {len(pieces)} "
+            f"windows of {original_len} tokens; use fewer, or a larger corpus"
         )
     return random.Random(f"short windows/{seed}").sample(pieces, num_windows)
-
-
-def _window(document: np.ndarray, end: int, length: int) -> np.ndarray:
-    """BOS and the ``length`` - 2 tokens before ``end``."""
-    return np.concatenate([document[:1], document[end - length + 2 : end]])

@@ -1,12 +1,10 @@
-"""Short tasks measured through lm-evaluation-harness, with our model in it and the RoPE side of every question."""
+"""Short tasks through lm-evaluation-harness, our model in it, with every question's RoPE side."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from longrope2.errors import DataError
 from longrope2.evaluation.config import (
@@ -16,8 +14,10 @@ from longrope2.evaluation.config import (
     lm_eval_version,
 )
 from longrope2.evaluation.results import Measurement, ResultsLog
+from longrope2.evaluation.schema import Cell
 from longrope2.evaluation.statistics import score_interval
-from longrope2.evaluation.subjects import Subject
+from longrope2.evaluation.subjects import Subject, SubjectModels
+from longrope2.evaluation.summary import scores_by_side
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
@@ -27,18 +27,9 @@ def measure_short_tasks(
     subjects: Sequence[Subject],
     results: ResultsLog,
     tokenizer: Any,
-    load: Callable[[Subject], WindowedModel],
-    dtype: torch.dtype,
+    models: SubjectModels,
 ) -> Iterator[Measurement]:
     """Measure every task of every subject; what ``results`` holds already is not measured again.
-
-    Args:
-        config: The tasks.
-        subjects: The models.
-        results: Finished measurements.
-        tokenizer: Of all subjects.
-        load: Gives a subject's model, ready to use.
-        dtype: Of the weights.
 
     Raises:
         DataError: a task or its data cannot be had, a metric that the task has not, or a question
@@ -46,10 +37,10 @@ def measure_short_tasks(
     """
     for subject in subjects:
         for task in config.tasks:
-            fingerprint = _fingerprint(config, task, subject, dtype)
+            fingerprint = _fingerprint(config, task, subject, str(models.dtype))
             values = results.find(fingerprint)
             if values is None:
-                values = _measure(config, task, load(subject), tokenizer)
+                values = _measure(config, task, models.of(subject), tokenizer)
             measurement = Measurement(
                 subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name}
             )
@@ -57,44 +48,23 @@ def measure_short_tasks(
             yield measurement
 
 
-def short_task_rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """One row per subject and task, shaped like the cells of generation tasks."""
-    rows = []
-    for measurement in measurements:
-        values = measurement.values
-        scores, sides = values["scores"], values["sides"]
-        by_side = {
-            side: [score for score, found in zip(scores, sides, strict=True) if found == side]
-            for side in set(sides)
-        }
-        rows.append(
-            {
-                "subject": measurement.subject,
-                "suite": LM_EVAL_SUITE,
-                "task": values["name"],
-                "length": 0,
-                "num_samples": len(scores),
-                "score": values["score"],
-                "interval": list(score_interval(scores)),
-                "sides": {
-                    side: {
-                        "num_samples": len(own),
-                        "score": sum(own) / len(own),
-                        "interval": list(score_interval(own)),
-                    }
-                    for side, own in sorted(by_side.items())
-                },
-                "scores": scores,
-                "samples": values["questions"],
-            }
-        )
-    return rows
+def short_task_cell(measurement: Measurement) -> Cell:
+    """A measurement as a cell of the suite."""
+    values, scores = measurement.values, measurement.values["scores"]
+    place = measurement.subject, LM_EVAL_SUITE, values["name"], 0, len(scores)
+    return Cell(
+        *place,
+        score=values["score"],
+        interval=score_interval(scores),
+        sides=dict(sorted(scores_by_side(scores, values["sides"]).items())),
+        scores=tuple(scores),
+        samples=tuple(values["questions"]),
+    )
 
 
 def _measure(
     config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any
 ) -> dict[str, Any]:
-    """Run one task."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -116,8 +86,9 @@ def _measure(
     except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"suite.short_tasks: lm-eval cannot run {task.task} ({type(error).__name__}: {reason}); is the name right "
-            "(`lm_eval ls tasks`), and can its data set be had (hub access, or HF_HOME with HF_DATASETS_OFFLINE=1)?"
+            f"suite.short_tasks: lm-eval cannot run {task.task} ({type(error).__name__}: {reason});"
+            " is the name right (`lm_eval ls tasks`), and can its data set be had (hub access, or "
+            "HF_HOME with HF_DATASETS_OFFLINE=1)?"
         ) from None
     assert found is not None
     return _values(task, found, lm.sides)
@@ -142,16 +113,12 @@ def _values(
                 used = sides[name, sample["doc_id"]]
                 found_sides.append(next(iter(used)) if len(used) == 1 else "both")
                 questions.append(sample["doc_hash"][:16])
-    return {
-        "score": totals[task.metric],
-        "scores": scores,
-        "sides": found_sides,
-        "questions": questions,
-    }
+    total = totals[task.metric]
+    return {"score": total, "scores": scores, "sides": found_sides, "questions": questions}
 
 
 def _fingerprint(
-    config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: torch.dtype
+    config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: str
 ) -> str:
     """Hash of everything a measurement depends on, the data set's own version aside."""
     tables = [subject.table_identity(window) for window in Window]
@@ -161,5 +128,5 @@ def _fingerprint(
         "lm_eval": lm_eval_version(),
     }
     original_len = subject.factors.geometry.original_len
-    parts = [subject.weights_sha256, tables, original_len, str(dtype), settings]
+    parts = [subject.weights_sha256, tables, original_len, dtype, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

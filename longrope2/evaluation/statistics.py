@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-RESAMPLES = 10_000
-MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
+_RESAMPLES = 10_000
+_MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,7 @@ class PairedTest:
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """95 % score interval of a success probability (Wilson 1927): stays inside [0, 1] and is honest
-    at 0 and 1.
-
-    Args:
-        num_correct: Successes, 0 .. ``num_samples``.
-        num_samples: Trials, > 0.
-    """
+    """95 % score interval of a success probability (Wilson 1927), honest at 0 and 1 too."""
     z2 = NORMAL_95**2
     share = num_correct / num_samples
     centre = (share + z2 / (2 * num_samples)) / (1 + z2 / num_samples)
@@ -57,7 +51,7 @@ def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean (Efron 1979), the same for the same values."""
     means = _resampled_means(np.asarray(values, dtype=np.float64), seed)
-    low, high = np.percentile(means, MEAN_95)
+    low, high = np.percentile(means, _MEAN_95)
     return float(low), float(high)
 
 
@@ -76,34 +70,22 @@ def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, fl
     """
     means = [sum(scores) / len(scores) for scores in scores_by_task]
     intervals = [score_interval(scores) for scores in scores_by_task]
-    count = len(means)
-    below = (
-        math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, intervals, strict=True)))
-        / count
-    )
-    above = (
-        math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, intervals, strict=True)))
-        / count
-    )
-    mean = sum(means) / count
+    gaps = [(m - low, high - m) for m, (low, high) in zip(means, intervals, strict=True)]
+    count, mean = len(means), sum(means) / len(means)
+    below = math.sqrt(sum(gap**2 for gap, _ in gaps)) / count
+    above = math.sqrt(sum(gap**2 for _, gap in gaps)) / count
     return max(mean - below, 0.0), min(mean + above, 1.0)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedTest:
-    """Compare two models sample by sample.
-
-    Args:
-        first: Scores of one model, in the order of the samples.
-        second: Scores of the other, same samples, same order.
-        seed: Seed of resampling and sign flips.
+    """Compare two models by their scores on the same samples, in the same order.
 
     Raises:
         ValueError: the numbers of samples differ, or there are none.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(
-            f"paired scores need the same samples: {len(first)} and {len(second)} scores"
-        )
+        counts = f"{len(first)} and {len(second)} scores"
+        raise ValueError(f"paired scores need the same samples: {counts}")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     binary = all(score in (0, 1) for score in (*first, *second))
@@ -119,7 +101,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) 
 
 
 def _mcnemar_exact(better: int, worse: int) -> float:
-    """Two-sided exact binomial test that discordant pairs fall either way alike (McNemar 1947, exact form)."""
+    """Two-sided exact binomial test that discordant pairs fall either way alike (McNemar 1947)."""
     discordant = better + worse
     tail = sum(math.comb(discordant, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**discordant)
@@ -132,17 +114,15 @@ def _randomization(differences: np.ndarray, seed: int) -> float:
         return 1.0
     rng = np.random.default_rng(seed)
     observed, hits = abs(nonzero.sum()), 0
-    for _ in range(RESAMPLES // 100):
+    for _ in range(_RESAMPLES // 100):
         signs = rng.integers(0, 2, size=(100, nonzero.size)) * 2 - 1
         hits += int((np.abs(signs @ nonzero) >= observed - 1e-12).sum())
-    return (hits + 1) / (RESAMPLES + 1)
+    return (hits + 1) / (_RESAMPLES + 1)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """Means of resamples with replacement, a block at a time to bound the memory."""
     rng = np.random.default_rng(seed)
-    blocks = [
-        values[rng.integers(0, values.size, size=(500, values.size))].mean(1)
-        for _ in range(RESAMPLES // 500)
-    ]
-    return np.concatenate(blocks)
+    shape = (500, values.size)
+    blocks = (rng.integers(0, values.size, size=shape) for _ in range(_RESAMPLES // 500))
+    return np.concatenate([values[block].mean(1) for block in blocks])

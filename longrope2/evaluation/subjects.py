@@ -1,9 +1,11 @@
-"""Subjects of an evaluation: weights plus rescale factors, each checked against the base model before anything runs."""
+"""Subjects of an evaluation: weights and rescale factors, checked before anything runs."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longrope2.config import StageConfig
 from longrope2.errors import ArtifactError, FactorsError
@@ -11,7 +13,8 @@ from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
 from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
-from longrope2.model.loading import rope_geometry
+from longrope2.model.loading import load_windowed_model, rope_geometry
+from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 
@@ -30,10 +33,34 @@ class Subject:
     """Input record for the manifest."""
 
     def table_identity(self, window: Window) -> str:
-        """Hash of all that decides the model's RoPE in one window; equal for subjects that share it."""
+        """Hash of all that decides the RoPE of one window; equal for subjects that share it."""
         frequencies = self.factors.inverse_frequencies(window).numpy().tobytes()
         scale = repr(self.factors.attention_scale(window)).encode()
         return hashlib.sha256(frequencies + scale).hexdigest()
+
+
+class SubjectModels:
+    """The one model in memory: a subject's is loaded when first asked for.
+
+    It stays for subjects with the same weights, and is freed before others are read.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._weights_sha256 = ""
+        self._model: WindowedModel | None = None
+
+    def of(self, subject: Subject) -> WindowedModel:
+        """The subject's model, with its factors."""
+        if self._model is None or self._weights_sha256 != subject.weights_sha256:
+            self._model = None
+            self._model = load_windowed_model(
+                subject.folder, subject.factors, device=self.device, dtype=self.dtype
+            ).eval()
+            self._weights_sha256 = subject.weights_sha256
+        if self._model.factors is not subject.factors:
+            self._model.set_factors(subject.factors)
+        return self._model
 
 
 def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
@@ -49,15 +76,10 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     for index, subject in enumerate(config.evaluation.subjects):
         try:
             if subject.checkpoint is not None:
-                subjects.append(
-                    _trained(
-                        subject, Path(subject.checkpoint), base_folder, geometry, config.target_len
-                    )
-                )
+                subjects.append(_trained(subject, base_folder, geometry, config.target_len))
             else:
-                factors, source = _base_factors(
-                    subject.rope or RopeConfig(), config, base_folder, geometry
-                )
+                rope = subject.rope or RopeConfig()
+                factors, source = _base_factors(rope, config, base_folder, geometry)
                 subjects.append(
                     Subject(subject.name, base_folder, factors, base_weights, False, source)
                 )
@@ -113,7 +135,7 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
 
 
 def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
-    """Refuse an artifact made for another architecture or tokenizer.
+    """Refuse an artifact made for another architecture or tokenizer than those of ``model.path``.
 
     Args:
         key: What the artifact is called in the message.
@@ -127,34 +149,33 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
     different = [name.removesuffix("_sha256") for name in wanted if found.get(name) != wanted[name]]
     if different:
         raise ArtifactError(
-            f"{key} belongs to another model than model.path={base_folder} (other {' and '.join(different)})"
+            f"{key} belongs to another model than model.path={base_folder} "
+            f"(other {' and '.join(different)})"
         )
 
 
 def _trained(
-    subject: SubjectConfig, folder: Path, base_folder: Path, geometry: RopeGeometry, target_len: int
+    subject: SubjectConfig, base_folder: Path, geometry: RopeGeometry, target_len: int
 ) -> Subject:
     """A checkpoint with its own factors."""
+    folder = Path(subject.checkpoint or "")
     if not folder.is_dir():
         raise ArtifactError(
             f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out"
         )
     factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
-    return Subject(
-        subject.name,
-        folder,
-        factors,
-        weights_sha256(folder),
-        True,
-        {"checkpoint": describe_input(folder)},
-    )
+    source = {"checkpoint": describe_input(folder)}
+    return Subject(subject.name, folder, factors, weights_sha256(folder), True, source)
 
 
 def _base_factors(
     rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
-    """Factors for the base weights; those of the run's search must have been searched on this model."""
+    """Factors for the base weights, and their input record.
+
+    Those of the run's search must have been searched on this model.
+    """
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
     path = factors_path(rope, config.run.folder)
     if path is None:

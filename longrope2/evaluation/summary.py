@@ -1,22 +1,8 @@
-"""From raw measurements to the numbers people read: accuracies with intervals, perplexities,
-retention.
-
-The comparison as a terminal table of 80 columns: one row per subject.
-
-The calibration gate: scores that the base model must reproduce before an extended model's are
-reported.
-
-A harness that does not give a base model its published scores measures something else, and no
-difference to it means anything.
-
-From answers to scores: one cell per subject, task and length, with intervals and the RoPE side of
-every score.
+"""From raw measurements and answers to the numbers people read, and the gate on the base model.
 
 Scores are worked out from the stored texts, so a scoring rule can change without asking a model
-again.
-
-What a suite found, as one JSON object: cells, averages, retention, paired tests, and what is
-missing.
+again. The gate: a harness that does not give a base model its published scores measures something
+else, and no difference to it means anything; so extended models are reported only after it.
 """
 
 from collections import defaultdict
@@ -28,10 +14,12 @@ import torch
 from rich import box
 from rich.table import Table
 
+from longrope2.evaluation import schema
 from longrope2.evaluation.answering import NotMeasured, sample_key
-from longrope2.evaluation.config import CalibrationConfig, EvaluateRoot
+from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
 from longrope2.evaluation.results import Answer, AnswersLog, Measurement
 from longrope2.evaluation.samples import GenerationTask
+from longrope2.evaluation.schema import Average, Cell
 from longrope2.evaluation.statistics import (
     macro_interval,
     paired_test,
@@ -44,133 +32,140 @@ from longrope2.search.objective import perplexity
 
 FIRST_VIEW = 100  # the paper's sample count per RULER task: the first so many are shown beside all
 EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4k
-AVERAGED_SUITES = ("ruler",)
-SUITE_FILE = "suite.json"
+_AVERAGED_SUITES = ("ruler",)
 
 
 def summarize(
     subjects: Sequence[Subject], measurements: Sequence[Measurement], reference: str
-) -> dict[str, Any]:
-    """Content of ``evaluations.json``.
-
-    Args:
-        subjects: In the order of the tables; all for the same L0 and L.
-        measurements: Of these subjects.
-        reference: Subject whose perplexity inside the original window is 1 in ``retention``.
-    """
-    factors = subjects[0].factors
-    retention = [_window_row(m) for m in measurements if m.suite == "retention"]
-    reference_perplexity = next(
-        row["perplexity"] for row in retention if row["subject"] == reference
+) -> schema.EvaluationSummary:
+    """Content of ``evaluations.json``; all subjects are for the same L0 and L."""
+    by_suite: dict[str, list[Measurement]] = defaultdict(list)
+    for measurement in measurements:
+        by_suite[measurement.suite].append(measurement)
+    original_len = subjects[0].factors.geometry.original_len
+    kept = [_text_row(m) for m in by_suite["retention"]]
+    reference_perplexity = next(row.perplexity for row in kept if row.subject == reference)
+    return schema.EvaluationSummary(
+        original_len=original_len,
+        target_len=subjects[0].factors.target_len,
+        reference=reference,
+        subjects=tuple(_measured_subject(subject) for subject in subjects),
+        needle=tuple(_needle_row(m, original_len) for m in by_suite["needle"]),
+        perplexity=tuple(
+            schema.ContextRow(
+                **vars(_text_row(m)), window=window_for_length(m.length, original_len).value
+            )
+            for m in by_suite["perplexity"]
+        ),
+        retention=tuple(
+            schema.RetentionRow(**vars(row), ratio=row.perplexity / reference_perplexity)
+            for row in kept
+        ),
     )
-    for row in retention:
-        row["ratio"] = row["perplexity"] / reference_perplexity
-    return {
-        "original_len": factors.geometry.original_len,
-        "target_len": factors.target_len,
-        "reference": reference,
-        "subjects": [_subject_row(subject) for subject in subjects],
-        "needle": [
-            _needle_row(m, factors.geometry.original_len)
-            for m in measurements
-            if m.suite == "needle"
-        ],
-        "perplexity": [
-            _window_row(m)
-            | {"window": window_for_length(m.length, factors.geometry.original_len).value}
-            for m in measurements
-            if m.suite == "perplexity"
-        ],
-        "retention": retention,
-    }
 
 
 def metric_values(measurement: Measurement) -> dict[str, float]:
-    """A measurement under its tracking names, ``eval/<suite>/<task>/<length>``; the task is the subject."""
+    """A measurement by tracking name, ``eval/<suite>/<task>/<length>``; the task is the subject."""
     task = f"{measurement.subject}/{measurement.length}"
     if measurement.suite == "needle":
-        totals = _needle_totals(measurement.values, range(len(measurement.values["exact"])))
-        return {
-            f"eval/needle_accuracy/{task}": totals["accuracy"],
-            f"eval/needle_perplexity/{task}": totals["perplexity"],
-        }
-    return {f"eval/{measurement.suite}/{task}": _window_row(measurement)["perplexity"]}
+        found = _needle_numbers(measurement.values, range(len(measurement.values["exact"])))
+        return {f"eval/needle_{key}/{task}": found[key] for key in ("accuracy", "perplexity")}
+    return {f"eval/{measurement.suite}/{task}": _text_row(measurement).perplexity}
 
 
-def _subject_row(subject: Subject) -> dict[str, Any]:
-    """Who a subject is."""
-    return {
-        "name": subject.name,
-        "trained": subject.trained,
-        "method": subject.factors.method,
-        "critical_index": subject.factors.critical_index,
-        "factors": list(subject.factors.factors),
-        "long_attention_scale": subject.factors.long_attention_scale,
-        "source": subject.source,
-    }
+def _measured_subject(subject: Subject) -> schema.MeasuredSubject:
+    factors = subject.factors
+    return schema.MeasuredSubject(
+        name=subject.name,
+        trained=subject.trained,
+        method=factors.method,
+        critical_index=factors.critical_index,
+        factors=factors.factors,
+        long_attention_scale=factors.long_attention_scale,
+        source=subject.source,
+    )
 
 
-def _needle_row(measurement: Measurement, original_len: int) -> dict[str, Any]:
-    """Accuracy and needle perplexity at one length, in all and by depth."""
+def _needle_row(measurement: Measurement, original_len: int) -> schema.NeedleRow:
     values = measurement.values
     by_depth: dict[float, list[int]] = defaultdict(list)
     for index, depth in enumerate(values["depths"]):
         by_depth[depth].append(index)
-    return {
-        "subject": measurement.subject,
-        "length": measurement.length,
-        "window": window_for_length(measurement.length, original_len).value,
-        **_needle_totals(values, range(len(values["exact"]))),
-        "depths": [
-            {"depth": depth, **_needle_totals(values, by_depth[depth])}
+    return schema.NeedleRow(
+        subject=measurement.subject,
+        length=measurement.length,
+        window=window_for_length(measurement.length, original_len).value,
+        **_needle_numbers(values, range(len(values["exact"]))),
+        depths=tuple(
+            schema.DepthRow(depth, **_needle_numbers(values, by_depth[depth]))
             for depth in sorted(by_depth)
-        ],
-    }
+        ),
+    )
 
 
-def _needle_totals(values: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
-    """Numbers of some samples: share of exact values with its interval, perplexity over all value tokens."""
+def _needle_numbers(values: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """The fields of some samples that ``NeedleRow`` and ``DepthRow`` share."""
     num_correct = sum(values["exact"][index] for index in indices)
     num_tokens = sum(values["num_tokens"][index] for index in indices)
     return {
         "num_samples": len(indices),
         "num_correct": num_correct,
         "accuracy": num_correct / len(indices),
-        "accuracy_interval": list(wilson_interval(num_correct, len(indices))),
+        "accuracy_interval": wilson_interval(num_correct, len(indices)),
         "perplexity": perplexity(sum(values["nll"][index] for index in indices), num_tokens),
     }
 
 
-def _window_row(measurement: Measurement) -> dict[str, Any]:
+def _text_row(measurement: Measurement) -> schema.TextRow:
     """Perplexity over all scored tokens of text windows."""
-    num_tokens = sum(measurement.values["num_tokens"])
-    return {
-        "subject": measurement.subject,
-        "length": measurement.length,
-        "num_windows": len(measurement.values["nll"]),
-        "num_tokens": num_tokens,
-        "perplexity": perplexity(sum(measurement.values["nll"]), num_tokens),
-    }
+    nll, num_tokens = measurement.values["nll"], sum(measurement.values["num_tokens"])
+    return schema.TextRow(
+        subject=measurement.subject,
+        length=measurement.length,
+        num_windows=len(nll),
+        num_tokens=num_tokens,
+        perplexity=perplexity(sum(nll), num_tokens),
+    )
 
 
-def comparison_table(summary: dict[str, Any]) -> Table:
-    """Needle accuracy by length, needle and text perplexity at the longest length, retention of the
-    short window.
+def comparison_lines(summary: schema.EvaluationSummary) -> tuple[list[int], list[list[str]]]:
+    """The lengths of a comparison, ascending, and a line of its table per subject.
 
-    Args:
-        summary: Content of ``evaluations.json``.
+    A line: name, needles retrieved in percent by length, their interval at the longest, perplexity
+    of needles and of text there, change of the perplexity inside the original window.
     """
-    needle = {(row["subject"], row["length"]): row for row in summary["needle"]}
-    text = {(row["subject"], row["length"]): row for row in summary["perplexity"]}
-    retention = {row["subject"]: row for row in summary["retention"]}
+    needle = {(row.subject, row.length): row for row in summary.needle}
+    text = {(row.subject, row.length): row for row in summary.perplexity}
+    kept = {row.subject: row for row in summary.retention}
     lengths = sorted({length for _, length in needle})
+    lines = []
+    for name in (subject.name for subject in summary.subjects):
+        longest = needle[name, lengths[-1]]
+        low, high = longest.accuracy_interval
+        lines.append(
+            [
+                name,
+                *(f"{100 * needle[name, length].accuracy:.0f}" for length in lengths),
+                f"{100 * low:.0f}-{100 * high:.0f}",
+                f"{longest.perplexity:.4g}",
+                f"{text[name, lengths[-1]].perplexity:.4g}",
+                f"{100 * (kept[name].ratio - 1):+.1f} %",
+            ]
+        )
+    return lengths, lines
+
+
+def comparison_table(summary: schema.EvaluationSummary) -> Table:
+    """The comparison as a terminal table of 80 columns."""
+    lengths, lines = comparison_lines(summary)
     longest = lengths[-1]
     table = Table(
-        title=f"Window {summary['original_len']} -> {summary['target_len']} tokens",
-        caption=f"{', '.join(map(str, lengths))}: needles retrieved exactly at that many tokens, in % of "
-        f"{next(iter(needle.values()))['num_samples']}; the 95 % interval is that at {longest}. Needle ppl, text ppl: "
-        f"perplexity of needle values and of held-out text at {longest} tokens. Short: change of the perplexity "
-        f"inside {summary['original_len']} tokens against {summary['reference']}.",
+        title=f"Window {summary.original_len} -> {summary.target_len} tokens",
+        caption=f"{', '.join(map(str, lengths))}: needles retrieved exactly at that many tokens, "
+        f"in % of {summary.needle[0].num_samples}; the 95 % interval is that at {longest}. Needle "
+        f"ppl, text ppl: perplexity of needle values and of held-out text at {longest} tokens. "
+        f"Short: change of the perplexity inside {summary.original_len} tokens against "
+        f"{summary.reference}.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -178,61 +173,9 @@ def comparison_table(summary: dict[str, Any]) -> Table:
     table.add_column("model", no_wrap=True)
     for title in (*map(str, lengths), "95 %", "needle ppl", "text ppl", "short"):
         table.add_column(title, justify="right")
-    for subject in summary["subjects"]:
-        name = subject["name"]
-        low, high = needle[name, longest]["accuracy_interval"]
-        table.add_row(
-            name,
-            *(f"{100 * needle[name, length]['accuracy']:.0f}" for length in lengths),
-            f"{100 * low:.0f}-{100 * high:.0f}",
-            f"{needle[name, longest]['perplexity']:.4g}",
-            f"{text[name, longest]['perplexity']:.4g}",
-            f"{100 * (retention[name]['ratio'] - 1):+.1f} %",
-        )
+    for line in lines:
+        table.add_row(*line)
     return table
-
-
-def calibration_rows(
-    config: CalibrationConfig, cells: Sequence[dict[str, Any]], reference: str
-) -> list[dict[str, Any]]:
-    """One row per rule: ``passed``, ``broken``, ``not measured`` (started, unfinished) or ``not in
-    this suite``.
-
-    Args:
-        config: The rules.
-        cells: Rows of ``score_cells``, ``average_rows`` and ``short_task_rows``; averages count as
-            task ``average``.
-        reference: The base model's name.
-    """
-    scores: dict[str, float | None] = {}
-    for cell in cells:
-        if cell["subject"] == reference:
-            name = f"{cell['suite']}/{cell.get('task', 'average')}"
-            scores[f"{name}/{cell['length']}" if cell["length"] else name] = cell["score"]
-    rows = []
-    for rule in config.rules:
-        row: dict[str, Any] = {
-            "score": rule.score,
-            "low": rule.low,
-            "high": rule.high,
-            "found": None,
-        }
-        if rule.score not in scores:
-            state = "not in this suite"
-        elif (found := scores[rule.score]) is None:
-            state = "not measured"
-        else:
-            row["found"] = 100 * found
-            state = "passed" if rule.low <= row["found"] <= rule.high else "broken"
-        rows.append(row | {"state": state})
-    return rows
-
-
-def passed(config: CalibrationConfig, rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether extended models may be reported."""
-    return not config.required or all(
-        row["state"] in ("passed", "not in this suite") for row in rows
-    )
 
 
 def score_cells(
@@ -243,228 +186,197 @@ def score_cells(
     *,
     dtype: torch.dtype,
     stop_ids: Collection[int],
-) -> list[dict[str, Any]]:
-    """One row per subject and task: the score with its interval, or why there is none.
-
-    ``score`` and ``interval`` run from 0 to 1. ``sides`` splits the score by the RoPE side(s) the
-    answers were made with. ``scores`` and ``samples`` hold every sample, for paired tests across
-    runs.
-    """
-    reasons = {(row.suite, row.task, row.length): row.reason for row in given_up}
-    rows = []
+) -> list[Cell]:
+    """One cell per subject and task: the score with its interval, or why there is none."""
+    reasons = {(lost.suite, lost.task, lost.length): lost.reason for lost in given_up}
+    cells = []
     for subject in subjects:
         for task in tasks:
-            keys = [
-                sample_key(subject, sample, dtype=dtype, stop_ids=stop_ids)
-                for sample in task.samples
-            ]
-            answers = [log.find(key) for key in keys]
-            head = {
-                "subject": subject.name,
-                "suite": task.suite,
-                "task": task.name,
-                "length": task.length,
-                "num_samples": len(task.samples),
-            }
-            found = [answer for answer in answers if answer is not None]
-            if len(found) < len(answers) or not found:
-                missing = len(answers) - len(found)
-                reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
-                rows.append({**head, "score": None, "num_missing": missing, "reason": reason})
+            keys = [sample_key(subject, s, dtype=dtype, stop_ids=stop_ids) for s in task.samples]
+            answers = [answer for key in keys if (answer := log.find(key)) is not None]
+            num_missing = len(keys) - len(answers)
+            place = (subject.name, task.suite, task.name, task.length, len(keys))
+            if answers and not num_missing:
+                cells.append(_scored(place, task, answers))
             else:
-                rows.append(head | _scored(task, found))
-    return rows
+                reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
+                cells.append(Cell(*place, score=None, num_missing=num_missing, reason=reason))
+    return cells
 
 
-def _scored(task: GenerationTask, answers: list[Answer]) -> dict[str, Any]:
-    """Numbers of a finished cell."""
-    scores = [
-        task.score(sample, answer.text)
-        for sample, answer in zip(task.samples, answers, strict=True)
-    ]
-    first = scores[:FIRST_VIEW]
-    row: dict[str, Any] = {
-        "score": sum(scores) / len(scores),
-        "interval": list(score_interval(scores)),
-        "first_100": sum(first) / len(first),
-        "sides": _by_side(scores, [answer.side for answer in answers]),
-        "scores": scores,
-        "samples": [sample.sha256[:16] for sample in task.samples],
-        "facts": [sample.facts for sample in task.samples],
-    }
-    survived = [
-        sample.facts["needle_survived"]
-        for sample in task.samples
-        if "needle_survived" in sample.facts
-    ]
-    if survived:
-        row["needle_survived"] = sum(survived) / len(survived)
-    return row
+def _scored(
+    place: tuple[str, str, str, int, int], task: GenerationTask, answers: Sequence[Answer]
+) -> Cell:
+    """A finished cell; ``place`` are its first fields."""
+    pairs = zip(task.samples, answers, strict=True)
+    scores = [task.score(sample, answer.text) for sample, answer in pairs]
+    first, facts = scores[:FIRST_VIEW], [sample.facts for sample in task.samples]
+    survived = [known["needle_survived"] for known in facts if "needle_survived" in known]
+    return Cell(
+        *place,
+        score=sum(scores) / len(scores),
+        interval=score_interval(scores),
+        first_100=sum(first) / len(first),
+        sides=scores_by_side(scores, [answer.side for answer in answers]),
+        scores=tuple(scores),
+        samples=tuple(sample.sha256[:16] for sample in task.samples),
+        facts=tuple(facts),
+        needle_survived=sum(survived) / len(survived) if survived else None,
+    )
 
 
-def _by_side(scores: Sequence[float], sides: Sequence[str]) -> dict[str, dict[str, Any]]:
+def scores_by_side(scores: Sequence[float], sides: Sequence[str]) -> dict[str, schema.SideScore]:
     """Score of the answers made with each RoPE side."""
-    rows = {}
+    found = {}
     for side in ("short", "both", "long"):
-        own = [score for score, found in zip(scores, sides, strict=True) if found == side]
+        own = [score for score, its_side in zip(scores, sides, strict=True) if its_side == side]
         if own:
-            rows[side] = {
-                "num_samples": len(own),
-                "score": sum(own) / len(own),
-                "interval": list(score_interval(own)),
-            }
-    return rows
+            found[side] = schema.SideScore(len(own), sum(own) / len(own), score_interval(own))
+    return found
 
 
-def average_rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plain mean over the tasks of an averaged suite (RULER) by subject and length; None where a task is missing."""
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+def average_cells(cells: Sequence[Cell]) -> list[Average]:
+    """Plain mean over RULER's tasks by subject and length, None where a task is missing."""
+    groups: dict[tuple[str, str, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell["suite"] in AVERAGED_SUITES:
-            groups.setdefault((cell["subject"], cell["suite"], cell["length"]), []).append(cell)
-    rows = []
-    for (subject, suite, length), members in groups.items():
-        row = {
-            "subject": subject,
-            "suite": suite,
-            "length": length,
-            "num_tasks": len(members),
-            "score": None,
-        }
-        if all(member["score"] is not None for member in members):
-            row |= {
-                "score": sum(member["score"] for member in members) / len(members),
-                "first_100": sum(member["first_100"] for member in members) / len(members),
-                "interval": list(macro_interval([member["scores"] for member in members])),
-            }
-        rows.append(row)
-    return rows
+        if cell.suite in _AVERAGED_SUITES:
+            groups[cell.subject, cell.suite, cell.length].append(cell)
+    averages = []
+    for place, members in groups.items():
+        count = len(members)
+        scores = [member.score for member in members if member.score is not None]
+        if len(scores) < count:
+            averages.append(Average(*place, count, score=None))
+            continue
+        first = sum(member.first_100 or 0.0 for member in members) / count
+        interval = macro_interval([member.scores for member in members])
+        averages.append(Average(*place, count, sum(scores) / count, first, interval))
+    return averages
 
 
-def effective_length(
-    averages: Sequence[dict[str, Any]], subject: str, suite: str = "ruler"
-) -> int | None:
-    """Largest length up to which every average lies above RULER's threshold; None when the shortest
-    does not.
+def effective_length(averages: Sequence[Average], subject: str, suite: str = "ruler") -> int | None:
+    """Largest length up to which every average lies above RULER's threshold, None without one.
 
     A length that was not measured ends the count.
     """
     longest = None
-    own = [row for row in averages if row["subject"] == subject and row["suite"] == suite]
-    for row in sorted(own, key=lambda row: row["length"]):
-        if row["score"] is None or 100 * row["score"] <= EFFECTIVE_THRESHOLD:
+    own = [row for row in averages if row.subject == subject and row.suite == suite]
+    for row in sorted(own, key=lambda row: row.length):
+        if row.score is None or 100 * row.score <= EFFECTIVE_THRESHOLD:
             break
-        longest = row["length"]
+        longest = row.length
     return longest
 
 
-def paired_rows(
-    cells: Sequence[dict[str, Any]], reference: str | None = None
-) -> list[dict[str, Any]]:
-    """Paired test of every subject against ``reference`` in every finished cell, of every pair
-    where that has no score.
+def calibration_rows(
+    config: CalibrationConfig, scored: Sequence[Cell | Average], reference: str
+) -> list[schema.CalibrationRow]:
+    """What came of each rule on the scores of the base model, ``reference``."""
+    scores: dict[str, float | None] = {}
+    for row in scored:
+        if row.subject == reference:
+            name = f"{row.suite}/{row.task}"
+            scores[f"{name}/{row.length}" if row.length else name] = row.score
+    rows = []
+    for rule in config.rules:
+        found = scores.get(rule.score)
+        found = None if found is None else 100 * found
+        if found is not None:
+            state = "passed" if rule.low <= found <= rule.high else "broken"
+        else:
+            state = "not measured" if rule.score in scores else "not in this suite"
+        rows.append(schema.CalibrationRow(rule.score, rule.low, rule.high, found, state))
+    return rows
+
+
+def passed(config: CalibrationConfig, rows: Sequence[schema.CalibrationRow]) -> bool:
+    """Whether extended models may be reported."""
+    return not config.required or all(row.state in ("passed", "not in this suite") for row in rows)
+
+
+def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[schema.PairedRow]:
+    """Paired tests in every cell: of each subject and ``reference``, or of all where it is missing.
 
     Beyond its window the base model may not have been asked, and the extended ones are then
     compared with each other. Cells are paired only where both hold the same samples in the same
     order.
     """
-    rows = []
-    by_place: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    by_place: dict[tuple[str, str, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell["score"] is not None:
-            by_place.setdefault((cell["suite"], cell["task"], cell["length"]), []).append(cell)
-    for (suite, task, length), members in by_place.items():
-        all_pairs = reference not in [member["subject"] for member in members]
+        if cell.score is not None:
+            by_place[cell.suite, cell.task, cell.length].append(cell)
+    rows = []
+    for place, members in by_place.items():
+        all_pairs = reference not in [member.subject for member in members]
         for index, second in enumerate(members):
             for first in members[index + 1 :]:
-                asked = all_pairs or reference in (first["subject"], second["subject"])
-                if not asked or first["samples"] != second["samples"]:
-                    continue
-                names = {"first": first["subject"], "second": second["subject"]}
-                place = {"suite": suite, "task": task, "length": length}
-                rows.append(place | names | asdict(paired_test(first["scores"], second["scores"])))
+                names = first.subject, second.subject
+                if (all_pairs or reference in names) and first.samples == second.samples:
+                    numbers = asdict(paired_test(first.scores, second.scores))
+                    rows.append(schema.PairedRow(*place, *names, **numbers))
     return rows
 
 
 def summarize_suite(
-    config: EvaluateRoot, subjects: Sequence[Subject], cells: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+    config: EvaluateRoot, subjects: Sequence[Subject], cells: Sequence[Cell]
+) -> schema.SuiteSummary:
     """Content of ``suite.json``.
 
     When the base model breaks a calibration rule, the scores of all other subjects are withheld:
     their cells say so.
-
-    Args:
-        config: The evaluation.
-        subjects: In the order of the tables.
-        cells: Rows of ``score_cells`` and ``short_task_rows``.
     """
     reference = config.evaluation.reference
-    averages = average_rows(cells)
-    calibration = calibration_rows(config.calibration, [*cells, *averages], reference)
-    reported = list(cells)
-    if not passed(config.calibration, calibration):
-        reported = [cell if cell["subject"] == reference else _withheld(cell) for cell in cells]
-        averages = average_rows(reported)
-    return {
-        "model": config.model.name,
-        "original_len": config.model.original_len,
-        "target_len": config.target_len,
-        "reference": reference,
-        "subjects": [
-            {"name": s.name, "trained": s.trained, "method": s.factors.method, "source": s.source}
-            for s in subjects
-        ],
-        "calibration": {"passed": passed(config.calibration, calibration), "rules": calibration},
-        "cells": reported,
-        "averages": averages,
-        "effective_length": {s.name: effective_length(averages, s.name) for s in subjects},
-        "retention": _retention(reported, reference, config.model.original_len),
-        "paired": paired_rows(reported, reference),
-    }
+    averages = average_cells(cells)
+    rules = calibration_rows(config.calibration, [*cells, *averages], reference)
+    may_report = passed(config.calibration, rules)
+    if not may_report:
+        cells = [cell if cell.subject == reference else _withheld(cell) for cell in cells]
+        averages = average_cells(cells)
+    return schema.SuiteSummary(
+        model=config.model.name,
+        original_len=config.model.original_len,
+        target_len=config.target_len,
+        reference=reference,
+        subjects=tuple(
+            schema.SuiteSubject(s.name, s.trained, s.factors.method, s.source) for s in subjects
+        ),
+        calibration=schema.Calibration(may_report, tuple(rules)),
+        cells=tuple(cells),
+        averages=tuple(averages),
+        effective_length={s.name: effective_length(averages, s.name) for s in subjects},
+        retention=tuple(_kept_rows(cells, reference, config.model.original_len)),
+        paired=tuple(paired_rows(cells, reference)),
+    )
 
 
-def suite_metrics(summary: dict[str, Any]) -> dict[str, float]:
+def suite_metrics(summary: schema.SuiteSummary) -> dict[str, float]:
     """Finished scores under their tracking names, in percent."""
-    rows = [(f"{c['suite']}/{c['task']}", c) for c in summary["cells"]]
-    rows += [(f"{row['suite']}/average", row) for row in summary["averages"]]
     return {
-        f"eval/{name}/{row['subject']}/{row['length']}": 100 * row["score"]
-        for name, row in rows
-        if row["score"] is not None
+        f"eval/{row.suite}/{row.task}/{row.subject}/{row.length}": 100 * row.score
+        for row in (*summary.cells, *summary.averages)
+        if row.score is not None
     }
 
 
-def _withheld(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell without its score."""
-    kept = {key: cell[key] for key in ("subject", "suite", "task", "length", "num_samples")}
-    return kept | {
-        "score": None,
-        "num_missing": 0,
-        "reason": "withheld: the base model breaks its calibration",
-    }
+def _withheld(cell: Cell) -> Cell:
+    reason = "withheld: the base model breaks its calibration"
+    place = cell.subject, cell.suite, cell.task, cell.length, cell.num_samples
+    return Cell(*place, score=None, num_missing=0, reason=reason)
 
 
-def _retention(
-    cells: Sequence[dict[str, Any]], reference: str, original_len: int
-) -> list[dict[str, Any]]:
-    """Mean score of each subject inside the original window over the base model's, on the tasks that both finished."""
-    inside: dict[str, dict[tuple[str, str, int], float]] = {}
+def _kept_rows(cells: Sequence[Cell], reference: str, original_len: int) -> list[schema.KeptRow]:
+    """By subject and suite, on the tasks inside the original window that both models finished."""
+    inside: dict[str, dict[tuple[str, str, int], float]] = defaultdict(dict)
     for cell in cells:
-        if cell["score"] is not None and (
-            cell["suite"] == "lm_eval" or 0 < cell["length"] <= original_len
-        ):
-            place = (cell["suite"], cell["task"], cell["length"])
-            inside.setdefault(cell["subject"], {})[place] = cell["score"]
-    rows = []
-    base = inside.get(reference, {})
+        is_inside = cell.suite == LM_EVAL_SUITE or 0 < cell.length <= original_len
+        if cell.score is not None and is_inside:
+            inside[cell.subject][cell.suite, cell.task, cell.length] = cell.score
+    rows, base = [], inside.get(reference, {})
     for subject, scores in inside.items():
         for suite in sorted({place[0] for place in scores}):
             common = [place for place in scores if place[0] == suite and place in base]
             total = sum(base[place] for place in common)
             if common and total > 0:
                 ratio = sum(scores[place] for place in common) / total
-                rows.append(
-                    {"subject": subject, "suite": suite, "num_tasks": len(common), "ratio": ratio}
-                )
+                rows.append(schema.KeptRow(subject, suite, len(common), ratio))
     return rows

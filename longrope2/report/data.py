@@ -1,11 +1,13 @@
-"""What a run folder holds for its report; a stage that has not run is None, a damaged file is an error."""
+"""What a run folder holds for its report: None where a stage has not run, damage is an error."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ArtifactError
+from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     PRODUCT_FOLDERS,
@@ -18,9 +20,7 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.tracking.metrics import read_metrics
 
 HISTORY_FILE = "history.json"
-EVALUATIONS_FILE = "evaluations.json"
-SUITE_FILE = "suite.json"
-FINAL_CHECKPOINT = "final"
+_FINAL_CHECKPOINT = "final"
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,16 @@ class RunRecord:
     training_metrics: list[dict[str, Any]]
     """Records of ``3_checkpoints/metrics.jsonl``, oldest first; of a step that was repeated, the
     last one."""
-    evaluation: dict[str, Any] | None
-    """Content of ``4_evaluations/evaluations.json``."""
-    suite: dict[str, Any] | None
-    """Content of ``4_evaluations/suite.json``: RULER, needle map, long and short tasks."""
+    evaluation: EvaluationSummary | None
+    suite: SuiteSummary | None
+    """RULER, needle map, long and short tasks."""
+
+    @property
+    def mix_tokens(self) -> dict[str, dict[str, int]]:
+        """Source -> window -> tokens of the packed segments; empty before packing."""
+        manifest = self.stages["segments"].manifest
+        tokens = manifest.counts.get("tokens", {}) if manifest else {}
+        return {k: dict(v) for k, v in tokens.items() if isinstance(v, Mapping)}
 
 
 def load_run(folder: Path) -> RunRecord:
@@ -71,22 +77,18 @@ def load_run(folder: Path) -> RunRecord:
         raise ArtifactError(
             f"{folder} holds no product of a run ({', '.join(PRODUCT_FOLDERS.values())})"
         )
-    factors_folder, checkpoints = (
-        product_folder(folder, "factors"),
-        product_folder(folder, "checkpoints"),
-    )
-    factors_files = [factors_folder / FACTORS_FILE, checkpoints / FINAL_CHECKPOINT / FACTORS_FILE]
-    factors_file = next((path for path in factors_files if path.is_file()), None)
+    searched, checkpoints = product_folder(folder, "factors"), product_folder(folder, "checkpoints")
+    factors_files = [searched / FACTORS_FILE, checkpoints / _FINAL_CHECKPOINT / FACTORS_FILE]
+    found = [path.read_text(encoding="utf-8") for path in factors_files if path.is_file()]
+    evaluations = product_folder(folder, "evaluations")
     return RunRecord(
         folder=folder,
         stages=stages,
-        factors=RescaleFactors.from_json(factors_file.read_text(encoding="utf-8"))
-        if factors_file
-        else None,
-        search_history=_read_json(factors_folder / HISTORY_FILE),
+        factors=RescaleFactors.from_json(found[0]) if found else None,
+        search_history=_read_json(searched / HISTORY_FILE),
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
-        evaluation=_read_json(product_folder(folder, "evaluations") / EVALUATIONS_FILE),
-        suite=_read_json(product_folder(folder, "evaluations") / SUITE_FILE),
+        evaluation=read_summary(EvaluationSummary, evaluations),
+        suite=read_summary(SuiteSummary, evaluations),
     )
 
 
@@ -105,7 +107,6 @@ def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, A
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, None when there is none."""
     if not path.is_file():
         return None
     try:

@@ -11,9 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longrope2.evaluation.schema import EvaluationSummary
+from longrope2.evaluation.summary import comparison_lines
 from longrope2.files.artifacts import PRODUCT_FOLDERS, write_text
 from longrope2.report.data import RunRecord, StageState, load_run
-from longrope2.report.html import PAGE, bullet_list, change, image, interval, percent, table
+from longrope2.report.html import (
+    PAGE,
+    bullet_list,
+    change,
+    heat_map,
+    image,
+    interval,
+    percent,
+    table,
+)
 from longrope2.report.plots import factors_figure, lengths_figure, search_figure
 from longrope2.report.suite import suite_html
 from longrope2.report.training import limits, mix_images, training_images
@@ -43,12 +54,14 @@ def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
     """
     path = run_folder / REPORT_FILE
-    write_text(path, render_report(load_run(run_folder), reload_seconds))
+    write_text(path, _render_report(load_run(run_folder), reload_seconds))
     return path
 
 
-def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
+def _render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
     """The whole page."""
+    name = html.escape(record.folder.name)
+    stages = "".join(_stage(stage, record.folder.name) for stage in record.stages.values())
     suite = [] if record.suite is None else [("Benchmarks", suite_html(record.suite))]
     sections = [
         *suite,
@@ -60,153 +73,126 @@ def render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
         ("Training", _training(record)),
         ("Mix", _mix(record)),
         ("Limits of these figures", bullet_list(limits(record))),
-        (
-            "What was run",
-            "".join(_stage(stage, record.folder.name) for stage in record.stages.values()),
-        ),
+        ("What was run", stages),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
-    name = html.escape(record.folder.name)
-    reload = (
-        "" if reload_seconds is None else f"<meta http-equiv='refresh' content='{reload_seconds}'>"
-    )
-    return (
-        PAGE.replace("%HEAD%", reload)
-        .replace("%TITLE%", f"LongRoPE2: {name}")
-        .replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
-    )
+    reload = ""
+    if reload_seconds is not None:
+        reload = f"<meta http-equiv='refresh' content='{reload_seconds}'>"
+    page = PAGE.replace("%HEAD%", reload).replace("%TITLE%", f"LongRoPE2: {name}")
+    return page.replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
 
 
 def _headline(record: RunRecord) -> str:
     """What happened, in two sentences."""
-    if record.evaluation is None:
-        return (
-            "" if record.suite is not None else "<p class=lead>Nothing has been evaluated yet.</p>"
-        )
     summary = record.evaluation
-    longest = max(row["length"] for row in summary["needle"])
-    at_longest = {row["subject"]: row for row in summary["needle"] if row["length"] == longest}
-    best = max(at_longest.values(), key=lambda row: (row["accuracy"], -row["perplexity"]))
-    reference = at_longest[summary["reference"]]
-    ratio = next(row["ratio"] for row in summary["retention"] if row["subject"] == best["subject"])
+    if summary is None:
+        nothing = "<p class=lead>Nothing has been evaluated yet.</p>"
+        return nothing if record.suite is None else ""
+    longest = max(row.length for row in summary.needle)
+    at_longest = {row.subject: row for row in summary.needle if row.length == longest}
+    best = max(at_longest.values(), key=lambda row: (row.accuracy, -row.perplexity))
+    reference = at_longest[summary.reference]
+    ratio = next(row.ratio for row in summary.retention if row.subject == best.subject)
     return (
-        f"<p class=lead>Window {summary['original_len']:,} to {summary['target_len']:,} tokens. At {longest:,} tokens "
-        f"<b>{html.escape(best['subject'])}</b> retrieves {percent(best['accuracy'])} of the needles "
-        f"({interval(best)}), {html.escape(reference['subject'])} {percent(reference['accuracy'])} "
-        f"({interval(reference)}). Inside the original window its perplexity changes by {change(ratio)}.</p>"
+        f"<p class=lead>Window {summary.original_len:,} to {summary.target_len:,} tokens. At "
+        f"{longest:,} tokens <b>{html.escape(best.subject)}</b> retrieves {percent(best.accuracy)} "
+        f"of the needles ({interval(*best.accuracy_interval)}), {html.escape(reference.subject)} "
+        f"{percent(reference.accuracy)} ({interval(*reference.accuracy_interval)}). Inside the "
+        f"original window its perplexity changes by {change(ratio)}.</p>"
     )
 
 
 def _comparison(record: RunRecord) -> str:
-    """Accuracy by length, perplexities, retention: a table and two figures."""
-    if record.evaluation is None:
-        return _missing(record, "evaluations")
+    """Accuracy by length, perplexities, retention: a table and three figures."""
     summary = record.evaluation
-    needle = {(row["subject"], row["length"]): row for row in summary["needle"]}
-    text = {(row["subject"], row["length"]): row for row in summary["perplexity"]}
-    retention = {row["subject"]: row for row in summary["retention"]}
-    lengths = sorted({length for _, length in needle})
-    longest = lengths[-1]
-    rows = [
-        [
-            html.escape(name),
-            *(f"{100 * needle[name, length]['accuracy']:.0f}" for length in lengths),
-            interval(needle[name, longest]),
-            f"{needle[name, longest]['perplexity']:.4g}",
-            f"{text[name, longest]['perplexity']:.4g}",
-            change(retention[name]["ratio"]),
-        ]
-        for name in (subject["name"] for subject in summary["subjects"])
-    ]
-    head = [
-        "model",
-        *(f"{length:,}" for length in lengths),
-        f"95 % interval at {longest:,}",
-        "needle ppl",
-        "text ppl",
-        "short window",
-    ]
-    num_samples = needle[rows[0][0], longest]["num_samples"]
+    if summary is None:
+        return _missing(record, "evaluations")
+    lengths, lines = comparison_lines(summary)
+    longest, original = f"{lengths[-1]:,}", f"{summary.original_len:,}"
+    interval_column = 1 + len(lengths)
+    rows = [[html.escape(cell) for cell in line] for line in lines]
+    for row in rows:
+        row[interval_column] += " %"
+    shown = [f"{length:,}" for length in lengths]
+    interval_title = f"95 % interval at {longest}"
+    head = ["model", *shown, interval_title, "needle ppl", "text ppl", "short window"]
     note = (
-        f"Numbers on top: needles whose value is retrieved exactly at that many tokens, in % of {num_samples}. Needle "
-        f"ppl and text ppl: perplexity of the needles' values and of held-out text at {longest:,} tokens. Short "
-        f"window: change of the perplexity of held-out text inside {summary['original_len']:,} tokens against "
-        f"{html.escape(summary['reference'])}. Up to {summary['original_len']:,} tokens every model runs on its "
-        "short-window RoPE, beyond on its long-window RoPE."
+        "Numbers on top: needles whose value is retrieved exactly at that many tokens, in % of "
+        f"{summary.needle[0].num_samples}. Needle ppl and text ppl: perplexity of the needles' "
+        f"values and of held-out text at {longest} tokens. Short window: change of the perplexity "
+        f"of held-out text inside {original} tokens against {html.escape(summary.reference)}. "
+        f"Up to {original} tokens every model runs on its short-window RoPE, beyond on its "
+        "long-window RoPE."
     )
-    names = [subject["name"] for subject in summary["subjects"]]
-    figures = [
-        image(
-            lengths_figure(summary["needle"], names, "accuracy", "needles retrieved"),
-            "Share of needles retrieved by length, one line per model",
+    return f"{table(head, rows)}<p class=note>{note}</p>{_length_figures(summary)}"
+
+
+def _length_figures(summary: EvaluationSummary) -> str:
+    """Needle accuracy, needle perplexity and text perplexity by length, one line per model."""
+    names = [subject.name for subject in summary.subjects]
+    shares: dict[str, dict[int, float]] = {name: {} for name in names}
+    values: dict[str, dict[int, float]] = {name: {} for name in names}
+    texts: dict[str, dict[int, float]] = {name: {} for name in names}
+    for row in summary.needle:
+        shares[row.subject][row.length] = row.accuracy
+        values[row.subject][row.length] = row.perplexity
+    for row in summary.perplexity:
+        texts[row.subject][row.length] = row.perplexity
+    drawn = (
+        (shares, "needles retrieved", "Share of needles retrieved by length"),
+        (values, "needle perplexity", "Needle perplexity by length"),
+        (
+            texts,
+            "text perplexity",
+            "Perplexity of the same held-out tokens by length of their context",
         ),
-        image(
-            lengths_figure(summary["needle"], names, "perplexity", "needle perplexity"),
-            "Needle perplexity by length, one line per model",
-        ),
-        image(
-            lengths_figure(summary["perplexity"], names, "perplexity", "text perplexity"),
-            "Perplexity of the same held-out tokens by length of their context, one line per model",
-        ),
-    ]
-    return (
-        table(head, rows) + f"<p class=note>{note}</p><div class=figures>{''.join(figures)}</div>"
     )
+    images = ""
+    for points, label, alternative in drawn:
+        figure = lengths_figure(points, label, is_share=points is shares)
+        images += image(figure, f"{alternative}, one line per model")
+    return f"<div class=figures>{images}</div>"
 
 
 def _needle_maps(record: RunRecord) -> str:
     """One small heat map per subject: depth down, length across."""
-    if record.evaluation is None:
-        return _missing(record, "evaluations")
     summary = record.evaluation
+    if summary is None:
+        return _missing(record, "evaluations")
     maps = []
-    for subject in summary["subjects"]:
-        rows = sorted(
-            (r for r in summary["needle"] if r["subject"] == subject["name"]),
-            key=lambda r: r["length"],
-        )
-        depths = [cell["depth"] for cell in rows[0]["depths"]]
-        lines = "".join(
-            f"<tr><th>{100 * depth:.0f} %</th>{''.join(_heat_cell(row['depths'][i]) for row in rows)}</tr>"
-            for i, depth in enumerate(depths)
-        )
-        head = "".join(f"<th>{row['length']:,}</th>" for row in rows)
-        maps.append(
-            f"<figure class=map><figcaption>{html.escape(subject['name'])}</figcaption>"
-            f"<table><tr><th></th>{head}</tr>{lines}</table></figure>"
-        )
-    num_samples = summary["needle"][0]["depths"][0]["num_samples"]
+    for name in (subject.name for subject in summary.subjects):
+        own = (row for row in summary.needle if row.subject == name)
+        rows = sorted(own, key=lambda row: row.length)
+        lines: dict[float, list[tuple[float, str]]] = {}
+        for place in (place for row in rows for place in row.depths):
+            found = f"{place.num_correct} of {place.num_samples}"
+            title = f"{found}, perplexity {place.perplexity:.3g}"
+            lines.setdefault(place.depth, []).append((place.accuracy, title))
+        maps.append(heat_map(name, [row.length for row in rows], lines))
     note = (
-        f"Needles retrieved exactly, in %, {num_samples} per cell. Across: length in tokens. Down: depth of the "
-        "needle; 0 % is the start of the text."
+        f"Needles retrieved exactly, in %, {summary.needle[0].depths[0].num_samples} per cell. "
+        "Across: length in tokens. Down: depth of the needle; 0 % is the start of the text."
     )
     return f"<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
 
 
 def _retention(record: RunRecord) -> str:
     """Perplexity inside the original window, absolute and relative."""
-    if record.evaluation is None:
+    summary = record.evaluation
+    if summary is None:
         return _missing(record, "evaluations")
     rows = [
-        [
-            html.escape(row["subject"]),
-            f"{row['perplexity']:.4f}",
-            f"{row['ratio']:.4f}",
-            change(row["ratio"]),
-        ]
-        for row in record.evaluation["retention"]
+        [html.escape(r.subject), f"{r.perplexity:.4f}", f"{r.ratio:.4f}", change(r.ratio)]
+        for r in summary.retention
     ]
-    first = record.evaluation["retention"][0]
+    first = summary.retention[0]
     note = (
-        f"{first['num_windows']} windows of held-out text, closing token included at most {first['length']:,} tokens, "
-        f"{first['num_tokens']:,} tokens scored, read with each model's short-window RoPE."
+        f"{first.num_windows} windows of held-out text, closing token included at most "
+        f"{first.length:,} tokens, {first.num_tokens:,} tokens scored, read with each model's "
+        "short-window RoPE."
     )
-    head = [
-        "model",
-        "perplexity",
-        f"against {html.escape(record.evaluation['reference'])}",
-        "change",
-    ]
+    head = ["model", "perplexity", f"against {html.escape(summary.reference)}", "change"]
     return table(head, rows) + f"<p class=note>{note}</p>"
 
 
@@ -217,13 +203,13 @@ def _factors(record: RunRecord) -> str:
     factors = record.factors
     values = ", ".join(f"{value:.4g}" for value in factors.factors)
     note = (
-        f"How much each RoPE frequency is slowed in the long window ({html.escape(factors.method)}); s = "
-        f"{factors.scale:g}. From the critical dimension up no factor may lie below s, or angles appear that "
-        f"pre-training never saw. Values by cosine index: {values}."
+        "How much each RoPE frequency is slowed in the long window "
+        f"({html.escape(factors.method)}); s = {factors.scale:g}. From the critical dimension up "
+        "no factor may lie below s, or angles appear that pre-training never saw. Values by cosine "
+        f"index: {values}."
     )
-    figure = image(
-        factors_figure(factors), "Rescale factors by dimension: ours, NTK, YaRN, PI, and the bound"
-    )
+    alternative = "Rescale factors by dimension: ours, NTK, YaRN, PI, and the bound"
+    figure = image(factors_figure(factors), alternative)
     return f"<div class=figures>{figure}</div><p class=note>{note}</p>"
 
 
@@ -233,27 +219,24 @@ def _search(record: RunRecord) -> str:
     if history is None:
         return _missing(record, "factors")
     if "sample_len" not in history:
-        return "<p class=missing>This search was run by an earlier version, whose history lacks the sample length.</p>"
+        lacking = "This search was run by an earlier version, whose history lacks the sample length"
+        return f"<p class=missing>{lacking}.</p>"
     figure = image(search_figure(history), "Best objective of the search by candidates evaluated")
     rows = [[html.escape(name), f"{value:.4g}"] for name, value in history["baselines"].items()]
-    rows.append(
-        [
-            f"best of {history['rounds'][-1]['num_candidates']} candidates",
-            f"{history['best_value']:.4g}",
-        ]
-    )
+    num_candidates = history["rounds"][-1]["num_candidates"]
+    rows.append([f"best of {num_candidates} candidates", f"{history['best_value']:.4g}"])
     found = history["critical_index"]
     critical = "No critical dimension" if found is None else f"Found critical dimension {found}"
     note = (
-        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. {critical}; theory says "
-        f"{history['theoretical_critical_index']}. Levels far above the curve are in the table only."
+        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. "
+        f"{critical}; theory says {history['theoretical_critical_index']}. Levels far above the "
+        "curve are in the table only."
     )
     baselines = table(["factors", history["value_name"].replace("_", " ")], rows)
     return f"<div class=figures>{figure}<div>{baselines}</div></div><p class=note>{note}</p>"
 
 
 def _training(record: RunRecord) -> str:
-    """Loss of each window."""
     if not record.training_metrics:
         return _missing(record, "checkpoints")
     last = record.training_metrics[-1]
@@ -263,18 +246,17 @@ def _training(record: RunRecord) -> str:
 
 
 def _mix(record: RunRecord) -> str:
-    """Tokens of the segments by source and window."""
     images = mix_images(record)
     return f"<div class=figures>{images}</div>" if images else _missing(record, "segments")
 
 
 def _stage(stage: StageState, run_name: str) -> str:
     """Commit, seeds, counts and configuration of one stage."""
-    title = PRODUCT_FOLDERS[stage.product]
-    manifest = stage.manifest
+    title, manifest = PRODUCT_FOLDERS[stage.product], stage.manifest
     if manifest is None:
         state = "unfinished" if stage.started else "missing"
-        return f"<h3>{title}: {state}</h3><p class=note><code>{_command(stage.product, run_name)}</code></p>"
+        command = f"<code>{_command(stage.product, run_name)}</code>"
+        return f"<h3>{title}: {state}</h3><p class=note>{command}</p>"
     facts = {
         "code commit": manifest.commit,
         "seeds": _flat(manifest.seeds),
@@ -282,46 +264,35 @@ def _stage(stage: StageState, run_name: str) -> str:
         "libraries": _flat(manifest.versions),
     }
     rows = [[name, html.escape(value)] for name, value in facts.items() if value]
-    config = html.escape(
-        json.dumps({"config": manifest.config, "inputs": manifest.inputs}, indent=2)
-    )
-    details = f"<details><summary>configuration and inputs</summary><pre>{config}</pre></details>"
+    plain = json.dumps({"config": manifest.config, "inputs": manifest.inputs}, indent=2)
+    config = f"<pre>{html.escape(plain)}</pre>"
+    details = f"<details><summary>configuration and inputs</summary>{config}</details>"
     return f"<h3>{title}</h3>{table([], rows, css_class='facts')}{details}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> str:
-    """Nested numbers on one line."""
-    return ", ".join(_flat_items(values, prefix))
+def _flat(values: dict[str, Any]) -> str:
+    """``name value`` of every leaf on one line, with dotted names."""
+    return ", ".join(f"{name} {value}" for name, value in _leaves(values, ""))
 
 
-def _flat_items(values: dict[str, Any], prefix: str) -> Iterator[str]:
-    """``name value`` of every leaf, with dotted names."""
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat_items(value, f"{prefix}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name} {value}"
+            yield f"{prefix}{name}", value
 
 
 def _missing(record: RunRecord, product: str) -> str:
     """That a stage has not run, and how to run it."""
     stage = record.stages[product]
     if product == "evaluations" and record.suite is not None:
-        return "<p class=missing>Not measured: the suite that was run has <code>suite.measures=false</code>.</p>"
+        setting = "<code>suite.measures=false</code>"
+        return f"<p class=missing>Not measured: the suite that was run has {setting}.</p>"
     state = "is not finished" if stage.started else "has not been run"
     command = _command(product, record.folder.name)
     return f"<p class=missing>This stage {state}: <code>{command}</code></p>"
 
 
 def _command(product: str, run_name: str) -> str:
-    """The command that makes a product."""
     return html.escape(f"{COMMANDS[product]} run.name={run_name}")
-
-
-def _heat_cell(cell: dict[str, Any]) -> str:
-    """A table cell whose colour is its accuracy."""
-    accuracy = cell["accuracy"]
-    text_color = "#fff" if accuracy > 0.55 else "#222"
-    title = f"{cell['num_correct']} of {cell['num_samples']}, perplexity {cell['perplexity']:.3g}"
-    shade = f"background:color-mix(in srgb,#0b6e69 {100 * accuracy:.0f}%,#f4f1ea)"
-    return f"<td style='{shade};color:{text_color}' title='{title}'>{100 * accuracy:.0f}</td>"

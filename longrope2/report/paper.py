@@ -1,5 +1,4 @@
-"""The paper's tables with our numbers: each cell with its interval, the paper's value and a
-verdict.
+"""The paper's tables with our numbers: each with its interval, the paper's value and a verdict.
 
 A table is plain data (``PaperTable``), shown as text here and as HTML by the report. A paper's
 value is compared with a subject of the same method that was trained like the paper's; the base
@@ -11,13 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean
-from typing import Any
 
+from longrope2.evaluation.config import LM_EVAL_SUITE
+from longrope2.evaluation.schema import Cell, SuiteSubject, SuiteSummary
 from longrope2.evaluation.statistics import NORMAL_95, macro_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD, FIRST_VIEW
 from longrope2.report import paper_values as paper
 
-LONG_SUITES = ("longbench", "infinitebench")
+_LONG_SUITES = ("longbench", "infinitebench")
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,16 @@ def verdict(
     one at 50 %, which no mean exceeds.
 
     Args:
-        ours: Our score, 0 to 100.
+        ours: Our score, 0 to 100 like all others here.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        paper_value: The paper's score, 0 to 100.
-        paper_samples: Its samples per task; their harmonic mean where tasks differ, which gives the
-            mean's own error.
+        paper_value: The paper's score.
+        paper_samples: Its samples per task; of unequal tasks the harmonic mean, exact for a mean.
         num_tasks: Tasks that both are means of.
     """
-    share = (
-        0.5
-        if num_tasks > 1
-        else min(max(paper_value / 100, 0.5 / paper_samples), 1 - 0.5 / paper_samples)
-    )
+    share = 0.5
+    if num_tasks == 1:
+        share = min(max(paper_value / 100, 0.5 / paper_samples), 1 - 0.5 / paper_samples)
     paper_error = 100 * math.sqrt(share * (1 - share) / (paper_samples * num_tasks))
     our_error = (high - ours if paper_value > ours else ours - low) / NORMAL_95
     if abs(ours - paper_value) <= NORMAL_95 * math.hypot(our_error, paper_error):
@@ -85,43 +82,34 @@ def verdict(
     return "above" if ours > paper_value else "below"
 
 
-def mean_cell(
-    cells: Sequence[dict[str, Any]], paper_value: float | None, paper_samples: float
-) -> TableCell:
+def mean_cell(cells: Sequence[Cell], paper_value: float | None, paper_samples: float) -> TableCell:
     """The plain mean of finished cells; without a number when one is missing."""
-    missing = [cell for cell in cells if cell["score"] is None]
-    if missing or not cells:
-        return TableCell(
-            paper=paper_value, note=missing[0]["reason"] if missing else "not in this suite"
-        )
-    ours = 100 * sum(cell["score"] for cell in cells) / len(cells)
-    low, high = (100 * end for end in macro_interval([cell["scores"] for cell in cells]))
-    judged = (
-        ""
-        if paper_value is None
-        else verdict(ours, low, high, paper_value, paper_samples, len(cells))
-    )
+    scores = [cell.score for cell in cells if cell.score is not None]
+    if len(scores) < len(cells) or not cells:
+        reasons = [cell.reason for cell in cells if cell.score is None]
+        return TableCell(paper=paper_value, note=reasons[0] if reasons else "not in this suite")
+    ours = 100 * sum(scores) / len(scores)
+    low, high = (100 * end for end in macro_interval([cell.scores for cell in cells]))
+    judged = ""
+    if paper_value is not None:
+        judged = verdict(ours, low, high, paper_value, paper_samples, num_tasks=len(cells))
     return TableCell(ours, low, high, paper_value, judged)
 
 
-def paper_tables(summary: dict[str, Any]) -> list[PaperTable]:
-    """The tables that the suite has something for.
-
-    Args:
-        summary: Content of ``suite.json``.
-    """
+def paper_tables(summary: SuiteSummary) -> list[PaperTable]:
+    """The tables that the suite has something for."""
     tables = [
         _needle_map(summary),
         _ruler_averages(summary),
         _long_tasks(summary),
         _short_tasks(summary),
+        *(_ruler_by_task(summary, subject) for subject in summary.subjects),
     ]
-    tables += [_ruler_by_task(summary, subject) for subject in summary["subjects"]]
     return [table for table in tables if table is not None]
 
 
-def paper_text(summary: dict[str, Any]) -> str:
-    """All tables, retention, effective lengths and scores by RoPE side, as text."""
+def paper_text(summary: SuiteSummary) -> str:
+    """All tables, effective lengths, retention, scores by RoPE side and what is missing."""
     parts = []
     for table in paper_tables(summary):
         width = max(len(label) for label, _ in table.rows)
@@ -131,206 +119,174 @@ def paper_text(summary: dict[str, Any]) -> str:
             lines.append(f"  {label:<{width}}  " + "; ".join(shown))
         parts.append("\n".join(lines))
     lines = []
-    for name, length in summary["effective_length"].items():
-        if any(row["subject"] == name for row in summary["averages"]):
+    for name, length in summary.effective_length.items():
+        if any(row.subject == name for row in summary.averages):
             reached = f"{length:,} tokens" if length else "below the shortest length"
+            title = f"effective length of {name} (RULER average above {EFFECTIVE_THRESHOLD})"
+            lines.append(f"{title}: {reached}")
+    for row in summary.retention:
+        if row.subject != summary.reference:
             lines.append(
-                f"effective length of {name} (RULER average above {EFFECTIVE_THRESHOLD}): {reached}"
+                f"{row.suite} inside {summary.original_len:,} tokens: {row.subject} keeps "
+                f"{100 * row.ratio:.1f} % of {summary.reference} over {row.num_tasks} "
+                f"score{'' if row.num_tasks == 1 else 's'}"
             )
-    lines += [
-        f"{row['suite']} inside {summary['original_len']:,} tokens: {row['subject']} keeps {100 * row['ratio']:.1f} % of "
-        f"{summary['reference']} over {row['num_tasks']} score{'' if row['num_tasks'] == 1 else 's'}"
-        for row in summary["retention"]
-        if row["subject"] != summary["reference"]
-    ]
     parts += ["\n".join(lines)] if lines else []
-    parts += _by_side(summary) + _missing(summary)
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + _by_side(summary) + _missing(summary))
 
 
-def _by_side(summary: dict[str, Any]) -> list[str]:
-    """Scores whose questions were read on more than one RoPE side."""
+def _by_side(summary: SuiteSummary) -> list[str]:
+    """Scores whose answers were made on more than one RoPE side."""
     lines = []
-    for cell in summary["cells"]:
-        if len(cell.get("sides", {})) > 1:
-            parts = [
-                f"{side} {100 * row['score']:.1f} ({row['num_samples']})"
-                for side, row in cell["sides"].items()
-            ]
-            lines.append(f"  {cell['subject']} {cell['suite']}/{cell['task']}: {', '.join(parts)}")
+    for cell in summary.cells:
+        if cell.sides is not None and len(cell.sides) > 1:
+            sides = (f"{k} {100 * v.score:.1f} ({v.num_samples})" for k, v in cell.sides.items())
+            lines.append(f"  {cell.subject} {cell.suite}/{cell.task}: {', '.join(sides)}")
     return ["by RoPE side of the answer, score (samples)\n" + "\n".join(lines)] if lines else []
 
 
-def _missing(summary: dict[str, Any]) -> list[str]:
+def _missing(summary: SuiteSummary) -> list[str]:
     """Cells without a score, rules of the gate that were broken or could not be tried."""
     lines = [
-        f"  {c['subject']} {c['suite']}/{c['task']} {c['length'] or ''}: {c['reason']}"
-        for c in summary["cells"]
-        if c["score"] is None
+        f"  {c.subject} {c.suite}/{c.task} {c.length or ''}: {c.reason}"
+        for c in summary.cells
+        if c.score is None
     ]
-    rules = summary["calibration"]["rules"]
     parts = ["not measured\n" + "\n".join(lines)] if lines else []
+    rules = summary.calibration.rules
     if not rules:
         return [*parts, "the base model was not calibrated: no rules were given (calibration=...)"]
-    shown = [
-        f"  {r['score']}: {r['state']} ({r['low']:g} to {r['high']:g}, found {r['found']})"
-        for r in rules
-    ]
+    shown = [f"  {r.score}: {r.state} ({r.low:g} to {r.high:g}, found {r.found})" for r in rules]
     return [*parts, "calibration of the base model\n" + "\n".join(shown)]
 
 
-def _needle_map(summary: dict[str, Any]) -> PaperTable | None:
+def _needle_map(summary: SuiteSummary) -> PaperTable | None:
     """Figure 6 without its depths, which the report draws; the paper prints no numbers."""
-    own = {(c["subject"], c["length"]): c for c in summary["cells"] if c["suite"] == "needle_map"}
-    if not own:
-        return None
+    own = {(c.subject, c.length): c for c in summary.cells if c.suite == "needle_map"}
     lengths = sorted({length for _, length in own})
-    rows = [
-        (
-            subject["name"],
-            tuple(_cell(own.get((subject["name"], length)), None, 0) for length in lengths),
-        )
-        for subject in summary["subjects"]
-    ]
-    return PaperTable(
-        "Figure 6: needles retrieved, all depths", tuple(f"{n:,}" for n in lengths), tuple(rows)
-    )
+    rows = []
+    for subject in summary.subjects:
+        cells = (_cell(own.get((subject.name, length)), None, 0) for length in lengths)
+        rows.append((subject.name, tuple(cells)))
+    title, columns = "Figure 6: needles retrieved, all depths", tuple(f"{n:,}" for n in lengths)
+    return PaperTable(title, columns, tuple(rows)) if own else None
 
 
-def _ruler_averages(summary: dict[str, Any]) -> PaperTable | None:
+def _ruler_averages(summary: SuiteSummary) -> PaperTable | None:
     """Table 2."""
-    lengths = sorted({row["length"] for row in summary["averages"] if row["suite"] == "ruler"})
+    ruler = [cell for cell in summary.cells if cell.suite == "ruler"]
+    lengths = sorted({row.length for row in summary.averages if row.suite == "ruler"})
     if not lengths:
         return None
-    rows = []
-    for subject in summary["subjects"]:
-        values = paper.RULER_AVERAGES.get(summary["model"], {}).get(
-            _paper_method(summary, subject), ()
-        )
+    rows, by_method = [], paper.RULER_AVERAGES.get(summary.model, {})
+    for subject in summary.subjects:
+        values = by_method.get(_paper_method(summary, subject), ())
         by_length = dict(zip(paper.RULER_LENGTHS, values, strict=False))
         cells = []
         for length in lengths:
-            own = [
-                c
-                for c in summary["cells"]
-                if _place(c) == (subject["name"], "ruler") and c["length"] == length
-            ]
-            complete = {c["task"] for c in own} == set(paper.RULER_COLUMNS)
-            cells.append(mean_cell(own, by_length.get(length) if complete else None, 100))
-        rows.append((subject["name"], tuple(cells)))
-    num_tasks = len({c["task"] for c in summary["cells"] if c["suite"] == "ruler"})
+            own = [c for c in ruler if c.subject == subject.name and c.length == length]
+            is_complete = {c.task for c in own} == set(paper.RULER_COLUMNS)
+            cells.append(mean_cell(own, by_length.get(length) if is_complete else None, 100))
+        rows.append((subject.name, tuple(cells)))
+    num_tasks = len({cell.task for cell in ruler})
     title = f"Table 2: RULER, mean of {num_tasks} task{'s' if num_tasks > 1 else ''} by length"
     return PaperTable(title, tuple(f"{length:,}" for length in lengths), tuple(rows))
 
 
-def _ruler_by_task(summary: dict[str, Any], subject: dict[str, Any]) -> PaperTable | None:
+def _ruler_by_task(summary: SuiteSummary, subject: SuiteSubject) -> PaperTable | None:
     """Tables 8 and 9: one subject, tasks across, lengths down."""
-    own = [cell for cell in summary["cells"] if _place(cell) == (subject["name"], "ruler")]
+    own = [c for c in summary.cells if c.subject == subject.name and c.suite == "ruler"]
     if not own:
         return None
-    tasks = [task for task in paper.RULER_COLUMNS if any(cell["task"] == task for cell in own)]
+    columns = (*paper.RULER_COLUMNS, "mean")
+    tasks = [task for task in paper.RULER_COLUMNS if any(cell.task == task for cell in own)]
     is_papers = _paper_method(summary, subject) == "longrope2"
-    by_length = paper.RULER_TASK_VALUES.get(summary["model"], {}) if is_papers else {}
+    by_length = paper.RULER_TASK_VALUES.get(summary.model, {}) if is_papers else {}
     rows = []
-    for length in sorted({cell["length"] for cell in own}):
-        columns: tuple[str, ...] = (*paper.RULER_COLUMNS, "mean")
+    for length in sorted({cell.length for cell in own}):
         values: dict[str, float] = dict(zip(columns, by_length.get(length, ()), strict=False))
-        at_length = {cell["task"]: cell for cell in own if cell["length"] == length}
+        at_length = {cell.task: cell for cell in own if cell.length == length}
         cells = [_cell(at_length.get(task), values.get(task), 100) for task in tasks]
-        complete = len(tasks) == len(paper.RULER_COLUMNS)
-        cells.append(
-            mean_cell(list(at_length.values()), values.get("mean") if complete else None, 100)
-        )
+        papers_mean = values.get("mean") if len(tasks) == len(paper.RULER_COLUMNS) else None
+        cells.append(mean_cell(list(at_length.values()), papers_mean, 100))
         rows.append((f"{length:,}", tuple(cells)))
-    return PaperTable(
-        f"Tables 8 and 9: RULER by task, {subject['name']}", (*tasks, "mean"), tuple(rows)
-    )
+    title = f"Tables 8 and 9: RULER by task, {subject.name}"
+    return PaperTable(title, (*tasks, "mean"), tuple(rows))
 
 
-def _long_tasks(summary: dict[str, Any]) -> PaperTable | None:
+def _long_tasks(summary: SuiteSummary) -> PaperTable | None:
     """Table 3."""
+    by_method = paper.LONG_TASK_VALUES.get(summary.model, {})
+    names = ("loft", *paper.LOFT_COLUMNS, "long", *paper.LONG_COLUMNS)
 
     def values(method: str) -> dict[str, float]:
-        loft, others = paper.LONG_TASK_VALUES.get(summary["model"], {}).get(method, ((), ()))
-        return dict(
-            zip(
-                ("loft", *paper.LOFT_COLUMNS, "long", *paper.LONG_COLUMNS),
-                (*loft, *others),
-                strict=False,
-            )
-        )
+        loft, others = by_method.get(method, ((), ()))
+        return dict(zip(names, (*loft, *others), strict=False))
 
-    groups = (("loft", ("loft",), paper.LOFT_COLUMNS), ("long", LONG_SUITES, paper.LONG_COLUMNS))
+    groups = (("loft", ("loft",), paper.LOFT_COLUMNS), ("long", _LONG_SUITES, paper.LONG_COLUMNS))
     return _grouped("Table 3: long tasks", summary, groups, values)
 
 
-def _short_tasks(summary: dict[str, Any]) -> PaperTable | None:
+def _short_tasks(summary: SuiteSummary) -> PaperTable | None:
     """Table 4."""
+    by_method = paper.SHORT_TASK_VALUES.get(summary.model, {})
 
     def values(method: str) -> dict[str, float]:
-        found = paper.SHORT_TASK_VALUES.get(summary["model"], {}).get(method, ())
-        return dict(zip(("short", *paper.SHORT_COLUMNS), found, strict=False))
+        return dict(zip(("short", *paper.SHORT_COLUMNS), by_method.get(method, ()), strict=False))
 
-    return _grouped(
-        "Table 4: short tasks", summary, (("short", ("lm_eval",), paper.SHORT_COLUMNS),), values
-    )
+    groups = (("short", (LM_EVAL_SUITE,), paper.SHORT_COLUMNS),)
+    return _grouped("Table 4: short tasks", summary, groups, values)
 
 
 def _grouped(
     title: str,
-    summary: dict[str, Any],
+    summary: SuiteSummary,
     groups: Sequence[tuple[str, Sequence[str], Sequence[str]]],
     values: Callable[[str], dict[str, float]],
 ) -> PaperTable | None:
-    """A row per subject; per group its mean and its tasks, those of the paper first, then others."""
+    """A row per subject; per group its mean and its tasks, those of the paper first, then others.
+
+    A group is a name, its suites and its tasks in the paper's order; ``values`` gives the paper's
+    value by task and by group for a method.
+    """
     rows, columns = [], []
-    for subject in summary["subjects"]:
+    for subject in summary.subjects:
         known, cells, columns = values(_paper_method(summary, subject)), [], []
         for name, suites, order in groups:
-            suite_cells = [c for c in summary["cells"] if c["suite"] in suites]
-            measured = {c["task"] for c in suite_cells}
+            suite_cells = [c for c in summary.cells if c.suite in suites]
+            measured = {c.task for c in suite_cells}
             tasks = [t for t in order if t in measured] + sorted(measured - set(order))
             if not tasks:
                 continue
-            own = {c["task"]: c for c in suite_cells if c["subject"] == subject["name"]}
-            complete = set(tasks) == set(order)
-            columns += [f"{name} mean", *tasks]
+            own = {c.task: c for c in suite_cells if c.subject == subject.name}
+            papers_mean = known.get(name) if set(tasks) == set(order) else None
             paper_samples = harmonic_mean([paper.NUM_SAMPLES[task] for task in order])
-            cells.append(
-                mean_cell(list(own.values()), known.get(name) if complete else None, paper_samples)
-            )
-            cells += [
-                _cell(own.get(task), known.get(task), paper.NUM_SAMPLES.get(task, 100))
-                for task in tasks
-            ]
-        rows.append((subject["name"], tuple(cells)))
+            columns += [f"{name} mean", *tasks]
+            cells.append(mean_cell(list(own.values()), papers_mean, paper_samples))
+            for task in tasks:
+                num_samples = paper.NUM_SAMPLES.get(task, 100)
+                cells.append(_cell(own.get(task), known.get(task), num_samples))
+        rows.append((subject.name, tuple(cells)))
     return PaperTable(title, tuple(columns), tuple(rows)) if columns else None
 
 
-def _cell(cell: dict[str, Any] | None, paper_value: float | None, paper_samples: int) -> TableCell:
-    """One measured score."""
-    if cell is None or cell["score"] is None:
-        return TableCell(paper=paper_value, note="not asked" if cell is None else cell["reason"])
-    ours, low, high = (100 * value for value in (cell["score"], *cell["interval"]))
+def _cell(cell: Cell | None, paper_value: float | None, paper_samples: int) -> TableCell:
+    if cell is None or cell.score is None:
+        return TableCell(paper=paper_value, note="not asked" if cell is None else cell.reason)
+    assert cell.interval is not None
+    ours, low, high = (100 * value for value in (cell.score, *cell.interval))
     judged = "" if paper_value is None else verdict(ours, low, high, paper_value, paper_samples)
-    survived = cell.get("needle_survived")
-    notes = (
-        []
-        if survived is None
-        else [f"needle survived truncation in {100 * survived:.0f} % of the prompts"]
-    )
-    if cell["num_samples"] > FIRST_VIEW and "first_100" in cell:
-        notes.append(f"first {FIRST_VIEW} samples: {100 * cell['first_100']:.1f}")
+    notes = []
+    if cell.needle_survived is not None:
+        share = f"{100 * cell.needle_survived:.0f} %"
+        notes.append(f"needle survived truncation in {share} of the prompts")
+    if cell.num_samples > FIRST_VIEW and cell.first_100 is not None:
+        notes.append(f"first {FIRST_VIEW} samples: {100 * cell.first_100:.1f}")
     return TableCell(ours, low, high, paper_value, judged, "; ".join(notes))
 
 
-def _paper_method(summary: dict[str, Any], subject: dict[str, Any]) -> str:
+def _paper_method(summary: SuiteSummary, subject: SuiteSubject) -> str:
     """The row of the paper that a subject is compared with; empty where there is none."""
-    if subject["name"] == summary["reference"]:
+    if subject.name == summary.reference:
         return paper.ORIGINAL
-    return subject["method"] if subject["trained"] else ""
-
-
-def _place(cell: dict[str, Any]) -> tuple[str, str]:
-    """Whose cell of which suite."""
-    return cell["subject"], cell["suite"]
+    return subject.method if subject.trained else ""

@@ -1,5 +1,4 @@
-"""Scores that the LongRoPE2 paper reports (arXiv 2502.20082, Tables 2, 3, 4, 8, 9), and on how many
-samples.
+"""Scores of the LongRoPE2 paper (arXiv 2502.20082, Tables 2, 3, 4, 8, 9) and their sample counts.
 
 The model names are those of ``conf/model``. All extended models of the paper are mid-trained, its
 baselines too. Sample counts are read off the scores' steps (RULER and LOFT 100, KV retrieval 500,
@@ -10,29 +9,21 @@ tracking and common words at 128k are illegible in the scan; 92.6 and 9.0 restor
 """
 
 ORIGINAL = "original"
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+RULER_LENGTHS: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
 RULER_COLUMNS = (
-    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_single_1", "niah_single_2", "niah_single_3",
+    "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
 )  # fmt: skip
 LOFT_COLUMNS = ("arguana", "fever", "hotpotqa", "msmarco", "nq", "quora", "scifact")
 LONG_COLUMNS = ("kv_retrieval", "longbook_choice_eng", "triviaqa", "trec", "lcc", "repobench-p")
 SHORT_COLUMNS = ("mmlu", "mmlu_pro", "hellaswag", "truthfulqa", "gsm8k")
 NUM_SAMPLES = {
-    **dict.fromkeys(RULER_COLUMNS, 100),
-    **dict.fromkeys(LOFT_COLUMNS, 100),
-    "kv_retrieval": 500,
-    "longbook_choice_eng": 229,
-    "triviaqa": 200,
-    "trec": 200,
-    "lcc": 500,
-    "repobench-p": 500,
-    "mmlu": 14042,
-    "mmlu_pro": 12032,
-    "hellaswag": 10042,
-    "truthfulqa": 817,
-    "gsm8k": 1319,
-}
+    **dict.fromkeys((*RULER_COLUMNS, *LOFT_COLUMNS), 100),
+    "kv_retrieval": 500, "longbook_choice_eng": 229, "triviaqa": 200, "trec": 200,
+    "lcc": 500, "repobench-p": 500,
+    "mmlu": 14042, "mmlu_pro": 12032, "hellaswag": 10042, "truthfulqa": 817, "gsm8k": 1319,
+}  # fmt: skip
 # Table 2: model -> method -> average by RULER_LENGTHS.
 RULER_AVERAGES = {
     "phi3_mini": {
@@ -49,7 +40,7 @@ RULER_AVERAGES = {
     },
 }
 # Tables 8 and 9, LongRoPE2 only: model -> length -> scores by RULER_COLUMNS, and the mean.
-RULER_TASK_VALUES = {
+RULER_TASK_VALUES: dict[str, dict[int, tuple[float, ...]]] = {
     "phi3_mini": {
         4096: (100, 100, 99, 91, 96, 97, 97.75, 97.75, 85.8, 93.7, 85.33, 82, 50, 90.41),
         8192: (100, 100, 100, 90, 93, 97, 89.5, 93.75, 84, 87.2, 86, 68, 47, 87.34),
@@ -72,34 +63,22 @@ LONG_TASK_VALUES = {
     "phi3_mini": {
         "yarn": ((5.86, 4, 4, 0, 8, 12, 1, 12), (50.96, 5.8, 31.44, 84.35, 61.00, 63.98, 59.23)),
         "ntk": ((7.57, 0, 21, 0, 6, 13, 4, 9), (52.31, 5.1, 37.55, 84.01, 65.00, 62.36, 59.82)),
-        "longrope": (
-            (21.14, 5, 64, 3, 17, 35, 8, 16),
-            (50.67, 5.6, 35.81, 86.47, 62.50, 55.25, 58.43),
-        ),
-        "longrope2": (
-            (23.00, 5, 70, 4, 19, 39, 10, 14),
-            (55.23, 12.0, 42.36, 87.27, 67.00, 62.67, 60.10),
-        ),
+        "longrope": ((21.14, 5, 64, 3, 17, 35, 8, 16),
+            (50.67, 5.6, 35.81, 86.47, 62.50, 55.25, 58.43)),
+        "longrope2": ((23.00, 5, 70, 4, 19, 39, 10, 14),
+            (55.23, 12.0, 42.36, 87.27, 67.00, 62.67, 60.10)),
     },
     "llama3_8b": {
-        "yarn": (
-            (26.14, 7, 62, 15, 21, 43, 23, 12),
-            (51.81, 2.2, 30.57, 88.97, 73.50, 65.40, 62.21),
-        ),
-        "ntk": (
-            (67.14, 22, 96, 53, 75, 89, 71, 64),
-            (67.98, 66.0, 42.79, 90.87, 74.00, 68.67, 65.55),
-        ),
-        "longrope": (
-            (60.85, 22, 96, 25, 57, 90, 74, 62),
-            (70.39, 74.0, 45.85, 89.99, 76.00, 69.13, 67.38),
-        ),
-        "longrope2": (
-            (74.28, 28, 96, 70, 80, 94, 79, 73),
-            (73.37, 88.0, 46.72, 91.13, 76.50, 70.47, 67.39),
-        ),
+        "yarn": ((26.14, 7, 62, 15, 21, 43, 23, 12),
+            (51.81, 2.2, 30.57, 88.97, 73.50, 65.40, 62.21)),
+        "ntk": ((67.14, 22, 96, 53, 75, 89, 71, 64),
+            (67.98, 66.0, 42.79, 90.87, 74.00, 68.67, 65.55)),
+        "longrope": ((60.85, 22, 96, 25, 57, 90, 74, 62),
+            (70.39, 74.0, 45.85, 89.99, 76.00, 69.13, 67.38)),
+        "longrope2": ((74.28, 28, 96, 70, 80, 94, 79, 73),
+            (73.37, 88.0, 46.72, 91.13, 76.50, 70.47, 67.39)),
     },
-}
+}  # fmt: skip
 # Table 4: model -> method -> mean, SHORT_COLUMNS.
 SHORT_TASK_VALUES = {
     "phi3_mini": {

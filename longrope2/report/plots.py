@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from matplotlib import rc_context
@@ -16,12 +17,13 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from longrope2.evaluation.schema import NeedleRow
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import theoretical_critical_index
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 # Narrow on purpose: shown at 390 px the letters still have about ten pixels.
-FIGURE_INCHES = (5.0, 3.2)
+_FIGURE_INCHES = (5.0, 3.2)
 OURS_COLOR = "#0b6e69"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -35,63 +37,48 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "longrope2",
 }
 SUBJECT_COLORS = (
-    "#7a7a7a",
-    "#c8622d",
-    "#8a5fb0",
-    "#b8952b",
-    "#3f7fbf",
-    "#a04668",
-    "#5b8c3a",
-    "#2b3a67",
-)
+    "#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67",
+)  # fmt: skip
+_PERPLEXITY_TICKS = (
+    1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000,
+)  # fmt: skip
+
+
+class Scale(Enum):
+    """A vertical axis."""
+
+    linear = "linear"
+    from_zero = "from zero"
+    log = "log"
 
 
 @rc_context(STYLE)
 def factors_figure(factors: RescaleFactors) -> Figure:
-    """Factors by dimension: ours, NTK, YaRN and PI against the bound s, with both critical dimensions marked."""
+    """Factors by dimension beside NTK, YaRN and PI, the bound s and both critical dimensions."""
     figure, axes = _figure()
     indices = range(factors.geometry.num_frequencies)
-    for method, color, style in (
-        (RopeMethod.pi, "#b8952b", ":"),
-        (RopeMethod.ntk, "#8a5fb0", "-"),
-        (RopeMethod.yarn, "#c8622d", "-"),
+    for method, label, color, style in (
+        (RopeMethod.pi, "PI", "#b8952b", ":"),
+        (RopeMethod.ntk, "NTK", "#8a5fb0", "-"),
+        (RopeMethod.yarn, "YaRN", "#c8622d", "-"),
     ):
         values = closed_form_factors(method, factors.geometry, factors.target_len).factors
-        axes.plot(indices, values, style, color=color, label=_method_label(method), linewidth=1.3)
-    axes.plot(
-        indices,
-        factors.factors,
-        "o-",
-        color=OURS_COLOR,
-        label=factors.method,
-        linewidth=1.8,
-        markersize=3.5,
-    )
+        axes.plot(indices, values, style, color=color, label=label, linewidth=1.3)
+    ours: dict[str, Any] = {"color": OURS_COLOR, "linewidth": 1.8, "markersize": 3.5}
+    axes.plot(indices, factors.factors, "o-", label=factors.method, **ours)
     theoretical = theoretical_critical_index(factors.geometry)
     bound_from = theoretical if factors.critical_index is None else factors.critical_index
-    axes.hlines(
-        factors.scale,
-        bound_from,
-        indices[-1],
-        color="#444444",
-        linestyle="--",
-        linewidth=1,
-        label=f"bound s = {factors.scale:g}",
-    )
+    thin: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1}
+    bound = f"bound s = {factors.scale:g}"
+    axes.hlines(factors.scale, bound_from, indices[-1], label=bound, **thin)
     if theoretical <= indices[-1]:
-        axes.axvline(
-            theoretical,
-            color="#999999",
-            linewidth=1,
-            label=f"theoretical critical dimension {theoretical}",
-        )
+        label = f"theoretical critical dimension {theoretical}"
+        axes.axvline(theoretical, color="#999999", linewidth=1, label=label)
     if factors.critical_index is not None:
+        label = f"real critical dimension {factors.critical_index}"
+        dashes = (0, (6, 3))
         axes.axvline(
-            factors.critical_index,
-            color=OURS_COLOR,
-            linewidth=1,
-            linestyle=(0, (6, 3)),
-            label=f"real critical dimension {factors.critical_index}",
+            factors.critical_index, color=OURS_COLOR, linewidth=1, linestyle=dashes, label=label
         )
     axes.set(
         yscale="log",
@@ -105,71 +92,40 @@ def factors_figure(factors: RescaleFactors) -> Figure:
 
 @rc_context(STYLE)
 def search_figure(history: dict[str, Any]) -> Figure:
-    """Best and worst kept objective by number of candidates; closed forms on the same samples as levels."""
+    """Best and worst kept objective by candidates; closed forms on the same samples as levels."""
     figure, axes = _figure()
-    rounds = history["rounds"]
+    rounds, baselines = history["rounds"], history["baselines"]
     evaluated = [finished["num_candidates"] for finished in rounds]
-    best, worst = (
-        [finished[key] for finished in rounds] for key in ("best_value", "worst_kept_value")
-    )
-    axes.fill_between(
-        evaluated, best, worst, color=OURS_COLOR, alpha=0.15, linewidth=0, label="kept candidates"
-    )
+    best = [finished["best_value"] for finished in rounds]
+    worst = [finished["worst_kept_value"] for finished in rounds]
+    band: dict[str, Any] = {"color": OURS_COLOR, "alpha": 0.15, "linewidth": 0}
+    axes.fill_between(evaluated, best, worst, label="kept candidates", **band)
     axes.plot(evaluated, best, "o-", color=OURS_COLOR, markersize=3.5, label="best so far")
-    levels = [
-        (name, value) for name, value in history["baselines"].items() if value < 100 * max(best)
-    ]
+    levels = [(name, value) for name, value in baselines.items() if value < 100 * max(best)]
     for (name, value), color in zip(levels, SUBJECT_COLORS, strict=False):
-        axes.axhline(
-            value, color=color, linewidth=1.2, linestyle="--", label=f"{name}: {value:.4g}"
-        )
-    axes.set(
-        yscale="log", xlabel="candidates evaluated", ylabel=_objective_label(history["value_name"])
-    )
-    _plain_log_ticks(axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000])
-    _legend_below(axes)
-    return figure
-
-
-@rc_context(STYLE)
-def losses_figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """Training loss of each window by tokens trained."""
-    figure, axes = _figure()
-    for window, color in (("short", "#7a7a7a"), ("long", OURS_COLOR)):
-        key = f"train/loss_{window}"
-        points = [(record["train/tokens"], record[key]) for record in records if key in record]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), color=color, linewidth=1.4, label=f"{window} window"
-            )
-    axes.set(xlabel="tokens trained", ylabel="loss, nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        label = f"{name}: {value:.4g}"
+        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=label)
+    objective = "needle perplexity" if history["value_name"] == "needle_ppl" else "perplexity"
+    axes.set(yscale="log", xlabel="candidates evaluated", ylabel=objective)
+    _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS[:-1])
     _legend_below(axes)
     return figure
 
 
 @rc_context(STYLE)
 def series_figure(
-    records: Sequence[dict[str, Any]], keys: Mapping[str, str], label: str, *, log_y: bool = False
+    records: Sequence[dict[str, Any]], keys: Mapping[str, str], label: str, scale: Scale
 ) -> Figure | None:
     """Metrics by tokens trained; None when no record has any of them.
 
-    Args:
-        records: Training records, oldest first.
-        keys: Metric -> name in the legend; the last one is drawn strongest.
-        label: Of the vertical axis.
-        log_y: Logarithmic vertical axis.
+    ``keys`` are metrics with their names in the legend, the last one drawn strongest; ``label`` and
+    ``scale`` are those of the vertical axis.
     """
-    lines = {
-        name: [
-            (record["train/tokens"], record[key])
-            for record in records
-            if record.get(key) is not None
-        ]
-        for key, name in keys.items()
-    }
-    lines = {name: points for name, points in lines.items() if points}
+    lines = {}
+    for key, name in keys.items():
+        recorded = (record for record in records if record.get(key) is not None)
+        points = [(record["train/tokens"], record[key]) for record in recorded]
+        lines |= {name: points} if points else {}
     if not lines:
         return None
     figure, axes = _figure()
@@ -178,11 +134,10 @@ def series_figure(
         if name in lines:
             axes.plot(*zip(*lines[name], strict=True), color=color, linewidth=1.4, label=name)
     axes.set(xlabel="tokens trained", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if log_y:
+    _count_tokens(axes, 5)
+    if scale is Scale.log:
         axes.set_yscale("log")
-    else:
+    elif scale is Scale.from_zero:
         axes.set_ylim(bottom=0)
     if len(keys) > 1:
         _legend_below(axes)
@@ -201,23 +156,20 @@ def mix_figure(tokens: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.set_yticks(range(len(sources)), sources)
     axes.invert_yaxis()
     axes.set(xlabel="tokens")
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _count_tokens(axes, 4)
     _legend_below(axes)
     return figure
 
 
 @rc_context({**STYLE, "axes.grid": False})
-def needle_map_figure(rows: Sequence[dict[str, Any]], subject: str) -> Figure:
-    """Needles retrieved by depth (down) and length (across) of one subject, as an image for trackers."""
+def needle_map_figure(rows: Sequence[NeedleRow], subject: str) -> Figure:
+    """Needles of one subject retrieved by depth (down) and length (across), for trackers."""
     figure, axes = _figure()
-    chosen = sorted(
-        (row for row in rows if row["subject"] == subject), key=lambda row: row["length"]
-    )
-    depths = [cell["depth"] for cell in chosen[0]["depths"]]
-    shares = [[row["depths"][index]["accuracy"] for row in chosen] for index in range(len(depths))]
+    chosen = sorted((row for row in rows if row.subject == subject), key=lambda row: row.length)
+    depths = [place.depth for place in chosen[0].depths]
+    shares = [[row.depths[i].accuracy for row in chosen] for i in range(len(depths))]
     axes.imshow(shares, vmin=0, vmax=1, cmap="BuGn", aspect="auto")
-    axes.set_xticks(range(len(chosen)), [f"{row['length']:,}" for row in chosen])
+    axes.set_xticks(range(len(chosen)), [f"{row.length:,}" for row in chosen])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     for down, line in enumerate(shares):
         for across, share in enumerate(line):
@@ -229,40 +181,27 @@ def needle_map_figure(rows: Sequence[dict[str, Any]], subject: str) -> Figure:
 
 @rc_context(STYLE)
 def lengths_figure(
-    rows: Sequence[dict[str, Any]], subjects: Sequence[str], key: str, label: str
+    values: Mapping[str, Mapping[int, float]], label: str, *, is_share: bool
 ) -> Figure:
-    """One line per subject over the length.
+    """One line per subject over the length, the last drawn strongest.
 
-    Args:
-        rows: With ``subject``, ``length`` and ``key``.
-        subjects: In drawing order; the last one is drawn strongest.
-        key: What is drawn; an accuracy gets a linear axis, a perplexity a logarithmic one.
-        label: Of the vertical axis.
+    Shares stand on a linear axis, perplexities on a logarithmic one, named ``label``.
     """
     figure, axes = _figure()
-    lengths = sorted({row["length"] for row in rows})
-    for number, subject in enumerate(subjects):
-        points = sorted((row["length"], row[key]) for row in rows if row["subject"] == subject)
-        last = number == len(subjects) - 1
-        color = OURS_COLOR if last else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
-        width = 2.2 if last else 1.3
-        axes.plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=color,
-            markersize=3,
-            linewidth=width,
-            label=subject,
-        )
+    lengths = sorted({length for by_length in values.values() for length in by_length})
+    for number, (subject, by_length) in enumerate(values.items()):
+        is_last = number == len(values) - 1
+        color = OURS_COLOR if is_last else SUBJECT_COLORS[number % len(SUBJECT_COLORS)]
+        points = zip(*sorted(by_length.items()), strict=True)
+        width = 2.2 if is_last else 1.3
+        axes.plot(*points, "o-", color=color, markersize=3, linewidth=width, label=subject)
     axes.set(xscale="log", xlabel="length, tokens", ylabel=label)
     _plain_log_ticks(axes, "x", lengths)
-    if key == "accuracy":
+    if is_share:
         axes.set_ylim(-0.03, 1.03)
     else:
         axes.set_yscale("log")
-        _plain_log_ticks(
-            axes, "y", [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000]
-        )
+        _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS)
     _legend_below(axes)
     return figure
 
@@ -276,24 +215,24 @@ def svg_data_uri(figure: Figure) -> str:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    """An empty figure."""
-    figure = Figure(figsize=FIGURE_INCHES)
+    figure = Figure(figsize=_FIGURE_INCHES)
     return figure, figure.subplots()
+
+
+def _count_tokens(axes: Axes, most_ticks: int) -> None:
+    """Whole numbers of tokens along the horizontal axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(most_ticks))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _legend_below(axes: Axes) -> None:
     """Names under the figure, where they hide no line."""
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.45, -0.16),
-        ncols=2,
-        handlelength=1.6,
-        columnspacing=1.2,
-    )
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.16)}
+    axes.legend(**place, ncols=2, handlelength=1.6, columnspacing=1.2)
 
 
 def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None:
-    """Plain numbers instead of powers of ten, those in view; where they do not cover the view, powers of ten stay."""
+    """Plain numbers in view as ticks; where they do not cover the view, powers of ten stay."""
     low, high = getattr(axes, f"get_{axis}lim")()
     ticks = [tick for tick in candidates if low <= tick <= high]
     if len(ticks) < 2 or high > 3 * candidates[-1]:
@@ -302,13 +241,3 @@ def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None
     chosen.set_major_locator(FixedLocator(ticks))
     chosen.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     chosen.set_minor_locator(NullLocator())
-
-
-def _method_label(method: RopeMethod) -> str:
-    """Name of a closed form as papers write it."""
-    return {RopeMethod.pi: "PI", RopeMethod.ntk: "NTK", RopeMethod.yarn: "YaRN"}[method]
-
-
-def _objective_label(value_name: str) -> str:
-    """What the search minimised."""
-    return "needle perplexity" if value_name == "needle_ppl" else "perplexity"

@@ -1,190 +1,160 @@
-"""The report's section on suites: the paper's tables, the needle map, retention, and scores by RoPE side."""
+"""The report's section on suites: the paper's tables, needle maps, retention, sides, pairs."""
 
 import html
-from collections.abc import Sequence
-from typing import Any
 
+from longrope2.evaluation.schema import Cell, SideScore, SuiteSummary
 from longrope2.evaluation.statistics import score_interval
-from longrope2.report.html import table
+from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
+from longrope2.report.html import heat_map, interval, table
 from longrope2.report.paper import TableCell, paper_tables
 
-VERDICT_COLORS = {"agrees": "#0b6e69", "above": "#3056a0", "below": "#a23b2a"}
+_VERDICT_COLORS = {"agrees": "#0b6e69", "above": "#3056a0", "below": "#a23b2a"}
 
 
-def suite_html(summary: dict[str, Any]) -> str:
-    """All that a suite found.
-
-    Args:
-        summary: Content of ``suite.json``.
-    """
+def suite_html(summary: SuiteSummary) -> str:
+    """All that a suite found."""
     parts = [_needle_maps(summary)]
     for found in paper_tables(summary):
         rows = [[html.escape(label), *map(_cell, cells)] for label, cells in found.rows]
-        parts.append(
-            f"<h3>{html.escape(found.title)}</h3>{table(['', *map(html.escape, found.columns)], rows)}"
-        )
+        shown = table(["", *map(html.escape, found.columns)], rows)
+        parts.append(f"<h3>{html.escape(found.title)}</h3>{shown}")
     parts += [_kept(summary), _sides(summary), _pairs(summary), _calibration(summary)]
     note = (
-        "Scores in %, 95 % intervals in brackets. The paper's value stands below ours where the method and the training "
-        "are the paper's; the verdict weighs the sampling error of both."
+        "Scores in %, 95 % intervals in brackets. The paper's value stands below ours where the "
+        "method and the training are the paper's; the verdict weighs the sampling error of both."
     )
     return f"<p class=note>{note}</p>" + "".join(parts)
 
 
 def _cell(cell: TableCell) -> str:
     """A score, its interval, the paper's value and the verdict."""
-    if cell.ours is None:
-        shown = f"<span title='{html.escape(cell.note, quote=True)}'>-</span>"
-    else:
-        shown = f"<span title='{html.escape(cell.note, quote=True)}'>{cell.ours:.1f}</span>"
+    ours = "-" if cell.ours is None else f"{cell.ours:.1f}"
+    shown = f"<span title='{html.escape(cell.note, quote=True)}'>{ours}</span>"
+    if cell.ours is not None:
         shown += f"<br><small>[{cell.low:.0f}-{cell.high:.0f}]</small>"
     if cell.paper is None:
         return shown
-    color = VERDICT_COLORS.get(cell.verdict, "#666")
+    color = _VERDICT_COLORS.get(cell.verdict, "#666")
     return f"{shown}<br><small style='color:{color}'>paper {cell.paper:g} {cell.verdict}</small>"
 
 
-def _needle_maps(summary: dict[str, Any]) -> str:
+def _needle_maps(summary: SuiteSummary) -> str:
     """One heat map per subject, by requested depth and length."""
     maps = []
-    for subject in summary["subjects"]:
-        cells = [
-            c
-            for c in summary["cells"]
-            if c["subject"] == subject["name"] and c["suite"] == "needle_map"
-        ]
-        finished = sorted((c for c in cells if c["score"] is not None), key=lambda c: c["length"])
-        if not finished:
-            continue
-        depths = sorted({facts["requested_depth"] for c in finished for facts in c["facts"]})
-        head = "".join(f"<th>{c['length']:,}</th>" for c in finished)
-        lines = "".join(
-            f"<tr><th>{100 * depth:.0f} %</th>{''.join(_heat(c, depth) for c in finished)}</tr>"
-            for depth in depths
+    for subject in summary.subjects:
+        finished = sorted(
+            (
+                cell
+                for cell in summary.cells
+                if cell.subject == subject.name
+                and cell.suite == "needle_map"
+                and cell.score is not None
+            ),
+            key=lambda cell: cell.length,
         )
-        name = html.escape(subject["name"])
-        maps.append(
-            f"<figure class=map><figcaption>{name}</figcaption><table><tr><th></th>{head}</tr>{lines}</table></figure>"
-        )
+        if finished:
+            depths = {facts["requested_depth"] for cell in finished for facts in cell.facts}
+            lines = {depth: [_heat(cell, depth) for cell in finished] for depth in sorted(depths)}
+            maps.append(heat_map(subject.name, [cell.length for cell in finished], lines))
     if not maps:
         return ""
-    note = "Needle map, answered by generation, in %. Across: tokens. Down: depth of the needle, 0 % is the start."
-    return f"<h3>Needle map</h3><div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
+    note = (
+        "Needle map, answered by generation, in %. Across: tokens. Down: depth of the needle, 0 % "
+        "is the start."
+    )
+    shown = f"<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
+    return f"<h3>Needle map</h3>{shown}"
 
 
-def _heat(cell: dict[str, Any], depth: float) -> str:
-    """One place of the map."""
-    own = [
-        (s, f)
-        for s, f in zip(cell["scores"], cell["facts"], strict=True)
-        if f["requested_depth"] == depth
-    ]
-    share = sum(score for score, _ in own) / len(own)
-    low, high = score_interval([score for score, _ in own])
+def _heat(cell: Cell, depth: float) -> tuple[float, str]:
+    """Share retrieved at one place of the map, and its tooltip."""
+    pairs = zip(cell.scores, cell.facts, strict=True)
+    own = [(score, facts) for score, facts in pairs if facts["requested_depth"] == depth]
+    scores = [score for score, _ in own]
     realised = ", ".join(f"{100 * facts['depth']:.1f}" for _, facts in own[:3])
-    shade = f"background:color-mix(in srgb,#0b6e69 {100 * share:.0f}%,#f4f1ea);color:{'#fff' if share > 0.55 else '#222'}"
-    title = f"{len(own)} samples, 95 % interval {100 * low:.0f}-{100 * high:.0f} %; realised depths {realised} %"
-    return f"<td style='{shade}' title='{title}'>{100 * share:.0f}</td>"
+    title = (
+        f"{len(own)} samples, 95 % interval {interval(*score_interval(scores))}; "
+        f"realised depths {realised} %"
+    )
+    return sum(scores) / len(own), title
 
 
-def _kept(summary: dict[str, Any]) -> str:
+def _kept(summary: SuiteSummary) -> str:
     """Retention inside the original window and effective lengths."""
+    reference = summary.reference
     rows = [
-        [
-            html.escape(row["subject"]),
-            row["suite"],
-            str(row["num_tasks"]),
-            f"{100 * row['ratio']:.1f} %",
-        ]
-        for row in summary["retention"]
-        if row["subject"] != summary["reference"]
+        [html.escape(row.subject), row.suite, str(row.num_tasks), f"{100 * row.ratio:.1f} %"]
+        for row in summary.retention
+        if row.subject != reference
     ]
-    head = [
-        "model",
-        "suite",
-        "scores",
-        f"of {html.escape(summary['reference'])} inside {summary['original_len']:,}",
-    ]
-    kept = f"<h3>Short window kept</h3>{table(head, rows)}" if rows else ""
-    measured = {row["subject"] for row in summary["averages"]}
+    inside = f"of {html.escape(reference)} inside {summary.original_len:,}"
+    shown = table(["model", "suite", "scores", inside], rows)
+    kept = f"<h3>Short window kept</h3>{shown}" if rows else ""
+    measured = {row.subject for row in summary.averages}
     lengths = [
         [html.escape(name), f"{length:,}" if length else "below the shortest"]
-        for name, length in summary["effective_length"].items()
+        for name, length in summary.effective_length.items()
         if name in measured
     ]
-    title = "<h3>Effective length (RULER average above 85.6)</h3>"
+    title = f"<h3>Effective length (RULER average above {EFFECTIVE_THRESHOLD})</h3>"
     return kept + (title + table(["model", "tokens"], lengths) if lengths else "")
 
 
-def _sides(summary: dict[str, Any]) -> str:
+def _sides(summary: SuiteSummary) -> str:
     """Score by the RoPE side of the answer."""
-    rows = [
-        [
-            html.escape(c["subject"]),
-            html.escape(f"{c['suite']}/{c['task']}"),
-            f"{c['length'] or '':}",
-            *_side_cells(c["sides"]),
-        ]
-        for c in summary["cells"]
-        if c["score"] is not None
-    ]
+    rows = []
+    for cell in summary.cells:
+        if cell.sides is not None:
+            place = html.escape(cell.subject), html.escape(f"{cell.suite}/{cell.task}")
+            sides = [_side(cell.sides.get(side)) for side in ("short", "both", "long")]
+            rows.append([*place, str(cell.length or ""), *sides])
     head = ["model", "task", "length", "original RoPE", "both", "rescaled RoPE"]
-    return (
-        f"<details><summary>scores by RoPE side</summary>{table(head, rows)}</details>"
-        if rows
-        else ""
-    )
+    shown = f"<details><summary>scores by RoPE side</summary>{table(head, rows)}</details>"
+    return shown if rows else ""
 
 
-def _side_cells(sides: dict[str, Any]) -> list[str]:
-    """Short, both, long."""
-    return [
-        f"{100 * sides[side]['score']:.1f} ({sides[side]['num_samples']})" if side in sides else ""
-        for side in ("short", "both", "long")
-    ]
+def _side(side: SideScore | None) -> str:
+    return "" if side is None else f"{100 * side.score:.1f} ({side.num_samples})"
 
 
-def _pairs(summary: dict[str, Any]) -> str:
+def _pairs(summary: SuiteSummary) -> str:
     """Paired tests on identical samples."""
-    rows = [
-        [
-            html.escape(f"{p['first']} - {p['second']}"),
-            html.escape(f"{p['suite']}/{p['task']}"),
-            f"{p['length'] or '':}",
-            f"{100 * p['difference']:+.1f} [{100 * p['interval'][0]:+.1f}, {100 * p['interval'][1]:+.1f}]",
-            f"{p['p_value']:.3g}",
-            f"{p['num_better']} / {p['num_worse']} of {p['num_samples']}",
-        ]
-        for p in summary["paired"]
-    ]
+    rows = []
+    for pair in summary.paired:
+        low, high = pair.interval
+        rows.append(
+            [
+                html.escape(f"{pair.first} - {pair.second}"),
+                html.escape(f"{pair.suite}/{pair.task}"),
+                str(pair.length or ""),
+                f"{100 * pair.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{pair.p_value:.3g}",
+                f"{pair.num_better} / {pair.num_worse} of {pair.num_samples}",
+            ]
+        )
     head = ["models", "task", "length", "difference", "p", "better / worse"]
-    title = "paired tests on identical samples (McNemar exact for right and wrong, sign flips for graded scores)"
+    title = (
+        "paired tests on identical samples (McNemar exact for right and wrong, sign flips for "
+        "graded scores)"
+    )
     return f"<details><summary>{title}</summary>{table(head, rows)}</details>" if rows else ""
 
 
-def _calibration(summary: dict[str, Any]) -> str:
+def _calibration(summary: SuiteSummary) -> str:
     """The gate, and what was not measured."""
-    missing: Sequence[str] = [
-        html.escape(f"{c['subject']}, {c['suite']}/{c['task']} {c['length'] or ''}: {c['reason']}")
-        for c in summary["cells"]
-        if c["score"] is None
-    ]
-    lines = (
-        f"<h3>Not measured</h3><ul>{''.join(f'<li>{line}</li>' for line in missing)}</ul>"
-        if missing
-        else ""
-    )
-    rules = summary["calibration"]["rules"]
-    if not rules:
-        return lines + "<p class=note>The base model was not calibrated: no rules were given.</p>"
-    rows = [
-        [
-            html.escape(r["score"]),
-            f"{r['low']:g} to {r['high']:g}",
-            "" if r["found"] is None else f"{r['found']:.2f}",
-            r["state"],
-        ]
-        for r in rules
-    ]
+    lines = ""
+    for cell in summary.cells:
+        if cell.score is None:
+            place = f"{cell.subject}, {cell.suite}/{cell.task} {cell.length or ''}"
+            lines += f"<li>{html.escape(f'{place}: {cell.reason}')}</li>"
+    missing = f"<h3>Not measured</h3><ul>{lines}</ul>" if lines else ""
+    if not summary.calibration.rules:
+        note = "The base model was not calibrated: no rules were given."
+        return f"{missing}<p class=note>{note}</p>"
+    rows = []
+    for rule in summary.calibration.rules:
+        found = "" if rule.found is None else f"{rule.found:.2f}"
+        allowed = f"{rule.low:g} to {rule.high:g}"
+        rows.append([html.escape(rule.score), allowed, found, rule.state])
     head = ["score of the base model", "allowed", "found", ""]
-    return f"{lines}<h3>Calibration</h3>{table(head, rows)}"
+    return f"{missing}<h3>Calibration</h3>{table(head, rows)}"

@@ -1,5 +1,4 @@
-"""``python -m launch.report workspace runs/x tracking.entity=TEAM``: build and save the run's W&B
-workspace.
+"""``python -m launch.report workspace runs/x tracking.entity=TEAM``: the run's W&B workspace.
 
 Logs what a workspace cannot compute by itself, the mix and the needle heat maps, as one more run of
 the group.
@@ -7,7 +6,6 @@ the group.
 
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ def save_workspace(run_folder: Path, run_name: str, tracking: TrackingConfig) ->
     workspace = run_workspace(record, run_name, tracking)
     if resolve_mode(tracking.wandb) is not WandbMode.online:
         raise ConfigError(["W&B is offline here; `wandb login` first, or set WANDB_API_KEY"])
-    log_figures(record, run_name, tracking)
+    _log_figures(record, run_name, tracking)
     return workspace.save().url
 
 
@@ -41,7 +39,7 @@ def run_workspace(record: RunRecord, run_name: str, tracking: TrackingConfig) ->
     """The workspace for what a run folder holds."""
     evaluations = record.folder / PRODUCT_FOLDERS["evaluations"]
     names = {name for line in read_metrics(evaluations) for name in line}
-    return build_workspace(tracking, run_name, list(mix_tokens(record)), evaluated_metrics(names))
+    return build_workspace(tracking, run_name, list(record.mix_tokens), evaluated_metrics(names))
 
 
 def evaluated_metrics(names: set[str]) -> dict[str, dict[str, list[int]]]:
@@ -52,28 +50,17 @@ def evaluated_metrics(names: set[str]) -> dict[str, dict[str, list[int]]]:
     """
     found: dict[str, dict[str, list[int]]] = {}
     for name in sorted(names):
-        parts = name.split("/")
-        is_shown = len(parts) == 4 or (len(parts) == 5 and parts[2] == "average")
-        if is_shown and parts[0] == "eval" and parts[-1].isdigit():
-            found.setdefault("/".join(parts[1:-2]), {}).setdefault(parts[-2], []).append(
-                int(parts[-1])
-            )
-    return {
-        suite: {model: sorted(lengths) for model, lengths in models.items()}
-        for suite, models in found.items()
-    }
+        stage, *suite, model, length = name.split("/") if name.count("/") > 2 else ("", "", "")
+        is_shown = len(suite) == 1 or (len(suite) == 2 and suite[1] == "average")
+        if is_shown and stage == "eval" and length.isdigit():
+            found.setdefault("/".join(suite), {}).setdefault(model, []).append(int(length))
+    for by_model in found.values():
+        for lengths in by_model.values():
+            lengths.sort()
+    return found
 
 
-def mix_tokens(record: RunRecord) -> dict[str, dict[str, int]]:
-    """Source -> window -> tokens of the packed segments; empty before packing."""
-    manifest = record.stages["segments"].manifest
-    tokens = manifest.counts.get("tokens", {}) if manifest else {}
-    return {
-        source: dict(windows) for source, windows in tokens.items() if isinstance(windows, Mapping)
-    }
-
-
-def log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> None:
+def _log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> None:
     """Log the mix and the heat maps as the run's ``report`` stage."""
     import wandb
 
@@ -91,18 +78,14 @@ def log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> N
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         ) as run,
     ):
-        values: dict[str, Any] = {
-            f"{MIX_KEY}/{source}/{window}": count
-            for source, windows in mix_tokens(record).items()
-            for window, count in windows.items()
-        }
+        values: dict[str, Any] = {}
+        for source, windows in record.mix_tokens.items():
+            values |= {f"{MIX_KEY}/{source}/{window}": n for window, n in windows.items()}
         if record.evaluation is not None:
             images = []
-            for subject in record.evaluation["subjects"]:
-                path = Path(folder) / f"{subject['name']}.png"
-                needle_map_figure(record.evaluation["needle"], subject["name"]).savefig(
-                    path, dpi=150
-                )
-                images.append(wandb.Image(str(path), caption=subject["name"]))
+            for name in (subject.name for subject in record.evaluation.subjects):
+                path = Path(folder) / f"{name}.png"
+                needle_map_figure(record.evaluation.needle, name).savefig(path, dpi=150)
+                images.append(wandb.Image(str(path), caption=name))
             values[NEEDLE_MAPS_KEY] = images
         run.log(values)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longrope2.evaluation import scoring
+from longrope2.evaluation import subjects
 from longrope2.files.artifacts import (
     Manifest,
     product_folder,
@@ -34,8 +34,9 @@ SUBJECTS = (
     "evaluation.subjects=[{name: base, rope: {method: none}}, {name: ntk, rope: {method: ntk}}]"
 )
 SMALL = (
-    "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]", "evaluation.needle.samples_per_depth=2",
-    "evaluation.perplexity.num_windows=2", "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
+    "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]",
+    "evaluation.needle.samples_per_depth=2", "evaluation.perplexity.num_windows=2",
+    "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path, model_folder, monkeypatch, capsys):
-    """Run ``python -m launch.<verb> ...`` in this process; returns exit code, standard output, standard error."""
+    """Run ``python -m launch.<verb> ...`` in this process; returns exit code, output, errors."""
 
     def run(verb, *arguments):
         model = ("model=tiny", f"model.path={model_folder}", "target_len=2048")
@@ -148,7 +149,7 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     assert accuracies <= {key for record in metrics for key in record}
     assert NeedleSet.load(folder / "needles" / "256.arrow").length == 256
     before = {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"}
-    monkeypatch.setattr(scoring, "load_to_run", None)  # a second measurement would call it
+    monkeypatch.setattr(subjects, "load_windowed_model", None)  # a second measurement would call it
     assert command("evaluate", SUBJECTS, *SMALL)[0] == 0
     assert {
         name: value for name, value in tree(folder).items() if name != "metrics.jsonl"
@@ -292,8 +293,8 @@ def test_export_refuses_bad_settings_together(command):
     code, _, err = command("export", "export.variants=[dual,dual]", "export.cost_windows=-1")
     assert code == 2 and "2 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
     assert (
-        "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, each once"
-        in err
+        "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, "
+        "each once" in err
     )
 
 

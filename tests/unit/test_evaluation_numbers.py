@@ -22,7 +22,7 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
     ("num_correct", "num_samples"), [(0, 10), (1, 10), (7, 40), (39, 40), (40, 40), (250, 500)]
 )
 def test_wilson_interval_inverts_the_score_test(num_correct, num_samples):
-    """The interval holds exactly the probabilities that a two-sided score test at 5 % does not reject."""
+    """The interval holds exactly the probabilities that a two-sided 5 % score test keeps."""
     share = num_correct / num_samples
     accepted = [
         p / 100_000
@@ -44,7 +44,7 @@ BOS, EOS = 1, 2
 
 
 def documents_of(*num_tokens):
-    """Documents with BOS and EOS whose inner tokens are all different, so that a token tells where it comes from."""
+    """Documents with BOS and EOS whose inner tokens all differ: a token tells where it is from."""
     documents, first = [], 10
     for count in num_tokens:
         documents.append(np.array([BOS, *range(first, first + count - 2), EOS], dtype=np.uint16))
@@ -187,31 +187,30 @@ def random_measurements(seed):
 def test_summary_equals_sums_over_samples(subjects):
     measurements = random_measurements(0)
     summary = summarize(subjects, measurements, "base")
-    assert (summary["original_len"], summary["target_len"]) == (16, 64)
-    assert [row["name"] for row in summary["subjects"]] == ["base", "pi"]
-    rows = {(row["subject"], row["length"]): row for row in summary["needle"]}
+    assert (summary.original_len, summary.target_len) == (16, 64)
+    assert [row.name for row in summary.subjects] == ["base", "pi"]
+    rows = {(row.subject, row.length): row for row in summary.needle}
     for m in (m for m in measurements if m.suite == "needle"):
         row, v = rows[m.subject, m.length], m.values
-        assert row["window"] == (Window.SHORT if m.length == 16 else Window.LONG)
-        assert row["num_correct"] == sum(v["exact"]) and row["accuracy"] == sum(v["exact"]) / 8
-        assert row["perplexity"] == pytest.approx(
-            math.exp(np.sum(v["nll"]) / np.sum(v["num_tokens"]))
-        )
-        for offset, depth_row in enumerate(row["depths"]):
+        assert row.window == (Window.SHORT if m.length == 16 else Window.LONG)
+        assert row.num_correct == sum(v["exact"]) and row.accuracy == sum(v["exact"]) / 8
+        mean = np.sum(v["nll"]) / np.sum(v["num_tokens"])
+        assert row.perplexity == pytest.approx(math.exp(mean))
+        for offset, depth_row in enumerate(row.depths):
             part = slice(offset, None, 2)
-            assert (depth_row["depth"], depth_row["num_samples"]) == (offset / 2, 4)
-            assert depth_row["num_correct"] == sum(v["exact"][part])
+            assert (depth_row.depth, depth_row.num_samples) == (offset / 2, 4)
+            assert depth_row.num_correct == sum(v["exact"][part])
             mean = np.sum(v["nll"][part]) / np.sum(v["num_tokens"][part])
-            assert depth_row["perplexity"] == pytest.approx(math.exp(mean))
-    assert [row["perplexity"] for row in summary["perplexity"]] == [pytest.approx(math.e)] * 4
+            assert depth_row.perplexity == pytest.approx(math.exp(mean))
+    assert [row.perplexity for row in summary.perplexity] == [pytest.approx(math.e)] * 4
     retention = {
         m.subject: math.exp(sum(m.values["nll"]) / 37)
         for m in measurements
         if m.suite == "retention"
     }
-    for row in summary["retention"]:
-        assert row["perplexity"] == pytest.approx(retention[row["subject"]])
-        assert row["ratio"] == pytest.approx(retention[row["subject"]] / retention["base"])
+    for row in summary.retention:
+        assert row.perplexity == pytest.approx(retention[row.subject])
+        assert row.ratio == pytest.approx(retention[row.subject] / retention["base"])
 
 
 def test_metrics_have_the_designed_names():

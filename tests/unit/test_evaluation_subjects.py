@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.config import ModelConfig, RunConfig
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation import scoring as tasks_module
+from longrope2.evaluation import scoring
 from longrope2.evaluation.config import (
     EvaluateRoot,
     EvaluationConfig,
@@ -19,8 +19,8 @@ from longrope2.evaluation.config import (
     evaluated_lengths,
 )
 from longrope2.evaluation.results import ResultsLog
-from longrope2.evaluation.scoring import measure_all, perplexity_task
-from longrope2.evaluation.subjects import resolve_subjects
+from longrope2.evaluation.scoring import measure_all, perplexity_measure
+from longrope2.evaluation.subjects import SubjectModels, resolve_subjects
 from longrope2.files.artifacts import Manifest, product_folder, write_manifest
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import model_identity
@@ -194,7 +194,10 @@ def resolve_one(make_config, base_folder, subject):
 
 def test_missing_factors_are_one_clear_error(make_config, base_folder, tmp_path):
     subject = SubjectConfig("searched", rope=RopeConfig(RopeMethod.searched))
-    expected = r"^evaluation\.subjects\[1\] \(searched\): .*2_factors/factors\.json does not exist; run launch\.search"
+    expected = (
+        r"^evaluation\.subjects\[1\] \(searched\): .*2_factors/factors\.json does not exist; "
+        r"run launch\.search"
+    )
     with pytest.raises(ArtifactError, match=expected):
         resolve_one(make_config, base_folder, subject)
 
@@ -210,7 +213,10 @@ def test_factors_searched_on_another_model_are_refused(make_config, base_folder,
     ):
         resolve_one(make_config, base_folder, subject)
     write_manifest(searched, Manifest("factors", inputs={"model": model_identity(other)}))
-    expected = r"\(searched\): .*factors\.json belongs to another model than model\.path=.*base \(other architecture\)$"
+    expected = (
+        r"\(searched\): .*factors\.json belongs to another model than model\.path=.*base "
+        r"\(other architecture\)$"
+    )
     with pytest.raises(ArtifactError, match=expected):
         resolve_one(make_config, base_folder, subject)
 
@@ -256,23 +262,25 @@ def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, 
     config = make_config(BASE, PI, SubjectConfig("trained", checkpoint=str(trained)))
     rng = np.random.default_rng(0)
     texts = [[rng.integers(61, size=length - 1) for _ in range(3)] for length in (16, 64)]
-    tasks = [
-        perplexity_task(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64)
+    measures = [
+        perplexity_measure(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64)
         for windows in texts
     ]
     measured = []
-    original = tasks_module.score_windows
+    original = scoring.score_windows
 
     def counted(model, windows, **options):
         measured.append(len(windows[0]) + 1)
         return original(model, windows, **options)
 
-    monkeypatch.setattr(tasks_module, "score_windows", counted)
+    monkeypatch.setattr(scoring, "score_windows", counted)
     path = tmp_path / "results.jsonl"
 
     def measure():
         measured.clear()
-        return list(measure_all(resolve_subjects(config, base_folder), tasks, ResultsLog(path)))
+        models = SubjectModels(torch.device("cpu"), torch.float32)
+        subjects = resolve_subjects(config, base_folder)
+        return list(measure_all(subjects, measures, ResultsLog(path), models))
 
     first = measure()
     assert measured == [16, 64, 64, 16, 64]  # base, pi (long only), trained

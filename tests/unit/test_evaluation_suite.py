@@ -1,4 +1,4 @@
-"""``python -m launch.evaluate suite=...`` on the miniature: shards, resuming, the gate, faults of the settings."""
+"""``python -m launch.evaluate suite=...`` on the miniature: shards, resuming, the gate, faults."""
 
 import json
 import runpy
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longrope2.evaluation import answering
+from longrope2.evaluation import answering, subjects
 from longrope2.evaluation.config import CalibrationConfig, CalibrationRule, calibration_faults
 from longrope2.evaluation.results import read_answers
 from longrope2.files.artifacts import read_manifest
@@ -69,7 +69,7 @@ def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monke
     assert all(set(c["sides"]) == {"long"} and c["score"] is not None for c in summary["cells"])
     assert summary["calibration"] == {"passed": True, "rules": []} and len(summary["paired"]) == 2
     assert read_manifest(folder, "evaluations").counts["num_subjects"] == 2
-    monkeypatch.setattr(answering, "load_windowed_model", None)  # another answer would call it
+    monkeypatch.setattr(subjects, "load_windowed_model", None)  # another answer would call it
     code, _, err = evaluate()
     assert code == 0, err
     assert json.loads((folder / "suite.json").read_text()) == summary
@@ -90,7 +90,7 @@ def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(
 
         return generate
 
-    monkeypatch.setattr("longrope2.evaluation.run.make_decoder", short_of_memory)
+    monkeypatch.setattr(answering, "make_decoder", short_of_memory)
     folder = tmp_path / "r" / "4_evaluations"
     code, out, err = evaluate("evaluation.shard=2/2")
     assert code == 0, err
@@ -111,8 +111,8 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
     code, _, err = evaluate(rule)
     assert code == 2 and err.count("error: ") == 1
     assert (
-        "does not reproduce its known scores: needle_map/needle_map/1024 is 0.00, expected 50 to 100"
-        in err
+        "does not reproduce its known scores: needle_map/needle_map/1024 is 0.00, "
+        "expected 50 to 100" in err
     )
     folder = tmp_path / "r" / "4_evaluations"
     assert {answer.subject for answer in read_answers(folder / "answers").values()} == {"base"}
@@ -148,7 +148,8 @@ def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_pa
         ),
         (
             ("calibration.rules=[{score: ruler/niah_single1/4096, low: 5}]",),
-            "calibration.rules[0]: no suite gives a score 'ruler/niah_single1/4096'; write lm_eval/TASK, or SUITE/TASK/",
+            "calibration.rules[0]: no suite gives a score 'ruler/niah_single1/4096'; "
+            "write lm_eval/TASK, or SUITE/TASK/",
         ),
         (("calibration.rules=[{score: ruler/vt, low: 5}]",), "no suite gives a score 'ruler/vt'"),
         (

@@ -1,10 +1,11 @@
-"""The runner of generation tasks on a small model on disk: shards, resuming, kills, memory, RoPE sides."""
+"""The runner of generation tasks on a small model: shards, resuming, kills, memory, sides."""
 
 import os
 import random
 import signal
 import time
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +15,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.evaluation.answering import (
     NotMeasured,
-    answer_questions,
+    answer_requests,
     answer_windows,
     batches_of,
     make_decoder,
-    plan_questions,
-    shard_questions,
+    plan_requests,
+    shard_requests,
 )
 from longrope2.evaluation.results import AnswersLog, Shard, read_answers
 from longrope2.evaluation.samples import GenerationTask, Sample
-from longrope2.evaluation.subjects import Subject
-from longrope2.evaluation.summary import average_rows, effective_length, paired_rows, score_cells
+from longrope2.evaluation.schema import Average
+from longrope2.evaluation.subjects import Subject, SubjectModels
+from longrope2.evaluation.summary import average_cells, effective_length, paired_rows, score_cells
 from longrope2.model.folder import weights_sha256
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.frequencies import RopeGeometry
@@ -32,7 +34,6 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ORIGINAL_LEN, TARGET_LEN, VOCABULARY, STOP = 16, 64, 61, 7
 GEOMETRY = RopeGeometry(rotary_dim=16, rope_base=10_000.0, original_len=ORIGINAL_LEN)
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "stop_ids": {STOP}}
 ASKED = {"dtype": torch.float32, "stop_ids": {STOP}}
 
 
@@ -87,16 +88,17 @@ def tasks():
 
 def answer_all(folder, subjects, tasks, shard=None, batch_tokens=1, generate=None):
     shard = shard or Shard()
-    questions = shard_questions(plan_questions(subjects, tasks, **ASKED), shard)
+    requests = shard_requests(plan_requests(subjects, tasks, **ASKED), shard)
     with AnswersLog(folder, shard) as log:
         return list(
-            answer_questions(
-                questions,
+            answer_requests(
+                requests,
                 log,
                 NumberTokenizer(),
+                SubjectModels(torch.device("cpu"), torch.float32),
+                stop_ids={STOP},
                 batch_tokens=batch_tokens,
                 generate=generate or make_decoder(1, 8),
-                **CPU,
             )
         )
 
@@ -110,7 +112,7 @@ def known(folder):
 
 @pytest.fixture(scope="module")
 def expected(subjects, tasks, tmp_path_factory):
-    """One process, one question at a time."""
+    """One process, one request at a time."""
     folder = tmp_path_factory.mktemp("expected")
     answer_all(folder, subjects, tasks)
     return known(folder)
@@ -119,30 +121,30 @@ def expected(subjects, tasks, tmp_path_factory):
 def test_answers_are_those_of_plain_greedy_decoding_in_the_right_window(
     subjects, tasks, expected, tmp_path
 ):
-    """Reference: the whole sequence read anew for every token, with the window its length asks for."""
-    for question in plan_questions(subjects, tasks, **ASKED):
-        model = load_windowed_model(question.subject.folder, question.subject.factors).eval()
-        ids, sides = question.sample.prompt_T.tolist(), []
-        for _ in range(question.sample.max_new_tokens):
+    """Reference: the whole sequence read anew for every token, in the window of its length."""
+    for request in plan_requests(subjects, tasks, **ASKED):
+        model = load_windowed_model(request.subject.folder, request.subject.factors).eval()
+        ids, sides = request.sample.prompt_T.tolist(), []
+        for _ in range(request.sample.max_new_tokens):
             window = "short" if len(ids) <= ORIGINAL_LEN else "long"
             sides.append(window)
             with torch.no_grad():
                 ids.append(int(model.logits(torch.tensor([ids]), window)[0, -1].argmax()))
             if ids[-1] == STOP:
                 break
-        found, num_short, num_long, _ = expected[question.key]
-        assert list(found) == ids[len(question.sample.prompt_T) :]
+        found, num_short, num_long, _ = expected[request.key]
+        assert list(found) == ids[len(request.sample.prompt_T) :]
         assert (num_short, num_long) == (sides.count("short"), sides.count("long"))
 
 
 def test_subjects_share_the_answers_that_only_the_original_rope_is_asked_for(
     subjects, tasks, expected
 ):
-    """A prompt of 11 with 6 new tokens reads 16 at most, which is still short; one of 12 may read 17."""
-    questions = plan_questions(subjects, tasks, **ASKED)
-    own = [q for q in questions if q.subject.name == "ntk"]
-    assert len(questions) == len(expected) == 11 + 7
-    assert sorted(len(q.sample.prompt_T) for q in own) == [14, 16, 17, 30, 33, 40, 58]
+    """A prompt of 11 with 6 new tokens reads 16 at most, still short; one of 12 may read 17."""
+    requests = plan_requests(subjects, tasks, **ASKED)
+    own = [r for r in requests if r.subject.name == "ntk"]
+    assert len(requests) == len(expected) == 11 + 7
+    assert sorted(len(r.sample.prompt_T) for r in own) == [14, 16, 17, 30, 33, 40, 58]
 
 
 def test_windows_switch_after_the_original_length():
@@ -228,7 +230,7 @@ def test_a_shard_splits_among_ranks():
 def test_out_of_memory_gives_up_one_task_and_loses_nothing(
     subjects, tasks, expected, tmp_path, error
 ):
-    """A batch too large is split; a question too large ends its task at that length, for that subject alone."""
+    """A batch too large is split; a request too large ends its task there for its subject."""
 
     def generate(model, samples, stop_ids):
         if sum(len(sample.prompt_T) for sample in samples) > 50:
@@ -242,17 +244,15 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(
         ("ntk", "c", 64),
     ]
     assert str(lost[0]) == (
-        "ruler/c at 64 tokens, none: not measured, out of memory on cpu with one sequence of 64 tokens"
+        "ruler/c at 64 tokens, none: not measured, out of memory on cpu with one sequence of "
+        "64 tokens"
     )
     found = known(tmp_path)
     assert found == {key: expected[key] for key in found} and len(found) == len(expected) - 8
     with AnswersLog(tmp_path, Shard()) as log:
         cells = score_cells(subjects, tasks, log, lost, **ASKED)
-    assert [(c["subject"], c["task"]) for c in cells if c["score"] is None] == [
-        ("none", "c"),
-        ("ntk", "c"),
-    ]
-    assert cells[2]["reason"].startswith("out of memory on cpu") and cells[2]["num_missing"] == 4
+    assert [(c.subject, c.task) for c in cells if c.score is None] == [("none", "c"), ("ntk", "c")]
+    assert cells[2].reason.startswith("out of memory on cpu") and cells[2].num_missing == 4
     assert answer_all(tmp_path, subjects, tasks) and known(tmp_path) == expected
 
 
@@ -264,7 +264,7 @@ def test_another_fault_of_the_model_is_not_taken_for_memory(subjects, tasks, tmp
         answer_all(tmp_path, subjects, tasks, generate=generate)
 
 
-def test_questions_are_put_in_order_without_a_copy_of_every_prompt(subjects):
+def test_requests_are_put_in_order_without_a_copy_of_every_prompt(subjects):
     """The long suites ask 6,500 prompts of 131,072 tokens."""
     num_tokens, names = 90_000, [f"task {n:02d}" for n in reversed(range(12))]
     tasks = [
@@ -281,21 +281,21 @@ def test_questions_are_put_in_order_without_a_copy_of_every_prompt(subjects):
         for name in names
     ]
     tracemalloc.start()
-    questions = plan_questions(subjects[:1], tasks, **ASKED)
+    requests = plan_requests(subjects[:1], tasks, **ASKED)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 * 4 * num_tokens
-    assert [q.task.name for q in questions] == [name for name in sorted(names) for _ in range(3)]
-    assert [int(q.sample.prompt_T[0]) for q in questions] == [1, 2, 3] * len(names)
+    assert [r.task.name for r in requests] == [name for name in sorted(names) for _ in range(3)]
+    assert [int(r.sample.prompt_T[0]) for r in requests] == [1, 2, 3] * len(names)
 
 
 def test_batches_hold_one_task_and_fit(subjects, tasks):
-    questions = plan_questions(subjects, tasks, **ASKED)
-    batches = batches_of(questions, 60)
-    assert [q for batch in batches for q in batch] == questions
+    requests = plan_requests(subjects, tasks, **ASKED)
+    batches = batches_of(requests, 60)
+    assert [r for batch in batches for r in batch] == requests
     for batch in batches:
-        assert len({(q.subject.name, q.task.name) for q in batch}) == 1
-        assert len(batch) == 1 or len(batch) * max(q.num_tokens for q in batch) <= 60
+        assert len({(r.subject.name, r.task.name) for r in batch}) == 1
+        assert len(batch) == 1 or len(batch) * max(r.num_tokens for r in batch) <= 60
     assert any(len(batch) > 1 for batch in batches)
 
 
@@ -307,33 +307,23 @@ def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expe
     answer_all(tmp_path, subjects, by_length_of_text)
     with AnswersLog(tmp_path, Shard()) as log:
         cells = score_cells(subjects, by_length_of_text, log, [], **ASKED)
-    by_place = {(c["subject"], c["task"]): c for c in cells}
-    across = by_place["ntk", "b"]
-    assert {side: row["num_samples"] for side, row in across["sides"].items()} == {
-        "short": 1,
-        "both": 2,
-        "long": 1,
-    }
-    assert by_place["none", "c"]["sides"].keys() == {"long"}
-    assert across["score"] == sum(across["scores"]) / 4 and across["first_100"] == across["score"]
-    (row,) = [
-        r for r in average_rows([by_place["ntk", "c"] | {"length": 9}, across | {"length": 9}])
-    ]
-    assert (
-        row["score"] == (by_place["ntk", "c"]["score"] + across["score"]) / 2
-        and row["num_tasks"] == 2
-    )
+    by_place = {(c.subject, c.task): c for c in cells}
+    across, beyond = by_place["ntk", "b"], by_place["ntk", "c"]
+    sides = {side: row.num_samples for side, row in across.sides.items()}
+    assert sides == {"short": 1, "both": 2, "long": 1}
+    assert by_place["none", "c"].sides.keys() == {"long"}
+    assert across.score == sum(across.scores) / 4 and across.first_100 == across.score
+    (row,) = average_cells([replace(beyond, length=9), replace(across, length=9)])
+    assert row.score == (beyond.score + across.score) / 2 and row.num_tasks == 2
     pairs = paired_rows(cells)
-    assert [(p["first"], p["second"], p["task"]) for p in pairs] == [
-        ("ntk", "none", name) for name in "abc"
-    ]
-    assert pairs[0]["difference"] == 0 and pairs[0]["p_value"] == 1
-    assert pairs[2]["difference"] == by_place["ntk", "c"]["score"] - by_place["none", "c"]["score"]
+    assert [(p.first, p.second, p.task) for p in pairs] == [("ntk", "none", name) for name in "abc"]
+    assert pairs[0].difference == 0 and pairs[0].p_value == 1
+    assert pairs[2].difference == beyond.score - by_place["none", "c"].score
     # A base model that was not asked, beyond its window say, leaves the others to be compared with
     # each other.
-    third = [by_place["ntk", task] | {"subject": "pi"} for task in "bc"]
-    asked = [cell for cell in cells if (cell["subject"], cell["task"]) != ("none", "c")]
-    found = [(p["first"], p["second"], p["task"]) for p in paired_rows([*asked, *third], "none")]
+    third = [replace(by_place["ntk", task], subject="pi") for task in "bc"]
+    asked = [cell for cell in cells if (cell.subject, cell.task) != ("none", "c")]
+    found = [(p.first, p.second, p.task) for p in paired_rows([*asked, *third], "none")]
     assert found == [
         ("ntk", "none", "a"),
         ("ntk", "none", "b"),
@@ -344,7 +334,7 @@ def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expe
 
 def test_effective_length_ends_at_the_first_gap():
     def row(length, score):
-        return {"subject": "s", "suite": "ruler", "length": length, "score": score}
+        return Average("s", "ruler", length, 13, score)
 
     assert effective_length([row(4096, 0.9), row(8192, 0.857), row(16384, 0.856)], "s") == 8192
     assert effective_length([row(4096, 0.9), row(8192, None), row(16384, 0.9)], "s") == 4096

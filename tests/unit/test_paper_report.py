@@ -1,15 +1,30 @@
-"""Paired tests against scipy, the paper's values against their printed means, tables and verdicts, the gate."""
+"""Paired tests against scipy, the paper's values and their means, tables, verdicts, the gate."""
 
 import json
 import math
 import re
+from dataclasses import replace
 from statistics import harmonic_mean
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from longrope2.errors import ArtifactError
 from longrope2.evaluation.config import CalibrationConfig, CalibrationRule
+from longrope2.evaluation.schema import (
+    Average,
+    Calibration,
+    CalibrationRow,
+    Cell,
+    KeptRow,
+    PairedRow,
+    SideScore,
+    SuiteSubject,
+    SuiteSummary,
+    read_summary,
+    write_summary,
+)
 from longrope2.evaluation.statistics import (
     bootstrap_interval,
     macro_interval,
@@ -122,42 +137,47 @@ def test_verdict_weighs_both_sides_errors():
 
 def cell(subject, suite, task, length, score, num=100, **more):
     right = round(score * num)
-    scores = [1.0] * right + [0.0] * (num - right)
-    return {
-        "subject": subject,
-        "suite": suite,
-        "task": task,
-        "length": length,
-        "num_samples": num,
-        "score": right / num,
-        "interval": list(wilson_interval(right, num)),
-        "first_100": right / num,
-        "scores": scores,
-        "samples": [str(i) for i in range(num)],
-        "sides": {},
-    } | more
+    interval = wilson_interval(right, num)
+    found = Cell(
+        subject=subject,
+        suite=suite,
+        task=task,
+        length=length,
+        num_samples=num,
+        score=right / num,
+        interval=interval,
+        first_100=right / num,
+        sides={"long": SideScore(num, right / num, interval)},
+        scores=(1.0,) * right + (0.0,) * (num - right),
+        samples=tuple(map(str, range(num))),
+    )
+    return replace(found, **more)
+
+
+def unscored(subject, suite, task, length, reason):
+    place = (subject, suite, task, length, 500)
+    return Cell(*place, score=None, num_missing=3, reason=reason)
 
 
 def make_summary(cells, **changes):
-    subjects = [
-        {"name": "base", "trained": False, "method": "none"},
-        {"name": "extended", "trained": True, "method": "longrope2"},
-        {"name": "untrained", "trained": False, "method": "longrope2"},
-    ]
-    averages = [{"subject": "extended", "suite": "ruler", "length": 131072, "score": 0.82}]
-    return {
-        "model": "llama3_8b",
-        "original_len": 8192,
-        "target_len": 131072,
-        "reference": "base",
-        "subjects": subjects,
-        "calibration": {"passed": True, "rules": []},
-        "cells": cells,
-        "averages": averages,
-        "effective_length": {"extended": None},
-        "retention": [],
-        "paired": [],
-    } | changes
+    summary = SuiteSummary(
+        model="llama3_8b",
+        original_len=8192,
+        target_len=131072,
+        reference="base",
+        subjects=(
+            SuiteSubject("base", False, "none", {}),
+            SuiteSubject("extended", True, "longrope2", {}),
+            SuiteSubject("untrained", False, "longrope2", {}),
+        ),
+        calibration=Calibration(True, ()),
+        cells=tuple(cells),
+        averages=(Average("extended", "ruler", 131072, 13, 0.82),),
+        effective_length={"extended": None},
+        retention=(),
+        paired=(),
+    )
+    return replace(summary, **changes)
 
 
 def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
@@ -167,29 +187,9 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
         cell("base", "lm_eval", "hellaswag", 0, 0.82, 10042),
         cell("extended", "lm_eval", "hellaswag", 0, 0.7, 10042),
     ]
-    kv = {
-        "subject": "extended",
-        "suite": "infinitebench",
-        "task": "kv_retrieval",
-        "length": 131072,
-        "num_samples": 500,
-        "score": None,
-        "num_missing": 3,
-        "reason": "out of memory on cuda",
-    }
-    loft = [
-        cell(
-            "extended",
-            "loft",
-            "nq",
-            131072,
-            0.94,
-            sides={
-                "short": {"score": 1.0, "num_samples": 2},
-                "long": {"score": 0.9, "num_samples": 98},
-            },
-        )
-    ]
+    kv = unscored("extended", "infinitebench", "kv_retrieval", 131072, "out of memory on cuda")
+    sides = {"short": SideScore(2, 1.0, (0, 1)), "long": SideScore(98, 0.9, (0, 1))}
+    loft = [cell("extended", "loft", "nq", 131072, 0.94, sides=sides)]
     summary = make_summary([*ruler, *short, kv, *loft])
     averages, long_tasks, short_table, by_task, _ = paper_tables(summary)
     rows = dict(averages.rows)
@@ -228,13 +228,13 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
 
 
 def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
-    """Five short tasks rest on 39,452 questions, so 3 points below the paper's 55.7 are no chance; for 100 each they are."""
+    """On 39,452 questions 3 points below the paper's 55.7 are no chance; on 100 a task they are."""
     shares = dict(zip(paper.SHORT_COLUMNS, (0.62, 0.316, 0.787, 0.432, 0.478), strict=True))
     cells = [
         cell("extended", "lm_eval", task, 0, share, paper.NUM_SAMPLES[task])
         for task, share in shares.items()
     ]
-    (table,) = paper_tables(make_summary(cells, averages=[]))
+    (table,) = paper_tables(make_summary(cells, averages=()))
     mean = dict(table.rows)["extended"][0]
     assert (mean.paper, mean.verdict) == (55.7, "below") and mean.ours == pytest.approx(
         52.7, abs=0.05
@@ -258,11 +258,11 @@ def test_the_needle_map_is_summed_up_by_length():
     cells.append(cell("extended", "needle_map", "needle_map", 8192, 1.0, 10))
     summary = make_summary(
         cells,
-        averages=[],
-        retention=[
-            {"subject": "extended", "suite": "needle_map", "num_tasks": 1, "ratio": 1.25},
-            {"subject": "untrained", "suite": "needle_map", "num_tasks": 2, "ratio": 0.5},
-        ],
+        averages=(),
+        retention=(
+            KeptRow("extended", "needle_map", 1, 1.25),
+            KeptRow("untrained", "needle_map", 2, 0.5),
+        ),
     )
     low, high = (100 * end for end in wilson_interval(8, 10))
     lines = paper_text(summary).splitlines()
@@ -286,49 +286,36 @@ def test_the_first_100_samples_are_shown_beside_more():
 
 def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
     """Numbers are read back out of the HTML's own tables."""
-    facts = [
+    facts = tuple(
         {"requested_depth": depth, "depth": depth + 0.01} for depth in (0.0, 1.0) for _ in range(50)
-    ]
-    needle = cell("extended", "needle_map", "needle_map", 8192, 0.5, facts=facts)
-    lost = {
-        "subject": "extended",
-        "suite": "ruler",
-        "task": "vt",
-        "length": 8192,
-        "num_samples": 1,
-        "score": None,
-        "num_missing": 1,
-        "reason": "out of memory",
-    }
-    pair = {
-        "first": "extended",
-        "second": "base",
-        "suite": "ruler",
-        "task": "cwe",
-        "length": 131072,
-        "difference": 0.125,
-        "interval": [-0.01, 0.26],
-        "p_value": 0.0625,
-        "num_better": 5,
-        "num_worse": 1,
-        "num_samples": 32,
-    }
-    rules = [{"score": "lm_eval/mmlu", "low": 64, "high": 68, "found": 55.25, "state": "broken"}]
-    kept = [{"subject": "extended", "suite": "lm_eval", "num_tasks": 5, "ratio": 0.986}]
+    )
+    pair = PairedRow(
+        suite="ruler",
+        task="cwe",
+        length=131072,
+        first="extended",
+        second="base",
+        num_samples=32,
+        difference=0.125,
+        interval=(-0.01, 0.26),
+        p_value=0.0625,
+        method="mcnemar",
+        num_better=5,
+        num_worse=1,
+    )
+    rule = CalibrationRow("lm_eval/mmlu", 64, 68, 55.25, "broken")
     summary = make_summary(
         [
-            needle,
-            lost,
+            cell("extended", "needle_map", "needle_map", 8192, 0.5, facts=facts),
+            unscored("extended", "ruler", "vt", 8192, "out of memory"),
             cell("extended", "ruler", "cwe", 131072, 0.1),
             cell("extended", "lm_eval", "<script>", 0, 0.5),
         ],
-        paired=[pair, pair | {"suite": "lm_eval", "task": "<script>"}],
-        retention=kept,
-        calibration={"passed": False, "rules": rules},
+        paired=(pair, replace(pair, suite="lm_eval", task="<script>")),
+        retention=(KeptRow("extended", "lm_eval", 5, 0.986),),
+        calibration=Calibration(False, (rule,)),
     )
-    folder = tmp_path / "run" / "4_evaluations"
-    folder.mkdir(parents=True)
-    (folder / "suite.json").write_text(json.dumps(summary))
+    write_summary(tmp_path / "run" / "4_evaluations", summary)
     text = write_report(tmp_path / "run").read_text()
     heat = re.findall(r"<tr><th>(\d+) %</th><td [^>]*>(\d+)</td></tr>", text)
     assert heat == [("0", "100"), ("100", "0")] and "realised depths 1.0, 1.0, 1.0 %" in text
@@ -364,17 +351,51 @@ def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
         cell("extended", "lm_eval", "hellaswag", 0, 0.1, 1000),
     ]
     rows = calibration_rows(config, cells, "base")
-    assert [row["state"] for row in rows] == [
-        "passed",
-        "not in this suite",
-        "not in this suite",
-    ] and passed(config, rows)
-    average = {"subject": "base", "suite": "ruler", "length": 4096, "score": 0.5}
+    states = [row.state for row in rows]
+    assert states == ["passed", "not in this suite", "not in this suite"] and passed(config, rows)
+    average = Average("base", "ruler", 4096, 1, 0.5)
     rows = calibration_rows(
-        config, [*cells, average, cell("base", "ruler", "vt", 4096, 0.5) | {"score": None}], "base"
+        config, [*cells, average, unscored("base", "ruler", "vt", 4096, "lost")], "base"
     )
-    assert [row["state"] for row in rows] == ["passed", "broken", "not measured"] and not passed(
-        config, rows
-    )
+    assert [row.state for row in rows] == ["passed", "broken", "not measured"]
+    assert not passed(config, rows)
     config.required = False
     assert passed(config, rows)
+
+
+def test_a_suite_file_holds_what_is_known_in_order_and_reads_back(tmp_path):
+    lost = unscored("extended", "ruler", "vt", 4096, "out of memory")
+    kept = cell("extended", "lm_eval", "mmlu", 0, 0.5, first_100=None)
+    summary = make_summary([kept, lost, cell("base", "ruler", "vt", 4096, 0.0, facts=({},) * 100)])
+    write_summary(tmp_path, summary)
+    assert read_summary(SuiteSummary, tmp_path) == summary
+    plain = json.loads((tmp_path / "suite.json").read_text())
+    short, missing, ruler = (list(row) for row in plain["cells"])
+    place = ["subject", "suite", "task", "length", "num_samples", "score"]
+    assert missing == [*place, "num_missing", "reason"] and plain["cells"][1]["score"] is None
+    assert short == [*place, "interval", "sides", "scores", "samples"]
+    assert ruler == [*place, "interval", "first_100", "sides", "scores", "samples", "facts"]
+    assert list(plain["averages"][0]) == ["subject", "suite", "length", "num_tasks", "score"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row: row.pop("length"),
+            r"suite\.json is damaged \(cells\.0\.length: Field required\)",
+        ),
+        (
+            lambda row: row.update(score="high"),
+            r"\(cells\.0\.score: Input should be a valid number\)",
+        ),
+        (lambda row: row.pop("interval"), r"\(cells\.0: .* score needs interval, sides and scores"),
+    ],
+)
+def test_a_wrong_or_missing_field_of_a_suite_file_is_named(tmp_path, change, message):
+    write_summary(tmp_path, make_summary([cell("base", "ruler", "vt", 4096, 0.5)]))
+    plain = json.loads((tmp_path / "suite.json").read_text())
+    change(plain["cells"][0])
+    (tmp_path / "suite.json").write_text(json.dumps(plain))
+    with pytest.raises(ArtifactError, match=message):
+        read_summary(SuiteSummary, tmp_path)

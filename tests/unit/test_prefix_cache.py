@@ -1,4 +1,4 @@
-"""Reading a common beginning of prompts once gives, bit for bit, what reading it every time gives."""
+"""Reading a common beginning of prompts once gives, bit for bit, what reading it anew gives."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The report of synthetic runs: every figure and number in it, what is missing, and what it says about limits."""
+"""The report of synthetic runs: every figure and number, what is missing, and its limits."""
 
 import base64
 import json
@@ -18,13 +18,14 @@ from longrope2.report import page as report_module
 from longrope2.report.data import load_run
 from longrope2.report.page import write_report
 from longrope2.report.plots import (
+    Scale,
     factors_figure,
     lengths_figure,
-    losses_figure,
     mix_figure,
     search_figure,
     series_figure,
 )
+from longrope2.report.training import SERIES
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
@@ -77,6 +78,8 @@ def evaluation_summary():
                 "trained": name.endswith("trained"),
                 "method": "m",
                 "critical_index": None,
+                "factors": [1.0, 2.0],
+                "long_attention_scale": 1.0,
                 "source": {"checkpoint": {"path": "runs/elsewhere/3_checkpoints/final"}},
             }
             for name in SUBJECTS
@@ -262,8 +265,8 @@ def test_report_states_its_limits(full_run):
     assert "untrained models (pi, yarn<b>) are the base model by construction" in text
     assert "(seeds 11 and 7001)" in text
     assert (
-        "Trained in other runs, whose configuration stands there: longrope2-trained (runs/elsewhere/"
-        in text
+        "Trained in other runs, whose configuration stands there: longrope2-trained "
+        "(runs/elsewhere/" in text
     )
 
 
@@ -388,16 +391,18 @@ def test_search_figure_shows_progress_and_levels_in_reach():
     assert {label for label in lines if ":" in label} == {"pi: 50", "ntk: 30"}
 
 
-def test_losses_figure_has_a_line_per_window():
-    lines = lines_of(losses_figure(training_records()))
+def test_losses_have_a_line_per_window():
+    keys, label, scale, _ = SERIES[0]
+    lines = lines_of(series_figure(training_records(), keys, label, scale))
     assert lines["short window"] == pytest.approx([3.9, 3.7, 3.5, 3.3])
     assert lines["long window"] == pytest.approx([3.8, 3.6, 3.4, 3.2])
-    assert set(lines_of(losses_figure(training_records()[:1]))) == {"short window"}
+    first = series_figure(training_records()[:1], keys, label, scale)
+    assert set(lines_of(first)) == {"short window"}
 
 
 def test_lengths_figure_has_a_line_per_subject():
-    rows = evaluation_summary()["needle"]
-    lines = lines_of(lengths_figure(rows, SUBJECTS, "accuracy", "needles retrieved"))
+    values = {name: dict(zip(LENGTHS, ACCURACIES[name], strict=True)) for name in SUBJECTS}
+    lines = lines_of(lengths_figure(values, "needles retrieved", is_share=True))
     assert lines == {name: list(ACCURACIES[name]) for name in SUBJECTS}
 
 
@@ -405,11 +410,8 @@ def test_lengths_figure_has_a_line_per_subject():
     "perplexities", [(1.001, 1.002, 1.004), (2.0, 30.0, 900.0), (20.0, 3e5, 1.6e8)]
 )
 def test_every_range_of_perplexities_has_labelled_ticks(perplexities):
-    rows = [
-        {"subject": "a", "length": n, "perplexity": p}
-        for n, p in zip(LENGTHS, perplexities, strict=True)
-    ]
-    figure = lengths_figure(rows, ["a"], "perplexity", "text perplexity")
+    values = {"a": dict(zip(LENGTHS, perplexities, strict=True))}
+    figure = lengths_figure(values, "text perplexity", is_share=False)
     figure.draw_without_rendering()
     axis = figure.axes[0].yaxis
     low, high = figure.axes[0].get_ylim()
@@ -424,9 +426,9 @@ def test_series_figure_draws_what_was_recorded():
         {"train/tokens": 10 * step, "a": step, **({"b": 2 * step} if step > 1 else {})}
         for step in (1, 2, 3)
     ]
-    lines = lines_of(series_figure(records, {"a": "first", "b": "second"}, "things"))
+    lines = lines_of(series_figure(records, {"a": "first", "b": "second"}, "things", Scale.log))
     assert lines == {"first": [1, 2, 3], "second": [4, 6]}
-    assert series_figure(records, {"c": "none"}, "things") is None
+    assert series_figure(records, {"c": "none"}, "things", Scale.log) is None
 
 
 def test_mix_figure_shows_tokens_by_source_and_window():

@@ -1,4 +1,4 @@
-"""The report in a real browser: no error, every figure drawn, nothing wider than a desktop's or a telephone's page."""
+"""The report in a real browser: no error, every figure drawn, nothing wider than the page."""
 
 import functools
 import http.server
@@ -34,8 +34,10 @@ function measure(frame) {
   const images = [...page.images];
   return {
     width: seen.innerWidth, scroll: page.documentElement.scrollWidth, images: images.length,
-    blank: images.filter(i => !i.complete || !i.naturalWidth || i.clientHeight < 60).map(i => i.alt),
-    outside: images.filter(i => i.getBoundingClientRect().right > seen.innerWidth + 1).map(i => i.alt),
+    blank: images.filter(i => !i.complete || !i.naturalWidth || i.clientHeight < 60)
+      .map(i => i.alt),
+    outside: images.filter(i => i.getBoundingClientRect().right > seen.innerWidth + 1)
+      .map(i => i.alt),
     letters: Math.min(...[...page.querySelectorAll('p, td, th, li, h1, h2, code')]
       .filter(e => e.offsetParent).map(e => parseFloat(seen.getComputedStyle(e).fontSize))),
     scripts: page.scripts.length, sections: page.querySelectorAll('section').length,
@@ -46,7 +48,8 @@ for (const width of widths) {
   frame.style = `width:${width}px;height:800px;border:0`;
   frame.onload = () => {
     found[width] = measure(frame);
-    if (Object.keys(found).length === widths.length) document.getElementById('out').textContent = JSON.stringify(found);
+    if (Object.keys(found).length === widths.length)
+      document.getElementById('out').textContent = JSON.stringify(found);
   };
   frame.src = 'report.html';
   document.body.append(frame);

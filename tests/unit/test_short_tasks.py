@@ -1,4 +1,4 @@
-"""Short tasks through lm-eval: our model in the harness, with local tasks. Needs the extra ``lm-eval``."""
+"""Short tasks through lm-eval: our model in the harness, with local tasks."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longrope2.errors import ConfigError, DataError
-from longrope2.evaluation import config
+from longrope2.evaluation import config, subjects
 from longrope2.evaluation.config import (
     ShortTaskConfig,
     ShortTasksConfig,
@@ -17,8 +17,8 @@ from longrope2.evaluation.config import (
     short_task_faults,
 )
 from longrope2.evaluation.results import ResultsLog
-from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_rows
-from longrope2.evaluation.subjects import Subject
+from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
+from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.inference.generation import generate_tokens
 from longrope2.model.folder import weights_sha256
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
@@ -96,7 +96,7 @@ def alone(model, tokenizer, context, continuation):
 
 @torch.inference_mode()
 def test_padding_and_batch_mates_change_no_log_probability(model, tokenizer):
-    """Rows just below, at and above L0 in one request: a batch padded by its longest row must not move a short one."""
+    """Rows below, at and above L0 in one request: padding by a longer row moves no short one."""
     text = "value = value + 1\n" * 60
     borders = [
         place for place, letter in enumerate(text) if letter == " " and place > 20
@@ -198,10 +198,12 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(
     )
     results = ResultsLog(task_folder / "results.jsonl")
 
-    def measure(load):
-        return list(measure_short_tasks(config, [subject], results, tokenizer, load, torch.float32))
+    def measure():
+        models = SubjectModels(torch.device("cpu"), torch.float32)
+        found = measure_short_tasks(config, [subject], results, tokenizer, models)
+        return [short_task_cell(measurement) for measurement in found]
 
-    (row,) = short_task_rows(measure(lambda s: model))
+    (cell,) = measure()
     with torch.inference_mode():
         scores = [
             [alone(model, tokenizer, item["q"], c) for c in item["choices"]] for item in QUESTIONS
@@ -210,19 +212,19 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(
         float(max(range(2), key=lambda i: row[i][1]) == item["gold"])
         for row, item in zip(scores, QUESTIONS, strict=True)
     ]
-    assert row["scores"] == right and row["score"] == pytest.approx(sum(right) / 3)
+    assert list(cell.scores) == right and cell.score == pytest.approx(sum(right) / 3)
     sides = ["short" if max(n for n, _ in row) <= ORIGINAL_LEN else "long" for row in scores]
-    assert {side: part["num_samples"] for side, part in row["sides"].items()} == {
-        s: sides.count(s) for s in set(sides)
-    }
-    assert len(set(sides)) == 2
-    assert short_task_rows(measure(None)) == [row]  # a second measurement would load a model
+    found = {side: part.num_samples for side, part in cell.sides.items()}
+    assert found == {s: sides.count(s) for s in set(sides)} and len(found) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(subjects, "load_windowed_model", None)  # a second measurement would call it
+        assert measure() == [cell]
     config.tasks[0].metric = "f1,none"
     with pytest.raises(DataError, match=r"tiny_choice has no metric 'f1,none'; it has acc,none"):
-        measure(lambda s: model)
+        measure()
     config.tasks[0].task = "no_such_task"
     with pytest.raises(DataError, match=r"lm-eval cannot run no_such_task .*is the name right"):
-        measure(lambda s: model)
+        measure()
 
 
 @pytest.mark.slow

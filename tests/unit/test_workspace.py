@@ -9,7 +9,7 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import product_folder
 from longrope2.report.data import load_run
 from longrope2.report.plots import needle_map_figure
-from longrope2.report.workspace import evaluated_metrics, mix_tokens, run_workspace, save_workspace
+from longrope2.report.workspace import evaluated_metrics, run_workspace, save_workspace
 from longrope2.tracking.metrics import TrackingConfig, WandbMode
 
 pytest.importorskip("wandb_workspaces", reason="extra `dashboards` is not installed")
@@ -118,13 +118,13 @@ def test_names_of_evaluations() -> None:
 
 
 def test_mix_of_a_run_that_has_none(run) -> None:
-    assert mix_tokens(load_run(run)) == {"books": {"short": 300, "long": 750}}
+    assert load_run(run).mix_tokens == {"books": {"short": 300, "long": 750}}
     (product_folder(run, "segments") / "manifest.json").unlink()
-    assert mix_tokens(load_run(run)) == {}
+    assert load_run(run).mix_tokens == {}
 
 
-def test_heat_map_holds_the_accuracies() -> None:
-    figure = needle_map_figure(evaluation_summary()["needle"], SUBJECTS[-1])
+def test_heat_map_holds_the_accuracies(run) -> None:
+    figure = needle_map_figure(load_run(run).evaluation.needle, SUBJECTS[-1])
     (axes,) = figure.axes
     assert [
         [round(share, 3) for share in line] for line in axes.images[0].get_array().tolist()
