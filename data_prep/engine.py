@@ -11,9 +11,6 @@ done by an empty file that is written apart from its data and not synced; and it
 fixes the number of tasks of every stage when the first is submitted, while here each stage's units
 follow from what the one before has measured. Slurm is reached through submitit instead: one job
 array per stage, and this process waits, shows progress and goes on.
-
-Progress of a stage on stderr: a bar with tokens a second and time left on a terminal, one line
-otherwise.
 """
 
 import os
@@ -72,9 +69,7 @@ class ClusterConfig:
     def faults(self) -> list[str]:
         """What is wrong with the values."""
         limits = {"jobs": self.jobs, "memory_gb": self.memory_gb, "minutes": self.minutes}
-        return [
-            f"cluster.{key}={value} must be above 0" for key, value in limits.items() if value <= 0
-        ]
+        return [f"cluster.{key}={n} must be above 0" for key, n in limits.items() if n <= 0]
 
 
 class UnitJob(Protocol):
@@ -94,8 +89,7 @@ def worker_count(workers: int, num_units: int, *, small: bool) -> int:
         num_units: More processes than units are of no use.
         small: Starting processes would take longer than the work.
     """
-    cores = len(os.sched_getaffinity(0))
-    wanted = workers or (1 if small else cores)
+    wanted = workers or (1 if small else len(os.sched_getaffinity(0)))
     return max(1, min(wanted, num_units))
 
 
@@ -130,10 +124,8 @@ def run_units(
         else:
             yield number, outcome
     if failures:
-        shown = "\n".join(f"  - {text}" for text in failures[:8])
-        raise DataError(
-            f"{len(failures)} of {len(numbers)} units failed; all others are done and kept:\n{shown}"
-        )
+        count = f"{len(failures)} of {len(numbers)} units failed; all others are done and kept"
+        raise DataError("\n  - ".join([f"{count}:", *failures[:8]]))
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _ShareOfUnits:
-    """What an array task does. Called on the node; Slurm's signal calls ``checkpoint`` before the time limit."""
+    """What an array task does, on the node."""
 
     job: UnitJob
 
@@ -154,7 +146,7 @@ class _ShareOfUnits:
         return [(number, _attempt(self.job, number)) for number in numbers]
 
     def checkpoint(self, numbers: tuple[int, ...]) -> Any:
-        """Requeue as it is: finished units cost nothing."""
+        """Slurm's signal before the time limit: requeue as it is, finished units cost nothing."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, numbers)
@@ -168,13 +160,12 @@ def _attempt(job: UnitJob, number: int) -> Any:
         return _Failure(str(error))
 
 
-_job: UnitJob | None = (
-    None  # of this worker process; set once, so that large jobs are not sent with every unit
-)
+# Of this worker process; set once, so that large jobs are not sent with every unit.
+_job: UnitJob | None = None
 
 
 def _start_worker(job: UnitJob) -> None:
-    """Take the job, use one thread, and end with the parent: a killed run must not leave workers behind."""
+    """Take the job, use one thread, and end with the parent: a killed run leaves no workers."""
     global _job
     _job = job
     os.environ.update(SINGLE_THREADED)
@@ -197,17 +188,15 @@ def _in_processes(job: UnitJob, numbers: Sequence[int], workers: int) -> Iterato
     """On ``workers`` processes, forked from a server that has the imports done and no threads."""
     context = get_context("forkserver")
     context.set_forkserver_preload([type(job).__module__, __name__])
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
         futures = {pool.submit(_run_in_worker, number): number for number in numbers}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, perhaps for memory; run the same command again to go on, "
-                "with a smaller workers=N if memory is short"
+                "a worker process was killed, perhaps for memory; run the same command again to "
+                "go on, with a smaller workers=N if memory is short"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -221,22 +210,19 @@ def _on_slurm(
 
     executor = slurm_executor(cluster, logs)
     count = min(cluster.jobs, len(numbers))
-    submitted = executor.map_array(
-        _ShareOfUnits(job), [tuple(numbers[first::count]) for first in range(count)]
-    )
-    print(
-        f"slurm: {count} array tasks, first id {submitted[0].job_id}, logs in {logs}",
-        file=sys.stderr,
-    )
+    shares = [tuple(numbers[first::count]) for first in range(count)]
+    submitted = executor.map_array(_ShareOfUnits(job), shares)
+    first_id = submitted[0].job_id
+    print(f"slurm: {count} array tasks, first id {first_id}, logs in {logs}", file=sys.stderr)
     for task in jobs_as_completed(submitted, poll_frequency=SLURM_POLL_SECONDS):
         error = task.exception()
-        if error is None:
-            yield from task.result()
-        else:
+        if error is not None:
             tail = "\n".join((task.stderr() or str(error)).splitlines()[-LINES_OF_A_LOG:])
             raise DataError(
-                f"Slurm task {task.job_id} failed; run the same command again to go on. Its log ends:\n{tail}"
+                f"Slurm task {task.job_id} failed; run the same command again to go on. "
+                f"Its log ends:\n{tail}"
             )
+        yield from task.result()
 
 
 def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
@@ -246,17 +232,15 @@ def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=20)
     except RuntimeError as error:
-        raise DataError(
-            f"cluster=slurm: {error}; run this where sbatch is, or use cluster=local"
-        ) from None
-    extra = {"account": cluster.account} if cluster.account else {}
+        remedy = "run this where sbatch is, or use cluster=local"
+        raise DataError(f"cluster=slurm: {error}; {remedy}") from None
     executor.update_parameters(
         name="pack",
         mem_gb=cluster.memory_gb,
         timeout_min=cluster.minutes,
         cpus_per_task=1,
         slurm_array_parallelism=cluster.jobs,
-        slurm_additional_parameters=extra,
+        slurm_additional_parameters={"account": cluster.account} if cluster.account else {},
         slurm_setup=[f"export {name}={value}" for name, value in SINGLE_THREADED.items()],
         **({"slurm_partition": cluster.partition} if cluster.partition else {}),
     )
@@ -264,7 +248,7 @@ def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
 
 
 class StageProgress:
-    """Shows how far a stage is.
+    """Shows on stderr how far a stage is: a bar on a terminal, one line at the end otherwise.
 
     Args:
         title: What is being done, a participle.
@@ -274,18 +258,16 @@ class StageProgress:
     """
 
     def __init__(self, title: str, num_units: int, sizes: list[int] | None = None) -> None:
-        self._title, self._num_units, self._sizes = title, num_units, sizes
+        self.num_units = num_units
+        self._title, self._sizes = title, sizes
         self._tokens = 0
         done = MofNCompleteColumn() if sizes is None else TextColumn("{task.percentage:.0f}%")
-        columns = (
+        console = Console(stderr=True)
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             done,
             TextColumn("{task.fields[rate]}"),
-        )
-        console = Console(stderr=True)
-        self._bar = Progress(
-            *columns,
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -293,7 +275,7 @@ class StageProgress:
         )
 
     def __enter__(self) -> "StageProgress":
-        total = self._num_units if self._sizes is None else max(1, sum(self._sizes))
+        total = self.num_units if self._sizes is None else max(1, sum(self._sizes))
         self._began = time.monotonic()
         self._bar.start()
         self._task = self._bar.add_task(self._title, total=total, rate="")
@@ -306,8 +288,8 @@ class StageProgress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        if kind is None and self._num_units:
-            print(f"{self._title}: {self._num_units} units, {self._rate()}", file=sys.stderr)
+        if kind is None and self.num_units:
+            print(f"{self._title}: {self.num_units} units, {self._rate()}", file=sys.stderr)
 
     def advance(self, number: int, tokens: int) -> None:
         """Unit ``number`` is done and had ``tokens`` tokens."""

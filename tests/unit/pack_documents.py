@@ -1,4 +1,4 @@
-"""Tokenized units with made-up ids, for tests of planning and packing that need no text."""
+"""Tokenized units with made-up ids, for tests of choosing and packing that need no text."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,6 +18,18 @@ class Made:
     source: str = "s"
     domain: str = "d"
     text: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDocument:
+    """A document as ids, BOS and EOS included."""
+
+    doc_id: str
+    source: str
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def table_of(folder, documents, *, documents_per_unit=7, seed=0):

@@ -5,9 +5,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from pack_documents import TokenizedDocument
 
 from data_prep.packing import best_fit_decreasing, pack_long, pack_short
-from data_prep.quotas import TokenizedDocument
 from data_prep.shards import segment_from_draft
 from longrope2.segments.format import SegmentRules, check_segment
 

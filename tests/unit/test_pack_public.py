@@ -29,7 +29,7 @@ def test_the_paper_corpus_from_mirrors(tmp_path, capsys):
         [
             "--target",
             "512",
-            "corpus.plan.total_tokens=1000000",
+            "mixture.total_tokens=1000000",
             "corpus.redpajama_v2.short_characters=0",
             "corpus.heldout_fraction=0.0",
             f"run.root={tmp_path}",
