@@ -152,9 +152,7 @@ def test_rerun_finds_the_work_done_and_another_configuration_is_refused(
     assert "already complete" in capsys.readouterr().out
     assert run(*arguments, "seed=3", "quotas.folder.long=100") == 2
     message = capsys.readouterr().err
-    assert (
-        "seed was 0, now 3" in message and "quotas.folder.long was None, now 100" in message
-    )
+    assert "seed was 0, now 3" in message and "quotas.folder.long was None, now 100" in message
     assert "Choose another run.name, or delete that folder" in message
     assert {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
 
@@ -244,7 +242,7 @@ def test_dry_run_prints_what_is_wanted_and_writes_nothing(texts_folder, tmp_path
         ),
         (
             ["--target", "512", "corpus.short_overlong=split", "seed=1"],
-            ["1 fault(s)", "corpus.short_overlong is now short_overlong"],
+            ["corpus.short_overlong is now short_overlong"],
         ),
         (
             [
@@ -344,8 +342,7 @@ def test_a_quota_for_an_unknown_source():
     config = compose(PackConfig, "pack", ["target_len=512", "corpus=sample"])
     config.quotas["books"] = BucketQuota(short=0, long=5)
     with pytest.raises(
-        ConfigError,
-        match="quotas.books: the corpus has no such source; it has stdlib_modules",
+        ConfigError, match="quotas.books: the corpus has no such source; it has stdlib_modules"
     ):
         check(config)
 
@@ -353,9 +350,7 @@ def test_a_quota_for_an_unknown_source():
 def test_a_corpus_that_fills_no_segment(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("one two three " * 60)
-    arguments = folder_arguments(
-        tmp_path / "texts", tmp_path / "root", "quotas.folder.short=0"
-    )
+    arguments = folder_arguments(tmp_path / "texts", tmp_path / "root", "quotas.folder.short=0")
     assert run(*arguments) == 2
     assert "not enough for one segment of target_len=512" in capsys.readouterr().err
     assert not (tmp_path / "root" / "x" / "1_segments" / "manifest.json").exists()
