@@ -19,23 +19,15 @@ import pyarrow.parquet as pq
 
 from data_prep.config import BUCKETS, PackConfig
 from data_prep.quotas import Account, Demand, Selection
-from data_prep.shards import PackedUnit, PackList, nested
-from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
+from data_prep.shards import LIST_SCHEMA, PackedUnit, PackList, nested
+from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable
 from data_prep.tokenizing import NOT_NEEDED
 from longrope2.files.artifacts import Manifest, atomic_path, sha256_of_file, write_text
 
 DOCUMENTS_FILE = "documents.parquet"
-SCHEMA = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("source", pa.string()),
-        ("domain", pa.string()),
-        ("unit", pa.string()),
-        ("num_tokens", pa.int64()),  # BOS and EOS included
-        ("offset", pa.int64()),  # first id in the ids of the whole document's text
-        ("text_hash", pa.binary(16)),  # first half of the SHA-256 of the whole document's text
-    ]
-)
+# num_tokens counts BOS and EOS here; offset is the first id in those of the whole text.
+COLUMNS = ("doc_id", "source", "domain", "unit", "num_tokens", "offset", "text_hash")
+SCHEMA = pa.schema([LIST_SCHEMA.field(name) for name in COLUMNS])
 MOST_PADDING = 0.005  # of the tokens in short segments; more is reported
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; }
@@ -59,7 +51,6 @@ class Choice:
     # Source -> bucket -> tokens wanted over tokens there, where reading more may help.
     missing: dict[str, dict[str, float]]
     shortfalls: list[str]  # what stays below what was wanted, in words
-    lengths: LengthBuckets
 
     def counts(self) -> dict[str, Any]:
         """What is known before packing; ``segment_counts`` adds what packing counts.

@@ -145,8 +145,8 @@ def _flow_components(
     """A largest table [R, C], and the component [N] of every node of its residual graph.
 
     Nodes: the flow's source, a node per row, a node per column, the sink. Between nodes of one
-    (strongly connected) component flow can be moved around without changing the total, so a cell between two components
-    has the same value in every largest table with these sums.
+    (strongly connected) component flow can be moved around without changing the total, so a cell
+    between two components has the same value in every largest table with these sums.
     """
     num_rows, num_nodes = len(rows_R), len(rows_R) + len(columns_C) + 2
     left_NN = np.zeros((num_nodes, num_nodes))
@@ -195,19 +195,12 @@ class Margins:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Something a mixture wants more of than there is.
+    """Something a mixture wants more of than there is."""
 
-    Attributes:
-        kind: ``source`` and ``bucket``: a margin, the run gets fewer tokens. ``cell`` and
-            ``domain``: the proportions without limits of supply; what is missing here was taken
-            elsewhere as far as possible.
-        name: ``starcoder``, ``long``, ``starcoder/long``, ``redpajama_v1/arxiv``.
-        wanted_tokens: Tokens wanted.
-        fitted_tokens: Tokens that can be had.
-    """
-
+    # ``source`` and ``bucket``: a margin, the run gets fewer tokens. ``cell`` and ``domain``: the
+    # proportions without limits of supply; what is missing was taken elsewhere where possible.
     kind: str
-    name: str
+    name: str  # ``starcoder``, ``long``, ``starcoder/long``, ``redpajama_v1/arxiv``
     wanted_tokens: float
     fitted_tokens: float
 

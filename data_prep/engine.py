@@ -81,13 +81,10 @@ class UnitJob(Protocol):
 
 
 def worker_count(workers: int, num_units: int, *, small: bool) -> int:
-    """Processes to use.
+    """Processes to use, at most one per unit.
 
-    Args:
-        workers: As asked; 0 means: as many as there are cores, or none but this one if the work is
-            small.
-        num_units: More processes than units are of no use.
-        small: Starting processes would take longer than the work.
+    0 ``workers`` means: as many as there are cores, or none but this one if the work is so small
+    that starting processes would take longer.
     """
     wanted = workers or (1 if small else len(os.sched_getaffinity(0)))
     return max(1, min(wanted, num_units))
@@ -98,12 +95,8 @@ def run_units(
 ) -> Iterator[tuple[int, Any]]:
     """Run units and yield (number, summary) as they finish.
 
-    Args:
-        job: The work.
-        numbers: Units to do.
-        cluster: Where.
-        workers: Local processes; 1 means this process. Unused on Slurm.
-        logs: Folder for the files and logs of Slurm jobs.
+    ``workers`` local processes do the work, or this one if it is 1; on Slurm ``logs`` is the folder
+    of the jobs' files instead.
 
     Raises:
         DataError: units failed (all others were done first), a worker process was killed, or Slurm
@@ -119,20 +112,13 @@ def run_units(
         finished = ((number, _attempt(job, number)) for number in numbers)
     failures = []
     for number, outcome in finished:
-        if isinstance(outcome, _Failure):
-            failures.append(outcome.text)
+        if isinstance(outcome, DataError):
+            failures.append(str(outcome))
         else:
             yield number, outcome
     if failures:
         count = f"{len(failures)} of {len(numbers)} units failed; all others are done and kept"
         raise DataError("\n  - ".join([f"{count}:", *failures[:8]]))
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A unit that could not be done for a reason a user can mend."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -153,11 +139,11 @@ class _ShareOfUnits:
 
 
 def _attempt(job: UnitJob, number: int) -> Any:
-    """Summary of a unit, or what the user has to know."""
+    """Summary of a unit, or the error that tells the user why there is none."""
     try:
         return job.run(number)
     except UserError as error:
-        return _Failure(str(error))
+        return DataError(str(error))  # any kind, in a form that can be pickled
 
 
 # Of this worker process; set once, so that large jobs are not sent with every unit.

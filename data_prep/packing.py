@@ -92,11 +92,8 @@ def best_fit_decreasing(
 ) -> list[tuple[int, list[Document]]]:
     """Put documents into bins: longest first, each into the fullest bin that still has room.
 
-    Documents of equal length keep their order, and of equally full bins the oldest is taken.
-
-    Args:
-        documents: Each at most ``capacity`` tokens.
-        capacity: Tokens of a bin.
+    Documents of equal length keep their order, and of equally full bins the oldest is taken. Each
+    has at most ``capacity`` tokens, as a bin has.
 
     Returns:
         (room left, documents) of every bin, in the order in which the bins were opened.

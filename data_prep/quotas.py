@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.config import Overlong, ShortOverlong
+from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.duplicates import near_duplicates
 from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
 from longrope2.corpora.corpus import stable_fraction
@@ -72,26 +72,16 @@ class Candidates:
 
 
 def find_candidates(
-    table: DocumentTable,
-    lengths: LengthBuckets,
-    overlong: Overlong,
-    *,
-    drop_exact: bool,
-    drop_near: bool,
+    table: DocumentTable, lengths: LengthBuckets, documents: DocumentsConfig
 ) -> tuple[Candidates, Account]:
     """Drop duplicates and bring every document within the longest bucket.
 
-    Args:
-        table: All tokenized documents.
-        lengths: The buckets.
-        overlong: What happens to documents longer than the longest of them.
-        drop_exact: Of documents with the same text only the first in order stays, whatever its
-            source.
-        drop_near: The same for similar texts (needs signatures in the table).
+    Of documents with the same text (or similar ones, if the table has signatures) only the first in
+    order stays, whatever its source.
     """
     account = Account()
-    stays_D = _without_duplicates(table, drop_exact, drop_near, account)
-    candidates = _within(lengths.longest, table, stays_D, overlong, account)
+    stays_D = _without_duplicates(table, documents, account)
+    candidates = _within(lengths.longest, table, stays_D, documents.overlong, account)
     keys = (candidates.number_P, candidates.document_P, table.order_D[candidates.document_P])
     return candidates.take(np.lexsort(keys)), account
 
@@ -112,17 +102,17 @@ def measure_supply(
 
 
 def _without_duplicates(
-    table: DocumentTable, drop_exact: bool, drop_near: bool, account: Account
+    table: DocumentTable, documents: DocumentsConfig, account: Account
 ) -> np.ndarray:
     """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
     stays_D = np.ones(len(table), dtype=bool)
     by_order = np.lexsort((np.arange(len(table)), table.order_D))
-    if drop_exact and len(table):
+    if documents.exact_duplicates and len(table):
         _, first = np.unique(table.text_hash_D2[by_order], axis=0, return_index=True)
         stays_D[:] = False
         stays_D[by_order[first]] = True
         _leave_out(table, ~stays_D, "exact duplicate", account)
-    if drop_near:
+    if documents.near_duplicates:
         remaining = by_order[stays_D[by_order]]
         similar_D = np.zeros(len(table), dtype=bool)
         similar_D[remaining[near_duplicates(table.values("signature", remaining))]] = True
@@ -228,8 +218,7 @@ def select_documents(
         candidates: Parts that may be chosen, in order.
         demand: Tokens wanted.
         lengths: The buckets.
-        short_overlong: Source -> whether documents longer than L0 may be cut into windows for the
-            short bucket.
+        short_overlong: By source.
         account: Gets what is left out.
         seed: Seed of the choice between cutting a document into windows and packing it whole.
     """

@@ -12,7 +12,7 @@ follows from configuration and corpus alone, never from the number of workers or
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,14 +41,10 @@ class SourceScan:
     """What a few units of a source told."""
 
     num_units: int
-    num_scanned: int
-    num_documents: int
     characters_per_token: float  # measured on some of their text
     # Domain -> bucket -> tokens an average unit has, estimated; None where units were not read to
     # their end and their size is unknown.
     tokens_per_unit: dict[str, dict[str, float]] | None
-    # All units were read to their end (lengths are still guessed from characters).
-    is_exact: bool
 
     def classes(self, lengths: LengthBuckets) -> CharacterClasses:
         """The buckets in characters."""
@@ -90,28 +86,12 @@ def scan_corpus(
     encoder: DocumentTokenizer,
     lengths: LengthBuckets,
 ) -> dict[str, SourceScan]:
-    """Look at the first units of each source.
-
-    Args:
-        corpus: The corpus.
-        units: Source -> its units in reading order.
-        encoder: Tokenizer of the model.
-        lengths: The buckets.
+    """Look at the first units of each source; ``units`` are in reading order.
 
     Raises:
         DataError: a unit cannot be read.
     """
     return {source: _scan_source(corpus, own, encoder, lengths) for source, own in units.items()}
-
-
-def scan_to_plain(scans: Mapping[str, SourceScan]) -> dict[str, dict]:
-    """For JSON."""
-    return {source: asdict(scan) for source, scan in scans.items()}
-
-
-def scan_from_plain(plain: Mapping[str, dict]) -> dict[str, SourceScan]:
-    """From JSON."""
-    return {source: SourceScan(**fields) for source, fields in plain.items()}
 
 
 def _scan_source(
@@ -121,7 +101,6 @@ def _scan_source(
     sizes: list[tuple[str, int]] = []
     texts: list[str] = []  # the beginnings of the first documents
     unit_characters: list[float | None] = []
-    exact = len(sample) == len(units)
     for unit in sample:
         read, at_end = 0, True
         for _, document in unit.read(corpus, Counter()):
@@ -133,7 +112,6 @@ def _scan_source(
                 at_end = False
                 break
         unit_characters.append(read if at_end else _characters_of(unit))
-        exact = exact and at_end
     num_tokens = sum(encoder.count_tokens(texts))
     ratio = sum(map(len, texts)) / num_tokens if num_tokens else 4.0
     known = [size for size in unit_characters if size is not None]
@@ -141,14 +119,7 @@ def _scan_source(
     if len(known) == len(sample) and sample:
         seen = max(1, sum(size for _, size in sizes))
         per_unit = _tokens_by_cell(sizes, ratio, sum(known) / len(known) / seen, lengths)
-    return SourceScan(
-        num_units=len(units),
-        num_scanned=len(sample),
-        num_documents=len(sizes),
-        characters_per_token=ratio,
-        tokens_per_unit=per_unit,
-        is_exact=exact,
-    )
+    return SourceScan(len(units), ratio, per_unit)
 
 
 def _characters_of(unit: UnitGroup) -> float | None:
@@ -187,8 +158,7 @@ class Readings:
         units: Source -> its units in reading order.
         scans: Source -> what the scan told.
         lengths: The buckets.
-        short_overlong: What short quotas do with long documents: with ``split`` all documents serve
-            all buckets.
+        short_overlong: With ``split`` all documents serve all buckets.
         max_units: Most units of a source that are read; None: all, if it comes to that.
     """
 
@@ -215,9 +185,7 @@ class Readings:
     def extend(self, source: str, missing: Mapping[str, float]) -> bool:
         """Read more of a source that gave too little; False if it has no more.
 
-        Args:
-            source: The source.
-            missing: Bucket -> tokens wanted over tokens there, above 1.
+        ``missing``: bucket -> tokens wanted over tokens there, above 1.
         """
         reading = self.sources[source]
         buckets = set(reading.shares) if self._pooled else set(missing)

@@ -147,14 +147,7 @@ def write_shards(
     tokens_per_shard: int,
     unit: int = 0,
 ) -> dict[str, str]:
-    """Check and write all segments of a shuffle unit; returns shard name -> SHA-256.
-
-    Args:
-        folder: Product folder.
-        drafts: Segments in order.
-        rules: What each of them has to keep.
-        tokens_per_shard: Tokens of a shard file at most.
-        unit: Number of the shuffle unit, part of the names.
+    """Check and write all segments of shuffle unit ``unit``; returns shard name -> SHA-256.
 
     Raises:
         DataError: a segment breaks the rules of the format (a fault of the packer; nothing is

@@ -13,7 +13,6 @@ unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +28,7 @@ from data_prep.demand import demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import read_exclusions
 from data_prep.engine import StageProgress, UnitJob, run_units, worker_count
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
-from data_prep.reading import (
-    Readings,
-    SourceScan,
-    in_reading_order,
-    scan_corpus,
-    scan_from_plain,
-    scan_to_plain,
-)
+from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
 from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, TokenizedUnit, load_documents
 from data_prep.tokenizing import (
@@ -65,14 +57,8 @@ GIB = 2**30
 
 def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Choice:
     """Choose from what has been tokenized so far; tells where reading more may help."""
-    lengths, documents = length_buckets(config), config.documents
-    candidates, account = find_candidates(
-        table,
-        lengths,
-        documents.overlong,
-        drop_exact=documents.exact_duplicates,
-        drop_near=documents.near_duplicates,
-    )
+    lengths = length_buckets(config)
+    candidates, account = find_candidates(table, lengths, config.documents)
     supply = measure_supply(table, candidates, lengths)
     fitted = demand_of(config, supply, _natural_supply(table, readings))
     overlong = dict.fromkeys(table.sources, config.short_overlong)
@@ -98,7 +84,6 @@ def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Cho
         demand=fitted.demand,
         missing=missing,
         shortfalls=shortfalls,
-        lengths=lengths,
     )
 
 
@@ -179,8 +164,10 @@ class _TokenizeStage:
         path, units = self.work / "scan.json", _ordered_units(self.config, self.corpus)
         if not path.is_file():
             scans = scan_corpus(self.corpus, units, self.encoder, length_buckets(self.config))
-            write_text(path, json.dumps(scan_to_plain(scans), indent=1))
-        scans = scan_from_plain(json.loads(path.read_text(encoding="utf-8")))
+            plain = {source: vars(scan) for source, scan in scans.items()}
+            write_text(path, json.dumps(plain, indent=1))
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        scans = {source: SourceScan(**fields) for source, fields in plain.items()}
         return _first_readings(self.config, units, scans)
 
     def run(self, readings: Readings) -> list[TokenizedUnit]:
@@ -316,11 +303,6 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         yield
         path.unlink(missing_ok=True)
-
-
-def clean_work(folder: Path) -> None:
-    """Remove all intermediate files."""
-    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackList) -> None:

@@ -131,22 +131,15 @@ class CharacterClasses:
 
 @dataclass(frozen=True)
 class UnitTask:
-    """One reading of one unit.
-
-    Attributes:
-        unit: What to read.
-        stem: Name of its files.
-        classes: How to guess a document's bucket.
-        bands: Class -> (from, to): documents whose order, as a fraction, lies in the band are
-            tokenized. A run that needs a tenth of the short documents tokenizes a tenth.
-        is_first: No earlier reading; later ones account only for what the earlier did not.
-    """
+    """One reading of one unit."""
 
     unit: UnitGroup
-    stem: str
-    classes: CharacterClasses
+    stem: str  # of its files' names
+    classes: CharacterClasses  # how to guess a document's bucket
+    # Class -> (from, to): documents whose order, as a fraction, lies in the band are tokenized. A
+    # run that needs a tenth of the short documents tokenizes a tenth.
     bands: Mapping[str, tuple[float, float]]
-    is_first: bool = True
+    is_first: bool = True  # no earlier reading; later ones account only for what it did not
 
 
 @dataclass(frozen=True)

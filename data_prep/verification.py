@@ -98,8 +98,8 @@ def compare_with_source(
     units = {unit.name: unit for unit in corpus.units()}
     for name, rows in sorted(by_unit.items()):
         if name not in units:
-            raise ArtifactError(
-                f"{folder}: unit {name} is not in the corpus any more; was it changed or moved?"
+            raise _wrong(
+                folder, f"unit {name} is not in the corpus any more; was it changed or moved?"
             )
         for row, text in _texts(corpus, units[name], rows, folder):
             _compare(row, text, audit, encoder, folder)
@@ -116,15 +116,13 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
         return {}
     path = store.folder / DOCUMENTS_FILE
     if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
-        raise ArtifactError(
-            f"{path}: missing, or its SHA-256 differs from the manifest; pack again"
-        )
+        raise _wrong(path, "missing, or its SHA-256 differs from the manifest; pack again")
     names = [f.name for f in fields(_Listed)]
     columns = (column.to_pylist() for column in pq.read_table(path, columns=names).columns)
     rows = {row[0]: _Listed(*row) for row in zip(*columns, strict=True)}
     if len(rows) != entry["num_rows"]:
         ids = f"{entry['num_rows']} rows with {len(rows)} different ids"
-        raise ArtifactError(f"{path}: {ids}; an id stands there twice")
+        raise _wrong(path, f"{ids}; an id stands there twice")
     return rows
 
 
@@ -140,7 +138,7 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
         try:
             check_segment(segment, rules)
         except DataError as error:
-            raise ArtifactError(f"{store.folder}: {error}") from None
+            raise _wrong(store.folder, f"{error}") from None
         padding += segment.num_padding
         start = 0
         documents = zip(segment.doc_ids, segment.sources, segment.doc_is_padding, strict=True)
@@ -166,15 +164,13 @@ def _check_documents(
     folder, expected = store.folder, store.manifest.counts["rest_tokens"]
     unknown = next((doc_id for doc_id in found if doc_id not in listed), None)
     if unknown is not None:
-        raise ArtifactError(
-            f"{folder}: document {unknown} is in the segments but not in {DOCUMENTS_FILE}"
-        )
+        raise _wrong(folder, f"document {unknown} is in the segments but not in {DOCUMENTS_FILE}")
     rest: Counter[str] = Counter()
     for row in listed.values():
         left = row.num_tokens - found.get(row.doc_id, 0)
         if left < 0:
             has = f"document {row.doc_id} has {row.num_tokens} tokens"
-            raise ArtifactError(f"{folder}: {has}, the segments hold more")
+            raise _wrong(folder, f"{has}, the segments hold more")
         rest[row.source] += left
     for source in {*rest, *expected}:
         _require_equal(store, f"rest_tokens.{source}", rest[source], expected.get(source, 0))
@@ -189,10 +185,11 @@ def _check_account(store: SegmentStore) -> None:
         left_out = sum(counts["left_out_tokens"].get(source, {}).values())
         rest = counts["rest_tokens"].get(source, 0)
         if there != packed + rest + left_out:
-            raise ArtifactError(
-                f"{store.folder}: of {there} tokens of {source}, {packed} are packed, {rest} are "
+            raise _wrong(
+                store.folder,
+                f"of {there} tokens of {source}, {packed} are packed, {rest} are "
                 f"the rest and {left_out} are left out: {there - packed - rest - left_out} are "
-                "unaccounted for"
+                "unaccounted for",
             )
 
 
@@ -205,12 +202,10 @@ def _check_quotas(store: SegmentStore) -> None:
             cell = f"{source}/{bucket}"
             got = counts["chosen_tokens"].get(source, {}).get(bucket, 0)
             if got > wanted * (1 + QUOTA_TOLERANCE) + limits[bucket]:
-                raise ArtifactError(
-                    f"{store.folder}: {cell} has {got} tokens chosen, {wanted} were wanted"
-                )
+                raise _wrong(store.folder, f"{cell} has {got} tokens chosen, {wanted} were wanted")
             if got < wanted and cell not in reported:
-                raise ArtifactError(
-                    f"{store.folder}: {cell} has {got} of {wanted} tokens, no shortfall reported"
+                raise _wrong(
+                    store.folder, f"{cell} has {got} of {wanted} tokens, no shortfall reported"
                 )
 
 
@@ -230,8 +225,8 @@ def _texts(
             yield row, document.text
         if not missing:
             return
-    raise ArtifactError(
-        f"{folder}: document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
+    raise _wrong(
+        folder, f"document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
     )
 
 
@@ -240,18 +235,16 @@ def _compare(
 ) -> None:
     """Compare the runs of one document with its text."""
     if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
-        raise ArtifactError(
-            f"{folder}: the text of {row.doc_id} is not the one that was packed; "
-            "was the corpus changed?"
+        raise _wrong(
+            folder,
+            f"the text of {row.doc_id} is not the one that was packed; was the corpus changed?",
         )
     end = row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
     content = encoder.encode_contents([text])[0][row.offset : end]
     expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
     pieces = audit.pieces[row.doc_id]
     if any(not _holds(expected, piece) for piece in pieces):
-        raise ArtifactError(
-            f"{folder}: ids of {row.doc_id} in the segments are not those of its text"
-        )
+        raise _wrong(folder, f"ids of {row.doc_id} in the segments are not those of its text")
     audit.num_compared += 1
     # Ids that stand for parts of a character, where a document was cut there, have no text of their
     # own.
@@ -278,4 +271,9 @@ def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
 def _require_equal(store: SegmentStore, name: str, found: int, expected: int) -> None:
     if found != expected:
         promised = f"counts.{name} is {expected} in the manifest"
-        raise ArtifactError(f"{store.folder}: {promised}, the segments give {found}")
+        raise _wrong(store.folder, f"{promised}, the segments give {found}")
+
+
+def _wrong(place: Path, fault: str) -> ArtifactError:
+    """What does not hold in a folder or file."""
+    return ArtifactError(f"{place}: {fault}")

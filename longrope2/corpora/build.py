@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from longrope2.corpora.config import HELDOUT_FRACTION, CorpusConfig, CorpusKind
+from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Corpus, Document, Split, Unit
 from longrope2.errors import ConfigError, DataError
 
@@ -125,16 +125,9 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
 
 
 class MixedCorpus:
-    """The units of its members, one after the other.
+    """The units of its members (name -> corpus), one after the other; their sources must differ."""
 
-    Args:
-        members: Name -> corpus, in the order of their units; their sources must differ.
-        heldout_fraction: Share of documents held out, 0 to 1.
-    """
-
-    def __init__(
-        self, members: Mapping[str, Corpus], *, heldout_fraction: float = HELDOUT_FRACTION
-    ) -> None:
+    def __init__(self, members: Mapping[str, Corpus], *, heldout_fraction: float) -> None:
         self.heldout_fraction = heldout_fraction
         self._members = dict(members)
         self._by_source = {

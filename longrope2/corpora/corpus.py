@@ -44,7 +44,6 @@ class Document:
     text: str  # never empty, always encodable as UTF-8
     source: str  # name that quotas refer to
     domain: str  # finer label inside the source; mixtures can keep the mix of domains
-    size_hint: int | None = None  # characters as the corpus itself records them, where it does
 
 
 class Corpus(Protocol):
@@ -67,18 +66,12 @@ class Corpus(Protocol):
     def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         """Documents of one unit, in a stable order, of both splits, in bounded memory.
 
-        A faulty record never stops the reading: it is left out and counted.
-
-        Args:
-            unit: One of ``units()``.
-            skipped: Gets the number of records left out by reason ("empty text", "bad json",
-                "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
-                kept and is counted for information.
+        A faulty record never stops the reading: ``skipped`` counts it by reason ("empty text", "bad
+        json", "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
+        kept and is counted for information.
 
         Raises:
-            DataError: a remote file stopped answering, after retries. Nothing is wrong with the
-                file, so leaving its rest out would make the result depend on the network; the unit
-                can be read again.
+            DataError: a remote file stopped answering, after retries; the unit can be read again.
         """
         ...
 

@@ -27,13 +27,8 @@ class FolderCorpus:
     """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
 
     The id of a document is the file's path below the folder, and the record's row or line where a
-    file holds several; with ``title_field`` the record's title follows.
-
-    Args:
-        folder: The folder.
-        text_field: Field that holds the text in .jsonl and .parquet records.
-        title_field: Field of such records that holds a title, or None.
-        heldout_fraction: Share of documents held out, 0 to 1.
+    file holds several; with ``title_field`` the record's title follows. The other arguments are
+    those of ``CorpusConfig``.
 
     Raises:
         ConfigError: the folder does not exist or holds no file of a known kind, or the first record
@@ -94,7 +89,6 @@ class FolderCorpus:
         return {"folder": str(self._folder), "files": files}
 
     def _name(self, path: Path) -> str:
-        """Path below the folder."""
         return path.relative_to(self._folder).as_posix()
 
     def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -101,14 +101,12 @@ def build_needle_sample(
 
     Args:
         encoder: Tokenizer of the model.
-        haystack_ids: Token ids to hide the needle in, at least as many as the sample needs; the
-            first are used.
+        haystack_ids: Ids to hide the needle in; the first are used, as many as the sample needs.
         length: Tokens of the sample.
         depth: Where the needle stands in the haystack: 0 at its start (the paper), 1 at its end.
         key: Adjective-noun key.
         value: Digits to retrieve.
-        with_needle: False builds the control sample: the same length and question, haystack in
-            place of the needle.
+        with_needle: False builds the control sample, with haystack in place of the needle.
 
     Raises:
         DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, or too little
@@ -123,10 +121,8 @@ def build_needle_sample(
     answer = encoder.encode(wording.answer)
     num_haystack = length - len(head) - len(needle) - len(tail) - len(answer) - 1
     if num_haystack < 0:
-        least = length - num_haystack
-        raise DataError(
-            f"length={length} tokens is too short for a needle sample; at least {least}"
-        )
+        short = f"length={length} tokens is too short for a needle sample"
+        raise DataError(f"{short}; at least {length - num_haystack}")
     if len(haystack_ids) < num_haystack:
         given = f"only {len(haystack_ids)} were given"
         raise DataError(f"length={length} needs {num_haystack} haystack tokens, {given}")
@@ -155,8 +151,7 @@ def build_needle_sample(
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Consecutive tokens of one book."""
 
     book: int
@@ -234,10 +229,8 @@ def _draw_keys(seed: int, num_keys: int) -> list[str]:
     """``num_keys`` distinct keys; the first n of them are the same for every larger number."""
     most = len(ADJECTIVES) * len(NOUNS)
     if not 1 <= num_keys <= most:
-        raise DataError(
-            f"num_keys={num_keys} (by default one per sample) must be from 1 to {most}, "
-            "the keys there are"
-        )
+        given = f"num_keys={num_keys} (by default one per sample)"
+        raise DataError(f"{given} must be from 1 to {most}, the keys there are")
     keys: dict[str, None] = {}
     for number in range(num_keys):
         rng = random.Random(f"needle/{seed}/{number}")
@@ -283,12 +276,7 @@ def _used_books(
         num_tokens -= used
         if used:
             name, text = _name_and_text(books, piece.book)
-            records.append(
-                {
-                    "id": name,
-                    "text_sha256": sha256_of_bytes(text.encode()),
-                    "first_token": piece.start,
-                    "num_tokens": used,
-                }
-            )
+            tokens = {"first_token": piece.start, "num_tokens": used}
+            sha256 = sha256_of_bytes(text.encode())
+            records.append({"id": name, "text_sha256": sha256, **tokens})
     return records

@@ -24,11 +24,8 @@ def json_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records of a file with a JSON object per line, each with its line number from 0.
 
-    Args:
-        location: Path or URL.
-        skipped: Gets what was left out.
-        unwanted: Called with the number and the bytes of a line before it is parsed; a reason
-            leaves it out.
+    ``unwanted`` is called with the number and the bytes of a line before it is parsed; a reason
+    that it returns leaves the line out.
 
     Raises:
         DataError: the file cannot be reached any more.
@@ -58,11 +55,8 @@ def parquet_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a parquet file, each with its number from 0.
 
-    Args:
-        location: Path or URL.
-        columns: Columns that must be there; the rows of a file without one are left out.
-        skipped: Gets what was left out.
-        optional: Columns that may be missing; their value is None then.
+    The rows of a file without one of the ``columns`` are left out; ``optional`` ones are None where
+    they are missing.
 
     Raises:
         DataError: the file cannot be reached any more.

@@ -164,14 +164,8 @@ def _read_shard(
     for row, record in json_records(files.location(own[0].path), skipped, unwanted=unwanted):
         text = usable_text(record.get("raw_content"), skipped)
         if text is not None:
-            length = record.get("length")
-            yield Document(
-                doc_id=_doc_id(unit, row),
-                text=text,
-                source=unit.source,
-                domain=unit.name.rpartition("/")[2],
-                size_hint=length if isinstance(length, int) else None,
-            )
+            domain = unit.name.rpartition("/")[2]
+            yield Document(_doc_id(unit, row), text, unit.source, domain)
 
 
 def _doc_id(unit: Unit, row: int) -> str:

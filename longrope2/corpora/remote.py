@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, source_documents
 from longrope2.errors import ConfigError, DataError
 
@@ -242,23 +241,14 @@ Reader = Callable[[FileSet, Unit, Sequence[StoredFile], Counter[str]], Iterator[
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """A corpus of one source: files at a place, and a function that reads those of a unit.
-
-    Attributes:
-        source: The source.
-        files: All files.
-        groups: The units.
-        reader: Yields the documents of a unit, as ``Corpus.read``; can be pickled.
-        heldout_fraction: Share of documents held out, drawn by id.
-        own_heldout: Units of the corpus' own held-out split, where it has one.
-    """
+    """A corpus of one source: files at a place, and a function that reads those of a unit."""
 
     source: str
     files: FileSet
-    groups: Groups
-    reader: Reader
-    heldout_fraction: float = HELDOUT_FRACTION
-    own_heldout: Groups | None = None
+    groups: Groups  # the units
+    reader: Reader  # yields the documents of a unit, as ``Corpus.read``; can be pickled
+    heldout_fraction: float  # share of documents held out, drawn by id
+    own_heldout: Groups | None = None  # units of the corpus' own held-out split, where it has one
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -91,14 +91,7 @@ class _Draft:
 
 
 class RetrievalDocuments:
-    """Generates retrieval documents from haystack texts.
-
-    Args:
-        encoder: Tokenizer of the model.
-        texts: Haystack texts of the train split.
-        config: Shape of the documents.
-        seed: Seed of everything drawn.
-    """
+    """Generates retrieval documents from haystack ``texts`` of the train split."""
 
     def __init__(
         self,

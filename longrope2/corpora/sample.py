@@ -34,11 +34,7 @@ SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercust
 
 
 class SampleCorpus:
-    """Standard-library modules and documentation topics (``corpus=sample``).
-
-    Args:
-        heldout_fraction: Share of documents held out, 0 to 1.
-    """
+    """Standard-library modules and documentation topics (``corpus=sample``)."""
 
     sources = (MODULES_SOURCE, TOPICS_SOURCE)
 
@@ -97,7 +93,6 @@ def _module_names() -> Iterator[str]:
 
 
 def _library_folder() -> Path:
-    """Folder of the standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

@@ -91,12 +91,8 @@ def _no_piece_crosses(model: dict) -> bool:
 class DocumentTokenizer:
     """Encodes document text with a private copy of a Hugging Face tokenizer's backend.
 
-    Attributes:
-        bos_id: Id put in front of every document.
-        eos_id: Id put behind every document.
-        vocab_size: Number of ids, added tokens included.
-        control_ids: Sorted ids that text never produces: BOS, EOS and all other special tokens but
-            the unknown one.
+    ``vocab_size`` counts added tokens too. ``control_ids``, sorted, are the ids that text never
+    produces: BOS, EOS and all other special tokens but the unknown one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:

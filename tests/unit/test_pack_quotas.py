@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pack_documents import Made, table_of
 
-from data_prep.config import Overlong, ShortOverlong
+from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.quotas import Demand, find_candidates, measure_supply, select_documents
 from data_prep.shards import PackList
 from data_prep.token_files import LengthBuckets
@@ -53,9 +53,8 @@ def chosen(
     seed=0,
     exact=True,
 ):
-    candidates, account = find_candidates(
-        table, lengths, overlong, drop_exact=exact, drop_near=False
-    )
+    rules = DocumentsConfig(overlong=overlong, exact_duplicates=exact)
+    candidates, account = find_candidates(table, lengths, rules)
     short_overlong = dict.fromkeys(table.sources, windows)
     selection = select_documents(
         table,
@@ -224,7 +223,7 @@ def test_supply_is_the_sum_of_all_candidates(tmp_path):
         Made(f"{s}{d}{n}", rng.randint(3, 999), s, d) for s in "st" for d in "ab" for n in range(30)
     ]
     table = table_of(tmp_path, documents)
-    candidates, _ = find_candidates(table, THREE, Overlong.split, drop_exact=True, drop_near=False)
+    candidates, _ = find_candidates(table, THREE, DocumentsConfig())
     supply = measure_supply(table, candidates, THREE)
     expected = {s: {d: dict.fromkeys(THREE.names, 0) for d in "ab"} for s in "st"}
     for document in documents:

@@ -15,7 +15,7 @@ UNITS = [UnitGroup((Unit(f"u{n:03d}", "s", 10),)) for n in range(200)]
 
 def readings_for(short, long, *, per_unit=None, units=UNITS, pooled=ShortOverlong.drop, max_units=None):
     cells = {"d": {"short": 1000.0, "long": 50.0}} if per_unit is None else per_unit
-    scan = SourceScan(len(units), 4, 10, 4.0, cells or None, False)
+    scan = SourceScan(len(units), 4.0, cells or None)
     readings = Readings({"s": units}, {"s": scan}, LENGTHS, pooled, max_units=max_units)
     readings.start(Demand({("s", "short"): short, ("s", "long"): long}))
     return readings
