@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 from longrope2.corpora.corpus import Split
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import (
-    BATCH_CHARACTERS,
+    batches_by_characters,
     load_document_tokenizer,
     prepared_tokenizer,
     save_prepared_tokenizer,
@@ -169,21 +169,10 @@ def _timed(
 def _encode_file(path: Path, tokenizer: Path) -> int:
     """Tokens of one file, encoded in batches by characters."""
     encoder = prepared_tokenizer(tokenizer)
-    return sum(sum(map(len, encoder.encode_contents(batch))) for batch in _batches(path))
-
-
-def _batches(path: Path) -> Iterator[list[str]]:
-    """Texts of a file in batches."""
-    batch: list[str] = []
-    size = 0
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            batch.append(json.loads(line)["text"])
-            size += len(batch[-1])
-            if size > BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    yield batch
+        texts = [json.loads(line)["text"] for line in lines]
+    batches = (encoder.encode_contents(texts[batch]) for batch in batches_by_characters(texts))
+    return sum(sum(map(len, batch)) for batch in batches)
 
 
 _line_encoder: Any = None

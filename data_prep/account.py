@@ -296,12 +296,9 @@ def _reasons(title: str, unit: str, by_source: dict[str, dict[str, int]]) -> str
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[int | str]]) -> str:
     head, body = "".join(f"<th>{escape(name)}</th>" for name in header), ""
     for row in rows:
-        body += "<tr>" + "".join(f"<td>{_shown(value)}</td>" for value in row) + "</tr>"
+        shown = (f"{value:,}" if isinstance(value, int) else escape(value) for value in row)
+        body += "<tr>" + "".join(f"<td>{text}</td>" for text in shown) + "</tr>"
     return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
-
-
-def _shown(value: int | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else escape(value)
 
 
 def _histograms(histogram: dict[str, Any]) -> str:

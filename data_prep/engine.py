@@ -25,7 +25,6 @@ from enum import Enum
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -88,6 +87,54 @@ def worker_count(workers: int, num_units: int, *, small: bool) -> int:
     """
     wanted = workers or (1 if small else len(os.sched_getaffinity(0)))
     return max(1, min(wanted, num_units))
+
+
+def run_stage(
+    title: str,
+    job: UnitJob,
+    sizes: Sequence[int | None],
+    cluster: ClusterConfig,
+    *,
+    workers: int,
+    logs: Path,
+) -> list[Any]:
+    """All units of a job; returns their summaries, which tell ``num_tokens``, in order.
+
+    Shows on stderr how far it is: a bar on a terminal, which goes by the ``sizes`` of the units
+    where all are known, and one line at the end. For the other arguments and errors see
+    ``run_units``.
+    """
+    known = [size for size in sizes if size is not None]
+    steps = known if len(known) == len(sizes) else [1] * len(sizes)
+    done = MofNCompleteColumn() if steps is not known else TextColumn("{task.percentage:.0f}%")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        done,
+        TextColumn("{task.fields[rate]}"),
+    )
+    console = Console(stderr=True)
+    bar = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    shown = bar.add_task(title, total=max(1, sum(steps)), rate="")
+    told, tokens, rate, began = {}, 0, "", time.monotonic()
+    with bar:
+        for number, summary in run_units(
+            job, range(len(sizes)), cluster, workers=workers, logs=logs
+        ):
+            told[number] = summary
+            tokens += summary.num_tokens
+            seconds = max(1e-6, time.monotonic() - began)
+            rate = f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+            bar.update(shown, advance=steps[number], rate=rate)
+    if told:
+        print(f"{title}: {len(sizes)} units, {rate}", file=sys.stderr)
+    return [told[number] for number in range(len(sizes))]
 
 
 def run_units(
@@ -231,58 +278,3 @@ def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
         **({"slurm_partition": cluster.partition} if cluster.partition else {}),
     )
     return executor
-
-
-class StageProgress:
-    """Shows on stderr how far a stage is: a bar on a terminal, one line at the end otherwise.
-
-    Args:
-        title: What is being done, a participle.
-        num_units: Units of work.
-        sizes: Size of each unit (bytes, tokens), where the bar and the time left go by size; all
-            known or none.
-    """
-
-    def __init__(self, title: str, num_units: int, sizes: list[int] | None = None) -> None:
-        self.num_units = num_units
-        self._title, self._sizes = title, sizes
-        self._tokens = 0
-        done = MofNCompleteColumn() if sizes is None else TextColumn("{task.percentage:.0f}%")
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            done,
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-
-    def __enter__(self) -> "StageProgress":
-        total = self.num_units if self._sizes is None else max(1, sum(self._sizes))
-        self._began = time.monotonic()
-        self._bar.start()
-        self._task = self._bar.add_task(self._title, total=total, rate="")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-        if kind is None and self.num_units:
-            print(f"{self._title}: {self.num_units} units, {self._rate()}", file=sys.stderr)
-
-    def advance(self, number: int, tokens: int) -> None:
-        """Unit ``number`` is done and had ``tokens`` tokens."""
-        self._tokens += tokens
-        step = 1 if self._sizes is None else self._sizes[number]
-        self._bar.update(self._task, advance=step, rate=self._rate())
-
-    def _rate(self) -> str:
-        seconds = max(1e-6, time.monotonic() - self._began)
-        return f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"

@@ -293,7 +293,7 @@ class _Chooser:
         """
         room = {bucket: self.demand.of(self.source, bucket) for bucket in self.lengths.names}
         short_quota, *long_quotas = room.values()
-        long_quota = _sum_or_none(long_quotas)
+        long_quota = None if None in long_quotas else sum(quota or 0 for quota in long_quotas)
         doc_ids = self.table.values("doc_id", self.own.document_P)
         codes = self.lengths.codes(self.own.tokens_P).tolist()
         rows = zip(*(column.tolist() for column in self.own.columns), strict=True)
@@ -311,7 +311,7 @@ class _Chooser:
         self, document: int, start: int, content: int, number: int
     ) -> list[tuple[int, int, int, int]]:
         """Consecutive windows of at most L0 tokens, each with BOS and EOS of its own."""
-        step = self.lengths.limits[0] - NUM_BOUNDARY_TOKENS
+        step = int(self.lengths.limits[0]) - NUM_BOUNDARY_TOKENS
         firsts = range(0, content, step)
         self.account.num_windowed[self.source] += 1
         self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
@@ -338,9 +338,3 @@ def _serves_long(doc_id: str, short: int | None, long: int | None, seed: int) ->
         return False
     share = long / (short + long) if short is not None and long is not None else 0.5
     return stable_fraction("bucket", seed, doc_id) < share
-
-
-def _sum_or_none(quotas: list[int | None]) -> int | None:
-    """Sum of quotas; None if one of them asks for all there is."""
-    known = [quota for quota in quotas if quota is not None]
-    return sum(known) if len(known) == len(quotas) else None

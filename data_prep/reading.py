@@ -19,7 +19,7 @@ import numpy as np
 from data_prep.config import ShortOverlong
 from data_prep.quotas import Demand
 from data_prep.token_files import LengthBuckets
-from data_prep.tokenizing import CharacterClasses, UnitGroup, UnitTask
+from data_prep.tokenizing import UnitGroup, UnitTask
 from longrope2.corpora.corpus import Corpus, Unit, stable_fraction
 from longrope2.corpora.tokenizer import DocumentTokenizer
 
@@ -46,10 +46,6 @@ class SourceScan:
     # their end and their size is unknown.
     tokens_per_unit: dict[str, dict[str, float]] | None
 
-    def classes(self, lengths: LengthBuckets) -> CharacterClasses:
-        """The buckets in characters."""
-        return _classes(lengths, self.characters_per_token)
-
     def supply(self) -> dict[str, dict[str, float]] | None:
         """Domain -> bucket -> tokens of the whole source, estimated."""
         if self.tokens_per_unit is None:
@@ -58,10 +54,6 @@ class SourceScan:
             domain: {bucket: tokens * self.num_units for bucket, tokens in cells.items()}
             for domain, cells in self.tokens_per_unit.items()
         }
-
-
-def _classes(lengths: LengthBuckets, ratio: float) -> CharacterClasses:
-    return CharacterClasses(lengths.names, tuple(limit * ratio for limit in lengths.limits[:-1]))
 
 
 def in_reading_order(units: Sequence[Unit], source: str, seed: int) -> list[UnitGroup]:
@@ -133,7 +125,7 @@ def _tokens_by_cell(
     sizes: Sequence[tuple[str, int]], ratio: float, scale: float, lengths: LengthBuckets
 ) -> dict[str, dict[str, float]]:
     """Domain -> bucket -> tokens, scaled."""
-    classes = _classes(lengths, ratio)
+    classes = lengths.in_characters(ratio)
     cells: dict[str, dict[str, float]] = {}
     for domain, size in sizes:
         cell = cells.setdefault(domain, dict.fromkeys(lengths.names, 0.0))
@@ -203,7 +195,7 @@ class Readings:
         """Readings of the next round: what the shares cover and no earlier round has read."""
         tasks = []
         for number, (source, reading) in enumerate(self.sources.items()):
-            classes = self._scans[source].classes(self._lengths)
+            classes = self._classes(source)
             for place, unit in enumerate(self._units[source][: reading.num_units]):
                 keys = {bucket: (unit.name, bucket) for bucket in reading.shares}
                 bands = {b: (reading.done.get(keys[b], 0.0), s) for b, s in reading.shares.items()}
@@ -217,9 +209,13 @@ class Readings:
 
     def natural_weights(self, source: str, num_characters: np.ndarray) -> np.ndarray:
         """How many documents of the source each tokenized document of these sizes stands for."""
-        classes, shares = self._scans[source].classes(self._lengths), self.sources[source].shares
-        each = np.array([1.0 / shares[name] if shares[name] else 0.0 for name in classes.names])
-        return each[np.searchsorted(np.asarray(classes.limits), num_characters, side="left")]
+        shares = self.sources[source].shares.values()
+        each = np.array([1.0 / share if share else 0.0 for share in shares])
+        return each[self._classes(source).codes(num_characters)]
+
+    def _classes(self, source: str) -> LengthBuckets:
+        """The buckets in characters, as the scan has measured them."""
+        return self._lengths.in_characters(self._scans[source].characters_per_token)
 
     def _first_reading(self, source: str, available: int, demand: Demand) -> SourceReading:
         """Units and shares by the scan."""

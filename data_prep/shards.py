@@ -296,7 +296,8 @@ class PackJob:
         marker = self.pack_list.folder / f"packed-{number:05d}.json"
         if marker.is_file():
             packed = PackedUnit(**json.loads(marker.read_text(encoding="utf-8")))
-            if all(_is_whole(self.folder / name, sha256) for name, sha256 in packed.files.items()):
+            paths = {self.folder / name: sha256 for name, sha256 in packed.files.items()}
+            if all(path.is_file() and sha256_of_file(path) == paths[path] for path in paths):
                 return packed
         documents, seed = self._documents(number), self.seed + number
         for_short = [d for d in documents if d.bucket == self.bucket_names[0]]
@@ -342,10 +343,6 @@ def nested(counter: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     for (first, second), number in sorted(counter.items()):
         tree.setdefault(first, {})[second] = int(number)
     return tree
-
-
-def _is_whole(path: Path, expected: str) -> bool:
-    return path.is_file() and sha256_of_file(path) == expected
 
 
 def _count_pieces(drafts: list[DraftSegment], left_over: list[Piece]) -> PackedUnit:

@@ -13,6 +13,7 @@ unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,19 +27,12 @@ from data_prep.account import Choice, histogram, segment_counts
 from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import read_exclusions
-from data_prep.engine import StageProgress, UnitJob, run_units, worker_count
+from data_prep.engine import UnitJob, run_stage, worker_count
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
 from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
 from data_prep.shards import PackedUnit, PackJob, PackList
-from data_prep.token_files import DocumentTable, TokenizedUnit, load_documents
-from data_prep.tokenizing import (
-    FULL_BAND,
-    CharacterClasses,
-    RetrievalOrder,
-    TokenizeJob,
-    UnitGroup,
-    UnitTask,
-)
+from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
+from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
 from longrope2.corpora.tokenizer import (
     DocumentTokenizer,
@@ -77,14 +71,7 @@ def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Cho
     if not config.mixture.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
     missing = {source: cells for source, cells in missing.items() if source in readings.sources}
-    return Choice(
-        table=table,
-        selection=selection,
-        account=account,
-        demand=fitted.demand,
-        missing=missing,
-        shortfalls=shortfalls,
-    )
+    return Choice(table, selection, account, fitted.demand, missing, shortfalls)
 
 
 def _natural_supply(
@@ -126,13 +113,8 @@ def _first_readings(
     config: PackConfig, units: dict[str, list[UnitGroup]], scans: dict[str, SourceScan]
 ) -> Readings:
     """How much is read, by a scan."""
-    readings = Readings(
-        units,
-        scans,
-        length_buckets(config),
-        config.short_overlong,
-        max_units=config.documents.max_units,
-    )
+    lengths, most = length_buckets(config), config.documents.max_units
+    readings = Readings(units, scans, lengths, config.short_overlong, max_units=most)
     estimate = {source: scan.supply() or {} for source, scan in scans.items()}
     readings.start(demand_of(config, estimate, estimate).demand)
     return readings
@@ -176,8 +158,11 @@ class _TokenizeStage:
         Raises:
             DataError: units failed; all others are done and kept.
         """
-        is_first = readings.num_rounds == 0
-        tasks = [*readings.tasks(), *(self._retrieval_tasks() if is_first else [])]
+        is_first, tasks = readings.num_rounds == 0, readings.tasks()
+        if is_first and self.config.retrieval_tokens:
+            unit = UnitGroup((Unit(RETRIEVAL_SOURCE, RETRIEVAL_SOURCE),))
+            classes = LengthBuckets(("all",), (math.inf,))
+            tasks.append(UnitTask(unit, RETRIEVAL_SOURCE, classes, {"all": FULL_BAND}))
         _ = self.encoder  # workers find it in its file
         job = TokenizeJob(
             corpus=self.corpus,
@@ -190,24 +175,13 @@ class _TokenizeStage:
             retrieval=self._retrieval_order(),
         )
         sizes = [task.unit.size_bytes for task in tasks]
-        known = [size for size in sizes if size is not None]
-        small = sum(known) < SMALL_BYTES
-        progress = StageProgress("tokenizing", len(tasks), known if None not in sizes else None)
-        for _ in _run_stage(self.config, job, self.work, progress, small=small):
-            pass  # what a unit tells is read from its account
+        small = sum(size or 0 for size in sizes) < SMALL_BYTES
+        _run(self.config, "tokenizing", job, sizes, self.work, small=small)
         return [TokenizedUnit(self.work, task.stem) for task in tasks]
 
     @property
     def _tokenizer_file(self) -> Path:
         return self.work / "tokenizer.json"
-
-    def _retrieval_tasks(self) -> Sequence[UnitTask]:
-        """One unit, if there is anything to generate."""
-        if not self.config.retrieval_tokens:
-            return []
-        unit = UnitGroup((Unit(RETRIEVAL_SOURCE, RETRIEVAL_SOURCE),))
-        classes = CharacterClasses(("all",), ())
-        return [UnitTask(unit, RETRIEVAL_SOURCE, classes, {"all": FULL_BAND})]
 
     def _retrieval_order(self) -> RetrievalOrder | None:
         """What to generate, and from which text."""
@@ -229,17 +203,18 @@ class _TokenizeStage:
         )
 
 
-def _run_stage(
-    config: PackConfig, job: UnitJob, work: Path, progress: StageProgress, *, small: bool
-) -> Iterator[tuple[int, Any]]:
-    """Do all units of a job where the configuration says; yields what each tells."""
-    numbers = range(progress.num_units)
-    workers = worker_count(config.workers, len(numbers), small=small)
-    with progress:
-        units = run_units(job, numbers, config.cluster, workers=workers, logs=work / "slurm")
-        for number, told in units:
-            progress.advance(number, told.num_tokens)
-            yield number, told
+def _run(
+    config: PackConfig,
+    title: str,
+    job: UnitJob,
+    sizes: Sequence[int | None],
+    work: Path,
+    *,
+    small: bool,
+) -> list[Any]:
+    """Do all units of a job where the configuration says; returns what they tell."""
+    workers = worker_count(config.workers, len(sizes), small=small)
+    return run_stage(title, job, sizes, config.cluster, workers=workers, logs=work / "slurm")
 
 
 @dataclass
@@ -350,9 +325,7 @@ def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> 
         seed=config.seed,
     )
     small = summary["chosen_tokens"] * rules.dtype().itemsize < SMALL_BYTES
-    progress = StageProgress("packing", summary["num_units"])
-    packed = dict(_run_stage(config, job, work, progress, small=small))
-    return [packed[number] for number in sorted(packed)]
+    return _run(config, "packing", job, [None] * summary["num_units"], work, small=small)
 
 
 def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> None:

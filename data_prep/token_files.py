@@ -13,12 +13,13 @@ Shape letters: D documents.
 """
 
 import json
+import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -84,50 +85,40 @@ class UnitAccount:
         self.left_out_characters[reason] += num_characters
 
 
-class UnitWriter:
-    """Writes one unit; its files get their names when the ``with`` block ends without an error."""
+@contextmanager
+def write_unit(
+    folder: Path, stem: str, dtype: type[np.unsignedinteger], *, signature_bytes: int = 0
+) -> Iterator[Callable[[IndexRow, np.ndarray], None]]:
+    """Write one unit; yields the function that appends a document.
 
-    def __init__(
-        self, folder: Path, stem: str, dtype: type[np.unsignedinteger], *, signature_bytes: int = 0
-    ) -> None:
-        self._folder, self._stem, self._dtype = folder, stem, dtype
-        self._schema = _index_schema(signature_bytes)
-        self._rows: list[dict[str, Any]] = []
-        self._position = 0
-        self._stack = ExitStack()
+    The files get their final names when the ``with`` block ends without an error.
+    """
+    schema = _index_schema(signature_bytes)
+    rows: list[dict[str, Any]] = []
+    position = 0
+    with (
+        atomic_path(folder / f"{stem}.tokens") as tokens_path,
+        atomic_path(folder / f"{stem}.index.arrow") as index_path,
+        tokens_path.open("wb") as tokens,
+        pa.OSFile(str(index_path), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as index,
+    ):
 
-    def __enter__(self) -> "UnitWriter":
-        enter = self._stack.enter_context
-        tokens_path = enter(atomic_path(self._folder / f"{self._stem}.tokens"))
-        index_path = enter(atomic_path(self._folder / f"{self._stem}.index.arrow"))
-        self._tokens = enter(tokens_path.open("wb"))
-        sink = enter(pa.OSFile(str(index_path), "wb"))
-        self._index = enter(pa.ipc.new_stream(sink, self._schema))
-        return self
+        def flush() -> None:
+            arrays = [pa.array([row[f.name] for row in rows], f.type) for f in schema]
+            index.write_batch(pa.record_batch(arrays, schema=schema))
+            rows.clear()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._flush_rows()
-        self._stack.__exit__(kind, error, trace)
+        def add(row: IndexRow, ids: np.ndarray) -> None:
+            nonlocal position
+            tokens.write(ids.astype(dtype, copy=False).tobytes())
+            rows.append({**vars(row), "start": position, "num_tokens": len(ids)})
+            position += len(ids)
+            if len(rows) >= ROWS_PER_BATCH:
+                flush()
 
-    def add(self, row: IndexRow, ids: np.ndarray) -> None:
-        """Append a document."""
-        self._tokens.write(ids.astype(self._dtype, copy=False).tobytes())
-        self._rows.append({**vars(row), "start": self._position, "num_tokens": len(ids)})
-        self._position += len(ids)
-        if len(self._rows) >= ROWS_PER_BATCH:
-            self._flush_rows()
-
-    def _flush_rows(self) -> None:
-        """Write collected rows as one batch."""
-        arrays = [pa.array([row[f.name] for row in self._rows], f.type) for f in self._schema]
-        self._index.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._rows = []
+        yield add
+        flush()
 
 
 @dataclass(frozen=True)
@@ -175,16 +166,25 @@ class LengthBuckets:
     """Length classes of documents."""
 
     names: tuple[str, ...]  # shortest first; the first serves short windows, all others long ones
-    limits: tuple[int, ...]  # most tokens of each, BOS and EOS included
+    limits: tuple[float, ...]  # most tokens of each, BOS and EOS included
 
     @property
     def longest(self) -> int:
         """Longest document of all."""
-        return self.limits[-1]
+        return int(self.limits[-1])
 
-    def codes(self, num_tokens: np.ndarray) -> np.ndarray:
+    def codes(self, lengths: np.ndarray) -> np.ndarray:
         """Index of the bucket of each length; ``len(names)`` above the last limit."""
-        return np.searchsorted(np.asarray(self.limits), num_tokens, side="left")
+        return np.searchsorted(np.asarray(self.limits), lengths, side="left")
+
+    def of(self, length: float) -> str:
+        """Name of the bucket of a length, which is not above the last limit."""
+        return self.names[bisect_left(self.limits, length)]
+
+    def in_characters(self, per_token: float) -> "LengthBuckets":
+        """The buckets guessed before tokens are counted; the last takes whatever is longer."""
+        limits = (limit * per_token for limit in self.limits[:-1])
+        return LengthBuckets(self.names, (*limits, math.inf))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
-from data_prep.token_files import HASH_BYTES, IndexRow, TokenizedUnit, UnitAccount, UnitWriter
+from data_prep.token_files import (
+    HASH_BYTES,
+    IndexRow,
+    LengthBuckets,
+    TokenizedUnit,
+    UnitAccount,
+    write_unit,
+)
 from longrope2.corpora.corpus import (
     RETRIEVAL_SOURCE,
     Corpus,
@@ -115,27 +122,12 @@ class UnitGroup:
 
 
 @dataclass(frozen=True)
-class CharacterClasses:
-    """Buckets guessed from characters, before tokens are counted."""
-
-    names: tuple[str, ...]  # shortest documents first
-    limits: tuple[float, ...]  # most characters of each class but the last
-
-    def of(self, num_characters: int) -> str:
-        """Class of a document."""
-        for name, limit in zip(self.names, self.limits, strict=False):
-            if num_characters <= limit:
-                return name
-        return self.names[-1]
-
-
-@dataclass(frozen=True)
 class UnitTask:
     """One reading of one unit."""
 
     unit: UnitGroup
     stem: str  # of its files' names
-    classes: CharacterClasses  # how to guess a document's bucket
+    classes: LengthBuckets  # in characters: how to guess a document's bucket
     # Class -> (from, to): documents whose order, as a fraction, lies in the band are tokenized. A
     # run that needs a tenth of the short documents tokenizes a tenth.
     bands: Mapping[str, tuple[float, float]]
@@ -164,11 +156,11 @@ class TokenizeJob:
         encoder = prepared_tokenizer(self.tokenizer_file)
         account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
         width = SIGNATURE_BYTES if self.with_signatures else 0
-        with UnitWriter(self.folder, task.stem, encoder.dtype, signature_bytes=width) as writer:
+        with write_unit(self.folder, task.stem, encoder.dtype, signature_bytes=width) as add:
             for batch in _batches(self._wanted(task, encoder, account)):
                 contents = encoder.encode_contents([document.text for document, _ in batch])
                 for (document, row), ids in zip(batch, contents, strict=True):
-                    writer.add(row, ids)
+                    add(row, ids)
                     account.num_documents += 1
                     account.num_tokens += len(ids)
                     account.num_characters += len(document.text)

@@ -178,10 +178,11 @@ class RetrievalDocuments:
         texts = [self._text(draft) for draft in drafts]
         open_numbers = list(range(len(drafts)))
         for round_number in range(MAX_REPAIRS):
-            counts = self._count([texts[number] for number in open_numbers])
+            counts = self._encoder.count_tokens([texts[number] for number in open_numbers])
             exact = round_number < MAX_REPAIRS // 2
             misses = []
             for number, count in zip(open_numbers, counts, strict=True):
+                count += NUM_BOUNDARY_TOKENS
                 difference = drafts[number].target - count
                 if difference == 0 or (not exact and above < count <= up_to):
                     continue
@@ -194,13 +195,6 @@ class RetrievalDocuments:
                 return texts
         kept = set(range(len(texts))) - set(open_numbers)
         return [texts[number] for number in sorted(kept)]
-
-    def _count(self, texts: list[str]) -> list[int]:
-        """Tokens of every text with BOS and EOS."""
-        counts = []
-        for batch in batches_by_characters(texts):
-            counts += self._encoder.count_tokens(texts[batch])
-        return [count + NUM_BOUNDARY_TOKENS for count in counts]
 
     def _text(self, draft: _Draft) -> str:
         """The document as text."""

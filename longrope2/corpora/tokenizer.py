@@ -165,10 +165,13 @@ class DocumentTokenizer:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(e.offsets, dtype=np.int64).reshape(-1, 2) for e in encodings]
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of every text, without BOS and EOS."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(encoding) for encoding in encodings]
+        counts = []
+        for batch in batches_by_characters(texts):
+            encodings = self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+            counts += map(len, encodings)
+        return counts
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; BOS and EOS come out as text too."""
