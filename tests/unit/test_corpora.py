@@ -206,7 +206,10 @@ def test_heldout_texts(tmp_path):
     (tmp_path / "a.txt").write_text("only one")
     config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path))
     assert split_of("folder/a.txt") is Split.train
-    words = r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); use a larger corpus, or a larger"
+    words = (
+        r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); "
+        "use a larger corpus, or a larger"
+    )
     with pytest.raises(DataError, match=words):
         heldout_texts(config)
     sample = heldout_texts(CorpusConfig(name="sample", kind=CorpusKind.sample))

@@ -1,4 +1,4 @@
-"""Mixtures: the paper's numbers, exact margins if supply allows, else the largest table, Fu's rule."""
+"""Mixtures: the paper's numbers, exact margins where supply allows, else the largest table."""
 
 import itertools
 from pathlib import Path
@@ -263,10 +263,7 @@ def test_buckets_by_length():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"sources": {"d": 5}},
-            "mixture.sources.d: the corpus has no such source; it has a, b",
-        ),
+        ({"sources": {"d": 5}}, "mixture.sources.d: the corpus has no such source; it has a, b"),
         (
             {"sources": {"a": 5}, "buckets": BucketTokens(short=4)},
             "mixture.sources sum to 5 tokens and mixture.buckets to 4; make them equal",
@@ -295,4 +292,5 @@ def test_buckets_by_length():
     ],
 )
 def test_faults_of_a_mixture(changes, words):
-    assert words in MixtureConfig(**({"sources": {"a": 5}} | changes)).faults(["a", "b"], ORIGINAL_LEN)
+    mixture = MixtureConfig(**({"sources": {"a": 5}} | changes))
+    assert words in mixture.faults(["a", "b"], ORIGINAL_LEN)

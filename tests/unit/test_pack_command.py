@@ -1,4 +1,4 @@
-"""The pack command end to end on small folders: tokens come back as the text, reruns, crashes, and bad input."""
+"""The pack command on small folders: tokens come back as text, reruns, crashes, bad input."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def folder_arguments(texts_folder, root, *more):
 
 
 def unpacked(store):
-    """Document id -> token runs, in the order of the document where the order is known (whole ones and windows)."""
+    """Document id -> token runs, in the order of the document where the order is known."""
     runs = defaultdict(list)
     for index in range(len(store)):
         segment = store.segment(index)
@@ -119,7 +119,7 @@ def number_of(window_id):
 
 
 def assembled(ids, runs):
-    """Whether the runs are disjoint parts of ``ids`` that cover it but for a tail that was left over."""
+    """Whether the runs are disjoint parts of ``ids`` that cover it but for a tail."""
     by_start = sorted((ids_position(ids, run), run) for run in runs)
     place = 0
     for start, run in by_start:

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of every stage; the run that goes on ends with the bytes of one that was never killed."""
+"""Kill -9 at random moments; the run that goes on ends with the bytes of one never killed."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def _died_at_a_rename(arguments, last):
 
 
 def _killed_after_files(arguments, root, more, seconds):
-    """Kill the run and its workers ``seconds`` after ``more`` new files appeared; whether it had finished before."""
+    """Kill run and workers ``seconds`` after ``more`` new files; whether it had finished before."""
     before = len(_files(root))
     child = subprocess.Popen(
         [*COMMAND, *arguments],

@@ -1,4 +1,4 @@
-"""``corpus=paper`` from miniature mirrors of its four sources, faults included, through to verified segments."""
+"""``corpus=paper`` from miniature mirrors, faults included, through to verified segments."""
 
 import pytest
 from public_corpora import (
@@ -12,8 +12,8 @@ from data_prep import pack, verify
 from longrope2.segments.format import SegmentStore
 
 WRITERS = {
-    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2, "starcoder": write_starcoder,
-    "fineweb_edu": write_fineweb_edu,
+    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2,
+    "starcoder": write_starcoder, "fineweb_edu": write_fineweb_edu,
 }  # fmt: skip
 
 

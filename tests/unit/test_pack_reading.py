@@ -13,7 +13,9 @@ LENGTHS = LengthBuckets(("short", "long"), (100, 10_000))
 UNITS = [UnitGroup((Unit(f"u{n:03d}", "s", 10),)) for n in range(200)]
 
 
-def readings_for(short, long, *, per_unit=None, units=UNITS, pooled=ShortOverlong.drop, max_units=None):
+def readings_for(
+    short, long, *, per_unit=None, units=UNITS, pooled=ShortOverlong.drop, max_units=None
+):
     cells = {"d": {"short": 1000.0, "long": 50.0}} if per_unit is None else per_unit
     scan = SourceScan(len(units), 4.0, cells or None)
     readings = Readings({"s": units}, {"s": scan}, LENGTHS, pooled, max_units=max_units)
@@ -33,8 +35,8 @@ def test_the_scarcest_bucket_decides_the_units_and_the_others_are_thinned():
 
 
 def test_all_there_is_reads_everything():
-    readings = readings_for(None, 0)
-    assert readings.sources["s"].num_units == 200 and set(readings.sources["s"].shares.values()) == {1.0}
+    reading = readings_for(None, 0).sources["s"]
+    assert reading.num_units == 200 and set(reading.shares.values()) == {1.0}
 
 
 def test_an_unknown_size_reads_everything():
@@ -65,7 +67,8 @@ def test_later_rounds_read_only_what_is_missing():
         (pytest.approx(0.4), pytest.approx(0.72))
     ] * 100
     assert all(task.bands["long"] == (1.0, 1.0) and not task.is_first for task in second)
-    assert readings.extend("s", {"long": 1.5})  # all long documents of these units are read: more units
+    # All long documents of these units are read: more units.
+    assert readings.extend("s", {"long": 1.5})
     third = readings.tasks()
     assert [task.unit for task in third] == UNITS[100:200] and all(task.is_first for task in third)
     assert {task.stem for task in first}.isdisjoint(task.stem for task in [*second, *third])

@@ -1,4 +1,4 @@
-"""Adapters of the public corpora on miniature mirrors: every record read as it is, or left out and counted."""
+"""Public corpora on miniature mirrors: every record read as it is, or left out and counted."""
 
 import gzip
 import json
@@ -33,13 +33,13 @@ from longrope2.errors import ConfigError
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
 WRITERS = {
-    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2, "starcoder": write_starcoder,
-    "fineweb_edu": write_fineweb_edu, "pg19": write_pg19,
+    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2,
+    "starcoder": write_starcoder, "fineweb_edu": write_fineweb_edu, "pg19": write_pg19,
 }  # fmt: skip
 
 
 def configured(kind, root=None, **settings):
-    """Configuration of one public corpus, or of the mix ``kind`` names, with keys of its adapter."""
+    """Configuration of one public corpus, with keys of its adapter."""
     config = CorpusConfig(name=kind, kind=CorpusKind(kind))
     part = getattr(config, kind)
     part.root = None if root is None else str(root)
@@ -247,7 +247,7 @@ def test_paper_corpus_from_mirrors(tmp_path):
 
 
 def test_unreachable_sources_are_told_together(monkeypatch):
-    """Nothing of this reaches a network: names that cannot exist, and a hub that is switched off."""
+    """Nothing of this reaches a network: names that cannot exist, a hub that is switched off."""
     from longrope2.corpora import remote
 
     def refused(*_, **__):

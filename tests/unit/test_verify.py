@@ -1,4 +1,4 @@
-"""The audit finds whatever is changed in a finished folder, and holds what was packed against its source."""
+"""The audit finds what was changed in a finished folder, and compares with the source."""
 
 import json
 import random
