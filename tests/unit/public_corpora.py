@@ -23,8 +23,8 @@ META = {
     "c4": {"timestamp": "2019", "source": "c4", "language": "en", "url": "https://c4"},
     "github": {
         "content_hash": "h", "timestamp": "", "source": "github", "line_count": 3,
-        "max_line_length": 9, "avg_line_length": 3.5, "alnum_prop": 0.7, "repo_name": "a/b", "id": "1",
-        "size": "20", "binary": False,
+        "max_line_length": 9, "avg_line_length": 3.5, "alnum_prop": 0.7, "repo_name": "a/b",
+        "id": "1", "size": "20", "binary": False,
         "copies": "1", "ref": "refs/heads/main", "path": "a.py", "mode": "33188", "license": "mit",
         "language": [{"name": "Python", "bytes": "20"}],
     },
@@ -144,7 +144,7 @@ def page(text: str) -> str:
 
 
 def write_starcoder(root: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Two Python files that share repositories, with integer and with float stars; Go; notebooks."""
+    """Two Python files that share repositories, with int and float stars; Go; notebooks."""
     rows = [
         ("b.py", "x/one", "second file\n"),
         ("c.py", "x/two", "<reponame>x/two\n<gh_stars>1-10\nprint(1)\n"),

@@ -18,8 +18,8 @@ from longrope2.corpora.tokenizer import (
 TINY = Path("models/tiny/tokenizer.json")
 SNIPPETS = [
     " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "word", "Words", "don't", "x=1;",
-    "    indented", "12345", "3.14", "日本語", "é", "e\u0301", "😀", "👩‍👩‍👧", "\u00a0", "\u3000", "▁", "▁▁", "a▁b", " ▁", "▁ ",
-    "</s>", "<s>", "<|end|>", "\x00", "_",
+    "    indented", "12345", "3.14", "日本語", "é", "e\u0301", "😀", "👩‍👩‍👧", "\u00a0", "\u3000",
+    "▁", "▁▁", "a▁b", " ▁", "▁ ", "</s>", "<s>", "<|end|>", "\x00", "_",
     "averyverylongwordwithoutanyspaces" * 3, "-" * 40,
 ]  # fmt: skip
 
