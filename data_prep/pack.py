@@ -40,11 +40,6 @@ from longrope2.model.folder import model_identity, resolve_model_folder
 # the same segments.
 LOCATION_KEYS = ("run", "dry_run", "workers", "cluster", "keep_work")
 FLAGS = {"target": "target_len", "model": "model", "corpus": "corpus", "align": "align"}
-MOVED_KEYS = {
-    "corpus.quotas": "quotas",
-    "corpus.plan": "mixture",
-    "corpus.short_overlong": "short_overlong",
-}
 
 
 def check(config: PackConfig) -> tuple[Path, Corpus]:
@@ -188,20 +183,7 @@ def _run(arguments: Sequence[str]) -> None:
     flags = vars(parser.parse_intermixed_args(list(arguments)))
     overrides = [f"{key}={flags[flag]}" for flag, key in FLAGS.items() if flags[flag] is not None]
     overrides += ["dry_run=true"] if flags["dry_run"] else []
-    if faults := _moved_faults(flags["overrides"]):
-        raise ConfigError(faults)
     pack(compose(PackConfig, "pack", [*flags["overrides"], *overrides]))
-
-
-def _moved_faults(overrides: Sequence[str]) -> list[str]:
-    """Keys of the corpus that now say what is packed, by their new names."""
-    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
-    return [
-        f"{key} is now {new}{key.removeprefix(old)}: corpus.* says what is read, not what is packed"
-        for key in keys
-        for old, new in MOVED_KEYS.items()
-        if f"{key}.".startswith(f"{old}.")
-    ]
 
 
 def _build(

@@ -236,13 +236,13 @@ def test_dry_run_prints_what_is_wanted_and_writes_nothing(texts_folder, tmp_path
             ["--target", "512", "corpus.quotas.retrieval.long=0", "+corpus.plan.sources.a=5"],
             [
                 "2 fault(s)",
-                "corpus.quotas.retrieval.long is now quotas.retrieval.long: corpus.* says what is",
-                "corpus.plan.sources.a is now mixture.sources.a",
+                "unknown key corpus.quotas.retrieval.long; it is quotas.retrieval.long now",
+                "unknown key corpus.plan.sources.a; it is mixture.sources.a now",
             ],
         ),
         (
             ["--target", "512", "corpus.short_overlong=split", "seed=1"],
-            ["corpus.short_overlong is now short_overlong"],
+            ["unknown key corpus.short_overlong; it is short_overlong now"],
         ),
         (
             [
