@@ -1,17 +1,16 @@
-"""``python -m benchmarks.pack``: the pack stage end to end against the tokenizer alone and against
-common tokenizing jobs.
+"""The pack stage against its tokenizer alone and common tokenizing jobs: ``-m benchmarks.pack``.
 
 All read the same JSON lines with the same tokenizer and the same number of processes, one after the
 other, several rounds in turn; the best time of each counts. Processes are started inside the
 measured time by all of them. Printed are tokens a second and ratios to ours: ``bare`` shows what
 everything but tokenizing costs (ours should reach 0.85 of it), the others are how text is usually
-tokenized (ours should be 1.3 times as fast, though it also plans, packs and verifies).
+tokenized (ours should be 1.3 times as fast, though it also chooses, packs and verifies).
 
-    ours       python -m data_prep.pack: scan, tokenize, plan, pack, check, write shards with hashes
+    ours       python -m data_prep.pack: scan, tokenize, choose, pack, check, write hashed shards
     bare       the prepared tokenizer on batches of texts; nothing is written
     megatron   after Megatron-LM's preprocess_data: a pool encodes line by line, the main process
-    writes ids and an index datatrove  its DocumentTokenizer on its local executor, where datatrove
-    is installed
+               writes ids and an index
+    datatrove  its DocumentTokenizer on its local executor, where datatrove is installed
 """
 
 import argparse
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import numpy as np
 from longrope2.corpora.corpus import Split
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import (
-    BATCH_CHARACTERS,
+    batches_by_characters,
     load_document_tokenizer,
     prepared_tokenizer,
     save_prepared_tokenizer,
@@ -56,40 +55,25 @@ def write_texts(folder: Path, megabytes: float, num_files: int) -> None:
 
 def ours(texts: Path, model: Path, work: Path, workers: int) -> int:
     """The whole stage; returns tokens tokenized."""
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data_prep.pack",
-            "--target",
-            "16384",
-            "--corpus",
-            "folder",
-            f"corpus.folder={texts}",
-            f"model.path={model}",
-            f"run.root={work}",
-            "run.name=ours",
-            f"workers={workers}",
-            "corpus.heldout_fraction=0.0",
-            "tokens_per_unit=16777216",
-        ],
-        check=True,
-        capture_output=True,
-    )
+    command = f"{sys.executable} -m data_prep.pack --target 16384 --corpus folder run.name=ours"
+    overrides = [
+        f"corpus.folder={texts}",
+        f"model.path={model}",
+        f"run.root={work}",
+        f"workers={workers}",
+        "corpus.heldout_fraction=0.0",
+        "tokens_per_unit=16777216",
+    ]
+    subprocess.run([*command.split(), *overrides], check=True, capture_output=True)
     counts = json.loads((work / "ours" / "1_segments" / "manifest.json").read_text())["counts"]
     return counts["tokenized_tokens"]["folder"] - 2 * counts["num_documents_tokenized"]["folder"]
 
 
 def bare(texts: Path, tokenizer: Path, workers: int) -> int:
     """Only the tokenizer; returns tokens."""
+    files = [(path, tokenizer) for path in sorted(texts.glob("*.jsonl"))]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return sum(
-            pool.starmap(
-                _encode_file,
-                [(path, tokenizer) for path in sorted(texts.glob("*.jsonl"))],
-                chunksize=1,
-            )
-        )
+        return sum(pool.starmap(_encode_file, files, chunksize=1))
 
 
 def megatron(texts: Path, model: Path, work: Path, workers: int) -> int:
@@ -115,9 +99,10 @@ def datatrove(texts: Path, model: Path, work: Path, workers: int) -> int:
         "from datatrove.pipeline.tokens import DocumentTokenizer\n"
         "if __name__ == '__main__':\n"
         "    texts, out, name, eos, workers, tasks = sys.argv[1:]\n"
-        "    LocalPipelineExecutor([JsonlReader(texts), DocumentTokenizer(out, tokenizer_name_or_path=name,\n"
-        "        eos_token=eos, shuffle_documents=False)], tasks=int(tasks), workers=int(workers),\n"
-        "        logging_dir=out + '/logs').run()\n"
+        "    step = DocumentTokenizer(out, tokenizer_name_or_path=name, eos_token=eos,\n"
+        "        shuffle_documents=False)\n"
+        "    LocalPipelineExecutor([JsonlReader(texts), step], tasks=int(tasks),\n"
+        "        workers=int(workers), logging_dir=out + '/logs').run()\n"
     )
     path = work / "run_datatrove.py"
     path.write_text(script)
@@ -135,15 +120,12 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--megabytes", type=float, default=200.0, help="text, in millions of characters"
-    )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--files", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--model", type=Path, default=Path("models/tiny"), help="model folder with tokenizer.json"
-    )
+    add, model = parser.add_argument, Path("models/tiny")
+    add("--megabytes", type=float, default=200.0, help="text, in millions of characters")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    add("--files", type=int, default=32)
+    add("--rounds", type=int, default=3)
+    add("--model", type=Path, default=model, help="model folder with tokenizer.json")
     given = parser.parse_args()
     # Processes instead of threads, for all alike.
     os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -161,15 +143,13 @@ def main() -> None:
         if importlib.util.find_spec("datatrove") is not None:
             ways["datatrove"] = lambda work: datatrove(texts, given.model, work, given.workers)
         best, tokens = _timed(ways, given.rounds)
-    print(
-        f"{given.megabytes:g} M characters in {given.files} files, {given.workers} workers, best of {given.rounds}"
-    )
+    text = f"{given.megabytes:g} M characters in {given.files} files"
+    print(f"{text}, {given.workers} workers, best of {given.rounds}")
     for name, seconds in best.items():
         rate = tokens[name] / seconds
         ratio = tokens["ours"] / best["ours"] / rate
-        print(
-            f"{name:10s} {tokens[name]:>12,} tokens {seconds:8.1f} s {rate:12,.0f} tokens/s   ours is {ratio:5.2f} x this"
-        )
+        speed = f"{tokens[name]:>12,} tokens {seconds:8.1f} s {rate:12,.0f} tokens/s"
+        print(f"{name:10s} {speed}   ours is {ratio:5.2f} x this")
 
 
 def _timed(
@@ -189,21 +169,10 @@ def _timed(
 def _encode_file(path: Path, tokenizer: Path) -> int:
     """Tokens of one file, encoded in batches by characters."""
     encoder = prepared_tokenizer(tokenizer)
-    return sum(sum(map(len, encoder.encode_contents(batch))) for batch in _batches(path))
-
-
-def _batches(path: Path) -> Iterator[list[str]]:
-    """Texts of a file in batches."""
-    batch: list[str] = []
-    size = 0
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            batch.append(json.loads(line)["text"])
-            size += len(batch[-1])
-            if size > BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    yield batch
+        texts = [json.loads(line)["text"] for line in lines]
+    batches = (encoder.encode_contents(texts[batch]) for batch in batches_by_characters(texts))
+    return sum(sum(map(len, batch)) for batch in batches)
 
 
 _line_encoder: Any = None
@@ -220,10 +189,8 @@ def _start_line_worker(model: Path) -> None:
 def _encode_line(line: str) -> list[int]:
     """Ids of one line's text with EOS behind them."""
     assert _line_encoder is not None
-    return [
-        *_line_encoder(json.loads(line)["text"], add_special_tokens=False)["input_ids"],
-        _line_encoder.eos_token_id,
-    ]
+    ids = _line_encoder(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+    return [*ids, _line_encoder.eos_token_id]
 
 
 if __name__ == "__main__":

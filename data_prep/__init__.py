@@ -1,1 +1,1 @@
-"""Corpora in, tagged segments out: the pack stage (``python -m data_prep.pack``) and the needle wording."""
+"""Corpora in, tagged segments out: the pack stage, ``python -m data_prep.pack``."""

@@ -1,10 +1,11 @@
-"""What a run wants of each source and length: from quotas as they stand, or from a plan fitted to
-the supply.
+"""What a run wants of each source and length: quotas as they stand, or a mixture fitted to supply.
 
-A table with given row and column sums under caps: what a plan wants of every (source, bucket) from
-what there is.
+A mixture gives the margins of a table (tokens per source, tokens per bucket); the cells between
+them are fitted to the measured supply. Inside a source, lengths change and the mix of its domains
+stays [Fu et al. 2024, arXiv 2402.10171, "per-source upsampling"]. What cannot be met is reported,
+never filled with something else silently.
 
-Without binding caps the answer is iterative proportional fitting: the table nearest (in relative
+Without binding caps the fit is iterative proportional fitting: the table nearest (in relative
 entropy) to independence that has the wanted margins (Deming and Stephan 1940). Two things go beyond
 it, because supply is finite:
 
@@ -19,14 +20,6 @@ linearly. Sums are float64.
 
 Shape letters: R rows (sources or domains), C columns (buckets), N = R + C + 2 nodes of the flow
 network.
-
-Fit a plan to the documents there are: tokens per source and per length bucket -> tokens of every
-cell.
-
-The plan gives the margins (``plan_config.py``); the table between them is fitted to the measured
-supply (``fitting.py``). Inside a source, lengths change and the mix of its domains stays [Fu et al.
-2024, arXiv 2402.10171, "per-source upsampling"]. What cannot be met is reported, never filled with
-something else silently.
 """
 
 import math
@@ -36,10 +29,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data_prep.config import PackConfig
+from data_prep.config import BUCKETS, QUOTA_BUCKETS, DomainMix, MixtureConfig, PackConfig
 from data_prep.quotas import Demand
 from data_prep.token_files import LengthBuckets
-from longrope2.corpora.config import BUCKETS, BucketQuota, CorpusConfig, DomainMix, PlanConfig
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE
 
 # Relative to the sum of the margins: far below a token in 10^10, far above float64 rounding of such
@@ -47,10 +39,9 @@ from longrope2.corpora.corpus import RETRIEVAL_SOURCE
 CLOSED = 1e-14  # an arc of the flow network with less left is full
 TOLERANCE = 1e-12  # largest error of a margin
 MAX_SWEEPS = 100_000
-# Relative to the wanted amount: below this a margin counts as met.
-MET = 1e-9
-QUOTA_BUCKETS = ("short", "long")
-Supply = Mapping[str, Mapping[str, Mapping[str, float]]]
+MET = 1e-9  # relative to the wanted amount: below this a margin counts as met
+Cells = Mapping[str, Mapping[str, float]]  # row (source or domain) -> bucket -> tokens
+Supply = Mapping[str, Cells]  # source -> domain -> bucket -> tokens
 
 
 def fit_table(
@@ -79,39 +70,30 @@ def fit_table(
     caps_RC = np.minimum(caps_RC / total, np.minimum.outer(rows_R, columns_C))
     flow_RC, component_N = _flow_components(rows_R, columns_C, caps_RC)
     weights_RC = np.outer(rows_R, columns_C) if wanted_RC is None else wanted_RC / total
-    num_rows = len(rows_R)
-    row_component_R, column_component_C = (
-        component_N[1 : 1 + num_rows],
-        component_N[1 + num_rows : -1],
-    )
-    free_RC = row_component_R[:, None] == column_component_C[None, :]
+    component_R, component_C = np.split(component_N[1:-1], [len(rows_R)])
+    free_RC = component_R[:, None] == component_C[None, :]
     fixed_RC = np.where(free_RC, 0.0, flow_RC)
-    # A row in the component of the flow's source may fall short of its margin; any other has the
-    # sum the flow gave it.
+    # A row in the component of the flow's source may fall short of its margin (and a column in the
+    # sink's): the fit decides how far. Any other has the sum the flow gave it.
+    loose_R, loose_C = component_R == component_N[0], component_C == component_N[-1]
     return total * _scale(
-        np.where(free_RC, caps_RC, 0.0),
-        np.where(free_RC, weights_RC, 0.0),
-        fixed_RC,
-        _targets(rows_R, flow_RC.sum(1), row_component_R == component_N[0]) - fixed_RC.sum(1),
-        _targets(columns_C, flow_RC.sum(0), column_component_C == component_N[-1])
-        - fixed_RC.sum(0),
-        row_component_R == component_N[0],
-        column_component_C == component_N[-1],
+        caps_RC=np.where(free_RC, caps_RC, 0.0),
+        weights_RC=np.where(free_RC, weights_RC, 0.0),
+        fixed_RC=fixed_RC,
+        rows_R=np.where(loose_R, rows_R, flow_RC.sum(1)) - fixed_RC.sum(1),
+        columns_C=np.where(loose_C, columns_C, flow_RC.sum(0)) - fixed_RC.sum(0),
+        loose_R=loose_R,
+        loose_C=loose_C,
     )
 
 
 def share_out(total: float, weights: np.ndarray, caps: np.ndarray) -> np.ndarray:
-    """Share ``total`` among cells in proportion to their weights, none above its cap; the caps where all bind."""
-    scale = _common_scale(total, weights, caps)
-    return np.minimum(caps, scale * weights)
-
-
-def _targets(margins: np.ndarray, reached: np.ndarray, may_fall_short: np.ndarray) -> np.ndarray:
-    """Sums to aim at: the margin itself where the fit decides how far to stay below, else what the flow reached."""
-    return np.where(may_fall_short, margins, reached)
+    """Share ``total`` in proportion to weights, none above its cap; the caps where all bind."""
+    return np.minimum(caps, _common_scale(total, weights, caps) * weights)
 
 
 def _scale(
+    *,
     caps_RC: np.ndarray,
     weights_RC: np.ndarray,
     fixed_RC: np.ndarray,
@@ -120,26 +102,22 @@ def _scale(
     loose_R: np.ndarray,
     loose_C: np.ndarray,
 ) -> np.ndarray:
-    """Alternate row and column scaling of the free cells; loose margins are upper limits, scaled down but never up."""
+    """Scale rows and columns of the free cells in turn; loose margins are upper limits only."""
     a_R, b_C = np.ones(len(rows_R)), np.ones(len(columns_C))
     for _ in range(MAX_SWEEPS):
         for i in range(len(a_R)):
-            a_R[i] = _next_scale(rows_R[i], weights_RC[i] * b_C, caps_RC[i], loose=loose_R[i])
+            a_R[i] = _next_scale(rows_R[i], weights_RC[i] * b_C, caps_RC[i], loose_R[i])
         for j in range(len(b_C)):
-            b_C[j] = _next_scale(
-                columns_C[j], weights_RC[:, j] * a_R, caps_RC[:, j], loose=loose_C[j]
-            )
+            b_C[j] = _next_scale(columns_C[j], weights_RC[:, j] * a_R, caps_RC[:, j], loose_C[j])
         table_RC = np.minimum(caps_RC, weights_RC * np.outer(a_R, b_C))
         error_R = table_RC.sum(1) - rows_R
         unscaled_R = loose_R & (a_R == 1.0)
         if np.abs(np.where(unscaled_R, np.maximum(error_R, 0.0), error_R)).max() < TOLERANCE:
             return table_RC + fixed_RC
-    raise AssertionError(
-        f"the scaling did not converge: rows {rows_R}, columns {columns_C}, caps {caps_RC}"
-    )
+    raise AssertionError(f"no convergence: rows {rows_R}, columns {columns_C}, caps {caps_RC}")
 
 
-def _next_scale(total: float, weights: np.ndarray, caps: np.ndarray, *, loose: bool) -> float:
+def _next_scale(total: float, weights: np.ndarray, caps: np.ndarray, loose: bool) -> float:
     """Scale of one row or column; a loose one stays as it is while it keeps below its margin."""
     if loose and np.minimum(caps, weights).sum() <= total:
         return 1.0
@@ -147,7 +125,7 @@ def _next_scale(total: float, weights: np.ndarray, caps: np.ndarray, *, loose: b
 
 
 def _common_scale(total: float, weights: np.ndarray, caps: np.ndarray) -> float:
-    """The a with sum(min(caps, a * weights)) = total; large enough for all caps when they sum to less."""
+    """The a with sum(min(caps, a * weights)) = total; enough for all caps if they sum to less."""
     used = weights > 0.0
     weights, caps = weights[used], caps[used]
     if len(weights) == 0 or total <= 0.0:
@@ -164,14 +142,11 @@ def _common_scale(total: float, weights: np.ndarray, caps: np.ndarray) -> float:
 def _flow_components(
     rows_R: np.ndarray, columns_C: np.ndarray, caps_RC: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A largest table, and the strongly connected component of every node of its residual graph.
+    """A largest table [R, C], and the component [N] of every node of its residual graph.
 
     Nodes: the flow's source, a node per row, a node per column, the sink. Between nodes of one
-    component flow can be moved around without changing the total, so a cell between two components
-    has the same value in every largest table with these sums.
-
-    Returns:
-        The table [R, C] and component numbers [N].
+    (strongly connected) component flow can be moved around without changing the total, so a cell
+    between two components has the same value in every largest table with these sums.
     """
     num_rows, num_nodes = len(rows_R), len(rows_R) + len(columns_C) + 2
     left_NN = np.zeros((num_nodes, num_nodes))
@@ -185,9 +160,8 @@ def _flow_components(
     reach_NN = (left_NN > CLOSED) | np.eye(num_nodes, dtype=bool)
     for node in range(num_nodes):  # Warshall
         reach_NN |= np.outer(reach_NN[:, node], reach_NN[node])
-    return left_NN[1 + num_rows : -1, 1 : 1 + num_rows].T.copy(), np.argmax(
-        reach_NN & reach_NN.T, axis=1
-    )
+    flow_RC = left_NN[1 + num_rows : -1, 1 : 1 + num_rows].T.copy()
+    return flow_RC, np.argmax(reach_NN & reach_NN.T, axis=1)
 
 
 def _shortest_path(open_NN: np.ndarray) -> list[int] | None:
@@ -211,63 +185,46 @@ def _shortest_path(open_NN: np.ndarray) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Margins:
-    """Wanted sums of a table.
+    """Wanted sums of a table, in tokens."""
 
-    Attributes:
-        rows: Row (source or domain) -> tokens.
-        columns: Bucket -> tokens.
-        only: Row -> the buckets it may serve; rows that are not named may serve all.
-    """
-
-    rows: Mapping[str, float]
-    columns: Mapping[str, float]
+    rows: Mapping[str, float]  # row (source or domain) -> tokens
+    columns: Mapping[str, float]  # bucket -> tokens
+    # Row -> the buckets it may serve; rows that are not named may serve all.
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Something a plan wants more of than there is.
+    """Something a mixture wants more of than there is."""
 
-    Attributes:
-        kind: ``source`` and ``bucket``: a margin, the run gets fewer tokens. ``cell`` and
-            ``domain``: the proportions the plan has without limits of supply; what is missing here
-            was taken elsewhere as far as possible.
-        name: ``starcoder``, ``long``, ``starcoder/long``, ``redpajama_v1/arxiv``.
-        wanted_tokens: Tokens wanted.
-        fitted_tokens: Tokens planned.
-    """
-
+    # ``source`` and ``bucket``: a margin, the run gets fewer tokens. ``cell`` and ``domain``: the
+    # proportions without limits of supply; what is missing was taken elsewhere where possible.
     kind: str
-    name: str
+    name: str  # ``starcoder``, ``long``, ``starcoder/long``, ``redpajama_v1/arxiv``
     wanted_tokens: float
     fitted_tokens: float
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}: {self.fitted_tokens:,.0f} of {self.wanted_tokens:,.0f} tokens"
+        fitted, wanted = self.fitted_tokens, self.wanted_tokens
+        return f"{self.kind} {self.name}: {fitted:,.0f} of {wanted:,.0f} tokens"
 
 
 @dataclass(frozen=True)
-class FittedPlan:
-    """What to take.
+class FittedMixture:
+    """What to take."""
 
-    Attributes:
-        cells: Row -> bucket -> tokens, float64, never above the supply.
-        shortfalls: Everything that stays below what was wanted.
-        domains: (Source, domain) -> bucket -> tokens; empty where the plan does not divide sources.
-    """
-
-    cells: dict[str, dict[str, float]]
+    cells: dict[str, dict[str, float]]  # row -> bucket -> tokens, never above the supply
     shortfalls: tuple[Shortfall, ...]
+    # (Source, domain) -> bucket -> tokens; empty where sources are not divided.
     domains: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
 
-def fit_quotas(margins: Margins, supply: Mapping[str, Mapping[str, float]]) -> FittedPlan:
+def fit_margins(margins: Margins, supply: Cells) -> FittedMixture:
     """Fit the table (rows x buckets) that has the margins, within the supply.
 
     Args:
-        margins: Wanted sums, tokens.
-        supply: Row -> bucket -> tokens there are; a missing entry means none, ``inf`` means no
-            limit.
+        margins: Wanted sums.
+        supply: Tokens there are; a missing entry means none, ``inf`` means no limit.
 
     Returns:
         Cells within the supply. The margins are met to 1e-9 of their total whenever some table
@@ -277,139 +234,113 @@ def fit_quotas(margins: Margins, supply: Mapping[str, Mapping[str, float]]) -> F
     names, buckets = list(margins.rows), list(margins.columns)
     rows_R = np.array([margins.rows[name] for name in names], dtype=np.float64)
     columns_C = np.array([margins.columns[bucket] for bucket in buckets], dtype=np.float64)
-    allowed_RC = np.array(
-        [[bucket in margins.only.get(name, buckets) for bucket in buckets] for name in names]
-    )
-    supply_RC = np.array(
-        [[supply.get(name, {}).get(bucket, 0.0) for bucket in buckets] for name in names]
-    )
+    allowed_RC, supply_RC = np.zeros((2, len(names), len(buckets)))
+    for i, name in enumerate(names):
+        allowed_RC[i] = [bucket in margins.only.get(name, buckets) for bucket in buckets]
+        supply_RC[i] = [supply.get(name, {}).get(bucket, 0.0) for bucket in buckets]
     ideal_RC = fit_table(rows_R, columns_C, np.where(allowed_RC, np.inf, 0.0))
     table_RC = fit_table(rows_R, columns_C, np.where(ideal_RC > 0.0, supply_RC, 0.0), ideal_RC)
-    cells = {
-        name: dict(zip(buckets, row.tolist(), strict=True))
-        for name, row in zip(names, table_RC, strict=True)
-    }
+    table = zip(names, table_RC.tolist(), strict=True)
+    cells = {name: dict(zip(buckets, row, strict=True)) for name, row in table}
     short_of = [("source", name, rows_R[i], table_RC[i].sum()) for i, name in enumerate(names)]
-    short_of += [
-        ("bucket", bucket, columns_C[j], table_RC[:, j].sum()) for j, bucket in enumerate(buckets)
-    ]
+    short_of += [("bucket", b, columns_C[j], table_RC[:, j].sum()) for j, b in enumerate(buckets)]
     short_of += [
         ("cell", f"{name}/{bucket}", ideal_RC[i, j], table_RC[i, j])
         for i, name in enumerate(names)
         for j, bucket in enumerate(buckets)
         if table_RC[i, j] >= supply_RC[i, j] * (1 - MET)
     ]
-    return FittedPlan(cells, _unmet(short_of))
+    return FittedMixture(cells, _unmet(short_of))
 
 
-def fit_plan(
-    plan: PlanConfig, supply: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> FittedPlan:
-    """Fit a plan to the supply: sources x buckets first, then the domains of every source.
+def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
+    """Fit a mixture to the supply: sources x buckets first, then the domains of every source.
 
     Args:
-        plan: The plan, without faults.
-        supply: Source -> domain -> bucket -> tokens measured (or estimated from a sample).
+        mixture: Without faults.
+        supply: Tokens measured (or estimated from a sample).
 
     Returns:
-        Cells per source, and per domain where the plan keeps the mix of domains or leaves the
-        lengths to ``short_survival``. The cells of a source are the sums over its domains.
+        Cells per source, and per domain where the mix of domains is kept or the lengths are left to
+        ``short_survival``. The cells of a source are the sums over its domains.
     """
-    scale = 1.0 if plan.total_tokens is None else plan.total_tokens / sum(plan.sources.values())
-    sources = {source: tokens * scale for source, tokens in plan.sources.items()}
-    if not plan.fixes_lengths:
-        return _thin_short_documents(plan, sources, supply)
-    buckets = {bucket: getattr(plan.buckets, bucket) * scale for bucket in BUCKETS}
-    by_source = {
-        s: {b: sum(cells.get(b, 0.0) for cells in supply.get(s, {}).values()) for b in BUCKETS}
-        for s in sources
-    }
-    fitted = fit_quotas(Margins(sources, buckets, plan.only), by_source)
-    if plan.domain_mix is DomainMix.ignore:
+    total = sum(mixture.sources.values())
+    scale = 1.0 if mixture.total_tokens is None else mixture.total_tokens / total
+    sources = {source: tokens * scale for source, tokens in mixture.sources.items()}
+    if not mixture.fixes_lengths:
+        return _thin_short_documents(mixture, sources, supply)
+    buckets = {bucket: getattr(mixture.buckets, bucket) * scale for bucket in BUCKETS}
+    by_source = {source: _sum_of(supply.get(source, {})) for source in sources}
+    fitted = fit_margins(Margins(sources, buckets, mixture.only), by_source)
+    if mixture.domain_mix is DomainMix.ignore:
         return fitted
     domains: dict[tuple[str, str], dict[str, float]] = {}
-    shortfalls = list(fitted.shortfalls)
+    short_of: list[tuple[str, str, float, float]] = []
     for source, cells in fitted.cells.items():
-        wanted = _domain_tokens(plan, source, sum(cells.values()), supply.get(source, {}))
+        wanted = _domain_tokens(mixture, source, sum(cells.values()), supply.get(source, {}))
         divided = _divide_source(wanted, cells, supply.get(source, {}))
-        domains |= {(source, domain): tokens for domain, tokens in divided.items()}
-        shortfalls += _unmet(
-            [("domain", f"{source}/{d}", t, sum(divided[d].values())) for d, t in wanted.items()]
-        )
-    return FittedPlan(fitted.cells, tuple(shortfalls), domains)
+        for domain, tokens in wanted.items():
+            domains[source, domain] = divided[domain]
+            short_of.append(("domain", f"{source}/{domain}", tokens, sum(divided[domain].values())))
+    return FittedMixture(fitted.cells, (*fitted.shortfalls, *_unmet(short_of)), domains)
+
+
+def _sum_of(rows: Cells) -> dict[str, float]:
+    """Bucket -> tokens of all rows."""
+    return {bucket: sum(cells.get(bucket, 0.0) for cells in rows.values()) for bucket in BUCKETS}
 
 
 def _divide_source(
-    wanted: Mapping[str, float],
-    cells: Mapping[str, float],
-    supply: Mapping[str, Mapping[str, float]],
+    wanted: Mapping[str, float], cells: Mapping[str, float], supply: Cells
 ) -> dict[str, dict[str, float]]:
-    """Divide the cells of a source among its domains: their mix first, then whoever has more of a
-    bucket.
+    """Divide the cells of a source among its domains: their mix first, then whoever has more.
 
     The tokens of a source come before the mix of its domains: what the domains with the right
     shares cannot give of a bucket is taken from the supply that is left, in proportion to it.
     """
-    divided = fit_quotas(Margins(wanted, cells), supply).cells
+    divided = fit_margins(Margins(wanted, cells), supply).cells
     for bucket, tokens in cells.items():
-        left = np.array(
-            [
-                max(0.0, supply.get(domain, {}).get(bucket, 0.0) - divided[domain][bucket])
-                for domain in wanted
-            ]
-        )
         missing = tokens - sum(divided[domain][bucket] for domain in wanted)
+        there = {domain: supply.get(domain, {}).get(bucket, 0.0) for domain in wanted}
+        left = np.array([max(0.0, there[domain] - divided[domain][bucket]) for domain in wanted])
         for domain, more in zip(wanted, share_out(missing, left, left).tolist(), strict=True):
             divided[domain][bucket] += more
     return divided
 
 
 def _thin_short_documents(
-    plan: PlanConfig,
-    sources: Mapping[str, float],
-    supply: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> FittedPlan:
-    """Fu et al.'s rule: every domain spends its share of the tokens on all longer and some short
-    documents.
+    mixture: MixtureConfig, sources: Mapping[str, float], supply: Supply
+) -> FittedMixture:
+    """Fu et al.'s rule: a domain spends its share on all longer and some short documents.
 
     Their code estimates lengths from characters and puts the edge at 4,096 tokens; here the edge is
     L0, and a domain that runs out is reported.
     """
     domains: dict[tuple[str, str], dict[str, float]] = {}
-    short_of = []
+    cells: dict[str, dict[str, float]] = {}
+    of_sources: list[tuple[str, str, float, float]] = []
+    of_domains: list[tuple[str, str, float, float]] = []
+    survival = {bucket: mixture.short_survival if bucket == "short" else 1.0 for bucket in BUCKETS}
     for source, tokens in sources.items():
-        for domain, wanted in _domain_tokens(plan, source, tokens, supply.get(source, {})).items():
-            there = supply.get(source, {}).get(domain, {})
-            kept = np.array(
-                [
-                    there.get(b, 0.0) * (plan.short_survival if b == "short" else 1.0)
-                    for b in BUCKETS
-                ]
-            )
-            cells = share_out(wanted, kept, kept)
-            domains[source, domain] = dict(zip(BUCKETS, cells.tolist(), strict=True))
-            short_of.append(("domain", f"{source}/{domain}", wanted, float(cells.sum())))
-    cells = {
-        s: {b: sum(t[b] for (source, _), t in domains.items() if source == s) for b in BUCKETS}
-        for s in sources
-    }
-    short_of = [
-        ("source", s, tokens, sum(cells[s].values())) for s, tokens in sources.items()
-    ] + short_of
-    return FittedPlan(cells, _unmet(short_of), domains)
+        there, divided = supply.get(source, {}), {}
+        for domain, wanted in _domain_tokens(mixture, source, tokens, there).items():
+            kept = np.array([there.get(domain, {}).get(b, 0.0) * survival[b] for b in BUCKETS])
+            shared = share_out(wanted, kept, kept)
+            divided[domain] = dict(zip(BUCKETS, shared.tolist(), strict=True))
+            domains[source, domain] = divided[domain]
+            of_domains.append(("domain", f"{source}/{domain}", wanted, float(shared.sum())))
+        cells[source] = _sum_of(divided)
+        of_sources.append(("source", source, tokens, sum(cells[source].values())))
+    return FittedMixture(cells, _unmet([*of_sources, *of_domains]), domains)
 
 
 def _domain_tokens(
-    plan: PlanConfig, source: str, tokens: float, supply: Mapping[str, Mapping[str, float]]
+    mixture: MixtureConfig, source: str, tokens: float, supply: Cells
 ) -> dict[str, float]:
-    """Tokens wanted of every domain of a source: by the plan's shares, else by the shares of the supply."""
-    shares = plan.domain_shares.get(source) or {
-        d: sum(cells.values()) for d, cells in supply.items()
-    }
+    """Tokens wanted of every domain of a source, by the stated shares or those of the supply."""
+    shares = mixture.domain_shares.get(source) or {d: sum(c.values()) for d, c in supply.items()}
     total = sum(shares.values())
-    return {
-        domain: tokens * share / total if total else 0.0 for domain, share in sorted(shares.items())
-    }
+    return {d: tokens * share / total if total else 0.0 for d, share in sorted(shares.items())}
 
 
 def _unmet(wanted_and_fitted: Sequence[tuple[str, str, float, float]]) -> tuple[Shortfall, ...]:
@@ -423,71 +354,56 @@ def _unmet(wanted_and_fitted: Sequence[tuple[str, str, float, float]]) -> tuple[
 
 @dataclass(frozen=True)
 class FittedDemand:
-    """What is wanted, given what there is.
-
-    Attributes:
-        demand: Tokens per cell.
-        missing: Source -> bucket -> tokens wanted over tokens there (above 1), where reading more
-            may help.
-        shortfalls: What stays below the plan, in words; quotas report theirs after the choice.
-    """
+    """What is wanted, given what there is."""
 
     demand: Demand
+    # Source -> bucket -> tokens wanted over tokens there (above 1), where reading more may help.
     missing: dict[str, dict[str, float]]
+    # What stays below the mixture, in words; quotas report theirs after the choice.
     shortfalls: tuple[str, ...]
 
 
-def length_buckets(config: "PackConfig") -> LengthBuckets:
-    """Buckets of the plan; with quotas: up to L0, and longer."""
-    plan = config.corpus.plan
-    if not plan.is_given:
-        return LengthBuckets(
-            QUOTA_BUCKETS, (config.model.original_len, config.documents.max_tokens)
-        )
-    return LengthBuckets(BUCKETS, (config.model.original_len, plan.mid_limit, plan.long_limit))
+def length_buckets(config: PackConfig) -> LengthBuckets:
+    """Buckets of the mixture; with quotas: up to L0, and longer."""
+    original_len, mixture = config.model.original_len, config.mixture
+    if mixture.is_given:
+        return LengthBuckets(BUCKETS, (original_len, mixture.mid_limit, mixture.long_limit))
+    return LengthBuckets(QUOTA_BUCKETS, (original_len, config.documents.max_tokens))
 
 
-def wanted_sources(corpus: CorpusConfig) -> list[str]:
-    """Sources of the corpus that the plan or the quotas name, without generated documents."""
-    names = corpus.plan.sources if corpus.plan.is_given else corpus.quotas
+def wanted_sources(config: PackConfig) -> list[str]:
+    """Sources of the corpus that the mixture or the quotas name, without generated documents."""
+    names = config.mixture.sources if config.mixture.is_given else config.quotas
     return sorted(source for source in names if source != RETRIEVAL_SOURCE)
 
 
-def demand_of(corpus: CorpusConfig, supply: Supply, natural: Supply) -> FittedDemand:
+def demand_of(config: PackConfig, supply: Supply, natural: Supply) -> FittedDemand:
     """Demand for a measured or estimated supply.
 
     Args:
-        corpus: Quotas or plan.
-        supply: Source -> domain -> bucket -> tokens that can be packed.
+        config: Its quotas or mixture.
+        supply: Tokens that can be packed.
         natural: The same as the corpus has it, before a part of it was left unread: what "keep the
             mix of domains" means.
     """
-    quota = corpus.quotas.get(RETRIEVAL_SOURCE, BucketQuota())
-    generated = {
-        (RETRIEVAL_SOURCE, b): None for b in (*BUCKETS, *QUOTA_BUCKETS) if quota.short or quota.long
-    }
-    if not corpus.plan.is_given:
-        cells = {
-            (source, bucket): getattr(quota, bucket)
-            for source, quota in corpus.quotas.items()
-            for bucket in QUOTA_BUCKETS
-        }
+    generated: dict[tuple[str, str], int | None] = {}
+    if config.retrieval_tokens:  # all that were generated are packed
+        generated = {(RETRIEVAL_SOURCE, b): None for b in (*BUCKETS, *QUOTA_BUCKETS)}
+    if not config.mixture.is_given:
+        cells = {(s, b): getattr(q, b) for s, q in config.quotas.items() for b in QUOTA_BUCKETS}
         return FittedDemand(Demand(cells | generated), {}, ())
-    fitted = fit_plan(_with_natural_shares(corpus.plan, natural), supply)
+    fitted = fit_mixture(_with_natural_shares(config.mixture, natural), supply)
     cells = {
-        (source, b): math.ceil(tokens)
+        (source, bucket): math.ceil(tokens)
         for source, row in fitted.cells.items()
-        for b, tokens in row.items()
+        for bucket, tokens in row.items()
     }
+    missing = _missing(fitted, config.mixture.fixes_lengths)
     shortfalls = tuple(map(str, fitted.shortfalls))
-    return FittedDemand(
-        Demand(cells | generated, fitted.domains),
-        _missing(fitted, corpus.plan.fixes_lengths),
-        shortfalls,
-    )
+    return FittedDemand(Demand(cells | generated, fitted.domains), missing, shortfalls)
 
 
-def _missing(fitted: FittedPlan, has_buckets: bool) -> dict[str, dict[str, float]]:
+def _missing(fitted: FittedMixture, has_buckets: bool) -> dict[str, dict[str, float]]:
     """Cells below their proportion while a source or a bucket as a whole stays short."""
     if not any(shortfall.kind in ("source", "bucket") for shortfall in fitted.shortfalls):
         return {}
@@ -502,11 +418,11 @@ def _missing(fitted: FittedPlan, has_buckets: bool) -> dict[str, dict[str, float
     return missing
 
 
-def _with_natural_shares(plan: PlanConfig, natural: Supply) -> PlanConfig:
-    """The plan with the corpus' own mix of domains for the sources that state none."""
+def _with_natural_shares(mixture: MixtureConfig, natural: Supply) -> MixtureConfig:
+    """The mixture with the corpus' own mix of domains for the sources that state none."""
     shares = {
         source: {domain: sum(cells.values()) for domain, cells in natural[source].items()}
-        for source in plan.sources
-        if source not in plan.domain_shares and natural.get(source)
+        for source in mixture.sources
+        if source not in mixture.domain_shares and natural.get(source)
     }
-    return replace(plan, domain_shares={**shares, **plan.domain_shares})
+    return replace(mixture, domain_shares={**shares, **mixture.domain_shares})

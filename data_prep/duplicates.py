@@ -1,12 +1,10 @@
-"""Near duplicates across all sources by MinHash (datasketch), where ``documents.near_duplicates``
-asks for it.
+"""Texts that are not packed: near duplicates, and what search and evaluation read.
 
-Signatures are computed while the text is at hand; the choice is made when the run is planned, from
-signatures alone: documents in their order of choice, each dropped if one before it is similar.
-Needs ``pip install datasketch``; costs about as much time as tokenizing, half a kilobyte a document
-on disk, and memory for all signatures while planning.
-
-Texts that must not be packed: what search and evaluation read.
+Near duplicates across all sources are found by MinHash where ``documents.near_duplicates`` asks for
+it. Signatures are computed while the text is at hand; the choice is made later, from signatures
+alone: documents in their order of choice, each dropped if one before it is similar. Needs ``pip
+install datasketch``; costs about as much time as tokenizing, half a kilobyte a document on disk,
+and memory for all signatures while choosing.
 
 ``exclude=[FILE, ...]`` takes three kinds of file:
 
@@ -58,24 +56,20 @@ def signature_of(text: str) -> bytes:
     from datasketch import MinHash
 
     words = WORD.findall(text.casefold())
-    shingles = {
-        " ".join(words[i : i + WORDS_PER_SHINGLE])
-        for i in range(max(1, len(words) - WORDS_PER_SHINGLE + 1))
-    }
+    starts = range(max(1, len(words) - WORDS_PER_SHINGLE + 1))
+    shingles = {" ".join(words[start : start + WORDS_PER_SHINGLE]) for start in starts}
     signature = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)
     signature.update_batch([shingle.encode() for shingle in shingles])
     return signature.hashvalues.astype("<u4").tobytes()
 
 
 def near_duplicates(signatures: list[bytes]) -> np.ndarray:
-    """Which documents are similar to an earlier one that stays; bool, one per signature, in the
-    order given.
+    """Which documents are similar to an earlier one that stays: a bool per signature, in order.
 
     Raises:
         ConfigError: datasketch is not installed.
     """
-    fault = fault_of_near_duplicates()
-    if fault:
+    if fault := fault_of_near_duplicates():
         raise ConfigError([fault])
     from datasketch import MinHash, MinHashLSH
 
@@ -84,11 +78,8 @@ def near_duplicates(signatures: list[bytes]) -> np.ndarray:
     for number, signature in enumerate(signatures):
         values = np.frombuffer(signature, "<u4").astype(np.uint64)
         minhash = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=values)
-        candidates = [other for other in seen.query(minhash) if isinstance(other, int)]
-        similar = (
-            np.mean(values == np.frombuffer(signatures[other], "<u4")) for other in candidates
-        )
-        dropped[number] = any(share >= SIMILARITY for share in similar)
+        others = [np.frombuffer(signatures[n], "<u4") for n in seen.query(minhash)]  # type: ignore[index]
+        dropped[number] = any(np.mean(values == other) >= SIMILARITY for other in others)
         if not dropped[number]:
             seen.insert(number, minhash)
     return dropped
@@ -96,15 +87,10 @@ def near_duplicates(signatures: list[bytes]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Hashes, ids and titles of texts that are not packed.
+    """Hashes, ids and titles of texts that are not packed."""
 
-    Attributes:
-        hashes: First half of the SHA-256 of each text.
-        names: Ids and titles, lower case.
-    """
-
-    hashes: frozenset[bytes] = frozenset()
-    names: frozenset[str] = frozenset()
+    hashes: frozenset[bytes] = frozenset()  # first half of the SHA-256 of each text
+    names: frozenset[str] = frozenset()  # ids and titles, lower case
 
     def match(self, doc_id: str, text_hash: bytes) -> bool:
         """Whether a document is to be left out."""
@@ -125,13 +111,11 @@ def read_exclusions(paths: list[str]) -> Exclusions:
     """
     entries, faults = set(), []
     for name in paths:
-        path = Path(name)
         try:
-            found = set(_entries(path))
+            found = set(_entries(Path(name)))
         except (OSError, ValueError) as error:
-            faults.append(
-                f"exclude: {name} cannot be read ({error}); give .txt, .json or .jsonl files, or folders"
-            )
+            allowed = "give .txt, .json or .jsonl files, or folders"
+            faults.append(f"exclude: {name} cannot be read ({error}); {allowed}")
             continue
         if not found:
             faults.append(
@@ -140,9 +124,10 @@ def read_exclusions(paths: list[str]) -> Exclusions:
         entries |= found
     if faults:
         raise ConfigError(faults)
-    hashes = {bytes.fromhex(entry)[:HASH_BYTES] for entry in entries if SHA256.fullmatch(entry)}
+    hashes = {entry for entry in entries if SHA256.fullmatch(entry)}
     return Exclusions(
-        frozenset(hashes), frozenset(e.casefold() for e in entries if not SHA256.fullmatch(e))
+        hashes=frozenset(bytes.fromhex(entry)[:HASH_BYTES] for entry in hashes),
+        names=frozenset(entry.casefold() for entry in entries - hashes),
     )
 
 
@@ -152,16 +137,16 @@ def _entries(path: Path) -> Iterator[str]:
         for text in sorted(path.glob("*.txt")):
             yield sha256_of_file(text)
             yield text.stem
-    elif path.suffix == ".json":
-        yield from _strings(json.loads(path.read_text(encoding="utf-8")), wanted=False)
+        return
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        yield from _strings(json.loads(text), wanted=False)
     elif path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in text.splitlines():
             yield from _strings(json.loads(line), wanted=False)
     else:
-        lines = (
-            line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()
-        )
-        yield from (line for line in lines if line)
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        yield from filter(None, lines)
 
 
 def _strings(node: Any, *, wanted: bool) -> Iterator[str]:

@@ -11,9 +11,6 @@ done by an empty file that is written apart from its data and not synced; and it
 fixes the number of tasks of every stage when the first is submitted, while here each stage's units
 follow from what the one before has measured. Slurm is reached through submitit instead: one job
 array per stage, and this process waits, shows progress and goes on.
-
-Progress of a stage on stderr: a bar with tokens a second and time left on a terminal, one line
-otherwise.
 """
 
 import os
@@ -28,7 +25,6 @@ from enum import Enum
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -72,9 +68,7 @@ class ClusterConfig:
     def faults(self) -> list[str]:
         """What is wrong with the values."""
         limits = {"jobs": self.jobs, "memory_gb": self.memory_gb, "minutes": self.minutes}
-        return [
-            f"cluster.{key}={value} must be above 0" for key, value in limits.items() if value <= 0
-        ]
+        return [f"cluster.{key}={n} must be above 0" for key, n in limits.items() if n <= 0]
 
 
 class UnitJob(Protocol):
@@ -86,17 +80,61 @@ class UnitJob(Protocol):
 
 
 def worker_count(workers: int, num_units: int, *, small: bool) -> int:
-    """Processes to use.
+    """Processes to use, at most one per unit.
 
-    Args:
-        workers: As asked; 0 means: as many as there are cores, or none but this one if the work is
-            small.
-        num_units: More processes than units are of no use.
-        small: Starting processes would take longer than the work.
+    0 ``workers`` means: as many as there are cores, or none but this one if the work is so small
+    that starting processes would take longer.
     """
-    cores = len(os.sched_getaffinity(0))
-    wanted = workers or (1 if small else cores)
+    wanted = workers or (1 if small else len(os.sched_getaffinity(0)))
     return max(1, min(wanted, num_units))
+
+
+def run_stage(
+    title: str,
+    job: UnitJob,
+    sizes: Sequence[int | None],
+    cluster: ClusterConfig,
+    *,
+    workers: int,
+    logs: Path,
+) -> list[Any]:
+    """All units of a job; returns their summaries, which tell ``num_tokens``, in order.
+
+    Shows on stderr how far it is: a bar on a terminal, which goes by the ``sizes`` of the units
+    where all are known, and one line at the end. For the other arguments and errors see
+    ``run_units``.
+    """
+    known = [size for size in sizes if size is not None]
+    steps = known if len(known) == len(sizes) else [1] * len(sizes)
+    done = MofNCompleteColumn() if steps is not known else TextColumn("{task.percentage:.0f}%")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        done,
+        TextColumn("{task.fields[rate]}"),
+    )
+    console = Console(stderr=True)
+    bar = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    shown = bar.add_task(title, total=max(1, sum(steps)), rate="")
+    told, tokens, rate, began = {}, 0, "", time.monotonic()
+    with bar:
+        for number, summary in run_units(
+            job, range(len(sizes)), cluster, workers=workers, logs=logs
+        ):
+            told[number] = summary
+            tokens += summary.num_tokens
+            seconds = max(1e-6, time.monotonic() - began)
+            rate = f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+            bar.update(shown, advance=steps[number], rate=rate)
+    if told:
+        print(f"{title}: {len(sizes)} units, {rate}", file=sys.stderr)
+    return [told[number] for number in range(len(sizes))]
 
 
 def run_units(
@@ -104,12 +142,8 @@ def run_units(
 ) -> Iterator[tuple[int, Any]]:
     """Run units and yield (number, summary) as they finish.
 
-    Args:
-        job: The work.
-        numbers: Units to do.
-        cluster: Where.
-        workers: Local processes; 1 means this process. Unused on Slurm.
-        logs: Folder for the files and logs of Slurm jobs.
+    ``workers`` local processes do the work, or this one if it is 1; on Slurm ``logs`` is the folder
+    of the jobs' files instead.
 
     Raises:
         DataError: units failed (all others were done first), a worker process was killed, or Slurm
@@ -125,27 +159,18 @@ def run_units(
         finished = ((number, _attempt(job, number)) for number in numbers)
     failures = []
     for number, outcome in finished:
-        if isinstance(outcome, _Failure):
-            failures.append(outcome.text)
+        if isinstance(outcome, DataError):
+            failures.append(str(outcome))
         else:
             yield number, outcome
     if failures:
-        shown = "\n".join(f"  - {text}" for text in failures[:8])
-        raise DataError(
-            f"{len(failures)} of {len(numbers)} units failed; all others are done and kept:\n{shown}"
-        )
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A unit that could not be done for a reason a user can mend."""
-
-    text: str
+        count = f"{len(failures)} of {len(numbers)} units failed; all others are done and kept"
+        raise DataError("\n  - ".join([f"{count}:", *failures[:8]]))
 
 
 @dataclass(frozen=True)
 class _ShareOfUnits:
-    """What an array task does. Called on the node; Slurm's signal calls ``checkpoint`` before the time limit."""
+    """What an array task does, on the node."""
 
     job: UnitJob
 
@@ -154,27 +179,26 @@ class _ShareOfUnits:
         return [(number, _attempt(self.job, number)) for number in numbers]
 
     def checkpoint(self, numbers: tuple[int, ...]) -> Any:
-        """Requeue as it is: finished units cost nothing."""
+        """Slurm's signal before the time limit: requeue as it is, finished units cost nothing."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, numbers)
 
 
 def _attempt(job: UnitJob, number: int) -> Any:
-    """Summary of a unit, or what the user has to know."""
+    """Summary of a unit, or the error that tells the user why there is none."""
     try:
         return job.run(number)
     except UserError as error:
-        return _Failure(str(error))
+        return DataError(str(error))  # any kind, in a form that can be pickled
 
 
-_job: UnitJob | None = (
-    None  # of this worker process; set once, so that large jobs are not sent with every unit
-)
+# Of this worker process; set once, so that large jobs are not sent with every unit.
+_job: UnitJob | None = None
 
 
 def _start_worker(job: UnitJob) -> None:
-    """Take the job, use one thread, and end with the parent: a killed run must not leave workers behind."""
+    """Take the job, use one thread, and end with the parent: a killed run leaves no workers."""
     global _job
     _job = job
     os.environ.update(SINGLE_THREADED)
@@ -197,17 +221,15 @@ def _in_processes(job: UnitJob, numbers: Sequence[int], workers: int) -> Iterato
     """On ``workers`` processes, forked from a server that has the imports done and no threads."""
     context = get_context("forkserver")
     context.set_forkserver_preload([type(job).__module__, __name__])
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
         futures = {pool.submit(_run_in_worker, number): number for number in numbers}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, perhaps for memory; run the same command again to go on, "
-                "with a smaller workers=N if memory is short"
+                "a worker process was killed, perhaps for memory; run the same command again to "
+                "go on, with a smaller workers=N if memory is short"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -221,22 +243,19 @@ def _on_slurm(
 
     executor = slurm_executor(cluster, logs)
     count = min(cluster.jobs, len(numbers))
-    submitted = executor.map_array(
-        _ShareOfUnits(job), [tuple(numbers[first::count]) for first in range(count)]
-    )
-    print(
-        f"slurm: {count} array tasks, first id {submitted[0].job_id}, logs in {logs}",
-        file=sys.stderr,
-    )
+    shares = [tuple(numbers[first::count]) for first in range(count)]
+    submitted = executor.map_array(_ShareOfUnits(job), shares)
+    first_id = submitted[0].job_id
+    print(f"slurm: {count} array tasks, first id {first_id}, logs in {logs}", file=sys.stderr)
     for task in jobs_as_completed(submitted, poll_frequency=SLURM_POLL_SECONDS):
         error = task.exception()
-        if error is None:
-            yield from task.result()
-        else:
+        if error is not None:
             tail = "\n".join((task.stderr() or str(error)).splitlines()[-LINES_OF_A_LOG:])
             raise DataError(
-                f"Slurm task {task.job_id} failed; run the same command again to go on. Its log ends:\n{tail}"
+                f"Slurm task {task.job_id} failed; run the same command again to go on. "
+                f"Its log ends:\n{tail}"
             )
+        yield from task.result()
 
 
 def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
@@ -246,75 +265,16 @@ def slurm_executor(cluster: ClusterConfig, logs: Path) -> Any:
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=20)
     except RuntimeError as error:
-        raise DataError(
-            f"cluster=slurm: {error}; run this where sbatch is, or use cluster=local"
-        ) from None
-    extra = {"account": cluster.account} if cluster.account else {}
+        remedy = "run this where sbatch is, or use cluster=local"
+        raise DataError(f"cluster=slurm: {error}; {remedy}") from None
     executor.update_parameters(
         name="pack",
         mem_gb=cluster.memory_gb,
         timeout_min=cluster.minutes,
         cpus_per_task=1,
         slurm_array_parallelism=cluster.jobs,
-        slurm_additional_parameters=extra,
+        slurm_additional_parameters={"account": cluster.account} if cluster.account else {},
         slurm_setup=[f"export {name}={value}" for name, value in SINGLE_THREADED.items()],
         **({"slurm_partition": cluster.partition} if cluster.partition else {}),
     )
     return executor
-
-
-class StageProgress:
-    """Shows how far a stage is.
-
-    Args:
-        title: What is being done, a participle.
-        num_units: Units of work.
-        sizes: Size of each unit (bytes, tokens), where the bar and the time left go by size; all
-            known or none.
-    """
-
-    def __init__(self, title: str, num_units: int, sizes: list[int] | None = None) -> None:
-        self._title, self._num_units, self._sizes = title, num_units, sizes
-        self._tokens = 0
-        done = MofNCompleteColumn() if sizes is None else TextColumn("{task.percentage:.0f}%")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            done,
-            TextColumn("{task.fields[rate]}"),
-        )
-        console = Console(stderr=True)
-        self._bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-
-    def __enter__(self) -> "StageProgress":
-        total = self._num_units if self._sizes is None else max(1, sum(self._sizes))
-        self._began = time.monotonic()
-        self._bar.start()
-        self._task = self._bar.add_task(self._title, total=total, rate="")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-        if kind is None and self._num_units:
-            print(f"{self._title}: {self._num_units} units, {self._rate()}", file=sys.stderr)
-
-    def advance(self, number: int, tokens: int) -> None:
-        """Unit ``number`` is done and had ``tokens`` tokens."""
-        self._tokens += tokens
-        step = 1 if self._sizes is None else self._sizes[number]
-        self._bar.update(self._task, advance=step, rate=self._rate())
-
-    def _rate(self) -> str:
-        seconds = max(1e-6, time.monotonic() - self._began)
-        return f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"

@@ -1,27 +1,24 @@
-"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 131072 [--corpus NAME]
-[key=value ...]``.
+"""Pack a corpus into tagged segments: ``python -m data_prep.pack --target 131072 [key=value ...]``.
 
-Reads as much of the corpus as its quotas or its plan need, tokenizes it in one pass, chooses
+Reads as much of the corpus as its quotas or its mixture need, tokenizes it in one pass, chooses
 documents by source and length, packs them into short and long segments of exactly L tokens, and
 writes ``<run>/1_segments`` with an account of every token (``manifest.json``, ``report.html``). The
 same command gives the same bytes, for any number of workers and whatever interrupted it; a run that
 was killed goes on where it was, a finished one finds its work done. ``python -m data_prep.verify
 FOLDER`` checks the result against the source texts.
-
-What can be wrong with the configuration of the pack stage, all of it at once.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.account import print_plan, print_result
-from data_prep.config import PackConfig
-from data_prep.demand import QUOTA_BUCKETS
+from data_prep.account import print_result, print_wanted
+from data_prep.config import QUOTA_BUCKETS, PackConfig
 from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
 from longrope2.command import run_command
 from longrope2.config import compose, dump, target_faults, to_plain
@@ -45,119 +42,18 @@ LOCATION_KEYS = ("run", "dry_run", "workers", "cluster", "keep_work")
 FLAGS = {"target": "target_len", "model": "model", "corpus": "corpus", "align": "align"}
 
 
-def faults_of(config: "PackConfig", sources: Sequence[str] | None) -> list[str]:
-    """Faults of all keys; ``sources`` are those of the corpus, None if it could not be built."""
-    faults = [
-        *_length_faults(config),
-        *_document_faults(config),
-        *config.retrieval.faults(),
-        *config.cluster.faults(),
-        *_retrieval_faults(config),
-    ]
-    if sources is not None:
-        faults += (
-            _plan_faults(config, sources)
-            if config.corpus.plan.is_given
-            else _quota_faults(config, sources)
-        )
-    return faults
-
-
-def _length_faults(config: "PackConfig") -> list[str]:
-    """Faults of the window lengths, of the alignment and of the sizes that depend on them."""
-    original, target = config.model.original_len, config.target_len
-    faults = target_faults(config.model, target)
-    if original < 1:
-        return faults
-    if config.align < 1 or target % config.align:
-        faults.append(f"align={config.align} does not divide target_len={target}")
-    elif target // config.align < original:
-        faults.append(
-            f"align={config.align} leaves chunks of {target // config.align} tokens, shorter than "
-            f"model.original_len={original}; use at most {max(1, target // original)}"
-        )
-    for key in ("tokens_per_shard", "tokens_per_unit"):
-        if getattr(config, key) < target:
-            faults.append(f"{key}={getattr(config, key)} must be at least target_len={target}")
-    return faults
-
-
-def _document_faults(config: "PackConfig") -> list[str]:
-    """Faults of what may be packed and of who does it."""
-    documents, faults = config.documents, []
-    if documents.max_tokens <= config.model.original_len:
-        faults.append(
-            f"documents.max_tokens={documents.max_tokens} must be above model.original_len={config.model.original_len}"
-        )
-    if documents.max_units is not None and documents.max_units < 1:
-        faults.append(f"documents.max_units={documents.max_units} must be at least 1, or null")
-    if config.workers < 0:
-        faults.append(f"workers={config.workers} must be 0 (one per core) or more")
-    if documents.near_duplicates and (fault := fault_of_near_duplicates()):
-        faults.append(fault)
-    try:
-        read_exclusions(documents.exclude)
-    except ConfigError as error:
-        faults += error.faults
-    return faults
-
-
-def _retrieval_faults(config: "PackConfig") -> list[str]:
-    """Faults of the quota of generated documents."""
-    quota = config.corpus.quotas.get(RETRIEVAL_SOURCE)
-    unlimited = [
-        bucket for bucket in QUOTA_BUCKETS if quota is not None and getattr(quota, bucket) is None
-    ]
-    return [
-        f"corpus.quotas.{RETRIEVAL_SOURCE}.{bucket}=null: these documents are generated, give their tokens"
-        for bucket in unlimited
-    ]
-
-
-def _plan_faults(config: "PackConfig", sources: Sequence[str]) -> list[str]:
-    """Faults of the plan."""
-    plan = config.corpus.plan
-    faults = plan.faults(sources)
-    if config.model.original_len >= plan.mid_limit:
-        faults.append(
-            f"corpus.plan.mid_limit={plan.mid_limit} must be above model.original_len={config.model.original_len}"
-        )
-    return faults
-
-
-def _quota_faults(config: "PackConfig", sources: Sequence[str]) -> list[str]:
-    """Faults of the quotas."""
-    known = (*sources, RETRIEVAL_SOURCE)
-    faults = []
-    for source, quota in config.corpus.quotas.items():
-        if source not in known:
-            faults.append(
-                f"corpus.quotas.{source}: the corpus has no such source; it has {', '.join(known)}"
-            )
-        for bucket in QUOTA_BUCKETS:
-            wanted = getattr(quota, bucket)
-            if wanted is not None and wanted < 0:
-                faults.append(
-                    f"corpus.quotas.{source}.{bucket}={wanted} must be tokens, 0, or null for all there is"
-                )
-    if not any(
-        getattr(quota, bucket) != 0
-        for quota in config.corpus.quotas.values()
-        for bucket in QUOTA_BUCKETS
-    ):
-        faults.append(
-            "corpus.quotas asks for no tokens at all; set corpus.quotas.SOURCE.short or .long"
-        )
-    return faults
-
-
 def check(config: PackConfig) -> tuple[Path, Corpus]:
     """Check everything that can be known before reading; returns the model folder and the corpus.
 
     Raises:
         ConfigError: all faults together, each naming its key and what is allowed.
     """
-    faults: list[str] = []
+    faults = [
+        *_length_faults(config),
+        *_document_faults(config),
+        *config.retrieval.faults(),
+        *config.cluster.faults(),
+    ]
     model_folder, corpus = None, None
     try:
         model_folder = resolve_model_folder(config.model.path)
@@ -165,13 +61,73 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
         faults.append(str(error))
     try:
         corpus = build_corpus(config.corpus)
+        faults += _wanted_faults(config, corpus.sources)
     except ConfigError as error:
         faults += error.faults
-    faults = [*faults_of(config, None if corpus is None else corpus.sources), *faults]
     if faults:
         raise ConfigError(faults)
     assert model_folder is not None and corpus is not None
     return model_folder, corpus
+
+
+def _length_faults(config: PackConfig) -> Iterator[str]:
+    """Faults of the window lengths, of the alignment and of the sizes that depend on them."""
+    original, target, align = config.model.original_len, config.target_len, config.align
+    yield from target_faults(config.model, target)
+    if original < 1:
+        return
+    if align < 1 or target % align:
+        yield f"align={align} does not divide target_len={target}"
+    elif target // align < original:
+        yield (
+            f"align={align} leaves chunks of {target // align} tokens, shorter than "
+            f"model.original_len={original}; use at most {max(1, target // original)}"
+        )
+    for key in ("tokens_per_shard", "tokens_per_unit"):
+        if getattr(config, key) < target:
+            yield f"{key}={getattr(config, key)} must be at least target_len={target}"
+
+
+def _document_faults(config: PackConfig) -> Iterator[str]:
+    """Faults of what may be packed and of who does it."""
+    documents, original_len = config.documents, config.model.original_len
+    if documents.max_tokens <= original_len:
+        limit = f"model.original_len={original_len}"
+        yield f"documents.max_tokens={documents.max_tokens} must be above {limit}"
+    if documents.max_units is not None and documents.max_units < 1:
+        yield f"documents.max_units={documents.max_units} must be at least 1, or null"
+    if config.workers < 0:
+        yield f"workers={config.workers} must be 0 (one per core) or more"
+    if documents.near_duplicates and (fault := fault_of_near_duplicates()):
+        yield fault
+    try:
+        read_exclusions(documents.exclude)
+    except ConfigError as error:
+        yield from error.faults
+
+
+def _wanted_faults(config: PackConfig, sources: Sequence[str]) -> Iterator[str]:
+    """Faults of the mixture or of the quotas."""
+    quota = config.quotas.get(RETRIEVAL_SOURCE)
+    for bucket in QUOTA_BUCKETS:
+        if quota is not None and getattr(quota, bucket) is None:
+            key = f"quotas.{RETRIEVAL_SOURCE}.{bucket}"
+            yield f"{key}=null: these documents are generated, give their tokens"
+    if config.mixture.is_given:
+        yield from config.mixture.faults(sources, config.model.original_len)
+        return
+    known = (*sources, RETRIEVAL_SOURCE)
+    anything = False
+    for source, quota in config.quotas.items():
+        if source not in known:
+            yield f"quotas.{source}: the corpus has no such source; it has {', '.join(known)}"
+        for bucket, wanted in vars(quota).items():
+            anything = anything or wanted != 0
+            if wanted is not None and wanted < 0:
+                key = f"quotas.{source}.{bucket}"
+                yield f"{key}={wanted} must be tokens, 0, or null for all there is"
+    if not anything:
+        yield "quotas asks for no tokens at all; set quotas.SOURCE.short or .long"
 
 
 def pack(config: PackConfig) -> Path:
@@ -183,9 +139,8 @@ def pack(config: PackConfig) -> Path:
     """
     model_folder, corpus = check(config)
     folder = product_folder(config.run.folder, "segments")
-    print_plan(config, folder)
-    # The heavy imports (tokenizers, transformers) wait until the configuration is known to be
-    # right.
+    print_wanted(config, folder)
+    # Heavy imports (tokenizers, transformers) wait until the configuration is known to be right.
     if config.dry_run:
         from data_prep.stages import print_estimate
 
@@ -215,20 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.pack")
-    parser.add_argument("--target", metavar="TOKENS", help="L, the target window (target_len)")
-    parser.add_argument("--model", metavar="NAME", help="a model of conf/model")
-    parser.add_argument(
-        "--corpus",
-        metavar="NAME",
-        help="a corpus of conf/corpus, for example paper, sample, folder",
-    )
-    parser.add_argument("--align", metavar="K", help="alignment of short segments (align)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="scan, print the plan and stop (dry_run=true)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml"
-    )
+    add = parser.add_argument
+    add("--target", metavar="TOKENS", help="L, the target window (target_len)")
+    add("--model", metavar="NAME", help="a model of conf/model")
+    add("--corpus", metavar="NAME", help="one of conf/corpus, for example paper, sample, folder")
+    add("--align", metavar="K", help="alignment of short segments (align)")
+    add("--dry-run", action="store_true", help="scan, print what is wanted and stop (dry_run=true)")
+    add("overrides", nargs="*", metavar="key=value", help="any other key of conf/pack.yaml")
     if (topic := help_topic(arguments)) is not None:
         print("" if topic else f"{parser.format_help()}\n", end="")
         compose(PackConfig, "pack", arguments)
@@ -244,7 +192,7 @@ def _build(
     """Do all stages, then declare the product complete: the manifest comes last."""
     from data_prep.account import write_document_list, write_report
     from data_prep.shards import remove_strays
-    from data_prep.stages import build_segments, clean_work
+    from data_prep.stages import build_segments
 
     started = time.monotonic()
     content = {key: value for key, value in to_plain(config).items() if key not in LOCATION_KEYS}
@@ -252,7 +200,6 @@ def _build(
     dump(config, folder / "config.yaml")
     built = build_segments(config, model_folder, corpus, folder, fingerprint)
     remove_strays(folder, built.files)
-    details = {**built.details, "documents": write_document_list(folder, built.plan)}
     manifest = Manifest(
         kind="segments",
         inputs=inputs,
@@ -260,22 +207,22 @@ def _build(
         seeds={"pack": config.seed},
         counts=built.counts,
         files=built.files,
-        details=details,
+        details={**built.details, "documents": write_document_list(folder, built.pack_list)},
     )
     write_report(folder / "report.html", manifest)
     write_manifest(folder, manifest)
     if not config.keep_work:
-        clean_work(folder)
+        shutil.rmtree(folder / "work", ignore_errors=True)
     print_result(built.counts, folder, time.monotonic() - started)
 
 
 def _identity_of(path: Path) -> str:
     """Hash of a file, or of the names and hashes of the texts of a folder."""
-    if path.is_dir():
-        return sha256_of_bytes(
-            "".join(f"{p.name} {sha256_of_file(p)}\n" for p in sorted(path.glob("*.txt"))).encode()
-        )
-    return sha256_of_file(path)
+    if not path.is_dir():
+        return sha256_of_file(path)
+    texts = sorted(path.glob("*.txt"))
+    listing = "".join(f"{text.name} {sha256_of_file(text)}\n" for text in texts)
+    return sha256_of_bytes(listing.encode())
 
 
 def _require_same(
@@ -284,18 +231,15 @@ def _require_same(
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
     old = {**_flat({"": manifest.config}), **_flat({"inputs": manifest.inputs})}
     new = {**_flat({"": to_plain(config)}), **_flat({"inputs": inputs})}
-    keys = [
-        key for key in sorted(old.keys() | new.keys()) if key.split(".")[0] not in LOCATION_KEYS
-    ]
     different = [
         f"{key} was {old.get(key)}, now {new.get(key)}"
-        for key in keys
-        if old.get(key) != new.get(key)
+        for key in sorted(old.keys() | new.keys())
+        if key.split(".")[0] not in LOCATION_KEYS and old.get(key) != new.get(key)
     ]
     if different:
-        shown = "; ".join(different[:8])
         raise ArtifactError(
-            f"{folder} was packed differently: {shown}. Choose another run.name, or delete that folder to pack it again"
+            f"{folder} was packed differently: {'; '.join(different[:8])}. "
+            "Choose another run.name, or delete that folder to pack it again"
         )
 
 

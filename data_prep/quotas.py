@@ -1,14 +1,9 @@
-"""Quotas: which candidates are packed, until each bucket of each source has its tokens.
+"""Which documents are packed: candidates first, then a choice until every cell has its tokens.
 
-Documents are taken in an order that depends on the seed and their ids only, so the choice does not
-depend on how the corpus is read. A document is used in one bucket: short pieces of a text never
-reappear in the long segments.
-
-Shape letters: P parts (see ``candidates.py``).
-
-Candidates: documents that may be packed, after duplicates and over-long documents are dealt with.
-
-Whatever is left out is counted, in tokens and documents, by source and reason.
+Candidates are what is left once duplicates and over-long documents are dealt with. They are taken
+in an order that depends on the seed and their ids only, so the choice does not depend on how the
+corpus is read. A document is used in one bucket: short pieces of a text never reappear in the long
+segments. Whatever is left out is counted, in tokens and documents, by source and reason.
 
 Shape letters: D documents, P parts (a document, or one of the parts that an over-long document is
 cut into).
@@ -20,10 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.config import Overlong
+from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.duplicates import near_duplicates
 from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
-from longrope2.corpora.config import ShortOverlong
 from longrope2.corpora.corpus import stable_fraction
 
 WHOLE = -1  # number of a part that is the whole document
@@ -32,18 +26,13 @@ MOST_WINDOWS = 1_000_000  # of one part; keeps the numbers of windows apart
 
 @dataclass
 class Account:
-    """What happened to documents on the way to the segments.
+    """What happened to documents on the way to the segments."""
 
-    Attributes:
-        left_out: (source, reason) -> tokens left out.
-        num_left_out: (source, reason) -> documents of which something was left out for that reason.
-        added_boundaries: Source -> BOS and EOS tokens that cutting added.
-        num_split: Source -> documents longer than the longest bucket that were cut into parts.
-        num_windowed: Source -> documents cut into short windows.
-    """
-
+    # (source, reason) -> tokens left out, and documents of which something was left out.
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     num_left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # By source: BOS and EOS that cutting added, documents above the longest bucket that were cut
+    # into parts, documents cut into short windows.
     added_boundaries: Counter[str] = field(default_factory=Counter)
     num_split: Counter[str] = field(default_factory=Counter)
     num_windowed: Counter[str] = field(default_factory=Counter)
@@ -57,22 +46,20 @@ class Account:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Parts of documents, in the order in which they are chosen.
+    """Parts of documents, in the order in which they are chosen."""
 
-    Attributes:
-        document_P: Document of each part.
-        start_P: First content token of the part in its document.
-        content_P: Content tokens of the part; with BOS and EOS it is two longer.
-        number_P: Number of the part in its document, or ``WHOLE``.
-    """
-
-    document_P: np.ndarray
-    start_P: np.ndarray
-    content_P: np.ndarray
-    number_P: np.ndarray
+    document_P: np.ndarray  # document of each part
+    start_P: np.ndarray  # first content token of the part in its document
+    content_P: np.ndarray  # content tokens of the part; with BOS and EOS it is two longer
+    number_P: np.ndarray  # number of the part in its document, or ``WHOLE``
 
     def __len__(self) -> int:
         return len(self.document_P)
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """All four arrays, in the order of the fields."""
+        return self.document_P, self.start_P, self.content_P, self.number_P
 
     @property
     def tokens_P(self) -> np.ndarray:
@@ -81,32 +68,20 @@ class Candidates:
 
     def take(self, where: np.ndarray) -> "Candidates":
         """Some of them."""
-        return Candidates(
-            *(a[where] for a in (self.document_P, self.start_P, self.content_P, self.number_P))
-        )
+        return Candidates(*(column[where] for column in self.columns))
 
 
 def find_candidates(
-    table: DocumentTable,
-    lengths: LengthBuckets,
-    overlong: Overlong,
-    *,
-    drop_exact: bool,
-    drop_near: bool,
+    table: DocumentTable, lengths: LengthBuckets, documents: DocumentsConfig
 ) -> tuple[Candidates, Account]:
     """Drop duplicates and bring every document within the longest bucket.
 
-    Args:
-        table: All tokenized documents.
-        lengths: The buckets.
-        overlong: What happens to documents longer than the longest of them.
-        drop_exact: Of documents with the same text only the first in order stays, whatever its
-            source.
-        drop_near: The same for similar texts (needs signatures in the table).
+    Of documents with the same text (or similar ones, if the table has signatures) only the first in
+    order stays, whatever its source.
     """
     account = Account()
-    stays_D = _without_duplicates(table, drop_exact, drop_near, account)
-    candidates = _within(lengths.longest, table, stays_D, overlong, account)
+    stays_D = _without_duplicates(table, documents, account)
+    candidates = _within(lengths.longest, table, stays_D, documents.overlong, account)
     keys = (candidates.number_P, candidates.document_P, table.order_D[candidates.document_P])
     return candidates.take(np.lexsort(keys)), account
 
@@ -115,30 +90,29 @@ def measure_supply(
     table: DocumentTable, candidates: Candidates, lengths: LengthBuckets
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Source -> domain -> bucket -> tokens of all candidates."""
+    num_domains, num_buckets = len(table.domains), len(lengths.names)
     bucket_P = lengths.codes(candidates.tokens_P)
-    cell_P = table.domain_D[candidates.document_P] * len(lengths.names) + bucket_P
-    sums = np.bincount(
-        cell_P, candidates.tokens_P, minlength=len(table.domains) * len(lengths.names)
-    )
+    cell_P = table.domain_D[candidates.document_P] * num_buckets + bucket_P
+    sums = np.bincount(cell_P, candidates.tokens_P, minlength=num_domains * num_buckets)
     supply: dict[str, dict[str, dict[str, float]]] = {}
-    for code, (source, domain) in enumerate(table.domains):
-        cells = sums[code * len(lengths.names) : (code + 1) * len(lengths.names)].tolist()
+    rows = sums.reshape(num_domains, num_buckets).tolist()
+    for (source, domain), cells in zip(table.domains, rows, strict=True):
         supply.setdefault(source, {})[domain] = dict(zip(lengths.names, cells, strict=True))
     return supply
 
 
 def _without_duplicates(
-    table: DocumentTable, drop_exact: bool, drop_near: bool, account: Account
+    table: DocumentTable, documents: DocumentsConfig, account: Account
 ) -> np.ndarray:
     """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
     stays_D = np.ones(len(table), dtype=bool)
     by_order = np.lexsort((np.arange(len(table)), table.order_D))
-    if drop_exact and len(table):
+    if documents.exact_duplicates and len(table):
         _, first = np.unique(table.text_hash_D2[by_order], axis=0, return_index=True)
         stays_D[:] = False
         stays_D[by_order[first]] = True
         _leave_out(table, ~stays_D, "exact duplicate", account)
-    if drop_near:
+    if documents.near_duplicates:
         remaining = by_order[stays_D[by_order]]
         similar_D = np.zeros(len(table), dtype=bool)
         similar_D[remaining[near_duplicates(table.values("signature", remaining))]] = True
@@ -158,25 +132,24 @@ def _within(
     if overlong is Overlong.drop:
         pieces_D[over_D] = 0
         _leave_out(table, over_D, f"longer than {longest} tokens", account)
-    elif overlong is Overlong.cap:
-        for source, own_D in _by_source(table, over_D):
+        return _cut_evenly(content_D, pieces_D)
+    for source, own_D in _by_source(table, over_D):
+        num_over = int(own_D.sum())
+        if overlong is Overlong.cap:
             beyond = int((content_D[own_D] - most).sum())
-            account.leave_out(
-                source, f"beyond the first {longest} tokens", beyond, int(own_D.sum())
-            )
+            account.leave_out(source, f"beyond the first {longest} tokens", beyond, num_over)
+        else:
+            pieces_D[own_D] = -(-content_D[own_D] // most)
+            num_cuts = int((pieces_D[own_D] - 1).sum())
+            account.num_split[source] += num_over
+            account.added_boundaries[source] += NUM_BOUNDARY_TOKENS * num_cuts
+    if overlong is Overlong.cap:
         content_D = np.minimum(content_D, most)
-    else:
-        pieces_D[over_D] = -(-content_D[over_D] // most)
-        for source, own_D in _by_source(table, over_D):
-            account.num_split[source] += int(own_D.sum())
-            account.added_boundaries[source] += NUM_BOUNDARY_TOKENS * int(
-                (pieces_D[own_D] - 1).sum()
-            )
     return _cut_evenly(content_D, pieces_D)
 
 
 def _cut_evenly(content_D: np.ndarray, pieces_D: np.ndarray) -> Candidates:
-    """Every document in ``pieces_D`` parts of nearly equal length, so that none of them is a short remainder."""
+    """Every document in ``pieces_D`` parts of nearly equal length: none is a short remainder."""
     document_P = np.repeat(np.arange(len(pieces_D)), pieces_D)
     number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
     count_P = pieces_D[document_P]
@@ -197,36 +170,18 @@ def _leave_out(table: DocumentTable, where_D: np.ndarray, reason: str, account: 
 
 def _by_source(table: DocumentTable, where_D: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """``where_D`` divided by source; sources without any are left out."""
-    divided = (
-        (source, where_D & (table.source_D == code)) for code, source in enumerate(table.sources)
-    )
+    divided = [(s, where_D & (table.source_D == code)) for code, s in enumerate(table.sources)]
     return [(source, own_D) for source, own_D in divided if own_D.any()]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedDocument:
-    """A document as ids, BOS and EOS included."""
-
-    doc_id: str
-    source: str
-    tokens: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Tokens wanted, BOS and EOS included.
+    """Tokens wanted, BOS and EOS included."""
 
-    Attributes:
-        cells: (source, bucket) -> tokens, None for all there is; cells that are missing want
-            nothing.
-        domains: (source, domain) -> bucket -> tokens: how the cells of a source are divided;
-            domains without an entry are taken as they come.
-    """
-
+    # (source, bucket) -> tokens, None for all there is; cells that are missing want nothing.
     cells: Mapping[tuple[str, str], int | None]
+    # (source, domain) -> bucket -> tokens: how the cells of a source are divided; domains without
+    # an entry are taken as they come.
     domains: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
 
     def of(self, source: str, bucket: str) -> int | None:
@@ -236,27 +191,21 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen parts.
-
-    Attributes:
-        parts: The parts, source by source.
-        bucket_P: Bucket of each.
-        tokens: (source, bucket) -> tokens chosen.
-    """
+    """Chosen parts, source by source."""
 
     parts: Candidates
-    bucket_P: np.ndarray
-    tokens: Counter[tuple[str, str]]
+    bucket_P: np.ndarray  # bucket of each
+    tokens: Counter[tuple[str, str]]  # (source, bucket) -> tokens chosen
 
 
 def select_documents(
     table: DocumentTable,
     candidates: Candidates,
+    *,
     demand: Demand,
     lengths: LengthBuckets,
     short_overlong: Mapping[str, ShortOverlong],
     account: Account,
-    *,
     seed: int,
 ) -> Selection:
     """Choose candidates until every cell of ``demand`` has its tokens.
@@ -269,28 +218,24 @@ def select_documents(
         candidates: Parts that may be chosen, in order.
         demand: Tokens wanted.
         lengths: The buckets.
-        short_overlong: Source -> whether documents longer than L0 may be cut into windows for the
-            short bucket.
+        short_overlong: By source.
         account: Gets what is left out.
         seed: Seed of the choice between cutting a document into windows and packing it whole.
     """
     tokens: Counter[tuple[str, str]] = Counter()
-    chosen: list[tuple[Candidates, np.ndarray]] = []
+    nothing = np.zeros(0, np.int64)
+    chosen = [(Candidates(nothing, nothing, nothing, nothing), nothing)]
     for code, source in enumerate(table.sources):
         own = candidates.take(table.source_D[candidates.document_P] == code)
         chooser = _Chooser(table, own, source, demand, lengths, account, tokens)
-        windows = (
-            short_overlong.get(source) is ShortOverlong.split and demand.of(source, "short") != 0
-        )
-        chosen.append(chooser.choose_with_windows(seed) if windows else chooser.choose())
-    empty = np.zeros(0, np.int64)
-    names = ("document_P", "start_P", "content_P", "number_P")
-    columns = [
-        np.concatenate([empty, *(getattr(parts, name) for parts, _ in chosen)]) for name in names
-    ]
-    return Selection(
-        Candidates(*columns), np.concatenate([empty, *(bucket_P for _, bucket_P in chosen)]), tokens
-    )
+        splits = short_overlong.get(source) is ShortOverlong.split
+        if splits and demand.of(source, "short") != 0:
+            chosen.append(chooser.choose_with_windows(seed))
+        else:
+            chosen.append(chooser.choose())
+    columns = zip(*(parts.columns for parts, _ in chosen), strict=True)
+    parts = Candidates(*map(np.concatenate, columns))
+    return Selection(parts, np.concatenate([bucket_P for _, bucket_P in chosen]), tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,23 +252,25 @@ class _Chooser:
 
     def choose(self) -> tuple[Candidates, np.ndarray]:
         """Whole parts by bucket."""
-        bucket_P = self.lengths.codes(self.own.tokens_P)
+        tokens_P, bucket_P = self.own.tokens_P, self.lengths.codes(self.own.tokens_P)
         taken_P = np.zeros(len(bucket_P), dtype=bool)
         for code, bucket in enumerate(self.lengths.names):
             there = np.flatnonzero(bucket_P == code)
-            wanted = self.demand.of(self.source, bucket)
-            taken_P[self._until_met(there, bucket, wanted)] = True
+            taken_P[self._until_met(there, bucket)] = True
             taken, left = there[taken_P[there]], there[~taken_P[there]]
-            self.tokens[self.source, bucket] += int(self.own.tokens_P[taken].sum())
-            reason = f"{bucket} quota met" if wanted else f"no quota for {bucket} documents"
-            num_documents = len(np.unique(self.own.document_P[left]))
-            self.account.leave_out(
-                self.source, reason, int(self.own.tokens_P[left].sum()), num_documents
-            )
+            self.tokens[self.source, bucket] += int(tokens_P[taken].sum())
+            self._leave_out(bucket, int(tokens_P[left].sum()), self.own.document_P[left])
         return self.own.take(taken_P), bucket_P[taken_P]
 
-    def _until_met(self, there: np.ndarray, bucket: str, wanted: int | None) -> np.ndarray:
-        """Indices of the parts taken from ``there``: each domain up to its share, then any until the quota is met."""
+    def _leave_out(self, bucket: str, tokens: int, documents: np.ndarray) -> None:
+        """Count documents that a bucket does not take."""
+        met = bool(self.demand.of(self.source, bucket))
+        reason = f"{bucket} quota met" if met else f"no quota for {bucket} documents"
+        self.account.leave_out(self.source, reason, tokens, len(np.unique(documents)))
+
+    def _until_met(self, there: np.ndarray, bucket: str) -> np.ndarray:
+        """Those of ``there`` taken: a domain up to its share, then any until the quota is met."""
+        wanted = self.demand.of(self.source, bucket)
         if wanted is None:
             return there
         tokens = self.own.tokens_P[there]
@@ -340,31 +287,23 @@ class _Chooser:
         return there[taken]
 
     def choose_with_windows(self, seed: int) -> tuple[Candidates, np.ndarray]:
-        """As ``choose``, but parts longer than L0 may be cut into short windows (for miniatures: a plain loop)."""
+        """As ``choose``, but parts longer than L0 may be cut into short windows.
+
+        For miniatures: a plain loop.
+        """
         room = {bucket: self.demand.of(self.source, bucket) for bucket in self.lengths.names}
-        long_quota = _sum_or_none([room[bucket] for bucket in self.lengths.names[1:]])
+        short_quota, *long_quotas = room.values()
+        long_quota = None if None in long_quotas else sum(quota or 0 for quota in long_quotas)
         doc_ids = self.table.values("doc_id", self.own.document_P)
         codes = self.lengths.codes(self.own.tokens_P).tolist()
-        rows = zip(
-            self.own.document_P.tolist(),
-            self.own.start_P.tolist(),
-            self.own.content_P.tolist(),
-            self.own.number_P.tolist(),
-            strict=True,
-        )
+        rows = zip(*(column.tolist() for column in self.own.columns), strict=True)
         kept: list[tuple[int, ...]] = []
         for doc_id, code, row in zip(doc_ids, codes, rows, strict=True):
-            if code == 0 or _serves_long(
-                doc_id, self.demand.of(self.source, "short"), long_quota, seed
-            ):
-                pieces = [row]
-            else:
+            pieces = [row]
+            if code != 0 and not _serves_long(doc_id, short_quota, long_quota, seed):
                 pieces, code = self._windows(*row), 0
-            kept += [
-                (*piece, code)
-                for piece in pieces
-                if self._fits(piece[2], self.lengths.names[code], room)
-            ]
+            bucket = self.lengths.names[code]
+            kept += [(*piece, code) for piece in pieces if self._fits(piece, bucket, room)]
         columns = np.asarray(kept, dtype=np.int64).reshape(-1, 5).T
         return Candidates(*columns[:4]), columns[4]
 
@@ -372,7 +311,7 @@ class _Chooser:
         self, document: int, start: int, content: int, number: int
     ) -> list[tuple[int, int, int, int]]:
         """Consecutive windows of at most L0 tokens, each with BOS and EOS of its own."""
-        step = self.lengths.limits[0] - NUM_BOUNDARY_TOKENS
+        step = int(self.lengths.limits[0]) - NUM_BOUNDARY_TOKENS
         firsts = range(0, content, step)
         self.account.num_windowed[self.source] += 1
         self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
@@ -381,16 +320,11 @@ class _Chooser:
             (document, start + f, min(step, content - f), base + i) for i, f in enumerate(firsts)
         ]
 
-    def _fits(self, content: int, bucket: str, room: dict[str, int | None]) -> bool:
+    def _fits(self, piece: tuple[int, ...], bucket: str, room: dict[str, int | None]) -> bool:
         """Take a piece while its bucket has room; the piece that meets the quota still counts."""
-        left, tokens = room[bucket], content + NUM_BOUNDARY_TOKENS
+        left, tokens = room[bucket], piece[2] + NUM_BOUNDARY_TOKENS
         if left == 0:
-            reason = (
-                f"{bucket} quota met"
-                if self.demand.of(self.source, bucket)
-                else f"no quota for {bucket} documents"
-            )
-            self.account.leave_out(self.source, reason, tokens, 1)
+            self._leave_out(bucket, tokens, np.array(piece[:1]))
             return False
         if left is not None:
             room[bucket] = max(0, left - tokens)
@@ -399,14 +333,8 @@ class _Chooser:
 
 
 def _serves_long(doc_id: str, short: int | None, long: int | None, seed: int) -> bool:
-    """Whether a document that is longer than the short window serves a long bucket; ``short`` is not 0."""
+    """Whether a document longer than L0 serves a long bucket; ``short`` is not 0."""
     if long == 0:
         return False
     share = long / (short + long) if short is not None and long is not None else 0.5
     return stable_fraction("bucket", seed, doc_id) < share
-
-
-def _sum_or_none(quotas: list[int | None]) -> int | None:
-    """Sum of quotas; None if one of them asks for all there is."""
-    known = [quota for quota in quotas if quota is not None]
-    return sum(known) if len(known) == len(quotas) else None

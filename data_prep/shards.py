@@ -1,18 +1,13 @@
-"""The hand-over from planning to packing: which part of which tokenized document goes to which
-shuffle unit.
+"""The pack stage: chosen documents become shards, shuffle unit by shuffle unit.
 
-One Arrow file per shuffle unit, written next to each other and declared complete by ``plan.json``,
-which comes last. A document's shuffle unit follows from its order of choice alone, so it does not
-depend on how the corpus was read.
+The pack list says which part of which tokenized document goes to which shuffle unit: one Arrow file
+per unit, declared complete by ``list.json``, which comes last. A document's shuffle unit follows
+from its order of choice alone, so it does not depend on how the corpus was read.
 
-Writing: drafts into Arrow shards, the same bytes every time, under their final name only when
-complete.
-
-The pack stage: each shuffle unit becomes shards of its own, in any order and on any machine.
-
-Memory of a worker: the parts of one shuffle unit as Python objects (about 0.4 kB each; about 0.1
-GiB for the default 2**28 tokens) and one record batch of segments; ids are read from the
-memory-mapped token files when they are written.
+Each shuffle unit then becomes shards of its own, in any order and on any machine: the same bytes
+every time, under their final name only when complete. Memory of a worker: the parts of one shuffle
+unit as Python objects (about 0.4 kB each; about 0.1 GiB for the default 2**28 tokens) and one
+record batch of segments; ids are read from the memory-mapped token files when they are written.
 """
 
 import json
@@ -34,12 +29,10 @@ from longrope2.corpora.corpus import stable_fraction
 from longrope2.files.artifacts import atomic_path, sha256_of_file, write_text
 from longrope2.segments.format import Segment, SegmentRules, check_segment, segment_schema
 
-PLAN_SCHEMA = pa.schema(
+LIST_SCHEMA = pa.schema(
     [
-        (
-            "doc_id",
-            pa.string(),
-        ),  # of the part: "#NUMBER" behind the id of the document it was cut from
+        # Of the part: "#NUMBER" behind the id of the document it was cut from.
+        ("doc_id", pa.string()),
         ("source", pa.string()),
         ("domain", pa.string()),
         ("unit", pa.string()),  # name in the corpus
@@ -56,70 +49,63 @@ TOKENS_PER_BATCH = 2**20
 
 
 @dataclass(frozen=True)
-class PackPlan:
-    """A plan on disk."""
+class PackList:
+    """What is packed, on disk."""
 
     folder: Path
 
     @property
+    def _summary_path(self) -> Path:
+        return self.folder / "list.json"
+
+    @property
     def is_complete(self) -> bool:
         """Whether all of it is there."""
-        return (self.folder / "plan.json").is_file()
+        return self._summary_path.is_file()
 
     def summary(self) -> dict[str, Any]:
-        """What planning counted; the number of shuffle units is ``num_units``."""
-        return json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        """What was counted; the number of shuffle units is ``num_units``."""
+        return json.loads(self._summary_path.read_text(encoding="utf-8"))
 
     def parts(self, unit: int) -> pa.Table:
         """Parts of one shuffle unit."""
-        with pa.memory_map(str(self.path(unit))) as source:
+        with pa.memory_map(str(self._path(unit))) as source:
             return pa.ipc.open_stream(source).read_all()
 
-    def path(self, unit: int) -> Path:
-        """File of one shuffle unit."""
-        return self.folder / f"plan-{unit:05d}.arrow"
+    def write(
+        self,
+        table: DocumentTable,
+        selection: Selection,
+        *,
+        tokens_per_unit: int,
+        summary: dict[str, Any],
+    ) -> None:
+        """Divide the chosen parts among shuffle units of about ``tokens_per_unit`` tokens.
 
-
-def write_pack_plan(
-    folder: Path,
-    table: DocumentTable,
-    selection: Selection,
-    *,
-    tokens_per_unit: int,
-    summary: dict[str, Any],
-) -> PackPlan:
-    """Divide the chosen parts among shuffle units of about ``tokens_per_unit`` tokens and write
-    them down.
-
-    Args:
-        folder: Gets the files.
-        table: All documents.
-        selection: The chosen parts.
-        tokens_per_unit: Tokens of a shuffle unit.
-        summary: Plain JSON values to keep with the plan.
-    """
-    plan, parts = PackPlan(folder), selection.parts
-    num_units = max(1, round(int(parts.tokens_P.sum()) / tokens_per_unit))
-    shuffle_unit_P = _mixed(table.order_D[parts.document_P]) % np.uint64(num_units)
-    with ExitStack() as stack:
-        writers = []
-        for unit in range(num_units):
-            sink = stack.enter_context(
-                pa.OSFile(str(stack.enter_context(atomic_path(plan.path(unit)))), "wb")
-            )
-            writers.append(stack.enter_context(pa.ipc.new_stream(sink, PLAN_SCHEMA)))
-        for number in range(len(table.units)):
-            own = np.flatnonzero(table.unit_D[parts.document_P] == number)
-            if len(own):
+        ``summary``, plain JSON values, is kept with the list.
+        """
+        parts = selection.parts
+        num_units = max(1, round(int(parts.tokens_P.sum()) / tokens_per_unit))
+        shuffle_unit_P = _mixed(table.order_D[parts.document_P]) % np.uint64(num_units)
+        with ExitStack() as stack:
+            writers = []
+            for unit in range(num_units):
+                path = stack.enter_context(atomic_path(self._path(unit)))
+                sink = stack.enter_context(pa.OSFile(str(path), "wb"))
+                writers.append(stack.enter_context(pa.ipc.new_stream(sink, LIST_SCHEMA)))
+            for number in range(len(table.units)):
+                own = np.flatnonzero(table.unit_D[parts.document_P] == number)
+                if len(own) == 0:
+                    continue
                 rows = _rows(table, selection, own, number)
                 for unit in np.unique(shuffle_unit_P[own]):
                     here = pa.array(np.flatnonzero(shuffle_unit_P[own] == unit))
                     writers[int(unit)].write_batch(rows.take(here))
-    write_text(
-        folder / "plan.json",
-        json.dumps({**summary, "num_units": num_units}, indent=1, sort_keys=True),
-    )
-    return plan
+        kept = {**summary, "num_units": num_units}
+        write_text(self._summary_path, json.dumps(kept, indent=1, sort_keys=True))
+
+    def _path(self, unit: int) -> Path:
+        return self.folder / f"list-{unit:05d}.arrow"
 
 
 def _rows(
@@ -127,17 +113,11 @@ def _rows(
 ) -> pa.RecordBatch:
     """Rows of the parts ``own``, all from the tokenized unit ``number``."""
     parts = selection.parts.take(own)
-    documents = parts.document_P
-    ids = [
-        doc_id if part == WHOLE else f"{doc_id}#{part}"
-        for doc_id, part in zip(
-            table.values("doc_id", documents), parts.number_P.tolist(), strict=True
-        )
-    ]
-    names = table.accounts[number].units
+    documents, names = parts.document_P, table.accounts[number].units
+    part_ids = zip(table.values("doc_id", documents), parts.number_P.tolist(), strict=True)
     pairs = [table.domains[code] for code in table.domain_D[documents].tolist()]
     columns = [
-        ids,
+        [doc_id if part == WHOLE else f"{doc_id}#{part}" for doc_id, part in part_ids],
         [source for source, _ in pairs],
         [domain for _, domain in pairs],
         [names[place] for place in table.values("unit", documents)],
@@ -148,13 +128,12 @@ def _rows(
         selection.bucket_P[own].astype(np.int8),
         [row.tobytes() for row in table.text_hash_D2[documents]],
     ]
-    return pa.record_batch(
-        [pa.array(c, f.type) for c, f in zip(columns, PLAN_SCHEMA, strict=True)], schema=PLAN_SCHEMA
-    )
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, LIST_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=LIST_SCHEMA)
 
 
 def _mixed(order: np.ndarray) -> np.ndarray:
-    """Another 64-bit hash of the order: documents of one shuffle unit are not those chosen at the same time."""
+    """Another hash of the order: documents chosen at the same time go to different units."""
     value = (order ^ (order >> np.uint64(30))) * MIX[0]
     value = (value ^ (value >> np.uint64(27))) * MIX[1]
     return value ^ (value >> np.uint64(31))
@@ -168,32 +147,27 @@ def write_shards(
     tokens_per_shard: int,
     unit: int = 0,
 ) -> dict[str, str]:
-    """Check and write all segments of a shuffle unit; returns shard name -> SHA-256.
-
-    Args:
-        folder: Product folder.
-        drafts: Segments in order.
-        rules: What each of them has to keep.
-        tokens_per_shard: Tokens of a shard file at most.
-        unit: Number of the shuffle unit, part of the names.
+    """Check and write all segments of shuffle unit ``unit``; returns shard name -> SHA-256.
 
     Raises:
         DataError: a segment breaks the rules of the format (a fault of the packer; nothing is
             written under the final name of that shard).
     """
     rows = max(1, tokens_per_shard // rules.target_len)
-    num_shards = -(-len(drafts) // rows)
+    schema = segment_schema(rules.target_len, rules.vocab_size)
     hashes = {}
-    for shard in range(num_shards):
+    for shard, first in enumerate(range(0, len(drafts), rows)):
         path = folder / f"segments-{unit:05d}-{shard:05d}.arrow"
-        with atomic_path(path) as temporary:
-            _write_shard(temporary, drafts[shard * rows : (shard + 1) * rows], shard * rows, rules)
+        with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+            with pa.ipc.new_stream(sink, schema) as writer:
+                for batch in _batches(drafts[first : first + rows], first, rules):
+                    writer.write_batch(_record_batch(batch, schema))
         hashes[path.name] = sha256_of_file(path)
     return hashes
 
 
 def remove_strays(folder: Path, files: Collection[str]) -> None:
-    """Remove temporary files and all shards but ``files``: what interrupted runs left in a folder without a manifest."""
+    """Remove what interrupted runs left: temporary files and all shards but ``files``."""
     strays = [path for path in folder.glob("segments-*.arrow") if path.name not in files]
     for path in [*strays, *folder.glob(".*.tmp")]:
         path.unlink(missing_ok=True)
@@ -201,36 +175,26 @@ def remove_strays(folder: Path, files: Collection[str]) -> None:
 
 def segment_from_draft(draft: DraftSegment, index: int, rules: SegmentRules) -> Segment:
     """Put the tokens of a draft together; padding is filled with the EOS id."""
-    dtype = np.uint16 if rules.vocab_size <= 2**16 else np.uint32
-    parts, padding = [], []
-    for piece in draft.pieces:
-        padding.append(piece.document is None)
-        if piece.document is None:
-            parts.append(np.full(len(piece), rules.eos_id, dtype=dtype))
-        else:
-            parts.append(piece.document.tokens[piece.start : piece.stop].astype(dtype, copy=False))
     documents = [piece.document for piece in draft.pieces]
+    padding = tuple(document is None for document in documents)
+    lengths = [len(piece) for piece in draft.pieces]
+    parts = [
+        np.full(len(piece), rules.eos_id, dtype=rules.dtype)
+        if piece.document is None
+        else piece.document.tokens[piece.start : piece.stop].astype(rules.dtype, copy=False)
+        for piece in draft.pieces
+    ]
     return Segment(
         index=index,
         window=draft.window,
         tokens=np.concatenate(parts),
-        doc_ends=np.cumsum([len(piece) for piece in draft.pieces]).astype(np.int32),
+        doc_ends=np.cumsum(lengths).astype(np.int32),
         sources=tuple(document.source if document else "" for document in documents),
         doc_ids=tuple(document.doc_id if document else "" for document in documents),
-        doc_is_padding=tuple(padding),
+        doc_is_padding=padding,
         starts_mid_document=draft.pieces[0].start > 0,
-        num_padding=sum(len(piece) for piece in draft.pieces if piece.document is None),
+        num_padding=sum(n for n, is_padding in zip(lengths, padding, strict=True) if is_padding),
     )
-
-
-def _write_shard(
-    path: Path, drafts: Sequence[DraftSegment], first_index: int, rules: SegmentRules
-) -> None:
-    """Write one Arrow stream file."""
-    schema = segment_schema(rules.target_len, rules.vocab_size)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _batches(drafts, first_index, rules):
-            writer.write_batch(_record_batch(batch, schema))
 
 
 def _batches(
@@ -239,10 +203,8 @@ def _batches(
     """Checked segments in groups of about a million tokens."""
     rows = max(1, TOKENS_PER_BATCH // rules.target_len)
     for first in range(0, len(drafts), rows):
-        segments = [
-            segment_from_draft(draft, first_index + first + number, rules)
-            for number, draft in enumerate(drafts[first : first + rows])
-        ]
+        numbered = enumerate(drafts[first : first + rows], first_index + first)
+        segments = [segment_from_draft(draft, number, rules) for number, draft in numbered]
         for segment in segments:
             check_segment(segment, rules)
         yield segments
@@ -262,32 +224,21 @@ def _record_batch(segments: list[Segment], schema: pa.Schema) -> pa.RecordBatch:
         pa.array([segment.starts_mid_document for segment in segments]),
         pa.array([segment.num_padding for segment in segments], pa.int32()),
     ]
-    return pa.record_batch(
-        [c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema
-    )
+    cast = [column.cast(f.type) for column, f in zip(columns, schema, strict=True)]
+    return pa.record_batch(cast, schema=schema)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StoredDocument:
-    """A part of a tokenized document; its ids are read when asked for.
+    """A part of a tokenized document; its ids are read when asked for."""
 
-    Attributes:
-        doc_id: Id of the part.
-        source: Its source.
-        bucket: Name of its bucket.
-        unit: Where its ids are.
-        start: First id there.
-        num_content: Ids there; BOS and EOS are added.
-        rules: Give BOS, EOS and the type.
-    """
-
-    doc_id: str
+    doc_id: str  # of the part
     source: str
     bucket: str
-    unit: TokenizedUnit
-    start: int
-    num_content: int
-    rules: SegmentRules
+    unit: TokenizedUnit  # where its ids are
+    start: int  # first id there
+    num_content: int  # ids there; BOS and EOS are added
+    rules: SegmentRules  # give BOS, EOS and the type
 
     def __len__(self) -> int:
         return self.num_content + NUM_BOUNDARY_TOKENS
@@ -302,34 +253,37 @@ class StoredDocument:
         return tokens
 
 
+@lru_cache(maxsize=256)
+def _mapped(unit: TokenizedUnit, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    return unit.tokens(dtype)
+
+
 @dataclass
 class PackedUnit:
-    """What became of a shuffle unit.
+    """What became of a shuffle unit."""
 
-    Attributes:
-        files: Shard -> SHA-256.
-        num_segments: Window -> segments.
-        tokens: source -> bucket -> tokens packed.
-        num_documents: source -> bucket -> parts begun.
-        rest_tokens: source -> tokens at the end that filled no segment.
-        padding_tokens: Padding.
-        num_cut_documents: Documents of at most L tokens that stand in more than one piece.
-    """
-
-    files: dict[str, str] = field(default_factory=dict)
-    num_segments: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # shard -> SHA-256
+    num_segments: dict[str, int] = field(default_factory=dict)  # window -> segments
+    # Source -> bucket -> tokens packed, and parts begun.
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     num_documents: dict[str, dict[str, int]] = field(default_factory=dict)
+    # Source -> tokens at the end that filled no segment.
     rest_tokens: dict[str, int] = field(default_factory=dict)
     padding_tokens: int = 0
+    # Documents of at most L tokens that stand in more than one piece.
     num_cut_documents: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens packed."""
+        return sum(sum(cells.values()) for cells in self.tokens.values())
 
 
 @dataclass(frozen=True)
 class PackJob:
     """Packs shuffle units; a unit of work is one shuffle unit."""
 
-    plan: PackPlan
+    pack_list: PackList
     tokenized: Path
     folder: Path
     rules: SegmentRules
@@ -339,28 +293,20 @@ class PackJob:
 
     def run(self, number: int) -> PackedUnit:
         """Pack one shuffle unit unless that is done."""
-        marker = self.plan.folder / f"packed-{number:05d}.json"
+        marker = self.pack_list.folder / f"packed-{number:05d}.json"
         if marker.is_file():
             packed = PackedUnit(**json.loads(marker.read_text(encoding="utf-8")))
-            if all(
-                _is_whole(self.folder / name, expected) for name, expected in packed.files.items()
-            ):
+            paths = {self.folder / name: sha256 for name, sha256 in packed.files.items()}
+            if all(path.is_file() and sha256_of_file(path) == paths[path] for path in paths):
                 return packed
-        documents = self._documents(number)
-        window_len, seed = self.rules.target_len, self.seed + number
-        short = pack_short(
-            [d for d in documents if d.bucket == self.bucket_names[0]],
-            target_len=window_len,
-            alignment=self.rules.alignment,
-            seed=seed,
-        )
-        long = pack_long(
-            [d for d in documents if d.bucket != self.bucket_names[0]],
-            target_len=window_len,
-            seed=seed,
-        )
+        documents, seed = self._documents(number), self.seed + number
+        for_short = [d for d in documents if d.bucket == self.bucket_names[0]]
+        for_long = [d for d in documents if d.bucket != self.bucket_names[0]]
+        target_len, alignment = self.rules.target_len, self.rules.alignment
+        short = pack_short(for_short, target_len=target_len, alignment=alignment, seed=seed)
+        long = pack_long(for_long, target_len=target_len, seed=seed)
         drafts = [*short.segments, *long.segments]
-        packed = _account(drafts, [*short.rest, *long.rest])
+        packed = _count_pieces(drafts, [*short.rest, *long.rest])
         packed.num_cut_documents = long.num_cut_documents
         packed.num_segments = {"short": len(short.segments), "long": len(long.segments)}
         packed.files = write_shards(
@@ -371,22 +317,21 @@ class PackJob:
 
     def _documents(self, number: int) -> list[StoredDocument]:
         """Parts of a shuffle unit in an order that mixes the sources."""
-        rows = self.plan.parts(number).select(
-            ["doc_id", "source", "bucket", "stem", "start", "num_tokens"]
-        )
-        columns = (column.to_pylist() for column in rows.columns)
-        documents = [
-            StoredDocument(
-                doc_id,
-                source,
-                self.bucket_names[bucket],
-                TokenizedUnit(self.tokenized, stem),
-                start,
-                num,
-                self.rules,
+        names = ["doc_id", "source", "bucket", "stem", "start", "num_tokens"]
+        columns = (column.to_pylist() for column in self.pack_list.parts(number).select(names))
+        documents = []
+        for doc_id, source, bucket, stem, start, num_content in zip(*columns, strict=True):
+            documents.append(
+                StoredDocument(
+                    doc_id=doc_id,
+                    source=source,
+                    bucket=self.bucket_names[bucket],
+                    unit=TokenizedUnit(self.tokenized, stem),
+                    start=start,
+                    num_content=num_content,
+                    rules=self.rules,
+                )
             )
-            for doc_id, source, bucket, stem, start, num in zip(*columns, strict=True)
-        ]
         return sorted(
             documents, key=lambda d: (stable_fraction("mix", self.seed, d.doc_id), d.doc_id)
         )
@@ -400,29 +345,20 @@ def nested(counter: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return tree
 
 
-@lru_cache(maxsize=256)
-def _mapped(unit: TokenizedUnit, dtype: type[np.unsignedinteger]) -> np.ndarray:
-    return unit.tokens(dtype)
-
-
-def _is_whole(path: Path, expected: str) -> bool:
-    return path.is_file() and sha256_of_file(path) == expected
-
-
-def _account(drafts: list[DraftSegment], left_over: list[Piece]) -> PackedUnit:
+def _count_pieces(drafts: list[DraftSegment], left_over: list[Piece]) -> PackedUnit:
     """Tokens by source and bucket, and everything that was not packed."""
     tokens: Counter[tuple[str, str]] = Counter()
     documents: Counter[tuple[str, str]] = Counter()
     rest: Counter[str] = Counter()
     padding = 0
-    for draft in drafts:
-        for piece in draft.pieces:
-            if piece.document is None:
-                padding += len(piece)
-            else:
-                cell = _cell(piece.document)
-                tokens[cell] += len(piece)
-                documents[cell] += piece.start == 0
+    for piece in (piece for draft in drafts for piece in draft.pieces):
+        if piece.document is None:
+            padding += len(piece)
+            continue
+        assert isinstance(piece.document, StoredDocument)
+        cell = (piece.document.source, piece.document.bucket)
+        tokens[cell] += len(piece)
+        documents[cell] += piece.start == 0
     for piece in left_over:
         assert piece.document is not None
         rest[piece.document.source] += len(piece)
@@ -432,7 +368,3 @@ def _account(drafts: list[DraftSegment], left_over: list[Piece]) -> PackedUnit:
         rest_tokens=dict(sorted(rest.items())),
         padding_tokens=padding,
     )
-
-
-def _cell(document: Any) -> tuple[str, str]:
-    return document.source, document.bucket

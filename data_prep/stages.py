@@ -1,26 +1,19 @@
-"""From tokenized documents to the documents of a run: candidates, demand for this supply, choice.
-
-The tokenize stage as a whole: scan, then rounds of readings, on whatever the units run on.
-
-From a corpus to shards: tokenize in rounds, plan, pack; every step resumes where it was
-interrupted.
+"""From a corpus to shards: tokenize in rounds, choose, pack; every step resumes where it stopped.
 
 Intermediate files stand beside the shards, in a folder named by the fingerprint of configuration
 and inputs, so a run finds its own and never another's; they are removed when the segments are
 complete, unless ``keep_work`` is set.
 
 What bounds memory: a worker of the tokenize stage holds one batch of text (``tokenizing.py``), a
-worker of the pack stage one shuffle unit's list of documents (``pack_units.py``), both whatever the
-corpus; planning, in this process alone, holds about 60 bytes for every document tokenized, which
+worker of the pack stage one shuffle unit's list of documents (``shards.py``), both whatever the
+corpus; choosing, in this process alone, holds about 60 bytes for every document tokenized, which
 the tokens wanted bound, not the corpus. Measured with everything in one process and one shuffle
 unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
-
-What a run would do, from a look at a few units: supply, demand, how much is read, disk.
 """
 
 import fcntl
 import json
-import shutil
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,31 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.account import Planned, histogram, segment_counts
-from data_prep.config import PackConfig
+from data_prep.account import Choice, histogram, segment_counts
+from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import read_exclusions
-from data_prep.engine import StageProgress, run_units, worker_count
+from data_prep.engine import UnitJob, run_stage, worker_count
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
-from data_prep.reading import (
-    ReadingPlan,
-    SourceScan,
-    in_reading_order,
-    scan_corpus,
-    scan_from_plain,
-    scan_to_plain,
-)
-from data_prep.shards import PackedUnit, PackJob, PackPlan, write_pack_plan
-from data_prep.token_files import DocumentTable, TokenizedUnit, load_documents
-from data_prep.tokenizing import (
-    FULL_BAND,
-    CharacterClasses,
-    RetrievalPlan,
-    TokenizeJob,
-    UnitGroup,
-    UnitTask,
-)
-from longrope2.corpora.config import BucketQuota, ShortOverlong
+from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
+from data_prep.shards import PackedUnit, PackJob, PackList
+from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
+from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
 from longrope2.corpora.tokenizer import (
     DocumentTokenizer,
@@ -71,85 +49,82 @@ HAYSTACK_UNITS_PER_SOURCE = 256
 GIB = 2**30
 
 
-def choose(config: "PackConfig", table: DocumentTable, reading: ReadingPlan) -> Planned:
-    """Choose from what has been tokenized so far; the result tells where reading more may help."""
-    lengths, documents = length_buckets(config), config.documents
-    candidates, account = find_candidates(
-        table,
-        lengths,
-        documents.overlong,
-        drop_exact=documents.exact_duplicates,
-        drop_near=documents.near_duplicates,
-    )
+def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Choice:
+    """Choose from what has been tokenized so far; tells where reading more may help."""
+    lengths = length_buckets(config)
+    candidates, account = find_candidates(table, lengths, config.documents)
     supply = measure_supply(table, candidates, lengths)
-    fitted = demand_of(config.corpus, supply, _natural_supply(table, reading))
-    overlong = {source: config.corpus.short_overlong for source in table.sources}
-    overlong[RETRIEVAL_SOURCE] = (
-        ShortOverlong.drop
-    )  # generated to the length of their bucket, never cut
+    fitted = demand_of(config, supply, _natural_supply(table, readings))
+    overlong = dict.fromkeys(table.sources, config.short_overlong)
+    # Generated to the length of their bucket, never cut.
+    overlong[RETRIEVAL_SOURCE] = ShortOverlong.drop
     selection = select_documents(
-        table, candidates, fitted.demand, lengths, overlong, account, seed=config.seed
+        table,
+        candidates,
+        demand=fitted.demand,
+        lengths=lengths,
+        short_overlong=overlong,
+        account=account,
+        seed=config.seed,
     )
     missing, shortfalls = fitted.missing, list(fitted.shortfalls)
-    if not config.corpus.plan.is_given:
+    if not config.mixture.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
-    missing = {source: cells for source, cells in missing.items() if source in reading.sources}
-    return Planned(table, selection, account, fitted.demand, missing, shortfalls, lengths)
+    missing = {source: cells for source, cells in missing.items() if source in readings.sources}
+    return Choice(table, selection, account, fitted.demand, missing, shortfalls)
 
 
 def _natural_supply(
-    table: DocumentTable, reading: ReadingPlan
+    table: DocumentTable, readings: Readings
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Source -> domain -> tokens as the corpus has them: each document weighted by how many were left unread for it."""
+    """Source -> domain -> tokens as the corpus has them, those left unread included."""
     natural: dict[str, dict[str, dict[str, float]]] = {}
     for code, (source, domain) in enumerate(table.domains):
-        if source in reading.sources:
+        if source in readings.sources:
             own = np.flatnonzero(table.domain_D == code)
-            weights = reading.natural_weights(source, table.characters_D[own])
-            natural.setdefault(source, {})[domain] = {
-                "all": float((table.tokens_D[own] * weights).sum())
-            }
+            weights = readings.natural_weights(source, table.characters_D[own])
+            tokens = float((table.tokens_D[own] * weights).sum())
+            natural.setdefault(source, {})[domain] = {"all": tokens}
     return natural
 
 
 def _missing_quotas(
-    config: "PackConfig", selection: Selection
+    config: PackConfig, selection: Selection
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Cells below their quota: how far, and in words."""
     missing: dict[str, dict[str, float]] = {}
     shortfalls = []
-    for source, quota in sorted(config.corpus.quotas.items()):
-        for bucket in length_buckets(config).names:
-            wanted, got = getattr(quota, bucket), selection.tokens[source, bucket]
+    for source, quota in sorted(config.quotas.items()):
+        for bucket, wanted in vars(quota).items():
+            got = selection.tokens[source, bucket]
             if wanted is not None and got < wanted:
                 missing.setdefault(source, {})[bucket] = wanted / max(1, got)
                 shortfalls.append(f"{source}/{bucket}: {got:,} of {wanted:,} tokens")
     return missing, shortfalls
 
 
-def reading_plan(
-    config: "PackConfig", units: dict[str, list[UnitGroup]], scans: dict[str, SourceScan]
-) -> ReadingPlan:
+def _ordered_units(config: PackConfig, corpus: Corpus) -> dict[str, list[UnitGroup]]:
+    """Wanted source -> its units in reading order."""
+    units = corpus.units()
+    return {s: in_reading_order(units, s, config.seed) for s in wanted_sources(config)}
+
+
+def _first_readings(
+    config: PackConfig, units: dict[str, list[UnitGroup]], scans: dict[str, SourceScan]
+) -> Readings:
     """How much is read, by a scan."""
-    overlong, most = config.corpus.short_overlong, config.documents.max_units
-    reading = ReadingPlan(units, scans, length_buckets(config), overlong, max_units=most)
+    lengths, most = length_buckets(config), config.documents.max_units
+    readings = Readings(units, scans, lengths, config.short_overlong, max_units=most)
     estimate = {source: scan.supply() or {} for source, scan in scans.items()}
-    reading.start(demand_of(config.corpus, estimate, estimate).demand)
-    return reading
+    readings.start(demand_of(config, estimate, estimate).demand)
+    return readings
 
 
 @dataclass
-class TokenizeRounds:
-    """Reads and tokenizes for one run.
+class _TokenizeStage:
+    """Reads and tokenizes for one run; intermediate files stand in ``work``."""
 
-    Attributes:
-        config: The run.
-        model_folder: Model whose tokenizer is used.
-        corpus: What to read.
-        work: Folder of the intermediate files.
-    """
-
-    config: "PackConfig"
+    config: PackConfig
     model_folder: Path
     corpus: Corpus
     work: Path
@@ -158,106 +133,88 @@ class TokenizeRounds:
     def encoder(self) -> DocumentTokenizer:
         """The tokenizer as worker processes get it."""
         if not self._tokenizer_file.is_file():
-            save_prepared_tokenizer(
-                load_document_tokenizer(self.model_folder), self._tokenizer_file
-            )
+            encoder = load_document_tokenizer(self.model_folder)
+            save_prepared_tokenizer(encoder, self._tokenizer_file)
         return prepared_tokenizer(self._tokenizer_file)
 
-    def start(self) -> ReadingPlan:
+    def start(self) -> Readings:
         """Scan and decide the first round.
 
         The scan is kept in a file: it decides what is read, so it must be the same when a run is
         resumed.
         """
-        path = self.work / "scan.json"
-        all_units = self.corpus.units()
-        sources = wanted_sources(self.config.corpus)
-        units = {
-            source: in_reading_order(all_units, source, self.config.seed) for source in sources
-        }
+        path, units = self.work / "scan.json", _ordered_units(self.config, self.corpus)
         if not path.is_file():
             scans = scan_corpus(self.corpus, units, self.encoder, length_buckets(self.config))
-            write_text(path, json.dumps(scan_to_plain(scans), indent=1))
-        scans = scan_from_plain(json.loads(path.read_text(encoding="utf-8")))
-        return reading_plan(self.config, units, scans)
+            plain = {source: vars(scan) for source, scan in scans.items()}
+            write_text(path, json.dumps(plain, indent=1))
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        scans = {source: SourceScan(**fields) for source, fields in plain.items()}
+        return _first_readings(self.config, units, scans)
 
-    def run(self, reading: ReadingPlan) -> list[TokenizedUnit]:
+    def run(self, readings: Readings) -> list[TokenizedUnit]:
         """Tokenize the next round; the first one also generates the retrieval documents.
 
         Raises:
             DataError: units failed; all others are done and kept.
         """
-        is_first = reading.num_rounds == 0
-        tasks = [*reading.tasks(), *(self._retrieval_tasks() if is_first else [])]
+        is_first, tasks = readings.num_rounds == 0, readings.tasks()
+        if is_first and self.config.retrieval_tokens:
+            unit = UnitGroup((Unit(RETRIEVAL_SOURCE, RETRIEVAL_SOURCE),))
+            classes = LengthBuckets(("all",), (math.inf,))
+            tasks.append(UnitTask(unit, RETRIEVAL_SOURCE, classes, {"all": FULL_BAND}))
         _ = self.encoder  # workers find it in its file
         job = TokenizeJob(
-            self.corpus,
-            tuple(tasks),
-            self._tokenizer_file,
-            self.work,
-            self.config.seed,
-            read_exclusions(self.config.documents.exclude),
-            self.config.documents.near_duplicates,
-            self._retrieval_plan(),
+            corpus=self.corpus,
+            tasks=tuple(tasks),
+            tokenizer_file=self._tokenizer_file,
+            folder=self.work,
+            seed=self.config.seed,
+            exclusions=read_exclusions(self.config.documents.exclude),
+            with_signatures=self.config.documents.near_duplicates,
+            retrieval=self._retrieval_order(),
         )
         sizes = [task.unit.size_bytes for task in tasks]
-        known = [size for size in sizes if size is not None]
-        workers = worker_count(self.config.workers, len(tasks), small=sum(known) < SMALL_BYTES)
-        with StageProgress(
-            "tokenizing", len(tasks), known if len(known) == len(sizes) else None
-        ) as progress:
-            units = run_units(
-                job,
-                range(len(tasks)),
-                self.config.cluster,
-                workers=workers,
-                logs=self.work / "slurm",
-            )
-            for number, account in units:
-                progress.advance(number, account.num_tokens)
+        small = sum(size or 0 for size in sizes) < SMALL_BYTES
+        _run(self.config, "tokenizing", job, sizes, self.work, small=small)
         return [TokenizedUnit(self.work, task.stem) for task in tasks]
 
     @property
     def _tokenizer_file(self) -> Path:
         return self.work / "tokenizer.json"
 
-    @property
-    def _retrieval_tokens(self) -> dict[str, int]:
-        """Bucket -> tokens of generated documents."""
-        quota = self.config.corpus.quotas.get(RETRIEVAL_SOURCE, BucketQuota())
-        wanted = {"short": quota.short or 0, "long": quota.long or 0}
-        return {bucket: tokens for bucket, tokens in wanted.items() if tokens}
-
-    def _retrieval_tasks(self) -> Sequence[UnitTask]:
-        """One unit, if there is anything to generate."""
-        if not self._retrieval_tokens:
-            return []
-        unit, classes = (
-            UnitGroup((Unit(RETRIEVAL_SOURCE, RETRIEVAL_SOURCE),)),
-            CharacterClasses(("all",), ()),
-        )
-        return [UnitTask(unit, RETRIEVAL_SOURCE, classes, {"all": FULL_BAND})]
-
-    def _retrieval_plan(self) -> RetrievalPlan | None:
+    def _retrieval_order(self) -> RetrievalOrder | None:
         """What to generate, and from which text."""
-        if not self._retrieval_tokens:
+        config, tokens = self.config, self.config.retrieval_tokens
+        if not tokens:
             return None
-        original_len, target_len, seed = (
-            self.config.model.original_len,
-            self.config.target_len,
-            self.config.seed,
+        units, haystack = self.corpus.units(), []
+        for source in self.corpus.sources:
+            groups = in_reading_order(units, source, config.seed)[:HAYSTACK_UNITS_PER_SOURCE]
+            haystack += [unit for group in groups for unit in group.units]
+        original_len, target_len = config.model.original_len, config.target_len
+        return RetrievalOrder(
+            config=config.retrieval,
+            tokens=tokens,
+            limits={"short": (0, original_len), "long": (original_len, target_len)},
+            target_len=target_len,
+            haystack_units=tuple(haystack),
+            seed=config.seed,
         )
-        all_units = self.corpus.units()
-        haystack = [
-            unit
-            for source in self.corpus.sources
-            for group in in_reading_order(all_units, source, seed)[:HAYSTACK_UNITS_PER_SOURCE]
-            for unit in group.units
-        ]
-        limits = {"short": (0, original_len), "long": (original_len, target_len)}
-        return RetrievalPlan(
-            self.config.retrieval, self._retrieval_tokens, limits, target_len, tuple(haystack), seed
-        )
+
+
+def _run(
+    config: PackConfig,
+    title: str,
+    job: UnitJob,
+    sizes: Sequence[int | None],
+    work: Path,
+    *,
+    small: bool,
+) -> list[Any]:
+    """Do all units of a job where the configuration says; returns what they tell."""
+    workers = worker_count(config.workers, len(sizes), small=small)
+    return run_stage(title, job, sizes, config.cluster, workers=workers, logs=work / "slurm")
 
 
 @dataclass
@@ -267,29 +224,29 @@ class BuiltSegments:
     files: dict[str, str]
     counts: dict[str, Any]
     details: dict[str, Any]
-    plan: PackPlan
+    pack_list: PackList
 
 
 def build_segments(
-    config: "PackConfig", model_folder: Path, corpus: Corpus, folder: Path, fingerprint: str
+    config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, fingerprint: str
 ) -> BuiltSegments:
-    """Do all stages that are not done; shards stand in ``folder`` afterwards, the manifest is the
-    caller's.
+    """Do all stages that are not done; shards stand in ``folder`` afterwards, without a manifest.
 
     Raises:
         DataError: the corpus gives nothing to pack, text that cannot be tokenized safely, or units
             failed.
     """
     work = folder / "work" / fingerprint
-    plan = PackPlan(work / "plan")
-    if not plan.is_complete:
-        _write_plan(config, TokenizeRounds(config, model_folder, corpus, work), plan)
-    packed = _pack(config, plan, work, folder)
-    summary = plan.summary()
+    pack_list = PackList(work / "list")
+    if not pack_list.is_complete:
+        _write_pack_list(config, _TokenizeStage(config, model_folder, corpus, work), pack_list)
+    packed = _pack(config, pack_list, work, folder)
+    summary = pack_list.summary()
     if not any(unit.files for unit in packed):
         raise DataError(
-            f"corpus.name={config.corpus.name} gave {summary['chosen_tokens']} tokens, not enough for one "
-            f"segment of target_len={config.target_len}; raise the quotas or use a larger corpus"
+            f"corpus.name={config.corpus.name} gave {summary['chosen_tokens']} tokens, not enough "
+            f"for one segment of target_len={config.target_len}; raise the quotas or use a larger "
+            "corpus"
         )
     files = {name: sha256 for unit in packed for name, sha256 in unit.files.items()}
     lengths = length_buckets(config)
@@ -300,7 +257,7 @@ def build_segments(
         "length_histogram": summary["length_histogram"],
         "file_bytes": {name: (folder / name).stat().st_size for name in files},
     }
-    return BuiltSegments(files, segment_counts(summary["counts"], packed), details, plan)
+    return BuiltSegments(files, segment_counts(summary["counts"], packed), details, pack_list)
 
 
 @contextmanager
@@ -323,139 +280,109 @@ def locked(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def clean_work(folder: Path) -> None:
-    """Remove all intermediate files."""
-    shutil.rmtree(folder / "work", ignore_errors=True)
-
-
-def _write_plan(config: "PackConfig", rounds: TokenizeRounds, plan: PackPlan) -> None:
-    """Rounds of tokenizing until the demand is met or the corpus ends; then the plan."""
-    reading = rounds.start()
+def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackList) -> None:
+    """Rounds of tokenizing until the demand is met or the corpus ends; then the list."""
+    readings = stage.start()
     done: list[TokenizedUnit] = []
     while True:
-        done += rounds.run(reading)
-        chosen = choose(config, load_documents(done), reading)
-        if not any([reading.extend(source, buckets) for source, buckets in chosen.missing.items()]):
+        done += stage.run(readings)
+        choice = _choose(config, load_documents(done), readings)
+        if not any([readings.extend(source, cells) for source, cells in choice.missing.items()]):
             break
-    encoder = rounds.encoder
+    encoder = stage.encoder
     rules = SegmentRules(
-        config.target_len,
-        config.model.original_len,
-        config.align,
-        encoder.vocab_size,
-        encoder.bos_id,
-        encoder.eos_id,
-        encoder.control_ids,
+        target_len=config.target_len,
+        original_len=config.model.original_len,
+        alignment=config.align,
+        vocab_size=encoder.vocab_size,
+        bos_id=encoder.bos_id,
+        eos_id=encoder.eos_id,
+        control_ids=encoder.control_ids,
     )
-    summary = _summary(chosen, rules)
-    write_pack_plan(
-        plan.folder,
-        chosen.table,
-        chosen.selection,
-        tokens_per_unit=config.tokens_per_unit,
-        summary=summary,
-    )
-
-
-def _summary(chosen: Planned, rules: SegmentRules) -> dict[str, Any]:
-    """What the plan keeps for packing and for the manifest."""
-    return {
+    summary = {
         "rules": vars(rules),
-        "counts": chosen.counts(),
-        "length_histogram": histogram(chosen),
-        "chosen_tokens": int(chosen.selection.parts.tokens_P.sum()),
+        "counts": choice.counts(),
+        "length_histogram": histogram(choice),
+        "chosen_tokens": int(choice.selection.parts.tokens_P.sum()),
     }
-
-
-def _pack(config: "PackConfig", plan: PackPlan, work: Path, folder: Path) -> list[PackedUnit]:
-    """Pack all shuffle units; returns what they tell, in their order."""
-    summary = plan.summary()
-    rules = SegmentRules(
-        **{**summary["rules"], "control_ids": tuple(summary["rules"]["control_ids"])}
+    pack_list.write(
+        choice.table, choice.selection, tokens_per_unit=config.tokens_per_unit, summary=summary
     )
-    names = length_buckets(config).names
-    job = PackJob(plan, work, folder, rules, names, config.tokens_per_shard, config.seed)
-    numbers = range(summary["num_units"])
+
+
+def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> list[PackedUnit]:
+    """Pack all shuffle units; returns what they tell, in their order."""
+    summary = pack_list.summary()
+    control_ids = tuple(summary["rules"]["control_ids"])
+    rules = SegmentRules(**{**summary["rules"], "control_ids": control_ids})
+    job = PackJob(
+        pack_list=pack_list,
+        tokenized=work,
+        folder=folder,
+        rules=rules,
+        bucket_names=length_buckets(config).names,
+        tokens_per_shard=config.tokens_per_shard,
+        seed=config.seed,
+    )
     small = summary["chosen_tokens"] * rules.dtype().itemsize < SMALL_BYTES
-    workers = worker_count(config.workers, len(numbers), small=small)
-    packed: dict[int, PackedUnit] = {}
-    with StageProgress("packing", len(numbers)) as progress:
-        for number, unit in run_units(
-            job, numbers, config.cluster, workers=workers, logs=work / "slurm"
-        ):
-            packed[number] = unit
-            progress.advance(number, sum(sum(cells.values()) for cells in unit.tokens.values()))
-    return [packed[number] for number in numbers]
+    return _run(config, "packing", job, [None] * summary["num_units"], work, small=small)
 
 
-def print_estimate(config: "PackConfig", model_folder: Path, corpus: Corpus) -> None:
-    """Scan and print; writes nothing.
+def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> None:
+    """What a run would do, from a look at a few units: supply, demand, how much is read, disk.
 
     Raises:
         DataError: a unit or the tokenizer cannot be read.
     """
-    encoder = load_document_tokenizer(model_folder)
-    lengths, all_units = length_buckets(config), corpus.units()
-    units = {
-        source: in_reading_order(all_units, source, config.seed)
-        for source in wanted_sources(config.corpus)
-    }
+    encoder, lengths = load_document_tokenizer(model_folder), length_buckets(config)
+    units = _ordered_units(config, corpus)
     scans = scan_corpus(corpus, units, encoder, lengths)
     supply = {source: scan.supply() or {} for source, scan in scans.items()}
-    fitted = demand_of(config.corpus, supply, supply)
-    reading = reading_plan(config, units, scans)
-    print(
-        f"  estimate from a scan; there / wanted, in tokens\n  {'source':<20}"
-        + "".join(f"{n:>34}" for n in lengths.names)
-    )
+    fitted = demand_of(config, supply, supply)
+    readings = _first_readings(config, units, scans)
+    print("  estimate from a scan; there / wanted, in tokens")
+    print(f"  {'source':<20}" + "".join(f"{name:>34}" for name in lengths.names))
     for source, scan in scans.items():
-        print(
-            f"  {source:<20}"
-            + "".join(f"{_cell(scan, fitted.demand, source, name):>34}" for name in lengths.names)
-        )
+        cells = [_cell(scan, fitted.demand.of(source, name), name) for name in lengths.names]
+        print(f"  {source:<20}" + "".join(f"{cell:>34}" for cell in cells))
     tokenized = 0.0
-    for source, own in reading.sources.items():
+    for source, own in readings.sources.items():
         shares = ", ".join(f"{bucket} {share:.1%}" for bucket, share in own.shares.items())
-        read, there = (
-            sum(len(group.units) for group in units[source][:n]) for n in (own.num_units, None)
-        )
-        print(f"  {source}: reads {read:,} of {there:,} units, tokenizes {shares}")
-        tokenized += _tokens_read(scans[source], own.num_units, own.shares)
+        sizes = [len(group.units) for group in units[source]]
+        read = sum(sizes[: own.num_units])
+        print(f"  {source}: reads {read:,} of {sum(sizes):,} units, tokenizes {shares}")
+        for cell in (scans[source].tokens_per_unit or {}).values():
+            per_unit = sum(tokens * own.shares[bucket] for bucket, tokens in cell.items())
+            tokenized += own.num_units * per_unit
     for shortfall in fitted.shortfalls:
         print(f"  expected shortfall: {shortfall}")
-    width = encoder.dtype().itemsize
-    packed = _wanted_tokens(fitted.demand, scans)
+    width, packed = encoder.dtype().itemsize, _wanted_tokens(fitted.demand, scans)
     print(
-        f"  disk: about {tokenized * width / GIB:.2f} GiB of intermediate ids (removed at the end) and "
-        f"{packed * width / GIB:.2f} GiB of segments, about {packed / config.target_len:,.0f} of them"
+        f"  disk: about {tokenized * width / GIB:.2f} GiB of intermediate ids (removed at the end) "
+        f"and {packed * width / GIB:.2f} GiB of segments, "
+        f"about {packed / config.target_len:,.0f} of them"
     )
 
 
-def _cell(scan: SourceScan, demand: Demand, source: str, bucket: str) -> str:
-    """What there is and what is wanted of one cell."""
+def _there(scan: SourceScan, bucket: str) -> float | None:
+    """Tokens of a source in one bucket; None if unknown."""
     supply = scan.supply()
-    there = (
-        "unknown" if supply is None else f"{sum(cells[bucket] for cells in supply.values()):,.0f}"
-    )
-    wanted = demand.of(source, bucket)
-    return f"{there} / {'all' if wanted is None else format(wanted, ',')}"
+    return None if supply is None else sum(cells.get(bucket, 0.0) for cells in supply.values())
 
 
-def _tokens_read(scan: SourceScan, num_units: int, shares: dict[str, float]) -> float:
-    """Tokens that are tokenized, estimated."""
-    cells = (scan.tokens_per_unit or {}).values()
-    return num_units * sum(
-        tokens * shares[bucket] for cell in cells for bucket, tokens in cell.items()
-    )
+def _cell(scan: SourceScan, wanted: int | None, bucket: str) -> str:
+    """What there is and what is wanted of one cell."""
+    there = _there(scan, bucket)
+    known = "unknown" if there is None else f"{there:,.0f}"
+    return f"{known} / {'all' if wanted is None else format(wanted, ',')}"
 
 
 def _wanted_tokens(demand: Demand, scans: dict[str, SourceScan]) -> float:
     """Tokens of all segments, estimated: what is wanted, or all there is."""
     total = 0.0
     for (source, bucket), wanted in demand.cells.items():
-        supply = scans[source].supply() if source in scans else None
         if wanted is not None:
             total += wanted
-        elif supply is not None:
-            total += sum(cells.get(bucket, 0.0) for cells in supply.values())
+        elif source in scans:
+            total += _there(scans[source], bucket) or 0.0
     return total

@@ -1,26 +1,25 @@
-"""Tokenized units on disk: what the tokenize stage hands to planning and packing.
+"""Tokenized units on disk, and all tokenized documents as arrays: what choosing looks at.
 
 Three files per unit, each written under a temporary name, fsynced and renamed, the account last: a
 unit with an account is complete.
 
-    STEM.tokens        content ids of all documents end to end, without BOS and EOS, uint16 or
-    uint32, native order STEM.index.arrow   one row per document: id, domain, where its ids stand,
-    hashes STEM.json          the account: what was read, what was left out and why
+    STEM.tokens       content ids end to end, no BOS and EOS, typed as in segments, native order
+    STEM.index.arrow  one row per document: id, domain, where its ids stand, hashes
+    STEM.json         the account: what was read, what was left out and why
 
-All tokenized documents as arrays: what planning looks at instead of the text.
-
-About 60 bytes a document; ids stay on disk until a document is chosen.
+The arrays take about 60 bytes a document; ids stay on disk until a document is chosen.
 
 Shape letters: D documents.
 """
 
 import json
+import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,11 @@ from longrope2.files.artifacts import atomic_path, write_text
 HASH_BYTES = 16
 ROWS_PER_BATCH = 16_384
 NUM_BOUNDARY_TOKENS = 2  # BOS and EOS
-COLUMNS = ("domain", "start", "num_tokens", "num_characters", "text_hash", "order")
+# Columns of the index that become arrays, with their types there.
+ARRAYS = {"start": np.int64, "num_tokens": np.int64, "num_characters": np.int64, "order": np.uint64}
 
 
-def index_schema(signature_bytes: int) -> pa.Schema:
+def _index_schema(signature_bytes: int) -> pa.Schema:
     """Columns of an index; the MinHash signature has 0 bytes where near duplicates are kept."""
     return pa.schema(
         [
@@ -53,7 +53,7 @@ def index_schema(signature_bytes: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One document of a unit; fields as in ``index_schema``."""
+    """One document of a unit; fields as in ``_index_schema``."""
 
     doc_id: str
     unit: int
@@ -66,26 +66,17 @@ class IndexRow:
 
 @dataclass
 class UnitAccount:
-    """What became of the records of a unit, or of several small ones.
+    """What became of the records of a unit, or of several small ones."""
 
-    Attributes:
-        units: Names in the corpus: one, or several small ones that are tokenized together.
-        source: Their source.
-        num_documents: Documents tokenized.
-        num_tokens: Their ids, without BOS and EOS.
-        num_characters: Their characters.
-        left_out_documents: Reason -> documents read but not tokenized.
-        left_out_characters: Reason -> their characters.
-        skipped: Reason -> records that the corpus could not use.
-    """
-
-    units: list[str]
+    units: list[str]  # names in the corpus: one, or several that are tokenized together
     source: str
-    num_documents: int = 0
-    num_tokens: int = 0
+    num_documents: int = 0  # tokenized
+    num_tokens: int = 0  # their ids, without BOS and EOS
     num_characters: int = 0
+    # Reason -> documents read but not tokenized, and their characters.
     left_out_documents: Counter[str] = field(default_factory=Counter)
     left_out_characters: Counter[str] = field(default_factory=Counter)
+    # Reason -> records that the corpus could not use.
     skipped: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, reason: str, num_characters: int) -> None:
@@ -94,63 +85,40 @@ class UnitAccount:
         self.left_out_characters[reason] += num_characters
 
 
-class UnitWriter:
-    """Writes one unit; nothing has its final name until the ``with`` block ends without an error."""
+@contextmanager
+def write_unit(
+    folder: Path, stem: str, dtype: type[np.unsignedinteger], *, signature_bytes: int = 0
+) -> Iterator[Callable[[IndexRow, np.ndarray], None]]:
+    """Write one unit; yields the function that appends a document.
 
-    def __init__(
-        self, folder: Path, stem: str, dtype: type[np.unsignedinteger], *, signature_bytes: int = 0
-    ) -> None:
-        self._folder, self._stem, self._dtype = folder, stem, dtype
-        self._schema = index_schema(signature_bytes)
-        self._rows: list[tuple[IndexRow, int, int]] = []
-        self._position = 0
-        self._stack = ExitStack()
+    The files get their final names when the ``with`` block ends without an error.
+    """
+    schema = _index_schema(signature_bytes)
+    rows: list[dict[str, Any]] = []
+    position = 0
+    with (
+        atomic_path(folder / f"{stem}.tokens") as tokens_path,
+        atomic_path(folder / f"{stem}.index.arrow") as index_path,
+        tokens_path.open("wb") as tokens,
+        pa.OSFile(str(index_path), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as index,
+    ):
 
-    def __enter__(self) -> "UnitWriter":
-        tokens_path = self._stack.enter_context(atomic_path(self._folder / f"{self._stem}.tokens"))
-        index_path = self._stack.enter_context(
-            atomic_path(self._folder / f"{self._stem}.index.arrow")
-        )
-        self._tokens = self._stack.enter_context(tokens_path.open("wb"))
-        sink = self._stack.enter_context(pa.OSFile(str(index_path), "wb"))
-        self._index = self._stack.enter_context(pa.ipc.new_stream(sink, self._schema))
-        return self
+        def flush() -> None:
+            arrays = [pa.array([row[f.name] for row in rows], f.type) for f in schema]
+            index.write_batch(pa.record_batch(arrays, schema=schema))
+            rows.clear()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._flush_rows()
-        self._stack.__exit__(kind, error, trace)
+        def add(row: IndexRow, ids: np.ndarray) -> None:
+            nonlocal position
+            tokens.write(ids.astype(dtype, copy=False).tobytes())
+            rows.append({**vars(row), "start": position, "num_tokens": len(ids)})
+            position += len(ids)
+            if len(rows) >= ROWS_PER_BATCH:
+                flush()
 
-    def add(self, row: IndexRow, ids: np.ndarray) -> None:
-        """Append a document."""
-        self._tokens.write(ids.astype(self._dtype, copy=False).tobytes())
-        self._rows.append((row, self._position, len(ids)))
-        self._position += len(ids)
-        if len(self._rows) >= ROWS_PER_BATCH:
-            self._flush_rows()
-
-    def _flush_rows(self) -> None:
-        """Write collected rows as one batch."""
-        facts = [row for row, _, _ in self._rows]
-        columns = [
-            [row.doc_id for row in facts],
-            [row.unit for row in facts],
-            [row.domain for row in facts],
-            [start for _, start, _ in self._rows],
-            [length for _, _, length in self._rows],
-            [row.num_characters for row in facts],
-            [row.text_hash for row in facts],
-            [row.order for row in facts],
-            [row.signature for row in facts],
-        ]
-        arrays = [pa.array(column, f.type) for column, f in zip(columns, self._schema, strict=True)]
-        self._index.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._rows = []
+        yield add
+        flush()
 
 
 @dataclass(frozen=True)
@@ -171,17 +139,15 @@ class TokenizedUnit:
 
     def account(self) -> UnitAccount:
         """The account of a complete unit."""
-        account = UnitAccount(**json.loads(self._account_path.read_text(encoding="utf-8")))
-        account.left_out_documents = Counter(account.left_out_documents)
-        account.left_out_characters = Counter(account.left_out_characters)
-        account.skipped = Counter(account.skipped)
-        return account
+        fields = json.loads(self._account_path.read_text(encoding="utf-8"))
+        for name in ("left_out_documents", "left_out_characters", "skipped"):
+            fields[name] = Counter(fields[name])
+        return UnitAccount(**fields)
 
-    def index(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The index, memory-mapped."""
+    def index(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of the index, memory-mapped."""
         with pa.memory_map(str(self.folder / f"{self.stem}.index.arrow")) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        return table.select(list(columns)) if columns else table
+            return pa.ipc.open_stream(source).read_all().select(list(columns))
 
     def tokens(self, dtype: type[np.unsignedinteger]) -> np.ndarray:
         """All content ids, memory-mapped, shape [num_tokens]."""
@@ -197,59 +163,47 @@ class TokenizedUnit:
 
 @dataclass(frozen=True)
 class LengthBuckets:
-    """Length classes of documents.
+    """Length classes of documents."""
 
-    Attributes:
-        names: Shortest first; the first serves short windows, all others long ones.
-        limits: Most tokens of each, BOS and EOS included.
-    """
-
-    names: tuple[str, ...]
-    limits: tuple[int, ...]
+    names: tuple[str, ...]  # shortest first; the first serves short windows, all others long ones
+    limits: tuple[float, ...]  # most tokens of each, BOS and EOS included
 
     @property
     def longest(self) -> int:
         """Longest document of all."""
-        return self.limits[-1]
+        return int(self.limits[-1])
 
-    def codes(self, num_tokens: np.ndarray) -> np.ndarray:
+    def codes(self, lengths: np.ndarray) -> np.ndarray:
         """Index of the bucket of each length; ``len(names)`` above the last limit."""
-        return np.searchsorted(np.asarray(self.limits), num_tokens, side="left")
+        return np.searchsorted(np.asarray(self.limits), lengths, side="left")
+
+    def of(self, length: float) -> str:
+        """Name of the bucket of a length, which is not above the last limit."""
+        return self.names[bisect_left(self.limits, length)]
+
+    def in_characters(self, per_token: float) -> "LengthBuckets":
+        """The buckets guessed before tokens are counted; the last takes whatever is longer."""
+        limits = (limit * per_token for limit in self.limits[:-1])
+        return LengthBuckets(self.names, (*limits, math.inf))
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentTable:
-    """Documents of all units, in the order of the units and their rows.
-
-    Attributes:
-        units: The units.
-        accounts: Their accounts.
-        sources: Names of the sources; ``source_D`` counts them.
-        domains: (source, domain) pairs; ``domain_D`` counts them.
-        unit_D: Unit of each document, int32.
-        row_D: Row in the unit's index, int32.
-        source_D: Source, int16.
-        domain_D: Domain, int32.
-        start_D: First id in the unit's token file, int64.
-        tokens_D: Tokens with BOS and EOS, int64.
-        characters_D: Characters of the text, int64.
-        order_D: Order of choice, uint64.
-        text_hash_D2: Hash of the text as two uint64.
-    """
+    """Documents of all units, in the order of the units and their rows."""
 
     units: tuple[TokenizedUnit, ...]
     accounts: tuple[UnitAccount, ...]
     sources: tuple[str, ...]
-    domains: tuple[tuple[str, str], ...]
-    unit_D: np.ndarray
+    domains: tuple[tuple[str, str], ...]  # (source, domain)
+    unit_D: np.ndarray  # int32, as row_D: where in the units' indices a document is
     row_D: np.ndarray
-    source_D: np.ndarray
-    domain_D: np.ndarray
-    start_D: np.ndarray
-    tokens_D: np.ndarray
-    characters_D: np.ndarray
-    order_D: np.ndarray
-    text_hash_D2: np.ndarray
+    source_D: np.ndarray  # int16, counts ``sources``
+    domain_D: np.ndarray  # int32, counts ``domains``
+    start_D: np.ndarray  # int64, first id in the unit's token file
+    tokens_D: np.ndarray  # int64, tokens with BOS and EOS
+    characters_D: np.ndarray  # int64, characters of the text
+    order_D: np.ndarray  # uint64, order of choice
+    text_hash_D2: np.ndarray  # the hash of the text as two uint64
 
     def __len__(self) -> int:
         return len(self.unit_D)
@@ -269,45 +223,36 @@ def load_documents(units: Sequence[TokenizedUnit]) -> DocumentTable:
     """Read the indices of complete units."""
     accounts = [unit.account() for unit in units]
     sources = tuple(sorted({account.source for account in accounts}))
-    domain_codes: dict[tuple[str, str], int] = {}
-    columns: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("unit", "row", "source", "domain", *COLUMNS[1:])
-    }
-    for number, (unit, account) in enumerate(zip(units, accounts, strict=True)):
-        index = unit.index(COLUMNS).combine_chunks()
-        count = index.num_rows
-        columns["unit"].append(np.full(count, number, np.int32))
-        columns["row"].append(np.arange(count, dtype=np.int32))
-        columns["source"].append(np.full(count, sources.index(account.source), np.int16))
-        columns["domain"].append(
-            _domain_codes(index.column("domain"), account.source, domain_codes)
-        )
-        for name in ("start", "num_tokens", "num_characters", "order"):
-            columns[name].append(index.column(name).to_numpy())
-        hashes = index.column("text_hash").to_pylist()
-        columns["text_hash"].append(np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2))
-    dtypes = {
-        "unit": np.int32,
-        "row": np.int32,
-        "source": np.int16,
-        "domain": np.int32,
-        "order": np.uint64,
-    }
-    joined = {name: _joined(parts, dtypes.get(name, np.int64)) for name, parts in columns.items()}
+    codes: dict[tuple[str, str], int] = {}
+    # Empty arrays in front, so that nothing can be joined too.
+    parts = {name: [np.zeros(0, dtype)] for name, dtype in ARRAYS.items()}
+    rows, domains = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    hashes = [np.zeros((0, 2), np.uint64)]
+    for unit, account in zip(units, accounts, strict=True):
+        index = unit.index(["domain", "text_hash", *ARRAYS]).combine_chunks()
+        rows.append(np.arange(index.num_rows, dtype=np.int32))
+        domains.append(_domain_codes(index.column("domain"), account.source, codes))
+        joined_hashes = b"".join(index.column("text_hash").to_pylist())
+        hashes.append(np.frombuffer(joined_hashes, np.uint64).reshape(-1, 2))
+        for name in ARRAYS:
+            parts[name].append(index.column(name).to_numpy())
+    arrays = {name: np.concatenate(columns) for name, columns in parts.items()}
+    counts = np.array([len(own) for own in rows[1:]], np.int64)
+    source_codes = [sources.index(account.source) for account in accounts]
     return DocumentTable(
         units=tuple(units),
         accounts=tuple(accounts),
         sources=sources,
-        domains=tuple(domain_codes),
-        unit_D=joined["unit"],
-        row_D=joined["row"],
-        source_D=joined["source"],
-        domain_D=joined["domain"],
-        start_D=joined["start"],
-        tokens_D=joined["num_tokens"] + NUM_BOUNDARY_TOKENS,
-        characters_D=joined["num_characters"],
-        order_D=joined["order"],
-        text_hash_D2=np.concatenate([np.zeros((0, 2), np.uint64), *columns["text_hash"]]),
+        domains=tuple(codes),
+        unit_D=np.repeat(np.arange(len(units), dtype=np.int32), counts),
+        row_D=np.concatenate(rows),
+        source_D=np.repeat(np.asarray(source_codes, np.int16), counts),
+        domain_D=np.concatenate(domains),
+        start_D=arrays["start"],
+        tokens_D=arrays["num_tokens"] + NUM_BOUNDARY_TOKENS,
+        characters_D=arrays["num_characters"],
+        order_D=arrays["order"],
+        text_hash_D2=np.concatenate(hashes),
     )
 
 
@@ -319,14 +264,7 @@ def _domain_codes(
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
     names = encoded.dictionary.to_pylist()
+    if not names:
+        return np.zeros(0, np.int32)
     lookup = np.asarray([codes.setdefault((source, name), len(codes)) for name in names], np.int32)
-    return (
-        lookup[encoded.indices.to_numpy(zero_copy_only=False)]
-        if len(names)
-        else np.zeros(0, np.int32)
-    )
-
-
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    """Concatenation that also works for nothing."""
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+    return lookup[encoded.indices.to_numpy(zero_copy_only=False)]

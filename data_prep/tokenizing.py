@@ -1,30 +1,31 @@
-"""The tokenize stage: one pass over the text of each unit, in bounded memory, ids and an index to
-disk.
+"""The tokenize stage: one pass over the text of each unit, ids and an index to disk.
 
 Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record
 batch of the corpus, and the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one
 document, whichever is more, at about 200 bytes a token while it is encoded. A book of 2 million
 characters needs about 0.1 GiB for a moment.
 
-Retrieval documents as a unit of the tokenize stage, so that they resume, pack and account like any
-other text.
-
-Their haystack is text of the train split, so the units it is taken from are read once more; plans
-without retrieval documents read everything once.
-
-What one reading covers: a unit of the corpus, or several small ones, and the classes that thin its
-documents.
+Retrieval documents are a unit too, so that they resume, pack and account like any other text. Their
+haystack is text of the train split, so the units it is taken from are read once more; runs without
+retrieval documents read everything once.
 """
 
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
-from data_prep.token_files import HASH_BYTES, IndexRow, TokenizedUnit, UnitAccount, UnitWriter
+from data_prep.token_files import (
+    HASH_BYTES,
+    IndexRow,
+    LengthBuckets,
+    TokenizedUnit,
+    UnitAccount,
+    write_unit,
+)
 from longrope2.corpora.corpus import (
     RETRIEVAL_SOURCE,
     Corpus,
@@ -33,6 +34,7 @@ from longrope2.corpora.corpus import (
     Unit,
     split_of,
     stable_fraction,
+    stable_hash,
 )
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.tokenizer import BATCH_CHARACTERS, DocumentTokenizer, prepared_tokenizer
@@ -46,71 +48,52 @@ FULL_BAND = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class RetrievalPlan:
-    """What to generate.
-
-    Attributes:
-        config: Shape of the documents.
-        tokens: Bucket -> tokens wanted.
-        limits: Bucket -> (above, up to) tokens of a document, BOS and EOS included.
-        target_len: L in tokens.
-        haystack_units: Units to take haystack from.
-        seed: Seed of everything drawn.
-    """
+class RetrievalOrder:
+    """What to generate."""
 
     config: RetrievalConfig
-    tokens: Mapping[str, int]
+    tokens: Mapping[str, int]  # bucket -> tokens wanted
+    # Bucket -> (above, up to) tokens of a document, BOS and EOS included.
     limits: Mapping[str, tuple[int, int]]
     target_len: int
     haystack_units: tuple[Unit, ...]
     seed: int
 
+    def documents(self, corpus: Corpus, encoder: DocumentTokenizer) -> Iterator[Document]:
+        """Generate documents for all buckets.
 
-def retrieval_documents(
-    corpus: Corpus, plan: RetrievalPlan, encoder: DocumentTokenizer
-) -> Iterator[Document]:
-    """Generate documents for all buckets.
+        Raises:
+            DataError: a window cannot hold a needle and its question, or the haystack is too small.
+        """
+        most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(self.tokens.values()) + self.target_len)
+        texts = self._haystack_texts(corpus, most)
+        generator = RetrievalDocuments(encoder, texts, self.config, seed=self.seed)
+        for bucket, tokens in self.tokens.items():
+            above, up_to = self.limits[bucket]
+            yield from generator.documents(bucket, tokens, above=above, up_to=up_to)
 
-    Raises:
-        DataError: a window cannot hold a needle and its question, or the haystack is too small.
-    """
-    most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(plan.tokens.values()) + plan.target_len)
-    texts = _haystack_texts(corpus, plan.haystack_units, plan.seed, most)
-    generator = RetrievalDocuments(encoder, texts, plan.config, seed=plan.seed)
-    for bucket, tokens in plan.tokens.items():
-        above, up_to = plan.limits[bucket]
-        yield from generator.documents(bucket, tokens, above=above, up_to=up_to)
+    def _haystack_texts(self, corpus: Corpus, num_characters: int) -> list[str]:
+        """Texts of the train split in an order drawn from the seed, just enough characters.
 
-
-def _haystack_texts(
-    corpus: Corpus, units: Sequence[Unit], seed: int, num_characters: int
-) -> list[str]:
-    """Texts of the train split in an order drawn from the seed, just enough for ``num_characters``.
-
-    Only the texts that come first in that order are held while reading.
-    """
-    kept: list[tuple[float, str, str]] = []  # a heap: the last in order on top
-    size = 0
-    for unit in units:
-        for document in corpus.read(unit, Counter()):
-            if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
-                continue
-            place = stable_fraction("haystack", seed, document.doc_id)
-            heapq.heappush(kept, (-place, document.doc_id, document.text))
-            size += len(document.text)
-            while size - len(kept[0][2]) >= num_characters:
-                size -= len(heapq.heappop(kept)[2])
-    return [text for _, _, text in sorted(kept, key=lambda item: -item[0])]
+        Only the texts that come first in that order are held while reading.
+        """
+        kept: list[tuple[float, str, str]] = []  # a heap: the last in order on top
+        size = 0
+        for unit in self.haystack_units:
+            for document in corpus.read(unit, Counter()):
+                if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
+                    continue
+                place = stable_fraction("haystack", self.seed, document.doc_id)
+                heapq.heappush(kept, (-place, document.doc_id, document.text))
+                size += len(document.text)
+                while size - len(kept[0][2]) >= num_characters:
+                    size -= len(heapq.heappop(kept)[2])
+        return [text for _, _, text in sorted(kept, key=lambda item: -item[0])]
 
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one source that are read together, so that a folder of small files does not become
-    as many work units.
-
-    Attributes:
-        units: The units, in order.
-    """
+    """Units of one source that are read together, so that small files do not become work units."""
 
     units: tuple[Unit, ...]
 
@@ -139,43 +122,16 @@ class UnitGroup:
 
 
 @dataclass(frozen=True)
-class CharacterClasses:
-    """Buckets guessed from characters, before tokens are counted.
-
-    Attributes:
-        names: Bucket names, shortest documents first.
-        limits: Most characters of each class but the last.
-    """
-
-    names: tuple[str, ...]
-    limits: tuple[float, ...]
-
-    def of(self, num_characters: int) -> str:
-        """Class of a document."""
-        for name, limit in zip(self.names, self.limits, strict=False):
-            if num_characters <= limit:
-                return name
-        return self.names[-1]
-
-
-@dataclass(frozen=True)
 class UnitTask:
-    """One reading of one unit.
-
-    Attributes:
-        unit: What to read.
-        stem: Name of its files.
-        classes: How to guess a document's bucket.
-        bands: Class -> (from, to): documents whose order, as a fraction, lies in the band are
-            tokenized. A plan that needs a tenth of the short documents tokenizes a tenth.
-        is_first: No earlier reading; later ones account only for what the earlier did not.
-    """
+    """One reading of one unit."""
 
     unit: UnitGroup
-    stem: str
-    classes: CharacterClasses
+    stem: str  # of its files' names
+    classes: LengthBuckets  # in characters: how to guess a document's bucket
+    # Class -> (from, to): documents whose order, as a fraction, lies in the band are tokenized. A
+    # run that needs a tenth of the short documents tokenizes a tenth.
     bands: Mapping[str, tuple[float, float]]
-    is_first: bool = True
+    is_first: bool = True  # no earlier reading; later ones account only for what it did not
 
 
 @dataclass(frozen=True)
@@ -189,7 +145,7 @@ class TokenizeJob:
     seed: int
     exclusions: Exclusions
     with_signatures: bool
-    retrieval: RetrievalPlan | None
+    retrieval: RetrievalOrder | None
 
     def run(self, number: int) -> UnitAccount:
         """Tokenize one unit unless that is done."""
@@ -199,14 +155,12 @@ class TokenizeJob:
             return finished.account()
         encoder = prepared_tokenizer(self.tokenizer_file)
         account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
-        signature_bytes = SIGNATURE_BYTES if self.with_signatures else 0
-        with UnitWriter(
-            self.folder, task.stem, encoder.dtype, signature_bytes=signature_bytes
-        ) as writer:
+        width = SIGNATURE_BYTES if self.with_signatures else 0
+        with write_unit(self.folder, task.stem, encoder.dtype, signature_bytes=width) as add:
             for batch in _batches(self._wanted(task, encoder, account)):
-                ids_of_batch = encoder.encode_contents([document.text for document, _ in batch])
-                for (document, row), ids in zip(batch, ids_of_batch, strict=True):
-                    writer.add(row, ids)
+                contents = encoder.encode_contents([document.text for document, _ in batch])
+                for (document, row), ids in zip(batch, contents, strict=True):
+                    add(row, ids)
                     account.num_documents += 1
                     account.num_tokens += len(ids)
                     account.num_characters += len(document.text)
@@ -217,34 +171,30 @@ class TokenizeJob:
         self, task: UnitTask, encoder: DocumentTokenizer, account: UnitAccount
     ) -> Iterator[tuple[Document, IndexRow]]:
         """Documents to tokenize, with their index rows; all others are counted."""
+        documents = task.unit.read(self.corpus, account.skipped)
         if task.unit.source == RETRIEVAL_SOURCE:
             assert self.retrieval is not None
-            documents = (
-                (0, document)
-                for document in retrieval_documents(self.corpus, self.retrieval, encoder)
-            )
-        else:
-            documents = task.unit.read(self.corpus, account.skipped)
+            generated = self.retrieval.documents(self.corpus, encoder)
+            documents = ((0, document) for document in generated)
         for place, document in documents:
             order = order_of(self.seed, document.doc_id)
-            reason = self._reason_against(task, document, order / 2**64)
-            text_hash = b""
+            reason, text_hash = self._reason_against(task, document, order / 2**64), b""
             if reason is None:
                 text_hash = hashlib.sha256(document.text.encode()).digest()[:HASH_BYTES]
                 reason = EXCLUDED if self.exclusions.match(document.doc_id, text_hash) else None
             if reason is None:
-                signature = signature_of(document.text) if self.with_signatures else b""
-                num_characters = len(document.text)
-                row = IndexRow(
-                    document.doc_id,
-                    place,
-                    document.domain,
-                    num_characters,
-                    text_hash,
-                    order,
-                    signature,
+                yield (
+                    document,
+                    IndexRow(
+                        doc_id=document.doc_id,
+                        unit=place,
+                        domain=document.domain,
+                        num_characters=len(document.text),
+                        text_hash=text_hash,
+                        order=order,
+                        signature=signature_of(document.text) if self.with_signatures else b"",
+                    ),
                 )
-                yield document, row
             elif task.is_first or reason == NOT_NEEDED:
                 account.leave_out(reason, len(document.text))
         if not task.is_first:
@@ -263,16 +213,14 @@ class TokenizeJob:
 
 
 def order_of(seed: int, doc_id: str) -> int:
-    """64-bit number by which documents are chosen, smallest first; depends on seed and id alone."""
-    return int.from_bytes(
-        hashlib.blake2b(f"order\0{seed}\0{doc_id}".encode(), digest_size=8).digest(), "big"
-    )
+    """Number below 2**64 by which documents are chosen, smallest first; by seed and id alone."""
+    return stable_hash("order", seed, doc_id)
 
 
 def _batches(
     documents: Iterator[tuple[Document, IndexRow]],
 ) -> Iterator[list[tuple[Document, IndexRow]]]:
-    """Consecutive documents of about ``BATCH_CHARACTERS`` characters, never held for longer than one batch."""
+    """Consecutive documents of about ``BATCH_CHARACTERS`` characters; only one batch is held."""
     batch: list[tuple[Document, IndexRow]] = []
     size = 0
     for document, row in documents:

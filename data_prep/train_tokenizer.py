@@ -1,5 +1,4 @@
-"""Train the miniature's tokenizer: SentencePiece BPE on the sample corpus, also written for Hugging
-Face.
+"""Train the miniature's tokenizer: SentencePiece BPE on the sample corpus.
 
 ``python -m data_prep.train_tokenizer --output models/tiny`` writes ``tokenizer.model``
 (SentencePiece), ``tokenizer.json`` and ``tokenizer_config.json``. Both forms give the same ids:
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING
 from longrope2.corpora.corpus import Split
 from longrope2.corpora.needles import draw_key, draw_value, needle_wording
 from longrope2.corpora.sample import SampleCorpus
+from longrope2.corpora.tokenizer import SPACE_MARKER, WORDS
 from longrope2.files.artifacts import atomic_path, write_text
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 VOCABULARY_SIZE = 2048
-SPACE_MARKER = "\u2581"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 NUM_NEEDLE_EXAMPLES = 60_000  # enough for most needle words to become one piece
 SEED = 0
@@ -58,11 +57,10 @@ def train_sentencepiece(sentences: Iterator[str], vocabulary_size: int) -> bytes
 
 
 def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
-    """The same tokenizer as a ``tokenizer.json`` of the ``tokenizers`` library; it puts BOS in front by default."""
+    """The same tokenizer as a ``tokenizer.json``; it puts BOS in front by default."""
     import sentencepiece
     from tokenizers import (
         AddedToken,
-        Regex,
         Tokenizer,
         decoders,
         models,
@@ -74,20 +72,14 @@ def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = _merges(processor, vocabulary)
     tokenizer = Tokenizer(
-        models.BPE(
-            vocabulary,
-            _merges(processor, vocabulary),
-            unk_token=UNK,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE_MARKER)
     # No piece holds the marker after another character, so cutting in front of a run of markers
     # changes no id; it keeps long documents linear and lets the library cache words.
-    words = Regex(f"{SPACE_MARKER}+[^{SPACE_MARKER}]*|[^{SPACE_MARKER}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(WORDS, behavior="isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -107,9 +99,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="model folder that gets the tokenizer files"
-    )
+    folder = "model folder that gets the tokenizer files"
+    parser.add_argument("--output", type=Path, required=True, help=folder)
     parser.add_argument("--vocabulary-size", type=int, default=VOCABULARY_SIZE)
     arguments = parser.parse_args()
     model = train_sentencepiece(_training_lines(), arguments.vocabulary_size)
@@ -141,16 +132,15 @@ def _training_lines() -> Iterator[str]:
 def _merges(
     processor: "SentencePieceProcessor", vocabulary: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """Merge rules in the order in which SentencePiece applies them (best score of the merged piece first)."""
+    """Merge rules as SentencePiece applies them: best score of the merged piece first."""
     merges = []
     for piece, index in vocabulary.items():
         if processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index):
             continue
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        parts = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
-        merges += [
-            (-processor.get_score(index), vocabulary[a], vocabulary[b], a, b) for a, b in parts
-        ]
+        for cut in range(1, len(piece)):
+            a, b = piece[:cut], piece[cut:]
+            if a in vocabulary and b in vocabulary:
+                merges.append((-processor.get_score(index), vocabulary[a], vocabulary[b], a, b))
     return [(a, b) for *_, a, b in sorted(merges)]
 
 

@@ -7,7 +7,7 @@ and a sample of documents is read from the corpus and tokenized again.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +26,16 @@ QUOTA_TOLERANCE = 0.01
 
 @dataclass
 class Audit:
-    """What an audit looked at.
+    """What an audit looked at."""
 
-    Attributes:
-        num_segments: Segments, all of them checked.
-        num_shards: Shards, all hashed.
-        num_tokens: Tokens in segments, padding included.
-        num_documents: Documents (or parts) in the list.
-        num_compared: Documents compared with their source.
-        num_decoded: Of these, documents whose runs of ids all decode to a passage of the source
-            text.
-        pieces: Document id -> its runs of ids in the segments; only of the documents to compare.
-    """
-
-    num_segments: int = 0
-    num_shards: int = 0
-    num_tokens: int = 0
-    num_documents: int = 0
-    num_compared: int = 0
+    num_segments: int = 0  # all of them checked
+    num_shards: int = 0  # all hashed
+    num_tokens: int = 0  # in segments, padding included
+    num_documents: int = 0  # documents (or parts) in the list
+    num_compared: int = 0  # documents compared with their source
+    # Of these, documents whose runs of ids all decode to a passage of the source text.
     num_decoded: int = 0
+    # Document id -> its runs of ids in the segments; only of the documents to compare.
     pieces: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -60,7 +51,7 @@ class _Listed:
     text_hash: bytes
 
 
-def verify_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
+def audit_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     """Check hashes, every segment, the list of documents, quotas and the account of tokens.
 
     Args:
@@ -73,15 +64,17 @@ def verify_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     """
     store = SegmentStore(folder)
     store.verify()
+    listed = _read_list(store)
     audit = Audit(
         num_segments=len(store),
         num_shards=len(store.manifest.files),
         num_tokens=len(store) * store.target_len,
+        num_documents=len(listed),
     )
-    listed = _read_list(store)
-    audit.num_documents = len(listed)
-    wanted = {row.doc_id for row in _sample(listed.values(), sample, seed)}
-    found = _check_segments(store, audit, wanted)
+    # Generated documents have no source to compare with.
+    candidates = [row for row in listed.values() if row.source != RETRIEVAL_SOURCE]
+    candidates.sort(key=lambda row: stable_fraction("verify", seed, row.doc_id))
+    found = _check_segments(store, audit, {row.doc_id for row in candidates[:sample]})
     if listed:
         _check_documents(store, listed, found)
         _check_account(store)
@@ -105,8 +98,8 @@ def compare_with_source(
     units = {unit.name: unit for unit in corpus.units()}
     for name, rows in sorted(by_unit.items()):
         if name not in units:
-            raise ArtifactError(
-                f"{folder}: unit {name} is not in the corpus any more; was it changed or moved?"
+            raise _wrong(
+                folder, f"unit {name} is not in the corpus any more; was it changed or moved?"
             )
         for row, text in _texts(corpus, units[name], rows, folder):
             _compare(row, text, audit, encoder, folder)
@@ -123,23 +116,14 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
         return {}
     path = store.folder / DOCUMENTS_FILE
     if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
-        raise ArtifactError(
-            f"{path}: missing, or its SHA-256 differs from the manifest; pack again"
-        )
-    names = ["doc_id", "source", "unit", "num_tokens", "offset", "text_hash"]
+        raise _wrong(path, "missing, or its SHA-256 differs from the manifest; pack again")
+    names = [f.name for f in fields(_Listed)]
     columns = (column.to_pylist() for column in pq.read_table(path, columns=names).columns)
     rows = {row[0]: _Listed(*row) for row in zip(*columns, strict=True)}
     if len(rows) != entry["num_rows"]:
-        raise ArtifactError(
-            f"{path}: {entry['num_rows']} rows with {len(rows)} different ids; an id stands there twice"
-        )
+        ids = f"{entry['num_rows']} rows with {len(rows)} different ids"
+        raise _wrong(path, f"{ids}; an id stands there twice")
     return rows
-
-
-def _sample(rows: Iterable[_Listed], number: int, seed: int) -> list[_Listed]:
-    """Some documents, drawn by id; generated ones have no source to compare with."""
-    candidates = [row for row in rows if row.source != RETRIEVAL_SOURCE] if number else []
-    return sorted(candidates, key=lambda row: stable_fraction("verify", seed, row.doc_id))[:number]
 
 
 def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[str, int]:
@@ -150,28 +134,22 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
     """
     rules, found, padding = store.rules, Counter[str](), 0
     cells: Counter[str] = Counter()
-    for index in range(len(store)):
-        segment = store.segment(index)
+    for segment in map(store.segment, range(len(store))):
         try:
             check_segment(segment, rules)
         except DataError as error:
-            raise ArtifactError(f"{store.folder}: {error}") from None
+            raise _wrong(store.folder, f"{error}") from None
         padding += segment.num_padding
-        starts = [0, *segment.doc_ends[:-1].tolist()]
-        rows = zip(
-            starts,
-            segment.doc_ends.tolist(),
-            segment.doc_ids,
-            segment.sources,
-            segment.doc_is_padding,
-            strict=True,
-        )
-        for start, end, doc_id, source, is_padding in rows:
+        start = 0
+        documents = zip(segment.doc_ids, segment.sources, segment.doc_is_padding, strict=True)
+        for end, document in zip(segment.doc_ends.tolist(), documents, strict=True):
+            doc_id, source, is_padding = document
             if not is_padding:
                 found[doc_id] += end - start
                 cells[source] += end - start
                 if doc_id in keep:
                     audit.pieces[doc_id].append(segment.tokens[start:end])
+            start = end
     counts = store.manifest.counts
     _require_equal(store, "padding_tokens", padding, counts.get("padding_tokens", padding))
     for source, tokens in counts.get("tokens", {}).items():
@@ -182,27 +160,20 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
 def _check_documents(
     store: SegmentStore, listed: dict[str, _Listed], found: dict[str, int]
 ) -> None:
-    """Every document of the list is in the segments with all its tokens, but for the rest at the end of shuffle units."""
+    """Every listed document is in the segments with all its tokens, but for the counted rest."""
+    folder, expected = store.folder, store.manifest.counts["rest_tokens"]
     unknown = next((doc_id for doc_id in found if doc_id not in listed), None)
     if unknown is not None:
-        raise ArtifactError(
-            f"{store.folder}: document {unknown} is in the segments but not in {DOCUMENTS_FILE}"
-        )
+        raise _wrong(folder, f"document {unknown} is in the segments but not in {DOCUMENTS_FILE}")
     rest: Counter[str] = Counter()
     for row in listed.values():
         left = row.num_tokens - found.get(row.doc_id, 0)
         if left < 0:
-            raise ArtifactError(
-                f"{store.folder}: document {row.doc_id} has {row.num_tokens} tokens, the segments hold more"
-            )
+            has = f"document {row.doc_id} has {row.num_tokens} tokens"
+            raise _wrong(folder, f"{has}, the segments hold more")
         rest[row.source] += left
-    for source in {*rest, *store.manifest.counts["rest_tokens"]}:
-        _require_equal(
-            store,
-            f"rest_tokens.{source}",
-            rest[source],
-            store.manifest.counts["rest_tokens"].get(source, 0),
-        )
+    for source in {*rest, *expected}:
+        _require_equal(store, f"rest_tokens.{source}", rest[source], expected.get(source, 0))
 
 
 def _check_account(store: SegmentStore) -> None:
@@ -214,26 +185,27 @@ def _check_account(store: SegmentStore) -> None:
         left_out = sum(counts["left_out_tokens"].get(source, {}).values())
         rest = counts["rest_tokens"].get(source, 0)
         if there != packed + rest + left_out:
-            raise ArtifactError(
-                f"{store.folder}: of {there} tokens of {source}, {packed} are packed, {rest} are the rest and {left_out} are "
-                f"left out: {there - packed - rest - left_out} are unaccounted for"
+            raise _wrong(
+                store.folder,
+                f"of {there} tokens of {source}, {packed} are packed, {rest} are "
+                f"the rest and {left_out} are left out: {there - packed - rest - left_out} are "
+                "unaccounted for",
             )
 
 
 def _check_quotas(store: SegmentStore) -> None:
-    """Every wanted cell has its tokens, or the manifest reports that it does not; none has much more."""
+    """Every wanted cell has its tokens, or a shortfall is reported; none has much more."""
     counts, limits = store.manifest.counts, store.manifest.details["length_buckets"]
     reported = " ".join(counts["shortfalls"])
     for source, cells in counts["wanted_tokens"].items():
         for bucket, wanted in cells.items():
+            cell = f"{source}/{bucket}"
             got = counts["chosen_tokens"].get(source, {}).get(bucket, 0)
             if got > wanted * (1 + QUOTA_TOLERANCE) + limits[bucket]:
-                raise ArtifactError(
-                    f"{store.folder}: {source}/{bucket} has {got} tokens chosen, {wanted} were wanted"
-                )
-            if got < wanted and f"{source}/{bucket}" not in reported:
-                raise ArtifactError(
-                    f"{store.folder}: {source}/{bucket} has {got} of {wanted} tokens, no shortfall reported"
+                raise _wrong(store.folder, f"{cell} has {got} tokens chosen, {wanted} were wanted")
+            if got < wanted and cell not in reported:
+                raise _wrong(
+                    store.folder, f"{cell} has {got} of {wanted} tokens, no shortfall reported"
                 )
 
 
@@ -253,8 +225,8 @@ def _texts(
             yield row, document.text
         if not missing:
             return
-    raise ArtifactError(
-        f"{folder}: document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
+    raise _wrong(
+        folder, f"document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
     )
 
 
@@ -263,18 +235,16 @@ def _compare(
 ) -> None:
     """Compare the runs of one document with its text."""
     if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
-        raise ArtifactError(
-            f"{folder}: the text of {row.doc_id} is not the one that was packed; was the corpus changed?"
+        raise _wrong(
+            folder,
+            f"the text of {row.doc_id} is not the one that was packed; was the corpus changed?",
         )
-    content = encoder.encode_contents([text])[0][
-        row.offset : row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
-    ]
+    end = row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
+    content = encoder.encode_contents([text])[0][row.offset : end]
     expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
     pieces = audit.pieces[row.doc_id]
     if any(not _holds(expected, piece) for piece in pieces):
-        raise ArtifactError(
-            f"{folder}: ids of {row.doc_id} in the segments are not those of its text"
-        )
+        raise _wrong(folder, f"ids of {row.doc_id} in the segments are not those of its text")
     audit.num_compared += 1
     # Ids that stand for parts of a character, where a document was cut there, have no text of their
     # own.
@@ -290,11 +260,8 @@ def _without(piece: np.ndarray, encoder: DocumentTokenizer) -> np.ndarray:
 
 def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
     """Whether ``piece`` is a run of ``ids``."""
-    whole, part, width = (
-        ids.tobytes(),
-        np.ascontiguousarray(piece).astype(ids.dtype).tobytes(),
-        ids.dtype.itemsize,
-    )
+    whole, width = ids.tobytes(), ids.dtype.itemsize
+    part = np.ascontiguousarray(piece).astype(ids.dtype).tobytes()
     place = whole.find(part)
     while place >= 0 and place % width:
         place = whole.find(part, place + 1)
@@ -303,6 +270,10 @@ def _holds(ids: np.ndarray, piece: np.ndarray) -> bool:
 
 def _require_equal(store: SegmentStore, name: str, found: int, expected: int) -> None:
     if found != expected:
-        raise ArtifactError(
-            f"{store.folder}: counts.{name} is {expected} in the manifest, the segments give {found}"
-        )
+        promised = f"counts.{name} is {expected} in the manifest"
+        raise _wrong(store.folder, f"{promised}, the segments give {found}")
+
+
+def _wrong(place: Path, fault: str) -> ArtifactError:
+    """What does not hold in a folder or file."""
+    return ArtifactError(f"{place}: {fault}")

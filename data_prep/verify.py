@@ -1,5 +1,4 @@
-"""Audit packed segments: ``python -m data_prep.verify runs/x/1_segments [--sample 50]
-[--no-source]``.
+"""Audit packed segments: ``python -m data_prep.verify runs/x/1_segments [--sample 50]``.
 
 Checks the hash of every shard, every rule of every segment (tags, spans, BOS and EOS, no control
 ids inside documents, short documents at most L0), the quotas, and that every token that was read is
@@ -27,27 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="a 1_segments folder")
-    parser.add_argument(
-        "--sample", type=int, default=50, metavar="N", help="documents compared with their source"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which documents")
-    parser.add_argument(
-        "--no-source", action="store_true", help="do not read the corpus (it may be elsewhere)"
-    )
+    add, compared = parser.add_argument, "documents compared with their source"
+    add("folder", type=Path, help="a 1_segments folder")
+    add("--sample", type=int, default=50, metavar="N", help=compared)
+    add("--seed", type=int, default=0, help="which documents")
+    add("--no-source", action="store_true", help="do not read the corpus (it may be elsewhere)")
     given = parser.parse_args(arguments)
     run_command(lambda: _verify(given.folder, 0 if given.no_source else given.sample, given.seed))
 
 
 def _verify(folder: Path, sample: int, seed: int) -> None:
     """Audit and print what held."""
-    from data_prep.verification import compare_with_source, verify_folder
+    from data_prep.verification import audit_folder, compare_with_source
     from longrope2.corpora.tokenizer import load_document_tokenizer
 
-    audit = verify_folder(folder, sample=sample, seed=seed)
+    audit = audit_folder(folder, sample=sample, seed=seed)
     print(
-        f"{folder}: {audit.num_shards} shards and {audit.num_segments:,} segments hold, {audit.num_tokens:,} tokens of "
-        f"{audit.num_documents:,} documents, every token accounted for"
+        f"{folder}: {audit.num_shards} shards and {audit.num_segments:,} segments hold, "
+        f"{audit.num_tokens:,} tokens of {audit.num_documents:,} documents, "
+        "every token accounted for"
     )
     if not audit.pieces:
         print("no document was compared with its source")
@@ -56,15 +53,13 @@ def _verify(folder: Path, sample: int, seed: int) -> None:
     model_folder = resolve_model_folder(config.model.path)
     packed_with = SegmentStore(folder).manifest.inputs["model"]["tokenizer_sha256"]
     if model_identity(model_folder)["tokenizer_sha256"] != packed_with:
-        raise ArtifactError(
-            f"{folder} was packed with another tokenizer than model.path={config.model.path} has now"
-        )
-    compare_with_source(
-        folder, audit, build_corpus(config.corpus), load_document_tokenizer(model_folder)
-    )
+        now = f"model.path={config.model.path} has now"
+        raise ArtifactError(f"{folder} was packed with another tokenizer than {now}")
+    corpus, encoder = build_corpus(config.corpus), load_document_tokenizer(model_folder)
+    compare_with_source(folder, audit, corpus, encoder)
     print(
-        f"{audit.num_compared} documents have the text and the ids of their source; the ids of {audit.num_decoded} of them "
-        "decode to passages of it"
+        f"{audit.num_compared} documents have the text and the ids of their source; "
+        f"the ids of {audit.num_decoded} of them decode to passages of it"
     )
 
 

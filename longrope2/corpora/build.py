@@ -1,15 +1,12 @@
-"""The adapter, or the mix of adapters, that a configuration describes.
-
-Several corpora as one (``paper``: the four sources of the LongRoPE2 paper).
-"""
+"""The corpus that a configuration describes: one adapter, or several as one (``paper``)."""
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from longrope2.corpora.config import HELDOUT_FRACTION, CorpusConfig, CorpusKind
+from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Corpus, Document, Split, Unit
 from longrope2.errors import ConfigError, DataError
 
@@ -17,17 +14,33 @@ from longrope2.errors import ConfigError, DataError
 def build_corpus(config: CorpusConfig) -> Corpus:
     """The corpus that ``config`` describes, with its files listed and its places tried.
 
+    Public places are tried side by side, so that waiting for several costs no more than for one.
+
     Raises:
         ConfigError: a key the adapter needs is missing, a folder does not exist or holds no usable
             file, or public sources cannot be read; all of them together, each with what to do.
     """
-
-    return build_adapters(config)
+    if faults := list(_faults(config)):
+        raise ConfigError(faults)
+    if config.kind is not CorpusKind.mix:
+        return _adapter(config, config.kind)
+    corpora, faults = {}, []
+    with ThreadPoolExecutor(max_workers=len(config.members)) as pool:
+        futures = {kind: pool.submit(_adapter, config, kind) for kind in config.members}
+    for kind, future in futures.items():
+        try:
+            corpora[kind.value] = future.result()
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return MixedCorpus(corpora, heldout_fraction=config.heldout_fraction)
 
 
 def heldout_documents(config: CorpusConfig) -> list[Document]:
-    """Documents of the held-out split, for needle samples and perplexity; says on stderr what was
-    left out as faulty.
+    """Documents of the held-out split, for needle samples and perplexity.
+
+    Says on stderr what was left out as faulty.
 
     Raises:
         DataError: the held-out split is empty.
@@ -45,8 +58,9 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
     if not documents:
         raise DataError(
             f"corpus.name={config.name}: no document fell into the held-out split "
-            f"(corpus.heldout_fraction={config.heldout_fraction}); use a larger corpus, or a larger fraction: "
-            "1.0 holds out all documents of a folder that only serves search or evaluation"
+            f"(corpus.heldout_fraction={config.heldout_fraction}); use a larger corpus, or a "
+            "larger fraction: 1.0 holds out all documents of a folder that only serves search or "
+            "evaluation"
         )
     return documents
 
@@ -56,58 +70,20 @@ def heldout_texts(config: CorpusConfig) -> list[str]:
     return [document.text for document in heldout_documents(config)]
 
 
-def build_adapters(config: CorpusConfig) -> Corpus:
-    """The corpus; public places are tried side by side, so that waiting for several costs no more
-    than for one.
-
-    Raises:
-        ConfigError: all faults together.
-    """
-    faults = _faults(config)
-    if faults:
-        raise ConfigError(faults)
-    if config.kind is not CorpusKind.mix:
-        return _adapter(config, config.kind)
-    with ThreadPoolExecutor(max_workers=len(config.members)) as pool:
-        results = list(
-            pool.map(lambda kind: _built_or_faults(lambda: _adapter(config, kind)), config.members)
-        )
-    corpora = [result for result in results if not isinstance(result, ConfigError)]
-    faults = [
-        fault for result in results if isinstance(result, ConfigError) for fault in result.faults
-    ]
-    if faults:
-        raise ConfigError(faults)
-
-    members = {kind.value: corpus for kind, corpus in zip(config.members, corpora, strict=True)}
-    return MixedCorpus(members, heldout_fraction=config.heldout_fraction)
-
-
-def _faults(config: CorpusConfig) -> list[str]:
+def _faults(config: CorpusConfig) -> Iterator[str]:
     """Values that are wrong whatever the files are."""
-    found = []
     if not 0.0 <= config.heldout_fraction <= 1.0:
-        found.append(f"corpus.heldout_fraction={config.heldout_fraction} must be from 0 to 1")
-    if config.heldout_characters is not None and config.heldout_characters < 1:
-        found.append(
-            f"corpus.heldout_characters={config.heldout_characters} must be at least 1, or null"
-        )
+        yield f"corpus.heldout_fraction={config.heldout_fraction} must be from 0 to 1"
+    most = config.heldout_characters
+    if most is not None and most < 1:
+        yield f"corpus.heldout_characters={most} must be at least 1, or null"
     if config.kind is CorpusKind.mix:
         allowed = ", ".join(kind.value for kind in CorpusKind if kind is not CorpusKind.mix)
         names = [kind.value for kind in config.members]
         if not names or len(set(names)) < len(names) or CorpusKind.mix in config.members:
-            found.append(f"corpus.members={names}: name different ones of {allowed}")
+            yield f"corpus.members={names}: name different ones of {allowed}"
     if config.folder is None and CorpusKind.folder in (config.kind, *config.members):
-        found.append("corpus.folder is not set; corpus=folder needs corpus.folder=PATH")
-    return found
-
-
-def _built_or_faults(build: Callable[[], Corpus]) -> Corpus | ConfigError:
-    """A corpus, or why there is none."""
-    try:
-        return build()
-    except ConfigError as error:
-        return error
+        yield "corpus.folder is not set; corpus=folder needs corpus.folder=PATH"
 
 
 def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
@@ -128,41 +104,30 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
                 title_field=config.title_field,
                 heldout_fraction=heldout,
             )
-        case CorpusKind.redpajama_v1:
-            from longrope2.corpora.redpajama import RedpajamaV1
+        case CorpusKind.redpajama_v1 | CorpusKind.redpajama_v2:
+            from longrope2.corpora.redpajama import redpajama_v1, redpajama_v2
 
-            return RedpajamaV1(config.redpajama_v1, heldout_fraction=heldout)
-        case CorpusKind.redpajama_v2:
-            from longrope2.corpora.redpajama import RedpajamaV2
-
-            return RedpajamaV2(config.redpajama_v2, heldout_fraction=heldout)
+            if kind is CorpusKind.redpajama_v1:
+                return redpajama_v1(config.redpajama_v1, heldout)
+            return redpajama_v2(config.redpajama_v2, heldout)
         case CorpusKind.starcoder:
-            from longrope2.corpora.starcoder import Starcoder
+            from longrope2.corpora.starcoder import starcoder
 
-            return Starcoder(config.starcoder, heldout_fraction=heldout)
-        case CorpusKind.fineweb_edu:
-            from longrope2.corpora.books_and_web import FinewebEdu
+            return starcoder(config.starcoder, heldout)
+        case CorpusKind.fineweb_edu | CorpusKind.pg19:
+            from longrope2.corpora.books_and_web import fineweb_edu, pg19
 
-            return FinewebEdu(config.fineweb_edu, heldout_fraction=heldout)
-        case CorpusKind.pg19:
-            from longrope2.corpora.books_and_web import Pg19
-
-            return Pg19(config.pg19)
+            if kind is CorpusKind.fineweb_edu:
+                return fineweb_edu(config.fineweb_edu, heldout)
+            return pg19(config.pg19)
         case CorpusKind.mix:
             raise AssertionError("a mix has no mix among its members")
 
 
 class MixedCorpus:
-    """The units of its members, one after the other.
+    """The units of its members (name -> corpus), one after the other; their sources must differ."""
 
-    Args:
-        members: Name -> corpus, in the order of their units; their sources must differ.
-        heldout_fraction: Share of documents held out, 0 to 1.
-    """
-
-    def __init__(
-        self, members: Mapping[str, Corpus], *, heldout_fraction: float = HELDOUT_FRACTION
-    ) -> None:
+    def __init__(self, members: Mapping[str, Corpus], *, heldout_fraction: float) -> None:
         self.heldout_fraction = heldout_fraction
         self._members = dict(members)
         self._by_source = {
@@ -183,7 +148,7 @@ class MixedCorpus:
         return self._by_source[unit.source].read(unit, skipped)
 
     def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Documents of one split, a document of every member in turn, so that a reader may stop early."""
+        """Documents of one split, one of every member in turn: a reader may stop early."""
         turns = [corpus.documents(split, skipped) for corpus in self._members.values()]
         while turns:
             for turn in list(turns):

@@ -3,8 +3,6 @@
 A corpus yields ``Document`` values with ids that are stable between runs and machines. Which split
 a document belongs to depends on its id alone, so text used to evaluate or to search is never
 trained on, whatever the seed.
-
-Documents of a split of a corpus too large to look through for its held-out documents.
 """
 
 import hashlib
@@ -31,41 +29,25 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class Unit:
-    """An independently readable piece of a corpus: a file, a listing entry, a group of files.
+    """An independently readable piece of a corpus: a file, a listing entry, a group of files."""
 
-    Attributes:
-        name: Unique within the corpus, for example ``redpajama_v1/arxiv/arxiv_023827cd.jsonl``.
-        source: Name that quotas refer to.
-        size_bytes: Stored (compressed) size where it is known, for progress and sampling.
-    """
-
-    name: str
-    source: str
-    size_bytes: int | None = None
+    name: str  # unique, for example ``redpajama_v1/arxiv/arxiv_023827cd.jsonl``
+    source: str  # name that quotas refer to
+    size_bytes: int | None = None  # stored (compressed) size where it is known
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text of a corpus.
+    """One text of a corpus."""
 
-    Attributes:
-        doc_id: Stable identifier, unique within the corpus: the file's name and the row, or the
-            corpus' own id.
-        text: The text, never empty, always encodable as UTF-8.
-        source: Name that quotas refer to.
-        domain: Finer label inside the source; plans can keep the mix of domains.
-        size_hint: Characters as the corpus itself records them beside the text, where it does.
-    """
-
-    doc_id: str
-    text: str
-    source: str
-    domain: str
-    size_hint: int | None = None
+    doc_id: str  # stable and unique: the file's name and the row, or the corpus' own id
+    text: str  # never empty, always encodable as UTF-8
+    source: str  # name that quotas refer to
+    domain: str  # finer label inside the source; mixtures can keep the mix of domains
 
 
 class Corpus(Protocol):
-    """What every adapter offers. A corpus can be pickled: it holds names, and opens files only while it reads."""
+    """What every adapter offers; can be pickled, as files are open only while they are read."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -82,21 +64,14 @@ class Corpus(Protocol):
         ...
 
     def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
-        """Documents of one unit, in a stable order, of both splits, in bounded memory (a line or a
-        row batch).
+        """Documents of one unit, in a stable order, of both splits, in bounded memory.
 
-        A faulty record never stops the reading: it is left out and counted.
-
-        Args:
-            unit: One of ``units()``.
-            skipped: Gets the number of records left out by reason ("empty text", "bad json",
-                "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
-                kept and is counted for information.
+        A faulty record never stops the reading: ``skipped`` counts it by reason ("empty text", "bad
+        json", "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
+        kept and is counted for information.
 
         Raises:
-            DataError: a remote file stopped answering, after retries. Nothing is wrong with the
-                file, so leaving its rest out would make the result depend on the network; the unit
-                can be read again.
+            DataError: a remote file stopped answering, after retries; the unit can be read again.
         """
         ...
 
@@ -120,10 +95,15 @@ def split_documents(
                 yield document
 
 
-def stable_fraction(*parts: str | int) -> float:
-    """Number in [0, 1) that depends on ``parts`` only: the same on every machine and in every process."""
+def stable_hash(*parts: str | int) -> int:
+    """Number below 2**64 that depends on ``parts`` only: the same on every machine."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int.from_bytes(digest, "big")
+
+
+def stable_fraction(*parts: str | int) -> float:
+    """``stable_hash`` as a number in [0, 1)."""
+    return stable_hash(*parts) / 2**64
 
 
 def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
@@ -134,7 +114,7 @@ def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
 def source_documents(
     corpus: Corpus, split: Split, skipped: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """Documents of one split.
+    """Documents of one split of a corpus too large to look through for its held-out documents.
 
     The train split is everything, unit by unit. The held-out split visits the units in an order
     drawn by name and takes a part of each: a reader that stops after some megabytes
@@ -144,9 +124,8 @@ def source_documents(
     if split is Split.train:
         yield from split_documents(corpus, split, skipped)
         return
-    for unit in sorted(
-        corpus.units(), key=lambda unit: (stable_fraction("heldout", unit.name), unit.name)
-    ):
+    units = sorted(corpus.units(), key=lambda u: (stable_fraction("heldout", u.name), u.name))
+    for unit in units:
         room = HELDOUT_CHARACTERS_PER_UNIT
         for document in corpus.read(unit, skipped):
             if split_of(document.doc_id, corpus.heldout_fraction) is split:

@@ -1,4 +1,4 @@
-"""A folder of your own files: .txt (a document each), .jsonl and .parquet (a document per record), plain or packed."""
+"""A folder of your own files: .txt (a document each), .jsonl and .parquet (one per record)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,8 @@ class FolderCorpus:
     """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
 
     The id of a document is the file's path below the folder, and the record's row or line where a
-    file holds several; with ``title_field`` the record's title follows.
-
-    Args:
-        folder: The folder.
-        text_field: Field that holds the text in .jsonl and .parquet records.
-        title_field: Field of such records that holds a title, or None.
-        heldout_fraction: Share of documents held out, 0 to 1.
+    file holds several; with ``title_field`` the record's title follows. The other arguments are
+    those of ``CorpusConfig``.
 
     Raises:
         ConfigError: the folder does not exist or holds no file of a known kind, or the first record
@@ -56,14 +51,12 @@ class FolderCorpus:
         self._title_field = title_field
         if not self._folder.is_dir():
             raise ConfigError([f"corpus.folder={folder} is not a folder"])
-        self._files = sorted(
-            p for p in self._folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)
-        )
+        found = (path for path in self._folder.rglob("*") if path.name.endswith(SUFFIXES))
+        self._files = sorted(path for path in found if path.is_file())
         if not self._files:
-            raise ConfigError(
-                [f"corpus.folder={folder} holds no file ending in {', '.join(SUFFIXES)}"]
-            )
-        if faults := self._field_faults():
+            allowed = ", ".join(SUFFIXES)
+            raise ConfigError([f"corpus.folder={folder} holds no file ending in {allowed}"])
+        if faults := list(self._field_faults()):
             raise ConfigError(faults)
 
     def units(self) -> Sequence[Unit]:
@@ -82,9 +75,9 @@ class FolderCorpus:
         for number, record in self._records(path, skipped):
             text = usable_text(record.get(self._text_field), skipped)
             if text is not None:
-                yield Document(
-                    f"{SOURCE}/{unit.name}:{number}{self._title(record)}", text, SOURCE, domain
-                )
+                title = None if self._title_field is None else record.get(self._title_field)
+                suffix = f" {title}".rstrip() if isinstance(title, str) else ""
+                yield Document(f"{SOURCE}/{unit.name}:{number}{suffix}", text, SOURCE, domain)
 
     def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split, file by file."""
@@ -96,7 +89,6 @@ class FolderCorpus:
         return {"folder": str(self._folder), "files": files}
 
     def _name(self, path: Path) -> str:
-        """Path below the folder."""
         return path.relative_to(self._folder).as_posix()
 
     def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -106,28 +98,17 @@ class FolderCorpus:
             return parquet_records(str(path), [self._text_field], skipped, optional=titles)
         return json_records(str(path), skipped)
 
-    def _title(self, record: dict[str, Any]) -> str:
-        """Title of a record as it follows in its id."""
-        title = None if self._title_field is None else record.get(self._title_field)
-        return f" {title}".rstrip() if isinstance(title, str) else ""
-
-    def _field_faults(self) -> list[str]:
-        """Files whose first record lacks the text or the title: that is a wrong key, not a faulty record."""
-        found = []
+    def _field_faults(self) -> Iterator[str]:
+        """Files whose first record lacks text or title: a wrong key, not a faulty record."""
         for path in self._files:
             if path.name.endswith(TEXT_SUFFIXES):
                 continue
             skipped: Counter[str] = Counter()
             _, record = next(iter(self._records(path, skipped)), (0, None))
-            absent = [reason for reason in skipped if reason.startswith("no column ")]
             for key, name in (("text_field", self._text_field), ("title_field", self._title_field)):
-                lacks = (
-                    record is not None
-                    and name is not None
-                    and not isinstance(record.get(name), str)
-                )
-                if lacks or f"no column {name}" in absent:
-                    found.append(
-                        f"{path}: the first record has no text in field {name!r}; set corpus.{key}"
-                    )
-        return found
+                if name is None:
+                    continue
+                lacks = record is not None and not isinstance(record.get(name), str)
+                if lacks or f"no column {name}" in skipped:
+                    missing = f"the first record has no text in field {name!r}"
+                    yield f"{path}: {missing}; set corpus.{key}"

@@ -14,8 +14,6 @@ seen EOS at its last position.
 Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for. The
 space in front of the value counts as part of it, as tokenizers join the two. What every sample was
 made of is recorded with it: key, value, positions, and each book's id, hash and range of tokens.
-
-The words that needle keys are made of: ``adjective-noun``, common, lower case, six letters at most.
 """
 
 import hashlib
@@ -23,7 +21,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,145 +34,24 @@ from longrope2.segments.needle_set import NeedleSample, NeedleSet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADJECTIVES = (
-    "amber",
-    "blue",
-    "bold",
-    "brave",
-    "brief",
-    "bright",
-    "broad",
-    "calm",
-    "cheap",
-    "clean",
-    "clear",
-    "clever",
-    "cold",
-    "cool",
-    "cosy",
-    "crisp",
-    "curly",
-    "damp",
-    "dark",
-    "deep",
-    "dry",
-    "dusty",
-    "eager",
-    "early",
-    "fair",
-    "fast",
-    "fine",
-    "firm",
-    "flat",
-    "fresh",
-    "gentle",
-    "giant",
-    "glad",
-    "gold",
-    "grand",
-    "green",
-    "grey",
-    "happy",
-    "heavy",
-    "hollow",
-    "humble",
-    "jolly",
-    "kind",
-    "lazy",
-    "light",
-    "little",
-    "lively",
-    "loud",
-    "lucky",
-    "mild",
-    "narrow",
-    "neat",
-    "noble",
-    "odd",
-    "orange",
-    "pale",
-    "plain",
-    "proud",
-    "purple",
-    "quick",
-    "quiet",
-    "rapid",
-    "rare",
-    "red",
-    "rich",
-    "round",
-    "rusty",
-    "sharp",
+# Keys are ``adjective-noun``: common words, lower case.
+ADJECTIVES = tuple(
+    """
+    amber blue bold brave brief bright broad calm cheap clean clear clever cold cool cosy crisp
+    curly damp dark deep dry dusty eager early fair fast fine firm flat fresh gentle giant glad
+    gold grand green grey happy heavy hollow humble jolly kind lazy light little lively loud
+    lucky mild narrow neat noble odd orange pale plain proud purple quick quiet rapid rare red
+    rich round rusty sharp
+    """.split()
 )
-NOUNS = (
-    "anchor",
-    "apple",
-    "arrow",
-    "basket",
-    "beach",
-    "bell",
-    "bird",
-    "boat",
-    "book",
-    "bottle",
-    "bridge",
-    "brush",
-    "candle",
-    "castle",
-    "chair",
-    "cherry",
-    "cloud",
-    "coat",
-    "coin",
-    "corn",
-    "crown",
-    "desert",
-    "door",
-    "dragon",
-    "drum",
-    "eagle",
-    "engine",
-    "farm",
-    "feather",
-    "field",
-    "fish",
-    "flower",
-    "forest",
-    "garden",
-    "glass",
-    "hammer",
-    "harbor",
-    "hat",
-    "hill",
-    "horse",
-    "house",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "lake",
-    "lamp",
-    "lemon",
-    "lion",
-    "market",
-    "mirror",
-    "moon",
-    "mountain",
-    "needle",
-    "ocean",
-    "orchid",
-    "owl",
-    "paper",
-    "pepper",
-    "piano",
-    "pillow",
-    "planet",
-    "pocket",
-    "river",
-    "rocket",
-    "ship",
-    "shoe",
-    "spoon",
+NOUNS = tuple(
+    """
+    anchor apple arrow basket beach bell bird boat book bottle bridge brush candle castle chair
+    cherry cloud coat coin corn crown desert door dragon drum eagle engine farm feather field
+    fish flower forest garden glass hammer harbor hat hill horse house island jacket kettle
+    ladder lake lamp lemon lion market mirror moon mountain needle ocean orchid owl paper pepper
+    piano pillow planet pocket river rocket ship shoe spoon
+    """.split()
 )
 INSTRUCTION = "Remember the magic numbers in this text.\n"
 VALUE_DIGITS = 7
@@ -224,14 +101,12 @@ def build_needle_sample(
 
     Args:
         encoder: Tokenizer of the model.
-        haystack_ids: Token ids to hide the needle in, at least as many as the sample needs; the
-            first are used.
+        haystack_ids: Ids to hide the needle in; the first are used, as many as the sample needs.
         length: Tokens of the sample.
         depth: Where the needle stands in the haystack: 0 at its start (the paper), 1 at its end.
         key: Adjective-noun key.
         value: Digits to retrieve.
-        with_needle: False builds the control sample: the same length and question, haystack in
-            place of the needle.
+        with_needle: False builds the control sample, with haystack in place of the needle.
 
     Raises:
         DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, or too little
@@ -246,18 +121,15 @@ def build_needle_sample(
     answer = encoder.encode(wording.answer)
     num_haystack = length - len(head) - len(needle) - len(tail) - len(answer) - 1
     if num_haystack < 0:
-        raise DataError(
-            f"length={length} tokens is too short for a needle sample; at least {length - num_haystack}"
-        )
+        short = f"length={length} tokens is too short for a needle sample"
+        raise DataError(f"{short}; at least {length - num_haystack}")
     if len(haystack_ids) < num_haystack:
-        raise DataError(
-            f"length={length} needs {num_haystack} haystack tokens, only {len(haystack_ids)} were given"
-        )
+        given = f"only {len(haystack_ids)} were given"
+        raise DataError(f"length={length} needs {num_haystack} haystack tokens, {given}")
     used = np.asarray(haystack_ids[:num_haystack])
     cut = round(depth * num_haystack)
-    tokens = np.concatenate(
-        [head, used[:cut], needle, used[cut:], tail, answer, [encoder.eos_id]]
-    ).astype(np.int64)
+    parts = [head, used[:cut], needle, used[cut:], tail, answer, [encoder.eos_id]]
+    tokens = np.concatenate(parts).astype(np.int64)
     record = {
         "instruction": INSTRUCTION,
         "needle": wording.needle if with_needle else "",
@@ -279,8 +151,7 @@ def build_needle_sample(
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Consecutive tokens of one book."""
 
     book: int
@@ -322,10 +193,8 @@ def build_needle_set(
             or more keys than there are.
     """
     if not depths or not books or num_samples < 1:
-        raise DataError(
-            f"a needle set needs depths, books and samples; got {len(depths)}, {len(books)} and "
-            f"num_samples={num_samples}"
-        )
+        got = f"{len(depths)}, {len(books)} and num_samples={num_samples}"
+        raise DataError(f"a needle set needs depths, books and samples; got {got}")
     encoder = DocumentTokenizer(tokenizer)
     order = list(range(len(books)))
     random.Random(f"order/{seed}").shuffle(order)
@@ -333,10 +202,7 @@ def build_needle_set(
 
     @lru_cache(maxsize=256)
     def ids_of(index: int) -> np.ndarray:
-        book = books[index]
-        return np.asarray(
-            encoder.encode(book if isinstance(book, str) else book.text), dtype=np.int64
-        )
+        return np.asarray(encoder.encode(_name_and_text(books, index)[1]), dtype=np.int64)
 
     samples = []
     for number in range(num_samples):
@@ -353,9 +219,8 @@ def build_needle_set(
             value=value,
             with_needle=with_needle,
         )
-        sample.record["books"] = _used_books(
-            books, pieces, int(sample.record["num_haystack_tokens"])
-        )
+        num_haystack = int(sample.record["num_haystack_tokens"])
+        sample.record["books"] = _used_books(books, pieces, num_haystack)
         samples.append(sample)
     return NeedleSet(samples=samples, length=length)
 
@@ -364,9 +229,8 @@ def _draw_keys(seed: int, num_keys: int) -> list[str]:
     """``num_keys`` distinct keys; the first n of them are the same for every larger number."""
     most = len(ADJECTIVES) * len(NOUNS)
     if not 1 <= num_keys <= most:
-        raise DataError(
-            f"num_keys={num_keys} (by default one per sample) must be from 1 to {most}, the keys there are"
-        )
+        given = f"num_keys={num_keys} (by default one per sample)"
+        raise DataError(f"{given} must be from 1 to {most}, the keys there are")
     keys: dict[str, None] = {}
     for number in range(num_keys):
         rng = random.Random(f"needle/{seed}/{number}")
@@ -380,7 +244,7 @@ def _draw_keys(seed: int, num_keys: int) -> list[str]:
 def _joined_haystack(
     ids_of: Callable[[int], np.ndarray], order: list[int], first: int, length: int, start: float
 ) -> list[_Piece]:
-    """At least ``length`` ids: one book from a random place if it is long enough, else several books in a row."""
+    """At least ``length`` ids: from a random place of one book, or several short books in a row."""
     pieces: list[_Piece] = []
     total = 0
     for step in range(len(order)):
@@ -396,6 +260,12 @@ def _joined_haystack(
     return pieces
 
 
+def _name_and_text(books: Sequence[Document | str], index: int) -> tuple[str, str]:
+    """A book's id, or its index where it is a plain text, and its text."""
+    book = books[index]
+    return (str(index), book) if isinstance(book, str) else (book.doc_id, book.text)
+
+
 def _used_books(
     books: Sequence[Document | str], pieces: list[_Piece], num_tokens: int
 ) -> list[dict[str, Any]]:
@@ -405,16 +275,8 @@ def _used_books(
         used = min(len(piece.ids), num_tokens)
         num_tokens -= used
         if used:
-            book = books[piece.book]
-            name, text = (
-                (str(piece.book), book) if isinstance(book, str) else (book.doc_id, book.text)
-            )
-            records.append(
-                {
-                    "id": name,
-                    "text_sha256": sha256_of_bytes(text.encode()),
-                    "first_token": piece.start,
-                    "num_tokens": used,
-                }
-            )
+            name, text = _name_and_text(books, piece.book)
+            tokens = {"first_token": piece.start, "num_tokens": used}
+            sha256 = sha256_of_bytes(text.encode())
+            records.append({"id": name, "text_sha256": sha256, **tokens})
     return records

@@ -1,25 +1,16 @@
-"""Records of .jsonl, .parquet and .txt files; what is at fault is left out and counted by reason."""
+"""Records of .jsonl, .parquet and .txt files; faults are left out and counted by reason."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from longrope2.corpora.remote import FaultyFile, byte_blocks, parquet_batches
 
-JSON_SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".jsonl.zst",
-    ".jsonl.zstd",
-    ".json.gz",
-    ".json.zst",
-    ".json.zstd",
-)
+PACKED = (".gz", ".zst", ".zstd")
+JSON_SUFFIXES = (".jsonl", *(f".jsonl{p}" for p in PACKED), *(f".json{p}" for p in PACKED))
 PARQUET_SUFFIXES = (".parquet",)
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".txt.zstd")
+TEXT_SUFFIXES = (".txt", *(f".txt{p}" for p in PACKED))
 # A longer line or text file is no document but a damaged file; it would have to fit into memory.
 MAX_RECORD_BYTES = 2**27
 TOO_LONG = f"record above {MAX_RECORD_BYTES >> 20} MiB"
@@ -31,14 +22,10 @@ def json_records(
     *,
     unwanted: Callable[[int, bytes], str | None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of a file with a JSON object per line, each with its line number from 0; blank lines
-    are no records.
+    """Records of a file with a JSON object per line, each with its line number from 0.
 
-    Args:
-        location: Path or URL.
-        skipped: Gets what was left out.
-        unwanted: Called with the number and the bytes of a line before it is parsed; a reason
-            leaves it out.
+    ``unwanted`` is called with the number and the bytes of a line before it is parsed; a reason
+    that it returns leaves the line out.
 
     Raises:
         DataError: the file cannot be reached any more.
@@ -49,17 +36,18 @@ def json_records(
         if unwanted is not None and (reason := unwanted(number, line)) is not None:
             skipped[reason] += 1
             continue
+        record = None
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             skipped["invalid utf-8"] += 1
+            continue
         except (ValueError, RecursionError):
-            skipped["bad json"] += 1
+            pass
+        if isinstance(record, dict):
+            yield number, record
         else:
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                skipped["bad json"] += 1
+            skipped["bad json"] += 1
 
 
 def parquet_records(
@@ -67,11 +55,8 @@ def parquet_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a parquet file, each with its number from 0.
 
-    Args:
-        location: Path or URL.
-        columns: Columns that must be there; the rows of a file without one are left out.
-        skipped: Gets what was left out.
-        optional: Columns that may be missing; their value is None then.
+    The rows of a file without one of the ``columns`` are left out; ``optional`` ones are None where
+    they are missing.
 
     Raises:
         DataError: the file cannot be reached any more.
@@ -85,8 +70,9 @@ def parquet_records(
                 skipped[f"no column {absent[0]}"] += batch.num_rows
                 continue
             for row in range(batch.num_rows):
-                record = _row(batch, present, row)
-                if record is None:
+                try:
+                    record = {name: batch.column(name)[row].as_py() for name in present}
+                except UnicodeDecodeError:
                     skipped["invalid utf-8"] += 1
                 else:
                     yield number + row, dict.fromkeys(optional) | record
@@ -96,8 +82,7 @@ def parquet_records(
 
 
 def whole_text(location: str, skipped: Counter[str]) -> str | None:
-    """Text of a file that is one document, line ends made line feeds; None (and counted) if it is
-    at fault.
+    """Text of a file that is one document, with line feeds; None (and counted) if it is at fault.
 
     Raises:
         DataError: the file cannot be reached any more.
@@ -141,16 +126,8 @@ def _has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def _row(batch: pa.RecordBatch, names: Sequence[str], row: int) -> dict[str, Any] | None:
-    """One row as Python values; None if its bytes are not UTF-8."""
-    try:
-        return {name: batch.column(name)[row].as_py() for name in names}
-    except UnicodeDecodeError:
-        return None
-
-
 def _numbered_lines(location: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers; the torn last line of a truncated file is part of what is missing."""
+    """Lines with their numbers; the torn last line of a truncated file counts as missing."""
     number, parts, size = 0, [], 0
     try:
         for block in byte_blocks(location):

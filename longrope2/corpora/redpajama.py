@@ -1,275 +1,204 @@
-"""RedPajama-Data-1T: JSON lines per domain (``common_crawl`` packed with zstd), listed by URL.
+"""RedPajama: RedPajama-Data-1T (version 1) and RedPajama-Data-V2, JSON lines listed by URL.
 
-Records are ``{text, meta}``; those of ``common_crawl`` have ``source`` and a quality prediction
-instead of ``meta``. Only the text is used, so a record without ``meta`` is kept (and counted). The
-books were withdrawn; a mirror may have them.
+Version 1 has a folder per domain (``common_crawl`` packed with zstd). Records are ``{text, meta}``;
+those of ``common_crawl`` have ``source`` and a quality prediction instead of ``meta``. Only the
+text is used, so a record without ``meta`` is kept (and counted). The books were withdrawn; a mirror
+may have them.
 
-RedPajama-Data-V2: gzipped JSON lines per snapshot, shard and language, with side files.
-
-A base tag such as ``2023-06/0000/en_head`` names the files of a shard: ``documents/<tag>.json.gz``
-and, for head and middle, ``duplicates/<tag>.duplicates.parquet`` with the ids of the pages that
-duplicate another one. A page has no id of its own; the corpus' side files call it
-``<tag>.json.gz/<row>``, and so does this project. A few hundred files are truncated.
+Version 2 is gzipped per snapshot, shard and language, with side files. A base tag such as
+``2023-06/0000/en_head`` names the files of a shard: ``documents/<tag>.json.gz`` and, for head and
+middle, ``duplicates/<tag>.duplicates.parquet`` with the ids of the pages that duplicate another
+one. A page has no id of its own; the side files call it ``<tag>.json.gz/<row>``, and so does this
+project. A few hundred files are truncated.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from itertools import product
 
-from longrope2.corpora.config import HELDOUT_FRACTION, RedpajamaV1Config, RedpajamaV2Config
-from longrope2.corpora.corpus import Document, Split, Unit, source_documents, stable_fraction
+from longrope2.corpora.config import RedpajamaV1Config, RedpajamaV2Config
+from longrope2.corpora.corpus import Document, Unit, stable_fraction
 from longrope2.corpora.records import json_records, parquet_records, usable_text
 from longrope2.corpora.remote import (
+    FileCorpus,
     FileSet,
     SourceInfo,
     StoredFile,
-    first_byte,
     hub_base,
-    list_files,
+    is_web,
+    listed_files,
     listed_names,
-    reached,
+    mirror_files,
+    one_by_one,
 )
 from longrope2.errors import ConfigError
 
-REDPAJAMA_V1_SOURCE = "redpajama_v1"
-REDPAJAMA_V1_URL_PREFIX = "https://data.together.xyz/redpajama-data-1T/v1.0.0"
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
-REDPAJAMA_V1_INFO = SourceInfo(
-    REDPAJAMA_V1_SOURCE,
+V1 = SourceInfo(
+    "redpajama_v1",
     "RedPajama-Data-1T",
     "togethercomputer/RedPajama-Data-1T",
     "FOLDER/arxiv/arxiv_023827cd.jsonl",
 )
-SOURCE = "redpajama_v2"
-URL_PREFIX = "https://data.together.xyz/redpajama-data-v2/v1.0.0"
-SUFFIX = ".json.gz"
-INFO = SourceInfo(
-    SOURCE,
+V1_PREFIX = "https://data.together.xyz/redpajama-data-1T/v1.0.0"
+V1_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+V2 = SourceInfo(
+    "redpajama_v2",
     "RedPajama-Data-V2",
     "togethercomputer/RedPajama-Data-V2",
     "FOLDER/documents/2023-06/0000/en_head.json.gz",
 )
+V2_PREFIX = "https://data.together.xyz/redpajama-data-v2/v1.0.0"
+V2_SUFFIX = ".json.gz"
 ALLOWED = {"languages": ("en", "de", "fr", "es", "it"), "partitions": ("head_middle", "tail")}
 # A quote inside a JSON string is escaped, so this can only match the key itself.
 LENGTH_KEY = re.compile(rb'(?<!\\)"length"\s*:\s*(\d+)')
 
 
-class RedpajamaV1:
-    """RedPajama-Data-1T, a unit per file, a domain per part.
-
-    Args:
-        config: Place and parts.
-        heldout_fraction: Share of documents held out, 0 to 1.
+def redpajama_v1(config: RedpajamaV1Config, heldout_fraction: float) -> FileCorpus:
+    """RedPajama-Data-1T, a unit per file, a domain per part; the id is the path and the line.
 
     Raises:
         ConfigError: the files cannot be listed or read; says what to do.
     """
-
-    sources = (REDPAJAMA_V1_SOURCE,)
-
-    def __init__(
-        self, config: RedpajamaV1Config, *, heldout_fraction: float = HELDOUT_FRACTION
-    ) -> None:
-        self.heldout_fraction = heldout_fraction
-        if not config.domains:
-            raise ConfigError(
-                ["corpus.redpajama_v1.domains is empty; name at least one, for example [arxiv]"]
-            )
-        base = REDPAJAMA_V1_URL_PREFIX if config.root is None else config.root.rstrip("/")
-        files = [file for domain in config.domains for file in _domain_files(config, base, domain)]
-        self._files = FileSet(base, tuple(files))
-
-    def units(self) -> Sequence[Unit]:
-        """A unit per file, domain by domain."""
-        return [
-            Unit(f"{REDPAJAMA_V1_SOURCE}/{file.path}", REDPAJAMA_V1_SOURCE, file.size_bytes)
-            for file in self._files.files
-        ]
-
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
-        """Documents of one file; the id is its path and the line."""
-        path = unit.name.removeprefix(f"{REDPAJAMA_V1_SOURCE}/")
-        domain = path.split("/")[0]
-        for line, record in json_records(self._files.location(path), skipped):
-            text = usable_text(record.get("text"), skipped)
-            if text is None:
-                continue
-            if domain != "common_crawl" and not isinstance(record.get("meta"), dict):
-                skipped["no meta (kept)"] += 1
-            yield Document(f"{unit.name}:{line}", text, REDPAJAMA_V1_SOURCE, domain)
-
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Documents of one split."""
-        return source_documents(self, split, skipped)
-
-    def describe(self) -> dict[str, Any]:
-        """Place and listing."""
-        return self._files.describe()
+    if not config.domains:
+        key = f"corpus.{V1.key}.domains"
+        raise ConfigError([f"{key} is empty; name at least one, for example [arxiv]"])
+    base = V1_PREFIX if config.root is None else config.root.rstrip("/")
+    files = [file for domain in config.domains for file in _domain_files(config, base, domain)]
+    return FileCorpus(
+        V1.key, FileSet(base, tuple(files)), one_by_one(files), _read_domain, heldout_fraction
+    )
 
 
 def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[StoredFile]:
     """Files of one domain; the first one is tried."""
-    if config.root is not None and not base.startswith(("http://", "https://")):
-        return reached(
-            REDPAJAMA_V1_INFO, f"{base}/{domain}", base, lambda: list_files(base, domain, SUFFIXES)
-        )
-    place = base if config.root is not None else f"hub dataset {REDPAJAMA_V1_INFO.repository}"
+    if config.root is not None and not is_web(base):
+        return mirror_files(V1, base, domain, V1_SUFFIXES)
+    place = base if config.root is not None else f"hub dataset {V1.repository}"
 
-    def listed() -> list[StoredFile]:
-        lists = base if config.root is not None else hub_base(REDPAJAMA_V1_INFO, config.revision)
-        names = [
-            url.removeprefix(REDPAJAMA_V1_URL_PREFIX).lstrip("/")
-            for url in listed_names(f"{lists}/urls/{domain}.txt")
-        ]
-        first_byte(f"{base}/{names[0]}")
-        return [StoredFile(name) for name in sorted(names)]
+    def paths() -> list[str]:
+        lists = base if config.root is not None else hub_base(V1, config.revision)
+        urls = listed_names(f"{lists}/urls/{domain}.txt")
+        return [url.removeprefix(V1_PREFIX).lstrip("/") for url in urls]
 
-    return reached(
-        REDPAJAMA_V1_INFO,
-        f"urls/{domain}.txt of {place} and the first file it lists below {base}",
-        config.root,
-        listed,
-    )
+    tried = f"urls/{domain}.txt of {place} and the first file it lists below {base}"
+    return listed_files(V1, tried, config.root, base, paths)
 
 
-class RedpajamaV2:
-    """RedPajama-Data-V2, a unit per base tag; the domain is language and perplexity class, as
-    ``en_head``.
+def _read_domain(
+    files: FileSet, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
+) -> Iterator[Document]:
+    """Documents of one file."""
+    path = own[0].path
+    domain = path.split("/")[0]
+    for line, record in json_records(files.location(path), skipped):
+        text = usable_text(record.get("text"), skipped)
+        if text is not None:
+            if domain != "common_crawl" and not isinstance(record.get("meta"), dict):
+                skipped["no meta (kept)"] += 1
+            yield Document(f"{unit.name}:{line}", text, unit.source, domain)
 
-    Args:
-        config: Place, parts and filters.
-        heldout_fraction: Share of documents held out, 0 to 1.
+
+def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorpus:
+    """RedPajama-Data-V2, a unit per base tag; the domain is language and class, as ``en_head``.
 
     Raises:
         ConfigError: a value is not allowed, or the files cannot be listed or read; says what to do.
     """
-
-    sources = (SOURCE,)
-
-    def __init__(
-        self, config: RedpajamaV2Config, *, heldout_fraction: float = HELDOUT_FRACTION
-    ) -> None:
-        self.heldout_fraction = heldout_fraction
-        self._config = config
-        if faults := _faults(config):
-            raise ConfigError(faults)
-        base = URL_PREFIX if config.root is None else config.root.rstrip("/")
-        parts = [
-            (s, lang, p)
-            for s in config.snapshots
-            for lang in config.languages
-            for p in config.partitions
-        ]
-        files = [file for part in parts for file in _part_files(config, base, *part)]
-        self._files = FileSet(base, tuple(files))
-
-    def units(self) -> Sequence[Unit]:
-        """A unit per base tag."""
-        return [
-            Unit(f"{SOURCE}/{_tag(file)}", SOURCE, file.size_bytes) for file in self._files.files
-        ]
-
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
-        """Pages of one shard that are neither thinned nor listed as duplicates."""
-        tag = unit.name.removeprefix(f"{SOURCE}/")
-        duplicates = self._duplicate_rows(tag, skipped)
-        location = self._files.location(f"documents/{tag}{SUFFIX}")
-        for row, record in json_records(
-            location, skipped, unwanted=self._unwanted(tag, duplicates)
-        ):
-            text = usable_text(record.get("raw_content"), skipped)
-            if text is not None:
-                length = record.get("length")
-                hint = length if isinstance(length, int) else None
-                yield Document(_doc_id(tag, row), text, SOURCE, tag.rpartition("/")[2], hint)
-
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Documents of one split."""
-        return source_documents(self, split, skipped)
-
-    def describe(self) -> dict[str, Any]:
-        """Place and listing."""
-        return self._files.describe()
-
-    def _unwanted(self, tag: str, duplicates: set[int]) -> Callable[[int, bytes], str | None]:
-        """Says why a page is left out before it is parsed, or None."""
-        most, survival = self._config.short_characters, self._config.short_survival
-
-        def reason(row: int, line: bytes) -> str | None:
-            if row in duplicates:
-                return "listed duplicate"
-            if (
-                most
-                and (match := LENGTH_KEY.search(line)) is not None
-                and int(match.group(1)) < most
-            ):
-                if stable_fraction("thin", _doc_id(tag, row)) >= survival:
-                    return "thinned short page"
-            return None
-
-        return reason
-
-    def _duplicate_rows(self, tag: str, skipped: Counter[str]) -> set[int]:
-        """Rows of a shard that its list calls duplicates."""
-        if not self._config.drop_duplicates or tag.endswith("_tail"):
-            return set()
-        faults: Counter[str] = Counter()
-        location = self._files.location(f"duplicates/{tag}.duplicates.parquet")
-        rows = {
-            int(record["doc_id"].rpartition("/")[2])
-            for _, record in parquet_records(location, ["doc_id"], faults)
-            if isinstance(record["doc_id"], str) and record["doc_id"].rpartition("/")[2].isdecimal()
-        }
-        skipped.update(
-            {f"list of duplicates, {reason} (kept)": number for reason, number in faults.items()}
-        )
-        return rows
+    if faults := list(_value_faults(config)):
+        raise ConfigError(faults)
+    base = V2_PREFIX if config.root is None else config.root.rstrip("/")
+    parts = product(config.snapshots, config.languages, config.partitions)
+    files = [file for part in parts for file in _part_files(config, base, *part)]
+    tags = [file.path.removeprefix("documents/").removesuffix(V2_SUFFIX) for file in files]
+    groups = {tag: [file] for tag, file in zip(tags, files, strict=True)}
+    reader = partial(_read_shard, config)
+    return FileCorpus(V2.key, FileSet(base, tuple(files)), groups, reader, heldout_fraction)
 
 
-def _faults(config: RedpajamaV2Config) -> list[str]:
+def _value_faults(config: RedpajamaV2Config) -> Iterator[str]:
     """Values that are not allowed."""
-    found = []
     for key in ("languages", "snapshots", "partitions"):
         values = getattr(config, key)
-        wrong = [value for value in values if key in ALLOWED and value not in ALLOWED[key]]
-        if wrong or not values:
+        if not values or not set(values) <= set(ALLOWED.get(key, values)):
             allowed = ", ".join(ALLOWED.get(key, ("names such as 2023-06",)))
-            found.append(f"corpus.redpajama_v2.{key}={values}: choose at least one of {allowed}")
+            yield f"corpus.{V2.key}.{key}={values}: choose at least one of {allowed}"
     if not 0.0 <= config.short_survival <= 1.0:
-        found.append(
-            f"corpus.redpajama_v2.short_survival={config.short_survival} is outside [0, 1]"
-        )
+        yield f"corpus.{V2.key}.short_survival={config.short_survival} is outside [0, 1]"
     if config.short_characters < 0:
-        found.append(
-            f"corpus.redpajama_v2.short_characters={config.short_characters} must be 0 or more"
-        )
-    return found
-
-
-def _doc_id(tag: str, row: int) -> str:
-    """Id of a page as the side files have it, after the source."""
-    return f"{SOURCE}/{tag}{SUFFIX}/{row}"
-
-
-def _tag(file: StoredFile) -> str:
-    """``documents/2023-06/0000/en_head.json.gz`` -> ``2023-06/0000/en_head``."""
-    return file.path.removeprefix("documents/").removesuffix(SUFFIX)
+        yield f"corpus.{V2.key}.short_characters={config.short_characters} must be 0 or more"
 
 
 def _part_files(
     config: RedpajamaV2Config, base: str, snapshot: str, language: str, partition: str
 ) -> list[StoredFile]:
     """Document files of one listing; the first one is tried."""
-    if not base.startswith(("http://", "https://")):
-        suffixes = [f"/{language}_{bucket}{SUFFIX}" for bucket in partition.split("_")]
-        folder = f"documents/{snapshot}"
-        return reached(INFO, f"{base}/{folder}", base, lambda: list_files(base, folder, suffixes))
+    if not is_web(base):
+        suffixes = [f"/{language}_{bucket}{V2_SUFFIX}" for bucket in partition.split("_")]
+        return mirror_files(V2, base, f"documents/{snapshot}", suffixes)
     listing = f"{base}/listings/{language}-{snapshot}-{partition}.txt"
 
-    def listed() -> list[StoredFile]:
-        files = [StoredFile(f"documents/{tag}{SUFFIX}") for tag in sorted(listed_names(listing))]
-        first_byte(f"{base}/{files[0].path}")
-        return files
+    def paths() -> list[str]:
+        return [f"documents/{tag}{V2_SUFFIX}" for tag in sorted(listed_names(listing))]
 
-    return reached(INFO, f"{listing} and its first file", config.root, listed)
+    return listed_files(V2, f"{listing} and its first file", config.root, base, paths)
+
+
+def _read_shard(
+    config: RedpajamaV2Config,
+    files: FileSet,
+    unit: Unit,
+    own: Sequence[StoredFile],
+    skipped: Counter[str],
+) -> Iterator[Document]:
+    """Pages of one shard that are neither thinned nor listed as duplicates."""
+    duplicates: set[int] = set()
+    if config.drop_duplicates and not unit.name.endswith("_tail"):
+        tag = unit.name.removeprefix(f"{unit.source}/")
+        duplicates = _duplicate_rows(
+            files.location(f"duplicates/{tag}.duplicates.parquet"), skipped
+        )
+    unwanted = _unwanted(config, unit, duplicates)
+    for row, record in json_records(files.location(own[0].path), skipped, unwanted=unwanted):
+        text = usable_text(record.get("raw_content"), skipped)
+        if text is not None:
+            domain = unit.name.rpartition("/")[2]
+            yield Document(_doc_id(unit, row), text, unit.source, domain)
+
+
+def _doc_id(unit: Unit, row: int) -> str:
+    """Id of a page as the side files have it, after the source."""
+    return f"{unit.name}{V2_SUFFIX}/{row}"
+
+
+def _unwanted(
+    config: RedpajamaV2Config, unit: Unit, duplicates: set[int]
+) -> Callable[[int, bytes], str | None]:
+    """Says why a page is left out before it is parsed, or None."""
+    most, survival = config.short_characters, config.short_survival
+
+    def reason(row: int, line: bytes) -> str | None:
+        if row in duplicates:
+            return "listed duplicate"
+        length = LENGTH_KEY.search(line) if most else None
+        if length is not None and int(length.group(1)) < most:
+            if stable_fraction("thin", _doc_id(unit, row)) >= survival:
+                return "thinned short page"
+        return None
+
+    return reason
+
+
+def _duplicate_rows(location: str, skipped: Counter[str]) -> set[int]:
+    """Rows of a shard that its list calls duplicates."""
+    faults: Counter[str] = Counter()
+    rows = set()
+    for _, record in parquet_records(location, ["doc_id"], faults):
+        doc_id = record["doc_id"]
+        row = doc_id.rpartition("/")[2] if isinstance(doc_id, str) else ""
+        if row.isdecimal():
+            rows.add(int(row))
+    skipped.update({f"list of duplicates, {reason} (kept)": n for reason, n in faults.items()})
+    return rows

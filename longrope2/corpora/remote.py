@@ -1,20 +1,21 @@
-"""Bytes and parquet batches from a path or a URL, in bounded memory, surviving a connection that
-breaks.
+"""Files at places (paths, URLs, the hub): listed and tried first, then read in bounded memory.
 
 A fault of the *file* (missing, truncated, damaged) is the same every time and is raised as
 ``FaultyFile``; readers count it and go on. A fault of the *connection* passes: reading goes on
 where it stopped, and after ``MAX_FAILURES`` in a row the unit fails with a ``DataError``, because
 leaving text out for it would make the result depend on the network.
 
-Where the files of a public corpus stand: a mirror or a public place, listed and tried before any
-work starts.
+The files of a public corpus stand at a mirror or at a public place. Both are listed, and a first
+file is tried, before any work starts.
 """
 
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from longrope2.corpora.corpus import Document, Split, Unit, source_documents
 from longrope2.errors import ConfigError, DataError
 
 READ_BYTES = 2**20
@@ -31,8 +33,8 @@ READ_BYTES = 2**20
 DECODE_BYTES = 2**14
 MAX_FAILURES = 6
 ROWS_PER_BATCH = 64
-Item = TypeVar("Item")
 HUB_TIMEOUT_SECONDS = 20.0
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -40,22 +42,34 @@ class FaultyFile(Exception):
     """The stored file itself is at fault; ``str()`` is the reason to count it under."""
 
 
-def is_remote(location: str) -> bool:
+def _is_remote(location: str) -> bool:
     """Whether a location is a URL and not a path."""
     return "://" in location
 
 
-def open_binary(location: str) -> Any:
+def is_web(location: str) -> bool:
+    """Whether a location is an address of the web, where nothing can be listed."""
+    return location.startswith(("http://", "https://"))
+
+
+def _open_binary(location: str) -> Any:
     """Open a path or URL for reading bytes; seekable where the server allows ranges."""
-    if not is_remote(location):
+    if not _is_remote(location):
         return Path(location).open("rb")
-    file_system, path = fsspec.url_to_fs(location, **_options(location))
+    options: dict[str, Any] = {}
+    if is_web(location):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+        # trust_env: obey the proxy variables.
+        options["client_kwargs"] = {"trust_env": True, "timeout": timeout}
+    file_system, path = fsspec.url_to_fs(location, **options)
     return file_system.open(path, "rb")
 
 
 def first_byte(location: str) -> None:
-    """Read one byte, to learn whether a location can be read; raises what the file system raises."""
-    with open_binary(location) as handle:
+    """Read one byte, to learn whether it can be read; raises what the file system raises."""
+    with _open_binary(location) as handle:
         handle.read(1)
 
 
@@ -71,9 +85,8 @@ def byte_blocks(location: str) -> Iterator[bytes]:
     if location.endswith(".gz"):
         return _decoded(stored, lambda: zlib.decompressobj(wbits=31))
     if location.endswith((".zst", ".zstd")):
-        return _decoded(
-            stored, lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-        )
+        zstd = zstandard.ZstdDecompressor(max_window_size=2**31)
+        return _decoded(stored, zstd.decompressobj)
     return stored
 
 
@@ -87,30 +100,15 @@ def parquet_batches(location: str, columns: Sequence[str]) -> Iterator[pa.Record
         DataError: as ``byte_blocks``.
     """
     try:
-        yield from _resumed(
-            location,
-            lambda row: _batches_from(location, row, columns),
-            lambda batch: batch.num_rows,
-        )
+        batches_from = partial(_batches_from, location, columns=columns)
+        yield from _resumed(location, batches_from, lambda batch: batch.num_rows)
     except pa.ArrowInvalid:
         raise FaultyFile("damaged file") from None
 
 
-def _options(location: str) -> dict[str, Any]:
-    """Options of the file system that serves a URL."""
-    if not location.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
-    return {
-        "client_kwargs": {"trust_env": True, "timeout": timeout}
-    }  # trust_env: obey the proxy variables
-
-
 def _read_from(location: str, position: int) -> Iterator[bytes]:
     """Stored bytes from a position on."""
-    with open_binary(location) as handle:
+    with _open_binary(location) as handle:
         if position:
             handle.seek(position)
         while block := handle.read(READ_BYTES):
@@ -121,7 +119,7 @@ def _batches_from(
     location: str, first_row: int, columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
     """Rows from a row on; row groups before it are not read."""
-    with open_binary(location) as handle:
+    with _open_binary(location) as handle:
         file = pq.ParquetFile(handle)
         present = [name for name in columns if name in file.schema_arrow.names]
         start = 0
@@ -140,7 +138,7 @@ def _batches_from(
 def _resumed(
     location: str, read_from: Callable[[int], Iterator[Item]], size: Callable[[Item], int]
 ) -> Iterator[Item]:
-    """Items of ``read_from(0)``; after a broken connection those of ``read_from(what was read so far)``."""
+    """Items of ``read_from(0)``; after a broken connection of ``read_from(what was read)``."""
     position, failures = 0, 0
     while True:
         try:
@@ -153,21 +151,21 @@ def _resumed(
         except Exception as error:  # every file system has errors of its own
             if _is_missing(error):
                 raise FaultyFile("missing file") from None
-            if not is_remote(location) and isinstance(error, OSError) and error.errno is None:
-                raise FaultyFile(
-                    "damaged file"
-                ) from None  # Arrow's own words for pages it cannot decode
+            if not _is_remote(location) and isinstance(error, OSError) and error.errno is None:
+                # Arrow's own words for pages it cannot decode.
+                raise FaultyFile("damaged file") from None
             failures += 1
-            if failures >= MAX_FAILURES or not is_remote(location):
+            if failures >= MAX_FAILURES or not _is_remote(location):
                 raise DataError(
-                    f"{location} cannot be read at byte or row {position:,}: {type(error).__name__}: {error}; run the "
-                    "same command again to go on, or read the corpus from a mirror (corpus.SOURCE.root=FOLDER)"
+                    f"{location} cannot be read at byte or row {position:,}: "
+                    f"{type(error).__name__}: {error}; run the same command again to go on, or "
+                    "read the corpus from a mirror (corpus.SOURCE.root=FOLDER)"
                 ) from None
             time.sleep(2.0 ** (failures - 2))
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Whether the server or the disk says that there is no such file; fsspec says it of a lost connection, too."""
+    """Whether there is no such file; fsspec says it of a lost connection, too."""
     if not isinstance(error, FileNotFoundError):
         return getattr(error, "status", None) in (404, 410)
     cause = error.__cause__ or error.__context__
@@ -198,21 +196,13 @@ def _decoded(stored: Iterator[bytes], new_decoder: Callable[[], Any]) -> Iterato
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What a message about a source says.
+    """What a message about a source says."""
 
-    Attributes:
-        key: Name of its settings: ``corpus.<key>.root``.
-        title: Its public name.
-        repository: Hub dataset.
-        layout: A path as a mirror must have it.
-        gated: Whether its terms must be accepted on the hub.
-    """
-
-    key: str
-    title: str
-    repository: str
-    layout: str
-    gated: bool = False
+    key: str  # name of its settings: ``corpus.<key>.root``
+    title: str  # its public name
+    repository: str  # hub dataset
+    layout: str  # a path as a mirror must have it
+    gated: bool = False  # its terms must be accepted on the hub
 
 
 @dataclass(frozen=True)
@@ -245,7 +235,66 @@ class FileSet:
         }
 
 
-def reached(info: SourceInfo, tried: str, root: str | None, action: Callable[[], Result]) -> Result:
+Groups = Mapping[str, Sequence[StoredFile]]  # unit, without its source -> files read together
+Reader = Callable[[FileSet, Unit, Sequence[StoredFile], Counter[str]], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """A corpus of one source: files at a place, and a function that reads those of a unit."""
+
+    source: str
+    files: FileSet
+    groups: Groups  # the units
+    reader: Reader  # yields the documents of a unit, as ``Corpus.read``; can be pickled
+    heldout_fraction: float  # share of documents held out, drawn by id
+    own_heldout: Groups | None = None  # units of the corpus' own held-out split, where it has one
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The one source."""
+        return (self.source,)
+
+    def units(self) -> Sequence[Unit]:
+        """All units but those of the corpus' own held-out split."""
+        return self._units(self.groups)
+
+    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+        """Documents of one unit."""
+        groups = {**self.groups, **(self.own_heldout or {})}
+        files = groups[unit.name.removeprefix(f"{self.source}/")]
+        return self.reader(self.files, unit, files, skipped)
+
+    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Documents of one split."""
+        if split is Split.train or self.own_heldout is None:
+            yield from source_documents(self, split, skipped)
+            return
+        for unit in self._units(self.own_heldout):
+            yield from self.read(unit, Counter() if skipped is None else skipped)
+
+    def describe(self) -> dict[str, Any]:
+        """Place and listing."""
+        return self.files.describe()
+
+    def _units(self, groups: Groups) -> list[Unit]:
+        """A unit per group, with the stored size of its files where all are known."""
+        units = []
+        for name, files in groups.items():
+            sizes = [file.size_bytes for file in files if file.size_bytes is not None]
+            size = sum(sizes) if len(sizes) == len(files) else None
+            units.append(Unit(f"{self.source}/{name}", self.source, size))
+        return units
+
+
+def one_by_one(files: Sequence[StoredFile]) -> Groups:
+    """A unit per file."""
+    return {file.path: [file] for file in files}
+
+
+def _reached(
+    info: SourceInfo, tried: str, root: str | None, action: Callable[[], Result]
+) -> Result:
     """Result of ``action``, which lists or tries a source.
 
     Raises:
@@ -258,11 +307,20 @@ def reached(info: SourceInfo, tried: str, root: str | None, action: Callable[[],
         raise
     except Exception as error:  # whatever the hub, a server or the disk answers
         reason = _first_cause(error)
-        if root is not None:
-            text = f"corpus.{info.key}.root={root}: {tried} cannot be read ({reason}); expected {info.layout}"
-        else:
-            text = f"corpus.{info.key} ({info.title}) cannot be reached: tried {tried} ({reason}). {_remedies(info)}"
-        raise ConfigError([text]) from None
+    key = f"corpus.{info.key}"
+    if root is not None:
+        text = f"{key}.root={root}: {tried} cannot be read ({reason}); expected {info.layout}"
+        raise ConfigError([text])
+    login = "no account is needed, but `hf auth login` raises the hub's limits"
+    if info.gated:
+        page = f"https://huggingface.co/datasets/{info.repository}"
+        login = f"accept the terms at {page} and log in with `hf auth login`"
+    text = (
+        f"{key} ({info.title}) cannot be reached: tried {tried} ({reason}). To read it from the "
+        f"hub, {login}. To read a mirror, set {key}.root=FOLDER ({info.layout}). "
+        "`--corpus sample` works offline"
+    )
+    raise ConfigError([text])
 
 
 def _first_cause(error: BaseException) -> str:
@@ -272,38 +330,16 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _remedies(info: SourceInfo) -> str:
-    """How to get at a source."""
-    page = f"https://huggingface.co/datasets/{info.repository}"
-    login = (
-        f"accept the terms at {page} and log in with `hf auth login`"
-        if info.gated
-        else "no account is needed, but `hf auth login` raises the hub's limits"
-    )
-    return (
-        f"To read it from the hub, {login}. To read a mirror, set corpus.{info.key}.root=FOLDER ({info.layout}). "
-        "`--corpus sample` works offline"
-    )
-
-
 def hub_base(info: SourceInfo, revision: str) -> str:
     """URL prefix of a hub dataset, pinned to the commit the revision means now."""
     from huggingface_hub import HfApi
 
-    commit = (
-        HfApi().dataset_info(info.repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-    )
-    return f"hf://datasets/{info.repository}@{commit}"
+    found = HfApi().dataset_info(info.repository, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    return f"hf://datasets/{info.repository}@{found.sha}"
 
 
-def hub_files(
-    info: SourceInfo, base: str, folder: str, suffixes: Sequence[str]
-) -> list[StoredFile]:
-    """Files of a hub dataset below ``folder`` (all of it where empty), sorted by path.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+def _hub_files(info: SourceInfo, base: str, folder: str) -> list[StoredFile]:
+    """All files of a hub dataset below ``folder`` (everywhere where empty)."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -314,72 +350,80 @@ def hub_files(
         revision=base.rpartition("@")[2],
         repo_type="dataset",
     )
-    return _wanted(
-        [StoredFile(e.path, e.size) for e in tree if isinstance(e, RepoFile)],
-        f"{base}/{folder}",
-        suffixes,
-    )
+    return [StoredFile(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)]
 
 
-def list_files(base: str, folder: str, suffixes: Sequence[str]) -> list[StoredFile]:
-    """Files below ``base/folder`` whose names end in one of ``suffixes``, sorted by path.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if is_remote(base):
-        import fsspec
-
-        file_system, path = fsspec.url_to_fs(base)
-        found = file_system.find(f"{path}/{folder}".rstrip("/"), detail=True)
-        files = [
-            StoredFile(name.removeprefix(path).lstrip("/"), entry["size"])
-            for name, entry in found.items()
-        ]
-    else:
+def _mirror_files(base: str, folder: str) -> list[StoredFile]:
+    """All files below ``base/folder``."""
+    if not _is_remote(base):
         top = Path(base)
         paths = (path for path in (top / folder).rglob("*") if path.is_file())
-        files = [
-            StoredFile(path.relative_to(top).as_posix(), path.stat().st_size) for path in paths
-        ]
-    return _wanted(files, f"{base}/{folder}", suffixes)
+        return [StoredFile(p.relative_to(top).as_posix(), p.stat().st_size) for p in paths]
+    file_system, top = fsspec.url_to_fs(base)
+    found = file_system.find(f"{top}/{folder}".rstrip("/"), detail=True).items()
+    return [StoredFile(name.removeprefix(top).lstrip("/"), entry["size"]) for name, entry in found]
 
 
 def _wanted(files: Sequence[StoredFile], place: str, suffixes: Sequence[str]) -> list[StoredFile]:
-    """Those of the files whose names end in one of the suffixes."""
-    kept = sorted(
-        (f for f in files if f.path.endswith(tuple(suffixes))), key=lambda file: file.path
-    )
+    """Those of the files whose names end in one of the suffixes, sorted by path."""
+    kept = [file for file in files if file.path.endswith(tuple(suffixes))]
     if not kept:
-        raise FileNotFoundError(
-            f"no file ending in {', '.join(suffixes)} below {place.rstrip('/')}"
-        )
-    return kept
+        allowed = ", ".join(suffixes)
+        raise FileNotFoundError(f"no file ending in {allowed} below {place.rstrip('/')}")
+    return sorted(kept, key=lambda file: file.path)
+
+
+def mirror_files(
+    info: SourceInfo, base: str, folder: str, suffixes: Sequence[str]
+) -> list[StoredFile]:
+    """Files of a mirror below ``base/folder`` that end in one of ``suffixes``.
+
+    Raises:
+        ConfigError: there is none; says what to do.
+    """
+    place = f"{base}/{folder}"
+    return _reached(
+        info, place, base, lambda: _wanted(_mirror_files(base, folder), place, suffixes)
+    )
+
+
+def listed_files(
+    info: SourceInfo, tried: str, root: str | None, base: str, paths: Callable[[], list[str]]
+) -> list[StoredFile]:
+    """Files below ``base`` that a list on the web names; the first one is tried.
+
+    Raises:
+        ConfigError: list or file cannot be read; says what was ``tried``.
+    """
+
+    def found() -> list[StoredFile]:
+        names = paths()
+        first_byte(f"{base}/{names[0]}")
+        return [StoredFile(name) for name in sorted(names)]
+
+    return _reached(info, tried, root, found)
 
 
 def parquet_files(info: SourceInfo, root: str | None, revision: str, folder: str) -> FileSet:
-    """Parquet files of a source that is a hub dataset: of the mirror ``root``, or of the hub; the
-    first one is tried.
+    """Parquet files of the mirror ``root``, or of the hub; the first one is tried.
 
     Raises:
         ConfigError: they cannot be listed or read; says what to do.
     """
-    tried = (
-        f"{root}/{folder}".rstrip("/")
-        if root is not None
-        else f"hub dataset {info.repository}/{folder}".rstrip("/")
-    )
+    place = root if root is not None else f"hub dataset {info.repository}"
 
     def found() -> FileSet:
         if root is not None:
-            base, files = root.rstrip("/"), list_files(root.rstrip("/"), folder, [".parquet"])
+            base = root.rstrip("/")
+            files = _mirror_files(base, folder)
         else:
             base = hub_base(info, revision)
-            files = hub_files(info, base, folder, [".parquet"])
-        first_byte(f"{base}/{files[0].path}")
-        return FileSet(base, tuple(files))
+            files = _hub_files(info, base, folder)
+        wanted = _wanted(files, f"{base}/{folder}", [".parquet"])
+        first_byte(f"{base}/{wanted[0].path}")
+        return FileSet(base, tuple(wanted))
 
-    return reached(info, tried, root, found)
+    return _reached(info, f"{place}/{folder}".rstrip("/"), root, found)
 
 
 def listed_names(location: str) -> list[str]:

@@ -9,6 +9,7 @@ that (`facts.md`), so reports must say these are there.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,29 +57,25 @@ class RetrievalConfig:
 
 
 class _Haystack:
-    """Text with the character span of every token, so that any run of tokens is a run of characters."""
+    """Text with the place of every token, so that any run of tokens is a run of characters."""
 
     def __init__(self, encoder: DocumentTokenizer, texts: Sequence[str]) -> None:
-        spans: list[np.ndarray] = []
+        starts = [np.zeros(0, dtype=np.int64)]
         offset = 0
         for batch in batches_by_characters(texts):
-            for text, text_spans in zip(
-                texts[batch], encoder.token_spans(texts[batch]), strict=True
-            ):
-                spans.append(text_spans + offset)
+            spans = encoder.token_spans(texts[batch])
+            for text, span_of_tokens in zip(texts[batch], spans, strict=True):
+                starts.append(span_of_tokens[:, 0] + offset)
                 offset += len(text)
         self._text = "".join(texts)
-        all_spans = np.concatenate(spans) if spans else np.zeros((0, 2), dtype=np.int64)
-        self._starts = all_spans[:, 0]
-        self.num_tokens = len(all_spans)
+        self._starts = np.concatenate(starts)
+        self.num_tokens = len(self._starts)
 
     def pieces(self, start: int, lengths: Sequence[int]) -> list[str]:
         """Consecutive pieces of text of about ``lengths`` tokens, from token ``start`` on."""
         bounds = start + np.cumsum([0, *lengths])
-        characters = [
-            int(self._starts[b]) if b < self.num_tokens else len(self._text) for b in bounds
-        ]
-        return [self._text[a:b] for a, b in zip(characters, characters[1:], strict=False)]
+        places = [int(self._starts[b]) if b < self.num_tokens else len(self._text) for b in bounds]
+        return [self._text[first:end] for first, end in pairwise(places)]
 
 
 @dataclass
@@ -94,14 +91,7 @@ class _Draft:
 
 
 class RetrievalDocuments:
-    """Generates retrieval documents from haystack texts.
-
-    Args:
-        encoder: Tokenizer of the model.
-        texts: Haystack texts of the train split.
-        config: Shape of the documents.
-        seed: Seed of everything drawn.
-    """
+    """Generates retrieval documents from haystack ``texts`` of the train split."""
 
     def __init__(
         self,
@@ -116,15 +106,15 @@ class RetrievalDocuments:
         self._seed = seed
         self._haystack = _Haystack(encoder, texts)
         wording = needle_wording("amber-anchor", "1234567")
-        self._head_tokens = len(encoder.encode(INSTRUCTION)) + NUM_BOUNDARY_TOKENS
-        self._tokens_per_needle = len(encoder.encode(wording.needle)) + len(
-            encoder.encode(_asked(wording))
-        )
+        head, needle, asked = encoder.count_tokens([INSTRUCTION, wording.needle, _asked(wording)])
+        self._head_tokens = head + NUM_BOUNDARY_TOKENS
+        self._tokens_per_needle = needle + asked
         self.shortest = self._head_tokens + self._tokens_per_needle
 
     def documents(self, bucket: str, tokens: int, *, above: int, up_to: int) -> Iterator[Document]:
-        """Documents of more than ``above`` and at most ``up_to`` tokens (BOS and EOS included),
-        ``tokens`` in all.
+        """Documents of more than ``above`` and at most ``up_to`` tokens, ``tokens`` in all.
+
+        BOS and EOS are included.
 
         Raises:
             DataError: ``up_to`` cannot hold a needle and its question, or the haystack is too
@@ -132,13 +122,13 @@ class RetrievalDocuments:
         """
         lowest = max(above + 1, self.shortest)
         if lowest > up_to:
-            raise DataError(
-                f"retrieval documents need at least {lowest} tokens, the {bucket} window has {up_to}"
-            )
+            window = f"the {bucket} window has {up_to}"
+            raise DataError(f"retrieval documents need at least {lowest} tokens, {window}")
         if self._haystack.num_tokens < up_to:
             raise DataError(
                 f"retrieval documents of {up_to} tokens need as much haystack; the corpus gave "
-                f"{self._haystack.num_tokens} tokens: use a larger corpus or set corpus.quotas.retrieval.{bucket}=0"
+                f"{self._haystack.num_tokens} tokens: use a larger corpus or set "
+                f"quotas.{RETRIEVAL_SOURCE}.{bucket}=0"
             )
         rng = random.Random(f"retrieval/{bucket}/{self._seed}")
         drafts, total = [], 0
@@ -146,9 +136,8 @@ class RetrievalDocuments:
             drafts.append(self._draft(rng, lowest, up_to))
             total += drafts[-1].target
         for number, text in enumerate(self._fitted(drafts, above, up_to)):
-            yield Document(
-                f"{RETRIEVAL_SOURCE}/{bucket}/{number:07d}", text, RETRIEVAL_SOURCE, bucket
-            )
+            doc_id = f"{RETRIEVAL_SOURCE}/{bucket}/{number:07d}"
+            yield Document(doc_id, text, RETRIEVAL_SOURCE, bucket)
 
     def _draft(self, rng: random.Random, lowest: int, up_to: int) -> _Draft:
         """Draw length, needles, their places and the order of the questions."""
@@ -156,11 +145,8 @@ class RetrievalDocuments:
         target = up_to if full else rng.randint(lowest, up_to)
         room = (target - self._head_tokens) // self._tokens_per_needle
         most = max(1, min(room, self._config.max_needles))
-        count = (
-            1
-            if most == 1 or rng.random() < self._config.single_needle_share
-            else rng.randint(2, most)
-        )
+        is_single = most == 1 or rng.random() < self._config.single_needle_share
+        count = 1 if is_single else rng.randint(2, most)
         keys: list[str] = []
         while len(keys) < count:
             key = draw_key(rng)
@@ -192,16 +178,16 @@ class RetrievalDocuments:
         texts = [self._text(draft) for draft in drafts]
         open_numbers = list(range(len(drafts)))
         for round_number in range(MAX_REPAIRS):
-            counts = self._count([texts[number] for number in open_numbers])
+            counts = self._encoder.count_tokens([texts[number] for number in open_numbers])
             exact = round_number < MAX_REPAIRS // 2
             misses = []
             for number, count in zip(open_numbers, counts, strict=True):
+                count += NUM_BOUNDARY_TOKENS
                 difference = drafts[number].target - count
                 if difference == 0 or (not exact and above < count <= up_to):
                     continue
-                drafts[number].num_haystack = max(
-                    0, drafts[number].num_haystack + difference - (not exact)
-                )
+                wanted = drafts[number].num_haystack + difference - (not exact)
+                drafts[number].num_haystack = max(0, wanted)
                 texts[number] = self._text(drafts[number])
                 misses.append(number)
             open_numbers = misses
@@ -209,13 +195,6 @@ class RetrievalDocuments:
                 return texts
         kept = set(range(len(texts))) - set(open_numbers)
         return [texts[number] for number in sorted(kept)]
-
-    def _count(self, texts: list[str]) -> list[int]:
-        """Tokens of every text with BOS and EOS."""
-        counts = []
-        for batch in batches_by_characters(texts):
-            counts += self._encoder.count_tokens(texts[batch])
-        return [count + NUM_BOUNDARY_TOKENS for count in counts]
 
     def _text(self, draft: _Draft) -> str:
         """The document as text."""

@@ -25,33 +25,16 @@ NAMES_PER_UNIT = 50
 # Tests and bundled packages; parts that Debian ships separately; tables of numbers (encodings); the
 # topics themselves.
 SKIPPED_FOLDERS = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "ensurepip",
-        "distutils",
-        "tkinter",
-        "turtledemo",
-        "encodings",
-        "pydoc_data",
-        "lib-dynload",
-    }
+    """
+    test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ ensurepip
+    distutils tkinter turtledemo encodings pydoc_data lib-dynload
+    """.split()
 )
 SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize", "turtle")
 
 
 class SampleCorpus:
-    """Standard-library modules and documentation topics (``corpus=sample``).
-
-    Args:
-        heldout_fraction: Share of documents held out, 0 to 1.
-    """
+    """Standard-library modules and documentation topics (``corpus=sample``)."""
 
     sources = (MODULES_SOURCE, TOPICS_SOURCE)
 
@@ -72,9 +55,8 @@ class SampleCorpus:
         for name in self._names[unit.source][start : start + NAMES_PER_UNIT]:
             text = _module_text(name) if unit.source == MODULES_SOURCE else _topics()[name]
             if text.strip():
-                yield Document(
-                    f"{unit.source}/{name}", text, unit.source, _domain(unit.source, name)
-                )
+                domain = _domain(unit.source, name)
+                yield Document(f"{unit.source}/{name}", text, unit.source, domain)
             else:
                 skipped["empty text"] += 1
 
@@ -85,11 +67,10 @@ class SampleCorpus:
     def describe(self) -> dict[str, Any]:
         """Python version, number of documents and a SHA-256 over all ids and texts."""
         digest, num_documents = hashlib.sha256(), 0
-        for document in (
-            document for unit in self.units() for document in self.read(unit, Counter())
-        ):
-            digest.update(f"{document.doc_id}\0{document.text}\0".encode())
-            num_documents += 1
+        for unit in self.units():
+            for document in self.read(unit, Counter()):
+                digest.update(f"{document.doc_id}\0{document.text}\0".encode())
+                num_documents += 1
         return {
             "python": platform.python_version(),
             "num_documents": num_documents,
@@ -112,7 +93,6 @@ def _module_names() -> Iterator[str]:
 
 
 def _library_folder() -> Path:
-    """Folder of the standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

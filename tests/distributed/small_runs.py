@@ -32,9 +32,9 @@ def pack_segments(folder: Path, align: int, tokens: int) -> None:
             str(align),
             "run.name=packed",
             f"run.root={folder}",
-            f"corpus.quotas.stdlib_modules={{short: {tokens}, long: {tokens}}}",
-            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-            "corpus.quotas.retrieval={short: 0, long: 0}",
+            f"quotas.stdlib_modules={{short: {tokens}, long: {tokens}}}",
+            "quotas.stdlib_topics={short: 0, long: 0}",
+            "quotas.retrieval={short: 0, long: 0}",
         ]
     )
 

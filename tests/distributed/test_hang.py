@@ -63,9 +63,9 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
             "2",
             "run.name=packed",
             f"run.root={tmp_path}",
-            "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
-            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-            "corpus.quotas.retrieval={short: 0, long: 0}",
+            "quotas.stdlib_modules={short: 4000, long: 4000}",
+            "quotas.stdlib_topics={short: 0, long: 0}",
+            "quotas.retrieval={short: 0, long: 0}",
         ]
     )
     log = tmp_path / "log"

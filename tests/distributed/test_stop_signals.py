@@ -40,9 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tiny",
             "run.name=packed",
             f"run.root={folder}",
-            "corpus.quotas.stdlib_modules={short: 4000, long: 4000}",
-            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-            "corpus.quotas.retrieval={short: 0, long: 0}",
+            "quotas.stdlib_modules={short: 4000, long: 4000}",
+            "quotas.stdlib_topics={short: 0, long: 0}",
+            "quotas.retrieval={short: 0, long: 0}",
         ]
     )
     return folder

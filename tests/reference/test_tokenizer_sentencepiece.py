@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: Hugging Face and SentencePiece forms give the same ids, and text comes back exactly."""
+"""The miniature's tokenizer: both forms give the same ids, and text comes back exactly."""
 
 import pytest
 import sentencepiece
@@ -11,9 +11,9 @@ from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
 
 NASTY = [
-    "a\tb\r\n  c", "</s> <s> <unk>", "日本語 é ü 😀\u200b \x00 \x7f", "   lead", "trail   ", "\n\n\n", "x" * 300,
-    " " * 77, "12345 67\t8", " \n \n  ", "a  b   c    d     e      f", "", " ", "def f(x):\n\treturn  x\n",
-    "<0x0A>", "é" * 50,
+    "a\tb\r\n  c", "</s> <s> <unk>", "日本語 é ü 😀\u200b \x00 \x7f", "   lead", "trail   ",
+    "\n\n\n", "x" * 300, " " * 77, "12345 67\t8", " \n \n  ", "a  b   c    d     e      f", "", " ",
+    "def f(x):\n\treturn  x\n", "<0x0A>", "é" * 50,
 ]  # fmt: skip
 
 

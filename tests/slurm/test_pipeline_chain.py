@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STAGES = ("pack", "search", "train", "evaluate", "export")
 PACK = [
-    "corpus=sample", "align=2", "corpus.quotas.stdlib_modules={short: 30000, long: 30000}",
-    "corpus.quotas.stdlib_topics={short: 0, long: 0}", "corpus.quotas.retrieval={short: 20000, long: 20000}",
+    "corpus=sample", "align=2", "quotas.stdlib_modules={short: 30000, long: 30000}",
+    "quotas.stdlib_topics={short: 0, long: 0}", "quotas.retrieval={short: 20000, long: 20000}",
     "tokens_per_unit=8192", "tokens_per_shard=8192",
 ]  # fmt: skip
 SIZE = ["model=tiny", "target_len=256"]

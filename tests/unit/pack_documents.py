@@ -1,11 +1,11 @@
-"""Tokenized units with made-up ids, for tests of planning and packing that need no text."""
+"""Tokenized units with made-up ids, for tests of choosing and packing that need no text."""
 
 import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.token_files import IndexRow, TokenizedUnit, UnitAccount, UnitWriter, load_documents
+from data_prep.token_files import IndexRow, TokenizedUnit, UnitAccount, load_documents, write_unit
 from data_prep.tokenizing import order_of
 
 
@@ -20,6 +20,18 @@ class Made:
     text: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class TokenizedDocument:
+    """A document as ids, BOS and EOS included."""
+
+    doc_id: str
+    source: str
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 def table_of(folder, documents, *, documents_per_unit=7, seed=0):
     """Write documents as units of one source each and load them."""
     units = []
@@ -28,7 +40,7 @@ def table_of(folder, documents, *, documents_per_unit=7, seed=0):
         for first in range(0, len(own), documents_per_unit):
             unit = TokenizedUnit(folder, f"{source}-{first:03d}")
             account = UnitAccount([f"{source}/{first}"], source)
-            with UnitWriter(folder, unit.stem, np.uint32) as writer:
+            with write_unit(folder, unit.stem, np.uint32) as add:
                 for document in own[first : first + documents_per_unit]:
                     text_hash = hashlib.sha256(
                         (document.text or document.doc_id).encode()
@@ -42,7 +54,7 @@ def table_of(folder, documents, *, documents_per_unit=7, seed=0):
                         text_hash,
                         order,
                     )
-                    writer.add(row, np.arange(3, 1 + document.num_tokens, dtype=np.uint32))
+                    add(row, np.arange(3, 1 + document.num_tokens, dtype=np.uint32))
                     account.num_documents += 1
                     account.num_tokens += document.num_tokens - 2
             unit.write_account(account)

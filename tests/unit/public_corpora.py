@@ -1,5 +1,4 @@
-"""Miniature mirrors of the public corpora: their real field names and file names, and the faults
-they are known for.
+"""Miniature mirrors of the public corpora, with their real field names, file names and faults.
 
 Every ``write_*`` fills a mirror folder and returns what an adapter must make of it: the texts of
 its documents by id, and the counts of what it leaves out.
@@ -19,22 +18,26 @@ LONG_DOCUMENT = "word " * 400_000  # about 400,000 tokens
 LONE_SURROGATE = '{"text": "half a pair \\ud800", "meta": {}}'
 
 META = {
-    "arxiv": {"timestamp": "2020", "yymm": "2001", "arxiv_id": "2001.1", "language": "en", "url": "https://arxiv.org/abs/1"},
+    "arxiv": {"timestamp": "2020", "yymm": "2001", "arxiv_id": "2001.1",
+              "language": "en", "url": "https://arxiv.org/abs/1"},
     "c4": {"timestamp": "2019", "source": "c4", "language": "en", "url": "https://c4"},
     "github": {
-        "content_hash": "h", "timestamp": "", "source": "github", "line_count": 3, "max_line_length": 9,
-        "avg_line_length": 3.5, "alnum_prop": 0.7, "repo_name": "a/b", "id": "1", "size": "20", "binary": False,
+        "content_hash": "h", "timestamp": "", "source": "github", "line_count": 3,
+        "max_line_length": 9, "avg_line_length": 3.5, "alnum_prop": 0.7, "repo_name": "a/b",
+        "id": "1", "size": "20", "binary": False,
         "copies": "1", "ref": "refs/heads/main", "path": "a.py", "mode": "33188", "license": "mit",
         "language": [{"name": "Python", "bytes": "20"}],
     },
-    "stackexchange": {"timestamp": "2023", "source": "stackexchange", "language": "en", "question_score": "3", "url": "u"},
-    "wikipedia": {"timestamp": "2023", "title": "T", "language": "de", "url": "https://de.wikipedia.org"},
+    "stackexchange": {"timestamp": "2023", "source": "stackexchange", "language": "en",
+                      "question_score": "3", "url": "u"},
+    "wikipedia": {"timestamp": "2023", "title": "T",
+                  "language": "de", "url": "https://de.wikipedia.org"},
 }  # fmt: skip
 CRAWL = "common_crawl/2023-06/en_head_0000.json.gz.dedup.classifier.jsonl.zst"
 
 
 def write_redpajama_v1(root: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """One file per domain, ``common_crawl`` with its other schema; a second, truncated one of it."""
+    """One file per domain, ``common_crawl`` with its own schema and a second, truncated file."""
     counts = {
         "empty text": 2,
         "no text": 1,
@@ -92,7 +95,7 @@ def record(text: str, domain: str) -> str:
 
 
 def write_redpajama_v2(root: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """A shard of head and middle with a list of duplicates, the middle truncated and without one, and a tail."""
+    """A shard of head (with a list of duplicates), middle (truncated, without one) and tail."""
     pages = [page("first"), page("a duplicate"), page(""), page("long " * 50), page(SPECIAL)]
     write(root / "documents/2023-06/0000/en_head.json.gz", gzip.compress("\n".join(pages).encode()))
     lots = "\n".join(page(f"page {n} {n * 7919}") for n in range(400)).encode()
@@ -141,7 +144,7 @@ def page(text: str) -> str:
 
 
 def write_starcoder(root: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Two Python files that share repositories, one with integer and one with float stars; Go; notebooks."""
+    """Two Python files that share repositories, with int and float stars; Go; notebooks."""
     rows = [
         ("b.py", "x/one", "second file\n"),
         ("c.py", "x/two", "<reponame>x/two\n<gh_stars>1-10\nprint(1)\n"),

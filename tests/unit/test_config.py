@@ -35,14 +35,14 @@ def test_unknown_key_is_named_with_its_neighbours() -> None:
 def test_a_new_entry_of_a_dictionary_needs_a_plus() -> None:
     folder = ["target_len=2048", "corpus=folder", "corpus.folder=texts"]
     with pytest.raises(
-        ConfigError, match=r"unknown key corpus.plan.sources.web; to add it, put \+ in front"
+        ConfigError, match=r"unknown key mixture.sources.web; to add it, put \+ in front"
     ):
-        compose(PackConfig, "pack", [*folder, "corpus.plan.sources.web=5"])
-    assert not compose(PackConfig, "pack", folder).corpus.plan.is_given
+        compose(PackConfig, "pack", [*folder, "mixture.sources.web=5"])
+    assert not compose(PackConfig, "pack", folder).mixture.is_given
     config = compose(
-        PackConfig, "pack", [*folder, "+corpus.plan.sources.web=5", "corpus.plan.buckets.long=5"]
+        PackConfig, "pack", [*folder, "+mixture.sources.web=5", "mixture.buckets.long=5"]
     )
-    assert config.corpus.plan.sources == {"web": 5} and config.corpus.plan.fixes_lengths
+    assert config.mixture.sources == {"web": 5} and config.mixture.fixes_lengths
 
 
 def test_wrong_type_is_named() -> None:

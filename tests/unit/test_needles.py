@@ -1,4 +1,4 @@
-"""Needle samples: exact to the token, one BOS, nothing cut, every sample from its own seed, everything recorded."""
+"""Needle samples: exact to the token, one BOS, nothing cut, one seed each, all recorded."""
 
 import hashlib
 import json
@@ -149,7 +149,7 @@ def test_control_sets_share_keys_and_haystacks(tokenizer):
 def rebuilt(
     sample: NeedleSample, books: list[Document], length: int, present: bool, tokenizer
 ) -> list[int]:
-    """The sample's ids from nothing but its record and the books, with the tokenizer as transformers gives it."""
+    """The sample's ids from its record and the books alone, by the tokenizer of transformers."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -174,7 +174,7 @@ def rebuilt(
 
 
 def pg19_folder(folder):
-    """A parquet file in the columns of the PG19 mirror: one book longer than 3,000 tokens, the others shorter."""
+    """A parquet file like the PG19 mirror's: one book longer than 3,000 tokens, others shorter."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

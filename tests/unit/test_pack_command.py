@@ -1,4 +1,4 @@
-"""The pack command end to end on small folders: tokens come back as the text, reruns, crashes, and bad input."""
+"""The pack command on small folders: tokens come back as text, reruns, crashes, bad input."""
 
 import json
 import random
@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from data_prep import pack as pack_module
-from data_prep.config import PackConfig
+from data_prep.config import BucketQuota, BucketTokens, MixtureConfig, PackConfig
 from data_prep.pack import check
 from data_prep.stages import locked
-from data_prep.verification import verify_folder
+from data_prep.verification import audit_folder
 from longrope2.config import compose
-from longrope2.corpora.config import BucketQuota, BucketTokens, PlanConfig
 from longrope2.corpora.corpus import Split
 from longrope2.corpora.folder import FolderCorpus
 from longrope2.corpora.tokenizer import load_document_tokenizer
@@ -63,7 +62,7 @@ def folder_arguments(texts_folder, root, *more):
 
 
 def unpacked(store):
-    """Document id -> token runs, in the order of the document where the order is known (whole ones and windows)."""
+    """Document id -> token runs, in the order of the document where the order is known."""
     runs = defaultdict(list)
     for index in range(len(store)):
         segment = store.segment(index)
@@ -80,10 +79,10 @@ def unpacked(store):
 @pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize("overlong", ["drop", "split"])
 def test_every_document_comes_back_as_its_text(texts_folder, tmp_path, align, overlong):
-    more = (f"align={align}", f"corpus.short_overlong={overlong}", "tokens_per_shard=2048")
+    more = (f"align={align}", f"short_overlong={overlong}", "tokens_per_shard=2048")
     assert run(*folder_arguments(texts_folder, tmp_path, *more)) == 0
     folder = tmp_path / "x" / "1_segments"
-    verify_folder(folder)
+    audit_folder(folder)
     store = SegmentStore(folder)
     encoder = load_document_tokenizer(Path("models/tiny"))
     runs, rest = unpacked(store), store.manifest.counts["left_over_tokens"]
@@ -120,7 +119,7 @@ def number_of(window_id):
 
 
 def assembled(ids, runs):
-    """Whether the runs are disjoint parts of ``ids`` that cover it but for a tail that was left over."""
+    """Whether the runs are disjoint parts of ``ids`` that cover it but for a tail."""
     by_start = sorted((ids_position(ids, run), run) for run in runs)
     place = 0
     for start, run in by_start:
@@ -151,11 +150,9 @@ def test_rerun_finds_the_work_done_and_another_configuration_is_refused(
     }
     assert run(*arguments) == 0
     assert "already complete" in capsys.readouterr().out
-    assert run(*arguments, "seed=3", "corpus.quotas.folder.long=100") == 2
+    assert run(*arguments, "seed=3", "quotas.folder.long=100") == 2
     message = capsys.readouterr().err
-    assert (
-        "seed was 0, now 3" in message and "corpus.quotas.folder.long was None, now 100" in message
-    )
+    assert "seed was 0, now 3" in message and "quotas.folder.long was None, now 100" in message
     assert "Choose another run.name, or delete that folder" in message
     assert {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
 
@@ -219,7 +216,7 @@ def test_manifest_names_what_it_was_made_from(texts_folder, tmp_path):
     assert manifest["counts"]["shortfalls"] == []
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, capsys):
+def test_dry_run_prints_what_is_wanted_and_writes_nothing(texts_folder, tmp_path, capsys):
     assert run(*folder_arguments(texts_folder, tmp_path / "root", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert (
@@ -234,6 +231,19 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
     [
         (["--target", "512", "--corpus", "nope"], ["corpus=nope", "folder", "sample"]),
         (["--target", "512", "--corpus", "sample", "nokey=1"], ["unknown key nokey"]),
+        (["--target", "512", "--corpus", "books"], ["mixture=books does not exist", "folder"]),
+        (
+            ["--target", "512", "corpus.quotas.retrieval.long=0", "+corpus.plan.sources.a=5"],
+            [
+                "2 fault(s)",
+                "unknown key corpus.quotas.retrieval.long; it is quotas.retrieval.long now",
+                "unknown key corpus.plan.sources.a; it is mixture.sources.a now",
+            ],
+        ),
+        (
+            ["--target", "512", "corpus.short_overlong=split", "seed=1"],
+            ["unknown key corpus.short_overlong; it is short_overlong now"],
+        ),
         (
             [
                 "--target",
@@ -243,8 +253,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
                 "align=3",
                 "retrieval.max_needles=0",
                 "model.path=/no/such",
-                "corpus.quotas.stdlib_topics.short=-1",
-                "corpus.quotas.retrieval.long=null",
+                "quotas.stdlib_topics.short=-1",
+                "quotas.retrieval.long=null",
                 "tokens_per_shard=1",
             ],
             [
@@ -254,8 +264,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
                 "align=3 does not divide target_len=500",
                 "retrieval.max_needles=0 must be at least 1",
                 "model.path=/no/such",
-                "corpus.quotas.stdlib_topics.short=-1 must be tokens",
-                "corpus.quotas.retrieval.long=null: these documents are generated",
+                "quotas.stdlib_topics.short=-1 must be tokens",
+                "quotas.retrieval.long=null: these documents are generated",
                 "tokens_per_shard=1 must be at least",
             ],
         ),
@@ -309,13 +319,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(texts_folder, tmp_path, caps
                 "512",
                 "--corpus",
                 "sample",
-                "corpus.quotas={stdlib_topics:{short:0,long:0}}",
-                "corpus.quotas.stdlib_modules.short=0",
-                "corpus.quotas.stdlib_modules.long=0",
-                "corpus.quotas.retrieval.short=0",
-                "corpus.quotas.retrieval.long=0",
+                "quotas={stdlib_topics:{short:0,long:0}}",
+                "quotas.stdlib_modules.short=0",
+                "quotas.stdlib_modules.long=0",
+                "quotas.retrieval.short=0",
+                "quotas.retrieval.long=0",
             ],
-            ["corpus.quotas asks for no tokens at all"],
+            ["quotas asks for no tokens at all"],
         ),
     ],
 )
@@ -330,10 +340,9 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, capsys, argum
 
 def test_a_quota_for_an_unknown_source():
     config = compose(PackConfig, "pack", ["target_len=512", "corpus=sample"])
-    config.corpus.quotas["books"] = BucketQuota(short=0, long=5)
+    config.quotas["books"] = BucketQuota(short=0, long=5)
     with pytest.raises(
-        ConfigError,
-        match="corpus.quotas.books: the corpus has no such source; it has stdlib_modules",
+        ConfigError, match="quotas.books: the corpus has no such source; it has stdlib_modules"
     ):
         check(config)
 
@@ -341,16 +350,14 @@ def test_a_quota_for_an_unknown_source():
 def test_a_corpus_that_fills_no_segment(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("one two three " * 60)
-    arguments = folder_arguments(
-        tmp_path / "texts", tmp_path / "root", "corpus.quotas.folder.short=0"
-    )
+    arguments = folder_arguments(tmp_path / "texts", tmp_path / "root", "quotas.folder.short=0")
     assert run(*arguments) == 2
     assert "not enough for one segment of target_len=512" in capsys.readouterr().err
     assert not (tmp_path / "root" / "x" / "1_segments" / "manifest.json").exists()
 
 
 def test_shortfalls_are_reported(texts_folder, tmp_path, capsys):
-    assert run(*folder_arguments(texts_folder, tmp_path, "corpus.quotas.folder.long=9000000")) == 0
+    assert run(*folder_arguments(texts_folder, tmp_path, "quotas.folder.long=9000000")) == 0
     assert "shortfall: folder/long:" in capsys.readouterr().out
     counts = SegmentStore(tmp_path / "x" / "1_segments").manifest.counts
     assert counts["shortfalls"][0].endswith("of 9,000,000 tokens")
@@ -368,11 +375,11 @@ def test_any_number_of_workers_gives_the_same_bytes(texts_folder, tmp_path):
     more = (
         "tokens_per_shard=1024",
         "tokens_per_unit=4096",
-        "corpus.short_overlong=split",
+        "short_overlong=split",
         "align=4",
-        "corpus.quotas.folder.short=6000",
-        "corpus.quotas.folder.long=9000",
-        "corpus.quotas.retrieval.long=2000",
+        "quotas.folder.short=6000",
+        "quotas.folder.long=9000",
+        "quotas.retrieval.long=2000",
     )
     folders = []
     for workers in (1, 2, 4):
@@ -392,7 +399,7 @@ def test_any_number_of_workers_gives_the_same_bytes(texts_folder, tmp_path):
     assert folders[0] == folders[1] == folders[2] and len(folders[0]) > 8
     assert manifests[0]["counts"] == manifests[1]["counts"] == manifests[2]["counts"]
     assert manifests[0]["counts"]["num_shuffle_units"] > 2
-    verify_folder(tmp_path / "4" / "x" / "1_segments")
+    audit_folder(tmp_path / "4" / "x" / "1_segments")
 
 
 def test_datasets_opens_the_shards(texts_folder, tmp_path):
@@ -447,7 +454,7 @@ def test_excluded_texts_are_not_packed(texts_folder, tmp_path):
     assert untokenized["held out for search and evaluation"] == 60 - len(trained)
 
 
-def test_a_plan_fits_the_supply_and_reports_what_is_missing(texts_folder, tmp_path, capsys):
+def test_a_mixture_fits_the_supply_and_reports_what_is_missing(texts_folder, tmp_path, capsys):
     more = (
         "tokens_per_shard=2048",
         "tokens_per_unit=8192",
@@ -459,13 +466,13 @@ def test_a_plan_fits_the_supply_and_reports_what_is_missing(texts_folder, tmp_pa
         PackConfig, "pack", [f"corpus.folder={texts_folder}", f"run.root={tmp_path}", *more]
     )
     buckets = BucketTokens(short=5000, mid=10000, long=15000)
-    config.corpus.plan = PlanConfig(
+    config.mixture = MixtureConfig(
         sources={"folder": 30000}, buckets=buckets, mid_limit=400, long_limit=900
     )
     pack_module.pack(config)
     assert "tokens by length: short 5,000, mid 10,000, long 15,000" in capsys.readouterr().out
     folder = tmp_path / "x" / "1_segments"
-    verify_folder(folder)
+    audit_folder(folder)
     counts = SegmentStore(folder).manifest.counts
     assert set(counts["chosen_tokens"]["folder"]) == {"short", "mid", "long"}
     assert any(shortfall.startswith("bucket mid") for shortfall in counts["shortfalls"])
@@ -490,7 +497,7 @@ def test_dry_run_estimates_supply_and_disk(texts_folder, tmp_path, capsys):
     assert (
         run(
             *folder_arguments(
-                texts_folder, tmp_path / "root", "--dry-run", "corpus.quotas.folder.long=5000"
+                texts_folder, tmp_path / "root", "--dry-run", "quotas.folder.long=5000"
             )
         )
         == 0

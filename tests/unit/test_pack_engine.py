@@ -1,4 +1,4 @@
-"""Units on processes and on job arrays: all are done, failures are told, a killed worker does not hang the run."""
+"""Units on processes and job arrays: all are done, failures told, a killed worker ends the run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of every stage; the run that goes on ends with the bytes of one that was never killed."""
+"""Kill -9 at random moments; the run that goes on ends with the bytes of one never killed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep.verification import verify_folder
+from data_prep.verification import audit_folder
 
 COMMAND = (sys.executable, "-m", "data_prep.pack")
 NUM_KILLS = 12  # for each number of workers
@@ -66,11 +66,11 @@ def arguments_for(texts, root, workers):
         "align=2",
         "tokens_per_shard=8192",
         "tokens_per_unit=32768",
-        "corpus.short_overlong=split",
+        "short_overlong=split",
         f"workers={workers}",
-        "corpus.quotas.folder.short=60000",
-        "corpus.quotas.folder.long=90000",
-        "corpus.quotas.retrieval.long=4000",
+        "quotas.folder.short=60000",
+        "quotas.folder.long=90000",
+        "quotas.retrieval.long=4000",
     ]
 
 
@@ -94,8 +94,8 @@ def stage_of(root):
         return "start"
     if list(folder.glob("segments-*.arrow")):
         return "pack"
-    if (work / "plan").is_dir():
-        return "plan"
+    if (work / "list").is_dir():
+        return "list"
     return "tokenize" if list(work.glob("*.tokens")) else "scan"
 
 
@@ -125,7 +125,7 @@ def test_killed_at_random_and_resumed(texts, tmp_path, workers):
     assert {"tokenize", "pack"} <= set(stages), stages
     subprocess.run([*COMMAND, *killed], check=True, capture_output=True)
     assert products(tmp_path / "killed") == expected
-    verify_folder(tmp_path / "killed" / "x" / "1_segments")
+    audit_folder(tmp_path / "killed" / "x" / "1_segments")
 
 
 def _died_at_a_rename(arguments, last):
@@ -138,7 +138,7 @@ def _died_at_a_rename(arguments, last):
 
 
 def _killed_after_files(arguments, root, more, seconds):
-    """Kill the run and its workers ``seconds`` after ``more`` new files appeared; whether it had finished before."""
+    """Kill run and workers ``seconds`` after ``more`` new files; whether it had finished before."""
     before = len(_files(root))
     child = subprocess.Popen(
         [*COMMAND, *arguments],

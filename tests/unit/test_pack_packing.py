@@ -1,13 +1,13 @@
-"""Packing against brute force: naive best fit, and every token of every document found exactly once."""
+"""Packing against brute force: naive best fit, and every token found exactly once."""
 
 import random
 from collections import defaultdict
 
 import numpy as np
 import pytest
+from pack_documents import TokenizedDocument
 
 from data_prep.packing import best_fit_decreasing, pack_long, pack_short
-from data_prep.quotas import TokenizedDocument
 from data_prep.shards import segment_from_draft
 from longrope2.segments.format import SegmentRules, check_segment
 
@@ -31,7 +31,7 @@ def rules(alignment=1):
 
 
 def naive_best_fit(documents, capacity):
-    """O(n^2) reference: the fullest bin with room; among equals the one that reached its room first."""
+    """O(n^2) reference: the fullest bin with room; among equals the first to reach it."""
     bins = []  # (room, time of the last change, index, members)
     for time, document in enumerate(sorted(documents, key=len, reverse=True)):
         fitting = [b for b in bins if b["room"] >= len(document)]
@@ -89,7 +89,7 @@ def test_short_segments_hold_every_document_once_and_keep_the_rules(alignment, s
 
 
 def test_short_chunks_that_fill_no_segment_are_left_out():
-    """Six full chunks and two emptier ones make two segments of three chunks and two chunks too many."""
+    """Six full chunks and two emptier ones make two segments of three and two chunks too many."""
     documents = documents_of([16] * 6 + [9, 12])
     packing = pack_short(documents, target_len=48, alignment=3, seed=0)
     assert len(packing.segments) == 2

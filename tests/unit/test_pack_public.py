@@ -1,4 +1,4 @@
-"""``corpus=paper`` from miniature mirrors of its four sources, faults included, through to verified segments."""
+"""``corpus=paper`` from miniature mirrors, faults included, through to verified segments."""
 
 import pytest
 from public_corpora import (
@@ -12,8 +12,8 @@ from data_prep import pack, verify
 from longrope2.segments.format import SegmentStore
 
 WRITERS = {
-    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2, "starcoder": write_starcoder,
-    "fineweb_edu": write_fineweb_edu,
+    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2,
+    "starcoder": write_starcoder, "fineweb_edu": write_fineweb_edu,
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def test_the_paper_corpus_from_mirrors(tmp_path, capsys):
         [
             "--target",
             "512",
-            "corpus.plan.total_tokens=1000000",
+            "mixture.total_tokens=1000000",
             "corpus.redpajama_v2.short_characters=0",
             "corpus.heldout_fraction=0.0",
             f"run.root={tmp_path}",

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from pack_documents import Made, table_of
 
-from data_prep.config import Overlong
+from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.quotas import Demand, find_candidates, measure_supply, select_documents
-from data_prep.shards import write_pack_plan
+from data_prep.shards import PackList
 from data_prep.token_files import LengthBuckets
-from longrope2.corpora.config import ShortOverlong
 from longrope2.corpora.corpus import Split, split_of
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.sample import SampleCorpus
@@ -54,13 +53,19 @@ def chosen(
     seed=0,
     exact=True,
 ):
-    candidates, account = find_candidates(
-        table, lengths, overlong, drop_exact=exact, drop_near=False
-    )
+    rules = DocumentsConfig(overlong=overlong, exact_duplicates=exact)
+    candidates, account = find_candidates(table, lengths, rules)
     short_overlong = dict.fromkeys(table.sources, windows)
-    return select_documents(
-        table, candidates, demand, lengths, short_overlong, account, seed=seed
-    ), account
+    selection = select_documents(
+        table,
+        candidates,
+        demand=demand,
+        lengths=lengths,
+        short_overlong=short_overlong,
+        account=account,
+        seed=seed,
+    )
+    return selection, account
 
 
 def demand(**cells):
@@ -135,12 +140,11 @@ def test_choice_does_not_depend_on_the_units(tmp_path, documents, windows):
         one, first
     )
     for folder, table, selection in (("a", one, first), ("b", other, second)):
-        plan = write_pack_plan(
-            tmp_path / folder / "plan", table, selection, tokens_per_unit=600, summary={}
-        )
+        pack_list = PackList(tmp_path / folder / "list")
+        pack_list.write(table, selection, tokens_per_unit=600, summary={})
         units = [
-            sorted(plan.parts(n).column("doc_id").to_pylist())
-            for n in range(plan.summary()["num_units"])
+            sorted(pack_list.parts(n).column("doc_id").to_pylist())
+            for n in range(pack_list.summary()["num_units"])
         ]
         assert len(units) == round(int(selection.parts.tokens_P.sum()) / 600) > 2
         if folder == "a":
@@ -219,7 +223,7 @@ def test_supply_is_the_sum_of_all_candidates(tmp_path):
         Made(f"{s}{d}{n}", rng.randint(3, 999), s, d) for s in "st" for d in "ab" for n in range(30)
     ]
     table = table_of(tmp_path, documents)
-    candidates, _ = find_candidates(table, THREE, Overlong.split, drop_exact=True, drop_near=False)
+    candidates, _ = find_candidates(table, THREE, DocumentsConfig())
     supply = measure_supply(table, candidates, THREE)
     expected = {s: {d: dict.fromkeys(THREE.names, 0) for d in "ab"} for s in "st"}
     for document in documents:

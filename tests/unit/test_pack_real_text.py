@@ -1,4 +1,4 @@
-"""Real text at 131,072 tokens with a real model's tokenizer, from what a Python machine has: no network."""
+"""Real text at 131,072 tokens with a real model's tokenizer, without a network."""
 
 import re
 import sysconfig
@@ -21,7 +21,7 @@ from longrope2.segments.format import SegmentStore, check_at_start
     reason="needs the packages of model=smollm2_135m (conf/model/smollm2_135m.yaml)",
 )
 def test_long_segments_of_real_text(tmp_path, capsys):
-    """The language reference as one document of over 100,000 tokens, and modules of the standard library."""
+    """The language reference as one document of over 100,000 tokens, and library modules."""
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "reference.txt").write_text(

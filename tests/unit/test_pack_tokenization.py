@@ -17,14 +17,15 @@ from longrope2.corpora.tokenizer import (
 
 TINY = Path("models/tiny/tokenizer.json")
 SNIPPETS = [
-    " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "word", "Words", "don't", "x=1;", "    indented", "12345", "3.14", "日本語",
-    "é", "e\u0301", "😀", "👩‍👩‍👧", "\u00a0", "\u3000", "▁", "▁▁", "a▁b", " ▁", "▁ ", "</s>", "<s>", "<|end|>", "\x00", "_",
+    " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "word", "Words", "don't", "x=1;",
+    "    indented", "12345", "3.14", "日本語", "é", "e\u0301", "😀", "👩‍👩‍👧", "\u00a0", "\u3000",
+    "▁", "▁▁", "a▁b", " ▁", "▁ ", "</s>", "<s>", "<|end|>", "\x00", "_",
     "averyverylongwordwithoutanyspaces" * 3, "-" * 40,
 ]  # fmt: skip
 
 
 def family(kind):
-    """Backends as the LLaMA-2 family has them: by normaliser, with a leading marker, or by Metaspace."""
+    """Backends of the LLaMA-2 family: by normaliser, with a leading marker, or by Metaspace."""
     fields = json.loads(TINY.read_text(encoding="utf-8"))
     fields["pre_tokenizer"] = None
     if kind == "prepend":

@@ -1,4 +1,4 @@
-"""Books out of packages: the texts, their record, and what happens when an archive is not what it should be."""
+"""Books out of packages: the texts, their record, and archives that are not what they should be."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,8 @@ MEMBERS = {
 TEXTS = {
     "A Play": "ONE\nTWO\n",
     "Old & New": "caf\u00e9\n",
-    "Verses": "Jude, chapter 1\n\nNow unto him.\nTo the only wise.\n\nRevelation, chapter 1\n\nThe Revelation.\n",
+    "Verses": "Jude, chapter 1\n\nNow unto him.\nTo the only wise.\n\n"
+    "Revelation, chapter 1\n\nThe Revelation.\n",
 }
 PLAIN, VERSE = SOURCES[1].read, SOURCES[0].read
 

@@ -1,4 +1,4 @@
-"""Adapters of the public corpora on miniature mirrors: every record read as it is, or left out and counted."""
+"""Public corpora on miniature mirrors: every record read as it is, or left out and counted."""
 
 import gzip
 import json
@@ -24,6 +24,8 @@ from public_corpora import (
     write_starcoder,
 )
 
+from data_prep.config import PackConfig
+from longrope2.config import compose
 from longrope2.corpora.build import build_corpus, heldout_texts
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Split, split_documents, split_of, stable_fraction
@@ -31,13 +33,13 @@ from longrope2.errors import ConfigError
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
 WRITERS = {
-    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2, "starcoder": write_starcoder,
-    "fineweb_edu": write_fineweb_edu, "pg19": write_pg19,
+    "redpajama_v1": write_redpajama_v1, "redpajama_v2": write_redpajama_v2,
+    "starcoder": write_starcoder, "fineweb_edu": write_fineweb_edu, "pg19": write_pg19,
 }  # fmt: skip
 
 
 def configured(kind, root=None, **settings):
-    """Configuration of one public corpus, or of the mix ``kind`` names, with keys of its adapter."""
+    """Configuration of one public corpus, with keys of its adapter."""
     config = CorpusConfig(name=kind, kind=CorpusKind(kind))
     part = getattr(config, kind)
     part.root = None if root is None else str(root)
@@ -83,8 +85,6 @@ def test_redpajama_v2(tmp_path):
         f"redpajama_v2/2023-06/0000/en_middle.json.gz/{n}": f"page {n} {n * 7919}"
         for n in range(len(middle))
     }
-    hints = {d.doc_id: d.size_hint for d in corpus.read(corpus.units()[0], Counter())}
-    assert hints == {doc_id: len(text) for doc_id, text in texts.items()}
     assert {d.domain for d in corpus.read(corpus.units()[0], Counter())} == {"en_head"}
 
 
@@ -190,15 +190,23 @@ def test_pg19_keeps_its_own_splits(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_corpus_fits_the_schema_and_plans_for_sources_it_has(file):
+def test_every_corpus_fits_the_schema_and_its_mixture_names_sources_it_has(file):
     with initialize_config_dir(config_dir=str(CONF.parent), version_base="1.3"):
         composed = hydra_compose(config_name=f"corpus/{file.stem}").corpus
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), composed))
     assert isinstance(config, CorpusConfig)
     members = [kind.value for kind in config.members]
     assert (config.kind is CorpusKind.mix) == bool(members)
-    if config.plan.is_given:
-        assert config.plan.faults(members) == [] and sorted(config.plan.sources) == sorted(members)
+    if file.stem in ("books", "pg19"):  # never packed
+        assert not (CONF.parent / "mixture" / file.name).exists()
+        return
+    packed = compose(PackConfig, "pack", [f"corpus={file.stem}", "target_len=131072"])
+    assert packed.corpus == config
+    if members:
+        assert packed.mixture.faults(members, 8192) == []
+        assert sorted(packed.mixture.sources) == sorted(members) and not packed.quotas
+    else:
+        assert not packed.mixture.is_given and "retrieval" in packed.quotas
 
 
 def paper_mirrors(tmp_path):
@@ -218,7 +226,6 @@ def test_paper_corpus_from_mirrors(tmp_path):
     config = paper_mirrors(tmp_path)
     corpus = build_corpus(config)
     assert corpus.sources == ("redpajama_v1", "redpajama_v2", "starcoder", "fineweb_edu")
-    assert config.plan.is_given and config.plan.faults(corpus.sources) == []
     found, _ = everything(corpus)
     alone = [
         everything(build_corpus(configured(kind, tmp_path / kind)))[0] for kind in corpus.sources
@@ -240,7 +247,7 @@ def test_paper_corpus_from_mirrors(tmp_path):
 
 
 def test_unreachable_sources_are_told_together(monkeypatch):
-    """Nothing of this reaches a network: names that cannot exist, and a hub that is switched off."""
+    """Nothing of this reaches a network: names that cannot exist, a hub that is switched off."""
     from longrope2.corpora import remote
 
     def refused(*_, **__):

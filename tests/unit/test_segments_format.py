@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from pack_documents import TokenizedDocument
 
 from data_prep.packing import pack_long, pack_short
-from data_prep.quotas import TokenizedDocument
 from data_prep.shards import write_shards
-from data_prep.verification import verify_folder
+from data_prep.verification import audit_folder
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest
 from longrope2.rope.factors import Window
@@ -89,7 +89,7 @@ def test_segments_come_back_as_drafted(folder, drafts):
         assert segment.starts_mid_document == (draft.pieces[0].start > 0)
         assert segment.num_padding == (~mask).sum()
     assert any(store.segment(index).starts_mid_document for index in store.long_ids)
-    assert verify_folder(folder).num_segments == len(drafts)
+    assert audit_folder(folder).num_segments == len(drafts)
 
 
 def test_slices_are_views_into_the_mapped_file(folder):
@@ -194,7 +194,7 @@ def test_changed_tokens_are_found(folder):
 def test_a_broken_rule_in_a_finished_folder_is_found(folder):
     change_manifest(folder, lambda fields: fields["details"].update(original_len=4))
     with pytest.raises(ArtifactError, match="longer than original_len=4"):
-        verify_folder(folder)
+        audit_folder(folder)
 
 
 def test_the_same_drafts_give_the_same_bytes(folder, tmp_path, drafts):

@@ -93,10 +93,10 @@ def function(name: str) -> str:
 
 
 def test_of_two_words_with_one_key_the_last_counts() -> None:
-    words = "model=a --target x=1 model=b x=2 corpus.plan={a: 1, b: 2}".split(" ", 5)
+    words = "model=a --target x=1 model=b x=2 mixture={a: 1, b: 2}".split(" ", 5)
     quoted = " ".join(f"'{word}'" for word in words)
     ended = bash(f"{function('last_wins')}\nlast_wins {quoted}; printf '%s\\n' \"${{WORDS[@]}}\"")
-    assert ended.stdout.splitlines() == ["--target", "model=b", "x=2", "corpus.plan={a: 1, b: 2}"]
+    assert ended.stdout.splitlines() == ["--target", "model=b", "x=2", "mixture={a: 1, b: 2}"]
 
 
 def test_scripts_refuse_to_run_outside_a_job() -> None:

@@ -1,4 +1,4 @@
-"""Reading files of any kind: bounded memory, broken connections, damaged files. The server stands on this machine."""
+"""Reading files of any kind: bounded memory, broken connections, damage; a server stands here."""
 
 import gzip
 import io

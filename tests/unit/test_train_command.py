@@ -32,9 +32,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tiny",
             "run.name=packed",
             f"run.root={folder}",
-            "corpus.quotas.stdlib_modules={short: 3000, long: 3000}",
-            "corpus.quotas.stdlib_topics={short: 0, long: 0}",
-            "corpus.quotas.retrieval={short: 0, long: 0}",
+            "quotas.stdlib_modules={short: 3000, long: 3000}",
+            "quotas.stdlib_topics={short: 0, long: 0}",
+            "quotas.retrieval={short: 0, long: 0}",
         ]
     )
     return folder / "packed" / "1_segments"

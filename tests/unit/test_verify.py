@@ -1,4 +1,4 @@
-"""The audit finds whatever is changed in a finished folder, and holds what was packed against its source."""
+"""The audit finds what was changed in a finished folder, and compares with the source."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import pack, verify
-from data_prep.verification import verify_folder
+from data_prep.verification import audit_folder
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import sha256_of_file
 from longrope2.segments.format import SegmentStore, check_at_start
@@ -48,7 +48,7 @@ def packed(tmp_path_factory):
         "tokens_per_shard=8192",
         "tokens_per_unit=16384",
     )
-    assert run(pack.main, *arguments, "corpus.quotas.folder.short=600") == 0
+    assert run(pack.main, *arguments, "quotas.folder.short=600") == 0
     return root / "x" / "1_segments", texts
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_shard_is_found(copy):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="SHA-256 differs"):
-        verify_folder(copy)
+        audit_folder(copy)
 
 
 def test_a_truncated_shard_is_found_at_start(copy):
@@ -170,13 +170,13 @@ def replace_list(folder, change):
 def test_a_wrong_list_of_documents_is_found(copy, change, words):
     replace_list(copy, change)
     with pytest.raises(ArtifactError, match=words):
-        verify_folder(copy)
+        audit_folder(copy)
 
 
 def test_a_changed_list_of_documents_is_found(copy):
     (copy / "documents.parquet").write_bytes(b"other")
     with pytest.raises(ArtifactError, match="missing, or its SHA-256 differs from the manifest"):
-        verify_folder(copy)
+        audit_folder(copy)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +204,4 @@ def test_a_changed_list_of_documents_is_found(copy):
 def test_a_wrong_account_is_found(copy, change, words):
     change_manifest(copy, lambda fields: change(fields["counts"]))
     with pytest.raises(ArtifactError, match=words):
-        verify_folder(copy)
+        audit_folder(copy)

@@ -1,4 +1,4 @@
-"""Plans: the paper's numbers, exact margins when supply allows, the largest table when it does not, Fu et al.'s rule."""
+"""Mixtures: the paper's numbers, exact margins where supply allows, else the largest table."""
 
 import itertools
 from pathlib import Path
@@ -7,26 +7,28 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep.demand import Margins, fit_plan, fit_quotas, fit_table, share_out
-from longrope2.corpora.config import BUCKETS, BucketTokens, DomainMix, PlanConfig
+from data_prep.config import BUCKETS, BucketTokens, DomainMix, MixtureConfig, PackConfig
+from data_prep.demand import Margins, fit_margins, fit_mixture, fit_table, length_buckets, share_out
+from longrope2.config import compose
 
-CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
+CONF = Path(__file__).parent.parent.parent / "conf" / "mixture"
+ORIGINAL_LEN = 8192
 INF = float("inf")
 
 
 def preset(name):
-    """A plan of conf/corpus, with those it builds on."""
+    """A mixture of conf/mixture, with those it builds on."""
     composed = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    values = composed["plan"]
+    values = composed["mixture"]
     for base in composed.get("defaults", []):
         if base != "_self_":
-            values = yaml.safe_load((CONF / f"{base}.yaml").read_text())["plan"] | values
+            values = yaml.safe_load((CONF / f"{base}.yaml").read_text())["mixture"] | values
     buckets = values.pop("buckets", {})
-    return PlanConfig(**values, buckets=BucketTokens(**buckets))
+    return MixtureConfig(**values, buckets=BucketTokens(**buckets))
 
 
-def unlimited(plan):
-    return {source: {"all": dict.fromkeys(BUCKETS, INF)} for source in plan.sources}
+def unlimited(mixture):
+    return {source: {"all": dict.fromkeys(BUCKETS, INF)} for source in mixture.sources}
 
 
 def rows(fitted):
@@ -35,12 +37,12 @@ def rows(fitted):
 
 @pytest.mark.parametrize("name", ["paper", "paper_text", "nnscaler", "fu"])
 def test_presets_have_no_fault(name):
-    plan = preset(name)
-    assert plan.faults(list(plan.sources)) == []
+    mixture = preset(name)
+    assert mixture.faults(list(mixture.sources), ORIGINAL_LEN) == []
 
 
 def test_paper_is_the_independent_fit():
-    fitted = fit_quotas(
+    fitted = fit_margins(
         Margins(preset("paper").sources, vars(preset("paper").buckets), preset("paper").only),
         {source: dict.fromkeys(BUCKETS, INF) for source in preset("paper").sources},
     )
@@ -62,7 +64,7 @@ def test_paper_text_and_nnscaler():
     text = preset("paper_text")
     assert text.buckets.short == 1e9 and text.buckets.mid + text.buckets.long == 9e9
     fitted = rows(
-        fit_quotas(
+        fit_margins(
             Margins(text.sources, vars(text.buckets), text.only),
             {source: dict.fromkeys(BUCKETS, INF) for source in text.sources},
         )
@@ -94,7 +96,7 @@ def test_margins_are_met_when_the_supply_allows():
 def test_short_cell_is_capped_and_the_rest_redistributed():
     supply = {source: dict.fromkeys(BUCKETS, INF) for source in ("a", "b", "c")}
     supply["c"]["long"] = 0.2
-    fitted = fit_quotas(
+    fitted = fit_margins(
         Margins({"a": 4.5, "b": 2.5, "c": 2.0}, {"short": 2.0, "mid": 3.0, "long": 4.0}), supply
     )
     table = rows(fitted)
@@ -109,7 +111,7 @@ def test_short_cell_is_capped_and_the_rest_redistributed():
     assert [(s.kind, s.name) for s in fitted.shortfalls] == [("cell", "c/long")]
     assert fitted.shortfalls[0].wanted_tokens == pytest.approx(2.0 * 4.0 / 9.0)
     assert str(
-        fit_quotas(Margins({"a": 5e6}, {"long": 5e6}), {"a": {"long": 2e6}}).shortfalls[0]
+        fit_margins(Margins({"a": 5e6}, {"long": 5e6}), {"a": {"long": 2e6}}).shortfalls[0]
     ) == ("source a: 2,000,000 of 5,000,000 tokens")
 
 
@@ -154,7 +156,7 @@ def test_scarce_supply_gives_the_largest_table_within_all_limits():
 def test_a_scarce_bucket_gets_all_there_is_and_more_supply_never_gives_less():
     margins = Margins({"a": 6.0, "b": 3.0}, {"short": 3.0, "long": 6.0})
     for long, reached in ((0.3, 0.6), (0.9, 1.8), (2.5, 5.0), (3.5, 6.0), (INF, 6.0)):
-        fitted = fit_quotas(margins, {name: {"short": INF, "long": long} for name in ("a", "b")})
+        fitted = fit_margins(margins, {name: {"short": INF, "long": long} for name in ("a", "b")})
         assert sum(cells["long"] for cells in fitted.cells.values()) == pytest.approx(reached)
         assert sum(cells["short"] for cells in fitted.cells.values()) == pytest.approx(3.0)
         missing = {
@@ -175,14 +177,14 @@ def test_sharing_out():
 
 
 def test_mix_of_domains_is_kept_while_lengths_change():
-    plan = PlanConfig(sources={"web": 100}, buckets=BucketTokens(short=20, mid=30, long=50))
+    mixture = MixtureConfig(sources={"web": 100}, buckets=BucketTokens(short=20, mid=30, long=50))
     supply = {
         "web": {
             "x": {"short": 6e5, "mid": 1e5, "long": 5e4},
             "y": {"short": 1e5, "mid": 1e5, "long": 5e4},
         }
     }
-    fitted = fit_plan(plan, supply)
+    fitted = fit_mixture(mixture, supply)
     assert fitted.shortfalls == ()
     assert rows(fitted)["web"] == pytest.approx([20, 30, 50])
     assert sum(fitted.domains["web", "x"].values()) == pytest.approx(
@@ -196,38 +198,38 @@ def test_mix_of_domains_is_kept_while_lengths_change():
 
 
 def test_tokens_come_before_the_mix_of_domains():
-    plan = PlanConfig(sources={"web": 100}, buckets=BucketTokens(short=20, mid=0, long=80))
+    mixture = MixtureConfig(sources={"web": 100}, buckets=BucketTokens(short=20, mid=0, long=80))
     supply = {
         "web": {"x": {"short": 900.0}, "y": {"short": 50.0, "long": 50.0}, "z": {"long": 100.0}}
     }
-    fitted = fit_plan(plan, supply)
+    fitted = fit_mixture(mixture, supply)
     assert rows(fitted)["web"] == pytest.approx([20, 0, 80])
     assert sum(fitted.domains["web", d]["long"] for d in "yz") == pytest.approx(80)
     assert fitted.domains["web", "x"] == pytest.approx({"short": 20, "mid": 0, "long": 0})
     assert [(s.kind, s.name) for s in fitted.shortfalls] == [("domain", "web/x")]
 
 
-def test_domains_can_be_ignored_and_plans_scaled():
-    plan = PlanConfig(
+def test_domains_can_be_ignored_and_mixtures_scaled():
+    mixture = MixtureConfig(
         sources={"web": 100},
         buckets=BucketTokens(short=20, mid=30, long=50),
         total_tokens=1000,
         domain_mix=DomainMix.ignore,
     )
-    fitted = fit_plan(plan, unlimited(plan))
+    fitted = fit_mixture(mixture, unlimited(mixture))
     assert rows(fitted)["web"] == pytest.approx([200, 300, 500]) and fitted.domains == {}
 
 
 def test_rule_of_fu_et_al():
     shares = {"web": {"x": 3.0, "y": 1.0}}
-    plan = PlanConfig(sources={"web": 400}, short_survival=0.1, domain_shares=shares)
+    mixture = MixtureConfig(sources={"web": 400}, short_survival=0.1, domain_shares=shares)
     supply = {
         "web": {
             "x": {"short": 5000.0, "mid": 400.0, "long": 100.0},
             "y": {"short": 200.0, "mid": 30.0},
         }
     }
-    fitted = fit_plan(plan, supply)
+    fitted = fit_mixture(mixture, supply)
     # x has a budget of 300 for 500 + 400 + 100 surviving tokens; y keeps all of its 20 + 30, short
     # of its 100.
     assert fitted.domains["web", "x"] == pytest.approx({"short": 150, "mid": 120, "long": 30})
@@ -243,7 +245,8 @@ def test_rule_of_fu_et_al():
 
 
 def test_buckets_by_length():
-    plan = PlanConfig()
+    more = ["corpus=paper", "target_len=131072", "model=llama3_8b"]
+    lengths_of_paper = length_buckets(compose(PackConfig, "pack", more))
     lengths = {
         8192: "short",
         8193: "mid",
@@ -252,42 +255,42 @@ def test_buckets_by_length():
         200_000: "long",
         200_001: None,
     }
-    assert {length: plan.bucket_of(length, 8192) for length in lengths} == lengths
+    names = [*lengths_of_paper.names, None]
+    codes = lengths_of_paper.codes(np.array([*lengths]))
+    assert dict(zip(lengths, (names[code] for code in codes), strict=True)) == lengths
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"sources": {"d": 5}},
-            "corpus.plan.sources.d: the corpus has no such source; it has a, b",
-        ),
+        ({"sources": {"d": 5}}, "mixture.sources.d: the corpus has no such source; it has a, b"),
         (
             {"sources": {"a": 5}, "buckets": BucketTokens(short=4)},
-            "corpus.plan.sources sum to 5 tokens and corpus.plan.buckets to 4; make them equal",
+            "mixture.sources sum to 5 tokens and mixture.buckets to 4; make them equal",
         ),
-        ({"sources": {"a": -5, "b": 5}}, "corpus.plan.sources.a=-5 must be tokens, 0 or more"),
-        ({"buckets": BucketTokens(mid=-1)}, "corpus.plan.buckets.mid=-1 must be tokens, 0 or more"),
+        ({"sources": {"a": -5, "b": 5}}, "mixture.sources.a=-5 must be tokens, 0 or more"),
+        ({"buckets": BucketTokens(mid=-1)}, "mixture.buckets.mid=-1 must be tokens, 0 or more"),
         (
             {"sources": {"a": 0}},
-            "corpus.plan.sources asks for no tokens at all; give +corpus.plan.sources.SOURCE=TOKENS",
+            "mixture.sources asks for no tokens at all; give +mixture.sources.SOURCE=TOKENS",
         ),
         (
             {"mid_limit": 300_000},
-            "corpus.plan.mid_limit=300000 must be between 0 and corpus.plan.long_limit=200000",
+            "mixture.mid_limit=300000 must be between 0 and mixture.long_limit=200000",
         ),
-        ({"short_survival": 1.5}, "corpus.plan.short_survival=1.5 is outside [0, 1]"),
-        ({"total_tokens": 0}, "corpus.plan.total_tokens=0 must be at least 1, or null"),
-        ({"only": {"b": ["short"]}}, "corpus.plan.only.b: corpus.plan.sources has no such source"),
+        ({"short_survival": 1.5}, "mixture.short_survival=1.5 is outside [0, 1]"),
+        ({"total_tokens": 0}, "mixture.total_tokens=0 must be at least 1, or null"),
+        ({"only": {"b": ["short"]}}, "mixture.only.b: mixture.sources has no such source"),
         (
             {"only": {"a": ["huge"]}},
-            "corpus.plan.only.a=['huge']: name at least one of short, mid, long",
+            "mixture.only.a=['huge']: name at least one of short, mid, long",
         ),
         (
             {"domain_shares": {"a": {"x": 0.0}}},
-            "corpus.plan.domain_shares.a must be shares of 0 or more, not all 0",
+            "mixture.domain_shares.a must be shares of 0 or more, not all 0",
         ),
     ],
 )
-def test_plan_faults(changes, words):
-    assert words in PlanConfig(**({"sources": {"a": 5}} | changes)).faults(["a", "b"])
+def test_faults_of_a_mixture(changes, words):
+    mixture = MixtureConfig(**({"sources": {"a": 5}} | changes))
+    assert words in mixture.faults(["a", "b"], ORIGINAL_LEN)
