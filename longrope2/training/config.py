@@ -26,14 +26,6 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
-class Recompute(Enum):
-    """Which activations are computed again in the backward pass."""
-
-    none = "none"
-    dense = "dense"
-    full = "full"
-
-
 class OptimizerKind(Enum):
     """Implementations of AdamW: the same update, rounded and fused differently."""
 

@@ -35,7 +35,8 @@ from longrope2.model.norms import use_norm
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes
-from longrope2.training.config import Precision, Recompute, TrainingConfig, ZeroConfig
+from longrope2.planning.memory import Recompute
+from longrope2.training.config import Precision, TrainingConfig, ZeroConfig
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.plan import ResolvedRun
 

@@ -151,7 +151,7 @@ def make_forecast(run: ResolvedRun) -> Forecast:
         short_document_tokens=config.model.original_len / 2,
     )
     shape = ModelShape.from_folder(run.model_folder)
-    memory = plan_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
+    memory = predict_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
     machine = _machine(run.machine.device, run.world_size) if layout.bf16 else None
     return Forecast(shape, workload, layout, memory, machine)
 

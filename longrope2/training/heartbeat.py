@@ -34,8 +34,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-HANG_EXIT_CODE = 76
-"""Exit code of a rank that saw no progress: EX_PROTOCOL of sysexits.h, apart from 1, 2 and 75."""
+from longrope2.command import HANG_EXIT_CODE
+
 FOLDER = "heartbeats"
 _WRITE_SECONDS = 5.0
 REPORT_SECONDS = 60.0

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 
 from longrope2.attention.kernels import AttentionKernel, choose_kernel
-from longrope2.config import to_plain
+from longrope2.config import find_shipped, to_plain
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, describe_input, product_folder
 from longrope2.kernel_choice import KernelChoice, KernelError
 from longrope2.model.factors_source import factors_path, resolve_factors
-from longrope2.model.folder import GGUF_PREFIX, model_identity, resolve_model_folder
+from longrope2.model.folder import (
+    local_model_folder,
+    model_identity,
+    resolve_model_folder,
+    weight_files,
+)
 from longrope2.model.loading import rope_geometry
 from longrope2.model.norms import NormKernel, choose_norm
 from longrope2.model.shape import CONFIG_FILE
@@ -269,11 +274,13 @@ def _name(dtype: torch.dtype) -> str:
 def _find_model(config: TrainRoot, missing: list[Missing]) -> Path:
     """The model's folder; in a dry run without the model, one with a copy of its config.json."""
     path, description = config.model.path, config.model.config_folder
-    folder = _local_model_folder(path) if config.dry_run else resolve_model_folder(path)
+    folder = local_model_folder(path) if config.dry_run else resolve_model_folder(path)
     if folder is not None:
-        if not config.model.from_scratch and not any(folder.glob("*.safetensors")):
-            text = f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
-            missing.append(Missing("weights", text, ArtifactError(text)))
+        try:
+            if not config.model.from_scratch:
+                weight_files(folder)
+        except ArtifactError as error:
+            missing.append(Missing("weights", str(error), error))
         return folder
     absent = ArtifactError(
         f"model.path={path} is not on this machine; a dry run can do without it when "
@@ -281,25 +288,12 @@ def _find_model(config: TrainRoot, missing: list[Missing]) -> Path:
     )
     if description is None:
         raise absent
-    if not (Path(description) / CONFIG_FILE).is_file():
+    folder = find_shipped(description)
+    if not (folder / CONFIG_FILE).is_file():
         raise ArtifactError(f"model.config_folder={description} holds no {CONFIG_FILE}")
     way_out = "give model.path=FOLDER, or log in with `hf auth login` where the hub can be reached"
     missing.append(Missing("model", f"{path}: {way_out}", absent))
-    return Path(description)
-
-
-def _local_model_folder(path: str) -> Path | None:
-    """The model if it is on this machine: a folder, a package's, or in the hub's cache."""
-    if path.startswith(GGUF_PREFIX) or Path(path).is_dir():
-        return resolve_model_folder(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(path, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
-    return folder if (folder / CONFIG_FILE).is_file() else None
+    return folder
 
 
 def _open_segments(

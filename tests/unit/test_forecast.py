@@ -14,7 +14,7 @@ from longrope2.planning.memory import Recompute
 from longrope2.planning.timing import predict_micro_step
 from longrope2.rope.factors import Window
 from longrope2.segments.schedule import StepSchedule
-from longrope2.training.config import Precision, Recompute, TrainingConfig, TrainRoot
+from longrope2.training.config import Precision, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
 from longrope2.training.plan import ResolvedRun, machine_setup
 from longrope2.training.step import StepReport
