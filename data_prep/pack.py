@@ -21,7 +21,7 @@ from data_prep.account import print_result, print_wanted
 from data_prep.config import QUOTA_BUCKETS, PackConfig
 from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
 from longrope2.command import run_command
-from longrope2.config import compose, dump, target_faults, to_plain
+from longrope2.config import compose, differences, dump, remake, target_faults, to_plain
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
@@ -229,27 +229,11 @@ def _require_same(
     manifest: Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path
 ) -> None:
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
-    old = {**_flat({"": manifest.config}), **_flat({"inputs": manifest.inputs})}
-    new = {**_flat({"": to_plain(config)}), **_flat({"inputs": inputs})}
-    different = [
-        f"{key} was {old.get(key)}, now {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in LOCATION_KEYS and old.get(key) != new.get(key)
-    ]
-    if different:
-        raise ArtifactError(
-            f"{folder} was packed differently: {'; '.join(different[:8])}. "
-            "Choose another run.name, or delete that folder to pack it again"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionary -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}.{key}" if prefix and key else prefix or key
-        flat.update(_flat(value, name) if isinstance(value, dict) and value else {name: value})
-    return flat
+    made = {**manifest.config, "inputs": manifest.inputs}
+    changes = differences(made, {**to_plain(config), "inputs": inputs}, free=LOCATION_KEYS)
+    if changes:
+        shown = "; ".join(changes[:8])
+        raise ArtifactError(f"{folder} was packed differently: {shown}; {remake(folder)}")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,9 @@ def test_rerun_finds_the_work_done_and_another_configuration_is_refused(
     assert "already complete" in capsys.readouterr().out
     assert run(*arguments, "seed=3", "quotas.folder.long=100") == 2
     message = capsys.readouterr().err
-    assert "seed was 0, now 3" in message and "quotas.folder.long was None, now 100" in message
-    assert "Choose another run.name, or delete that folder" in message
+    assert "seed was 0, now it is 3" in message
+    assert "quotas.folder.long was None, now it is 100" in message
+    assert f"use another run.name, or remove {folder} to make it again" in message
     assert {p.name: (sha256_of_file(p), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
 
 
