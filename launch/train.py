@@ -31,7 +31,6 @@ from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import make_forecast
-from longrope2.training.heartbeat import REQUEUE_EXIT_CODE
 from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
 from longrope2.training.run import RunEnd, train
 
