@@ -1,4 +1,4 @@
-"""``launch.doctor rope``: numbers of the table, the bound, the critical indices, the figure, and every error."""
+"""``launch.doctor rope``: the table, the bound, the critical indices, the figure, every error."""
 
 import json
 import re
@@ -214,8 +214,8 @@ def test_all_faults_of_the_settings_at_once(settings: list[str], tmp_path: Path)
     assert message in text
     assert "doctor.plot=x.pdf: must end in .svg or .png" in text
     assert (
-        "doctor.methods: searched is read from a file, give it in doctor.factors; computed methods are none, pi"
-        in text
+        "doctor.methods: searched is read from a file, give it in doctor.factors; "
+        "computed methods are none, pi" in text
     )
     assert (
         f"model.path={tmp_path / 'nowhere'} is neither a folder, a config.json, nor a hub id"
@@ -238,8 +238,8 @@ def test_all_faults_of_the_files_at_once(settings: list[str], tmp_path: Path) ->
     assert "(doctor.factors) is for RopeGeometry(rotary_dim=96" in text
     assert "missing.json (doctor.factors): " in text
     assert (
-        "doctor.methods: ntk_rcd needs a critical index; run launch.search for run.name=llama3_8b_131072"
-        in text
+        "doctor.methods: ntk_rcd needs a critical index; "
+        "run launch.search for run.name=llama3_8b_131072" in text
     )
 
 

@@ -15,19 +15,19 @@ from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.command import run_command
 from longrope2.config import CONF_FOLDER, compose
-from longrope2.evaluation.run import EvaluateCommand
+from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
 from longrope2.help import UnknownKeyError, find_key, list_keys, schema_fields
 from longrope2.inference.generation import GenerateRoot
-from longrope2.search.prepare import SearchCommand
+from longrope2.search.config import SearchRoot
 from longrope2.training.config import TrainRoot
 
 # Configuration -> its schema and the command that composes it.
 ROOTS: dict[str, tuple[type, str]] = {
     "pack": (PackConfig, "data_prep.pack"),
-    "search": (SearchCommand, "launch.search"),
+    "search": (SearchRoot, "launch.search"),
     "train": (TrainRoot, "launch.train"),
-    "evaluate": (EvaluateCommand, "launch.evaluate"),
+    "evaluate": (EvaluateRoot, "launch.evaluate"),
     "export": (ExportRoot, "launch.export"),
     "generate": (GenerateRoot, "launch.generate"),
     "plan": (PlanRoot, "launch.plan"),
@@ -110,7 +110,7 @@ def test_one_group_in_full(monkeypatch, capsys) -> None:
     assert re.search(r"^  quick  +A budget for the miniature", text, re.MULTILINE)
     assert "search.population=64   (integer)\n    Distinct candidates" in text
     assert "search.algorithm=longrope2   (longrope2|longrope)" in text
-    assert re.search(r"^    perplexity  +Perplexity of every token", text, re.MULTILINE)
+    assert re.search(r"^    perplexity  +Of every token", text, re.MULTILINE)
     assert "training" not in text
     quick = printed("launch.search", monkeypatch, capsys, "--help", "search", "search=quick")
     assert "search.population=16   (integer)" in quick
