@@ -15,7 +15,7 @@ from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.command import run_command
 from longrope2.config import CONF_FOLDER, compose
-from longrope2.evaluation.run import EvaluateCommand
+from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
 from longrope2.help import UnknownKeyError, find_key, list_keys, schema_fields
 from longrope2.inference.generation import GenerateRoot
@@ -27,7 +27,7 @@ ROOTS: dict[str, tuple[type, str]] = {
     "pack": (PackConfig, "data_prep.pack"),
     "search": (SearchCommand, "launch.search"),
     "train": (TrainRoot, "launch.train"),
-    "evaluate": (EvaluateCommand, "launch.evaluate"),
+    "evaluate": (EvaluateRoot, "launch.evaluate"),
     "export": (ExportRoot, "launch.export"),
     "generate": (GenerateRoot, "launch.generate"),
     "plan": (PlanRoot, "launch.plan"),
