@@ -101,7 +101,7 @@ def test_every_command_says_the_same_of_a_broken_config(
     arguments = COMMANDS[command](folder, tmp_path / "runs")
     monkeypatch.setattr(sys, "argv", [module, *given, *arguments])
     audit = SimpleNamespace(num_shards=1, num_segments=1, num_tokens=1, num_documents=1, pieces=[1])
-    monkeypatch.setattr(verification, "verify_folder", lambda *_, **__: audit)
+    monkeypatch.setattr(verification, "audit_folder", lambda *_, **__: audit)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__")
     message = capsys.readouterr().err
