@@ -41,6 +41,10 @@ TOKEN_DIM, HEAD_DIM = 1, 2
 ATTENTION_NAME = "longrope2_windowed"
 
 
+class UnsupportedAttentionError(ValueError):
+    """A model asks its attention for what this one does not do; says what."""
+
+
 def register_attention() -> None:
     """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _registry_entry)
@@ -153,6 +157,7 @@ def _registry_entry(
         raise ValueError(
             "windowed attention takes its structure from the layout: no attention_mask, no dropout"
         )
+    _refuse_options(key.shape[2], **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     if not isinstance(layout, CausalRows):
         return windowed_attention(query, key, value, layout, scale), None
@@ -162,6 +167,27 @@ def _registry_entry(
     first = layout.first_needed if is_last_layer else 0
     out_BSHD = windowed_attention(query[:, :, first:], key, value, None, scale)
     return F.pad(out_BSHD, (0, 0, 0, 0, first, 0)) if first else out_BSHD, None
+
+
+def _refuse_options(
+    num_keys: int,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> None:
+    """Refuse what would change the result; the rest says how others would compute the same."""
+    if softcap is not None:
+        cap = f"attn_logit_softcapping={softcap:g}"
+        raise UnsupportedAttentionError(f"{cap}: a soft cap on its scores")
+    if s_aux is not None:
+        raise UnsupportedAttentionError("attention sinks in its softmax")
+    if sliding_window is not None and sliding_window < num_keys:
+        raise UnsupportedAttentionError(
+            f"sliding_window={sliding_window}, shorter than {num_keys} tokens that it reads; "
+            "give model.sliding_window=drop for full attention"
+        )
 
 
 def _segment_attention(

@@ -1,179 +1,57 @@
 """Load a Hugging Face model folder, its tokenizer and its RoPE geometry.
 
-A model can be built without memory on torch's meta device and get its weights one parameter at a
-time, read from safetensors or drawn at random. Each is handed to ``take`` at once: under ZeRO-3
-that keeps this rank's part and releases the rest, so that no rank ever holds more than its share
-and one whole parameter.
+What is loaded is compared with plain transformers before anybody gets it (``parity.py``): a model
+that is here whole by itself, one in shares or without weights by a cut of it.
 """
 
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError, FactorsError
-from longrope2.model.folder import weight_files
-from longrope2.model.shape import CONFIG_FILE, read_model_config
+from longrope2.model.given import build_without_memory, look_at
+from longrope2.model.parity import check_cut, compare, run_plain
+from longrope2.model.shape import CONFIG_FILE, read_raw_config
+from longrope2.model.weights import (
+    Take,
+    check_weights,
+    fill_at_random,
+    fill_buffers,
+    fill_in_shares,
+    read_whole,
+)
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.hf_config import UNSCALED_TYPE, config_geometry, config_rope_type
-
-_INDEX_FILE = "model.safetensors.index.json"
-# Tables that old Llama checkpoints carry along; ours come from the factors.
-_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-Take = Callable[[nn.Parameter], None]
-_Owners = list[tuple[nn.Module, str]]
-
-
-def _fill_from_safetensors(
-    hf: PreTrainedModel, folder: Path, dtype: torch.dtype, take: Take, *, read: bool = True
-) -> None:
-    """Read every parameter of ``hf`` (on the meta device) from the folder's safetensors files.
-
-    The names in the files must be the model's own, as in any checkpoint of a dense model that
-    transformers saves. With an index, only the files it names are read. ``read=False`` gives
-    ``take`` memory without values: for ranks that get them from another.
-
-    Raises:
-        ArtifactError: a file is damaged, or the files do not hold exactly the model's parameters.
-    """
-    places = _where_tensors_are(folder)
-    names: dict[int, list[str]] = {}
-    for name, parameter in hf.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    found = {
-        key: next((name for name in tied if name in places), None) for key, tied in names.items()
-    }
-    missing = [tied[0] for key, tied in names.items() if found[key] is None]
-    known = {name for tied in names.values() for name in tied}
-    extra = [name for name in places if name not in known and not name.endswith(_DERIVED_SUFFIX)]
-    if missing or extra:
-        raise ArtifactError(
-            f"{folder} does not hold the parameters of {type(hf).__name__} under their own names "
-            f"(missing: {_some(missing)}; unknown: {_some(extra)}): it cannot be read in shares; "
-            "use parallel.zero_stage=2"
-        )
-    for parameter, owners in _parameters_with_owners(hf):
-        name, shape = found[id(parameter)], parameter.shape
-        assert name is not None
-        path = places[name]
-        values = _read(path, name).to(dtype) if read else torch.empty(shape, dtype=dtype)
-        if values.shape != shape:
-            raise ArtifactError(f"{path}: {name} has shape {[*values.shape]}, not {[*shape]}")
-        take(_replace(owners, values, parameter))
-
-
-@torch.no_grad()
-def _fill_at_random(hf: PreTrainedModel, dtype: torch.dtype, take: Take) -> None:
-    """Initialise every parameter of ``hf`` (on the meta device) as its class does.
-
-    The values depend on torch's random state of the CPU alone: not on ``take`` or the ranks.
-    """
-    owners_of = {id(parameter): owners for parameter, owners in _parameters_with_owners(hf)}
-    for module, initialise in _modules_with_initialiser(hf, hf):
-        # Drawn in float32 and rounded once, so that a bf16 model starts as the rounded float32 one.
-        new = [
-            _replace(owners_of[id(parameter)], torch.empty(parameter.shape), parameter)
-            for parameter in list(module.parameters(recurse=False))
-            if parameter.is_meta
-        ]
-        if new:
-            initialise(module)
-        for parameter in new:
-            parameter.data = parameter.data.to(dtype)
-            take(parameter)
-
-
-def _where_tensors_are(folder: Path) -> dict[str, Path]:
-    """Name -> file of every tensor of a model folder."""
-    index = folder / _INDEX_FILE
-    try:
-        if index.is_file():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in named.items()}
-        places: dict[str, Path] = {}
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                places |= dict.fromkeys(file.keys(), path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: its weights cannot be read: {error}") from None
-    return places
-
-
-def _read(path: Path, name: str) -> Tensor:
-    """One tensor of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: {name} cannot be read: {error}") from None
-
-
-def _parameters_with_owners(hf: nn.Module) -> list[tuple[nn.Parameter, _Owners]]:
-    """Every parameter once, with the places that hold it (several when tied)."""
-    found: dict[int, tuple[nn.Parameter, _Owners]] = {}
-    for module in hf.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found.setdefault(id(parameter), (parameter, []))[1].append((module, name))
-    return list(found.values())
-
-
-def _replace(owners: _Owners, values: Tensor, like: nn.Parameter) -> nn.Parameter:
-    """Put a real parameter in all places of the one it replaces."""
-    parameter = nn.Parameter(values, requires_grad=like.requires_grad)
-    for module, name in owners:
-        module._parameters[name] = parameter
-    return parameter
-
-
-def _modules_with_initialiser(
-    module: nn.Module, model: PreTrainedModel
-) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Any]]]:
-    """Children before parents, each with the initialiser of the innermost transformers model."""
-    for child in module.children():
-        inner = child if isinstance(child, PreTrainedModel) else model
-        yield from _modules_with_initialiser(child, inner)
-    yield module, model._init_weights
-
-
-def _some(names: list[str]) -> str:
-    """A few of them, or none."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more or "none"
+from longrope2.rope.hf_config import UNSCALED_TYPE, config_rope_type
 
 
 def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
-    """Rotary dimension and base from config.json, with the original window from our own settings.
+    """Rotary dimension and base of a supported model, with the original window of our settings.
 
-    Honours ``head_dim`` and ``partial_rotary_factor``, reads either config layout, and takes what
-    config.json leaves out from the model class.
+    They are those of the rotary module that transformers builds, under whatever names config.json
+    has them (``rotary_pct``, ``rotary_emb_base``, ``qk_rope_head_dim``, ...).
 
     Raises:
-        ArtifactError: the model has no RoPE base, or already carries a RoPE scaling that would be
-            rescaled twice.
+        ArtifactError: the model already carries a RoPE scaling, which would be rescaled twice, or
+            is not supported (``given.py``).
     """
     path = folder / CONFIG_FILE
-    config = read_model_config(path)
     try:
-        kind = config_rope_type(config)
-        if kind != UNSCALED_TYPE:
-            raise ArtifactError(
-                f"{path} already has RoPE scaling {kind!r}; give model.path of the model before "
-                "extension"
-            )
-        nested = config.get("rope_parameters") or {}
-        if not (nested.get("rope_theta") or config.get("rope_theta")):
-            raise ArtifactError(f"{path} has no rope_theta: only RoPE models can be extended")
-        return config_geometry(config, original_len)
+        kind = config_rope_type(read_raw_config(path))
     except FactorsError as error:
         raise ArtifactError(f"{path}: {error}") from None
+    if kind != UNSCALED_TYPE:
+        raise ArtifactError(
+            f"{path} already has RoPE scaling {kind!r}; give model.path of the model before "
+            "extension"
+        )
+    rotary = look_at(folder).rotary
+    return RopeGeometry(rotary.rotary_dim, rotary.rope_base, original_len)
 
 
 def load_windowed_model(
@@ -207,20 +85,23 @@ def load_windowed_model(
             f"the factors are for {factors.geometry}, the model in {folder} has {found}"
         )
     transformers_logging.disable_progress_bar()  # its bars would tear ours
-    hf: Any
+    config = look_at(folder).config
+    hf: Any = build_without_memory(config, dtype)
     if take is None and not from_scratch:
-        weight_files(folder)
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    else:
-        with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        hf = read_whole(check_weights(hf, folder), dtype)
+        hf.to(device)
+        plain = run_plain(hf, factors.geometry.original_len)
+        model = WindowedModel(hf, factors)
+        compare(model, plain)
+        return model
+    check_cut(config, factors)
     model = WindowedModel(hf, factors)
-    if hf.device.type == "meta":
-        _refuse_derived_tensors(hf, folder)
-        if from_scratch:
-            _fill_at_random(hf, dtype, take or _keep)
-        else:
-            _fill_from_safetensors(hf, folder, dtype, take or _keep, read=read)
+    weights = None if from_scratch else check_weights(hf, folder)
+    fill_buffers(hf, weights)
+    if weights is None:
+        fill_at_random(hf, dtype, take or _keep)
+    else:
+        fill_in_shares(hf, weights, dtype, take or _keep, read=read)
     return model if take else model.to(device)
 
 
@@ -239,17 +120,6 @@ def load_to_run(folder: Path, factors: RescaleFactors) -> WindowedModel:
 
 def _keep(parameter: nn.Parameter) -> None:
     """The whole parameter stays."""
-
-
-def _refuse_derived_tensors(hf: nn.Module, folder: Path) -> None:
-    """Tensors that are neither weights nor our rotary tables would stay without values."""
-    names = [name for name, _ in hf.named_buffers()]
-    if names:
-        raise ArtifactError(
-            f"{folder}: {type(hf).__name__} computes tensors of its own ({', '.join(names[:3])}), "
-            "so it cannot be built in shares or from scratch; use parallel.zero_stage=2 and "
-            "trained weights"
-        )
 
 
 def load_tokenizer(folder: Path) -> Any:

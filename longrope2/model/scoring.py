@@ -51,10 +51,9 @@ def token_nll(
 @torch.no_grad()
 def head_nll(model: WindowedModel, hidden_BSH: Tensor, labels_BS: Tensor) -> Tensor:
     """Negative log-likelihood of labels under final hidden states, [B, S], float32, nats."""
-    head = model.hf.get_output_embeddings()
     chunks = (x.split(HEAD_CHUNK_TOKENS, dim=1) for x in (hidden_BSH, labels_BS))
     losses_BS = [
-        F.cross_entropy(head(hidden).float().transpose(1, 2), labels, reduction="none")
+        F.cross_entropy(model.head_logits(hidden).transpose(1, 2), labels, reduction="none")
         for hidden, labels in zip(*chunks, strict=True)
     ]
     return torch.cat(losses_BS, dim=1)

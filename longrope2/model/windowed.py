@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longrope2.attention.layout import CausalRows, SegmentLayout
 from longrope2.attention.windowed import ATTENTION_NAME, register_attention
+from longrope2.model.given import Arrangement, find_head_rule, find_rotary
 from longrope2.model.loss import token_loss_sum
 from longrope2.rope.factors import RescaleFactors, Window
 
@@ -27,9 +28,9 @@ class WindowedRotary(nn.Module):
     mode casts buffers, and bf16 frequencies break long prompts.
     """
 
-    def __init__(self, factors: RescaleFactors) -> None:
+    def __init__(self, factors: RescaleFactors, arrangement: Arrangement) -> None:
         super().__init__()
-        self.window = Window.SHORT
+        self.window, self._arrangement = Window.SHORT, arrangement
         self.set_factors(factors)
 
     def set_factors(self, factors: RescaleFactors) -> None:
@@ -42,7 +43,7 @@ class WindowedRotary(nn.Module):
         """Cosine and sine for positions [B, T], each [B, T, R] in ``x``'s dtype; float32 angles."""
         table_I = self._tables_I[self.window] = self._tables_I[self.window].to(x.device)
         angles_BTI = position_ids[..., None].float() * table_I
-        angles_BTR = torch.cat((angles_BTI, angles_BTI), dim=-1)
+        angles_BTR = self._arrangement.spread(angles_BTI)
         scale = self._scales[self.window]
         return (angles_BTR.cos() * scale).to(x.dtype), (angles_BTR.sin() * scale).to(x.dtype)
 
@@ -53,9 +54,11 @@ class WindowedModel(nn.Module):
     def __init__(self, hf: Any, factors: RescaleFactors) -> None:
         super().__init__()
         register_attention()
+        rotary = find_rotary(hf)
+        self.head_rule = find_head_rule(hf.config)
         hf.set_attn_implementation(ATTENTION_NAME)
         self.hf = hf
-        self.rotary = WindowedRotary(factors)
+        self.rotary = WindowedRotary(factors, rotary.arrangement)
         hf.base_model.rotary_emb = self.rotary
         self.factors = factors
 
@@ -113,17 +116,24 @@ class WindowedModel(nn.Module):
         window: Window,
         layout: SegmentLayout | None = None,
         keep: slice | None = None,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
         """Float32 logits [B, kept, V] of the positions in ``keep``: only those pass the LM head."""
-        hidden_BTH = self.hidden_states(tokens_BT, window, layout)
+        hidden_BTH = self.hidden_states(tokens_BT, window, layout, positions_BT)
         if keep is not None:
             hidden_BTH = hidden_BTH[:, keep]
-        return self.hf.get_output_embeddings()(hidden_BTH).float()
+        return self.head_logits(hidden_BTH)
+
+    def head_logits(self, hidden_BTH: Tensor) -> Tensor:
+        """Float32 logits of final hidden states, as the model's class makes them."""
+        return self.head_rule.apply(self.hf.get_output_embeddings()(hidden_BTH).float())
 
     def forward(
         self, tokens_BT: Tensor, labels_BT: Tensor, window: Window, layout: SegmentLayout | None
     ) -> Tensor:
         """Training's forward: summed token loss of this rank's tokens (see ``token_loss_sum``)."""
         hidden_BTH = self.hidden_states(tokens_BT, window, layout)
-        head_VH = self.hf.get_output_embeddings().weight
-        return token_loss_sum(hidden_BTH.flatten(0, 1), head_VH, labels_BT.flatten())
+        head, hidden_TH = self.hf.get_output_embeddings(), hidden_BTH.flatten(0, 1)
+        return token_loss_sum(
+            hidden_TH, head.weight, labels_BT.flatten(), bias_V=head.bias, rule=self.head_rule
+        )

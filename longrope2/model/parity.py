@@ -1,0 +1,224 @@
+"""Parity at load: ours against plain transformers, before anything is searched or trained.
+
+The same module computes some hundred tokens twice: as transformers runs it, and with what this
+project attaches. Compared are (a) the logits, (b) the training loss and the scored loss with the
+loss of transformers' logits, (c) the rotary table with our geometry, (d) two packed documents with
+each document alone, (e) positions beyond the original window under identity factors. What the class
+does and ours does not shows here, by name where it can be named, whatever family it is of.
+
+A model that no process holds whole (ZeRO-3 shares) is checked on a cut of itself: its own config
+with two layers, or as many as show every kind of layer, a small vocabulary, a narrow MLP and random
+weights: its attention, rotary module, norms and head are as wide as they are.
+
+Shape letters: B = rows, T = tokens, V = vocabulary, N = scored tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longrope2.attention.layout import build_layout
+from longrope2.errors import ArtifactError
+from longrope2.model.given import cut_layers
+from longrope2.model.loss import IGNORED_LABEL
+from longrope2.model.scoring import token_nll
+from longrope2.model.windowed import WindowedModel
+from longrope2.rope.factors import RescaleFactors, Window
+
+NUM_TOKENS = 96
+FIRST_DOCUMENT = 40
+CUT_VOCABULARY = 2048
+CUT_MLP = 256
+# Largest difference over the largest logit (or the loss), by number format: rounding alone reaches
+# a tenth of these.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """What transformers itself makes of the tokens, before anything is attached."""
+
+    tokens_BT: Tensor
+    logits_BTV: Tensor
+    documents_BTV: Tensor
+    """Both documents, each alone."""
+    beyond_BTV: Tensor
+    """The same tokens at positions that begin inside the original window and end beyond it."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences, relative to the largest logit (losses: to the loss)."""
+
+    logits: float
+    loss: float
+    scored: float
+    documents: float
+    beyond: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1e}" for name, value in vars(self).items())
+
+
+@torch.no_grad()
+def run_plain(hf: Any, original_len: int) -> PlainRun:
+    """Run a model as transformers does; to be called before ours is attached to it.
+
+    Args:
+        hf: The causal model, real, in evaluation mode.
+        original_len: L0 in tokens.
+    """
+    device, vocabulary = next(hf.parameters()).device, hf.get_input_embeddings().num_embeddings
+    num_tokens = min(NUM_TOKENS, original_len)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, vocabulary, (1, num_tokens), generator=generator).to(device)
+    first = min(FIRST_DOCUMENT, num_tokens // 2)
+    documents = [_logits(hf, part) for part in (tokens_BT[:, :first], tokens_BT[:, first:])]
+    positions_BT = _positions_beyond(tokens_BT, original_len)
+    return PlainRun(
+        tokens_BT=tokens_BT,
+        logits_BTV=_logits(hf, tokens_BT),
+        documents_BTV=torch.cat(documents, dim=1),
+        beyond_BTV=_logits(hf, tokens_BT, positions_BT),
+    )
+
+
+@torch.no_grad()
+def compare(model: WindowedModel, plain: PlainRun) -> Parity:
+    """Run the same tokens through ours and compare.
+
+    The factors of ``model`` are put aside for the positions beyond the window.
+
+    Raises:
+        ArtifactError: a difference beyond rounding; names what differs and by how much.
+    """
+    kind, tokens_BT = model.hf.config.model_type, plain.tokens_BT
+    num_tokens, original_len = tokens_BT.shape[1], model.factors.geometry.original_len
+    first = min(FIRST_DOCUMENT, num_tokens // 2)
+    packed = build_layout(Window.SHORT, [first, num_tokens], device=tokens_BT.device)
+    factors = model.factors
+    model.set_factors(_identity(factors))
+    try:
+        beyond_BTV = model.logits(
+            tokens_BT, Window.LONG, positions_BT=_positions_beyond(tokens_BT, original_len)
+        )
+        parity = Parity(
+            logits=_difference(model.logits(tokens_BT, Window.SHORT), plain.logits_BTV),
+            loss=_loss_difference(model, plain, packed),
+            scored=_scored_difference(model, plain),
+            documents=_difference(
+                model.logits(tokens_BT, Window.SHORT, packed), plain.documents_BTV
+            ),
+            beyond=_difference(beyond_BTV, plain.beyond_BTV),
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{kind} is not supported: its class cannot run with the attention and rotary module "
+            f"of this project: {' '.join(str(error).split())[:200]}"
+        ) from None
+    finally:
+        model.set_factors(factors)
+    _refuse_difference(kind, parity, TOLERANCES[plain.logits_BTV.dtype])
+    return parity
+
+
+def check_cut(config: Any, factors: RescaleFactors) -> Parity:
+    """The same on a cut of the model with random weights: all that is needed is its config.
+
+    Raises:
+        ArtifactError: as ``compare``, or the class cannot be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    cut = cut_layers(config)
+    cut.vocab_size = min(cut.vocab_size, CUT_VOCABULARY)
+    for key, value in config.to_dict().items():
+        if "intermediate_size" in key and isinstance(value, int):
+            setattr(cut, key, min(value, CUT_MLP))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(cut, name, None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same after it
+        hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
+    for parameter in hf.parameters():
+        if parameter.dim() >= 2:
+            deviation = 1.0 / parameter.shape[-1] ** 0.5
+            parameter.data.normal_(0.0, deviation, generator=generator)
+    plain = run_plain(hf, factors.geometry.original_len)
+    return compare(WindowedModel(hf, factors), plain)
+
+
+def _logits(hf: Any, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Logits of plain transformers."""
+    return hf(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).logits
+
+
+def _positions_beyond(tokens_BT: Tensor, original_len: int) -> Tensor:
+    """Positions of as many tokens, half of them beyond the original window."""
+    num_tokens = tokens_BT.shape[1]
+    first = original_len - num_tokens // 2
+    return torch.arange(first, first + num_tokens, device=tokens_BT.device)[None]
+
+
+def _identity(factors: RescaleFactors) -> RescaleFactors:
+    """Factors of 1 in both windows."""
+    ones = (1.0,) * factors.geometry.num_frequencies
+    return RescaleFactors(
+        geometry=factors.geometry, target_len=factors.target_len, factors=ones, method="none"
+    )
+
+
+def _difference(ours_BTV: Tensor, plain_BTV: Tensor) -> float:
+    """Largest difference over the largest logit."""
+    plain_BTV = plain_BTV.float()
+    return float((ours_BTV.float() - plain_BTV).abs().max() / plain_BTV.abs().max())
+
+
+def _loss_difference(model: WindowedModel, plain: PlainRun, packed: Any) -> float:
+    """Training loss of both documents against the loss of transformers' logits of each alone."""
+    labels_BT = torch.full_like(plain.tokens_BT, IGNORED_LABEL)
+    labels_BT[:, :-1] = plain.tokens_BT[:, 1:]
+    labels_BT[0, min(FIRST_DOCUMENT, labels_BT.shape[1] // 2) - 1] = IGNORED_LABEL
+    ours = float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed))
+    wanted = float(
+        F.cross_entropy(
+            plain.documents_BTV[0].float(),
+            labels_BT[0],
+            reduction="sum",
+            ignore_index=IGNORED_LABEL,
+        )
+    )
+    return abs(ours - wanted) / wanted
+
+
+def _scored_difference(model: WindowedModel, plain: PlainRun) -> float:
+    """Loss of single tokens as search and evaluation score them, from a third of the text on."""
+    first = plain.tokens_BT.shape[1] // 3
+    ours_N = token_nll(model, plain.tokens_BT, Window.SHORT, first)[0]
+    logits_NV = plain.logits_BTV[0, first - 1 : -1].float()
+    wanted_N = F.cross_entropy(logits_NV, plain.tokens_BT[0, first:], reduction="none")
+    return float((ours_N - wanted_N).abs().max() / wanted_N.max())
+
+
+def _refuse_difference(kind: str, parity: Parity, tolerance: float) -> None:
+    """Refuse what rounding does not explain."""
+    reasons = {
+        "logits": "its logits",
+        "loss": "its training loss",
+        "scored": "the loss of scored tokens",
+        "documents": "documents packed together (a layer that carries state past attention?)",
+        "beyond": "positions beyond the original window",
+    }
+    broken = [
+        f"{text} by {getattr(parity, name):.2g}"
+        for name, text in reasons.items()
+        if not getattr(parity, name) <= tolerance
+    ]
+    if broken:
+        raise ArtifactError(
+            f"{kind} is not supported: computed by this project it differs from transformers in "
+            f"{', '.join(broken)} (relative; rounding explains {tolerance:g})"
+        )
