@@ -12,11 +12,10 @@ flagged special are matched in text even when special tokens are not; flagged, s
 ordinary pieces. Added tokens of plain text (runs of spaces, for example) stay what they are.
 
 ``split_at_space_markers``: LLaMA-2-family tokenizers (Llama 2, Phi-3, Mistral) hand a whole
-document to the merge loop as one word, which makes them slow, and slower still on long documents
-(tokenizers issue 1449). A piece is made by merges, and every merge makes a piece of the vocabulary.
-If no piece holds the space marker behind another character, no merge ever joins the two sides of
-the place in front of a run of markers: documents can be split there, and words, now short, are
-found in the backend's cache. The condition is checked on the vocabulary, and a test compares ids.
+document to the merge loop as one word, which is slow (tokenizers issue 1449). Every merge makes a
+piece of the vocabulary, so if no piece holds the space marker behind another character, no merge
+joins the two sides of the place in front of a run of markers: documents can be split there, and
+short words are found in the backend's cache. The condition is checked on the vocabulary.
 """
 
 import json
@@ -101,9 +100,8 @@ class DocumentTokenizer:
             raise DataError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
         bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         if not isinstance(bos_id, int) or not isinstance(eos_id, int):
-            raise DataError(
-                f"the tokenizer of {name} names no BOS or no EOS token; both are needed"
-            )
+            needed = "names no BOS or no EOS token; both are needed"
+            raise DataError(f"the tokenizer of {name} {needed}")
         own = split_at_space_markers(flag_markers(Tokenizer.from_str(backend.to_str())))
         added = own.get_added_tokens_decoder().items()
         # Tokenizers without byte fallback give the unknown id for characters they do not have: that
@@ -115,7 +113,6 @@ class DocumentTokenizer:
     def _prepare(
         self, backend: Tokenizer, bos_id: int, eos_id: int, vocab_size: int, control_ids: list[int]
     ) -> None:
-        """Take the parts over."""
         self._backend = backend
         self._backend.encode_special_tokens = True
         self.bos_id, self.eos_id, self.vocab_size = bos_id, eos_id, vocab_size
@@ -144,19 +141,12 @@ class DocumentTokenizer:
         for text, ids in zip(texts, contents, strict=True):
             if self._is_control[ids].any():
                 number = int(ids[self._is_control[ids]][0])
-                raise DataError(
-                    f"text {text[:60]!r}... produced the control id {number}; "
-                    "mark control tokens as special in the tokenizer"
-                )
+                produced = f"text {text[:60]!r}... produced the control id {number}"
+                raise DataError(f"{produced}; mark control tokens as special in the tokenizer")
         return contents
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as ids with BOS in front and EOS behind.
-
-        Raises:
-            DataError: text produced a control id (a tokenizer whose control tokens are not marked
-                special).
-        """
+        """Each text as ids with BOS in front and EOS behind; raises as ``encode_contents``."""
         bos, eos = np.asarray([self.bos_id], self.dtype), np.asarray([self.eos_id], self.dtype)
         return [np.concatenate([bos, ids, eos]) for ids in self.encode_contents(texts)]
 
@@ -196,14 +186,9 @@ def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
 
 def save_prepared_tokenizer(encoder: DocumentTokenizer, path: Path) -> None:
     """Write a tokenizer down for workers, which then need neither transformers nor the model."""
-    fields = {
-        "bos_id": encoder.bos_id,
-        "eos_id": encoder.eos_id,
-        "vocab_size": encoder.vocab_size,
-        "control_ids": list(encoder.control_ids),
-        "backend": encoder._backend.to_str(),
-    }
-    write_text(path, json.dumps(fields))
+    names = ("bos_id", "eos_id", "vocab_size", "control_ids")
+    fields = {name: getattr(encoder, name) for name in names}
+    write_text(path, json.dumps({**fields, "backend": encoder._backend.to_str()}))
 
 
 @lru_cache(maxsize=1)
