@@ -124,7 +124,6 @@ def _characters_of(unit: UnitGroup) -> float | None:
 def _tokens_by_cell(
     sizes: Sequence[tuple[str, int]], ratio: float, scale: float, lengths: LengthBuckets
 ) -> dict[str, dict[str, float]]:
-    """Domain -> bucket -> tokens, scaled."""
     classes = lengths.in_characters(ratio)
     cells: dict[str, dict[str, float]] = {}
     for domain, size in sizes:
@@ -214,11 +213,9 @@ class Readings:
         return each[self._classes(source).codes(num_characters)]
 
     def _classes(self, source: str) -> LengthBuckets:
-        """The buckets in characters, as the scan has measured them."""
         return self._lengths.in_characters(self._scans[source].characters_per_token)
 
     def _first_reading(self, source: str, available: int, demand: Demand) -> SourceReading:
-        """Units and shares by the scan."""
         wanted = {bucket: demand.of(source, bucket) for bucket in self._lengths.names}
         if all(tokens == 0 for tokens in wanted.values()):
             return SourceReading(0, dict.fromkeys(wanted, 0.0))
@@ -245,5 +242,4 @@ class Readings:
 
 
 def _share(needed: float, there: float) -> float:
-    """Share of ``there`` that covers ``needed``."""
     return 0.0 if not needed else min(1.0, needed / there if there else 1.0)

@@ -57,9 +57,9 @@ class _Haystack:
     def __init__(self, encoder: DocumentTokenizer, texts: Sequence[str]) -> None:
         starts = [np.zeros(0, dtype=np.int64)]
         offset = 0
-        for batch in batches_by_characters(texts):
-            spans = encoder.token_spans(texts[batch])
-            for text, span_of_tokens in zip(texts[batch], spans, strict=True):
+        for batch in batches_by_characters(texts, len):
+            spans = encoder.token_spans(batch)
+            for text, span_of_tokens in zip(batch, spans, strict=True):
                 starts.append(span_of_tokens[:, 0] + offset)
                 offset += len(text)
         self._text = "".join(texts)

@@ -20,10 +20,10 @@ short words are found in the backend's cache. The condition is checked on the vo
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
@@ -39,6 +39,7 @@ MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 SPACE_MARKER = "▁"
 WORDS = Regex(f"{SPACE_MARKER}+[^{SPACE_MARKER}]*|[^{SPACE_MARKER}]+")
 BATCH_CHARACTERS = 1_000_000
+Item = TypeVar("Item")
 
 
 def flag_markers(backend: Tokenizer) -> Tokenizer:
@@ -158,8 +159,8 @@ class DocumentTokenizer:
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of every text, without BOS and EOS."""
         counts = []
-        for batch in batches_by_characters(texts):
-            encodings = self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+        for batch in batches_by_characters(texts, len):
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
             counts += map(len, encodings)
         return counts
 
@@ -200,13 +201,16 @@ def prepared_tokenizer(path: Path) -> DocumentTokenizer:
     return encoder
 
 
-def batches_by_characters(texts: Sequence[str], limit: int = BATCH_CHARACTERS) -> Iterator[slice]:
-    """Slices of about ``limit`` characters: a batch of books must not fill the memory."""
-    start = size = 0
-    for index, text in enumerate(texts):
-        if index > start and size + len(text) > limit:
-            yield slice(start, index)
-            start, size = index, 0
-        size += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
+def batches_by_characters(
+    items: Iterable[Item], characters: Callable[[Item], int], limit: int = BATCH_CHARACTERS
+) -> Iterator[list[Item]]:
+    """Runs of about ``limit`` characters, one at a time: books must not fill the memory."""
+    batch, size = [], 0
+    for item in items:
+        if batch and size + characters(item) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += characters(item)
+    if batch:
+        yield batch
