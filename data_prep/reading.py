@@ -1,12 +1,10 @@
 """How much of a corpus is read: a look at a few units, then rounds until the quotas are met.
 
 A corpus of a trillion tokens is not read for a few billion. A scan of a few units of each source
-guesses lengths from characters, with the ratio measured on a small piece of the source. By it the
-first round reads as many units of each source as its scarcest wanted bucket needs, with a margin,
-and tokenizes of each bucket only the share that the quota needs (documents are taken by their
-order, so the rest of them can be read later). If counted tokens then fall short, a further round
-widens the shares or adds units. The guess decides only how much is read first, and what is read
-follows from configuration and corpus alone, never from the number of workers or from interruptions.
+guesses lengths from characters. By it the first round reads as many units of each source as its
+scarcest wanted bucket needs, with a margin, and tokenizes of each bucket only the share that the
+quota needs. If counted tokens then fall short, a further round widens the shares or adds units.
+What is read follows from configuration and corpus alone, never from workers or interruptions.
 """
 
 import math
@@ -143,14 +141,10 @@ class SourceReading:
 
 
 class Readings:
-    """The readings of one run, round by round.
+    """The readings of one run, round by round; ``units`` are in reading order, by source.
 
-    Args:
-        units: Source -> its units in reading order.
-        scans: Source -> what the scan told.
-        lengths: The buckets.
-        short_overlong: With ``split`` all documents serve all buckets.
-        max_units: Most units of a source that are read; None: all, if it comes to that.
+    With ``short_overlong`` ``split`` all documents serve all buckets. ``max_units``: most units of
+    a source that are read; None: all, if it comes to that.
     """
 
     def __init__(
