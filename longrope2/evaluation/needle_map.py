@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, PromptEncoder
 from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, texts_sha256
-from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, string_match_all
+from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, ruler_score
 from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION, fitted_samples
-from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
+from longrope2.evaluation.samples import GenerationTask, SampleRecipe, SampleStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,10 +58,9 @@ def needle_map_faults(
     distinct = depths and len(set(depths)) == len(depths)
     inside = all(0 <= depth <= 1 for depth in depths)
     no_length = not lengths or min(lengths) < 1
+    bad_depths = not (distinct and inside)
     faults = {
-        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": not (
-            distinct and inside
-        ),
+        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": bad_depths,
         f"{key}.repeats={config.repeats} must be at least 1": config.repeats < 1,
         f"{key}: lengths={list(lengths)} must be at least one, all above 0": no_length,
     }
@@ -97,29 +96,20 @@ def needle_map_tasks(
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)
     new_tokens = encoder.total([" " + "8" * _VALUE_DIGITS]) + _SPARE_TOKENS
-    recipes = []
+    num_samples, recipes = len(config.depths) * config.repeats, []
+    chosen = {"seed": config.seed, "depths": config.depths, "haystack": config.haystack.value}
+    shared = {"suite": "needle_map", "version": GENERATOR_VERSION, **chosen, "texts": texts}
     for length in lengths:
-        identity = {
-            "suite": "needle_map",
-            "version": GENERATOR_VERSION,
-            "length": length,
-            "seed": config.seed,
-            "depths": config.depths,
-            "haystack": config.haystack.value,
-            "texts": texts,
-            "tokenizer": encoder.fingerprint,
-        }
-        fitted = partial(
-            fitted_samples, partial(_draft, config, encoder, haystack, length), encoder
-        )
+        identity = {**shared, "length": length, "tokenizer": encoder.fingerprint}
+        draft_of = partial(_draft, config, encoder, haystack, length)
+        fitted = partial(fitted_samples, draft_of, encoder)
         make = partial(fitted, length=length, max_new_tokens=new_tokens)
-        num_samples = len(config.depths) * config.repeats
-        recipes.append(SampleRecipe("needle_map", length, num_samples, identity, make))
+        place = "needle_map", length, num_samples
+        recipes.append(SampleRecipe(*place, identity=identity, make=make))
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
-    return [
-        GenerationTask("needle_map", "needle_map", length, samples, _score)
-        for length, samples in zip(lengths, found, strict=True)
-    ]
+    place, score = ("needle_map", "needle_map"), partial(ruler_score, "needle_map")
+    by_length = zip(lengths, found, strict=True)
+    return [GenerationTask(*place, length, samples, score=score) for length, samples in by_length]
 
 
 def _draft(
@@ -130,15 +120,9 @@ def _draft(
     index: int,
     budget: int,
 ) -> Draft:
-    """The prompt of one sample, at most ``budget`` tokens."""
     repeat, place = divmod(index, len(config.depths))
     kind, depth = NiahTask(config.haystack.value), config.depths[place]
     rng = random.Random(f"needle map/{config.seed}/{length}/{depth}/{repeat}")
     draft = niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
     draft.facts["repeat"] = repeat
     return draft
-
-
-def _score(sample: Sample, text: str) -> float:
-    """1 if the value is in the answer."""
-    return string_match_all(sample.answers, text)

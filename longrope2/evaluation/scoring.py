@@ -40,25 +40,20 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class ValueScore:
-    """How the model did on the value of one needle sample."""
-
-    exact: bool
-    """Greedy decoding after the prompt would give exactly the value's tokens."""
-    nll: float
-    """Sum of the negative log-likelihoods of the value's tokens, natural logarithm."""
-    num_tokens: int
-    """Tokens of the value."""
-
-
-@dataclass(frozen=True)
 class WindowScore:
-    """How likely the model finds the scored tokens of one text window."""
+    """How likely the model finds the scored tokens of one text window, or of one needle's value."""
 
     nll: float
     """Sum of their negative log-likelihoods, natural logarithm."""
     num_tokens: int
-    """How many they are."""
+
+
+@dataclass(frozen=True)
+class ValueScore(WindowScore):
+    """How the model did on the value of one needle sample."""
+
+    exact: bool
+    """Greedy decoding after the prompt would give exactly the value's tokens."""
 
 
 @torch.inference_mode()
@@ -98,7 +93,7 @@ def score_values(
         for row, sample in enumerate(batch):
             skipped = sample.value_start - first
             exact, nll = bool(hits_BK[row, skipped:].all()), float(nll_BK[row, skipped:].sum())
-            scores.append(ValueScore(exact, nll, len(sample.through_value) - sample.value_start))
+            scores.append(ValueScore(nll, len(sample.through_value) - sample.value_start, exact))
     return scores
 
 
@@ -187,7 +182,6 @@ def retention_measure(
 def _text_values(
     windows: Sequence[np.ndarray], num_scored: int | None, batch_tokens: int, model: WindowedModel
 ) -> dict[str, Any]:
-    """Raw numbers of text windows, one entry per window."""
     scores = score_windows(model, windows, num_scored=num_scored, batch_tokens=batch_tokens)
     return {"nll": [s.nll for s in scores], "num_tokens": [s.num_tokens for s in scores]}
 
@@ -201,20 +195,12 @@ def measure_all(
     """Every measure of every subject; what ``results`` holds already is not measured again."""
     for subject in subjects:
         for measure in measures:
-            fingerprint = _fingerprint(subject, measure, str(models.dtype))
-            values = results.find(fingerprint)
-            if values is None:
-                values = measure.values(models.of(subject))
+            table, data = subject.table_identity(measure.window), measure.data_sha256
+            parts = [subject.weights_sha256, table, str(models.dtype), measure.suite, data]
+            fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            make = partial(lambda of, subject: of.values(models.of(subject)), measure, subject)
             place = subject.name, measure.suite, measure.length
-            measurement = Measurement(*place, fingerprint, values)
-            results.append(measurement)
-            yield measurement
-
-
-def _fingerprint(subject: Subject, measure: Measure, dtype: str) -> str:
-    table = subject.table_identity(measure.window)
-    parts = [subject.weights_sha256, table, dtype, measure.suite, measure.data_sha256]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            yield results.measured(*place, fingerprint=fingerprint, measure=make)
 
 
 def _data_sha256(arrays: Iterable[np.ndarray]) -> str:
