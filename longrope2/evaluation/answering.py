@@ -191,8 +191,7 @@ def plan_requests(
     """Every request once, in the order in which they are put.
 
     Within a subject: longest first; requests of about one length are ordered by their prompts'
-    ids, so that prompts with much in common follow each other (lines of noise up to the needle,
-    say) and are read once (``PrefixDecoder``).
+    ids, so that what prompts have in common is read once (``PrefixDecoder``).
     """
     requests, known = [], set()
     for subject in subjects:
@@ -235,10 +234,9 @@ def answer_requests(
     """Answer what ``log`` does not hold yet.
 
     Yields every request as it is done, and every task that was given up. When memory runs out for
-    one request alone, the rest of its task at that length is given up for this subject, and
-    everything else goes on; when it runs out for a batch, the batch is split. Each batch is on disk
-    before the next one starts; ``batch_tokens`` counts prompts and longest answers, and at least
-    one request is taken.
+    a batch, it is split; for one request alone, the rest of its task at that length is given up for
+    this subject. Each batch is on disk before the next one starts; ``batch_tokens`` counts prompts
+    and longest answers.
     """
     given_up: set[tuple[str, str, str, int]] = set()
     unanswered = [request for request in requests if log.find(request.key) is None]

@@ -1,8 +1,7 @@
 """The needle map: one needle at every depth of every length, several times, to be answered.
 
 The paper shows it as a heat map of depth by length with 10 samples a cell. Prompts are those of
-RULER's single needle in our wording, so a cell's samples differ in key, value and haystack. A
-sample's realised depth, in tokens of haystack in front of the needle, is in its facts.
+RULER's single needle in our wording; a cell's samples differ in key, value and haystack.
 """
 
 import random
@@ -77,12 +76,11 @@ def needle_map_tasks(
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[GenerationTask]:
-    """One task per length: ``repeats`` times all depths, one after the other.
+    """One task per length: ``repeats`` times all depths; scored 1 if the value is in the answer.
 
-    ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised),
-    ``repeat``, ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
-
-    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``.
+    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``. Facts of a
+    sample are ``requested_depth``, ``depth`` (realised, in tokens), ``repeat``, ``fill`` and
+    ``num_characters``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.

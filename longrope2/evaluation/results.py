@@ -1,12 +1,11 @@
 """Finished measurements and answers on disk, one JSON line each: nothing is done twice.
 
-A line is identified by a fingerprint of everything its values depend on (weights, RoPE tables of
-the windows used, data), not by the subject's name: changed weights or samples are measured anew,
-and subjects that are the same model for a measurement or a request (below L0, say) share it.
+A line is found by a fingerprint of everything its values depend on (weights, RoPE tables of the
+windows used, data), not by the subject's name: changed weights or samples are measured anew, and
+subjects that are the same model for a measurement (below L0, say) share it.
 
-Every shard of an evaluation appends its answers to a file of its own (``answers.jsonl``,
-``answers-2-of-4.jsonl``, ...) and reads those of all when it starts, so shards never wait for each
-other and a later run may have more or fewer of them.
+Every shard appends its answers to a file of its own and reads those of all when it starts, so
+shards never wait for each other and a later run may have more or fewer of them.
 """
 
 import re
@@ -56,7 +55,7 @@ class ResultsLog:
         values = self._values.get(fingerprint)
         if values is None:
             values = measure()
-        found = Measurement(subject, suite, length, fingerprint, values)
+        found = Measurement(subject, suite, length, fingerprint=fingerprint, values=values)
         self.append(found)
         return found
 
@@ -174,15 +173,11 @@ class AnswersLog:
         """Take in what other shards have written meanwhile."""
         self._answers.update(read_answers(self.folder))
 
-    def close(self) -> None:
-        """Close the file and let another process have it."""
-        self._log.close()
-
     def __enter__(self) -> "AnswersLog":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self._log.close()
 
 
 def read_answers(folder: Path) -> dict[str, Answer]:

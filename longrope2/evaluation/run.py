@@ -126,13 +126,13 @@ def run_evaluation(
     measurements, suite = [], None
     with MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", plain) as tracking:
         if measures:
-            measurements = _measure(subjects, measures, models, folder, tracking)
+            measurements = _measure(subjects, measures, models, folder=folder, tracking=tracking)
             found = summary.summarize(subjects, measurements, config.evaluation.reference)
             write_summary(folder, found)
             Console().print(summary.comparison_table(found))
         if asks:
             tokenizer = load_tokenizer(base_folder)
-            suite = _run_suite(config, subjects, tokenizer, models, folder, shard)
+            suite = _run_suite(config, subjects, tokenizer, models, folder=folder, shard=shard)
             if suite is not None:
                 tracking.log(summary.suite_metrics(suite))
     is_finished = suite is not None or bool(measures and not asks)
@@ -153,11 +153,7 @@ def _own_models() -> SubjectModels:
 def _build_measures(
     config: EvaluateRoot, base_folder: Path
 ) -> tuple[list[scoring.Measure], list[NeedleSet]]:
-    """Measures on needles and text windows, and the needle samples themselves.
-
-    Raises:
-        DataError: the held-out text is too little for what is asked.
-    """
+    """Measures on needles and text windows, and the needle samples themselves."""
     evaluation, original_len = config.evaluation, config.model.original_len
     books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
     documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
@@ -216,9 +212,8 @@ def _run_suite(
     asked = {subject.name: _asked_of(config, subject, tasks) for subject in subjects}
     asks_short = bool(config.suite.short_tasks.tasks)
     # Short tasks are not split: the first shard asks them all.
-    short_results = None
-    if asks_short and shard.index == 0:
-        short_results = ResultsLog(folder / _SHORT_TASKS_FILE)
+    own_short = asks_short and shard.index == 0
+    short_results = ResultsLog(folder / _SHORT_TASKS_FILE) if own_short else None
     options: dict[str, Any] = {"dtype": models.dtype, "stop_ids": {tokenizer.eos_token_id}}
     given_up: list[answering.NotMeasured] = []
     short_cells: list[Cell] = []
@@ -230,20 +225,18 @@ def _run_suite(
         for subject in sorted(subjects, key=lambda subject: subject.name != reference):
             requests = answering.plan_requests([subject], asked[subject.name], **options)
             own = answering.shard_requests(requests, shard)
-            given_up += _answer(config, own, log, tokenizer, models)
+            given_up += _answer(config, own, log, tokenizer=tokenizer, models=models)
             if short_results is not None:
-                chosen = config.suite.short_tasks
-                found = measure_short_tasks(chosen, [subject], short_results, tokenizer, models)
+                chosen, of = config.suite.short_tasks, {"tokenizer": tokenizer, "models": models}
+                found = measure_short_tasks(chosen, [subject], short_results, **of)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
                 _gate(config, cells_of(subject) + short_cells)
         log.reread()
         cells = [cell for subject in subjects for cell in cells_of(subject)]
     if shard.count > 1 and (lacking := _lacking(cells, given_up, asks_short and shard.index > 0)):
-        print(
-            f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. "
-            "The same command without evaluation.shard sums up when they have ended"
-        )
+        way_on = "The same command without evaluation.shard sums up when they have ended"
+        print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. {way_on}")
         return None
     found = summary.summarize_suite(config, subjects, cells + short_cells)
     write_summary(folder, found)

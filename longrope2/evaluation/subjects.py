@@ -88,12 +88,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
 def find_checkpoint(
     config: StageConfig, key: str, given: str | None
 ) -> tuple[Path, RescaleFactors]:
-    """The checkpoint of a stage and its factors: ``given``, or what the run itself has trained.
-
-    Args:
-        config: Of the stage.
-        key: Where ``given`` stands in it, for messages.
-        given: Folder; None is the run's ``3_checkpoints/final``.
+    """The checkpoint of a stage and its factors: ``given`` at ``key``, else what the run trained.
 
     Raises:
         ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
@@ -130,12 +125,7 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
 
 
 def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
-    """Refuse an artifact made for another architecture or tokenizer than those of ``model.path``.
-
-    Args:
-        key: What the artifact is called in the message.
-        found: Its ``model_identity``.
-        base_folder: Folder of ``model.path``.
+    """Refuse an artifact, called ``key``, whose ``model_identity`` is not that of ``model.path``.
 
     Raises:
         ArtifactError: names the fields that differ.
@@ -150,7 +140,6 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
 def _own_factors(
     folder: Path, base_folder: Path, geometry: RopeGeometry, target_len: int
 ) -> RescaleFactors:
-    """A checkpoint's own factors."""
     if not folder.is_dir():
         way_out = "run launch.train first, or leave the subject out"
         raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
@@ -162,10 +151,7 @@ def _own_factors(
 def _base_factors(
     rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
-    """Factors for the base weights, and their input record.
-
-    Those of the run's search must have been searched on this model.
-    """
+    """Factors for the base weights, if searched then on this model; and their input record."""
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
     path = factors_path(rope, config.run.folder)
     if path is None:

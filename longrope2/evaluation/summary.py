@@ -36,7 +36,8 @@ def summarize(
     for measurement in measurements:
         by_suite[measurement.suite].append(measurement)
     original_len = subjects[0].factors.geometry.original_len
-    texts, kept = ([_text_row(m) for m in by_suite[name]] for name in ("perplexity", "retention"))
+    texts = [_text_row(m) for m in by_suite["perplexity"]]
+    kept = [_text_row(m) for m in by_suite["retention"]]
     base = next(row.perplexity for row in kept if row.subject == reference)
     windows = [window_for_length(row.length, original_len).value for row in texts]
     in_context = zip(texts, windows, strict=True)
@@ -99,7 +100,6 @@ def _needle_numbers(values: dict[str, Any], indices: Sequence[int]) -> dict[str,
 
 
 def _text_row(measurement: Measurement) -> schema.TextRow:
-    """Perplexity over all scored tokens of text windows."""
     nll, num_tokens = measurement.values["nll"], sum(measurement.values["num_tokens"])
     place = measurement.subject, measurement.length, len(nll), num_tokens
     return schema.TextRow(*place, perplexity=perplexity(sum(nll), num_tokens))
@@ -222,7 +222,9 @@ def average_cells(cells: Sequence[Cell]) -> list[Average]:
             continue
         first = sum(member.first_100 or 0.0 for member in members) / count
         interval = statistics.macro_interval([member.scores for member in members])
-        averages.append(Average(*place, count, sum(scores) / count, first, interval))
+        averages.append(
+            Average(*place, count, sum(scores) / count, first_100=first, interval=interval)
+        )
     return averages
 
 

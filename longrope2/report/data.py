@@ -85,7 +85,6 @@ def load_run(folder: Path) -> RunRecord:
 
 
 def _stage(run_folder: Path, product: str) -> StageState:
-    """Manifest of a finished stage, or how far it is."""
     folder = product_folder(run_folder, product)
     finished = (folder / artifacts.MANIFEST_NAME).is_file()
     started = folder.is_dir() and any(folder.iterdir())

@@ -69,7 +69,6 @@ def _render_report(record: RunRecord, reload_seconds: int | None) -> str:
 
 
 def _headline(record: RunRecord) -> str:
-    """What happened, in two sentences."""
     summary = record.evaluation
     if summary is None:
         nothing = "<p class=lead>Nothing has been evaluated yet.</p>"
@@ -89,7 +88,6 @@ def _headline(record: RunRecord) -> str:
 
 
 def _comparison(summary: EvaluationSummary) -> str:
-    """Accuracy by length, perplexities, retention: a table and three figures."""
     lengths, lines = comparison_lines(summary)
     longest, original = f"{lengths[-1]:,}", f"{summary.original_len:,}"
     rows = [list(map(html.escape, line)) for line in lines]
@@ -109,7 +107,6 @@ def _comparison(summary: EvaluationSummary) -> str:
 
 
 def _length_figures(summary: EvaluationSummary) -> str:
-    """Needle accuracy, needle perplexity and text perplexity by length, one line per model."""
     text_title = "Perplexity of the same held-out tokens by length of their context"
     images = ""
     for rows, field, label, alternative in (
@@ -126,7 +123,6 @@ def _length_figures(summary: EvaluationSummary) -> str:
 
 
 def _needle_maps(summary: EvaluationSummary) -> str:
-    """One small heat map per subject: depth down, length across."""
     maps = []
     for name in (subject.name for subject in summary.subjects):
         own = (row for row in summary.needle if row.subject == name)

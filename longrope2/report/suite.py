@@ -38,7 +38,6 @@ def _cell(cell: TableCell) -> str:
 
 
 def _needle_maps(summary: SuiteSummary) -> str:
-    """One heat map per subject, by requested depth and length."""
     maps = []
     for subject in summary.subjects:
         own = (c for c in summary.cells if (c.subject, c.suite) == (subject.name, "needle_map"))

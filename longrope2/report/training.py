@@ -88,7 +88,6 @@ def _retrieval_in_training(record: RunRecord) -> list[str]:
 
 
 def _shared_text(record: RunRecord) -> list[str]:
-    """Search and evaluation draw on the same held-out documents."""
     factors, evaluations = record.stages["factors"].manifest, record.stages["evaluations"].manifest
     if factors is None or evaluations is None:
         return []

@@ -2,17 +2,15 @@
 
 - LongBench v1: TriviaQA, TREC (in-context learning), LCC and RepoBench-P (code completion). The
   middle of a prompt is cut out where it does not fit, as upstream does. Most are below 8k tokens,
-  so on a model of that window they try the original RoPE as much as the rescaled one: every sample
-  keeps its token count for scores by length.
+  so they try the original RoPE as much as the rescaled one: every sample keeps its token count.
 - InfiniteBench: retrieval of a value by its key (KV) and multiple choice about a book (En.MC), with
   upstream's templates for base models (the yarn-mistral set). Cut likewise: En.MC is longer than
   128k tokens on average, so for it the cut is part of the score, and in KV it may take the pair
   asked for away, which is reported beside the score.
 - LOFT's text retrieval: a corpus of passages, a few worked examples, and a query. All queries of a
-  set share everything in front of the query, so the runner reads that once. Nothing is ever cut: a
-  cut corpus has lost passages that are asked for. Answers are scored by the first line with a list
-  of ids: recall@1, and for HotPotQA mrecall@2. A base model goes on with an example of its own
-  behind its answer; that is never reached.
+  set share everything in front of the query, which is read once. Nothing is ever cut: passages
+  would be lost that are asked for. Answers are scored by the first line with a list of ids:
+  recall@1, and for HotPotQA mrecall@2. What a base model adds behind its answer is not reached.
 
 Shape legend: T = tokens of a prompt.
 """
@@ -124,9 +122,8 @@ class _Fit:
     ) -> Sample:
         """A prompt that keeps the first and the last half of the budget where it is too long.
 
-        Upstream turns both halves into text and tokenizes that anew, which may move a token or two
-        at the seam; here the ids themselves are cut. Whether ``needle`` is left, without which the
-        question cannot be answered, goes into the facts.
+        Upstream tokenizes both halves anew, which may move a token or two at the seam; here the ids
+        themselves are cut. Whether ``needle``, which the answer needs, is left goes into the facts.
 
         Raises:
             DataError: the answer alone takes the whole length.

@@ -246,7 +246,6 @@ def _in_text(
     room: int,
     rng: random.Random,
 ) -> tuple[list[Piece], list[float]]:
-    """Running text from a random sentence on, needles between sentences."""
     first = int(haystack.sentence_starts[rng.randrange(len(haystack.sentence_starts))])
     start = haystack.tokens_before(first)
     stop = haystack.word_at(start + room) if room > 0 else first

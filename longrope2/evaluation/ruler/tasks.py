@@ -1,10 +1,9 @@
 """RULER as generation tasks: all tasks at all lengths, from the store or made now.
 
 The generators fit their prompts by sums over tokens counted once. Whether joined pieces give the
-ids of the whole text is a property of the tokenizer, so it is confirmed by tokenizing whole texts:
-thousands of words in random order, and the first prompt of every file of samples. If it does not
-hold, prompts are tokenized whole every time and the budget is lowered by what they exceed it, which
-ends: a budget only falls until the prompt fits or the generator says that the length is too short.
+ids of the whole text is a property of the tokenizer, so it is confirmed on thousands of words in
+random order and on the first prompt of every file of samples. If it does not hold, prompts are
+tokenized whole every time, and the budget falls until they fit or the length is too short.
 """
 
 import random
@@ -59,9 +58,8 @@ def ruler_tasks(
     needle or document, 0 start to 1 end of the haystack in tokens), ``depths`` (of all) and
     ``requested_depth``.
 
-    ``lengths`` are the tokens that BOS, prompt and answer may take together. ``workers`` is a
-    number of processes, 0 for this one, and changes no sample; ``progress`` is called with a task's
-    name and a number of samples as they are made.
+    ``lengths`` are the tokens that BOS, prompt and answer may take together; ``workers`` and
+    ``progress`` are those of ``SampleStore``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.

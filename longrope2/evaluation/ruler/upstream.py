@@ -1,10 +1,9 @@
 """RULER as NVIDIA/RULER@c3f5e3b makes it (``mode=upstream``): its fit around its draws.
 
-Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt
-and answer over the length (RULER does not count it), the answer gets one token less,
-``facts["bos_over"]``; and where RULER would try for ever, because nothing can be made smaller,
-there is an error. The samples of a task are drawn from one stream, so they are made in one go and
-tokenized whole: slow beside ``mode=fixed``.
+Departures: where BOS would bring prompt and answer over the length (RULER does not count it), the
+answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever, there is an
+error. The samples of a task are drawn from one stream, so they are made in one go and tokenized
+whole: slow beside ``mode=fixed``.
 """
 
 import contextlib

@@ -6,9 +6,8 @@ time, so their permutation is the same in every sample. Known defects are kept: 
 repeat the queried key; the document that answers stands at one place in all samples; lists have one
 permutation; the singular is made by replacing letters.
 
-Prompts, essays and words are read from a checkout and from wonderwords; nothing is shipped. The
-prompts are taken from ``scripts/data/synthetic/constants.py`` without running it, and must be the
-known ones: RULER changed its prompts before, and a changed one makes another benchmark.
+Prompts, essays and words are read from a checkout, which is not run, and from wonderwords. The
+prompts must be the known ones: RULER changed them before, and that makes another benchmark.
 """
 
 import ast
