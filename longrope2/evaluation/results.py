@@ -48,11 +48,15 @@ class ResultsLog:
         self._values = {measurement.fingerprint: measurement.values for measurement in found}
         self._lines = {(measurement.subject, measurement.fingerprint) for measurement in found}
 
+    def find(self, fingerprint: str) -> dict[str, Any] | None:
+        """Values measured before for the same fingerprint."""
+        return self._values.get(fingerprint)
+
     def measured(
         self, subject: str, suite: str, length: int, fingerprint: str, measure: Callable[[], Any]
     ) -> Measurement:
         """The measurement with the values known for a fingerprint, or made now and kept."""
-        values = self._values.get(fingerprint)
+        values = self.find(fingerprint)
         if values is None:
             values = measure()
         found = Measurement(subject, suite, length, fingerprint=fingerprint, values=values)
@@ -173,11 +177,15 @@ class AnswersLog:
         """Take in what other shards have written meanwhile."""
         self._answers.update(read_answers(self.folder))
 
+    def close(self) -> None:
+        """Close the file and let another process have it."""
+        self._log.close()
+
     def __enter__(self) -> "AnswersLog":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._log.close()
+        self.close()
 
 
 def read_answers(folder: Path) -> dict[str, Answer]:

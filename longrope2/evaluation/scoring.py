@@ -223,7 +223,7 @@ def context_windows(
 ) -> dict[int, list[np.ndarray]]:
     """Windows of every length that end at the same places: all lengths score the same tokens.
 
-    The window of length T shows the model the T - 2 tokens up to a place behind a BOS, so perplexity
+    The window of length T shows the model the T - 2 tokens up to a place, behind a BOS: perplexity
     differs between lengths only by what more context does. Places are spread over the documents in
     turn and the scored tokens never overlap. A length has windows of one token less.
 
