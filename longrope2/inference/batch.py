@@ -22,13 +22,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from longrope2.errors import DataError
+from longrope2.inference import generation
 from longrope2.inference.cache import KvPolicy, join_caches, next_logits, single_row
-from longrope2.inference.generation import (
-    GeneratedToken,
-    check_request,
-    switch_window,
-    window_for_length,
-)
+from longrope2.inference.generation import GeneratedToken
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
@@ -103,7 +99,7 @@ def _checked_rows(
         raise DataError(f"max_rows={max_rows} must be at least 1")
     target_len = model.factors.target_len
     for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
-        check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
+        generation.check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
     return [_Row(list(ids), limit) for ids, limit in zip(prompts, limits, strict=True)]
 
 
@@ -119,12 +115,13 @@ class _GroupDecoder:
     def belongs(self, row: _Row, window: Window) -> bool:
         """Whether the row still wants tokens and its length asks for this window."""
         original_len = self.model.factors.geometry.original_len
-        return row.num_left > 0 and window_for_length(len(row.ids), original_len) is window
+        its_window = generation.window_for_length(len(row.ids), original_len)
+        return row.num_left > 0 and its_window is window
 
     def decode(self, rows: list[_Row], window: Window) -> None:
         """Continue all rows until each has stopped or outgrown the window."""
         for row in rows:
-            logits_V, row.cache = switch_window(
+            logits_V, row.cache = generation.switch_window(
                 self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy
             )
             row.append(int(logits_V.argmax()), window, self.stop_ids)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
+from longrope2.planning import timing
 from longrope2.planning.choice import Choice, Refusal, choose_layout, find_refusal
 from longrope2.planning.hardware import HardwareConfig, Machine, make_machine
 from longrope2.planning.memory import (
@@ -19,13 +20,7 @@ from longrope2.planning.memory import (
     load_bytes,
     predict_memory,
 )
-from longrope2.planning.timing import (
-    RunTime,
-    exchange_bytes,
-    forward_hours,
-    gather_bytes,
-    predict_time,
-)
+from longrope2.planning.timing import RunTime
 from longrope2.rope.factors import Window
 
 GIB, GB, GFLOP, TFLOP = 2**30, 1e9, 1e9, 1e12
@@ -215,7 +210,7 @@ def _choice_lines(plan: Plan) -> list[str]:
     if refusal is not None:
         lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")
     elif configured is not None:
-        time = predict_time(plan.shape, plan.workload, configured, plan.machine)
+        time = timing.predict_time(plan.shape, plan.workload, configured, plan.machine)
         memory = predict_memory(plan.shape, plan.workload, configured)
         lines.append(f"configured {_layout_words(configured)}: {_takes(time, memory)}")
     return lines
@@ -253,7 +248,7 @@ def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
     """Seconds of a micro-step by part and window."""
     head, micro_steps, steps = ["part"], [], ["step (mix)"]
     for name, layout in shown.items():
-        time = predict_time(plan.shape, plan.workload, layout, plan.machine)
+        time = timing.predict_time(plan.shape, plan.workload, layout, plan.machine)
         for window in (Window.LONG, Window.SHORT):
             head.append(f"{name} {window.value}")
             micro_steps.append(time.micro_steps[window])
@@ -269,8 +264,8 @@ def _traffic_table(plan: Plan, shown: dict[str, Layout]) -> Table:
     """Bytes a GPU sends and receives in a micro-step."""
     rows = []
     for name, layout in shown.items():
-        exchanged = exchange_bytes(plan.shape, plan.workload, layout)
-        sizes = (exchanged, *gather_bytes(plan.shape, layout))
+        exchanged = timing.exchange_bytes(plan.shape, plan.workload, layout)
+        sizes = (exchanged, *timing.gather_bytes(plan.shape, layout))
         rows.append([name, *(f"{size / GB:.1f}" for size in sizes)])
     head = ["", "exchange, one long forward", "weights gathered", "gradients reduced"]
     return _table("communication of a micro-step, GB a GPU", head, rows)
@@ -315,8 +310,8 @@ def _cost_cell(choice: Choice) -> str:
 def _stage_lines(plan: Plan) -> list[str]:
     """Search and evaluation."""
     gpus, target = plan.machine.num_gpus, plan.workload.target_len
-    search = forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
-    evaluation = forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
+    search = timing.forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
+    evaluation = timing.forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
     return [
         "",
         f"search     at most {plan.search_forwards:,} forward passes of {target:,} tokens: "

@@ -21,15 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from longrope2.errors import FactorsError
+from longrope2.rope import frequencies
 from longrope2.rope.factors import RescaleFactors, Window, is_number, read_factor_list
-from longrope2.rope.frequencies import (
-    RopeGeometry,
-    llama3_bands,
-    longrope_attention_scale,
-    ntk_aware,
-    yarn_attention_scale,
-    yarn_ramp,
-)
+from longrope2.rope.frequencies import RopeGeometry
 
 # "su" is the first name of the type (Phi-3, April 2024).
 LONGROPE_TYPES = ("longrope", "su")
@@ -160,7 +154,7 @@ def _closed_form_fields(
         # transformers counts from max_position_embeddings, in such configs the pre-trained window.
         factor, own_len = _number(scaling, "factor"), int(_number(config, MAX_LEN_KEY))
         last_factor = factor * max(target_len, own_len) / own_len - (factor - 1)
-        return {"factors": ntk_aware(geometry, last_factor)}
+        return {"factors": frequencies.ntk_aware(geometry, last_factor)}
     attention_scale = 1.0
     if rope_type == "linear":
         factors = (_number(scaling, "factor"),) * geometry.num_frequencies
@@ -169,7 +163,7 @@ def _closed_form_fields(
         published = replace(geometry, original_len=_original_len(config, scaling, rope_type))
         if rope_type == "llama3":
             bands = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
-            factors = llama3_bands(published, _number(scaling, "factor"), *bands)
+            factors = frequencies.llama3_bands(published, _number(scaling, "factor"), *bands)
         else:
             factors, attention_scale = _yarn(config, scaling, published)
     return {
@@ -186,14 +180,15 @@ def _yarn(
     """YaRN by the config's own betas, rounding and attention weights (DeepSeek: two ``mscale``)."""
     scale = _scale(config, scaling, published.original_len)
     betas = _optional(scaling, "beta_fast") or 32.0, _optional(scaling, "beta_slow") or 1.0
-    factors = yarn_ramp(published, scale, *betas, rounded=bool(scaling.get("truncate", True)))
+    rounded = bool(scaling.get("truncate", True))
+    factors = frequencies.yarn_ramp(published, scale, *betas, rounded=rounded)
     if "attention_factor" in scaling:
         return factors, _number(scaling, "attention_factor")
     weight, weight_all_dims = _optional(scaling, "mscale"), _optional(scaling, "mscale_all_dim")
     if weight is None or weight_all_dims is None:
-        return factors, yarn_attention_scale(scale)
-    of_all_dims = yarn_attention_scale(scale, weight_all_dims)
-    return factors, yarn_attention_scale(scale, weight) / of_all_dims
+        return factors, frequencies.yarn_attention_scale(scale)
+    of_all_dims = frequencies.yarn_attention_scale(scale, weight_all_dims)
+    return factors, frequencies.yarn_attention_scale(scale, weight) / of_all_dims
 
 
 def _scale(config: dict[str, Any], scaling: dict[str, Any], own_len: int) -> float:
@@ -227,7 +222,7 @@ def _longrope_scale(config: dict[str, Any], scaling: dict[str, Any], own_key: st
         if key in scaling:
             return _number(scaling, key)
     own_len = _original_len(config, scaling, "longrope")
-    return longrope_attention_scale(_scale(config, scaling, own_len), own_len)
+    return frequencies.longrope_attention_scale(_scale(config, scaling, own_len), own_len)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from longrope2.parallel.dims import head_faults
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search import objective
 from longrope2.search.config import (
     Objective,
     SearchConfig,
@@ -29,14 +30,7 @@ from longrope2.search.config import (
     most_candidates,
     search_faults,
 )
-from longrope2.search.objective import (
-    NeedleGuidance,
-    SampleLosses,
-    check_needle_guidance,
-    check_needle_labels,
-    cut_documents,
-    needle_samples,
-)
+from longrope2.search.objective import NeedleGuidance, SampleLosses
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Workers
 from longrope2.segments.needle_set import NeedleSet
@@ -198,13 +192,13 @@ def prepare(
     if search.objective is Objective.needle:
         frozen = folder / NEEDLES_FILE
         needles = NeedleSet.load(frozen) if frozen.is_file() else draw_needles(length=length)
-        check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
-        samples = needle_samples(needles)
+        objective.check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
+        samples = objective.needle_samples(needles)
     else:
         # The longest first would be the same few works.
         random.Random(f"documents/{config.seed}").shuffle(documents)
         ids = (encoder.encode(document.text) for document in documents)
-        samples = cut_documents(ids, encoder.bos_id, length, search.num_samples)
+        samples = objective.cut_documents(ids, encoder.bos_id, length, search.num_samples)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
     tests_guidance = workers.worker == 0 and needles is not None
@@ -230,7 +224,8 @@ def _guidance(
 
     def losses(with_needle: bool) -> SampleLosses:
         needles = draw_needles(length=config.model.original_len, with_needle=with_needle)
-        samples, batch_size = needle_samples(needles), config.search.batch_size
+        samples, batch_size = objective.needle_samples(needles), config.search.batch_size
         return SampleLosses(model, samples, batch_size, Window.SHORT)
 
-    return check_needle_guidance(losses(True), losses(False), model.factors, config.search)
+    both = losses(True), losses(False)
+    return objective.check_needle_guidance(*both, model.factors, config.search)

@@ -34,17 +34,8 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
-    atomic_path,
-    fsync_folder,
-    read_manifest,
-    sha256_of_bytes,
-    sha256_of_file,
-    write_manifest,
-    write_text,
-)
+from longrope2.files import artifacts
+from longrope2.files.artifacts import Manifest
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
@@ -82,18 +73,18 @@ class _RankFiles:
         """Write what waits in memory, read it back, and list all hashes for rank 0."""
         for path, buffer in self._waiting.items():
             data = buffer.getbuffer()
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
+            with artifacts.atomic_path(path) as temporary, temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = sha256_of_bytes(data)
-            if sha256_of_file(path) != digest:
+            digest = artifacts.sha256_of_bytes(data)
+            if artifacts.sha256_of_file(path) != digest:
                 raise OSError(f"{path} reads back otherwise than it was written")
             self._hashes[path.name] = digest
             del data
             buffer.close()
         self._waiting.clear()
-        write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
+        artifacts.write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
 
     def _take(self, state_dict: Any, path: str) -> None:
         """In place of the engine's ``save``."""
@@ -102,12 +93,12 @@ class _RankFiles:
             self._waiting[file] = buffer = io.BytesIO()
             torch.save(state_dict, buffer)
             return
-        with atomic_path(file) as temporary:
+        with artifacts.atomic_path(file) as temporary:
             try:
                 torch.save(state_dict, temporary)
             except RuntimeError as error:  # torch's word for a disk that takes no more
                 raise OSError(f"{path}: {error}") from error
-        self._hashes[file.name] = sha256_of_file(file)
+        self._hashes[file.name] = artifacts.sha256_of_file(file)
 
 
 def _collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
@@ -228,12 +219,12 @@ class CheckpointWriter:
 
     def _publish(self, working: Path, tag: str, manifest: Manifest) -> None:
         """Manifest, final name, ``latest``, and only then old checkpoints go."""
-        write_manifest(working, manifest)
+        artifacts.write_manifest(working, manifest)
         if (self._folder / tag).exists():  # a damaged one, from before the run was resumed
             shutil.rmtree(self._folder / tag)
         working.rename(self._folder / tag)
-        fsync_folder(self._folder)
-        write_text(self._folder / _LATEST_FILE, tag + "\n")
+        artifacts.fsync_folder(self._folder)
+        artifacts.write_text(self._folder / _LATEST_FILE, tag + "\n")
         # A newer one was found damaged when the run was resumed: it must not take the place of an
         # intact one.
         intact = [path for path in _step_folders(self._folder) if path.name <= tag]
@@ -285,7 +276,7 @@ def _newest_intact(
         return None
     for candidate in reversed(candidates):
         try:
-            manifest = read_manifest(candidate, _STEP_KIND)
+            manifest = artifacts.read_manifest(candidate, _STEP_KIND)
             _verify(candidate, manifest)
         except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
             _log.warning("skipping a damaged checkpoint: %s", error)
@@ -306,7 +297,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
     """Compare files with their hashes, and the cursor, which no hash covers, with the name."""
     steps = manifest.counts.get("steps")
     if not isinstance(steps, int) or folder.name != _tag(steps):
-        text = f"{folder / MANIFEST_NAME} says counts.steps={steps}"
+        text = f"{folder / artifacts.MANIFEST_NAME} says counts.steps={steps}"
         raise ArtifactError(f"{text}, its folder another number")
     paths = [folder / name for name in manifest.files]
     missing = [path for path in paths if not path.is_file()]
@@ -314,7 +305,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"{missing[0]} is missing")
     # Hashing leaves Python's lock: 100 GB of an 8B model should not take minutes.
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(sha256_of_file, paths))
+        hashes = list(pool.map(artifacts.sha256_of_file, paths))
     for path, found, expected in zip(paths, hashes, manifest.files.values(), strict=True):
         if found != expected:
             raise ArtifactError(f"{path} does not match its SHA-256")

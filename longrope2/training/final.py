@@ -15,13 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from longrope2.files.artifacts import (
-    Manifest,
-    atomic_path,
-    sha256_of_file,
-    write_manifest,
-    write_text,
-)
+from longrope2.files import artifacts
+from longrope2.files.artifacts import Manifest
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
@@ -65,12 +60,12 @@ def save_final(
         for old in [final / "manifest.json", *final.glob("*.safetensors*")]:
             old.unlink(missing_ok=True)
         _copy_model_files(model_folder, final, dtype)
-        write_text(final / FACTORS_FILE, factors.to_json())
+        artifacts.write_text(final / FACTORS_FILE, factors.to_json())
     _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
     if is_main:
         manifest.kind = _FINAL_KIND
-        manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
-        write_manifest(final, manifest)
+        manifest.files = {p.name: artifacts.sha256_of_file(p) for p in sorted(final.iterdir())}
+        artifacts.write_manifest(final, manifest)
     dist.barrier()
 
 
@@ -78,12 +73,12 @@ def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> No
     """The base model's tokenizer, and its config with the number format under the key it uses."""
     for name in _MODEL_FILES:
         if (model_folder / name).is_file():
-            with atomic_path(final / name) as temporary:
+            with artifacts.atomic_path(final / name) as temporary:
                 shutil.copyfile(model_folder / name, temporary)
     config, keys = read_raw_config(model_folder / CONFIG_FILE), ("dtype", "torch_dtype")
     used = [key for key in keys if key in config] or keys
     config |= dict.fromkeys(used, str(dtype).removeprefix("torch."))
-    write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    artifacts.write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def _write_weights(
@@ -105,12 +100,12 @@ def _write_weights(
                     tensors[name] = whole.detach().to("cpu", dtype, copy=True).contiguous()
             weight_map[name] = file
         if is_main:
-            with atomic_path(final / file) as temporary:
+            with artifacts.atomic_path(final / file) as temporary:
                 save_file(tensors, temporary, metadata={"format": "pt"})
     if is_main and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
+        artifacts.write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
 
 
 def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:

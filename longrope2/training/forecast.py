@@ -13,13 +13,8 @@ import torch
 
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
-from longrope2.planning.hardware import (
-    PEAK_BF16_TFLOPS,
-    HardwareConfig,
-    Machine,
-    find_gpu,
-    make_machine,
-)
+from longrope2.planning import hardware
+from longrope2.planning.hardware import HardwareConfig, Machine
 from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
@@ -169,10 +164,10 @@ def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
 
 def _machine(device: torch.device, world_size: int) -> Machine | None:
     """The cluster this process is part of, as far as it sees it."""
-    kind = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    kind = hardware.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if kind is None:
         return None
-    return make_machine(
+    return hardware.make_machine(
         HardwareConfig(gpu=kind, num_gpus=world_size, gpus_per_node=torch.cuda.device_count())
     )
 
@@ -183,5 +178,10 @@ def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -
         return configured
     name = torch.cuda.get_device_name(device)
     return next(
-        (peak for part, peak in PEAK_BF16_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None
+        (
+            peak
+            for part, peak in hardware.PEAK_BF16_TFLOPS.items()
+            if re.search(rf"\b{part}\b", name)
+        ),
+        None,
     )
