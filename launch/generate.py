@@ -74,7 +74,6 @@ def _stream_text(
 
 
 def _say(message: str) -> None:
-    """One line on standard error, apart from the text."""
     print(f"\n[{message}]", file=sys.stderr, flush=True)
 
 
@@ -98,7 +97,6 @@ def _read_prompt(path: str) -> str:
 
 
 def _prompt_name(path: str) -> str:
-    """The prompt's source as messages name it."""
     return f"generate.prompt_file={path}" + (" (standard input)" if path == _STANDARD_INPUT else "")
 
 

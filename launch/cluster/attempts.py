@@ -279,7 +279,6 @@ def _without_progress(attempts: list[Attempt], here: int) -> int:
 
 
 def _in_vain(attempts: list[Attempt], here: int) -> str:
-    """The message of the third failure."""
     nodes = dict.fromkeys(attempt.nodes for attempt in attempts[-_MOST_ATTEMPTS_WITHOUT_PROGRESS:])
     return (
         f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with "

@@ -84,7 +84,6 @@ class _StopSignals:
         threading.Thread(target=self._tell_ranks, daemon=True).start()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
         self._asked = signal.SIGTERM
         if not _children():
             sys.exit(128 + number)
@@ -106,7 +105,6 @@ class _StopSignals:
 
 
 def _children() -> list[Any]:
-    """The ranks of this node."""
     import psutil
 
     return psutil.Process().children()

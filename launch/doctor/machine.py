@@ -115,7 +115,6 @@ def print_findings(findings: list[Finding], console: Console | None = None) -> N
 
 
 def _packages() -> list[Finding]:
-    """Versions: needed ones too old or missing are blockers, optional ones are named."""
     findings = []
     for name, lowest in NEEDED.items():
         version = installed_version(name)
@@ -148,7 +147,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _gpus(device: torch.device) -> list[Finding]:
-    """Name and memory of every GPU."""
     if device.type != "cuda":
         return [_no_gpu()]
     findings = []
@@ -200,7 +198,6 @@ def _kernels(device: torch.device) -> list[Finding]:
 
 
 def _fused_loss() -> Finding:
-    """Whether torch has the chunked loss."""
     if hasattr(F, "linear_cross_entropy"):
         return Finding("chunked loss", "torch's linear_cross_entropy")
     own = "this project's own: torch before 2.13 has none; logits are computed twice"
@@ -226,7 +223,6 @@ def _compiler() -> Finding:
 
 
 def _disk(root: Path) -> Finding:
-    """Free space where the runs stand."""
     place = root
     while not place.exists():
         place = place.parent if place.parent != place else Path.cwd()
@@ -256,7 +252,6 @@ def _hub(path: str) -> Finding:
 
 
 def _wandb() -> Finding:
-    """Where Weights & Biases would record."""
     try:
         mode = resolve_mode(WandbMode.auto)
     except ConfigError as error:
@@ -271,7 +266,6 @@ def _wandb() -> Finding:
 
 
 def _model(config: DoctorRoot) -> list[Finding]:
-    """Weights and tokenizer of the configured model, on this machine."""
     path, model = config.model.path, f"model {config.model.name}"
     remedy, folder = f"model.path=FOLDER, or fetch it: hf download {path}", None
     try:

@@ -168,7 +168,6 @@ def _flash_attention_faults() -> list[str]:
 
 
 def _versions(device: str) -> dict[str, str]:
-    """What must be the same on all nodes."""
     versions = {"python": platform.python_version(), "code": _code()}
     for package in COMPARED_PACKAGES:
         try:

@@ -108,7 +108,6 @@ def compare(config: DoctorRoot) -> RopeComparison:
 
 
 def _setting_faults(config: DoctorRoot) -> list[str]:
-    """Faults that need no file."""
     faults = target_faults(config.model, config.target_len, extends=True)
     if config.doctor.plot and Path(config.doctor.plot).suffix not in PLOT_FORMATS:
         faults.append(f"doctor.plot={config.doctor.plot}: must end in {' or '.join(PLOT_FORMATS)}")
@@ -163,7 +162,6 @@ def _column_name(given: str) -> str:
 def _computed_columns(
     config: DoctorRoot, geometry: RopeGeometry, critical_index: int | None, faults: list[str]
 ) -> dict[str, RescaleFactors]:
-    """Factors that are computed."""
     methods = config.doctor.methods
     if methods is None:
         methods = [m for m in rescaling.CLOSED_FORMS if m is not RopeMethod.none]

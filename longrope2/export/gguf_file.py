@@ -93,7 +93,6 @@ def write_gguf(
 
 
 def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) -> None:
-    """Shape of the model and its RoPE."""
     import gguf
 
     writer.add_context_length(factors.target_len)
@@ -152,12 +151,10 @@ def _add_tokenizer(
 
 
 def _float32(factors: RescaleFactors, window: Window) -> np.ndarray:
-    """The factors of a window, as its tensor holds them."""
     return np.array(factors.window_factors(window), dtype=np.float32)
 
 
 def _unused(number: int) -> tuple[str, int]:
-    """The entry of an id that is no token."""
     import gguf
 
     return f"[PAD{number}]", gguf.TokenType.UNUSED

@@ -208,7 +208,6 @@ class TextStream:
         return self._decode(self._context_ids + self._pending_ids)[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` without special tokens."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         text = self._tokenizer.decode(ids, **options)
         assert isinstance(text, str)

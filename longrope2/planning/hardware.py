@@ -127,7 +127,6 @@ def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine
 
 
 def _faults(config: HardwareConfig) -> list[str]:
-    """Values that describe no machine."""
     above_zero = ("network_gb_per_second", "host_link_gb_per_second", "memory_gib", "gemm_tflops",
                   "attention_tflops")  # fmt: skip
     shares = ("usable_memory", "memory_efficiency", "link_efficiency")

@@ -133,14 +133,12 @@ def print_plan(plan: Plan) -> None:
 
 
 def _layout_words(layout: Layout) -> str:
-    """A layout in a few words."""
     words = f"{layout.sequence} sequence x {layout.data} data, recompute {layout.recompute.value}"
     words += ", offloaded" if layout.offload else ""
     return words + (f", {layout.micro_batch} segments at once" if layout.micro_batch > 1 else "")
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    """Parameters, budget and FLOPs by window."""
     shape, work = plan.shape, plan.workload
     lines = [
         f"model      {plan.name}: {shape.parameters / 1e9:.3f} B parameters, "
@@ -162,7 +160,6 @@ def _model_lines(plan: Plan) -> list[str]:
 
 
 def _machine_lines(plan: Plan) -> list[str]:
-    """The machine and the rates that are assumed of it."""
     machine = plan.machine
     return [
         f"machine    {machine.num_gpus} {machine.name}, {machine.gpus_per_node} a node; "
@@ -176,7 +173,6 @@ def _machine_lines(plan: Plan) -> list[str]:
 
 
 def _layouts_table(plan: Plan) -> Table:
-    """The fastest layouts that fit."""
     fitting, best = plan.choice.fitting, plan.choice.best
     shown = fitting[: plan.options.shown_layouts]
     rows = []
@@ -194,7 +190,6 @@ def _layouts_table(plan: Plan) -> Table:
 
 
 def _choice_lines(plan: Plan) -> list[str]:
-    """The best layout as settings."""
     best, refusal, configured = plan.choice.best, plan.refusal, plan.configured
     assert best is not None
     layout = best.layout
@@ -217,7 +212,6 @@ def _choice_lines(plan: Plan) -> list[str]:
 
 
 def _takes(time: RunTime, memory: MemoryUse) -> str:
-    """Hours, rates and memory."""
     return (
         f"{time.hours:.1f} h = {time.gpu_hours:,.0f} GPU-hours, "
         f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {100 * time.mfu:.1f} % causal MFU; "
@@ -226,7 +220,6 @@ def _takes(time: RunTime, memory: MemoryUse) -> str:
 
 
 def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Memory by part."""
     layouts = shown.values()
     found = [predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
     rows = [
@@ -245,7 +238,6 @@ def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
 
 
 def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Seconds of a micro-step by part and window."""
     head, micro_steps, steps = ["part"], [], ["step (mix)"]
     for name, layout in shown.items():
         time = timing.predict_time(plan.shape, plan.workload, layout, plan.machine)
@@ -261,7 +253,6 @@ def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
 
 
 def _traffic_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Bytes a GPU sends and receives in a micro-step."""
     rows = []
     for name, layout in shown.items():
         exchanged = timing.exchange_bytes(plan.shape, plan.workload, layout)
@@ -296,7 +287,6 @@ def _cost_table(plan: Plan) -> Table:
 
 
 def _cost_cell(choice: Choice) -> str:
-    """One cell of the cost table."""
     best, closest = choice.best, choice.closest
     if best is not None:
         layout, cpu = best.layout, "+cpu" if best.layout.offload else ""
@@ -308,7 +298,6 @@ def _cost_cell(choice: Choice) -> str:
 
 
 def _stage_lines(plan: Plan) -> list[str]:
-    """Search and evaluation."""
     gpus, target = plan.machine.num_gpus, plan.workload.target_len
     search = timing.forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
     evaluation = timing.forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
@@ -323,7 +312,6 @@ def _stage_lines(plan: Plan) -> list[str]:
 
 
 def _closing_lines(plan: Plan) -> list[str]:
-    """What the figures are worth."""
     own = plan.norm is NormKernel.model
     return [
         "",

@@ -262,7 +262,6 @@ def _csv_factors(text: str) -> tuple[float, ...]:
 
 
 def _numbers(cells: list[str]) -> tuple[float, ...] | None:
-    """The cells' values, or None if any of them is not a number."""
     try:
         return tuple(map(float, cells))
     except ValueError:

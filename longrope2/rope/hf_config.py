@@ -199,7 +199,6 @@ def _scale(config: dict[str, Any], scaling: dict[str, Any], own_len: int) -> flo
 
 
 def _longrope_fields(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """Factor lists and attention scales of a longrope config."""
     short_factors, long_factors = (
         read_factor_list(_required(scaling, key), key, "the Hugging Face config has")
         for key in ("short_factor", "long_factor")
@@ -273,7 +272,6 @@ def _target_len(
 
 
 def _required(values: dict[str, Any], key: str) -> Any:
-    """A value that must stand in the config."""
     if values.get(key) is None:
         raise FactorsError(f"the Hugging Face config has no {key}; add it to config.json")
     return values[key]

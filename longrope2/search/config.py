@@ -161,7 +161,6 @@ def search_faults(search: SearchConfig) -> list[str]:
 
 
 def _contradictions(search: SearchConfig) -> list[str]:
-    """Settings that have no meaning together."""
     faults = []
     is_longrope = search.algorithm is Algorithm.longrope
     if search.iterations and search.mutations == 0 and search.crossovers == 0:

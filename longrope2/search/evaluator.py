@@ -115,7 +115,6 @@ class Evaluator:
         return self._score(known)
 
     def _score(self, losses: Mapping[int, list[float]]) -> Score:
-        """What these losses say."""
         total = _sum_of(losses)
         is_complete = total == math.inf or len(losses) == self._losses.num_batches
         return Score(total, is_complete, sum(map(len, losses.values())), _by_batch(losses))
@@ -151,10 +150,8 @@ class Evaluator:
 
 
 def _sum_of(losses: Mapping[int, list[float]]) -> float:
-    """Sum of all losses, rounded once."""
     return math.fsum(loss for batch in losses.values() for loss in batch)
 
 
 def _by_batch(losses: Mapping[int, list[float]]) -> dict[int, float]:
-    """Sum of each batch."""
     return {batch: math.fsum(values) for batch, values in sorted(losses.items())}

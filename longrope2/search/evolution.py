@@ -290,7 +290,6 @@ class Evolution:
         return candidate
 
     def _close_round(self, iteration: int) -> None:
-        """Add the account of a round that has just ended."""
         finished = Round(
             iteration=iteration,
             best_value=self.evaluator.value(self.best.loss_sum),

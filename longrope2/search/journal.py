@@ -85,7 +85,6 @@ class Journal:
             self._log.close()
 
     def _read_all(self, folder: Path, header: dict[str, Any]) -> None:
-        """Load what all workers have written."""
         for path in sorted(folder.glob("journal*.jsonl")):
             records = read_log(path)
             if records:
@@ -94,7 +93,6 @@ class Journal:
                 self._take(path, record, number)
 
     def _check_header(self, path: Path, found: Any, header: dict[str, Any]) -> None:
-        """The journal must be of this program's version and of this very search."""
         if not isinstance(found, dict) or "search_journal" not in found:
             raise damaged_line(path, 1)
         if (version := found.pop("search_journal")) != _VERSION:

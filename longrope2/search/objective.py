@@ -260,6 +260,5 @@ def check_needle_guidance(
 
 
 def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
-    """Perplexity over all samples."""
     batches = (losses(factors, batch) for batch in range(losses.num_batches))
     return perplexity(math.fsum(chain.from_iterable(batches)), losses.num_scored_tokens)

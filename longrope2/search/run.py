@@ -208,7 +208,6 @@ def _budget(
 
 
 def _value_name(objective: Objective) -> str:
-    """Name of the objective's value in histories and metrics."""
     return "needle_ppl" if objective is Objective.needle else "ppl"
 
 

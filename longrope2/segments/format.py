@@ -182,7 +182,6 @@ class SegmentStore:
         return [window for batch in self._batches for window in batch.column("window").to_pylist()]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Batch and row of a segment."""
         if not 0 <= index < len(self):
             raise IndexError(f"segment {index} of {len(self)}")
         batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
@@ -270,7 +269,6 @@ def _fault(segment: Segment, rules: SegmentRules) -> str | None:
 def _short_fault(
     segment: Segment, rules: SegmentRules, lengths: np.ndarray, is_padding: np.ndarray
 ) -> str | None:
-    """Rules of short segments only."""
     longest = int(lengths[~is_padding].max(initial=0))
     if longest > rules.original_len:
         return f"a document of {longest} tokens, longer than original_len={rules.original_len}"

@@ -85,5 +85,4 @@ class StepSchedule:
         return window, tuple(int(i) for i in chosen)
 
     def _ids(self, window: Window) -> tuple[int, ...]:
-        """Segment ids of one kind."""
         return self.long_ids if window is Window.LONG else self.short_ids

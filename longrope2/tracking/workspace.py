@@ -93,14 +93,12 @@ def build_workspace(
 
 
 def _line_plot(x: str, title: str, metrics: Sequence[str], log_y: bool) -> Any:
-    """Metrics over one axis."""
     import wandb_workspaces.reports.v2 as wr
 
     return wr.LinePlot(title=title, x=x, y=list(metrics), log_y=log_y, title_x=x)
 
 
 def _suite_plot(suite: str, model: str, lengths: Sequence[int]) -> Any:
-    """A suite's result of one model at every length."""
     import wandb_workspaces.reports.v2 as wr
 
     metrics: list[Any] = [f"eval/{suite}/{model}/{length}" for length in lengths]

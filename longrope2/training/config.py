@@ -210,7 +210,6 @@ def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str
 
 
 def _range_faults(training: TrainingConfig) -> list[str]:
-    """Values outside their range."""
     above_zero = "global_batch_tokens same_kind_segments learning_rate gradient_clip"
     above_zero += " checkpoint_steps keep_checkpoints log_steps max_skipped_steps"
     or_null = ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s")
@@ -235,7 +234,6 @@ def _range_faults(training: TrainingConfig) -> list[str]:
 
 
 def _window_faults(config: TrainRoot) -> list[str]:
-    """Window lengths and batch sizes that do not fit each other."""
     target, training = config.target_len, config.training
     batch, tokens = training.global_batch_tokens, training.tokens
     group_tokens = max(1, target * training.same_kind_segments)
@@ -254,7 +252,6 @@ def _window_faults(config: TrainRoot) -> list[str]:
 
 
 def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> list[str]:
-    """Process counts that do not fit the model, the segments or the batch."""
     parallel, sequence = config.parallel, config.parallel.sequence
     faults = _broken(
         (
@@ -292,7 +289,6 @@ def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> 
 
 
 def _broken(*rules: tuple[bool, str]) -> list[str]:
-    """The texts of the rules that are broken."""
     return [text for is_broken, text in rules if is_broken]
 
 

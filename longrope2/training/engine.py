@@ -224,7 +224,6 @@ def _shares(run: ResolvedRun, processes: Processes) -> RankShares | None:
 
 
 def _settings(run: ResolvedRun) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run."""
     config, bf16 = run.config, run.machine.bf16
     return deepspeed_settings(
         config.training, config.parallel, config.zero, micro_steps=run.micro_steps, bf16=bf16

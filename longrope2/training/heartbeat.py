@@ -125,12 +125,10 @@ class Heartbeat:
         self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
 
     def _write_often(self) -> None:
-        """Show where this rank is."""
         while not self._stop.wait(self._interval):
             self._write()
 
     def _watch(self) -> None:
-        """End the process when nothing moves."""
         while not self._stop.wait(self._interval):
             if self._timeout_s is not None and time.time() - self._now[3] > self._timeout_s:
                 self._end_hung_process(self._timeout_s)
@@ -165,7 +163,6 @@ class Heartbeat:
         return beats
 
     def _leave_without_report(self) -> None:
-        """Leave though the report is not done."""
         text = f"rank {self._rank}: no progress, and {self._folder} cannot be read or written"
         print(text, file=sys.stderr, flush=True)
         self._leave(HANG_EXIT_CODE)

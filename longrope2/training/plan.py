@@ -260,7 +260,6 @@ def machine_setup(config: TrainRoot, device: torch.device, *, run: bool) -> Mach
 
 
 def _kernel_words(wanted: Enum, choice: KernelChoice[Any]) -> str:
-    """A kernel for the description of a run."""
     if wanted.value == "auto":
         return str(choice)
     fault = f"; it cannot run on this machine: {choice.fault}" if choice.fault else ""
@@ -326,7 +325,6 @@ def _open_segments(
 def _find_factors(
     config: TrainRoot, model_folder: Path, missing: list[Missing]
 ) -> RescaleFactors | None:
-    """The factors of both windows."""
     rope, run_folder = config.rope, config.run.folder
     geometry = rope_geometry(model_folder, config.model.original_len)
     given = rope.factors if rope.method is RopeMethod.from_hf else None

@@ -79,7 +79,6 @@ class _Rank:
 def _train(
     run: ResolvedRun, processes: Processes, signals: StopSignals, heartbeat: Heartbeat
 ) -> RunEnd:
-    """The run on one rank."""
     training = run.config.training
     if training.selftest:
         heartbeat.mark("self-test")

@@ -146,7 +146,6 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
 
 
 def _differences(window: Window, found: _Sums, expected: _Sums) -> list[str]:
-    """What of one window's step is not the same."""
     return [
         f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
         for (name, value), alone in zip(found.items(), expected.values(), strict=True)

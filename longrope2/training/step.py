@@ -92,13 +92,11 @@ def _more(odd: Sequence[int]) -> str:
 
 
 def _content(batches: Sequence[RankBatch]) -> tuple[str, str]:
-    """Window kinds and segment ids of the micro-steps."""
     kinds = " ".join(batch.window.value for batch in batches)
     return kinds, " ".join(str(batch.segment_id) for batch in batches)
 
 
 def _with_square(text: str) -> tuple[float, float]:
-    """Fingerprint of a text and its square."""
     value = zlib.crc32(text.encode()) >> (32 - _FINGERPRINT_BITS)
     return float(value), float(value * value)
 
@@ -308,12 +306,10 @@ def run_step(
 
 
 def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:
-    """All ranks' sum of a few numbers, in float64."""
     totals = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     return totals.tolist()
 
 
 def _ratio(total: float, count: float) -> float:
-    """Mean, or nan of nothing."""
     return total / count if count else float("nan")

@@ -177,7 +177,6 @@ def _put_right(
 
 
 def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """What was loaded against what was saved."""
     faults = []
     if saved["step"] != loaded["step"]:
         faults.append(f"step {loaded['step']} instead of {saved['step']}")
