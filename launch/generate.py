@@ -78,11 +78,7 @@ def _say(message: str) -> None:
 
 
 def _read_prompt(path: str) -> str:
-    """Text of the prompt file, or of standard input for ``-``.
-
-    Raises:
-        DataError: it is missing, empty, or not UTF-8.
-    """
+    """Text of the prompt file, or of standard input for ``-``."""
     name = _prompt_name(path)
     try:
         content = sys.stdin.buffer.read() if path == _STANDARD_INPUT else Path(path).read_bytes()

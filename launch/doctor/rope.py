@@ -74,9 +74,8 @@ def overrides(arguments: list[str]) -> list[str]:
     if not words:
         return settings
     if any(setting.startswith("doctor.methods=") for setting in settings):
-        raise ConfigError(
-            [f"give methods as words ({' '.join(words)}) or as doctor.methods=[...], not both"]
-        )
+        fault = f"give methods as words ({' '.join(words)}) or as doctor.methods=[...], not both"
+        raise ConfigError([fault])
     return [*settings, f"doctor.methods=[{','.join(words)}]"]
 
 

@@ -40,10 +40,8 @@ def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -
     """
     config = read_raw_config(folder / CONFIG_FILE)
     if config["model_type"] not in _CLASSES:
-        raise ArtifactError(
-            f"export.gguf=true: {config['model_type']} models are not supported, "
-            f"{', '.join(_CLASSES)} are"
-        )
+        fault = f"export.gguf=true: {config['model_type']} models are not supported"
+        raise ArtifactError(f"{fault}, {', '.join(_CLASSES)} are")
     has_bias = config.get("attention_bias") or config.get("mlp_bias")
     if has_bias or config.get("partial_rotary_factor", 1) != 1:
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
@@ -170,9 +168,8 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
         for name, tensor in load_file(file).items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:
-                raise ArtifactError(
-                    f"export.gguf=true: GGUF's Llama has no place for the weight {name}"
-                )
+                fault = f"export.gguf=true: GGUF's Llama has no place for the weight {name}"
+                raise ArtifactError(fault)
             values = tensor.float().numpy()
             for part, heads in num_heads.items():
                 if f".{part}." in name:

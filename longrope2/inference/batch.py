@@ -91,10 +91,8 @@ def _checked_rows(
     is_common = isinstance(max_new_tokens, int)
     limits = [max_new_tokens] * len(prompts) if is_common else list(max_new_tokens)
     if len(limits) != len(prompts):
-        raise DataError(
-            f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; "
-            "give one each, or one"
-        )
+        fault = f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts"
+        raise DataError(f"{fault}; give one each, or one")
     if max_rows < 1:
         raise DataError(f"max_rows={max_rows} must be at least 1")
     target_len = model.factors.target_len

@@ -67,10 +67,8 @@ def check_request(
             f"generate.max_new_tokens to at most {max(target_len - len(prompt_ids), 0)}"
         )
     if prefill_chunk is not None and prefill_chunk < 1:
-        raise DataError(
-            f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt "
-            "at once"
-        )
+        fault = f"generate.prefill_chunk={prefill_chunk} must be at least 1"
+        raise DataError(f"{fault}, or null to read a prompt at once")
 
 
 def generate_tokens(
@@ -102,9 +100,8 @@ def generate_tokens(
     target_len = model.factors.target_len
     check_request(prompt_ids, max_new_tokens, target_len, prefill_chunk, name="the prompt")
     if temperature < 0:
-        raise DataError(
-            f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
-        )
+        fault = f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
+        raise DataError(fault)
     return _generate(
         model,
         list(prompt_ids),

@@ -150,10 +150,8 @@ def _model_lines(plan: Plan) -> list[str]:
     for window in (Window.LONG, Window.SHORT):
         reach = work.attended_len(window)
         causal, whole = (shape.model_flops(reach, whole_square=w) / GFLOP for w in (False, True))
-        lines.append(
-            f"FLOPs      {window.value:<5} {causal:.1f} G a token, attention's causal half counted "
-            f"({whole:.1f} G with the whole square)"
-        )
+        flops = f"FLOPs      {window.value:<5} {causal:.1f} G a token, attention's causal half"
+        lines.append(f"{flops} counted ({whole:.1f} G with the whole square)")
     mean = work.mean_model_flops(shape)
     total = mean * work.total_tokens
     return [*lines, f"FLOPs      mix   {mean / GFLOP:.1f} G a token, {total:.3g} in all"]

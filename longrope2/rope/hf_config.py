@@ -88,10 +88,8 @@ def from_hf_config(
     if rope_type == "yarn" and config.get("model_type") == "phi3":
         rope_type = "longrope"  # as Phi3Config does: early Phi-3 configs called it so
     if rope_type not in READABLE_TYPES:
-        raise FactorsError(
-            f"the config's RoPE type is {rope_type!r}: factors can be read from "
-            f"{', '.join(READABLE_TYPES)}"
-        )
+        fault = f"the config's RoPE type is {rope_type!r}"
+        raise FactorsError(f"{fault}: factors can be read from {', '.join(READABLE_TYPES)}")
     if original_len is None:
         original_len = _original_len(config, scaling, rope_type)
     if target_len is None:
@@ -231,10 +229,8 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
         given = config.get(layout) or {}
         keys = {name: value for name, value in given.items() if value is not None}
         if nested := sorted(name for name, value in keys.items() if isinstance(value, dict)):
-            raise FactorsError(
-                f"the config has a RoPE per layer type ({', '.join(nested)}); "
-                "one RoPE for all layers is supported"
-            )
+            fault = f"the config has a RoPE per layer type ({', '.join(nested)})"
+            raise FactorsError(f"{fault}; one RoPE for all layers is supported")
         if "type" in keys:
             keys.setdefault("rope_type", keys["type"])
         merged |= keys
@@ -244,10 +240,8 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
 def _original_len(config: dict[str, Any], scaling: dict[str, Any], rope_type: str) -> int:
     """L0 as transformers 5 finds it: top level first, then inside."""
     if rope_type == "linear":
-        raise FactorsError(
-            "a config with linear RoPE scaling does not say its pre-trained window; "
-            "set original_len"
-        )
+        fault = "a config with linear RoPE scaling does not say its pre-trained window"
+        raise FactorsError(f"{fault}; set original_len")
     if rope_type not in (UNSCALED_TYPE, "dynamic"):  # these two have their whole window
         for place in (config, scaling):
             if place.get(ORIGINAL_LEN_KEY) is not None:
@@ -281,9 +275,8 @@ def _number(values: dict[str, Any], key: str) -> float:
     """A number above 0 that must stand in the config."""
     value = _required(values, key)
     if not is_number(value) or not value > 0:
-        raise FactorsError(
-            f"the Hugging Face config has {key}={value!r}; it must be a number above 0"
-        )
+        fault = f"the Hugging Face config has {key}={value!r}; it must be a number above 0"
+        raise FactorsError(fault)
     return float(value)
 
 

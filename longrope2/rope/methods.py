@@ -146,9 +146,8 @@ def ntk_part(critical_index: int, critical_factor: float) -> tuple[float, ...]:
     if critical_index < 0:
         raise FactorsError(f"critical_index={critical_index}: a cosine index is 0 or more")
     if not critical_factor > 0:
-        raise FactorsError(
-            f"lambda[{critical_index}]={critical_factor}: a rescale factor must be above 0"
-        )
+        fault = f"lambda[{critical_index}]={critical_factor}: a rescale factor must be above 0"
+        raise FactorsError(fault)
     return tuple(critical_factor ** (index / critical_index) for index in range(critical_index))
 
 

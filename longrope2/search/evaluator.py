@@ -112,12 +112,9 @@ class Evaluator:
                 break
             known[batch] = self._computed(factors, batch)
             self._learn_hardness(batch, known[batch])
-        return self._score(known)
-
-    def _score(self, losses: Mapping[int, list[float]]) -> Score:
-        total = _sum_of(losses)
-        is_complete = total == math.inf or len(losses) == self._losses.num_batches
-        return Score(total, is_complete, sum(map(len, losses.values())), _by_batch(losses))
+        total = _sum_of(known)
+        is_complete = total == math.inf or len(known) == self._losses.num_batches
+        return Score(total, is_complete, sum(map(len, known.values())), _by_batch(known))
 
     def value(self, loss_sum: float) -> float:
         """The objective: perplexity over the scored tokens of all samples."""

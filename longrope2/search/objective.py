@@ -122,14 +122,10 @@ class SampleLosses:
         window: Window = Window.LONG,
         sequence_group: ProcessGroup | None = None,
     ) -> None:
-        self.model = model
-        self.samples = tuple(samples)
-        self.num_samples = len(samples)
-        self.num_batches = -(-len(samples) // batch_size)
+        self.model, self.samples = model, tuple(samples)
+        self.num_samples, self.num_batches = len(samples), -(-len(samples) // batch_size)
         self.num_scored_tokens = sum(sample.num_scored for sample in samples)
-        self._batch_size = batch_size
-        self._window = window
-        self._group = sequence_group
+        self._batch_size, self._window, self._group = batch_size, window, sequence_group
 
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Summed loss of each sample of one batch, nats."""
@@ -141,10 +137,8 @@ class SampleLosses:
         tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in samples])).to(device)
         first = min(sample.first_scored for sample in samples)
         losses_BS = token_nll(self.model, tokens_BT, self._window, first).double()
-        return [
-            losses_S[sample.first_scored - first :].sum().item()
-            for sample, losses_S in zip(samples, losses_BS, strict=True)
-        ]
+        starts = [sample.first_scored - first for sample in samples]
+        return [row[n:].sum().item() for row, n in zip(losses_BS, starts, strict=True)]
 
     @torch.no_grad()
     def _shared_loss(self, sample: ScoredSample, group: ProcessGroup) -> float:
@@ -167,8 +161,7 @@ class SampleLosses:
         first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
         scored_BSH = hidden_BTH[:, first - start : last - start]
         targets_BS = tokens_T[None, first + 1 : last + 1]
-        losses_BS = head_nll(self.model, scored_BSH, targets_BS)
-        loss = losses_BS.double().sum()
+        loss = head_nll(self.model, scored_BSH, targets_BS).double().sum()
         dist.all_reduce(loss, group=group)
         return loss.item()
 

@@ -22,14 +22,9 @@ from longrope2.parallel.dims import head_faults
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search import config as settings
 from longrope2.search import objective
-from longrope2.search.config import (
-    Objective,
-    SearchConfig,
-    SearchRoot,
-    most_candidates,
-    search_faults,
-)
+from longrope2.search.config import Objective, SearchConfig, SearchRoot
 from longrope2.search.objective import NeedleGuidance, SampleLosses
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Workers
@@ -72,7 +67,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     Raises:
         ConfigError: every fault found, together.
     """
-    faults = search_faults(config.search)
+    faults = settings.search_faults(config.search)
     faults += target_faults(config.model, config.target_len, extends=True)
     try:
         build_corpus(config.corpus)
@@ -97,7 +92,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
 def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     """The plan in a few lines."""
     search, parallel, length = config.search, config.parallel, _sample_len(config)
-    most = most_candidates(search)
+    most = settings.most_candidates(search)
     num_forwards = most * search.num_samples
     hours = projected_hours(ModelShape.from_folder(model_folder), length, num_forwards, search)
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
@@ -105,9 +100,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     where = f"no critical index; every factor 1 .. {highest:g}"
     if space.is_bounded:
         critical = f"critical index {', '.join(map(str, space.critical_indices))}"
-        where = (
-            f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
-        )
+        where = f"{critical}; factors {lowest:g} .. {highest:g} from it up"
+        where = f"{where}; dims={search.dims.value}"
     windows = f"window {config.model.original_len} -> {config.target_len}"
     return (
         f"model      {config.model.name}, {windows}\n"
@@ -130,11 +124,7 @@ def projected_hours(
 
 
 def _long_factors(config: SearchRoot, geometry: RopeGeometry) -> RescaleFactors | None:
-    """The long window's factors when the search is for the short window's.
-
-    Raises:
-        ArtifactError: ``search.short_window_of`` is missing, or for another model or target.
-    """
+    """The long window's factors when the search is for the short window's."""
     if config.search.short_window_of is None:
         return None
     rope = RopeConfig(method=RopeMethod.from_file, factors=config.search.short_window_of)
@@ -179,15 +169,9 @@ def prepare(
     search, length = config.search, _sample_len(config)
     tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
     encoder = DocumentTokenizer(tokenizer)
-    draw_needles = partial(
-        build_needle_set,
-        tokenizer,
-        documents,
-        depths=search.depths,
-        num_samples=search.num_samples,
-        seed=config.seed,
-        num_keys=search.num_keys,
-    )
+    kinds: dict[str, Any] = {"depths": search.depths, "num_keys": search.num_keys}
+    kinds |= {"num_samples": search.num_samples, "seed": config.seed}
+    draw_needles = partial(build_needle_set, tokenizer, documents, **kinds)
     needles = None
     if search.objective is Objective.needle:
         frozen = folder / NEEDLES_FILE
@@ -201,13 +185,12 @@ def prepare(
         samples = objective.cut_documents(ids, encoder.bos_id, length, search.num_samples)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
+    group = workers.sequence_group
     tests_guidance = workers.worker == 0 and needles is not None
     return PreparedSearch(
         config=config,
         space=space,
-        losses=SampleLosses(
-            model, samples, search.batch_size, sequence_group=workers.sequence_group
-        ),
+        losses=SampleLosses(model, samples, search.batch_size, sequence_group=group),
         shape=ModelShape.from_folder(model_folder),
         sample_len=length,
         long_factors=_long_factors(config, space.geometry),

@@ -108,10 +108,8 @@ class TaskQueue:
     """Tasks of one round. All processes of a worker must make the same calls in the same order."""
 
     def __init__(self, workers: Workers, store: Store, num_tasks: int) -> None:
-        self._workers = workers
-        self._store = store
-        self._num_tasks = num_tasks
-        self._num_read = 0
+        self._workers, self._store = workers, store
+        self._num_tasks, self._num_read = num_tasks, 0
 
     def claim(self) -> int | None:
         """The next open task, for this worker alone; None when all are taken."""

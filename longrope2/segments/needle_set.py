@@ -68,9 +68,8 @@ class NeedleSet:
             if found != self.length:
                 raise ArtifactError(f"needle sample {number} has {found} tokens, not {self.length}")
             if not 0 < sample.value_start < self.length - 1:
-                raise ArtifactError(
-                    f"needle sample {number} has its value at {sample.value_start} of {self.length}"
-                )
+                fault = f"needle sample {number} has its value at {sample.value_start} of"
+                raise ArtifactError(f"{fault} {self.length}")
 
     def save(self, path: Path) -> None:
         """Write one Arrow file, atomically, and a record for readers beside it (``.json``)."""
@@ -114,9 +113,8 @@ class NeedleSet:
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{path} is not a needle set: {error}") from None
         if not table.schema.equals(SCHEMA) or b"needle_length" not in (table.schema.metadata or {}):
-            raise ArtifactError(
-                f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
-            )
+            fault = f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
+            raise ArtifactError(fault)
         samples = []
         for row in table.to_pylist():
             row |= {"tokens": np.asarray(row["tokens"]), "record": json.loads(row["record"])}

@@ -16,6 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rich import progress
+from rich.progress import Progress
+
 from longrope2.errors import ConfigError
 from longrope2.files.append_log import AppendLog, read_log
 from longrope2.files.artifacts import write_text
@@ -88,6 +91,17 @@ class MetricsLog:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def progress_line(name: str, counted: progress.ProgressColumn, period: float = 30.0) -> Progress:
+    """A line for a long stage: name, bar, how far, a description, time passed and time left.
+
+    The time left is told from the speed of the last ``period`` seconds.
+    """
+    state = progress.TextColumn("{task.description}")
+    columns = progress.TextColumn(name), progress.BarColumn(), counted, state
+    times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    return Progress(*columns, *times, speed_estimate_period=period)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -58,13 +58,11 @@ def build_workspace(
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise ConfigError(
-            ["wandb-workspaces is not installed; pip install '.[dashboards]'"]
-        ) from None
+        fault = "wandb-workspaces is not installed; pip install '.[dashboards]'"
+        raise ConfigError([fault]) from None
     if tracking.entity is None:
-        raise ConfigError(
-            ["tracking.entity is null; give the W&B user or team that the workspace belongs to"]
-        )
+        fault = "tracking.entity is null; give the W&B user or team that the workspace belongs to"
+        raise ConfigError([fault])
     mix: list[Any] = [f"{MIX_KEY}/{source}/{window}" for source in mix_sources for window in Window]
     mix_plot = wr.BarPlot(title="Tokens by source and window", metrics=mix, orientation="h")
     maps = wr.MediaBrowser(

@@ -7,13 +7,11 @@ kept beside it. A checkpoint is written as ``.step_00000120.writing`` and rename
 complete: whatever ends the run in between, the one before is untouched and is used. Another number
 of ranks takes the way of ``universal.py``; ``final.py`` writes the result of a run.
 
-DeepSpeed says what is in the files, this module writes them. DeepSpeed 0.19.8 has engines of its
-own that write beside the training (``DecoupledCheckpointEngine``, DataStates). They are not used:
-the first hands the live tensors to another process and must be done before the next update, reports
-a writer that died by writing nothing, and neither hashes nor fsyncs; the second needs a package
-that is not on the Python index. Here DeepSpeed's own ``save_checkpoint`` runs as ever, and only its
-last act is replaced: the state is serialised into memory, which fixes it, and a thread writes the
-bytes while training goes on.
+DeepSpeed's own ``save_checkpoint`` runs as ever, and only its last act is replaced: the state is
+serialised into memory, which fixes it, and a thread writes the bytes while training goes on. The
+engines of DeepSpeed 0.19.8 that write beside the training are not used: one hands live tensors to
+another process, must be done before the next update and neither hashes nor fsyncs; the other
+(DataStates) needs a package that is not on the Python index.
 """
 
 import contextlib
@@ -128,14 +126,10 @@ class CheckpointWriter:
     def __init__(
         self, engine: Any, folder: Path, identity: dict[str, Any], *, keep: int, in_background: bool
     ) -> None:
-        """Prepare to write into ``3_checkpoints``.
+        """Prepare to write into ``3_checkpoints``, of which the newest ``keep`` stay.
 
-        Args:
-            engine: DeepSpeed engine.
-            folder: ``3_checkpoints`` of the run.
-            identity: Stored in every manifest and compared on resume.
-            keep: Newest checkpoints kept.
-            in_background: Let training go on meanwhile; costs host memory for a rank's share.
+        Every manifest holds ``identity``, compared on resume. ``in_background`` lets training go on
+        meanwhile and costs host memory for a rank's share.
         """
         self._engine, self._folder, self._identity = engine, folder, identity
         self._keep, self._in_background = keep, in_background
@@ -164,15 +158,14 @@ class CheckpointWriter:
         except OSError as error:
             self._failure = error
             self.raise_if_failed()
-        shards, optimizer = ShardLayout.of(self._engine), optimizer_record(self._engine)
-        details = {"shards": asdict(shards), "optimizer": optimizer}
+        details = {"shards": asdict(ShardLayout.of(self._engine))}
+        details["optimizer"] = optimizer_record(self._engine)
         manifest = None
         if is_main:  # the others need none, and it asks git for the commit
             counts = {"steps": steps_done, "skipped_steps": skipped.total}
             counts["skipped_in_a_row"] = skipped.in_a_row
             manifest = Manifest(_STEP_KIND, inputs=self._identity, counts=counts, details=details)
-        given = (files, working, tag, manifest)
-        name = "checkpoint-writer"
+        given, name = (files, working, tag, manifest), "checkpoint-writer"
         self._thread = threading.Thread(target=self._write, args=given, name=name, daemon=True)
         self._thread.start()
         if not self._in_background:

@@ -42,16 +42,9 @@ def save_final(
 ) -> None:
     """Write ``final/``: config and tokenizer of the base model, weights, factors.
 
-    Every rank calls this.
-
-    Args:
-        engine: DeepSpeed engine around a ``WindowedModel``.
-        folder: ``3_checkpoints`` of the run.
-        model_folder: The base model.
-        factors: The run's factors.
-        manifest: Completed with kind and files, and written last.
-        dtype: Number format of the weights; float32 gives the master weights of a bf16 run.
-        max_shard_bytes: Largest file of weights; more are written as shards with an index.
+    Every rank calls this. ``manifest`` is completed with kind and files, and written last; a
+    ``dtype`` of float32 gives the master weights of a bf16 run; weights of more than
+    ``max_shard_bytes`` become shards with an index.
     """
     final = folder / _FINAL_FOLDER
     is_main = dist.get_rank() == 0
@@ -86,13 +79,15 @@ def _write_weights(
 ) -> None:
     """One file, or shards with an index; all ranks gather, the main rank keeps and writes."""
     parameters = dict(engine.module.hf.named_parameters())
-    sizes = {name: _num_elements(p) * dtype.itemsize for name, p in parameters.items()}
+    sizes = {}
+    for name, parameter in parameters.items():
+        # Where ZeRO-3 leaves an empty tensor, the whole one's size is ds_numel.
+        sizes[name] = int(getattr(parameter, "ds_numel", parameter.numel())) * dtype.itemsize
     shards = _shard_names(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = _WEIGHTS_FILE
+        numbered = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = numbered if len(shards) > 1 else _WEIGHTS_FILE
         tensors = {}
         for name in names:
             with _whole(parameters[name], dtype) as whole:
@@ -133,8 +128,3 @@ def _whole(parameter: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor
         return
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         yield parameter
-
-
-def _num_elements(parameter: torch.Tensor) -> int:
-    """Of the whole parameter; where ZeRO-3 leaves an empty tensor, its size is ``ds_numel``."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -314,10 +314,8 @@ def _open_segments(
     model_is_here = all(found.what != "model" for found in missing)
     packed = store.manifest.inputs["model"]["tokenizer_sha256"]
     if model_is_here and packed != model_identity(model_folder)["tokenizer_sha256"]:
-        raise ArtifactError(
-            f"{folder} was packed with another model's tokenizer than "
-            f"model.path={config.model.path}; pack again"
-        )
+        fault = f"{folder} was packed with another model's tokenizer than"
+        raise ArtifactError(f"{fault} model.path={config.model.path}; pack again")
     check_at_start(store)
     return store
 

@@ -49,13 +49,10 @@ def train(config: TrainRoot) -> RunEnd:
         try:
             run = resolve_run(config, processes.dims.world_size, processes.device)
             run.refuse_what_is_missing()
-            heartbeat = Heartbeat(
-                run.folder,
-                rank=processes.dims.rank,
-                world_size=run.world_size,
-                timeout_s=config.training.hang_timeout_s,
-            )
-            with heartbeat:
+            rank, timeout_s = processes.dims.rank, config.training.hang_timeout_s
+            with Heartbeat(
+                run.folder, rank=rank, world_size=run.world_size, timeout_s=timeout_s
+            ) as heartbeat:
                 end = _train(run, processes, signals, heartbeat)
             failed = False
             return end
@@ -110,16 +107,11 @@ def _train(
 
 
 def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> int:
-    """Train from ``first`` finished steps to ``last``, or to a stop signal.
-
-    Returns:
-        The finished steps, all saved.
-    """
+    """Train from ``first`` finished steps to ``last`` or a stop signal; returns those saved."""
     training, device = rank.run.config.training, rank.processes.device
     skipped, writer, mark = rank.guard.skipped, rank.writer, rank.heartbeat.mark
-    batches = step_batches(
-        _batch_loader(rank), range(first, last), ahead=training.prefetch_steps, device=device
-    )
+    load, ahead = _batch_loader(rank), training.prefetch_steps
+    batches = step_batches(load, range(first, last), ahead=ahead, device=device)
     done = saved = first
     with closing(batches):
         while done < last and not signals.any_rank_asked(device):
@@ -169,11 +161,8 @@ def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
     rank.heartbeat.mark("writing final/")
     run, config, steps = rank.run, rank.run.config, rank.run.total_steps
-    counts = {
-        "steps": steps,
-        "tokens": steps * config.training.global_batch_tokens,
-        "skipped_steps": rank.guard.skipped.total,
-    }
+    counts = {"steps": steps, "tokens": steps * config.training.global_batch_tokens}
+    counts["skipped_steps"] = rank.guard.skipped.total
     manifest = Manifest(
         "checkpoint",
         inputs=identity,
@@ -182,14 +171,8 @@ def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
         counts=counts,
         details=run.machine.kernels(),
     )
-    save_final(
-        rank.guard.engine,
-        run.folder,
-        run.model_folder,
-        run.factors,
-        manifest,
-        run.machine.final_dtype,
-    )
+    written = (run.folder, run.model_folder, run.factors)
+    save_final(rank.guard.engine, *written, manifest, dtype=run.machine.final_dtype)
     if rank.processes.is_main:
         manifest.kind = "checkpoints"
         manifest.files = {}
