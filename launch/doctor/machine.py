@@ -178,19 +178,15 @@ def _kernels(device: torch.device) -> list[Finding]:
     chosen_attention = choose_kernel(AttentionKernel.auto, device, dtype).kernel
     chosen_norm = choose_norm(NormKernel.auto, device, dtype).kernel
     looks = [("attention", k, chosen_attention, kernel_fault(k, device, dtype)) for k in attention]
-    looks += [
-        ("norm", k, chosen_norm, norm_fault(k, device, dtype))
-        for k in NormKernel
-        if k is not NormKernel.auto
-    ]
+    norms = [k for k in NormKernel if k is not NormKernel.auto]
+    looks += [("norm", k, chosen_norm, norm_fault(k, device, dtype)) for k in norms]
     findings = []
     for what, kernel, chosen, fault in looks:
         found = "chosen" if kernel is chosen else fault or "runs"
         # On a CPU sdpa is the only attention, and no fault of the machine.
         if fault and kernel is AttentionKernel.flash_attn and device.type == "cuda":
-            remedy = (
-                "pip install flash-attn --no-build-isolation; torch_varlen is the same algorithm"
-            )
+            install = "pip install flash-attn --no-build-isolation"
+            remedy = f"{install}; torch_varlen is the same algorithm"
             findings.append(Finding(f"{what} {kernel.value}", found, State.fix, remedy))
         else:
             findings.append(Finding(f"{what} {kernel.value}", found))
@@ -258,11 +254,8 @@ def _wandb() -> Finding:
         return Finding("W&B login", error.faults[0], State.blocker, "change or unset WANDB_MODE")
     if mode is WandbMode.online:
         return Finding("W&B login", "online")
-    found, remedy = (
-        f"{mode.value}: metrics stay in the run folder",
-        "`wandb login` to watch runs online",
-    )
-    return Finding("W&B login", found, State.fix, remedy)
+    found = f"{mode.value}: metrics stay in the run folder"
+    return Finding("W&B login", found, State.fix, "`wandb login` to watch runs online")
 
 
 def _model(config: DoctorRoot) -> list[Finding]:

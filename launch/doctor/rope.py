@@ -96,14 +96,19 @@ def compare(config: DoctorRoot) -> RopeComparison:
     if faults:
         raise ConfigError(faults)
     columns = _read_columns(config, model_config, geometry, faults)
-    stated = (
-        (name, c.critical_index) for name, c in columns.items() if c.critical_index is not None
-    )
-    source, critical_index = next(stated, ("", None))
+    stated = (name for name, column in columns.items() if column.critical_index is not None)
+    source = next(stated, "")
+    critical_index = columns[source].critical_index if source else None
     computed = _computed_columns(config, geometry, critical_index, faults)
     if faults:
         raise ConfigError(faults)
-    return RopeComparison(geometry, config.target_len, computed | columns, critical_index, source)
+    return RopeComparison(
+        geometry,
+        config.target_len,
+        computed | columns,
+        critical_index=critical_index,
+        critical_source=source,
+    )
 
 
 def _setting_faults(config: DoctorRoot) -> list[str]:
@@ -144,9 +149,8 @@ def _read_columns(
             faults.append(str(error))
     try:
         if hf_config.config_rope_type(model_config) != hf_config.UNSCALED_TYPE:
-            columns[PUBLISHED] = hf_config.from_hf_config(
-                model_config, geometry.original_len, config.target_len
-            )
+            lengths = (geometry.original_len, config.target_len)
+            columns[PUBLISHED] = hf_config.from_hf_config(model_config, *lengths)
     except FactorsError as error:
         faults.append(_named(config.model.path, error))
     return columns
@@ -165,24 +169,19 @@ def _computed_columns(
     if methods is None:
         methods = [m for m in rescaling.CLOSED_FORMS if m is not RopeMethod.none]
         methods += [] if critical_index is None else rescaling.CRITICAL_INDEX_METHODS
-    columns = {}
+    columns, target = {}, config.target_len
     for method in methods:
         try:
             if method in rescaling.CLOSED_FORMS:
-                columns[method.value] = rescaling.closed_form_factors(
-                    method, geometry, config.target_len
-                )
+                columns[method.value] = rescaling.closed_form_factors(method, geometry, target)
             elif critical_index is None:
-                faults.append(
-                    f"doctor.methods: {method.value} needs a critical index; run launch.search for "
-                    f"run.name={config.run.name}, or give doctor.factors=[FACTORS.json] of a "
-                    "finished search"
-                )
+                needs = f"doctor.methods: {method.value} needs a critical index"
+                run = f"run launch.search for run.name={config.run.name}"
+                ways_out = f"{run}, or give doctor.factors=[FACTORS.json] of a finished search"
+                faults.append(f"{needs}; {ways_out}")
             else:
-                found = rescaling.critical_index_factors(
-                    method, geometry, config.target_len, critical_index
-                )
-                columns[method.value] = found
+                setting = (geometry, target, critical_index)
+                columns[method.value] = rescaling.critical_index_factors(method, *setting)
         except FactorsError as error:
             faults.append(f"doctor.methods: {error}")
     return columns

@@ -77,14 +77,18 @@ def comparison_table(comparison: RopeComparison) -> Table:
     strictest = min(index for index, _ in comparison.bounds)
     for i, period in enumerate(frequencies.periods(geometry).tolist()):
         turns = geometry.original_len / period
-        cells = [_factor_cell(column, i, strictest) for column in columns.values()]
-        table.add_row(str(i), _three_digits(period), _three_digits(turns), *cells, marks.get(i, ""))
+        cells = [_three_digits(period), _three_digits(turns)]
+        cells += [_factor_cell(column, i, strictest) for column in columns.values()]
+        table.add_row(str(i), *cells, marks.get(i, ""))
     table.add_section()
     for index, name in comparison.bounds:
-        verdicts = (_verdict(column, index) for column in columns.values())
-        table.add_row("", f"bound from {index}", f"({name})", *verdicts, "")
-    scales = (f"{column.long_attention_scale:.4g}" for column in columns.values())
-    table.add_row("", "cos, sin times", "(long)", *scales, "")
+        broken = [first_out_of_bound(column, index) for column in columns.values()]
+        cells = [f"bound from {index}", f"({name})"]
+        cells += ["holds" if at is None else f"no, at {at}" for at in broken]
+        table.add_row("", *cells, "")
+    scales = [f"{column.long_attention_scale:.4g}" for column in columns.values()]
+    cells = ["cos, sin times", "(long)", *scales]
+    table.add_row("", *cells, "")
     return table
 
 
@@ -98,12 +102,6 @@ def _factor_cell(column: RescaleFactors, index: int, bound_from: int) -> str:
     factor = column.factors[index]
     star = "*" if index >= bound_from and first_out_of_bound(column, index) == index else ""
     return f"{factor:.5g}{star}"
-
-
-def _verdict(column: RescaleFactors, critical_index: int) -> str:
-    """Whether the bound holds from an index on, or where it first fails."""
-    broken = first_out_of_bound(column, critical_index)
-    return "holds" if broken is None else f"no, at {broken}"
 
 
 def write_figure(comparison: RopeComparison, model_name: str, path: Path) -> None:

@@ -1,14 +1,11 @@
 """An exported folder of a Llama class as one GGUF file with both factor tensors, for llama.cpp.
 
-llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the context of a
-sequence is larger than ``rope.scaling.original_context_length``, else by ``rope_factors_short``,
-and multiplies cosine and sine by ``rope.scaling.attn_factor`` in both cases. The choice is made by
-the size of the context, once: for a switch-free file export ``long_only`` or ``short_only``.
-``rope.scaling.factor`` is left out, as it would divide all angles once more.
-
-Its own converter writes the factor tensors for few model classes, not for Llama's. Query and key
-rows are reordered, because GGUF's Llama pairs neighbouring channels where Hugging Face pairs the
-two halves of a head.
+llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the size of the
+context, once, is above ``rope.scaling.original_context_length``, else by ``rope_factors_short``,
+and multiplies cosine and sine by ``rope.scaling.attn_factor`` in both cases. Left out:
+``rope.scaling.factor``, which would divide all angles once more. Its own converter writes no factor
+tensors for Llama classes. Query and key rows are reordered: GGUF's Llama pairs neighbouring
+channels where Hugging Face pairs the two halves of a head.
 """
 
 import json
@@ -73,7 +70,8 @@ def write_gguf(
     config = read_raw_config(folder / CONFIG_FILE)
     writer = gguf.GGUFWriter(path, "llama")
     _add_config(writer, config, factors)
-    _add_tokenizer(writer, folder, tokenizer_folder, config["vocab_size"], pretokenizer)
+    folders = (folder, tokenizer_folder)
+    _add_tokenizer(writer, *folders, vocab_size=config["vocab_size"], pretokenizer=pretokenizer)
     for window, name in _FACTOR_TENSORS.items():
         writer.add_tensor(name, _float32(factors, window))
     bf16 = config["dtype"] == "bfloat16"
@@ -115,7 +113,7 @@ def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) ->
 
 
 def _add_tokenizer(
-    writer: Any, folder: Path, tokenizer_folder: Path, vocab_size: int, pretokenizer: str | None
+    writer: Any, folder: Path, tokenizer_folder: Path, *, vocab_size: int, pretokenizer: str | None
 ) -> None:
     """Tokens with their kinds; merges and special ids are found by gguf itself."""
     import gguf

@@ -1,8 +1,7 @@
 """A checkpoint as a Hugging Face folder that plain transformers loads.
 
-The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor
-explicit; see ``to_hf_config`` and ``variants``), one window's or both. The weights
-are the checkpoint's, cast to the wanted format.
+The factors live in config.json only (see ``to_hf_config`` and ``variants``), one window's or both;
+the weights are the checkpoint's, cast to the wanted format.
 """
 
 import json
@@ -69,7 +68,8 @@ def write_hugging_face_folder(
         reach = {"max_length": applied.target_len} if "max_length" in generation else {}
         _write_json(folder / _GENERATION_CONFIG, generation | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
-    write_text(folder / "README.md", model_card(base_config, config, factors, variant, cost))
+    card = model_card(base_config, config, factors, variant=variant, cost=cost)
+    write_text(folder / "README.md", card)
 
 
 def merged_config(

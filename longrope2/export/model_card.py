@@ -1,8 +1,4 @@
-"""The README of an exported model: what it is, which engines read it, what a static choice costs.
-
-The cost is what is lost on short texts under the rescaled RoPE, with which an engine without a
-switch must read them.
-"""
+"""The README of an exported model: what it is, which engines read it, what a static choice costs."""
 
 import math
 from collections.abc import Sequence

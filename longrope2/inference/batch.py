@@ -1,15 +1,11 @@
 """Greedy generation for many prompts, each in the window that its own length asks for.
 
-Prompts are read one at a time: a prefill fills the processor by itself, and what it computes is
-then bit for bit what the prompt alone would give. Only the decoding is batched, over rows of one
-window and similar length: shorter rows are padded on the left of the cache, their padding is masked
-and their positions are their own, so a row's tokens do not depend on its batch mates. Matrix
-products of another shape round differently, which moves logits by about 1e-6 of the largest in
-float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit for bit generation one by
-one.
-
-A row that outgrows L0 leaves its batch and is read again with the rescaled RoPE once the short rows
-are done.
+Prompts are read one at a time, bit for bit as the prompt alone. Only the decoding is batched, over
+rows of one window and similar length: shorter rows are padded on the left of the cache, masked
+there, and keep their positions. Matrix products of another shape round differently, by about 1e-6
+of the largest logit in float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit
+for bit generation one by one. A row that outgrows L0 leaves its batch and is read again with the
+rescaled RoPE once the short rows are done.
 
 Shape legend: B = rows, V = vocabulary.
 """
@@ -69,7 +65,9 @@ def generate_batch(
         DataError: an empty prompt, one that exceeds the target length, or an option outside its
             range; names the prompt.
     """
-    rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk, max_rows)
+    if max_rows < 1:
+        raise DataError(f"max_rows={max_rows} must be at least 1")
+    rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk)
     group = _GroupDecoder(model, frozenset(stop_ids), prefill_chunk, kv_policy)
     # A row only ever moves from the first window to the second.
     for window in (Window.SHORT, Window.LONG):
@@ -85,7 +83,6 @@ def _checked_rows(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     prefill_chunk: int | None,
-    max_rows: int,
 ) -> list[_Row]:
     """A row per prompt; all prompts are checked before the first is read."""
     is_common = isinstance(max_new_tokens, int)
@@ -93,8 +90,6 @@ def _checked_rows(
     if len(limits) != len(prompts):
         fault = f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts"
         raise DataError(f"{fault}; give one each, or one")
-    if max_rows < 1:
-        raise DataError(f"max_rows={max_rows} must be at least 1")
     target_len = model.factors.target_len
     for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         generation.check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
@@ -119,8 +114,9 @@ class _GroupDecoder:
     def decode(self, rows: list[_Row], window: Window) -> None:
         """Continue all rows until each has stopped or outgrown the window."""
         for row in rows:
+            chunk, policy = self.prefill_chunk, self.kv_policy
             logits_V, row.cache = generation.switch_window(
-                self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy
+                self.model, row.ids, row.cache, prefill_chunk=chunk, kv_policy=policy
             )
             row.append(int(logits_V.argmax()), window, self.stop_ids)
         active = self._still_in(rows, window)
@@ -143,7 +139,9 @@ class _GroupDecoder:
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
         positions_B1 = torch.tensor([[len(row.ids) - 1] for row in rows], device=device)
         padding_B = first_key_B.to(device) if first_key_B.any() else None
-        logits_BV = next_logits(self.model, tokens_B1, cache, window, positions_B1, padding_B)
+        logits_BV = next_logits(
+            self.model, tokens_B1, cache, window, positions_BT=positions_B1, first_key_B=padding_B
+        )
         return logits_BV.argmax(dim=-1).tolist()
 
     def _drop_leavers(

@@ -73,10 +73,9 @@ def next_logits(
 def prefill(
     model: WindowedModel, ids: Sequence[int], window: Window, chunk_tokens: int | None
 ) -> tuple[Tensor, DynamicCache]:
-    """Read one sequence into a fresh cache, in the window that its whole length asks for.
+    """Read one sequence into a fresh cache; logits after the last token, [V], and the cache.
 
-    ``chunk_tokens`` are read at a time, which bounds the memory of activations; None reads all at
-    once. Returns the logits after the last token, [V], and the cache.
+    ``chunk_tokens`` at a time bound the memory of activations; None reads all at once.
     """
     cache, logits_BV = DynamicCache(), torch.empty(0)
     for chunk_BT in torch.tensor([ids]).split(chunk_tokens or len(ids), dim=1):

@@ -2,12 +2,8 @@
 
 A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward
 pass that reads the first token beyond L0 reads the whole sequence again, with the rescaled RoPE,
-into a fresh cache; cached decoding then goes on. Length exactly L0 is still short (arXiv
-2502.20082, section 3.3).
-
-Re-rotating the cached keys instead (``KvPolicy.rerotate``) is exact in layer 0 only: deeper keys
-depend on hidden states that were computed under the other factors. The choice belongs to the
-sequence, never to a batch (see ``batch``).
+into a fresh cache (arXiv 2502.20082, section 3.3); ``KvPolicy.rerotate`` turns the cached keys
+instead. The choice belongs to the sequence, never to a batch (see ``batch``).
 
 Shape legend: V = vocabulary.
 """
@@ -89,7 +85,7 @@ def generate_tokens(
         prompt_ids: Token ids, BOS included if the model wants one.
         max_new_tokens: Upper bound on the tokens yielded.
         stop_ids: Ids that end the generation; the one that does is yielded last.
-        temperature: 0 is greedy; above, softmax(logits / temperature) is sampled from.
+        temperature: 0 is greedy; above, softmax(logits / temperature) is sampled from by ``seed``.
         seed: Seed of the sampling.
         prefill_chunk: Tokens of the prompt read at a time; None reads it at once.
         kv_policy: What becomes of the cache when the sequence outgrows L0.
@@ -128,7 +124,9 @@ def _generate(
     for _ in range(max_new_tokens):
         window = window_for_length(len(ids), model.factors.geometry.original_len)
         if cache is None or window is not cache_window:
-            logits_V, cache = switch_window(model, ids, cache, prefill_chunk, kv_policy)
+            logits_V, cache = switch_window(
+                model, ids, cache, prefill_chunk=prefill_chunk, kv_policy=kv_policy
+            )
             cache_window = window
         else:
             logits_V = next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0]

@@ -106,8 +106,7 @@ def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine
     Raises:
         ConfigError: an unknown GPU, or values out of range; all faults together.
     """
-    faults = _faults(config)
-    if faults:
+    if faults := _faults(config):
         raise ConfigError(faults)
     gpu = GPUS[config.gpu]
     memory_gib = config.memory_gib or gpu.memory_gib

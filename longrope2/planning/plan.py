@@ -9,17 +9,11 @@ from rich.table import Table
 
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
+from longrope2.planning import memory as of_memory
 from longrope2.planning import timing
 from longrope2.planning.choice import Choice, Refusal, choose_layout, find_refusal
 from longrope2.planning.hardware import HardwareConfig, Machine, make_machine
-from longrope2.planning.memory import (
-    PART_WORDS,
-    Layout,
-    MemoryUse,
-    ZeroBuffers,
-    load_bytes,
-    predict_memory,
-)
+from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers
 from longrope2.planning.timing import RunTime
 from longrope2.rope.factors import Window
 
@@ -100,10 +94,8 @@ class Plan:
         return self._choice(replace(self.machine, num_gpus=num_gpus), workload, (1,))
 
     def _choice(self, machine: Machine, workload: Workload, micro_batches: Sequence[int]) -> Choice:
-        fused = self.norm is not NormKernel.model
-        return choose_layout(
-            self.shape, workload, machine, self.zero, micro_batches, fused_norms=fused
-        )
+        run, fused = (self.shape, workload, machine, self.zero), self.norm is not NormKernel.model
+        return choose_layout(*run, micro_batches=micro_batches, fused_norms=fused)
 
 
 def print_plan(plan: Plan) -> None:
@@ -204,7 +196,7 @@ def _choice_lines(plan: Plan) -> list[str]:
         lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")
     elif configured is not None:
         time = timing.predict_time(plan.shape, plan.workload, configured, plan.machine)
-        memory = predict_memory(plan.shape, plan.workload, configured)
+        memory = of_memory.predict_memory(plan.shape, plan.workload, configured)
         lines.append(f"configured {_layout_words(configured)}: {_takes(time, memory)}")
     return lines
 
@@ -219,18 +211,18 @@ def _takes(time: RunTime, memory: MemoryUse) -> str:
 
 def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
     layouts = shown.values()
-    found = [predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
-    rows = [
-        [part, *(f"{vars(memory)[part] / GIB:.2f}" for memory in found), words]
-        for part, words in PART_WORDS.items()
-    ]
+    found = [of_memory.predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
+    rows = []
+    for part, words in of_memory.PART_WORDS.items():
+        cells = [f"{vars(memory)[part] / GIB:.2f}" for memory in found]
+        rows.append([part, *cells, words])
     for moment, words in _MOMENT_WORDS.items():
         cells = []
         for memory in found:
             mark = "*" if moment == memory.peak_moment else ""
             cells.append(f"{memory.moments[moment] / GIB:.2f}{mark}")
         rows.append([f"= {moment}", *cells, words])
-    loaded = [f"{load_bytes(plan.shape, layout) / GIB:.2f}" for layout in layouts]
+    loaded = [f"{of_memory.load_bytes(plan.shape, layout) / GIB:.2f}" for layout in layouts]
     rows.append(["whole model", *loaded, "for comparison: nothing keeps it after loading"])
     return _table("memory of one GPU by part, GiB", ["part", *shown, ""], rows)
 
@@ -243,10 +235,10 @@ def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
             head.append(f"{name} {window.value}")
             micro_steps.append(time.micro_steps[window])
         steps += [f"{time.step_seconds:.1f}", ""]
-    rows = [
-        [part.replace("_", " "), *(f"{getattr(micro, part):.2f}" for micro in micro_steps)]
-        for part in _TIME_PARTS
-    ]
+    rows = []
+    for part in _TIME_PARTS:
+        cells = [f"{getattr(micro, part):.2f}" for micro in micro_steps]
+        rows.append([part.replace("_", " "), *cells])
     return _table("seconds of a micro-step by part", head, [*rows, steps])
 
 
@@ -273,14 +265,12 @@ def _refused_lines(choice: Choice) -> list[str]:
 def _cost_table(plan: Plan) -> Table:
     """Hours, and under them the layout, by target and number of GPUs."""
     lengths = list(dict.fromkeys(plan.options.lengths))
-    rows = [
-        [str(count), *(_cost_cell(plan.choice_at(length, count)) for length in lengths)]
-        for count in dict.fromkeys(plan.options.gpu_counts)
-    ]
-    title = (
-        f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence x "
-        f"data and recompute; steps of {plan.workload.step_tokens:,} tokens"
-    )
+    rows = []
+    for count in dict.fromkeys(plan.options.gpu_counts):
+        cells = [_cost_cell(plan.choice_at(length, count)) for length in lengths]
+        rows.append([str(count), *cells])
+    title = f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence"
+    title += f" x data and recompute; steps of {plan.workload.step_tokens:,} tokens"
     return _table(title, ["GPUs", *(f"{length:,}" for length in lengths)], rows)
 
 

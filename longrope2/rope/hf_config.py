@@ -10,11 +10,10 @@ top-level ``rope_theta`` (before). Where the versions differ (all read in their 
   window of the pre-trained model: it is always written.
 * ``factor`` wins over the ratio of lengths in 5.x and is replaced by it before: both say s.
 
-``longrope`` holds lists; ``linear``, ``dynamic``, ``yarn`` and ``llama3`` hold the constants of a
-closed form, which is computed from the config's own numbers, whatever lengths the caller has in
-mind. Three of them are static: transformers applies them at every length, so the short window is
-rescaled too and ``short_factors`` says so. ``dynamic`` leaves the short window alone and, beyond
-it, depends on the length: the factors are those of the target length.
+``longrope`` holds lists; the others the constants of a closed form, computed from the config's own
+numbers. ``linear``, ``yarn`` and ``llama3`` are static: transformers applies them at every length,
+so the short window is rescaled too and ``short_factors`` says so. ``dynamic`` leaves the short
+window alone; beyond it the factors are those of the target length.
 """
 
 from dataclasses import replace
@@ -100,7 +99,7 @@ def from_hf_config(
     elif rope_type in LONGROPE_TYPES:
         fields = _longrope_fields(config, scaling)
     else:
-        fields = _closed_form_fields(config, scaling, rope_type, geometry, target_len)
+        fields = _closed_form_fields(config, rope_type, geometry, target_len)
     return RescaleFactors(
         geometry=geometry,
         target_len=target_len,
@@ -141,13 +140,10 @@ def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
 
 
 def _closed_form_fields(
-    config: dict[str, Any],
-    scaling: dict[str, Any],
-    rope_type: str,
-    geometry: RopeGeometry,
-    target_len: int,
+    config: dict[str, Any], rope_type: str, geometry: RopeGeometry, target_len: int
 ) -> dict[str, Any]:
     """Factors and attention scale of a type that stores constants."""
+    scaling = _scaling(config)
     if rope_type == "dynamic":
         # transformers counts from max_position_embeddings, in such configs the pre-trained window.
         factor, own_len = _number(scaling, "factor"), int(_number(config, MAX_LEN_KEY))

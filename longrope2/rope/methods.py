@@ -1,11 +1,8 @@
 """Rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
 
-Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in ``frequencies.py``;
-here are the methods' names, the constants they are known with, and what holds on either side of a
-critical dimension: NTK scaling below it, the out-of-distribution bound above it [LongRoPE2, arXiv
-2502.20082, sec. 3.2].
-
-Index convention of this project: the first freely chosen factor stands AT the critical index c. The
+Each gives lambda_i so that theta'_i = theta_i / lambda_i, by the formulas of ``frequencies.py``.
+NTK scaling holds below a critical dimension, the out-of-distribution bound above it [LongRoPE2,
+arXiv 2502.20082, sec. 3.2]. The first freely chosen factor stands AT the critical index c: the
 paper's Algorithms 1 and 2 slice one lower; the arrays its authors released do not.
 
 Symbols: s = L / L0, c = critical index.

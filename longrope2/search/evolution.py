@@ -2,10 +2,9 @@
 
 Evaluate a first population; then, round by round, keep the best candidates of all so far and let
 each give one mutated candidate. The bound of early termination is the loss of the worst candidate
-that would be kept at that moment: what exceeds it can never be kept, so the result is the same with
-and without termination. Ties are broken by the candidate itself, never by the order of evaluation,
-and everything random is drawn from (seed, round, number), never from a running generator: a resumed
-search, and any number of workers, draw the same candidates and find the same result.
+that would be kept at that moment: what exceeds it can never be kept. Ties are broken by the
+candidate itself, and everything random is drawn from (seed, round, number), never from a running
+generator: a resumed search, and any number of workers, find the same result.
 """
 
 import math

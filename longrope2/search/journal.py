@@ -1,12 +1,9 @@
 """The journal of a search: every loss that was computed, so that a killed search repeats nothing.
 
-JSON lines. The first names what the losses depend on (model, samples, target length, ...); each
-further one holds the losses of one batch of samples under one set of factors, appended and flushed
-as soon as it is known. ``null`` stands for a loss that was not finite.
-
-Every worker of a search appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``, ...)
-and reads them all when it starts, so workers never wait for each other, and a later run may have
-more or fewer of them.
+JSON lines. The first names what the losses depend on; each further one holds the losses of one
+batch of samples under one set of factors, flushed as soon as they are known; ``null`` is one that
+was not finite. Every worker appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``,
+...) and reads them all when it starts: a later run may have more or fewer workers.
 """
 
 import hashlib

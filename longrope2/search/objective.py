@@ -35,12 +35,7 @@ from longrope2.segments.needle_set import NeedleSet
 
 @dataclass(frozen=True, eq=False)
 class ScoredSample:
-    """One text and where scoring starts.
-
-    Attributes:
-        tokens: Ids, shape [T], BOS first.
-        first_scored: Index of the first scored token, >= 1; scoring goes to the end.
-    """
+    """Ids [T], BOS first, and the index of the first scored one, >= 1; scoring goes to the end."""
 
     tokens: np.ndarray
     first_scored: int
@@ -105,13 +100,6 @@ class SampleLosses:
     With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of
     the tokens, heads are exchanged for tokens in every layer, and the losses are summed over the
     group.
-
-    Attributes:
-        model: What computes them, the one model of the search.
-        samples: The frozen samples.
-        num_samples: Their number.
-        num_batches: Batches they are divided into.
-        num_scored_tokens: Scored tokens of all samples.
     """
 
     def __init__(
@@ -168,12 +156,7 @@ class SampleLosses:
 
 @dataclass(frozen=True)
 class NeedleGuidance:
-    """How well the needle guides inside the original window.
-
-    Attributes:
-        needle_ppl: Perplexity of the value with the needle in the text.
-        control_ppl: The same without the needle.
-    """
+    """Perplexity of the value in the original window, with the needle in the text and without."""
 
     needle_ppl: float
     control_ppl: float

@@ -38,16 +38,9 @@ SECONDS_PER_HOUR = 3600.0
 class PreparedSearch:
     """What a search works on, after the self-tests.
 
-    Attributes:
-        config: What is searched, checked.
-        space: Where candidates lie.
-        losses: Losses of the samples under given factors.
-        shape: The model's sizes, for what a forward pass costs.
-        sample_len: Tokens of a sample: L, or L0 for the short window's factors.
-        long_factors: The long window's factors when the search is for the short window's.
-        guidance: Figures of the needle self-test; None for the plain-perplexity objective.
-        needles: The needle set to freeze; None for the plain-perplexity objective.
-        inputs: ``model`` and ``corpus`` for the manifest.
+    A sample has ``sample_len`` tokens: L, or L0 for the short window's factors, which go with the
+    given ``long_factors``. The plain-perplexity objective has neither guidance nor needles.
+    ``inputs`` are ``model`` and ``corpus`` for the manifest.
     """
 
     config: SearchRoot

@@ -1,11 +1,10 @@
 """Candidates spread over workers by work-stealing, without a coordinator.
 
-A worker is one process, or one sequence-parallel group of processes that hold every sample
-together. All workers run the same deterministic search; within a round each takes the next open
-task from a counter in torch's key-value store, and publishes its score in a log there. Nothing
-depends on who computed what, so the result is the same for any number of workers. A worker that
-dies takes its process group with it (torchrun ends the others); what was finished is in the
-journals, and the same command goes on from there.
+A worker is one process, or one sequence-parallel group that holds every sample together. All run
+the same deterministic search; within a round each takes the next open task from a counter in
+torch's key-value store, and publishes its score in a log there: nothing depends on who computed
+what. A worker that dies ends the others through torchrun; the same command goes on from the
+journals.
 """
 
 import json

@@ -27,14 +27,9 @@ SCHEMA = pa.schema(
 class NeedleSample:
     """One sample: prompt and value as ids.
 
-    Attributes:
-        tokens: Ids, shape [length], int64; BOS first, EOS last, the value just before EOS.
-        value_start: Index of the first token of the value.
-        key: What was asked for.
-        value: The digits to retrieve.
-        depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
-        record: Wording, positions in tokens, hash of the haystack, and the books it was taken from;
-            plain JSON values.
+    ``tokens`` [length], int64, have BOS first and EOS last, just before it the value: the digits to
+    retrieve for ``key``. ``depth`` is the needle's place, 0 (start) to 1 (end) of the haystack;
+    ``record`` its wording, positions, hash and books, as plain JSON values.
     """
 
     tokens: np.ndarray
@@ -52,12 +47,7 @@ class NeedleSample:
 
 @dataclass(frozen=True, eq=False)
 class NeedleSet:
-    """Samples of one length.
-
-    Attributes:
-        samples: The samples.
-        length: Tokens of every sample.
-    """
+    """Samples of ``length`` tokens each."""
 
     samples: list[NeedleSample]
     length: int

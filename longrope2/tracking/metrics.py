@@ -1,9 +1,8 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
-The file is the record: one line per ``log`` call, so a killed run keeps its history and a resumed
-one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``.
-The stages of a run are one W&B group, and a resumed stage continues its W&B run, whose id is kept
-in the product folder.
+The file is the record, one line per ``log`` call. W&B runs offline unless the user is logged in;
+its x-axis is ``train/tokens``. The stages of a run are one W&B group, and a resumed stage continues
+its W&B run, whose id is kept in the product folder.
 """
 
 import os
@@ -25,6 +24,7 @@ from longrope2.files.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
+_QUIET = ("silent", "x_disable_stats", "x_disable_machine_info")
 METRIC_GROUPS = ("train", "perf", "search", "pack", "eval")
 
 
@@ -134,9 +134,7 @@ def _start_wandb(
         dir=str(folder),
         mode=mode.value,  # type: ignore[arg-type]
         config=config,
-        settings=wandb.Settings(
-            silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True
-        ),
+        settings=wandb.Settings(console="off", **dict.fromkeys(_QUIET, True)),
     )
     run.define_metric("train/tokens")
     for group in METRIC_GROUPS:

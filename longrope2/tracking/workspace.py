@@ -23,16 +23,13 @@ TRAINING_PANELS = (
     ("Gradient norm, before clipping", ("train/grad_norm",), True),
     ("Skipped steps", ("train/skipped_steps",), False),
 )
+_MICRO_STEPS = ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long")
 SPEED_PANELS = (
     ("Tokens per second and GPU", ("perf/tokens_per_second_per_gpu",), False),
     ("Model FLOPs utilisation, causal FLOPs", ("perf/mfu",), False),
     ("Peak memory of a process, GiB", ("perf/memory_peak_gib",), False),
     ("Seconds of a step", ("perf/step_seconds",), False),
-    (
-        "Seconds of a micro-step by window",
-        ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long"),
-        False,
-    ),
+    ("Seconds of a micro-step by window", _MICRO_STEPS, False),
 )
 SEARCH_PANELS = (
     ("Best perplexity so far", ("search/best_needle_ppl", "search/best_ppl"), True),
@@ -65,13 +62,12 @@ def build_workspace(
         raise ConfigError([fault])
     mix: list[Any] = [f"{MIX_KEY}/{source}/{window}" for source in mix_sources for window in Window]
     mix_plot = wr.BarPlot(title="Tokens by source and window", metrics=mix, orientation="h")
-    maps = wr.MediaBrowser(
-        title="Needles by depth and length", media_keys=[NEEDLE_MAPS_KEY], num_columns=2
-    )
-    suites = {
-        f"Evaluation: {suite}": [_suite_plot(suite, *of_model) for of_model in models.items()]
-        for suite, models in evaluated.items()
-    }
+    title = "Needles by depth and length"
+    maps = wr.MediaBrowser(title=title, media_keys=[NEEDLE_MAPS_KEY], num_columns=2)
+    suites = {}
+    for suite, models in evaluated.items():
+        plots = [_suite_plot(suite, model, lengths) for model, lengths in models.items()]
+        suites[f"Evaluation: {suite}"] = plots
     sections = {
         "Training": [_line_plot(TOKENS, *panel) for panel in TRAINING_PANELS],
         "Speed and memory": [_line_plot(TOKENS, *panel) for panel in SPEED_PANELS],

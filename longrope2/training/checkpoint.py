@@ -1,11 +1,10 @@
 """Checkpoints that can be trusted: hashed when written, verified when read, ``latest`` moved last.
 
-``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training
-cursor; the cursor is the number of finished optimizer steps, and everything else (order of
-segments, learning rate) is a pure function of it, save for the count of skipped steps, which is
-kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed when it is
-complete: whatever ends the run in between, the one before is untouched and is used. Another number
-of ranks takes the way of ``universal.py``; ``final.py`` writes the result of a run.
+``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the cursor: the
+number of finished optimizer steps, of which all else is a pure function, save for the count of
+skipped steps beside it. It is written as ``.step_00000120.writing`` and renamed when complete:
+whatever ends the run in between, the one before is used. Another number of ranks takes the way of
+``universal.py``; ``final.py`` writes the result of a run.
 
 DeepSpeed's own ``save_checkpoint`` runs as ever, and only its last act is replaced: the state is
 serialised into memory, which fixes it, and a thread writes the bytes while training goes on. The

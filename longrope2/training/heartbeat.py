@@ -88,8 +88,7 @@ class Heartbeat:
         self._timeout_s, self._leave = timeout_s, leave
         self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
-        self._now = (0, 0, "start", time.time())
-        self._stop = threading.Event()
+        self._now, self._stop = (0, 0, "start", time.time()), threading.Event()
         work = {"heartbeat": self._write_often, "hang watch": self._watch}
         self._threads = [threading.Thread(target=work[n], name=n, daemon=True) for n in work]
 

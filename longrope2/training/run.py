@@ -1,7 +1,7 @@
 """A training run from configuration to final checkpoint, as every rank executes it."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -89,10 +89,7 @@ def _train(
     writer = CheckpointWriter(engine, run.folder, identity, keep=keep, in_background=in_background)
     guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)
     last = min(run.total_steps, training.stop_after_step or run.total_steps)
-    with ExitStack() as stack:
-        observer = None
-        if processes.is_main:
-            observer = stack.enter_context(TrainingObserver(run, first))
+    with TrainingObserver(run, first) if processes.is_main else nullcontext() as observer:
         rank = _Rank(run, processes, guard, writer, heartbeat, observer)
         done = _train_steps(rank, first, last, signals)
         if done == run.total_steps:

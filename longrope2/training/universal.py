@@ -82,12 +82,10 @@ def load_converted(
 ) -> None:
     """Convert a checkpoint of another layout, load it, and compare that with what was saved.
 
-    Every rank calls this. The converted copy stands beside the checkpoint while it is read: as much
-    disk space again.
+    Every rank calls this. The copy stands beside the checkpoint meanwhile: as much disk again.
 
     Raises:
-        ArtifactError: the layouts cannot be converted into each other, the conversion failed, or it
-            lost something.
+        ArtifactError: the layouts do not convert, the conversion failed, or it lost something.
     """
     wanted = ShardLayout.of(engine)
     _refuse_inconvertible(checkpoint, written_as, wanted)
