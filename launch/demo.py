@@ -1,8 +1,7 @@
 """``python -m launch.demo`` (``make demo``): the whole flow on the miniature, as a user types it.
 
-Every stage is the real command in a process of its own; finished stages are reused. ``--fresh``
-starts over, ``--baseline`` also trains YaRN on the same segments for the same steps (about five
-minutes more).
+Every stage is the real command in a process of its own; finished stages are reused. ``--baseline``
+also trains YaRN on the same segments for the same steps (about five minutes more).
 """
 
 import argparse

@@ -167,14 +167,10 @@ def end(
 
 
 def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, str]:
-    """What the job does next, and why.
+    """What the job does next, ``done``, ``stop`` or ``requeue [node,...]``, and why.
 
-    Args:
-        attempts: Those of this job, the latest last; none of them ``begun`` unless it was lost.
-        failure: The cause of the latest, where it failed and ranks were started.
-
-    Returns:
-        ``done``, ``stop`` or ``requeue [node,...]``; and a sentence.
+    Of this job's ``attempts``, the latest last, none is ``begun`` unless it was lost; ``failure``
+    is the cause of the latest, where it failed and ranks were started.
     """
     last = attempts[-1]
     if last.outcome == "done":

@@ -18,8 +18,7 @@ from longrope2.files.artifacts import write_text
 
 CONFIG_FLAG = "--config"
 _PREPARE_FLAG = "--prepare"
-# A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill
-# them after 30 seconds.
+# The ranks decide about a stop (they may save first); torchrun's agent kills after 30 seconds.
 _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, which engines read it, what a static choice costs."""
+"""The README of an exported model: what it is, who reads it, what a static choice costs."""
 
 import math
 from collections.abc import Sequence

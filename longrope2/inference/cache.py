@@ -1,7 +1,6 @@
 """transformers' key/value cache: filled chunk by chunk, joined, and re-rotated at the switch.
 
-Every forward names its window, and all chunks of a sequence are read with one: a cache never holds
-keys of two RoPEs.
+All chunks of a sequence are read with one window: a cache never holds keys of two RoPEs.
 
 Shape legend: B = rows, T = tokens, K = key/value heads, C = cached tokens, D = head dim, I = rotary
 dim / 2, V = vocabulary.

@@ -1,9 +1,8 @@
 """Evaluate rescale factors: losses from the journal, else computed, stopped where pointless.
 
-Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends
-neither on their order nor on who computed them, and a partial sum never exceeds the full one. Once
-a partial sum is above the bound, the full sum is above it for certain: stopping there is exact, in
-any order. So the batch that was hardest for the candidates before comes first.
+Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``), whatever their
+order: once a partial sum is above the bound, so is the full one, and stopping there is exact. So
+the batch that was hardest for the candidates before comes first.
 """
 
 import itertools

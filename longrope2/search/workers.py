@@ -56,7 +56,7 @@ class Workers:
     """This process among the workers of a search.
 
     Attributes:
-        worker: Number of this worker.
+        worker: Its number.
         is_leader: Whether this process speaks for its worker: the only one of it that writes.
         processes: The process grid; None for a search in one process.
         sequence_group: The processes that hold every sample together; None: each holds whole ones.

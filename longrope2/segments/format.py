@@ -12,8 +12,8 @@ opens the same files.
     starts_mid_document  the first document continues from another segment and has no BOS
     num_padding          padding tokens
 
-The packer checks every segment by the rules below before it writes it, a training run checks some
-at its start, and ``data_prep.verify`` checks all of them again, with hashes and the source texts.
+The packer checks every segment by the rules below, a training run some at its start, and
+``data_prep.verify`` all of them again, with hashes and the source texts.
 """
 
 from collections.abc import Sequence

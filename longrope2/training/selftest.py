@@ -38,8 +38,7 @@ from longrope2.training.step import StepGuard, run_step
 
 _RELATIVE = 1e-4
 _VOCABULARY, _HEAD_DIM, _LAYERS = 61, 16, 2
-_CHUNK_TOKENS = 24
-"""Tokens per sequence rank."""
+_CHUNK_TOKENS = 24  # per sequence rank
 _BUCKET_ELEMENTS = 10_000
 _KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
 _Sums = dict[str, float]
