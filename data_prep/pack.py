@@ -145,7 +145,7 @@ def pack(config: PackConfig) -> Path:
     from data_prep.stages import locked
 
     with locked(folder):
-        _build(config, model_folder, corpus, folder, inputs)
+        _build(config, model_folder=model_folder, corpus=corpus, folder=folder, inputs=inputs)
     return folder
 
 

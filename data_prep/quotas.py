@@ -81,7 +81,9 @@ def find_candidates(
     """
     account = Account()
     stays_D = _without_duplicates(table, documents, account)
-    candidates = _within(lengths.longest, table, stays_D, documents.overlong, account)
+    candidates = _within(
+        lengths.longest, table=table, stays_D=stays_D, overlong=documents.overlong, account=account
+    )
     keys = (candidates.number_P, candidates.document_P, table.order_D[candidates.document_P])
     return candidates.take(np.lexsort(keys)), account
 
@@ -218,7 +220,15 @@ def select_documents(
     chosen = [(Candidates(nothing, nothing, nothing, nothing), nothing)]
     for code, source in enumerate(table.sources):
         own = candidates.take(table.source_D[candidates.document_P] == code)
-        chooser = _Chooser(table, own, source, demand, lengths, account, tokens)
+        chooser = _Chooser(
+            table,
+            own=own,
+            source=source,
+            demand=demand,
+            lengths=lengths,
+            account=account,
+            tokens=tokens,
+        )
         splits = short_overlong.get(source) is ShortOverlong.split
         if splits and demand.of(source, "short") != 0:
             chosen.append(chooser.choose_with_windows(seed))

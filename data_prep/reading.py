@@ -195,7 +195,9 @@ class Readings:
                 is_first = not any(key in reading.done for key in keys.values())
                 if is_first or any(first < last for first, last in bands.values()):
                     stem = f"{number:02d}-{place:06d}-{self.num_rounds:02d}"
-                    tasks.append(UnitTask(unit, stem, classes, bands, is_first))
+                    tasks.append(
+                        UnitTask(unit, stem=stem, classes=classes, bands=bands, is_first=is_first)
+                    )
                 reading.done |= {keys[bucket]: share for bucket, share in reading.shares.items()}
         self.num_rounds += 1
         return tasks

@@ -66,7 +66,14 @@ def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Cho
     if not config.mixture.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
     missing = {source: cells for source, cells in missing.items() if source in readings.sources}
-    return Choice(table, selection, account, fitted.demand, missing, shortfalls)
+    return Choice(
+        table,
+        selection=selection,
+        account=account,
+        demand=fitted.demand,
+        missing=missing,
+        shortfalls=shortfalls,
+    )
 
 
 def _natural_supply(

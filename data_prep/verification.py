@@ -95,7 +95,7 @@ def compare_with_source(
             gone = f"unit {name} is not in the corpus any more; was it changed or moved?"
             raise _wrong(folder, gone)
         for row, text in _texts(corpus, units[name], rows, folder):
-            _compare(row, text, audit, encoder, folder)
+            _compare(row, text=text, audit=audit, encoder=encoder, folder=folder)
 
 
 def _read_list(store: SegmentStore) -> dict[str, _Listed]:

@@ -180,7 +180,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         except OmegaConfBaseException as error:
             faults.append(_explain(error))
     if topic is not None and not faults:
-        print(_help(root, config_name, config, groups, topic))
+        print(_help(root, config_name=config_name, config=config, groups=groups, topic=topic))
         sys.exit(0)
     open_groups = {group: chosen.get(group, "") for group, member in groups.items() if not member}
     faults += _value_faults(config, open_groups)

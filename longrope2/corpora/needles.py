@@ -196,7 +196,7 @@ def build_needle_set(
         rng = random.Random(f"needle/{seed}/{number}")
         draw_key(rng)  # the first draw is the key's, see _draw_keys
         value, start = draw_value(rng), rng.random()
-        pieces = _joined_haystack(ids_of, order, number, length, start)
+        pieces = _joined_haystack(ids_of, order=order, first=number, length=length, start=start)
         sample = build_needle_sample(
             encoder,
             np.concatenate([piece.ids for piece in pieces]),

@@ -62,7 +62,7 @@ def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[Sto
         return [url.removeprefix(V1_PREFIX).lstrip("/") for url in urls]
 
     tried = f"urls/{domain}.txt of {place} and the first file it lists below {base}"
-    return remote.listed_files(V1, tried, config.root, base, paths)
+    return remote.listed_files(V1, tried=tried, root=config.root, base=base, paths=paths)
 
 
 def _read_domain(
@@ -114,7 +114,9 @@ def _part_files(
     def paths() -> list[str]:
         return [f"documents/{tag}{V2_SUFFIX}" for tag in sorted(remote.listed_names(listing))]
 
-    return remote.listed_files(V2, f"{listing} and its first file", config.root, base, paths)
+    return remote.listed_files(
+        V2, tried=f"{listing} and its first file", root=config.root, base=base, paths=paths
+    )
 
 
 def _read_shard(

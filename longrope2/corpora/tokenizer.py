@@ -109,7 +109,9 @@ class DocumentTokenizer:
         # is ordinary text.
         special = {n for n, token in added if token.special and n != tokenizer.unk_token_id}
         control_ids = sorted(special | {bos_id, eos_id})
-        self._prepare(own, bos_id, eos_id, len(tokenizer), control_ids)
+        self._prepare(
+            own, bos_id=bos_id, eos_id=eos_id, vocab_size=len(tokenizer), control_ids=control_ids
+        )
 
     def _prepare(
         self, backend: Tokenizer, bos_id: int, eos_id: int, vocab_size: int, control_ids: list[int]

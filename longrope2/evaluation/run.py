@@ -124,7 +124,13 @@ def run_evaluation(
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
     models, plain = _own_models(), to_plain(config)
     measurements, suite = [], None
-    with MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", plain) as tracking:
+    with MetricsLog(
+        own_folder,
+        tracking=config.tracking,
+        run_name=config.run.name,
+        stage="evaluate",
+        config=plain,
+    ) as tracking:
         if measures:
             measurements = _measure(subjects, measures, models, folder=folder, tracking=tracking)
             found = summary.summarize(subjects, measurements, config.evaluation.reference)

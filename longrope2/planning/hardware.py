@@ -40,9 +40,30 @@ class Gpu:
 
 # By what torch.cuda.get_device_name contains.
 GPUS = {
-    "A100": Gpu(80, PEAK_BF16_TFLOPS["A100"], 220, 180, 2039, 300),
-    "H100": Gpu(80, PEAK_BF16_TFLOPS["H100"], 697, 330, 3350, 450),
-    "H200": Gpu(141, PEAK_BF16_TFLOPS["H200"], 697, 330, 4800, 450),
+    "A100": Gpu(
+        80,
+        peak_tflops=PEAK_BF16_TFLOPS["A100"],
+        gemm_tflops=220,
+        attention_tflops=180,
+        memory_gb_per_second=2039,
+        node_link_gb_per_second=300,
+    ),
+    "H100": Gpu(
+        80,
+        peak_tflops=PEAK_BF16_TFLOPS["H100"],
+        gemm_tflops=697,
+        attention_tflops=330,
+        memory_gb_per_second=3350,
+        node_link_gb_per_second=450,
+    ),
+    "H200": Gpu(
+        141,
+        peak_tflops=PEAK_BF16_TFLOPS["H200"],
+        gemm_tflops=697,
+        attention_tflops=330,
+        memory_gb_per_second=4800,
+        node_link_gb_per_second=450,
+    ),
 }
 
 

@@ -133,7 +133,13 @@ def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -
     name = _value_name(config.search.objective)
     # A resume logs no round twice.
     num_logged = sum("iteration" in record for record in read_metrics(folder))
-    tracking = MetricsLog(folder, config.tracking, config.run.name, "search", to_plain(config))
+    tracking = MetricsLog(
+        folder,
+        tracking=config.tracking,
+        run_name=config.run.name,
+        stage="search",
+        config=to_plain(config),
+    )
     with tracking, progress_line("search", MofNCompleteColumn()) as progress:
         bar = progress.add_task("", total=most_candidates(config.search))
         for _ in evolution.steps():

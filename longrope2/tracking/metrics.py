@@ -61,7 +61,9 @@ class MetricsLog:
         config: dict[str, Any],
     ) -> None:
         self._log = AppendLog(folder / METRICS_FILE)
-        self._wandb = _start_wandb(folder, tracking, run_name, stage, config)
+        self._wandb = _start_wandb(
+            folder, tracking=tracking, run_name=run_name, stage=stage, config=config
+        )
 
     def log(self, values: Mapping[str, float | int], **position: int) -> None:
         """Record ``values`` (design names) at a position such as ``step=12``."""

@@ -123,7 +123,16 @@ class Heartbeat:
 
     def _beat(self) -> Beat:
         marks, step, phase, since = self._now
-        return Beat(self._rank, self._host, self._pid, marks, step, phase, since, time.time())
+        return Beat(
+            self._rank,
+            host=self._host,
+            pid=self._pid,
+            marks=marks,
+            step=step,
+            phase=phase,
+            since=since,
+            written=time.time(),
+        )
 
     def _write(self) -> None:
         """Replace this rank's file; a full or absent disk must not end a run that trains."""

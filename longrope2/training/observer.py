@@ -74,7 +74,9 @@ class TrainingObserver:
         peak = config.training.peak_tflops
         self._peak = peak_tflops(machine.device, peak, bf16=machine.bf16)
         facts = to_plain(config) | machine.kernels()
-        self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", facts)
+        self._metrics = MetricsLog(
+            folder, tracking=config.tracking, run_name=config.run.name, stage="train", config=facts
+        )
         write_text(folder / FACTORS_FILE, run.factors.to_json())
         self._metrics.log_files("config", [folder / "config.yaml"])
         self._metrics.log_files("factors", [folder / FACTORS_FILE])

@@ -90,7 +90,14 @@ def _train(
     guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)
     last = min(run.total_steps, training.stop_after_step or run.total_steps)
     with TrainingObserver(run, first) if processes.is_main else nullcontext() as observer:
-        rank = _Rank(run, processes, guard, writer, heartbeat, observer)
+        rank = _Rank(
+            run,
+            processes=processes,
+            guard=guard,
+            writer=writer,
+            heartbeat=heartbeat,
+            observer=observer,
+        )
         done = _train_steps(rank, first, last, signals)
         if done == run.total_steps:
             _finish(rank, identity)
