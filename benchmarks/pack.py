@@ -171,7 +171,7 @@ def _encode_file(path: Path, tokenizer: Path) -> int:
     encoder = prepared_tokenizer(tokenizer)
     with path.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    batches = (encoder.encode_contents(texts[batch]) for batch in batches_by_characters(texts))
+    batches = (encoder.encode_contents(batch) for batch in batches_by_characters(texts, len))
     return sum(sum(map(len, batch)) for batch in batches)
 
 

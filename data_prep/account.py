@@ -1,14 +1,14 @@
 """The account of a run: what was read and packed, and what became of everything else.
 
 It goes into the manifest, to the terminal and into ``report.html`` (from the manifest alone).
-``documents.parquet`` lists every document (or part of one) that was chosen, where it came from and
-how long it is: what lets an audit go back from segments to source texts, and a reader see what the
-model was trained on.
+``documents.parquet`` lists every chosen document (or part of one) with its source and length, so
+that an audit can go back from segments to texts.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -143,20 +143,16 @@ def histogram(choice: Choice) -> dict[str, Any]:
     for code, source in enumerate(table.sources):
         tokenized = table.tokens_D[table.source_D == code]
         chosen = parts.tokens_P[table.source_D[parts.document_P] == code]
-        rows[source] = {
-            "tokenized": np.histogram(tokenized, edges)[0].tolist(),
-            "chosen": np.histogram(chosen, edges)[0].tolist(),
-        }
+        counted = {"tokenized": tokenized, "chosen": chosen}
+        rows[source] = {key: np.histogram(n, edges)[0].tolist() for key, n in counted.items()}
     return {"edges_tokens": edges, "num_documents": rows}
 
 
 def write_document_list(folder: Path, pack_list: PackList) -> dict[str, Any]:
     """Write the list, shuffle unit by shuffle unit; returns its name, hash and number of rows."""
     path, rows = folder / DOCUMENTS_FILE, 0
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
-    ):
+    compressed = partial(pq.ParquetWriter, schema=SCHEMA, compression="zstd")
+    with atomic_path(path) as temporary, compressed(temporary) as writer:
         for unit in range(pack_list.summary()["num_units"]):
             parts = pack_list.parts(unit)
             columns = {name: parts.column(name) for name in SCHEMA.names}
@@ -189,7 +185,6 @@ def print_wanted(config: PackConfig, folder: Path) -> None:
 
 
 def _print_mixture(config: PackConfig) -> None:
-    """Tokens by source and by length."""
     mixture = config.mixture
     sources = ", ".join(f"{name} {tokens:,}" for name, tokens in sorted(mixture.sources.items()))
     print(f"  tokens by source: {sources}")
@@ -254,7 +249,6 @@ def write_report(path: Path, manifest: Manifest) -> None:
 
 
 def _summary(manifest: Manifest) -> list[tuple[str, int | str]]:
-    """Totals."""
     counts, details = manifest.counts, manifest.details
     in_short = counts["num_short_segments"] * details["target_len"]
     padding = counts["padding_tokens"] / in_short if in_short else 0.0
@@ -274,7 +268,6 @@ def _summary(manifest: Manifest) -> list[tuple[str, int | str]]:
 
 
 def _cells(title: str, counts: dict[str, Any], buckets: Sequence[str]) -> str:
-    """Wanted and packed tokens of every source and bucket."""
     header, rows = ["source"], []
     for bucket in buckets:
         header += [f"{bucket}: wanted", f"{bucket}: packed"]
@@ -288,7 +281,6 @@ def _cells(title: str, counts: dict[str, Any], buckets: Sequence[str]) -> str:
 
 
 def _reasons(title: str, unit: str, by_source: dict[str, dict[str, int]]) -> str:
-    """What was left out, by source and reason."""
     rows = [(source, *item) for source, reasons in by_source.items() for item in reasons.items()]
     return _table(title, ["source", "reason", unit], rows or [("none", "", 0)])
 

@@ -113,13 +113,11 @@ class MixtureConfig:
             found.append("sources asks for no tokens at all; give +mixture.sources.SOURCE=TOKENS")
         found += [*self._token_faults(), *self._rule_faults()]
         if original_len >= self.mid_limit:
-            found.append(
-                f"mid_limit={self.mid_limit} must be above model.original_len={original_len}"
-            )
+            limit = f"model.original_len={original_len}"
+            found.append(f"mid_limit={self.mid_limit} must be above {limit}")
         return [f"mixture.{fault}" for fault in found]
 
     def _token_faults(self) -> Iterator[str]:
-        """Faults of the margins."""
         numbers = {f"sources.{source}": tokens for source, tokens in self.sources.items()}
         numbers |= {f"buckets.{bucket}": tokens for bucket, tokens in vars(self.buckets).items()}
         for key, tokens in numbers.items():
@@ -127,15 +125,12 @@ class MixtureConfig:
                 yield f"{key}={tokens} must be tokens, 0 or more"
         of_sources, of_buckets = sum(self.sources.values()), sum(vars(self.buckets).values())
         if self.fixes_lengths and of_sources != of_buckets:
-            yield (
-                f"sources sum to {of_sources} tokens and mixture.buckets to {of_buckets}; "
-                "make them equal"
-            )
+            sums = f"sources sum to {of_sources} tokens and mixture.buckets to {of_buckets}"
+            yield f"{sums}; make them equal"
         if self.total_tokens is not None and self.total_tokens < 1:
             yield f"total_tokens={self.total_tokens} must be at least 1, or null"
 
     def _rule_faults(self) -> Iterator[str]:
-        """Faults of limits and shares."""
         if not 0 < self.mid_limit < self.long_limit:
             limit = f"mixture.long_limit={self.long_limit}"
             yield f"mid_limit={self.mid_limit} must be between 0 and {limit}"

@@ -222,9 +222,7 @@ class FittedMixture:
 def fit_margins(margins: Margins, supply: Cells) -> FittedMixture:
     """Fit the table (rows x buckets) that has the margins, within the supply.
 
-    Args:
-        margins: Wanted sums.
-        supply: Tokens there are; a missing entry means none, ``inf`` means no limit.
+    A missing entry of ``supply`` means no tokens, ``inf`` means no limit.
 
     Returns:
         Cells within the supply. The margins are met to 1e-9 of their total whenever some table
@@ -254,11 +252,7 @@ def fit_margins(margins: Margins, supply: Cells) -> FittedMixture:
 
 
 def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
-    """Fit a mixture to the supply: sources x buckets first, then the domains of every source.
-
-    Args:
-        mixture: Without faults.
-        supply: Tokens measured (or estimated from a sample).
+    """Fit a mixture without faults to the supply: sources x buckets, then every source's domains.
 
     Returns:
         Cells per source, and per domain where the mix of domains is kept or the lengths are left to
@@ -286,7 +280,6 @@ def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
 
 
 def _sum_of(rows: Cells) -> dict[str, float]:
-    """Bucket -> tokens of all rows."""
     return {bucket: sum(cells.get(bucket, 0.0) for cells in rows.values()) for bucket in BUCKETS}
 
 
@@ -378,13 +371,10 @@ def wanted_sources(config: PackConfig) -> list[str]:
 
 
 def demand_of(config: PackConfig, supply: Supply, natural: Supply) -> FittedDemand:
-    """Demand for a measured or estimated supply.
+    """Demand for a measured or estimated supply of tokens that can be packed.
 
-    Args:
-        config: Its quotas or mixture.
-        supply: Tokens that can be packed.
-        natural: The same as the corpus has it, before a part of it was left unread: what "keep the
-            mix of domains" means.
+    ``natural`` is the supply as the corpus has it, before a part of it was left unread: what "keep
+    the mix of domains" means.
     """
     generated: dict[tuple[str, str], int | None] = {}
     if config.retrieval_tokens:  # all that were generated are packed

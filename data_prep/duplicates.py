@@ -1,10 +1,8 @@
 """Texts that are not packed: near duplicates, and what search and evaluation read.
 
-Near duplicates across all sources are found by MinHash where ``documents.near_duplicates`` asks for
-it. Signatures are computed while the text is at hand; the choice is made later, from signatures
-alone: documents in their order of choice, each dropped if one before it is similar. Needs ``pip
-install datasketch``; costs about as much time as tokenizing, half a kilobyte a document on disk,
-and memory for all signatures while choosing.
+Near duplicates (``documents.near_duplicates``) are found by MinHash across all sources: documents
+in their order of choice, each dropped if one before it is similar. Costs about as much time as
+tokenizing, half a kilobyte a document on disk, and memory for all signatures while choosing.
 
 ``exclude=[FILE, ...]`` takes three kinds of file:
 
@@ -118,9 +116,8 @@ def read_exclusions(paths: list[str]) -> Exclusions:
             faults.append(f"exclude: {name} cannot be read ({error}); {allowed}")
             continue
         if not found:
-            faults.append(
-                f"exclude: {name} names no text; see data_prep/duplicates.py for what it may hold"
-            )
+            allowed = "see data_prep/duplicates.py for what it may hold"
+            faults.append(f"exclude: {name} names no text; {allowed}")
         entries |= found
     if faults:
         raise ConfigError(faults)
@@ -132,7 +129,6 @@ def read_exclusions(paths: list[str]) -> Exclusions:
 
 
 def _entries(path: Path) -> Iterator[str]:
-    """Hashes, ids and titles of one file or folder."""
     if path.is_dir():
         for text in sorted(path.glob("*.txt")):
             yield sha256_of_file(text)

@@ -4,13 +4,10 @@ A job numbers its units; every unit writes its result under a temporary name, fs
 and is skipped once that is there. Units may therefore run anywhere, in any order, twice, and after
 any interruption, and give the same bytes.
 
-Why not datatrove's executors: its local executor runs tasks in a ``multiprocessing`` pool, where a
-worker killed by ``kill -9`` or for memory is replaced and its task lost, so the run waits for ever
-(a process pool of ``concurrent.futures`` fails at once, and the next run resumes); a task counts as
-done by an empty file that is written apart from its data and not synced; and its Slurm executor
-fixes the number of tasks of every stage when the first is submitted, while here each stage's units
-follow from what the one before has measured. Slurm is reached through submitit instead: one job
-array per stage, and this process waits, shows progress and goes on.
+Why not datatrove's executors: its local pool waits for ever when a worker is killed (a process pool
+of ``concurrent.futures`` fails at once, and the next run resumes), and its Slurm executor fixes the
+number of tasks of every stage when the first is submitted, while here each stage's units follow
+from what the one before has measured. Slurm is reached through submitit: one job array per stage.
 """
 
 import os
@@ -96,37 +93,28 @@ def run_stage(
     cluster: ClusterConfig,
     *,
     workers: int,
+    small: bool,
     logs: Path,
 ) -> list[Any]:
     """All units of a job; returns their summaries, which tell ``num_tokens``, in order.
 
     Shows on stderr how far it is: a bar on a terminal, which goes by the ``sizes`` of the units
-    where all are known, and one line at the end. For the other arguments and errors see
-    ``run_units``.
+    where all are known, and one line at the end. For ``workers`` and ``small`` see
+    ``worker_count``, for the other arguments and errors ``run_units``.
     """
     known = [size for size in sizes if size is not None]
     steps = known if len(known) == len(sizes) else [1] * len(sizes)
     done = MofNCompleteColumn() if steps is not known else TextColumn("{task.percentage:.0f}%")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        done,
-        TextColumn("{task.fields[rate]}"),
-    )
+    title_shown, rate_shown = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    columns = (title_shown, BarColumn(), done, rate_shown, TimeRemainingColumn())
     console = Console(stderr=True)
-    bar = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     shown = bar.add_task(title, total=max(1, sum(steps)), rate="")
     told, tokens, rate, began = {}, 0, "", time.monotonic()
+    processes = worker_count(workers, len(sizes), small=small)
+    finished = run_units(job, range(len(sizes)), cluster, workers=processes, logs=logs)
     with bar:
-        for number, summary in run_units(
-            job, range(len(sizes)), cluster, workers=workers, logs=logs
-        ):
+        for number, summary in finished:
             told[number] = summary
             tokens += summary.num_tokens
             seconds = max(1e-6, time.monotonic() - began)
@@ -175,7 +163,6 @@ class _ShareOfUnits:
     job: UnitJob
 
     def __call__(self, numbers: tuple[int, ...]) -> list[tuple[int, Any]]:
-        """Do all units; finished ones are found and skipped."""
         return [(number, _attempt(self.job, number)) for number in numbers]
 
     def checkpoint(self, numbers: tuple[int, ...]) -> Any:

@@ -25,14 +25,7 @@ from longrope2.config import compose, differences, dump, remake, target_faults, 
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
-from longrope2.files.artifacts import (
-    Manifest,
-    product_folder,
-    read_manifest,
-    sha256_of_bytes,
-    sha256_of_file,
-    write_manifest,
-)
+from longrope2.files import artifacts
 from longrope2.help import help_topic
 from longrope2.model.folder import model_identity, resolve_model_folder
 
@@ -48,12 +41,8 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     Raises:
         ConfigError: all faults together, each naming its key and what is allowed.
     """
-    faults = [
-        *_length_faults(config),
-        *_document_faults(config),
-        *config.retrieval.faults(),
-        *config.cluster.faults(),
-    ]
+    faults = [*_length_faults(config), *_document_faults(config)]
+    faults += [*config.retrieval.faults(), *config.cluster.faults()]
     model_folder, corpus = None, None
     try:
         model_folder = resolve_model_folder(config.model.path)
@@ -71,7 +60,6 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
 
 
 def _length_faults(config: PackConfig) -> Iterator[str]:
-    """Faults of the window lengths, of the alignment and of the sizes that depend on them."""
     original, target, align = config.model.original_len, config.target_len, config.align
     yield from target_faults(config.model, target)
     if original < 1:
@@ -89,7 +77,6 @@ def _length_faults(config: PackConfig) -> Iterator[str]:
 
 
 def _document_faults(config: PackConfig) -> Iterator[str]:
-    """Faults of what may be packed and of who does it."""
     documents, original_len = config.documents, config.model.original_len
     if documents.max_tokens <= original_len:
         limit = f"model.original_len={original_len}"
@@ -107,7 +94,6 @@ def _document_faults(config: PackConfig) -> Iterator[str]:
 
 
 def _wanted_faults(config: PackConfig, sources: Sequence[str]) -> Iterator[str]:
-    """Faults of the mixture or of the quotas."""
     quota = config.quotas.get(RETRIEVAL_SOURCE)
     for bucket in QUOTA_BUCKETS:
         if quota is not None and getattr(quota, bucket) is None:
@@ -138,7 +124,7 @@ def pack(config: PackConfig) -> Path:
             something else.
     """
     model_folder, corpus = check(config)
-    folder = product_folder(config.run.folder, "segments")
+    folder = artifacts.product_folder(config.run.folder, "segments")
     print_wanted(config, folder)
     # Heavy imports (tokenizers, transformers) wait until the configuration is known to be right.
     if config.dry_run:
@@ -153,13 +139,13 @@ def pack(config: PackConfig) -> Path:
         "exclude": {name: _identity_of(Path(name)) for name in config.documents.exclude},
     }
     if (folder / "manifest.json").exists():
-        _require_same(read_manifest(folder, "segments"), config, inputs, folder)
+        _require_same(artifacts.read_manifest(folder, "segments"), config, inputs, folder)
         print(f"already complete: {folder}")
         return folder
     from data_prep.stages import locked
 
     with locked(folder):
-        _build(config, model_folder, corpus, folder, inputs)
+        _build(config, model_folder=model_folder, corpus=corpus, folder=folder, inputs=inputs)
     return folder
 
 
@@ -190,43 +176,46 @@ def _build(
     config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, inputs: dict[str, Any]
 ) -> None:
     """Do all stages, then declare the product complete: the manifest comes last."""
-    from data_prep.account import write_document_list, write_report
+    from data_prep.account import write_report
     from data_prep.shards import remove_strays
     from data_prep.stages import build_segments
 
     started = time.monotonic()
     content = {key: value for key, value in to_plain(config).items() if key not in LOCATION_KEYS}
-    fingerprint = sha256_of_bytes(json.dumps([content, inputs], sort_keys=True).encode())[:12]
+    identity = json.dumps([content, inputs], sort_keys=True).encode()
+    fingerprint = artifacts.sha256_of_bytes(identity)[:12]
     dump(config, folder / "config.yaml")
-    built = build_segments(config, model_folder, corpus, folder, fingerprint)
-    remove_strays(folder, built.files)
-    manifest = Manifest(
+    files, counts, details = build_segments(
+        config, model_folder, corpus, folder=folder, fingerprint=fingerprint
+    )
+    remove_strays(folder, files)
+    manifest = artifacts.Manifest(
         kind="segments",
         inputs=inputs,
         config=to_plain(config),
         seeds={"pack": config.seed},
-        counts=built.counts,
-        files=built.files,
-        details={**built.details, "documents": write_document_list(folder, built.pack_list)},
+        counts=counts,
+        files=files,
+        details=details,
     )
     write_report(folder / "report.html", manifest)
-    write_manifest(folder, manifest)
+    artifacts.write_manifest(folder, manifest)
     if not config.keep_work:
         shutil.rmtree(folder / "work", ignore_errors=True)
-    print_result(built.counts, folder, time.monotonic() - started)
+    print_result(counts, folder, time.monotonic() - started)
 
 
 def _identity_of(path: Path) -> str:
     """Hash of a file, or of the names and hashes of the texts of a folder."""
     if not path.is_dir():
-        return sha256_of_file(path)
+        return artifacts.sha256_of_file(path)
     texts = sorted(path.glob("*.txt"))
-    listing = "".join(f"{text.name} {sha256_of_file(text)}\n" for text in texts)
-    return sha256_of_bytes(listing.encode())
+    listing = "".join(f"{text.name} {artifacts.sha256_of_file(text)}\n" for text in texts)
+    return artifacts.sha256_of_bytes(listing.encode())
 
 
 def _require_same(
-    manifest: Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path
+    manifest: artifacts.Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path
 ) -> None:
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
     made = {**manifest.config, "inputs": manifest.inputs}

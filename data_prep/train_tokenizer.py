@@ -59,34 +59,25 @@ def train_sentencepiece(sentences: Iterator[str], vocabulary_size: int) -> bytes
 def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
     """The same tokenizer as a ``tokenizer.json``; it puts BOS in front by default."""
     import sentencepiece
-    from tokenizers import (
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers.pre_tokenizers import Split as SplitWords
+    from tokenizers.processors import TemplateProcessing
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     merges = _merges(processor, vocabulary)
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
-    )
+    pieces_model = models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(pieces_model)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE_MARKER)
     # No piece holds the marker after another character, so cutting in front of a run of markers
     # changes no id; it keeps long documents linear and lets the library cache words.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(WORDS, behavior="isolated")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in (UNK, BOS, EOS)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.pre_tokenizer = SplitWords(WORDS, behavior="isolated")
+    steps = [decoders.Replace(SPACE_MARKER, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = [AddedToken(t, special=True, normalized=False) for t in (UNK, BOS, EOS)]
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
     return tokenizer.to_str(pretty=True)
@@ -94,11 +85,8 @@ def hugging_face_tokenizer_json(sentencepiece_model: bytes) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.train_tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, as_written = "python -m data_prep.train_tokenizer", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=as_written)
     folder = "model folder that gets the tokenizer files"
     parser.add_argument("--output", type=Path, required=True, help=folder)
     parser.add_argument("--vocabulary-size", type=int, default=VOCABULARY_SIZE)

@@ -41,8 +41,6 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A row of the list of documents."""
-
     doc_id: str
     source: str
     unit: str
@@ -65,12 +63,8 @@ def audit_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     store = SegmentStore(folder)
     store.verify()
     listed = _read_list(store)
-    audit = Audit(
-        num_segments=len(store),
-        num_shards=len(store.manifest.files),
-        num_tokens=len(store) * store.target_len,
-        num_documents=len(listed),
-    )
+    num_shards, num_tokens = len(store.manifest.files), len(store) * store.target_len
+    audit = Audit(len(store), num_shards, num_tokens, num_documents=len(listed))
     # Generated documents have no source to compare with.
     candidates = [row for row in listed.values() if row.source != RETRIEVAL_SOURCE]
     candidates.sort(key=lambda row: stable_fraction("verify", seed, row.doc_id))
@@ -98,19 +92,14 @@ def compare_with_source(
     units = {unit.name: unit for unit in corpus.units()}
     for name, rows in sorted(by_unit.items()):
         if name not in units:
-            raise _wrong(
-                folder, f"unit {name} is not in the corpus any more; was it changed or moved?"
-            )
+            gone = f"unit {name} is not in the corpus any more; was it changed or moved?"
+            raise _wrong(folder, gone)
         for row, text in _texts(corpus, units[name], rows, folder):
-            _compare(row, text, audit, encoder, folder)
+            _compare(row, text=text, audit=audit, encoder=encoder, folder=folder)
 
 
 def _read_list(store: SegmentStore) -> dict[str, _Listed]:
-    """Rows of ``documents.parquet`` by id; none in folders that have no list.
-
-    Raises:
-        ArtifactError: the list was changed, or an id stands in it twice.
-    """
+    """Rows of ``documents.parquet`` by id; none in folders that have no list."""
     entry = store.manifest.details.get("documents")
     if entry is None:
         return {}
@@ -127,11 +116,7 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
 
 
 def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[str, int]:
-    """Hold every segment against the rules; returns document id -> tokens found.
-
-    Raises:
-        ArtifactError: a segment breaks a rule, or padding and tokens differ from the manifest.
-    """
+    """Hold every segment and their sums against the rules; returns document id -> tokens."""
     rules, found, padding = store.rules, Counter[str](), 0
     cells: Counter[str] = Counter()
     for segment in map(store.segment, range(len(store))):
@@ -185,12 +170,9 @@ def _check_account(store: SegmentStore) -> None:
         left_out = sum(counts["left_out_tokens"].get(source, {}).values())
         rest = counts["rest_tokens"].get(source, 0)
         if there != packed + rest + left_out:
-            raise _wrong(
-                store.folder,
-                f"of {there} tokens of {source}, {packed} are packed, {rest} are "
-                f"the rest and {left_out} are left out: {there - packed - rest - left_out} are "
-                "unaccounted for",
-            )
+            known = f"{packed} are packed, {rest} are the rest and {left_out} are left out"
+            unknown = f"{there - packed - rest - left_out} are unaccounted for"
+            raise _wrong(store.folder, f"of {there} tokens of {source}, {known}: {unknown}")
 
 
 def _check_quotas(store: SegmentStore) -> None:
@@ -204,15 +186,13 @@ def _check_quotas(store: SegmentStore) -> None:
             if got > wanted * (1 + QUOTA_TOLERANCE) + limits[bucket]:
                 raise _wrong(store.folder, f"{cell} has {got} tokens chosen, {wanted} were wanted")
             if got < wanted and cell not in reported:
-                raise _wrong(
-                    store.folder, f"{cell} has {got} of {wanted} tokens, no shortfall reported"
-                )
+                fault = f"{cell} has {got} of {wanted} tokens, no shortfall reported"
+                raise _wrong(store.folder, fault)
 
 
 def _texts(
     corpus: Corpus, unit: Unit, rows: list[_Listed], folder: Path
 ) -> Iterable[tuple[_Listed, str]]:
-    """Rows with the texts of their documents, read from one unit."""
     wanted: dict[str, list[_Listed]] = defaultdict(list)
     for row in rows:
         # A part's id is the document's with "#NUMBER" behind it; ids themselves may hold "#".
@@ -225,20 +205,16 @@ def _texts(
             yield row, document.text
         if not missing:
             return
-    raise _wrong(
-        folder, f"document {min(missing)} is not in {unit.name} any more; was the corpus changed?"
-    )
+    gone = f"document {min(missing)} is not in {unit.name} any more"
+    raise _wrong(folder, f"{gone}; was the corpus changed?")
 
 
 def _compare(
     row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path
 ) -> None:
-    """Compare the runs of one document with its text."""
     if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
-        raise _wrong(
-            folder,
-            f"the text of {row.doc_id} is not the one that was packed; was the corpus changed?",
-        )
+        other = f"the text of {row.doc_id} is not the one that was packed"
+        raise _wrong(folder, f"{other}; was the corpus changed?")
     end = row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
     content = encoder.encode_contents([text])[0][row.offset : end]
     expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
@@ -275,5 +251,4 @@ def _require_equal(store: SegmentStore, name: str, found: int, expected: int) ->
 
 
 def _wrong(place: Path, fault: str) -> ArtifactError:
-    """What does not hold in a folder or file."""
     return ArtifactError(f"{place}: {fault}")

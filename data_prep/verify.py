@@ -21,11 +21,8 @@ from longrope2.segments.format import SegmentStore
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, as_written = "python -m data_prep.verify", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=as_written)
     add, compared = parser.add_argument, "documents compared with their source"
     add("folder", type=Path, help="a 1_segments folder")
     add("--sample", type=int, default=50, metavar="N", help=compared)
@@ -36,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _verify(folder: Path, sample: int, seed: int) -> None:
-    """Audit and print what held."""
     from data_prep.verification import audit_folder, compare_with_source
     from longrope2.corpora.tokenizer import load_document_tokenizer
 

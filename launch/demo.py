@@ -1,8 +1,7 @@
 """``python -m launch.demo`` (``make demo``): the whole flow on the miniature, as a user types it.
 
-Every stage is the real command in a process of its own; finished stages are reused. ``--fresh``
-starts over, ``--baseline`` also trains YaRN on the same segments for the same steps (about five
-minutes more).
+Every stage is the real command in a process of its own; finished stages are reused. ``--baseline``
+also trains YaRN on the same segments for the same steps (about five minutes more).
 """
 
 import argparse
@@ -109,25 +108,16 @@ def main() -> None:
         _run_stage(stage)
     minutes, report = (time.monotonic() - began) / 60, run_folder / "report.html"
     console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{report}[/bold]")
-    console.print(
-        "Next: the same with YaRN trained beside it (on this miniature it retrieves more, see "
-        "LAB_NOTES.md):\nmake demo BASELINE=1",
-        soft_wrap=True,
-    )
+    beside = "YaRN trained beside it (on this miniature it retrieves more, see LAB_NOTES.md)"
+    console.print(f"Next: the same with {beside}:\nmake demo BASELINE=1", soft_wrap=True)
 
 
 def _run_stage(stage: Stage) -> None:
-    """Run one stage in a process of its own.
-
-    Raises:
-        UserError: the stage failed; its own message stands above.
-    """
+    """Run one stage in a process of its own; UserError when it failed."""
     ended = subprocess.run([sys.executable, "-m", *stage.arguments], check=False)
     if ended.returncode != 0:
-        raise UserError(
-            f"the demo stopped: {stage.command} ended with code {ended.returncode}; "
-            "its message is above"
-        )
+        fault = f"the demo stopped: {stage.command} ended with code {ended.returncode}"
+        raise UserError(f"{fault}; its message is above")
 
 
 def _write_prompt(run_folder: Path) -> None:

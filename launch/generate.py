@@ -14,14 +14,9 @@ from longrope2.config import compose
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
 from longrope2.evaluation.subjects import find_checkpoint
+from longrope2.inference import generation
 from longrope2.inference.cache import KvPolicy
-from longrope2.inference.generation import (
-    GenerateRoot,
-    TextStream,
-    check,
-    generate_tokens,
-    window_for_length,
-)
+from longrope2.inference.generation import GenerateRoot, TextStream
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
@@ -36,7 +31,7 @@ _SWITCHED = {
 def main() -> None:
     """Compose, check, load, generate."""
     config = compose(GenerateRoot, "generate", sys.argv[1:])
-    check(config)
+    generation.check(config)
     prompt = _read_prompt(config.generate.prompt_file)
     given = config.generate.checkpoint
     checkpoint, factors = find_checkpoint(config, "generate.checkpoint", given)
@@ -56,7 +51,7 @@ def _stream_text(
     encoder = DocumentTokenizer(tokenizer)
     prompt_ids = [encoder.bos_id, *encoder.encode(prompt)]
     text = TextStream(tokenizer, prompt_ids)
-    tokens = generate_tokens(
+    tokens = generation.generate_tokens(
         model,
         prompt_ids,
         max_new_tokens=generate.max_new_tokens,
@@ -66,7 +61,7 @@ def _stream_text(
         prefill_chunk=generate.prefill_chunk,
         kv_policy=generate.kv_policy,
     )
-    window = window_for_length(len(prompt_ids), original_len)
+    window = generation.window_for_length(len(prompt_ids), original_len)
     if window is Window.LONG:
         is_long = f"the prompt has {len(prompt_ids)} tokens, more than {original_len}"
         _say(f"{is_long}: rescaled RoPE from the start")
@@ -79,16 +74,11 @@ def _stream_text(
 
 
 def _say(message: str) -> None:
-    """One line on standard error, apart from the text."""
     print(f"\n[{message}]", file=sys.stderr, flush=True)
 
 
 def _read_prompt(path: str) -> str:
-    """Text of the prompt file, or of standard input for ``-``.
-
-    Raises:
-        DataError: it is missing, empty, or not UTF-8.
-    """
+    """Text of the prompt file, or of standard input for ``-``."""
     name = _prompt_name(path)
     try:
         content = sys.stdin.buffer.read() if path == _STANDARD_INPUT else Path(path).read_bytes()
@@ -103,7 +93,6 @@ def _read_prompt(path: str) -> str:
 
 
 def _prompt_name(path: str) -> str:
-    """The prompt's source as messages name it."""
     return f"generate.prompt_file={path}" + (" (standard input)" if path == _STANDARD_INPUT else "")
 
 

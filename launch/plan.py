@@ -49,11 +49,10 @@ def plan_run(config: PlanRoot) -> Plan:
     if faults := _faults(config):
         raise ConfigError(faults)
     training, parallel, model = config.training, config.parallel, config.model
-    elsewhere = None if find_shipped(model.path).is_dir() else model.config_folder
-    if elsewhere is None:
+    if model.config_folder is None or find_shipped(model.path).is_dir():
         shape = ModelShape.from_file(find_config_file(model.path, "model.path"))
     else:
-        shape = ModelShape.from_folder(find_shipped(elsewhere))
+        shape = ModelShape.from_folder(find_shipped(model.config_folder))
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,

@@ -95,7 +95,6 @@ def _changes(folder: Path) -> dict[Path, int]:
 
 
 def _workspace(arguments: list[str]) -> None:
-    """Build, save, say where it is."""
     from longrope2.report.workspace import save_workspace  # wandb loads for seconds
 
     paths = [argument for argument in arguments if "=" not in argument]

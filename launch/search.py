@@ -13,23 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.cluster.torchrun import (
-    CONFIG_FLAG,
-    config_path_of_rank,
-    note_config_of_ranks,
-    run_under_torchrun,
-    split_prepare,
-)
+from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import run_command
-from longrope2.config import claim_folder, compose, dump, load
-from longrope2.errors import ConfigError
+from longrope2.config import claim_folder, dump
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.parallel.processes import (
-    join_processes,
-    leave_processes,
-    world_size_from_environment,
-)
+from longrope2.parallel import processes
 from longrope2.report.plots import factors_figure, search_figure
 from longrope2.rope.factors import RescaleFactors
 from longrope2.search.config import SearchRoot
@@ -44,15 +33,12 @@ CHANGEABLE = ("dry_run", "tracking", "parallel.processes", *_PROJECTION)
 
 def main() -> None:
     """Compose, check and plan; then search here, or in processes of torchrun; then report."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == [CONFIG_FLAG]:
-        _search(load(SearchRoot, config_path_of_rank(arguments)))
+    file = "FILE, a search configuration"
+    given = read_arguments(SearchRoot, "search", sys.argv[1:], file=file)
+    config, note = given.config, given.note
+    if given.is_rank:
+        _search(config)
         return
-    if world_size_from_environment() is not None:
-        text = "under torchrun, give --config FILE, a search configuration: ranks do not compose"
-        raise ConfigError([text])
-    note, overrides = split_prepare(arguments)
-    config = compose(SearchRoot, "search", overrides)
     model_folder, space = check(config)
     print(describe(config, model_folder, space))
     if config.dry_run:
@@ -81,17 +67,17 @@ def main() -> None:
 def _search(config: SearchRoot) -> None:
     """One process of a search: prepare, test the samples, and take part to the end."""
     model_folder, space = check(config)
-    is_rank = world_size_from_environment() is not None
-    workers = Workers(join_processes(config.parallel) if is_rank else None)
+    is_rank = processes.world_size_from_environment() is not None
+    workers = Workers(processes.join_processes(config.parallel) if is_rank else None)
     folder = product_folder(config.run.folder, "factors")
-    prepared = prepare(config, model_folder, space, folder, workers)
+    prepared = prepare(config, model_folder, space, folder=folder, workers=workers)
     if workers.is_main:
         claim_folder(folder, config, CHANGEABLE)
     workers.wait_for_all("the folder is claimed")
     run_search(prepared, folder, workers)
     if workers.is_main:
         _write_plots(folder)
-    leave_processes()
+    processes.leave_processes()
 
 
 def _search_in_processes(config: SearchRoot) -> None:
@@ -101,12 +87,11 @@ def _search_in_processes(config: SearchRoot) -> None:
         dump(config, path)
         ended = run_under_torchrun("launch.search", path, config.parallel.processes)
     if ended != 0:
-        print(
-            f"error: a process of the search ended early (exit code {ended}; its message stands "
-            "above). Every loss that was computed is in the journals: give the same command again "
-            "to go on",
-            file=sys.stderr,
+        early = f"a process of the search ended early (exit code {ended}; its message stands above)"
+        kept = (
+            "Every loss that was computed is in the journals: give the same command again to go on"
         )
+        print(f"error: {early}. {kept}", file=sys.stderr)
         sys.exit(ended)
 
 

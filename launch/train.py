@@ -6,29 +6,21 @@ torchrun or Slurm, first give ``--prepare FILE`` (it stops after writing), then 
 ``--config RUN/3_checkpoints/config.yaml``: ranks never compose.
 
 Exit codes (``longrope2.command``): 0 done (or stopped at ``training.stop_after_step``), 2 a fault
-of the user's, 75 stopped by SIGTERM or SIGUSR1 with everything saved: the same command goes on, 76
-no progress for ``training.hang_timeout_s``: what was printed names the rank, the same command goes
-on from the newest checkpoint. A torchrun of your own ends with 1 instead of 75 and kills its ranks
-30 seconds after SIGTERM; ``launch.cluster.node_agent`` is a torchrun that does neither (``slurm/``
-uses it).
+of the user's, 75 stopped by SIGTERM or SIGUSR1 with everything saved, 76 no progress for
+``training.hang_timeout_s``; after both the same command goes on. A torchrun of your own ends with 1
+instead of 75 and kills its ranks 30 seconds after SIGTERM; ``launch.cluster.node_agent`` is a
+torchrun that does neither (``slurm/`` uses it).
 """
 
 import os
 import sys
 from pathlib import Path
 
-from launch.cluster.torchrun import (
-    CONFIG_FLAG,
-    config_path_of_rank,
-    note_config_of_ranks,
-    run_under_torchrun,
-    split_prepare,
-)
+from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
-from longrope2.config import claim_folder, compose, load
+from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
-from longrope2.parallel.processes import world_size_from_environment
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import make_forecast
 from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
@@ -41,15 +33,12 @@ CHANGEABLE += tuple(f"training.{key}" for key in CHANGEABLE_TRAINING_KEYS)
 
 def main() -> None:
     """Compose, check, describe, then train here or in processes of torchrun."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == [CONFIG_FLAG]:
-        _exit_unless_done(train(load(TrainRoot, config_path_of_rank(arguments))))
+    file = "RUN/3_checkpoints/config.yaml"
+    given = read_arguments(TrainRoot, "train", sys.argv[1:], file=file)
+    config = given.config
+    if given.is_rank:
+        _exit_unless_done(train(config))
         return
-    if world_size_from_environment() is not None:
-        text = "under torchrun, give --config RUN/3_checkpoints/config.yaml: ranks do not compose"
-        raise ConfigError([text])
-    prepare, overrides = split_prepare(arguments)
-    config = compose(TrainRoot, "train", overrides)
     run = resolve_run(config, config.parallel.processes)
     if not config.dry_run:
         run.refuse_what_is_missing()
@@ -59,11 +48,11 @@ def main() -> None:
     complete = _is_complete(run.folder, config)
     claim_folder(run.folder, config, changeable=CHANGEABLE)
     config_file = run.folder / "config.yaml"
-    if prepare is not None:
-        note_config_of_ranks(prepare, None if complete else config_file)
+    if given.note is not None:
+        note_config_of_ranks(given.note, None if complete else config_file)
     if complete:
         print(f"already complete: {run.folder / 'final'}")
-    if complete or prepare is not None:
+    if complete or given.note is not None:
         return
     if run.world_size == 1:
         _exit_unless_done(train(config))
@@ -87,24 +76,16 @@ def _exit_unless_done(end: RunEnd) -> None:
 
 
 def _is_complete(folder: Path, config: TrainRoot) -> bool:
-    """Whether the run has reached its end.
-
-    Raises:
-        ConfigError: it has, with ``final/`` in another number format than this command asks for.
-    """
+    """Whether the run has reached its end, with ``final/`` in the number format asked for."""
     try:
         manifest = read_manifest(folder, "checkpoints")
     except ArtifactError:
         return False
     written, wanted = manifest.config["training"]["final_dtype"], config.training.final_dtype.value
     if written != wanted:
-        raise ConfigError(
-            [
-                f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was "
-                f"written with {written}; to write it again from the newest checkpoint, remove "
-                f"{folder / MANIFEST_NAME}"
-            ]
-        )
+        other = f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was written"
+        again = "to write it again from the newest checkpoint"
+        raise ConfigError([f"{other} with {written}; {again}, remove {folder / MANIFEST_NAME}"])
     return True
 
 

@@ -1,1 +1,1 @@
-"""LongRoPE2: extend the context window of a pre-trained RoPE model without losing its short window (arXiv 2502.20082)."""
+"""LongRoPE2: a longer context window for a pre-trained RoPE model (arXiv 2502.20082)."""

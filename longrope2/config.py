@@ -168,6 +168,8 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
                 settings.append(_read_setting(root, key, text, adds))
         except ConfigError as error:
             faults += error.faults
+    if fault := _experiment_fault(config_name, chosen.get("experiment")):
+        raise ConfigError([*faults, fault])
     try:
         config = _merge(root, config_name, chosen)
     except (HydraException, OmegaConfBaseException) as error:
@@ -178,7 +180,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         except OmegaConfBaseException as error:
             faults.append(_explain(error))
     if topic is not None and not faults:
-        print(_help(root, config_name, config, groups, topic))
+        print(_help(root, config_name=config_name, config=config, groups=groups, topic=topic))
         sys.exit(0)
     open_groups = {group: chosen.get(group, "") for group, member in groups.items() if not member}
     faults += _value_faults(config, open_groups)
@@ -202,6 +204,34 @@ def _groups(config_name: str) -> dict[str, str | None]:
     plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml"))
     pairs = [next(iter(entry.items())) for entry in plain["defaults"] if isinstance(entry, dict)]
     return {group.removeprefix("optional "): member for group, member in pairs}
+
+
+def _experiment_fault(config_name: str, experiment: str | None) -> str | None:
+    """Why an experiment cannot be chosen here: it overrides groups that the command does not have.
+
+    Hydra names one of the groups and none of the commands that have them.
+    """
+    if not experiment:
+        return None
+    wanted: dict[str, None] = {}
+    files = [experiment]
+    for name in files:
+        plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"experiment/{name}.yaml"))
+        for entry in plain.get("defaults", ()):
+            if isinstance(entry, dict):
+                wanted |= dict.fromkeys(key.removeprefix("override /") for key in entry)
+            elif entry != "_self_":
+                files.append(entry)  # the experiment it is a variation of
+    foreign = [group for group in wanted if group not in _groups(config_name)]
+    if not foreign:
+        return None
+    commands = {}
+    for root in sorted(CONF_FOLDER.glob("*.yaml")):
+        groups = _groups(root.stem)
+        if "experiment" in groups and wanted.keys() <= groups.keys():
+            commands[_header(root).split()[3]] = None
+    sets = f"experiment={experiment} chooses {', '.join(foreign)}, which this command does not have"
+    return f"{sets}; it is for {', '.join(commands)}. Give model= and target_len= here instead"
 
 
 def _members(group: str) -> dict[str, str]:

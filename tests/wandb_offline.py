@@ -42,7 +42,7 @@ def history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, Any]]:
 
 
 def leveldb_log(data: bytes, start: int) -> Iterator[bytes]:
-    """Records of LevelDB's log format: 32 KiB blocks of chunks, each a checksum, a length, a kind and its bytes."""
+    """Records of LevelDB's log: 32 KiB blocks of chunks (checksum, length, kind, bytes)."""
     position, whole = start, b""
     while position + CHUNK_HEADER.size <= len(data):
         if BLOCK_BYTES - position % BLOCK_BYTES < CHUNK_HEADER.size:

@@ -1,9 +1,8 @@
 """``python -m launch.cluster.attempts begin|end|terminated ...``: what a job does after its ranks.
 
-For ``slurm/common.sh``. A stage may take many attempts: preempted, at its time limit, on a node
-that died. Each leaves a line in ``attempts.jsonl`` of its product folder when it begins and one
-when it ends. Slurm starts some again by itself (preemption, a dead node); for the others ``end``
-decides, on what is written down and never on hope:
+For ``slurm/common.sh``. Each attempt of a stage leaves a line in ``attempts.jsonl`` of its product
+folder when it begins and one when it ends. Slurm starts some again by itself (preemption, a dead
+node); for the others ``end`` decides, on what is written down and never on hope:
 
 - exit code 0: done; 2: a fault of the user's, which no restart mends: stop;
 - anything else: start again from the last checkpoint, without the node to blame where there is one;
@@ -97,11 +96,8 @@ class FirstFailure:
 
 def main() -> None:
     """Record the begin or the end of an attempt; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.cluster.attempts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw, prog = argparse.RawDescriptionHelpFormatter, "python -m launch.cluster.attempts"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("event", choices=("begin", "end", "terminated"))
     add("product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints")
@@ -115,17 +111,14 @@ def main() -> None:
     if given.event == "begin":
         begin(product, known)
     elif given.event == "terminated":
-        _append(product, _ended(product, known, "terminated", 0))
+        _append(product, _ended(product, known, "terminated"))
     else:
         silent = nodes_without_end(logs, given.nodes) if logs is not None else []
         end(product, known, given.code, stopped=given.stopped, logs=logs, silent=silent)
 
 
 def begin(product: Path, known: list[Attempt]) -> None:
-    """Note that an attempt begins.
-
-    Ends with code 1 when the ones before it were lost too often from the same point.
-    """
+    """Note that an attempt begins; exits with 1 when those before were lost too often from here."""
     here = progress_of(product)
     lost = known and known[-1].outcome == "begun"
     if lost and _without_progress(known, here) >= _MOST_ATTEMPTS_WITHOUT_PROGRESS:
@@ -133,7 +126,8 @@ def begin(product: Path, known: list[Attempt]) -> None:
         sys.exit(f"error: {_in_vain(known, here)}. {how}")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     job, nodes = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NODELIST", "")
-    _append(product, Attempt(job, restart, nodes, here, here, outcome="begun"))
+    begun = Attempt(job, restart, nodes, found=here, left=here, outcome="begun")
+    _append(product, begun)
 
 
 def end(
@@ -158,7 +152,8 @@ def end(
         blamed = [failure.node]
     elif failure is not None and failure.is_consequence:  # every rank that spoke misses a peer
         blamed = silent
-    ended = _ended(product, known, "done" if code == 0 else outcome, code, blamed)
+    outcome = "done" if code == 0 else outcome
+    ended = _ended(product, known, outcome, code=code, blamed=blamed)
     _append(product, ended)
     verdict, reason = decide([*known[:-1], ended], failure)
     print(reason, file=sys.stderr)
@@ -166,23 +161,16 @@ def end(
         code = failure.exit_code
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         last_words = "\n".join(failure.text.splitlines()[-TRACEBACK_LINES:])
-        print(
-            f"--- rank {failure.rank} on {failure.node} ended first ({how}):\n"
-            f"{last_words or '(it wrote nothing)'}",
-            file=sys.stderr,
-        )
+        print(f"--- rank {failure.rank} on {failure.node} ended first ({how}):", file=sys.stderr)
+        print(last_words or "(it wrote nothing)", file=sys.stderr)
     print(verdict)
 
 
 def decide(attempts: list[Attempt], failure: FirstFailure | None) -> tuple[str, str]:
-    """What the job does next, and why.
+    """What the job does next, ``done``, ``stop`` or ``requeue [node,...]``, and why.
 
-    Args:
-        attempts: Those of this job, the latest last; none of them ``begun`` unless it was lost.
-        failure: The cause of the latest, where it failed and ranks were started.
-
-    Returns:
-        ``done``, ``stop`` or ``requeue [node,...]``; and a sentence.
+    Of this job's ``attempts``, the latest last, none is ``begun`` unless it was lost; ``failure``
+    is the cause of the latest, where it failed and ranks were started.
     """
     last = attempts[-1]
     if last.outcome == "done":
@@ -255,17 +243,12 @@ def read_attempts(product: Path, *, job: str) -> list[Attempt]:
 
 
 def _ended(
-    product: Path, known: list[Attempt], outcome: str, code: int, blamed: Sequence[str] = ()
+    product: Path, known: list[Attempt], outcome: str, *, code: int = 0, blamed: Sequence[str] = ()
 ) -> Attempt:
     """The record of the end of the attempt that was begun last."""
-    return replace(
-        known[-1],
-        left=progress_of(product),
-        outcome=outcome,
-        exit_code=code,
-        blamed=list(blamed),
-        time=round(time.time(), 1),
-    )
+    now, left = round(time.time(), 1), progress_of(product)
+    last = replace(known[-1], left=left, outcome=outcome, exit_code=code, time=now)
+    return replace(last, blamed=list(blamed))
 
 
 def _without_progress(attempts: list[Attempt], here: int) -> int:
@@ -279,7 +262,6 @@ def _without_progress(attempts: list[Attempt], here: int) -> int:
 
 
 def _in_vain(attempts: list[Attempt], here: int) -> str:
-    """The message of the third failure."""
     nodes = dict.fromkeys(attempt.nodes for attempt in attempts[-_MOST_ATTEMPTS_WITHOUT_PROGRESS:])
     return (
         f"{_without_progress(attempts, here)} attempts in a row ended where they had begun, with "

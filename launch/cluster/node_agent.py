@@ -3,7 +3,7 @@
 The arguments are torchrun's, and its agent does the work. What this adds:
 
 - SIGUSR1 and SIGTERM go on to the ranks, which decide when to end (torchrun kills them after 30
-  seconds). A SIGUSR1 that comes while ranks still import waits for them.
+  seconds).
 - The exit code is the ranks' own: 75 (stopped by a signal, all saved), 2 (a fault of the user's),
   ...; torchrun's is 1.
 - ``--log-dir`` gets ``rank-003.out`` and ``rank-003.err``, by global rank, and
@@ -68,11 +68,8 @@ class _StopSignals:
     """Stop signals of this process, passed on to its ranks."""
 
     def __init__(self) -> None:
-        """Catch them from here on.
-
-        SIGUSR1 is blocked, and ranks inherit that: one that reaches a rank before it can save is
-        kept until it can. SIGTERM is not, or nothing but SIGKILL could end a rank that is stuck.
-        """
+        # Ranks inherit the block: one that reaches a rank before it can save is kept until it can.
+        # SIGTERM is not blocked, or nothing but SIGKILL could end a rank that is stuck.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._asked: signal.Signals | None = None
@@ -84,7 +81,6 @@ class _StopSignals:
         threading.Thread(target=self._tell_ranks, daemon=True).start()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
         self._asked = signal.SIGTERM
         if not _children():
             sys.exit(128 + number)
@@ -106,7 +102,6 @@ class _StopSignals:
 
 
 def _children() -> list[Any]:
-    """The ranks of this node."""
     import psutil
 
     return psutil.Process().children()

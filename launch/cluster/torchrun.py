@@ -6,48 +6,56 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Generic
 
 from longrope2.command import rank_exit_code
+from longrope2.config import Root, compose, load
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
 
 CONFIG_FLAG = "--config"
 _PREPARE_FLAG = "--prepare"
-# A stop that the ranks themselves decide about (they may save first). torchrun's agent would kill
-# them after 30 seconds.
+# The ranks decide about a stop (they may save first); torchrun's agent kills after 30 seconds.
 _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
-def config_path_of_rank(arguments: list[str]) -> Path:
-    """The path after ``--config``: ranks read a written configuration, they do not compose.
+@dataclass(frozen=True)
+class Given(Generic[Root]):
+    """What a command was given that runs in ranks."""
+
+    config: Root
+    is_rank: bool = False
+    """Whether this is a rank, whose configuration was read."""
+    note: Path | None = None
+    """Of ``--prepare FILE``: compose, check, print the plan, write the configuration of the ranks
+    and stop; FILE tells the job script where that is (``note_config_of_ranks``)."""
+
+
+def read_arguments(root: type[Root], name: str, arguments: list[str], *, file: str) -> Given[Root]:
+    """Compose ``conf/<name>.yaml``; ranks read what was written (``--config FILE``) instead.
 
     Raises:
-        ConfigError: no path, or more than that.
+        ConfigError: see ``compose``; a flag without its path; or no ``--config`` under torchrun,
+            where it must be ``file``.
     """
-    if len(arguments) != 2:
-        got = " ".join(arguments[1:]) or "nothing"
-        raise ConfigError([f"{CONFIG_FLAG} takes one path and no overrides; got {got}"])
-    return Path(arguments[1])
-
-
-def split_prepare(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The path after a leading ``--prepare``, or None, and the overrides.
-
-    ``--prepare FILE`` composes, checks, prints the plan and writes the configuration of the ranks,
-    then stops; FILE tells the job script where that is (``note_config_of_ranks``).
-
-    Raises:
-        ConfigError: no path stands behind the flag.
-    """
+    if arguments[:1] == [CONFIG_FLAG]:
+        if len(arguments) != 2:
+            got = " ".join(arguments[1:]) or "nothing"
+            raise ConfigError([f"{CONFIG_FLAG} takes one path and no overrides; got {got}"])
+        return Given(load(root, Path(arguments[1])), is_rank=True)
+    if "RANK" in os.environ:
+        fault = f"under torchrun, give {CONFIG_FLAG} {file}: ranks do not compose"
+        raise ConfigError([fault])
     if arguments[:1] != [_PREPARE_FLAG]:
-        return None, arguments
+        return Given(compose(root, name, arguments))
     if len(arguments) < 2 or "=" in arguments[1]:
         usage = f"{_PREPARE_FLAG} FILE key=value ..."
         raise ConfigError([f"{_PREPARE_FLAG} takes a path before the overrides: {usage}"])
-    return Path(arguments[1]), arguments[2:]
+    return Given(compose(root, name, arguments[2:]), note=Path(arguments[1]))
 
 
 def note_config_of_ranks(note: Path, config_path: Path | None) -> None:

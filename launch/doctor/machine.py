@@ -115,7 +115,6 @@ def print_findings(findings: list[Finding], console: Console | None = None) -> N
 
 
 def _packages() -> list[Finding]:
-    """Versions: needed ones too old or missing are blockers, optional ones are named."""
     findings = []
     for name, lowest in NEEDED.items():
         version = installed_version(name)
@@ -148,7 +147,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _gpus(device: torch.device) -> list[Finding]:
-    """Name and memory of every GPU."""
     if device.type != "cuda":
         return [_no_gpu()]
     findings = []
@@ -180,19 +178,15 @@ def _kernels(device: torch.device) -> list[Finding]:
     chosen_attention = choose_kernel(AttentionKernel.auto, device, dtype).kernel
     chosen_norm = choose_norm(NormKernel.auto, device, dtype).kernel
     looks = [("attention", k, chosen_attention, kernel_fault(k, device, dtype)) for k in attention]
-    looks += [
-        ("norm", k, chosen_norm, norm_fault(k, device, dtype))
-        for k in NormKernel
-        if k is not NormKernel.auto
-    ]
+    norms = [k for k in NormKernel if k is not NormKernel.auto]
+    looks += [("norm", k, chosen_norm, norm_fault(k, device, dtype)) for k in norms]
     findings = []
     for what, kernel, chosen, fault in looks:
         found = "chosen" if kernel is chosen else fault or "runs"
         # On a CPU sdpa is the only attention, and no fault of the machine.
         if fault and kernel is AttentionKernel.flash_attn and device.type == "cuda":
-            remedy = (
-                "pip install flash-attn --no-build-isolation; torch_varlen is the same algorithm"
-            )
+            install = "pip install flash-attn --no-build-isolation"
+            remedy = f"{install}; torch_varlen is the same algorithm"
             findings.append(Finding(f"{what} {kernel.value}", found, State.fix, remedy))
         else:
             findings.append(Finding(f"{what} {kernel.value}", found))
@@ -200,7 +194,6 @@ def _kernels(device: torch.device) -> list[Finding]:
 
 
 def _fused_loss() -> Finding:
-    """Whether torch has the chunked loss."""
     if hasattr(F, "linear_cross_entropy"):
         return Finding("chunked loss", "torch's linear_cross_entropy")
     own = "this project's own: torch before 2.13 has none; logits are computed twice"
@@ -226,7 +219,6 @@ def _compiler() -> Finding:
 
 
 def _disk(root: Path) -> Finding:
-    """Free space where the runs stand."""
     place = root
     while not place.exists():
         place = place.parent if place.parent != place else Path.cwd()
@@ -256,22 +248,17 @@ def _hub(path: str) -> Finding:
 
 
 def _wandb() -> Finding:
-    """Where Weights & Biases would record."""
     try:
         mode = resolve_mode(WandbMode.auto)
     except ConfigError as error:
         return Finding("W&B login", error.faults[0], State.blocker, "change or unset WANDB_MODE")
     if mode is WandbMode.online:
         return Finding("W&B login", "online")
-    found, remedy = (
-        f"{mode.value}: metrics stay in the run folder",
-        "`wandb login` to watch runs online",
-    )
-    return Finding("W&B login", found, State.fix, remedy)
+    found = f"{mode.value}: metrics stay in the run folder"
+    return Finding("W&B login", found, State.fix, "`wandb login` to watch runs online")
 
 
 def _model(config: DoctorRoot) -> list[Finding]:
-    """Weights and tokenizer of the configured model, on this machine."""
     path, model = config.model.path, f"model {config.model.name}"
     remedy, folder = f"model.path=FOLDER, or fetch it: hf download {path}", None
     try:

@@ -1,10 +1,9 @@
 """``python -m launch.doctor network`` and ``links``: do nodes agree on the time, and exchange fast?
 
-``network FOLDER`` runs on every rank under torchrun and writes ``FOLDER/network.json``: the clock
-of each node against the first, the bandwidth of an all-reduce over all ranks, and that of each pair
-of neighbours, so that a slow node can be named. ``links FOLDER`` judges it as ``launch.doctor
-nodes`` does. Bandwidth is bus bandwidth, 2 (n - 1) / n x bytes / time: what every link carries,
-comparable over any number of ranks n.
+``network FOLDER`` runs on every rank under torchrun and writes ``FOLDER/network.json``: each node's
+clock against the first's, the bandwidth of an all-reduce over all ranks, and of each pair of
+neighbours. ``links FOLDER`` judges it as ``launch.doctor nodes`` does. Bandwidth is bus bandwidth,
+2 (n - 1) / n x bytes / time: what every link carries, comparable over any number of ranks n.
 """
 
 import json

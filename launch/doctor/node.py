@@ -87,11 +87,9 @@ def faults_of_nodes(reports: dict[str, Any]) -> list[tuple[str, str]]:
     """
     present = {name: report["versions"] for name, report in reports.items() if report is not None}
     found = [(name, fault) for name in present for fault in reports[name]["faults"]]
-    found += [
-        (name, f"no report: it did not run the check (doctor-{name}.log)")
-        for name in reports
-        if name not in present
-    ]
+    for name in reports:
+        if name not in present:
+            found.append((name, f"no report: it did not run the check (doctor-{name}.log)"))
     for item in sorted({item for versions in present.values() for item in versions}):
         values = {name: versions.get(item) for name, versions in present.items()}
         common, count = Counter(values.values()).most_common(1)[0]
@@ -168,8 +166,8 @@ def _flash_attention_faults() -> list[str]:
 
 
 def _versions(device: str) -> dict[str, str]:
-    """What must be the same on all nodes."""
-    versions = {"python": platform.python_version(), "code": _code()}
+    # Nodes with a copy of the project's code of their own would run that.
+    versions = {"python": platform.python_version(), "code": str(Path(__file__).parent.parent)}
     for package in COMPARED_PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -184,8 +182,3 @@ def _versions(device: str) -> dict[str, str]:
             versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
             versions["gpu"] = torch.cuda.get_device_name(0)
     return versions
-
-
-def _code() -> str:
-    """Where the project's code is imported from: nodes with a copy of their own would run that."""
-    return str(Path(__file__).parent.parent)

@@ -7,13 +7,8 @@ bound holds, and writes a figure.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.doctor.rope_view import (
-    RopeComparison,
-    comparison_table,
-    describe,
-    print_table,
-    write_figure,
-)
+from launch.doctor import rope_view
+from launch.doctor.rope_view import RopeComparison
 from longrope2.config import MISSING, ModelConfig, RunConfig, compose, target_faults
 from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
@@ -21,21 +16,11 @@ from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
 from longrope2.model.folder import find_config_file
 from longrope2.model.shape import ModelShape, read_model_config
+from longrope2.rope import hf_config
+from longrope2.rope import methods as rescaling
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.rope.hf_config import (
-    UNSCALED_TYPE,
-    config_geometry,
-    config_rope_type,
-    from_hf_config,
-)
-from longrope2.rope.methods import (
-    CLOSED_FORMS,
-    CRITICAL_INDEX_METHODS,
-    RopeMethod,
-    closed_form_factors,
-    critical_index_factors,
-)
+from longrope2.rope.methods import RopeMethod
 
 PLOT_FORMATS = (".svg", ".png")
 SEARCHED, PUBLISHED = "searched", "published"
@@ -69,10 +54,10 @@ def rope_command(arguments: list[str]) -> None:
     """Compose, compare, print the table, write the figure."""
     config = compose(DoctorRoot, "doctor", overrides(arguments))
     comparison = compare(config)
-    print(describe(comparison, config.model.name))
-    print_table(comparison_table(comparison))
+    print(rope_view.describe(comparison, config.model.name))
+    rope_view.print_table(rope_view.comparison_table(comparison))
     path = Path(config.doctor.plot) if config.doctor.plot else config.run.folder / "rope.svg"
-    write_figure(comparison, config.model.name, path)
+    rope_view.write_figure(comparison, config.model.name, path)
     print(f"figure: {path}")
 
 
@@ -89,9 +74,8 @@ def overrides(arguments: list[str]) -> list[str]:
     if not words:
         return settings
     if any(setting.startswith("doctor.methods=") for setting in settings):
-        raise ConfigError(
-            [f"give methods as words ({' '.join(words)}) or as doctor.methods=[...], not both"]
-        )
+        fault = f"give methods as words ({' '.join(words)}) or as doctor.methods=[...], not both"
+        raise ConfigError([fault])
     return [*settings, f"doctor.methods=[{','.join(words)}]"]
 
 
@@ -106,28 +90,32 @@ def compare(config: DoctorRoot) -> RopeComparison:
         config_file = find_config_file(config.model.path, "model.path")
         model_config = read_model_config(config_file)
         ModelShape.from_file(config_file)  # refuses what any other command would
-        geometry = config_geometry(model_config, config.model.original_len)
+        geometry = hf_config.config_geometry(model_config, config.model.original_len)
     except UserError as error:
         raise ConfigError([*faults, _named(config.model.path, error)]) from None
     if faults:
         raise ConfigError(faults)
     columns = _read_columns(config, model_config, geometry, faults)
-    stated = (
-        (name, c.critical_index) for name, c in columns.items() if c.critical_index is not None
-    )
-    source, critical_index = next(stated, ("", None))
+    stated = (name for name, column in columns.items() if column.critical_index is not None)
+    source = next(stated, "")
+    critical_index = columns[source].critical_index if source else None
     computed = _computed_columns(config, geometry, critical_index, faults)
     if faults:
         raise ConfigError(faults)
-    return RopeComparison(geometry, config.target_len, computed | columns, critical_index, source)
+    return RopeComparison(
+        geometry,
+        config.target_len,
+        computed | columns,
+        critical_index=critical_index,
+        critical_source=source,
+    )
 
 
 def _setting_faults(config: DoctorRoot) -> list[str]:
-    """Faults that need no file."""
     faults = target_faults(config.model, config.target_len, extends=True)
     if config.doctor.plot and Path(config.doctor.plot).suffix not in PLOT_FORMATS:
         faults.append(f"doctor.plot={config.doctor.plot}: must end in {' or '.join(PLOT_FORMATS)}")
-    allowed = CLOSED_FORMS + CRITICAL_INDEX_METHODS
+    allowed = rescaling.CLOSED_FORMS + rescaling.CRITICAL_INDEX_METHODS
     computed = f"computed methods are {', '.join(method.value for method in allowed)}"
     return faults + [
         f"doctor.methods: {method.value} is read from a file, give it in doctor.factors; {computed}"
@@ -160,10 +148,9 @@ def _read_columns(
         except UserError as error:
             faults.append(str(error))
     try:
-        if config_rope_type(model_config) != UNSCALED_TYPE:
-            columns[PUBLISHED] = from_hf_config(
-                model_config, geometry.original_len, config.target_len
-            )
+        if hf_config.config_rope_type(model_config) != hf_config.UNSCALED_TYPE:
+            lengths = (geometry.original_len, config.target_len)
+            columns[PUBLISHED] = hf_config.from_hf_config(model_config, *lengths)
     except FactorsError as error:
         faults.append(_named(config.model.path, error))
     return columns
@@ -178,25 +165,23 @@ def _column_name(given: str) -> str:
 def _computed_columns(
     config: DoctorRoot, geometry: RopeGeometry, critical_index: int | None, faults: list[str]
 ) -> dict[str, RescaleFactors]:
-    """Factors that are computed."""
     methods = config.doctor.methods
     if methods is None:
-        methods = [m for m in CLOSED_FORMS if m is not RopeMethod.none]
-        methods += [] if critical_index is None else CRITICAL_INDEX_METHODS
-    columns = {}
+        methods = [m for m in rescaling.CLOSED_FORMS if m is not RopeMethod.none]
+        methods += [] if critical_index is None else rescaling.CRITICAL_INDEX_METHODS
+    columns, target = {}, config.target_len
     for method in methods:
         try:
-            if method in CLOSED_FORMS:
-                columns[method.value] = closed_form_factors(method, geometry, config.target_len)
+            if method in rescaling.CLOSED_FORMS:
+                columns[method.value] = rescaling.closed_form_factors(method, geometry, target)
             elif critical_index is None:
-                faults.append(
-                    f"doctor.methods: {method.value} needs a critical index; run launch.search for "
-                    f"run.name={config.run.name}, or give doctor.factors=[FACTORS.json] of a "
-                    "finished search"
-                )
+                needs = f"doctor.methods: {method.value} needs a critical index"
+                run = f"run launch.search for run.name={config.run.name}"
+                ways_out = f"{run}, or give doctor.factors=[FACTORS.json] of a finished search"
+                faults.append(f"{needs}; {ways_out}")
             else:
-                found = critical_index_factors(method, geometry, config.target_len, critical_index)
-                columns[method.value] = found
+                setting = (geometry, target, critical_index)
+                columns[method.value] = rescaling.critical_index_factors(method, *setting)
         except FactorsError as error:
             faults.append(f"doctor.methods: {error}")
     return columns

@@ -11,13 +11,9 @@ from rich.table import Table
 
 from longrope2.files.artifacts import atomic_path
 from longrope2.report.plots import OURS_COLOR, STYLE, SUBJECT_COLORS
+from longrope2.rope import frequencies
 from longrope2.rope.factors import RescaleFactors
-from longrope2.rope.frequencies import (
-    RopeGeometry,
-    periods,
-    ten_period_index,
-    theoretical_critical_index,
-)
+from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import first_out_of_bound
 
 WIDE_COLUMNS = 1000  # terminal columns no table reaches
@@ -37,14 +33,15 @@ class RopeComparison:
     @property
     def bounds(self) -> list[tuple[int, str]]:
         """Critical indices the bound is judged from, each with its name."""
-        bounds = [(theoretical_critical_index(self.geometry), "theoretical")]
+        bounds = [(frequencies.theoretical_critical_index(self.geometry), "theoretical")]
         return bounds if self.critical_index is None else [*bounds, (self.critical_index, "real")]
 
 
 def describe(comparison: RopeComparison, model_name: str) -> str:
     """The model and its critical dimensions in a few lines."""
     geometry = comparison.geometry
-    theoretical, ten = theoretical_critical_index(geometry), ten_period_index(geometry)
+    ten = frequencies.ten_period_index(geometry)
+    theoretical = frequencies.theoretical_critical_index(geometry)
     length, count, base = geometry.original_len, geometry.num_frequencies, geometry.rope_base
     scale, real = comparison.target_len / length, comparison.critical_index
     lines = [
@@ -73,21 +70,25 @@ def comparison_table(comparison: RopeComparison) -> Table:
     for name in ("i", "period, tokens", "turns in L0", *columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    marks = {ten_period_index(geometry): "< ten turns"}
+    marks = {frequencies.ten_period_index(geometry): "< ten turns"}
     for index, name in comparison.bounds:
         before = f"{marks[index]}," if index in marks else "<"
         marks[index] = f"{before} {name} critical"
     strictest = min(index for index, _ in comparison.bounds)
-    for i, period in enumerate(periods(geometry).tolist()):
+    for i, period in enumerate(frequencies.periods(geometry).tolist()):
         turns = geometry.original_len / period
-        cells = [_factor_cell(column, i, strictest) for column in columns.values()]
-        table.add_row(str(i), _three_digits(period), _three_digits(turns), *cells, marks.get(i, ""))
+        cells = [_three_digits(period), _three_digits(turns)]
+        cells += [_factor_cell(column, i, strictest) for column in columns.values()]
+        table.add_row(str(i), *cells, marks.get(i, ""))
     table.add_section()
     for index, name in comparison.bounds:
-        verdicts = (_verdict(column, index) for column in columns.values())
-        table.add_row("", f"bound from {index}", f"({name})", *verdicts, "")
-    scales = (f"{column.long_attention_scale:.4g}" for column in columns.values())
-    table.add_row("", "cos, sin times", "(long)", *scales, "")
+        broken = [first_out_of_bound(column, index) for column in columns.values()]
+        cells = [f"bound from {index}", f"({name})"]
+        cells += ["holds" if at is None else f"no, at {at}" for at in broken]
+        table.add_row("", *cells, "")
+    scales = [f"{column.long_attention_scale:.4g}" for column in columns.values()]
+    cells = ["cos, sin times", "(long)", *scales]
+    table.add_row("", *cells, "")
     return table
 
 
@@ -101,12 +102,6 @@ def _factor_cell(column: RescaleFactors, index: int, bound_from: int) -> str:
     factor = column.factors[index]
     star = "*" if index >= bound_from and first_out_of_bound(column, index) == index else ""
     return f"{factor:.5g}{star}"
-
-
-def _verdict(column: RescaleFactors, critical_index: int) -> str:
-    """Whether the bound holds from an index on, or where it first fails."""
-    broken = first_out_of_bound(column, critical_index)
-    return "holds" if broken is None else f"no, at {broken}"
 
 
 def write_figure(comparison: RopeComparison, model_name: str, path: Path) -> None:
@@ -135,7 +130,7 @@ def rope_figure(comparison: RopeComparison, model_name: str) -> Figure:
     factor_axes.axhline(scale, label=f"bound s = {scale:g}", **bound)
     title = f"{model_name}: {geometry.original_len:,} to {comparison.target_len:,} tokens"
     factor_axes.set(yscale="log", ylabel="rescale factor $\\lambda_i$", title=title)
-    turns = [geometry.original_len / period for period in periods(geometry).tolist()]
+    turns = [geometry.original_len / period for period in frequencies.periods(geometry).tolist()]
     turn_axes.plot(indices, turns, color="#444444", linewidth=1.3)
     for level in (1, 10):
         turn_axes.axhline(level, color="#999999", linestyle=":", linewidth=1)

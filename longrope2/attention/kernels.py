@@ -145,7 +145,9 @@ def _fault_of_a_run(
         ones = partial(torch.ones, device=device, dtype=dtype, requires_grad=True)
         q_THD, k_TKD, v_TKD = ones(16, 4, 64), ones(16, 2, 64), ones(16, 2, 64)
         ends_N = torch.tensor([0, 6, 16], dtype=torch.int32, device=device)
-        varlen_attention(q_THD, k_TKD, v_TKD, Varlen(kernel, ends_N, 10), 0.125).sum().backward()
+        varlen_attention(
+            q_THD, k_TKD=k_TKD, v_TKD=v_TKD, documents=Varlen(kernel, ends_N, 10), scaling=0.125
+        ).sum().backward()
         if kernel is AttentionKernel.flash_attn:
             dense_attention(q_THD[None], k_TKD[None], v_TKD[None], 0.125).sum().backward()
 

@@ -59,7 +59,11 @@ def windowed_attention(
     """
     if layout is None:
         return causal_attention(q_BHTD, k_BKCD, v_BKCD, scaling).transpose(1, 2)
-    return _keep_or_repeat(lambda: _segment_attention(q_BHTD, k_BKCD, v_BKCD, layout, scaling))
+    return _keep_or_repeat(
+        lambda: _segment_attention(
+            q_BHTD, k_BKTD=k_BKCD, v_BKTD=v_BKCD, layout=layout, scaling=scaling
+        )
+    )
 
 
 def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: float) -> Tensor:
@@ -95,13 +99,17 @@ def document_attention(
     """Causal attention inside each document of a single row (B = 1), [B, T, H, D]."""
     assert q_BHTD.shape[0] == 1, "packed segments have one row"
     if isinstance(documents, Padded):
-        return _padded_attention(q_BHTD, k_BKTD, v_BKTD, documents, scaling)
+        return _padded_attention(
+            q_BHTD, k_BKTD=k_BKTD, v_BKTD=v_BKTD, documents=documents, scaling=scaling
+        )
     if documents.kernel is AttentionKernel.sdpa:
         return causal_attention(q_BHTD, k_BKTD, v_BKTD, scaling).transpose(1, 2)
     q_BTHD, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
     if isinstance(documents, Dense):
         return dense_attention(q_BTHD, k_BTKD, v_BTKD, scaling)
-    return varlen_attention(q_BTHD[0], k_BTKD[0], v_BTKD[0], documents, scaling)[None]
+    return varlen_attention(
+        q_BTHD[0], k_TKD=k_BTKD[0], v_TKD=v_BTKD[0], documents=documents, scaling=scaling
+    )[None]
 
 
 def _padded_attention(
@@ -160,12 +168,18 @@ def _registry_entry(
     _refuse_options(key.shape[2], **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     if not isinstance(layout, CausalRows):
-        return windowed_attention(query, key, value, layout, scale), None
+        return windowed_attention(
+            query, k_BKCD=key, v_BKCD=value, layout=layout, scaling=scale
+        ), None
     if layout.first_key_B is not None:
-        return _padded_decoding_attention(query, key, value, layout.first_key_B, scale), None
+        return _padded_decoding_attention(
+            query, k_BKCD=key, v_BKCD=value, first_key_B=layout.first_key_B, scaling=scale
+        ), None
     is_last_layer = module.layer_idx == module.config.num_hidden_layers - 1
     first = layout.first_needed if is_last_layer else 0
-    out_BSHD = windowed_attention(query[:, :, first:], key, value, None, scale)
+    out_BSHD = windowed_attention(
+        query[:, :, first:], k_BKCD=key, v_BKCD=value, layout=None, scaling=scale
+    )
     return F.pad(out_BSHD, (0, 0, 0, 0, first, 0)) if first else out_BSHD, None
 
 
@@ -197,7 +211,9 @@ def _segment_attention(
     group = layout.exchange_group
     if group is not None:
         q_BHTD, k_BKTD, v_BKTD = tokens_to_heads(q_BHTD, k_BKTD, v_BKTD, group)
-    out_BTHD = document_attention(q_BHTD, k_BKTD, v_BKTD, layout.documents, scaling)
+    out_BTHD = document_attention(
+        q_BHTD, k_BKTD=k_BKTD, v_BKTD=v_BKTD, documents=layout.documents, scaling=scaling
+    )
     if group is None:
         return out_BTHD
     return heads_to_tokens(out_BTHD, group)

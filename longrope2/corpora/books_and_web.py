@@ -11,41 +11,22 @@ from collections.abc import Iterator, Sequence
 from longrope2.corpora.config import FinewebEduConfig, Pg19Config
 from longrope2.corpora.corpus import Document, Unit
 from longrope2.corpora.records import parquet_records, usable_text
-from longrope2.corpora.remote import (
-    FileCorpus,
-    FileSet,
-    SourceInfo,
-    StoredFile,
-    one_by_one,
-    parquet_files,
-)
+from longrope2.corpora.remote import FileCorpus, SourceInfo, StoredFile, one_by_one, parquet_files
 
-FINEWEB_EDU = SourceInfo(
-    "fineweb_edu",
-    "FineWeb-Edu",
-    "HuggingFaceFW/fineweb-edu",
-    "FOLDER/sample/10BT/000_00000.parquet",
-)
+PAGES_LAYOUT = "FOLDER/sample/10BT/000_00000.parquet"
+FINEWEB_EDU = SourceInfo("fineweb_edu", "FineWeb-Edu", "HuggingFaceFW/fineweb-edu", PAGES_LAYOUT)
 PG19 = SourceInfo("pg19", "PG19", "emozilla/pg19", "FOLDER/data/train-00000-of-00023.parquet")
 
 
 def fineweb_edu(config: FinewebEduConfig, heldout_fraction: float) -> FileCorpus:
-    """FineWeb-Edu, a unit per file; the corpus' own ids.
-
-    Raises:
-        ConfigError: the files cannot be listed or read; says what to do.
-    """
+    """FineWeb-Edu, a unit per file; the corpus' own ids."""
     files = parquet_files(FINEWEB_EDU, config.root, config.revision, config.subset)
-    groups = one_by_one(files.files)
-    return FileCorpus(FINEWEB_EDU.key, files, groups, _read_pages, heldout_fraction)
+    key, groups = FINEWEB_EDU.key, one_by_one(files.files)
+    return FileCorpus(key, files, groups, _read_pages, heldout_fraction=heldout_fraction)
 
 
-def _read_pages(
-    files: FileSet, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
-) -> Iterator[Document]:
-    """Pages of one file."""
-    location = files.location(own[0].path)
-    for row, record in parquet_records(location, ["text"], skipped, optional=["id"]):
+def _read_pages(unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]) -> Iterator[Document]:
+    for row, record in parquet_records(own[0].location, ["text"], skipped, optional=["id"]):
         text = usable_text(record["text"], skipped)
         if text is not None:
             own_id = f"{unit.source}/{record['id']}" if record["id"] else f"{unit.name}:{row}"
@@ -57,32 +38,27 @@ def pg19(config: Pg19Config) -> FileCorpus:
 
     The split is the corpus' own: train books are packed, validation books are held out for search
     and evaluation (the paper's needle search draws on them), test books are never read.
-
-    Raises:
-        ConfigError: the files cannot be listed or read; says what to do.
     """
     files = parquet_files(PG19, config.root, config.revision, "")
     train, validation = (
         one_by_one([file for file in files.files if _file_name(file).startswith(split)])
         for split in ("train", "validation")
     )
-    return FileCorpus(PG19.key, files, train, _read_books, 0.0, own_heldout=validation)
+    return FileCorpus(
+        PG19.key, files, train, _read_books, heldout_fraction=0.0, own_heldout=validation
+    )
 
 
 def _file_name(file: StoredFile) -> str:
     return file.path.rpartition("/")[2]
 
 
-def _read_books(
-    files: FileSet, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
-) -> Iterator[Document]:
-    """Books of one file."""
-    path, columns = own[0].path, ("url", "short_book_title")
-    split = _file_name(own[0]).partition("-")[0]
-    for row, record in parquet_records(files.location(path), ["text"], skipped, optional=columns):
+def _read_books(unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]) -> Iterator[Document]:
+    columns, split = ("url", "short_book_title"), _file_name(own[0]).partition("-")[0]
+    for row, record in parquet_records(own[0].location, ["text"], skipped, optional=columns):
         text = usable_text(record["text"], skipped)
         if text is not None:
             url, title = (str(record[column] or "") for column in columns)
-            number = url.rstrip("/").rpartition("/")[2] or f"{path}:{row}"
+            number = url.rstrip("/").rpartition("/")[2] or f"{own[0].path}:{row}"
             name = f"{number} {title}".strip()
             yield Document(f"{unit.source}/{split}/{name}", text, unit.source, "books")

@@ -105,11 +105,11 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
                 heldout_fraction=heldout,
             )
         case CorpusKind.redpajama_v1 | CorpusKind.redpajama_v2:
-            from longrope2.corpora.redpajama import redpajama_v1, redpajama_v2
+            from longrope2.corpora import redpajama
 
             if kind is CorpusKind.redpajama_v1:
-                return redpajama_v1(config.redpajama_v1, heldout)
-            return redpajama_v2(config.redpajama_v2, heldout)
+                return redpajama.redpajama_v1(config.redpajama_v1, heldout)
+            return redpajama.redpajama_v2(config.redpajama_v2, heldout)
         case CorpusKind.starcoder:
             from longrope2.corpora.starcoder import starcoder
 
@@ -130,9 +130,7 @@ class MixedCorpus:
     def __init__(self, members: Mapping[str, Corpus], *, heldout_fraction: float) -> None:
         self.heldout_fraction = heldout_fraction
         self._members = dict(members)
-        self._by_source = {
-            source: corpus for corpus in members.values() for source in corpus.sources
-        }
+        self._by_source = {s: corpus for corpus in members.values() for s in corpus.sources}
 
     @property
     def sources(self) -> tuple[str, ...]:

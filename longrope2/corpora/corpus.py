@@ -1,8 +1,7 @@
 """Corpora: where documents come from, behind one interface.
 
-A corpus yields ``Document`` values with ids that are stable between runs and machines. Which split
-a document belongs to depends on its id alone, so text used to evaluate or to search is never
-trained on, whatever the seed.
+Ids of documents are the same in every run and on every machine. The split a document belongs to
+depends on its id alone, so text used to evaluate or to search is never trained on.
 """
 
 import hashlib

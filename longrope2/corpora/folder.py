@@ -5,21 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope2.corpora import records
 from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, split_documents
-from longrope2.corpora.records import (
-    JSON_SUFFIXES,
-    PARQUET_SUFFIXES,
-    TEXT_SUFFIXES,
-    json_records,
-    parquet_records,
-    usable_text,
-    whole_text,
-)
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import sha256_of_file
 
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *PARQUET_SUFFIXES)
+SUFFIXES = (*records.TEXT_SUFFIXES, *records.JSON_SUFFIXES, *records.PARQUET_SUFFIXES)
 SOURCE = "folder"
 
 
@@ -47,8 +39,7 @@ class FolderCorpus:
     ) -> None:
         self.heldout_fraction = heldout_fraction
         self._folder = Path(folder)
-        self._text_field = text_field
-        self._title_field = title_field
+        self._text_field, self._title_field = text_field, title_field
         if not self._folder.is_dir():
             raise ConfigError([f"corpus.folder={folder} is not a folder"])
         found = (path for path in self._folder.rglob("*") if path.name.endswith(SUFFIXES))
@@ -67,13 +58,13 @@ class FolderCorpus:
         """Documents of one file."""
         domain = unit.name.split("/")[0] if "/" in unit.name else "files"
         path = self._folder / unit.name
-        if path.name.endswith(TEXT_SUFFIXES):
-            text = whole_text(str(path), skipped)
+        if path.name.endswith(records.TEXT_SUFFIXES):
+            text = records.whole_text(str(path), skipped)
             if text is not None:
                 yield Document(f"{SOURCE}/{unit.name}", text, SOURCE, domain)
             return
         for number, record in self._records(path, skipped):
-            text = usable_text(record.get(self._text_field), skipped)
+            text = records.usable_text(record.get(self._text_field), skipped)
             if text is not None:
                 title = None if self._title_field is None else record.get(self._title_field)
                 suffix = f" {title}".rstrip() if isinstance(title, str) else ""
@@ -92,16 +83,15 @@ class FolderCorpus:
         return path.relative_to(self._folder).as_posix()
 
     def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Records of a file with their rows or lines."""
-        if path.name.endswith(PARQUET_SUFFIXES):
+        if path.name.endswith(records.PARQUET_SUFFIXES):
             titles = [] if self._title_field is None else [self._title_field]
-            return parquet_records(str(path), [self._text_field], skipped, optional=titles)
-        return json_records(str(path), skipped)
+            return records.parquet_records(str(path), [self._text_field], skipped, optional=titles)
+        return records.json_records(str(path), skipped)
 
     def _field_faults(self) -> Iterator[str]:
         """Files whose first record lacks text or title: a wrong key, not a faulty record."""
         for path in self._files:
-            if path.name.endswith(TEXT_SUFFIXES):
+            if path.name.endswith(records.TEXT_SUFFIXES):
                 continue
             skipped: Counter[str] = Counter()
             _, record = next(iter(self._records(path, skipped)), (0, None))

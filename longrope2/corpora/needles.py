@@ -7,13 +7,10 @@ exact to the token, holds one BOS, and nothing of the question or the value is e
 
     [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
 
-A sample is a document of its length like any other, closing EOS included, so that the value stands
-where training documents have it: a model whose documents all end inside the window has only ever
-seen EOS at its last position.
-
-Every sample is drawn from its own seed, so sample 7 is the same whether 8 or 800 are asked for. The
-space in front of the value counts as part of it, as tokenizers join the two. What every sample was
-made of is recorded with it: key, value, positions, and each book's id, hash and range of tokens.
+The closing EOS stands there because a model whose documents all end inside the window has only ever
+seen EOS at its last position. Every sample is drawn from its own seed, so sample 7 is the same
+whether 8 or 800 are asked for. The space in front of the value counts as part of it, as tokenizers
+join the two. What every sample was made of is recorded with it.
 """
 
 import hashlib
@@ -35,24 +32,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Keys are ``adjective-noun``: common words, lower case.
-ADJECTIVES = tuple(
-    """
+ADJECTIVES = """
     amber blue bold brave brief bright broad calm cheap clean clear clever cold cool cosy crisp
     curly damp dark deep dry dusty eager early fair fast fine firm flat fresh gentle giant glad
     gold grand green grey happy heavy hollow humble jolly kind lazy light little lively loud
     lucky mild narrow neat noble odd orange pale plain proud purple quick quiet rapid rare red
     rich round rusty sharp
-    """.split()
-)
-NOUNS = tuple(
-    """
+""".split()
+NOUNS = """
     anchor apple arrow basket beach bell bird boat book bottle bridge brush candle castle chair
     cherry cloud coat coin corn crown desert door dragon drum eagle engine farm feather field
     fish flower forest garden glass hammer harbor hat hill horse house island jacket kettle
     ladder lake lamp lemon lion market mirror moon mountain needle ocean orchid owl paper pepper
     piano pillow planet pocket river rocket ship shoe spoon
-    """.split()
-)
+""".split()
 INSTRUCTION = "Remember the magic numbers in this text.\n"
 VALUE_DIGITS = 7
 
@@ -141,14 +134,8 @@ def build_needle_sample(
         "num_haystack_tokens": num_haystack,
         "haystack_sha256": hashlib.sha256(used.astype("<u4").tobytes()).hexdigest(),
     }
-    return NeedleSample(
-        tokens=tokens,
-        value_start=length - len(answer) - 1,
-        key=key,
-        value=value,
-        depth=depth,
-        record=record,
-    )
+    start = length - len(answer) - 1
+    return NeedleSample(tokens, start, key=key, value=value, depth=depth, record=record)
 
 
 class _Piece(NamedTuple):
@@ -182,7 +169,7 @@ def build_needle_set(
         tokenizer: Tokenizer of the model.
         books: Documents to hide needles in; a plain text is recorded under its index.
         length: Tokens of every sample.
-        depths: Where the needle stands in the haystack: 0 at its start (the paper), 1 at its end.
+        depths: As in ``build_needle_sample``.
         num_samples: Number of samples.
         seed: Seed of everything drawn.
         num_keys: Distinct keys in the set, used in turn; None gives every sample a key of its own.
@@ -209,7 +196,7 @@ def build_needle_set(
         rng = random.Random(f"needle/{seed}/{number}")
         draw_key(rng)  # the first draw is the key's, see _draw_keys
         value, start = draw_value(rng), rng.random()
-        pieces = _joined_haystack(ids_of, order, number, length, start)
+        pieces = _joined_haystack(ids_of, order=order, first=number, length=length, start=start)
         sample = build_needle_sample(
             encoder,
             np.concatenate([piece.ids for piece in pieces]),

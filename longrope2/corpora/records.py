@@ -1,4 +1,7 @@
-"""Records of .jsonl, .parquet and .txt files; faults are left out and counted by reason."""
+"""Records of .jsonl, .parquet and .txt files; faults are left out and counted by reason.
+
+Every reader raises ``DataError`` where a file cannot be reached any more.
+"""
 
 import json
 from collections import Counter
@@ -26,9 +29,6 @@ def json_records(
 
     ``unwanted`` is called with the number and the bytes of a line before it is parsed; a reason
     that it returns leaves the line out.
-
-    Raises:
-        DataError: the file cannot be reached any more.
     """
     for number, line in _numbered_lines(location, skipped):
         if not line.strip():
@@ -36,14 +36,13 @@ def json_records(
         if unwanted is not None and (reason := unwanted(number, line)) is not None:
             skipped[reason] += 1
             continue
-        record = None
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             skipped["invalid utf-8"] += 1
             continue
         except (ValueError, RecursionError):
-            pass
+            record = None
         if isinstance(record, dict):
             yield number, record
         else:
@@ -57,9 +56,6 @@ def parquet_records(
 
     The rows of a file without one of the ``columns`` are left out; ``optional`` ones are None where
     they are missing.
-
-    Raises:
-        DataError: the file cannot be reached any more.
     """
     number = 0
     try:
@@ -82,11 +78,7 @@ def parquet_records(
 
 
 def whole_text(location: str, skipped: Counter[str]) -> str | None:
-    """Text of a file that is one document, with line feeds; None (and counted) if it is at fault.
-
-    Raises:
-        DataError: the file cannot be reached any more.
-    """
+    """Text of a file that is one document, with line feeds; None (and counted) if at fault."""
     blocks, size = [], 0
     try:
         for block in byte_blocks(location):

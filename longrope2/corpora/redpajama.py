@@ -18,37 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
+from longrope2.corpora import remote
 from longrope2.corpora.config import RedpajamaV1Config, RedpajamaV2Config
 from longrope2.corpora.corpus import Document, Unit, stable_fraction
 from longrope2.corpora.records import json_records, parquet_records, usable_text
-from longrope2.corpora.remote import (
-    FileCorpus,
-    FileSet,
-    SourceInfo,
-    StoredFile,
-    hub_base,
-    is_web,
-    listed_files,
-    listed_names,
-    mirror_files,
-    one_by_one,
-)
+from longrope2.corpora.remote import FileCorpus, FileSet, SourceInfo, StoredFile
 from longrope2.errors import ConfigError
 
-V1 = SourceInfo(
-    "redpajama_v1",
-    "RedPajama-Data-1T",
-    "togethercomputer/RedPajama-Data-1T",
-    "FOLDER/arxiv/arxiv_023827cd.jsonl",
-)
+V1_HUB = "togethercomputer/RedPajama-Data-1T"
+V1 = SourceInfo("redpajama_v1", "RedPajama-Data-1T", V1_HUB, "FOLDER/arxiv/arxiv_023827cd.jsonl")
 V1_PREFIX = "https://data.together.xyz/redpajama-data-1T/v1.0.0"
 V1_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
-V2 = SourceInfo(
-    "redpajama_v2",
-    "RedPajama-Data-V2",
-    "togethercomputer/RedPajama-Data-V2",
-    "FOLDER/documents/2023-06/0000/en_head.json.gz",
-)
+V2_HUB = "togethercomputer/RedPajama-Data-V2"
+V2_LAYOUT = "FOLDER/documents/2023-06/0000/en_head.json.gz"
+V2 = SourceInfo("redpajama_v2", "RedPajama-Data-V2", V2_HUB, V2_LAYOUT)
 V2_PREFIX = "https://data.together.xyz/redpajama-data-v2/v1.0.0"
 V2_SUFFIX = ".json.gz"
 ALLOWED = {"languages": ("en", "de", "fr", "es", "it"), "partitions": ("head_middle", "tail")}
@@ -57,43 +40,36 @@ LENGTH_KEY = re.compile(rb'(?<!\\)"length"\s*:\s*(\d+)')
 
 
 def redpajama_v1(config: RedpajamaV1Config, heldout_fraction: float) -> FileCorpus:
-    """RedPajama-Data-1T, a unit per file, a domain per part; the id is the path and the line.
-
-    Raises:
-        ConfigError: the files cannot be listed or read; says what to do.
-    """
+    """RedPajama-Data-1T, a unit per file, a domain per part; the id is the path and the line."""
     if not config.domains:
         key = f"corpus.{V1.key}.domains"
         raise ConfigError([f"{key} is empty; name at least one, for example [arxiv]"])
     base = V1_PREFIX if config.root is None else config.root.rstrip("/")
     files = [file for domain in config.domains for file in _domain_files(config, base, domain)]
-    return FileCorpus(
-        V1.key, FileSet(base, tuple(files)), one_by_one(files), _read_domain, heldout_fraction
-    )
+    found, groups = FileSet(base, tuple(files)), remote.one_by_one(files)
+    return FileCorpus(V1.key, found, groups, _read_domain, heldout_fraction=heldout_fraction)
 
 
 def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[StoredFile]:
     """Files of one domain; the first one is tried."""
-    if config.root is not None and not is_web(base):
-        return mirror_files(V1, base, domain, V1_SUFFIXES)
+    if config.root is not None and not remote.is_web(base):
+        return remote.mirror_files(V1, base, domain, V1_SUFFIXES)
     place = base if config.root is not None else f"hub dataset {V1.repository}"
 
     def paths() -> list[str]:
-        lists = base if config.root is not None else hub_base(V1, config.revision)
-        urls = listed_names(f"{lists}/urls/{domain}.txt")
+        lists = base if config.root is not None else remote.hub_base(V1, config.revision)
+        urls = remote.listed_names(f"{lists}/urls/{domain}.txt")
         return [url.removeprefix(V1_PREFIX).lstrip("/") for url in urls]
 
     tried = f"urls/{domain}.txt of {place} and the first file it lists below {base}"
-    return listed_files(V1, tried, config.root, base, paths)
+    return remote.listed_files(V1, tried=tried, root=config.root, base=base, paths=paths)
 
 
 def _read_domain(
-    files: FileSet, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
+    unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
 ) -> Iterator[Document]:
-    """Documents of one file."""
-    path = own[0].path
-    domain = path.split("/")[0]
-    for line, record in json_records(files.location(path), skipped):
+    domain = own[0].path.split("/")[0]
+    for line, record in json_records(own[0].location, skipped):
         text = usable_text(record.get("text"), skipped)
         if text is not None:
             if domain != "common_crawl" and not isinstance(record.get("meta"), dict):
@@ -102,11 +78,7 @@ def _read_domain(
 
 
 def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorpus:
-    """RedPajama-Data-V2, a unit per base tag; the domain is language and class, as ``en_head``.
-
-    Raises:
-        ConfigError: a value is not allowed, or the files cannot be listed or read; says what to do.
-    """
+    """RedPajama-Data-V2, a unit per base tag; the domain is language and class, as ``en_head``."""
     if faults := list(_value_faults(config)):
         raise ConfigError(faults)
     base = V2_PREFIX if config.root is None else config.root.rstrip("/")
@@ -114,12 +86,11 @@ def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorp
     files = [file for part in parts for file in _part_files(config, base, *part)]
     tags = [file.path.removeprefix("documents/").removesuffix(V2_SUFFIX) for file in files]
     groups = {tag: [file] for tag, file in zip(tags, files, strict=True)}
-    reader = partial(_read_shard, config)
-    return FileCorpus(V2.key, FileSet(base, tuple(files)), groups, reader, heldout_fraction)
+    found, reader = FileSet(base, tuple(files)), partial(_read_shard, config)
+    return FileCorpus(V2.key, found, groups, reader, heldout_fraction=heldout_fraction)
 
 
 def _value_faults(config: RedpajamaV2Config) -> Iterator[str]:
-    """Values that are not allowed."""
     for key in ("languages", "snapshots", "partitions"):
         values = getattr(config, key)
         if not values or not set(values) <= set(ALLOWED.get(key, values)):
@@ -135,33 +106,30 @@ def _part_files(
     config: RedpajamaV2Config, base: str, snapshot: str, language: str, partition: str
 ) -> list[StoredFile]:
     """Document files of one listing; the first one is tried."""
-    if not is_web(base):
+    if not remote.is_web(base):
         suffixes = [f"/{language}_{bucket}{V2_SUFFIX}" for bucket in partition.split("_")]
-        return mirror_files(V2, base, f"documents/{snapshot}", suffixes)
+        return remote.mirror_files(V2, base, f"documents/{snapshot}", suffixes)
     listing = f"{base}/listings/{language}-{snapshot}-{partition}.txt"
 
     def paths() -> list[str]:
-        return [f"documents/{tag}{V2_SUFFIX}" for tag in sorted(listed_names(listing))]
+        return [f"documents/{tag}{V2_SUFFIX}" for tag in sorted(remote.listed_names(listing))]
 
-    return listed_files(V2, f"{listing} and its first file", config.root, base, paths)
+    return remote.listed_files(
+        V2, tried=f"{listing} and its first file", root=config.root, base=base, paths=paths
+    )
 
 
 def _read_shard(
-    config: RedpajamaV2Config,
-    files: FileSet,
-    unit: Unit,
-    own: Sequence[StoredFile],
-    skipped: Counter[str],
+    config: RedpajamaV2Config, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
 ) -> Iterator[Document]:
     """Pages of one shard that are neither thinned nor listed as duplicates."""
     duplicates: set[int] = set()
     if config.drop_duplicates and not unit.name.endswith("_tail"):
         tag = unit.name.removeprefix(f"{unit.source}/")
-        duplicates = _duplicate_rows(
-            files.location(f"duplicates/{tag}.duplicates.parquet"), skipped
-        )
+        listed = StoredFile(own[0].base, f"duplicates/{tag}.duplicates.parquet")
+        duplicates = _duplicate_rows(listed.location, skipped)
     unwanted = _unwanted(config, unit, duplicates)
-    for row, record in json_records(files.location(own[0].path), skipped, unwanted=unwanted):
+    for row, record in json_records(own[0].location, skipped, unwanted=unwanted):
         text = usable_text(record.get("raw_content"), skipped)
         if text is not None:
             domain = unit.name.rpartition("/")[2]

@@ -5,8 +5,8 @@ A fault of the *file* (missing, truncated, damaged) is the same every time and i
 where it stopped, and after ``MAX_FAILURES`` in a row the unit fails with a ``DataError``, because
 leaving text out for it would make the result depend on the network.
 
-The files of a public corpus stand at a mirror or at a public place. Both are listed, and a first
-file is tried, before any work starts.
+A public corpus is listed, and its first file tried, before any work starts; if that fails, a
+``ConfigError`` says what was tried, how to log in, how to name a mirror, and what works offline.
 """
 
 import hashlib
@@ -43,7 +43,6 @@ class FaultyFile(Exception):
 
 
 def _is_remote(location: str) -> bool:
-    """Whether a location is a URL and not a path."""
     return "://" in location
 
 
@@ -107,7 +106,6 @@ def parquet_batches(location: str, columns: Sequence[str]) -> Iterator[pa.Record
 
 
 def _read_from(location: str, position: int) -> Iterator[bytes]:
-    """Stored bytes from a position on."""
     with _open_binary(location) as handle:
         if position:
             handle.seek(position)
@@ -207,22 +205,24 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file below a base, with its stored size where it is known."""
+    """A file below a base (folder or URL prefix)."""
 
+    base: str
     path: str
-    size_bytes: int | None = None
+    size_bytes: int | None = None  # stored size where it is known
+
+    @property
+    def location(self) -> str:
+        """Path or URL."""
+        return f"{self.base}/{self.path}"
 
 
 @dataclass(frozen=True)
 class FileSet:
-    """Files below a base (folder or URL prefix), sorted by path."""
+    """Files below one base, sorted by path."""
 
     base: str
     files: tuple[StoredFile, ...]
-
-    def location(self, path: str) -> str:
-        """Path or URL of a file."""
-        return f"{self.base}/{path}"
 
     def describe(self) -> dict[str, Any]:
         """Base, number and size of the files, and a SHA-256 over their paths and sizes."""
@@ -236,7 +236,7 @@ class FileSet:
 
 
 Groups = Mapping[str, Sequence[StoredFile]]  # unit, without its source -> files read together
-Reader = Callable[[FileSet, Unit, Sequence[StoredFile], Counter[str]], Iterator[Document]]
+Reader = Callable[[Unit, Sequence[StoredFile], Counter[str]], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,7 @@ class FileCorpus:
     def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         """Documents of one unit."""
         groups = {**self.groups, **(self.own_heldout or {})}
-        files = groups[unit.name.removeprefix(f"{self.source}/")]
-        return self.reader(self.files, unit, files, skipped)
+        return self.reader(unit, groups[unit.name.removeprefix(f"{self.source}/")], skipped)
 
     def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split."""
@@ -295,12 +294,7 @@ def one_by_one(files: Sequence[StoredFile]) -> Groups:
 def _reached(
     info: SourceInfo, tried: str, root: str | None, action: Callable[[], Result]
 ) -> Result:
-    """Result of ``action``, which lists or tries a source.
-
-    Raises:
-        ConfigError: it failed; says what was tried, how to log in, how to name a mirror, and what
-            works offline.
-    """
+    """Result of ``action``, which lists or tries a source; its errors become ``ConfigError``."""
     try:
         return action()
     except ConfigError:
@@ -343,25 +337,21 @@ def _hub_files(info: SourceInfo, base: str, folder: str) -> list[StoredFile]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+    place, revision = folder or None, base.rpartition("@")[2]
     tree = HfApi().list_repo_tree(
-        info.repository,
-        folder or None,
-        recursive=True,
-        revision=base.rpartition("@")[2],
-        repo_type="dataset",
+        info.repository, place, recursive=True, revision=revision, repo_type="dataset"
     )
-    return [StoredFile(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)]
+    return [StoredFile(base, e.path, e.size) for e in tree if isinstance(e, RepoFile)]
 
 
 def _mirror_files(base: str, folder: str) -> list[StoredFile]:
-    """All files below ``base/folder``."""
     if not _is_remote(base):
         top = Path(base)
         paths = (path for path in (top / folder).rglob("*") if path.is_file())
-        return [StoredFile(p.relative_to(top).as_posix(), p.stat().st_size) for p in paths]
+        return [StoredFile(base, p.relative_to(top).as_posix(), p.stat().st_size) for p in paths]
     file_system, top = fsspec.url_to_fs(base)
     found = file_system.find(f"{top}/{folder}".rstrip("/"), detail=True).items()
-    return [StoredFile(name.removeprefix(top).lstrip("/"), entry["size"]) for name, entry in found]
+    return [StoredFile(base, n.removeprefix(top).lstrip("/"), e["size"]) for n, e in found]
 
 
 def _wanted(files: Sequence[StoredFile], place: str, suffixes: Sequence[str]) -> list[StoredFile]:
@@ -376,40 +366,30 @@ def _wanted(files: Sequence[StoredFile], place: str, suffixes: Sequence[str]) ->
 def mirror_files(
     info: SourceInfo, base: str, folder: str, suffixes: Sequence[str]
 ) -> list[StoredFile]:
-    """Files of a mirror below ``base/folder`` that end in one of ``suffixes``.
-
-    Raises:
-        ConfigError: there is none; says what to do.
-    """
+    """Files of a mirror below ``base/folder`` that end in one of ``suffixes``; at least one."""
     place = f"{base}/{folder}"
-    return _reached(
-        info, place, base, lambda: _wanted(_mirror_files(base, folder), place, suffixes)
-    )
+
+    def found() -> list[StoredFile]:
+        return _wanted(_mirror_files(base, folder), place, suffixes)
+
+    return _reached(info, place, base, found)
 
 
 def listed_files(
     info: SourceInfo, tried: str, root: str | None, base: str, paths: Callable[[], list[str]]
 ) -> list[StoredFile]:
-    """Files below ``base`` that a list on the web names; the first one is tried.
-
-    Raises:
-        ConfigError: list or file cannot be read; says what was ``tried``.
-    """
+    """Files below ``base`` that a list on the web names; the first one is tried."""
 
     def found() -> list[StoredFile]:
         names = paths()
         first_byte(f"{base}/{names[0]}")
-        return [StoredFile(name) for name in sorted(names)]
+        return [StoredFile(base, name) for name in sorted(names)]
 
     return _reached(info, tried, root, found)
 
 
 def parquet_files(info: SourceInfo, root: str | None, revision: str, folder: str) -> FileSet:
-    """Parquet files of the mirror ``root``, or of the hub; the first one is tried.
-
-    Raises:
-        ConfigError: they cannot be listed or read; says what to do.
-    """
+    """Parquet files of the mirror ``root``, or of the hub; the first one is tried."""
     place = root if root is not None else f"hub dataset {info.repository}"
 
     def found() -> FileSet:
@@ -420,7 +400,7 @@ def parquet_files(info: SourceInfo, root: str | None, revision: str, folder: str
             base = hub_base(info, revision)
             files = _hub_files(info, base, folder)
         wanted = _wanted(files, f"{base}/{folder}", [".parquet"])
-        first_byte(f"{base}/{wanted[0].path}")
+        first_byte(wanted[0].location)
         return FileSet(base, tuple(wanted))
 
     return _reached(info, f"{place}/{folder}".rstrip("/"), root, found)

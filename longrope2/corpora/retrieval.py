@@ -13,14 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from longrope2.corpora import needles
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Document
-from longrope2.corpora.needles import (
-    INSTRUCTION,
-    NeedleWording,
-    draw_key,
-    draw_value,
-    needle_wording,
-)
+from longrope2.corpora.needles import INSTRUCTION, NeedleWording, needle_wording
 from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters
 from longrope2.errors import DataError
 
@@ -62,9 +57,9 @@ class _Haystack:
     def __init__(self, encoder: DocumentTokenizer, texts: Sequence[str]) -> None:
         starts = [np.zeros(0, dtype=np.int64)]
         offset = 0
-        for batch in batches_by_characters(texts):
-            spans = encoder.token_spans(texts[batch])
-            for text, span_of_tokens in zip(texts[batch], spans, strict=True):
+        for batch in batches_by_characters(texts, len):
+            spans = encoder.token_spans(batch)
+            for text, span_of_tokens in zip(batch, spans, strict=True):
                 starts.append(span_of_tokens[:, 0] + offset)
                 offset += len(text)
         self._text = "".join(texts)
@@ -94,16 +89,9 @@ class RetrievalDocuments:
     """Generates retrieval documents from haystack ``texts`` of the train split."""
 
     def __init__(
-        self,
-        encoder: DocumentTokenizer,
-        texts: Sequence[str],
-        config: RetrievalConfig,
-        *,
-        seed: int,
+        self, encoder: DocumentTokenizer, texts: list[str], config: RetrievalConfig, *, seed: int
     ) -> None:
-        self._encoder = encoder
-        self._config = config
-        self._seed = seed
+        self._encoder, self._config, self._seed = encoder, config, seed
         self._haystack = _Haystack(encoder, texts)
         wording = needle_wording("amber-anchor", "1234567")
         head, needle, asked = encoder.count_tokens([INSTRUCTION, wording.needle, _asked(wording)])
@@ -140,7 +128,6 @@ class RetrievalDocuments:
             yield Document(doc_id, text, RETRIEVAL_SOURCE, bucket)
 
     def _draft(self, rng: random.Random, lowest: int, up_to: int) -> _Draft:
-        """Draw length, needles, their places and the order of the questions."""
         full = rng.random() < self._config.full_length_share
         target = up_to if full else rng.randint(lowest, up_to)
         room = (target - self._head_tokens) // self._tokens_per_needle
@@ -149,23 +136,21 @@ class RetrievalDocuments:
         count = 1 if is_single else rng.randint(2, most)
         keys: list[str] = []
         while len(keys) < count:
-            key = draw_key(rng)
+            key = needles.draw_key(rng)
             if key not in keys:
                 keys.append(key)
-        wordings = [needle_wording(key, draw_value(rng)) for key in keys]
+        wordings = [needle_wording(key, needles.draw_value(rng)) for key in keys]
         depths = sorted(rng.random() for _ in range(count))
         if rng.random() < self._config.start_share:
             depths[0] = min(depths[0], 0.05 * rng.random())
         gaps = [b - a for a, b in zip([0.0, *depths], depths, strict=False)]
-        asked = rng.sample(wordings, count)
-        return _Draft(
-            parts=[w.needle for w in wordings],
-            tail="".join(map(_asked, asked)),
-            gaps=gaps,
-            start=rng.random(),
-            target=target,
-            num_haystack=target - self._head_tokens - count * self._tokens_per_needle,
+        parts, tail = (
+            [w.needle for w in wordings],
+            "".join(map(_asked, rng.sample(wordings, count))),
         )
+        num_haystack = target - self._head_tokens - count * self._tokens_per_needle
+        start = rng.random()
+        return _Draft(parts, tail, gaps, start, target=target, num_haystack=num_haystack)
 
     def _fitted(self, drafts: list[_Draft], above: int, up_to: int) -> list[str]:
         """Texts whose token counts hit their targets.
@@ -197,7 +182,6 @@ class RetrievalDocuments:
         return [texts[number] for number in sorted(kept)]
 
     def _text(self, draft: _Draft) -> str:
-        """The document as text."""
         lengths = [round(gap * draft.num_haystack) for gap in draft.gaps]
         lengths.append(draft.num_haystack - sum(lengths))
         start = int(draft.start * (self._haystack.num_tokens - draft.num_haystack))

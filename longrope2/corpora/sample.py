@@ -1,9 +1,7 @@
-"""The offline sample corpus: text that every Python machine has.
+"""The offline sample corpus: the standard library's sources and the topics that ``help()`` shows.
 
-``stdlib_modules`` holds the sources of the standard library, ``stdlib_topics`` the language
-reference that ``help()`` shows. Packages that distributions leave out, split off or generate per
-machine are skipped, so machines with the same Python version agree; the manifest records the
-version and a hash of all text.
+Packages that distributions leave out, split off or generate per machine are skipped, so machines
+with the same Python version agree; the manifest records the version and a hash of all text.
 """
 
 import hashlib
@@ -71,11 +69,8 @@ class SampleCorpus:
             for document in self.read(unit, Counter()):
                 digest.update(f"{document.doc_id}\0{document.text}\0".encode())
                 num_documents += 1
-        return {
-            "python": platform.python_version(),
-            "num_documents": num_documents,
-            "sha256": digest.hexdigest(),
-        }
+        python, sha256 = platform.python_version(), digest.hexdigest()
+        return {"python": python, "num_documents": num_documents, "sha256": sha256}
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
@@ -83,7 +78,6 @@ class SampleCorpus:
 
 
 def _module_names() -> Iterator[str]:
-    """Paths of the modules below the standard library's folder."""
     root = _library_folder()
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
@@ -104,7 +98,6 @@ def _domain(source: str, name: str) -> str:
 
 
 def _topics() -> dict[str, str]:
-    """Topics of the language reference."""
     from pydoc_data.topics import topics
 
     return topics

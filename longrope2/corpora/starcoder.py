@@ -25,22 +25,16 @@ import pyarrow as pa
 from longrope2.corpora.config import StarcoderConfig
 from longrope2.corpora.corpus import Document, Unit, stable_fraction
 from longrope2.corpora.records import parquet_records, usable_text
-from longrope2.corpora.remote import FileCorpus, FileSet, SourceInfo, StoredFile, parquet_files
+from longrope2.corpora.remote import FileCorpus, SourceInfo, StoredFile, parquet_files
 from longrope2.errors import ConfigError
 
 BUFFER_CHARACTERS = 2**24
 NUM_PARTITIONS = 64
-SCHEMA = pa.schema(
-    [(name, pa.large_string()) for name in ("repository", "path", "place", "content")]
-)
+FIELDS = ("repository", "path", "place", "content")  # of a ``_SourceFile``
+SCHEMA = pa.schema([(name, pa.large_string()) for name in FIELDS])
 SEPARATOR = "\n\n"
-STARCODER = SourceInfo(
-    "starcoder",
-    "StarCoder data",
-    "bigcode/starcoderdata",
-    "FOLDER/python/train-00000-of-00059.parquet",
-    gated=True,
-)
+LAYOUT = "FOLDER/python/train-00000-of-00059.parquet"
+STARCODER = SourceInfo("starcoder", "StarCoder data", "bigcode/starcoderdata", LAYOUT, gated=True)
 OTHER_COLUMNS = (
     "jupyter-scripts-dedup-filtered",
     "jupyter-structured-clean-dedup",
@@ -136,9 +130,6 @@ def starcoder(config: StarcoderConfig, heldout_fraction: float) -> FileCorpus:
     files of a repository in them, sorted by path, with an empty line between them. The published
     files do not keep a repository together, so what lies in other units makes further documents.
     Without it a unit is a file and a document a row.
-
-    Raises:
-        ConfigError: a value is not allowed, or the files cannot be listed or read; says what to do.
     """
     for key in ("files_per_unit", "repository_characters"):
         if getattr(config, key) < 1:
@@ -159,7 +150,8 @@ def starcoder(config: StarcoderConfig, heldout_fraction: float) -> FileCorpus:
             more = f"+{len(files) - 1}" if len(files) > 1 else ""  # files that follow the first
             groups[f"{files[0].path.removesuffix('.parquet')}{more}"] = files
     used = replace(found, files=tuple(file for file in found.files if _language(file) in wanted))
-    return FileCorpus(STARCODER.key, used, groups, partial(_read, config), heldout_fraction)
+    reader = partial(_read, config)
+    return FileCorpus(STARCODER.key, used, groups, reader, heldout_fraction=heldout_fraction)
 
 
 def _language(file: StoredFile) -> str:
@@ -173,16 +165,12 @@ def _joins(config: StarcoderConfig, language: str) -> bool:
 
 
 def _read(
-    config: StarcoderConfig,
-    files: FileSet,
-    unit: Unit,
-    own: Sequence[StoredFile],
-    skipped: Counter[str],
+    config: StarcoderConfig, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
 ) -> Iterator[Document]:
     """Repositories of one group of files, or files of one parquet file."""
     language = _language(own[0])
     joins = _joins(config, language)
-    contents = _contents(config, files, own, joins, skipped)
+    contents = _contents(config, own, joins, skipped)
     if joins:
         for name, text in _joined_repositories(contents, config.repository_characters):
             yield Document(f"{unit.name}/{name}", text, unit.source, language)
@@ -192,18 +180,12 @@ def _read(
 
 
 def _contents(
-    config: StarcoderConfig,
-    files: FileSet,
-    own: Sequence[StoredFile],
-    joins: bool,
-    skipped: Counter[str],
+    config: StarcoderConfig, own: Sequence[StoredFile], joins: bool, skipped: Counter[str]
 ) -> Iterator[_SourceFile]:
     """Source files in the parquet files, without control text."""
     for file in own:
-        location = files.location(file.path)
-        for row, record in parquet_records(
-            location, ["content"], skipped, optional=[REPOSITORY, PATH]
-        ):
+        named = [REPOSITORY, PATH]
+        for row, record in parquet_records(file.location, ["content"], skipped, optional=named):
             content = record["content"]
             if config.strip_control_text and isinstance(content, str) and content.startswith("<"):
                 content, num_stripped = CONTROL_TEXT.subn("", content)

@@ -12,19 +12,18 @@ flagged special are matched in text even when special tokens are not; flagged, s
 ordinary pieces. Added tokens of plain text (runs of spaces, for example) stay what they are.
 
 ``split_at_space_markers``: LLaMA-2-family tokenizers (Llama 2, Phi-3, Mistral) hand a whole
-document to the merge loop as one word, which makes them slow, and slower still on long documents
-(tokenizers issue 1449). A piece is made by merges, and every merge makes a piece of the vocabulary.
-If no piece holds the space marker behind another character, no merge ever joins the two sides of
-the place in front of a run of markers: documents can be split there, and words, now short, are
-found in the backend's cache. The condition is checked on the vocabulary, and a test compares ids.
+document to the merge loop as one word, which is slow (tokenizers issue 1449). Every merge makes a
+piece of the vocabulary, so if no piece holds the space marker behind another character, no merge
+joins the two sides of the place in front of a run of markers: documents can be split there, and
+short words are found in the backend's cache. The condition is checked on the vocabulary.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
@@ -40,6 +39,7 @@ MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 SPACE_MARKER = "▁"
 WORDS = Regex(f"{SPACE_MARKER}+[^{SPACE_MARKER}]*|[^{SPACE_MARKER}]+")
 BATCH_CHARACTERS = 1_000_000
+Item = TypeVar("Item")
 
 
 def flag_markers(backend: Tokenizer) -> Tokenizer:
@@ -101,21 +101,21 @@ class DocumentTokenizer:
             raise DataError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
         bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         if not isinstance(bos_id, int) or not isinstance(eos_id, int):
-            raise DataError(
-                f"the tokenizer of {name} names no BOS or no EOS token; both are needed"
-            )
+            needed = "names no BOS or no EOS token; both are needed"
+            raise DataError(f"the tokenizer of {name} {needed}")
         own = split_at_space_markers(flag_markers(Tokenizer.from_str(backend.to_str())))
         added = own.get_added_tokens_decoder().items()
         # Tokenizers without byte fallback give the unknown id for characters they do not have: that
         # is ordinary text.
         special = {n for n, token in added if token.special and n != tokenizer.unk_token_id}
         control_ids = sorted(special | {bos_id, eos_id})
-        self._prepare(own, bos_id, eos_id, len(tokenizer), control_ids)
+        self._prepare(
+            own, bos_id=bos_id, eos_id=eos_id, vocab_size=len(tokenizer), control_ids=control_ids
+        )
 
     def _prepare(
         self, backend: Tokenizer, bos_id: int, eos_id: int, vocab_size: int, control_ids: list[int]
     ) -> None:
-        """Take the parts over."""
         self._backend = backend
         self._backend.encode_special_tokens = True
         self.bos_id, self.eos_id, self.vocab_size = bos_id, eos_id, vocab_size
@@ -144,19 +144,12 @@ class DocumentTokenizer:
         for text, ids in zip(texts, contents, strict=True):
             if self._is_control[ids].any():
                 number = int(ids[self._is_control[ids]][0])
-                raise DataError(
-                    f"text {text[:60]!r}... produced the control id {number}; "
-                    "mark control tokens as special in the tokenizer"
-                )
+                produced = f"text {text[:60]!r}... produced the control id {number}"
+                raise DataError(f"{produced}; mark control tokens as special in the tokenizer")
         return contents
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as ids with BOS in front and EOS behind.
-
-        Raises:
-            DataError: text produced a control id (a tokenizer whose control tokens are not marked
-                special).
-        """
+        """Each text as ids with BOS in front and EOS behind; raises as ``encode_contents``."""
         bos, eos = np.asarray([self.bos_id], self.dtype), np.asarray([self.eos_id], self.dtype)
         return [np.concatenate([bos, ids, eos]) for ids in self.encode_contents(texts)]
 
@@ -168,8 +161,8 @@ class DocumentTokenizer:
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of every text, without BOS and EOS."""
         counts = []
-        for batch in batches_by_characters(texts):
-            encodings = self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+        for batch in batches_by_characters(texts, len):
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
             counts += map(len, encodings)
         return counts
 
@@ -196,14 +189,9 @@ def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
 
 def save_prepared_tokenizer(encoder: DocumentTokenizer, path: Path) -> None:
     """Write a tokenizer down for workers, which then need neither transformers nor the model."""
-    fields = {
-        "bos_id": encoder.bos_id,
-        "eos_id": encoder.eos_id,
-        "vocab_size": encoder.vocab_size,
-        "control_ids": list(encoder.control_ids),
-        "backend": encoder._backend.to_str(),
-    }
-    write_text(path, json.dumps(fields))
+    names = ("bos_id", "eos_id", "vocab_size", "control_ids")
+    fields = {name: getattr(encoder, name) for name in names}
+    write_text(path, json.dumps({**fields, "backend": encoder._backend.to_str()}))
 
 
 @lru_cache(maxsize=1)
@@ -215,13 +203,16 @@ def prepared_tokenizer(path: Path) -> DocumentTokenizer:
     return encoder
 
 
-def batches_by_characters(texts: Sequence[str], limit: int = BATCH_CHARACTERS) -> Iterator[slice]:
-    """Slices of about ``limit`` characters: a batch of books must not fill the memory."""
-    start = size = 0
-    for index, text in enumerate(texts):
-        if index > start and size + len(text) > limit:
-            yield slice(start, index)
-            start, size = index, 0
-        size += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
+def batches_by_characters(
+    items: Iterable[Item], characters: Callable[[Item], int], limit: int = BATCH_CHARACTERS
+) -> Iterator[list[Item]]:
+    """Runs of about ``limit`` characters, one at a time: books must not fill the memory."""
+    batch, size = [], 0
+    for item in items:
+        if batch and size + characters(item) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += characters(item)
+    if batch:
+        yield batch

@@ -1,17 +1,15 @@
 """The runner of generation tasks: every sample answered for every subject, once.
 
-A request is one sample put to one subject. Its answer is looked up by a fingerprint of what it
-depends on: weights, the RoPE tables of the window(s) it is read in, L0, dtype, stop ids and the
-sample itself. Decoding is greedy. Requests are ordered subject by subject and longest first, so
-that a length that does not fit into memory shows at once and the time left is never underestimated;
-shards take every n-th request of that order. An answer depends on its request alone: not on the
-batch, the shard, or how often the run was killed.
+A request is one sample put to one subject. Its answer, decoded greedily, depends on the request
+alone: not on the batch, the shard, or how often the run was killed. Requests are ordered longest
+first, so that a length that does not fit into memory shows at once and the time left is never
+underestimated.
 
 ``PrefixDecoder`` reads a common beginning of prompts once. Prompts are read in chunks of fixed
-size, counted from the first token; the next prompt takes over the whole chunks that it has in
-common with the last: those keys and values were computed from the same ids in the same chunks, so
-they are bit for bit what reading them again would give. A cache is taken over only under the same
-weights and the same RoPE table; a sequence that will outgrow L0 starts anew.
+size; the next prompt takes over the whole chunks that it has in common with the last: keys and
+values of the same ids in the same chunks are bit for bit what reading them again would give. A
+cache is taken over only under the same weights and the same RoPE table; a sequence that will
+outgrow L0 starts anew.
 
 Shape legend: T = tokens, V = vocabulary.
 """
@@ -21,6 +19,7 @@ import json
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,13 +73,9 @@ class PrefixDecoder:
         if switches or longest_read >= model.factors.target_len:
             # It changes its window on the way, or does not fit: the plain decoder knows both.
             self.forget()
-            tokens = generate_tokens(
-                model,
-                sample.prompt_T.tolist(),
-                max_new_tokens=sample.max_new_tokens,
-                stop_ids=stop_ids,
-                prefill_chunk=self.chunk_tokens,
-            )
+            prompt, most = sample.prompt_T.tolist(), sample.max_new_tokens
+            options: Any = {"stop_ids": stop_ids, "prefill_chunk": self.chunk_tokens}
+            tokens = generate_tokens(model, prompt, max_new_tokens=most, **options)
             return [token.token_id for token in tokens]
         try:
             return self._decode(model, sample, window, frozenset(stop_ids))
@@ -91,7 +86,6 @@ class PrefixDecoder:
     def _decode(
         self, model: WindowedModel, sample: Sample, window: Window, stop_ids: frozenset[int]
     ) -> list[int]:
-        """Read what is new of the prompt, then decode."""
         cache, start = self._taken_over(model, sample.prompt_T, window)
         self.num_reused += start
         prompt_1T = torch.from_numpy(sample.prompt_T.astype(np.int64))[None]
@@ -128,7 +122,6 @@ class PrefixDecoder:
 
 
 def _table(model: WindowedModel, window: Window) -> bytes:
-    """All that decides the RoPE of a window."""
     scale = repr(model.factors.attention_scale(window)).encode()
     return model.factors.inverse_frequencies(window).numpy().tobytes() + scale
 
@@ -198,8 +191,7 @@ def plan_requests(
     """Every request once, in the order in which they are put.
 
     Within a subject: longest first; requests of about one length are ordered by their prompts'
-    ids, so that prompts with much in common follow each other (lines of noise up to the needle,
-    say) and are read once (``PrefixDecoder``).
+    ids, so that what prompts have in common is read once (``PrefixDecoder``).
     """
     requests, known = [], set()
     for subject in subjects:
@@ -242,10 +234,9 @@ def answer_requests(
     """Answer what ``log`` does not hold yet.
 
     Yields every request as it is done, and every task that was given up. When memory runs out for
-    one request alone, the rest of its task at that length is given up for this subject, and
-    everything else goes on; when it runs out for a batch, the batch is split. Each batch is on disk
-    before the next one starts; ``batch_tokens`` counts prompts and longest answers, and at least
-    one request is taken.
+    a batch, it is split; for one request alone, the rest of its task at that length is given up for
+    this subject. Each batch is on disk before the next one starts; ``batch_tokens`` counts prompts
+    and longest answers.
     """
     given_up: set[tuple[str, str, str, int]] = set()
     unanswered = [request for request in requests if log.find(request.key) is None]
@@ -276,7 +267,8 @@ def answer_requests(
             waiting += [batch[middle:], batch[:middle]]
         else:
             given_up.add(batch[0].place)
-            yield _out_of_memory(batch[0], models.device)
+            where = f"{models.device.type} with one sequence of {batch[0].num_tokens} tokens"
+            yield NotMeasured(*batch[0].place, f"out of memory on {where}")
 
 
 def batches_of(requests: Sequence[Request], batch_tokens: int) -> list[list[Request]]:
@@ -296,19 +288,18 @@ def make_decoder(decode_rows: int, prefill_chunk: int) -> GenerateAnswers:
     """How answers are decoded: one by one (``PrefixDecoder``), or several rows together."""
     if decode_rows == 1:
         return PrefixDecoder(prefill_chunk)
+    how = {"prefill_chunk": prefill_chunk, "max_rows": decode_rows}
 
     def decode(
         model: WindowedModel, samples: Sequence[Sample], stop_ids: Collection[int]
     ) -> list[list[int]]:
-        answers = generate_batch(
-            model,
-            [sample.prompt_T.tolist() for sample in samples],
-            max_new_tokens=[sample.max_new_tokens for sample in samples],
-            stop_ids=stop_ids,
-            prefill_chunk=prefill_chunk,
-            max_rows=decode_rows,
-        )
-        return [[token.token_id for token in tokens] for tokens in answers]
+        prompts = [sample.prompt_T.tolist() for sample in samples]
+        most = [sample.max_new_tokens for sample in samples]
+        options: Any = {"stop_ids": stop_ids, **how}
+        ids = []
+        for tokens in generate_batch(model, prompts, max_new_tokens=most, **options):
+            ids.append([token.token_id for token in tokens])
+        return ids
 
     return decode
 
@@ -320,30 +311,14 @@ def _answer(
     stop_ids: Collection[int],
 ) -> Answer:
     """The line to keep; its text is that of the new ids alone, without special tokens."""
-    sample, (subject, suite, task, length) = request.sample, request.place
-    num_short, num_long = answer_windows(
-        len(sample.prompt_T), len(token_ids), request.subject.factors.geometry.original_len
-    )
+    sample, original_len = request.sample, request.subject.factors.geometry.original_len
+    num_read, num_new = len(sample.prompt_T), len(token_ids)
+    num_short, num_long = answer_windows(num_read, num_new, original_len)
     kept = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return Answer(
-        key=request.key,
-        subject=subject,
-        suite=suite,
-        task=task,
-        length=length,
-        sample_sha256=sample.sha256,
-        text=text,
-        token_ids=tuple(token_ids),
-        num_short=num_short,
-        num_long=num_long,
-    )
-
-
-def _out_of_memory(request: Request, device: torch.device) -> NotMeasured:
-    reason = f"out of memory on {device.type} with one sequence of {request.num_tokens} tokens"
-    return NotMeasured(*request.place, reason)
+    about = request.key, *request.place, sample.sha256
+    return Answer(*about, text, tuple(token_ids), num_short=num_short, num_long=num_long)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

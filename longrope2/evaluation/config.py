@@ -12,13 +12,7 @@ from pathlib import Path
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
 from longrope2.errors import ConfigError
-from longrope2.evaluation.long_tasks.config import (
-    INFINITEBENCH_TASKS,
-    LOFT_TASKS,
-    LONGBENCH_TASKS,
-    LongTasksConfig,
-    long_task_faults,
-)
+from longrope2.evaluation.long_tasks import config as long
 from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
 from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, ruler_faults
 from longrope2.model.factors_source import RopeConfig
@@ -30,8 +24,9 @@ LM_EVAL_SUITE = "lm_eval"
 """The suite that short tasks' scores belong to."""
 INSTALL = "pip install '.[lm-eval]'"
 _TASKS_BY_SUITE = {
-    "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",), "longbench": LONGBENCH_TASKS,
-    "infinitebench": INFINITEBENCH_TASKS, "loft": LOFT_TASKS,
+    "ruler": (*RULER_TASKS, "average"), "needle_map": ("needle_map",),
+    "longbench": long.LONGBENCH_TASKS, "infinitebench": long.INFINITEBENCH_TASKS,
+    "loft": long.LOFT_TASKS,
 }  # fmt: skip
 """Scores by length; those of ``lm_eval`` are lm-eval's own tasks and have no length."""
 _SUBJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -65,18 +60,15 @@ class ShortTasksConfig:
 
 def short_task_faults(config: ShortTasksConfig) -> list[str]:
     """What is wrong with the values, each fault naming its key."""
-    faults, key = [], "suite.short_tasks"
-    names = [task.name for task in config.tasks]
+    faults, key, names = [], "suite.short_tasks", [task.name for task in config.tasks]
     for index, task in enumerate(config.tasks):
         place = f"{key}.tasks[{index}]"
         if not task.name or not task.task or names.count(task.name) > 1:
             given = f"name={task.name!r} and task={task.task!r}"
             faults.append(f"{place}: {given} must be given, every name once")
         if task.metric.count(",") != 1:
-            faults.append(
-                f"{place}.metric={task.metric!r} must be METRIC,FILTER as lm-eval prints it, "
-                "e.g. acc,none"
-            )
+            allowed = "METRIC,FILTER as lm-eval prints it, e.g. acc,none"
+            faults.append(f"{place}.metric={task.metric!r} must be {allowed}")
         if task.num_fewshot is not None and task.num_fewshot < 0:
             faults.append(f"{place}.num_fewshot={task.num_fewshot} must be 0 or more, or null")
     if config.limit is not None and config.limit < 1:
@@ -140,7 +132,7 @@ class SuiteConfig:
     its depth."""
     ruler: RulerConfig | None = None
     needle_map: NeedleMapConfig | None = None
-    long_tasks: LongTasksConfig = field(default_factory=LongTasksConfig)
+    long_tasks: long.LongTasksConfig = field(default_factory=long.LongTasksConfig)
     short_tasks: ShortTasksConfig = field(default_factory=ShortTasksConfig)
 
     @property
@@ -152,17 +144,15 @@ class SuiteConfig:
     @property
     def generates(self) -> bool:
         """Whether any part asks for answers."""
-        needs_lengths = self.ruler is not None or self.needle_map is not None
-        return needs_lengths or bool(self.long_task_names)
+        return bool(self.ruler or self.needle_map or self.long_task_names)
 
 
 def _suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> list[str]:
     """What is wrong with a suite, each fault naming its key; ``lengths`` as they will be used."""
     faults = []
     if not suite.measures and not suite.generates and not suite.short_tasks.tasks:
-        faults.append(
-            "suite runs nothing: set suite.measures=true, or choose suite=paper or another one"
-        )
+        way_out = "set suite.measures=true, or choose suite=paper or another one"
+        faults.append(f"suite runs nothing: {way_out}")
     if suite.ruler is not None or suite.needle_map is not None:
         out_of_range = any(not 1 <= length <= target_len for length in lengths)
         if out_of_range or len(set(lengths)) < len(lengths):
@@ -172,7 +162,7 @@ def _suite_faults(suite: SuiteConfig, lengths: list[int], target_len: int) -> li
         faults += ruler_faults(suite.ruler, lengths, "suite.ruler")
     if suite.needle_map is not None:
         faults += needle_map_faults(suite.needle_map, lengths, "suite.needle_map")
-    faults += long_task_faults(suite.long_tasks, target_len)
+    faults += long.long_task_faults(suite.long_tasks, target_len)
     return faults + short_task_faults(suite.short_tasks)
 
 
@@ -185,10 +175,9 @@ def calibration_faults(config: CalibrationConfig) -> list[str]:
             bounds = f"low={rule.low} below high={rule.high}, both 0 to 100"
             faults.append(f"{key}: score={rule.score!r} needs {bounds}")
         elif not _is_a_score(rule.score):
-            faults.append(
-                f"{key}: no suite gives a score {rule.score!r}; write {LM_EVAL_SUITE}/TASK, or "
-                f"SUITE/TASK/LENGTH with one of {', '.join(_TASKS_BY_SUITE)} and one of its tasks"
-            )
+            form = f"{LM_EVAL_SUITE}/TASK, or SUITE/TASK/LENGTH with one of"
+            known = f"{', '.join(_TASKS_BY_SUITE)} and one of its tasks"
+            faults.append(f"{key}: no suite gives a score {rule.score!r}; write {form} {known}")
     return faults
 
 
@@ -344,14 +333,11 @@ def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
     """Subjects that are missing, doubled, or name no model or two."""
     names, faults = [subject.name for subject in evaluation.subjects], []
     if not names:
-        faults.append(
-            "evaluation.subjects is empty; list at least one {name, rope} or {name, checkpoint}"
-        )
+        way_out = "list at least one {name, rope} or {name, checkpoint}"
+        faults.append(f"evaluation.subjects is empty; {way_out}")
     elif evaluation.reference not in names:
-        faults.append(
-            f"evaluation.reference={evaluation.reference} is not among the subjects: "
-            f"{', '.join(names)}"
-        )
+        fault = f"evaluation.reference={evaluation.reference} is not among the subjects"
+        faults.append(f"{fault}: {', '.join(names)}")
     for index, subject in enumerate(evaluation.subjects):
         key, name = f"evaluation.subjects[{index}]", subject.name
         if not _SUBJECT_NAME.fullmatch(name):
@@ -365,7 +351,6 @@ def _subject_faults(evaluation: EvaluationConfig) -> list[str]:
 
 
 def _range_faults(evaluation: EvaluationConfig) -> list[str]:
-    """Values outside their range."""
     positive = {
         "needle.samples_per_depth": evaluation.needle.samples_per_depth,
         "perplexity.num_windows": evaluation.perplexity.num_windows,
@@ -386,7 +371,6 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
 
 
 def _length_faults(config: EvaluateRoot) -> list[str]:
-    """Windows and lengths that do not fit each other."""
     target = config.target_len
     if faults := target_faults(config.model, target):
         return faults
@@ -396,8 +380,6 @@ def _length_faults(config: EvaluateRoot) -> list[str]:
         allowed = f"distinct lengths from 2 to target_len={target}"
         return [f"evaluation.lengths={lengths} must be {allowed}"]
     if scored > lengths[0] - 2:
-        return [
-            f"evaluation.perplexity.scored_tokens={scored} must be at least 2 below the shortest "
-            f"length evaluated, {lengths[0]}"
-        ]
+        allowed = f"at least 2 below the shortest length evaluated, {lengths[0]}"
+        return [f"evaluation.perplexity.scored_tokens={scored} must be {allowed}"]
     return []

@@ -61,12 +61,10 @@ class LongRope2LM(TemplateLM):
             target_len: L.
             checkpoint: Folder of a trained checkpoint, which brings its own factors.
             factors: Factors file for the base model.
-            rope: Closed-form rescaling of the base model (pi, ntk, yarn, ...), if neither of the
-                two is given.
+            rope: Closed-form rescaling (pi, ntk, yarn, ...), if neither of the two is given.
             batch_size: Not used; batches are sized by tokens.
             max_batch_size: Not used.
-            device: Not used, the harness names a GPU even where there is none; a GPU is used if
-                there is one.
+            device: Not used; a GPU is used if there is one, which the harness does not know.
         """
         folder = Path(checkpoint) if checkpoint else resolve_model_folder(model)
         if checkpoint:
@@ -177,21 +175,17 @@ class LongRope2LM(TemplateLM):
         arguments: Any = request.args
         context, options = arguments
         given = {key: value for key, value in options.items() if value is not None}
-        # It knows the several names of the longest answer, and do_sample=false outranks a
-        # temperature.
+        # It knows the several names of the longest answer; do_sample=false outranks a temperature.
         wanted: Any = normalize_gen_kwargs(given, _DEFAULT_NEW_TOKENS)
         if wanted["do_sample"]:
-            raise DataError(
-                f"task {request.task_name} asks for sampling; answers here are greedy: "
-                "set do_sample=false"
-            )
+            fault = f"task {request.task_name} asks for sampling; answers here are greedy"
+            raise DataError(f"{fault}: set do_sample=false")
         stops, limit = list(wanted["until"]), wanted["max_gen_toks"]
         prompt_ids = self.tok_encode(context)
         self._check_fits(len(prompt_ids) + limit)
         stream, text, used = TextStream(self.tokenizer, prompt_ids), "", set()
-        for token in generate_tokens(
-            self.model, prompt_ids, max_new_tokens=limit, stop_ids={self.eot_token_id}
-        ):
+        options: Any = {"max_new_tokens": limit, "stop_ids": {self.eot_token_id}}
+        for token in generate_tokens(self.model, prompt_ids, **options):
             used.add(token.window.value)
             if token.token_id == self.eot_token_id:
                 break

@@ -1,8 +1,7 @@
 """The needle map: one needle at every depth of every length, several times, to be answered.
 
 The paper shows it as a heat map of depth by length with 10 samples a cell. Prompts are those of
-RULER's single needle in our wording, so a cell's samples differ in key, value and haystack. A
-sample's realised depth, in tokens of haystack in front of the needle, is in its facts.
+RULER's single needle in our wording; a cell's samples differ in key, value and haystack.
 """
 
 import random
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, PromptEncoder
 from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, texts_sha256
-from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, string_match_all
+from longrope2.evaluation.ruler.niah import NiahTask, niah_prompt, ruler_score
 from longrope2.evaluation.ruler.tasks import GENERATOR_VERSION, fitted_samples
-from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
+from longrope2.evaluation.samples import GenerationTask, SampleRecipe, SampleStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,10 +57,9 @@ def needle_map_faults(
     distinct = depths and len(set(depths)) == len(depths)
     inside = all(0 <= depth <= 1 for depth in depths)
     no_length = not lengths or min(lengths) < 1
+    bad_depths = not (distinct and inside)
     faults = {
-        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": not (
-            distinct and inside
-        ),
+        f"{key}.depths={depths} must be distinct numbers from 0 to 1, at least one": bad_depths,
         f"{key}.repeats={config.repeats} must be at least 1": config.repeats < 1,
         f"{key}: lengths={list(lengths)} must be at least one, all above 0": no_length,
     }
@@ -78,12 +76,11 @@ def needle_map_tasks(
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[GenerationTask]:
-    """One task per length: ``repeats`` times all depths, one after the other.
+    """One task per length: ``repeats`` times all depths; scored 1 if the value is in the answer.
 
-    ``Sample.facts`` holds ``requested_depth`` (a value of ``config.depths``), ``depth`` (realised),
-    ``repeat``, ``fill`` and ``num_characters``. The score is 1 if the value is in the answer.
-
-    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``.
+    Takes what ``ruler_tasks`` takes; ``haystacks`` are not used with ``haystack=noise``. Facts of a
+    sample are ``requested_depth``, ``depth`` (realised, in tokens), ``repeat``, ``fill`` and
+    ``num_characters``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.
@@ -97,29 +94,20 @@ def needle_map_tasks(
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)
     new_tokens = encoder.total([" " + "8" * _VALUE_DIGITS]) + _SPARE_TOKENS
-    recipes = []
+    num_samples, recipes = len(config.depths) * config.repeats, []
+    chosen = {"seed": config.seed, "depths": config.depths, "haystack": config.haystack.value}
+    shared = {"suite": "needle_map", "version": GENERATOR_VERSION, **chosen, "texts": texts}
     for length in lengths:
-        identity = {
-            "suite": "needle_map",
-            "version": GENERATOR_VERSION,
-            "length": length,
-            "seed": config.seed,
-            "depths": config.depths,
-            "haystack": config.haystack.value,
-            "texts": texts,
-            "tokenizer": encoder.fingerprint,
-        }
-        fitted = partial(
-            fitted_samples, partial(_draft, config, encoder, haystack, length), encoder
-        )
+        identity = {**shared, "length": length, "tokenizer": encoder.fingerprint}
+        draft_of = partial(_draft, config, encoder, haystack, length)
+        fitted = partial(fitted_samples, draft_of, encoder)
         make = partial(fitted, length=length, max_new_tokens=new_tokens)
-        num_samples = len(config.depths) * config.repeats
-        recipes.append(SampleRecipe("needle_map", length, num_samples, identity, make))
+        place = "needle_map", length, num_samples
+        recipes.append(SampleRecipe(*place, identity=identity, make=make))
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
-    return [
-        GenerationTask("needle_map", "needle_map", length, samples, _score)
-        for length, samples in zip(lengths, found, strict=True)
-    ]
+    place, score = ("needle_map", "needle_map"), partial(ruler_score, "needle_map")
+    by_length = zip(lengths, found, strict=True)
+    return [GenerationTask(*place, length, samples, score=score) for length, samples in by_length]
 
 
 def _draft(
@@ -130,15 +118,9 @@ def _draft(
     index: int,
     budget: int,
 ) -> Draft:
-    """The prompt of one sample, at most ``budget`` tokens."""
     repeat, place = divmod(index, len(config.depths))
     kind, depth = NiahTask(config.haystack.value), config.depths[place]
     rng = random.Random(f"needle map/{config.seed}/{length}/{depth}/{repeat}")
     draft = niah_prompt(kind, encoder, haystack, rng=rng, depth=depth, budget=budget)
     draft.facts["repeat"] = repeat
     return draft
-
-
-def _score(sample: Sample, text: str) -> float:
-    """1 if the value is in the answer."""
-    return string_match_all(sample.answers, text)

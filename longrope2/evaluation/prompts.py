@@ -58,9 +58,8 @@ def text_of(pieces: Sequence[Piece]) -> str:
 
 def too_short(task: str, room: int, what: str) -> DataError:
     """The error of a generator that ``room`` tokens do not suffice for."""
-    return DataError(
-        f"the length is too short for {task}: {room} tokens are left for {what}; use a longer one"
-    )
+    fault = f"the length is too short for {task}: {room} tokens are left for {what}"
+    return DataError(f"{fault}; use a longer one")
 
 
 class PieceTable:
@@ -95,15 +94,13 @@ class PromptEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise DataError(
-                f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json); convert it first"
-            )
+            fault = f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json)"
+            raise DataError(f"{fault}; convert it first")
         self._backend = Tokenizer.from_str(backend.to_str())
         added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
-        markers = [name for name in added if _MARKER.fullmatch(name.strip())]
-        self._backend.add_special_tokens(
-            [AddedToken(name, normalized=False, special=True) for name in markers]
-        )
+        markers = (name for name in added if _MARKER.fullmatch(name.strip()))
+        special = [AddedToken(name, normalized=False, special=True) for name in markers]
+        self._backend.add_special_tokens(special)
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -168,5 +165,4 @@ class PromptEncoder:
 
 
 def _lengths(items: Iterable[Any]) -> np.ndarray:
-    """The length of each, int64."""
     return np.fromiter(map(len, items), dtype=np.int64)

@@ -1,16 +1,15 @@
 """Finished measurements and answers on disk, one JSON line each: nothing is done twice.
 
-A line is identified by a fingerprint of everything its values depend on (weights, RoPE tables of
-the windows used, data), not by the subject's name: changed weights or samples are measured anew,
-and subjects that are the same model for a measurement or a request (below L0, say) share it.
+A line is found by a fingerprint of everything its values depend on (weights, RoPE tables of the
+windows used, data), not by the subject's name: changed weights or samples are measured anew, and
+subjects that are the same model for a measurement (below L0, say) share it.
 
-Every shard of an evaluation appends its answers to a file of its own (``answers.jsonl``,
-``answers-2-of-4.jsonl``, ...) and reads those of all when it starts, so shards never wait for each
-other and a later run may have more or fewer of them.
+Every shard appends its answers to a file of its own and reads those of all when it starts, so
+shards never wait for each other and a later run may have more or fewer of them.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,8 @@ from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.append_log import AppendLog, read_log
 
 RESULTS_FILE = "results.jsonl"
-_ANSWERS_PATTERN = "answers*.jsonl"
-IN_USE = (
-    "is being written by another process; wait for it, or give each process its own "
-    "evaluation.shard"
-)
+_WAY_OUT = "wait for it, or give each process its own evaluation.shard"
+IN_USE = f"is being written by another process; {_WAY_OUT}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,9 @@ class ResultsLog:
 
     def __init__(self, path: Path) -> None:
         self._log = AppendLog(path, durable=True)
-        found = _read_measurements(path)
+        found = _parsed(
+            path, Measurement, "a measurement", "remove the file to measure everything anew"
+        )
         self._values = {measurement.fingerprint: measurement.values for measurement in found}
         self._lines = {(measurement.subject, measurement.fingerprint) for measurement in found}
 
@@ -54,26 +52,36 @@ class ResultsLog:
         """Values measured before for the same fingerprint."""
         return self._values.get(fingerprint)
 
+    def measured(
+        self, subject: str, suite: str, length: int, fingerprint: str, measure: Callable[[], Any]
+    ) -> Measurement:
+        """The measurement with the values known for a fingerprint, or made now and kept."""
+        values = self.find(fingerprint)
+        if values is None:
+            values = measure()
+        found = Measurement(subject, suite, length, fingerprint=fingerprint, values=values)
+        self.append(found)
+        return found
+
     def append(self, measurement: Measurement) -> None:
         """Add one line and force it to disk; a line that is there already is not repeated."""
-        if (measurement.subject, measurement.fingerprint) in self._lines:
-            return
-        self._log.append(asdict(measurement))
-        self._values[measurement.fingerprint] = measurement.values
-        self._lines.add((measurement.subject, measurement.fingerprint))
+        line = measurement.subject, measurement.fingerprint
+        if line not in self._lines:
+            self._log.append(asdict(measurement))
+            self._values[measurement.fingerprint] = measurement.values
+            self._lines.add(line)
 
 
-def _read_measurements(path: Path) -> list[Measurement]:
-    measurements = []
+def _parsed(path: Path, kind: Callable[..., Any], what: str, way_out: str) -> list[Any]:
+    """The lines of a log, each as a ``kind``, which ``what`` names."""
+    found = []
     for number, fields in enumerate(read_log(path), start=1):
         try:
-            measurements.append(Measurement(**fields))
+            found.append(kind(**fields))
         except TypeError as error:
-            raise ArtifactError(
-                f"{path}, line {number} is not a measurement ({error}); remove the file to measure "
-                "everything anew"
-            ) from None
-    return measurements
+            fault = f"{path}, line {number} is not {what} ({error})"
+            raise ArtifactError(f"{fault}; {way_out}") from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,16 @@ class Answer:
     num_long: int
     """New tokens predicted with the rescaled RoPE."""
 
+    def __post_init__(self) -> None:
+        """Ids read from JSON are a list."""
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))
+
     @property
     def side(self) -> str:
         """RoPE side or sides of the answer: ``short``, ``long``, or ``both`` when it crossed L0."""
-        return "both" if self.num_short and self.num_long else "long" if self.num_long else "short"
+        if self.num_short and self.num_long:
+            return "both"
+        return "long" if self.num_long else "short"
 
 
 class AnswersLog:
@@ -181,14 +195,7 @@ def read_answers(folder: Path) -> dict[str, Answer]:
         ArtifactError: a whole line is no answer; names file and line.
     """
     answers: dict[str, Answer] = {}
-    for path in sorted(folder.glob(_ANSWERS_PATTERN)):
-        for number, fields in enumerate(read_log(path), start=1):
-            try:
-                answer = Answer(**{**fields, "token_ids": tuple(fields["token_ids"])})
-            except (TypeError, KeyError) as error:
-                raise ArtifactError(
-                    f"{path}, line {number} is not an answer ({error}); remove the line to have it "
-                    "answered anew"
-                ) from None
-            answers[answer.key] = answer
+    for path in sorted(folder.glob("answers*.jsonl")):
+        lines = _parsed(path, Answer, "an answer", "remove the line to have it answered anew")
+        answers |= {answer.key: answer for answer in lines}
     return answers

@@ -7,19 +7,13 @@ models are evaluated only after its calibration.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from longrope2.config import claim_folder, to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
@@ -37,13 +31,7 @@ from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.schema import Cell, SuiteSummary, write_summary
 from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
 from longrope2.evaluation.subjects import Subject, SubjectModels
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
-    product_folder,
-    read_manifest,
-    write_manifest,
-)
+from longrope2.files import artifacts
 from longrope2.model.folder import model_identity
 from longrope2.model.loading import device_and_dtype, load_tokenizer
 from longrope2.parallel.processes import world_size_from_environment
@@ -62,10 +50,12 @@ def check_seed(config: EvaluateRoot) -> None:
     Raises:
         ConfigError: the needle seed is the search's.
     """
-    folder, seed = product_folder(config.run.folder, "factors"), config.evaluation.needle.seed
-    if not (folder / MANIFEST_NAME).is_file():
-        return
-    if read_manifest(folder, "factors").seeds.get("seed") == seed:
+    seed, folder = (
+        config.evaluation.needle.seed,
+        artifacts.product_folder(config.run.folder, "factors"),
+    )
+    is_there = (folder / artifacts.MANIFEST_NAME).is_file()
+    if is_there and artifacts.read_manifest(folder, "factors").seeds.get("seed") == seed:
         fault = f"evaluation.needle.seed={seed} is the seed of the needles that the factors in "
         raise ConfigError([f"{fault}{folder} were searched on; give another one"])
 
@@ -85,12 +75,12 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
     if suite.measures:
         num_samples = len(needle.depths) * needle.samples_per_depth
         depths = ", ".join(map(str, needle.depths))
+        num_windows, num_short = evaluation.perplexity.num_windows, evaluation.retention.num_windows
+        windows = f"{num_windows} windows per length, {num_short} short ones"
         lines += [
             f"lengths    {', '.join(map(str, evaluated_lengths(config)))}",
             f"needles    {num_samples} samples per length at depths {depths}",
-            f"text       {evaluation.perplexity.num_windows} windows per length, "
-            f"{evaluation.retention.num_windows} short ones; held out of corpus "
-            f"{config.corpus.name}",
+            f"text       {windows}; held out of corpus {config.corpus.name}",
         ]
     if suite.ruler is not None:
         tasks = f"{len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples"
@@ -111,7 +101,7 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
 def run_evaluation(
     config: EvaluateRoot, base_folder: Path, subjects: Sequence[Subject]
 ) -> tuple[bool, SuiteSummary | None]:
-    """scoring.Measure and ask what is missing, and write the product.
+    """Measure and ask what is missing, and write the product.
 
     Returns:
         Whether the product is finished: not while other shards have requests left. And what the
@@ -122,7 +112,7 @@ def run_evaluation(
             scores are kept).
     """
     shard = own_shard(config)
-    folder = product_folder(config.run.folder, "evaluations")
+    folder = artifacts.product_folder(config.run.folder, "evaluations")
     asks = config.suite.generates or bool(config.suite.short_tasks.tasks)
     measures, needle_sets = [], []
     if config.suite.measures and shard.index == 0:
@@ -134,20 +124,27 @@ def run_evaluation(
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
     models, plain = _own_models(), to_plain(config)
     measurements, suite = [], None
-    with MetricsLog(own_folder, config.tracking, config.run.name, "evaluate", plain) as tracking:
+    with MetricsLog(
+        own_folder,
+        tracking=config.tracking,
+        run_name=config.run.name,
+        stage="evaluate",
+        config=plain,
+    ) as tracking:
         if measures:
-            measurements = _measure(subjects, measures, models, folder, tracking)
+            measurements = _measure(subjects, measures, models, folder=folder, tracking=tracking)
             found = summary.summarize(subjects, measurements, config.evaluation.reference)
             write_summary(folder, found)
             Console().print(summary.comparison_table(found))
         if asks:
             tokenizer = load_tokenizer(base_folder)
-            suite = _run_suite(config, subjects, tokenizer, models, folder, shard)
+            suite = _run_suite(config, subjects, tokenizer, models, folder=folder, shard=shard)
             if suite is not None:
                 tracking.log(summary.suite_metrics(suite))
     is_finished = suite is not None or bool(measures and not asks)
     if is_finished:
-        _write_manifest(config, base_folder, subjects, len(measurements), folder)
+        num_measured = len(measurements)
+        _write_manifest(folder, config, base_folder, subjects, num_measured=num_measured)
     return is_finished, suite
 
 
@@ -162,40 +159,21 @@ def _own_models() -> SubjectModels:
 def _build_measures(
     config: EvaluateRoot, base_folder: Path
 ) -> tuple[list[scoring.Measure], list[NeedleSet]]:
-    """Measures on needles and text windows, and the needle samples themselves.
-
-    Raises:
-        DataError: the held-out text is too little for what is asked.
-    """
+    """Measures on needles and text windows, and the needle samples themselves."""
     evaluation, original_len = config.evaluation, config.model.original_len
     books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
     documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
     lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
-    needle, text = evaluation.needle, evaluation.perplexity
-    needle_sets = [
-        build_needle_set(
-            tokenizer,
-            books,
-            length=length,
-            depths=needle.depths,
-            num_samples=len(needle.depths) * needle.samples_per_depth,
-            seed=needle.seed,
-        )
-        for length in lengths
-    ]
-    windows = scoring.context_windows(
-        documents,
-        lengths,
-        num_windows=text.num_windows,
-        num_scored=text.scored_tokens,
-        seed=config.seed,
-    )
-    num_short = evaluation.retention.num_windows
+    needle, num_short = evaluation.needle, evaluation.retention.num_windows
+    num_samples = len(needle.depths) * needle.samples_per_depth
+    hide = partial(build_needle_set, tokenizer, books, depths=needle.depths, seed=needle.seed)
+    needle_sets = [hide(length=length, num_samples=num_samples) for length in lengths]
+    num_windows, scored = evaluation.perplexity.num_windows, evaluation.perplexity.scored_tokens
+    asked = {"num_windows": num_windows, "num_scored": scored, "seed": config.seed}
+    windows = scoring.context_windows(documents, lengths, **asked)
     short = scoring.short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
     measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
-    measures += [
-        scoring.perplexity_measure(windows[n], text.scored_tokens, *fitting) for n in lengths
-    ]
+    measures += [scoring.perplexity_measure(windows[n], scored, *fitting) for n in lengths]
     return [*measures, scoring.retention_measure(short, *fitting)], needle_sets
 
 
@@ -206,22 +184,24 @@ def _measure(
     folder: Path,
     tracking: MetricsLog,
 ) -> list[Measurement]:
-    """All measurements, with metrics as they come."""
-    measurements = []
-    results = ResultsLog(folder / RESULTS_FILE)
-    with _progress("evaluate", "{task.description}") as progress:
-        bar = progress.add_task("", total=len(subjects) * len(measures))
+    measurements, results = [], ResultsLog(folder / RESULTS_FILE)
+    with _progress("evaluate", "{task.description}") as shown:
+        bar = shown.add_task("", total=len(subjects) * len(measures))
         for measurement in scoring.measure_all(subjects, measures, results, models):
             tracking.log(summary.metric_values(measurement))
             measurements.append(measurement)
             done = f"{measurement.subject} {measurement.suite} {measurement.length}"
-            progress.update(bar, advance=1, description=done)
+            shown.update(bar, advance=1, description=done)
     return measurements
 
 
-def _progress(name: str, state: str) -> Progress:
-    counted = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(state))
-    return Progress(*counted, TimeElapsedColumn(), TimeRemainingColumn())
+def _progress(name: str, state: str) -> progress.Progress:
+    text, times = (
+        progress.TextColumn,
+        (progress.TimeElapsedColumn(), progress.TimeRemainingColumn()),
+    )
+    counted = text(name), progress.BarColumn(), progress.MofNCompleteColumn(), text(state)
+    return progress.Progress(*counted, *times)
 
 
 def _run_suite(
@@ -238,9 +218,8 @@ def _run_suite(
     asked = {subject.name: _asked_of(config, subject, tasks) for subject in subjects}
     asks_short = bool(config.suite.short_tasks.tasks)
     # Short tasks are not split: the first shard asks them all.
-    short_results = None
-    if asks_short and shard.index == 0:
-        short_results = ResultsLog(folder / _SHORT_TASKS_FILE)
+    own_short = asks_short and shard.index == 0
+    short_results = ResultsLog(folder / _SHORT_TASKS_FILE) if own_short else None
     options: dict[str, Any] = {"dtype": models.dtype, "stop_ids": {tokenizer.eos_token_id}}
     given_up: list[answering.NotMeasured] = []
     short_cells: list[Cell] = []
@@ -252,20 +231,18 @@ def _run_suite(
         for subject in sorted(subjects, key=lambda subject: subject.name != reference):
             requests = answering.plan_requests([subject], asked[subject.name], **options)
             own = answering.shard_requests(requests, shard)
-            given_up += _answer(config, own, log, tokenizer, models)
+            given_up += _answer(config, own, log, tokenizer=tokenizer, models=models)
             if short_results is not None:
-                chosen = config.suite.short_tasks
-                found = measure_short_tasks(chosen, [subject], short_results, tokenizer, models)
+                chosen, of = config.suite.short_tasks, {"tokenizer": tokenizer, "models": models}
+                found = measure_short_tasks(chosen, [subject], short_results, **of)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
                 _gate(config, cells_of(subject) + short_cells)
         log.reread()
         cells = [cell for subject in subjects for cell in cells_of(subject)]
     if shard.count > 1 and (lacking := _lacking(cells, given_up, asks_short and shard.index > 0)):
-        print(
-            f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. "
-            "The same command without evaluation.shard sums up when they have ended"
-        )
+        way_on = "The same command without evaluation.shard sums up when they have ended"
+        print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. {way_on}")
         return None
     found = summary.summarize_suite(config, subjects, cells + short_cells)
     write_summary(folder, found)
@@ -297,20 +274,17 @@ def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
     """RULER, the needle map and the long tasks, with a line of progress while samples are made."""
     suite, lengths = config.suite, suite_lengths(config)
     texts = [document.text for document in heldout_documents(config.corpus)]
-    columns = TextColumn("samples"), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns) as progress:
-        bar, made = progress.add_task("", total=None), 0
+    columns = map(progress.TextColumn, ("samples", "{task.description}"))
+    with progress.Progress(*columns, progress.TimeElapsedColumn()) as shown:
+        bar, made = shown.add_task("", total=None), 0
 
         def advance(name: str, count: int) -> None:
             nonlocal made
             made += count
-            progress.update(bar, description=f"{made} made, {name}")
+            shown.update(bar, description=f"{made} made, {name}")
 
-        options: dict[str, Any] = {
-            "cache_folder": Path(config.evaluation.sample_cache),
-            "workers": config.evaluation.workers,
-            "progress": advance,
-        }
+        folder, workers = Path(config.evaluation.sample_cache), config.evaluation.workers
+        options: dict[str, Any] = {"cache_folder": folder, "workers": workers, "progress": advance}
         tasks: list[GenerationTask] = []
         if suite.needle_map is not None:
             tasks += needle_map_tasks(suite.needle_map, tokenizer, texts, lengths, **options)
@@ -328,33 +302,29 @@ def _answer(
 ) -> list[answering.NotMeasured]:
     """Answer with a bar weighted by tokens; what was given up is printed and returned."""
     evaluation, given_up = config.evaluation, []
-    with _progress("answers", "tokens, {task.description}") as progress:
-        bar = progress.add_task("", total=sum(request.num_tokens for request in requests))
-        for done in answering.answer_requests(
-            requests,
-            log,
-            tokenizer,
-            models,
-            stop_ids={tokenizer.eos_token_id},
-            batch_tokens=evaluation.batch_tokens,
-            generate=answering.make_decoder(evaluation.decode_rows, evaluation.prefill_chunk),
-        ):
+    options: dict[str, Any] = {
+        "stop_ids": {tokenizer.eos_token_id},
+        "batch_tokens": evaluation.batch_tokens,
+        "generate": answering.make_decoder(evaluation.decode_rows, evaluation.prefill_chunk),
+    }
+    with _progress("answers", "tokens, {task.description}") as shown:
+        bar = shown.add_task("", total=sum(request.num_tokens for request in requests))
+        for done in answering.answer_requests(requests, log, tokenizer, models, **options):
             if isinstance(done, answering.NotMeasured):
                 given_up.append(done)
-                progress.console.print(str(done), markup=False)
+                shown.console.print(str(done), markup=False)
                 continue
             subject, suite, task, length = done.place
             description = f"{subject} {suite}/{task} {length}"
-            progress.update(bar, advance=done.num_tokens, description=description)
+            shown.update(bar, advance=done.num_tokens, description=description)
     return given_up
 
 
 def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
     """Stop before extended models when the base model breaks a rule."""
     reference = config.evaluation.reference
-    rows = summary.calibration_rows(
-        config.calibration, [*cells, *summary.average_cells(cells)], reference
-    )
+    scored = [*cells, *summary.average_cells(cells)]
+    rows = summary.calibration_rows(config.calibration, scored, reference)
     if summary.passed(config.calibration, rows):
         return
     faults = []
@@ -370,20 +340,15 @@ def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
 
 
 def _write_manifest(
-    config: EvaluateRoot,
-    base_folder: Path,
-    subjects: Sequence[Subject],
-    num_measurements: int,
-    folder: Path,
+    folder: Path, config: EvaluateRoot, base: Path, subjects: Sequence[Subject], num_measured: int
 ) -> None:
-    """Mark the evaluation as finished."""
     inputs = {
-        "model": model_identity(base_folder),
+        "model": model_identity(base),
         "corpus": build_corpus(config.corpus).describe(),
         "subjects": {subject.name: subject.source for subject in subjects},
     }
     seeds = {"seed": config.seed, "needle": config.evaluation.needle.seed}
-    counts = {"num_subjects": len(subjects), "num_measurements": num_measurements}
-    plain = to_plain(config)
-    manifest = Manifest("evaluations", inputs=inputs, config=plain, seeds=seeds, counts=counts)
-    write_manifest(folder, manifest)
+    counts = {"num_subjects": len(subjects), "num_measurements": num_measured}
+    facts = {"config": to_plain(config), "seeds": seeds, "counts": counts}
+    manifest = artifacts.Manifest("evaluations", inputs=inputs, **facts)
+    artifacts.write_manifest(folder, manifest)

@@ -1,14 +1,10 @@
 """Samples of generation tasks (a prompt, its right answers, its score), and their store on disk.
 
-RULER, the needle map and the long tasks all come down to this; one runner answers them
-(``answering``).
-
-Samples are made once and found again by the hash of everything they depend on. A task at a length
-is a folder named by that hash, holding Arrow files of a few samples each. A file is written under a
-temporary name, fsynced and renamed, so one that is there is whole; a run that was interrupted goes
-on with the files that are missing. Sample n depends on its task's description and n alone: neither
-the number of samples nor the number of processes changes it. Prompts are memory-mapped when read,
-so a long suite takes no memory.
+Samples are made once and found again by the hash of everything they depend on: a task at a length
+is a folder named by that hash, holding Arrow files of a few samples each. A file that is there is
+whole; a run that was interrupted goes on with those that are missing. Sample n depends on its
+task's description and n alone: neither the number of samples nor of processes changes it. Prompts
+are memory-mapped when read, so a long suite takes no memory.
 """
 
 import json
@@ -107,8 +103,7 @@ class SampleStore:
     """A folder of samples, made by forked processes, or with no ``workers`` in this one."""
 
     def __init__(self, folder: Path, workers: int = 0) -> None:
-        self.folder = folder
-        self.workers = workers
+        self.folder, self.workers = folder, workers
 
     def samples(
         self, recipes: Sequence[SampleRecipe], progress: Callable[[str, int], None] | None = None
@@ -121,12 +116,10 @@ class SampleStore:
             UserError: a recipe cannot be followed, named with its length; or a file is damaged or
                 cannot be written.
         """
-        missing = [
-            (number, first, stop)
-            for number, recipe in enumerate(recipes)
-            for first, stop in recipe.ranges()
-            if not self.file(recipe, first, stop).is_file()
-        ]
+        missing = []
+        for number, recipe in enumerate(recipes):
+            places = (place for place in recipe.ranges() if not self.file(recipe, *place).is_file())
+            missing += [(number, *place) for place in places]
         # The longest first.
         missing.sort(key=lambda job: -recipes[job[0]].length * (job[2] - job[1]))
         for number, first, stop in self._made(recipes, missing):
@@ -171,19 +164,17 @@ class SampleStore:
                 yield number, first, stop
             return
         _FORKED.append((self, recipes))
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(jobs)), mp_context=get_context("fork"), initializer=_start_worker
-        )
+        workers, context = min(self.workers, len(jobs)), get_context("fork")
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             futures = {pool.submit(_write_forked, *job): job for job in jobs}
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
         except BrokenProcessPool:
-            raise DataError(
-                "a process that makes samples was killed, probably for memory; run again with "
-                "fewer workers: finished samples are kept"
-            ) from None
+            fault = "a process that makes samples was killed, probably for memory"
+            way_out = "run again with fewer workers: finished samples are kept"
+            raise DataError(f"{fault}; {way_out}") from None
         finally:
             pool.shutdown(cancel_futures=True)
             _FORKED.pop()
@@ -207,7 +198,6 @@ class SampleStore:
 
 
 def _rows(table: pa.Table) -> Iterator[Sample]:
-    """Samples of one file."""
     for batch in table.to_batches():
         prompts = batch.column(0)
         ids, offsets = prompts.values.to_numpy(zero_copy_only=True), prompts.offsets.to_numpy()
@@ -223,7 +213,6 @@ def _start_worker() -> None:
 
 
 def _write_forked(number: int, first: int, stop: int) -> None:
-    """One job in a worker."""
     store, recipes = _FORKED[-1]
     try:
         store.write(recipes[number], first, stop)

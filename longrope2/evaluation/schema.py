@@ -35,7 +35,7 @@ class MeasuredSubject:
     long_attention_scale: float
     """Multiplier on cos and sin in the long window, dimensionless."""
     source: dict[str, str | dict[str, str]]
-    """What it was made from: path and SHA-256 of a checkpoint or factors file, or a method."""
+    """Path and SHA-256 of the checkpoint or factors file, or a method."""
 
     @property
     def checkpoint(self) -> str:
@@ -54,7 +54,6 @@ class DepthRow:
     num_correct: int
     """Samples whose value greedy decoding would give exactly."""
     accuracy: float
-    """``num_correct`` over ``num_samples``."""
     accuracy_interval: Interval
     """Wilson's."""
     perplexity: float
@@ -80,14 +79,13 @@ class NeedleRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """Held-out text of one subject in windows of one length."""
+    """Held-out text of one subject in windows of one length; ``num_tokens`` were scored."""
 
     subject: str
     length: int
     """Tokens of a window, its closing EOS counted in; in ``retention`` at most."""
     num_windows: int
     num_tokens: int
-    """Tokens scored, over all windows."""
     perplexity: float
 
 
@@ -114,9 +112,7 @@ class EvaluationSummary:
     file_name: ClassVar[str] = "evaluations.json"
     indent: ClassVar[int] = 2
     original_len: int
-    """L0."""
     target_len: int
-    """L."""
     reference: str
     """Name of the subject that ``retention`` is relative to."""
     subjects: tuple[MeasuredSubject, ...]
@@ -187,7 +183,6 @@ class Cell:
     sides: dict[str, SideScore] | None = None
     """By RoPE side of the answer: ``short``, ``both`` (it crossed L0) or ``long``."""
     scores: tuple[float, ...] = ()
-    """Of every sample."""
     samples: tuple[str, ...] = ()
     """First 16 hexadecimal digits of every sample's hash, for paired tests across runs."""
     facts: tuple[dict[str, Any], ...] = ()
@@ -200,7 +195,6 @@ class Cell:
     """Why there is no score; only beside a null one."""
 
     def __post_init__(self) -> None:
-        """A score stands beside all that it rests on."""
         if self.score is not None and None in (self.interval, self.sides, self.scores or None):
             raise ValueError("score needs interval, sides and scores beside it")
 
@@ -235,7 +229,7 @@ class KeptRow:
 
 @dataclass(frozen=True)
 class PairedRow:
-    """Paired test of two subjects in one cell; the numbers are those of ``PairedTest``."""
+    """Paired test of two subjects, first minus second; the numbers are those of ``PairedTest``."""
 
     suite: str
     task: str
@@ -244,7 +238,6 @@ class PairedRow:
     second: str
     num_samples: int
     difference: float
-    """Mean score of the first minus that of the second."""
     interval: Interval
     p_value: float
     method: str
@@ -261,13 +254,10 @@ class SuiteSummary:
     model: str
     """Its ``model.name``, by which the paper's values are found."""
     original_len: int
-    """L0."""
     target_len: int
-    """L."""
     reference: str
     """Name of the base model among the subjects."""
     subjects: tuple[SuiteSubject, ...]
-    """In the order of the tables."""
     calibration: Calibration
     cells: tuple[Cell, ...]
     averages: tuple[Average, ...]

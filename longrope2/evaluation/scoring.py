@@ -5,11 +5,10 @@ tokens after more and more context), ``retention`` (text inside the original win
 L0 are read in the short window, longer ones in the long window, as in generation. Only the
 positions that are scored pass through the LM head.
 
-A document is its token ids with BOS in front and EOS behind. Windows of text that start inside a
-document get a BOS of their own, so every one begins the way the model expects. A window of T tokens
-is a document of T tokens without its closing EOS: the last place stays empty, because a model whose
-training documents all end inside the window has seen nothing but EOS there. Needle samples are cut
-the same way.
+A document is its token ids with BOS in front and EOS behind; windows that start inside a document
+get a BOS of their own. A window of T tokens is a document of T tokens without its closing EOS: the
+last place stays empty, because a model whose training documents all end inside the window has seen
+nothing but EOS there. Needle samples are cut the same way.
 
 Shape legend: B = rows, T = tokens of a row, K = scored tokens of a row, V = vocabulary.
 """
@@ -40,25 +39,20 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class ValueScore:
-    """How the model did on the value of one needle sample."""
-
-    exact: bool
-    """Greedy decoding after the prompt would give exactly the value's tokens."""
-    nll: float
-    """Sum of the negative log-likelihoods of the value's tokens, natural logarithm."""
-    num_tokens: int
-    """Tokens of the value."""
-
-
-@dataclass(frozen=True)
 class WindowScore:
-    """How likely the model finds the scored tokens of one text window."""
+    """How likely the model finds the scored tokens of one text window, or of one needle's value."""
 
     nll: float
     """Sum of their negative log-likelihoods, natural logarithm."""
     num_tokens: int
-    """How many they are."""
+
+
+@dataclass(frozen=True)
+class ValueScore(WindowScore):
+    """How the model did on the value of one needle sample."""
+
+    exact: bool
+    """Greedy decoding after the prompt would give exactly the value's tokens."""
 
 
 @torch.inference_mode()
@@ -67,11 +61,9 @@ def score_values(
 ) -> list[ValueScore]:
     """Exact match and likelihood of every sample's value, one teacher-forced forward per batch.
 
-    Greedy decoding reproduces the value exactly when, given the prompt and any part of the value,
-    the most likely next token is the value's next one. That is what the argmax at the
-    teacher-forced positions says, so no token is ever generated (tests/reference compares with real
-    greedy generation). The two agree as long as prompt and value are read in the same window, which
-    is checked.
+    Greedy decoding reproduces the value exactly when the argmax at every teacher-forced position is
+    the value's next token, so none is generated (tests/reference compares the two). They agree as
+    long as prompt and value are read in the same window, which is checked.
 
     Raises:
         DataError: the window changes inside the value of a sample.
@@ -98,7 +90,7 @@ def score_values(
         for row, sample in enumerate(batch):
             skipped = sample.value_start - first
             exact, nll = bool(hits_BK[row, skipped:].all()), float(nll_BK[row, skipped:].sum())
-            scores.append(ValueScore(exact, nll, len(sample.through_value) - sample.value_start))
+            scores.append(ValueScore(nll, len(sample.through_value) - sample.value_start, exact))
     return scores
 
 
@@ -163,7 +155,9 @@ def needle_measure(needle_set: NeedleSet, original_len: int, batch_tokens: int) 
 
     data = [np.append(sample.tokens, sample.value_start) for sample in needle_set.samples]
     window = window_for_length(needle_set.length, original_len)
-    return Measure("needle", needle_set.length, window, _data_sha256(data), values)
+    return Measure(
+        "needle", needle_set.length, window, data_sha256=_data_sha256(data), values=values
+    )
 
 
 def perplexity_measure(
@@ -173,7 +167,8 @@ def perplexity_measure(
     length = len(windows[0]) + 1  # a window leaves the place of a closing EOS empty
     digest = _data_sha256([*windows, np.array([num_scored])])
     values = partial(_text_values, windows, num_scored, batch_tokens)
-    return Measure("perplexity", length, window_for_length(length, original_len), digest, values)
+    window = window_for_length(length, original_len)
+    return Measure("perplexity", length, window, data_sha256=digest, values=values)
 
 
 def retention_measure(
@@ -181,13 +176,13 @@ def retention_measure(
 ) -> Measure:
     """Likelihood of all tokens (but each BOS) of windows of at most L0 tokens."""
     values = partial(_text_values, windows, None, batch_tokens)
-    return Measure("retention", original_len, Window.SHORT, _data_sha256(windows), values)
+    digest, window = _data_sha256(windows), Window.SHORT
+    return Measure("retention", original_len, window, data_sha256=digest, values=values)
 
 
 def _text_values(
     windows: Sequence[np.ndarray], num_scored: int | None, batch_tokens: int, model: WindowedModel
 ) -> dict[str, Any]:
-    """Raw numbers of text windows, one entry per window."""
     scores = score_windows(model, windows, num_scored=num_scored, batch_tokens=batch_tokens)
     return {"nll": [s.nll for s in scores], "num_tokens": [s.num_tokens for s in scores]}
 
@@ -201,20 +196,12 @@ def measure_all(
     """Every measure of every subject; what ``results`` holds already is not measured again."""
     for subject in subjects:
         for measure in measures:
-            fingerprint = _fingerprint(subject, measure, str(models.dtype))
-            values = results.find(fingerprint)
-            if values is None:
-                values = measure.values(models.of(subject))
+            table, data = subject.table_identity(measure.window), measure.data_sha256
+            parts = [subject.weights_sha256, table, str(models.dtype), measure.suite, data]
+            fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            make = partial(lambda of, subject: of.values(models.of(subject)), measure, subject)
             place = subject.name, measure.suite, measure.length
-            measurement = Measurement(*place, fingerprint, values)
-            results.append(measurement)
-            yield measurement
-
-
-def _fingerprint(subject: Subject, measure: Measure, dtype: str) -> str:
-    table = subject.table_identity(measure.window)
-    parts = [subject.weights_sha256, table, dtype, measure.suite, measure.data_sha256]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            yield results.measured(*place, fingerprint=fingerprint, measure=make)
 
 
 def _data_sha256(arrays: Iterable[np.ndarray]) -> str:
@@ -236,13 +223,9 @@ def context_windows(
 ) -> dict[int, list[np.ndarray]]:
     """Windows of every length that end at the same places: all lengths score the same tokens.
 
-    A place is the end of ``num_scored`` tokens of a document; the window of length T shows the
-    model the T - 2 tokens up to there behind a BOS. Perplexity then differs between lengths only by
-    what more context does. Places are spread over the documents in turn and the scored tokens never
-    overlap.
-
-    Returns:
-        Length -> windows of one token less, one for each of ``num_windows`` places.
+    The window of length T shows the model the T - 2 tokens up to a place, behind a BOS: perplexity
+    differs between lengths only by what more context does. Places are spread over the documents in
+    turn and the scored tokens never overlap. A length has windows of one token less.
 
     Raises:
         DataError: the documents that are long enough hold too few places.

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from longrope2.errors import DataError
@@ -18,7 +19,6 @@ from longrope2.evaluation.schema import Cell
 from longrope2.evaluation.statistics import score_interval
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.evaluation.summary import scores_by_side
-from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
 
@@ -38,14 +38,9 @@ def measure_short_tasks(
     for subject in subjects:
         for task in config.tasks:
             fingerprint = _fingerprint(config, task, subject, str(models.dtype))
-            values = results.find(fingerprint)
-            if values is None:
-                values = _measure(config, task, models.of(subject), tokenizer)
-            measurement = Measurement(
-                subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name}
-            )
-            results.append(measurement)
-            yield measurement
+            make = partial(_measure, config, task, subject, models=models, tokenizer=tokenizer)
+            place = subject.name, LM_EVAL_SUITE, 0
+            yield results.measured(*place, fingerprint=fingerprint, measure=make)
 
 
 def short_task_cell(measurement: Measurement) -> Cell:
@@ -63,7 +58,11 @@ def short_task_cell(measurement: Measurement) -> Cell:
 
 
 def _measure(
-    config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any
+    config: ShortTasksConfig,
+    task: ShortTaskConfig,
+    subject: Subject,
+    models: SubjectModels,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -72,17 +71,12 @@ def _measure(
 
     lm_class: Any = LongRope2LM  # the harness's decorators hide the types of what they decorate
     run_tasks: Any = simple_evaluate
-    lm = lm_class.around(model, tokenizer)
+    lm = lm_class.around(models.of(subject), tokenizer)
+    options = {"num_fewshot": task.num_fewshot, "limit": config.limit, "bootstrap_iters": 0}
     try:
-        found = run_tasks(
-            lm,
-            tasks=[task.task],
-            num_fewshot=task.num_fewshot,
-            limit=config.limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            task_manager=TaskManager(include_path=config.include_path),
-        )
+        manager = TaskManager(include_path=config.include_path)
+        asked = {"tasks": [task.task], "task_manager": manager, **options}
+        found = run_tasks(lm, log_samples=True, **asked)
     except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -101,9 +95,8 @@ def _values(
     totals = {**found.get("groups", {}), **found["results"]}.get(task.task, {})
     if task.metric not in totals:
         known = ", ".join(key for key in totals if "," in key and "stderr" not in key)
-        raise DataError(
-            f"suite.short_tasks: {task.task} has no metric {task.metric!r}; it has {known}"
-        )
+        fault = f"{task.task} has no metric {task.metric!r}; it has {known}"
+        raise DataError(f"suite.short_tasks: {fault}")
     metric, chosen_filter = task.metric.split(",")
     scores, found_sides, questions = [], [], []
     for name, samples in sorted(found["samples"].items()):
@@ -113,8 +106,8 @@ def _values(
                 used = sides[name, sample["doc_id"]]
                 found_sides.append(next(iter(used)) if len(used) == 1 else "both")
                 questions.append(sample["doc_hash"][:16])
-    total = totals[task.metric]
-    return {"score": total, "scores": scores, "sides": found_sides, "questions": questions}
+    total = {"score": totals[task.metric], "scores": scores}
+    return {**total, "sides": found_sides, "questions": questions, "name": task.name}
 
 
 def _fingerprint(
@@ -122,11 +115,8 @@ def _fingerprint(
 ) -> str:
     """Hash of everything a measurement depends on, the data set's own version aside."""
     tables = [subject.table_identity(window) for window in Window]
-    settings = asdict(task) | {
-        "limit": config.limit,
-        "include_path": config.include_path,
-        "lm_eval": lm_eval_version(),
-    }
+    shared = {"limit": config.limit, "include_path": config.include_path}
+    settings = {**asdict(task), **shared, "lm_eval": lm_eval_version()}
     original_len = subject.factors.geometry.original_len
     parts = [subject.weights_sha256, tables, original_len, dtype, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

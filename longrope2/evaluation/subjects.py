@@ -9,7 +9,7 @@ import torch
 
 from longrope2.config import StageConfig
 from longrope2.errors import ArtifactError, FactorsError
-from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
+from longrope2.evaluation.config import EvaluateRoot
 from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
@@ -40,10 +40,7 @@ class Subject:
 
 
 class SubjectModels:
-    """The one model in memory: a subject's is loaded when first asked for.
-
-    It stays for subjects with the same weights, and is freed before others are read.
-    """
+    """The one model in memory: it stays for subjects with its weights, and is freed for others."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -54,9 +51,8 @@ class SubjectModels:
         """The subject's model, with its factors."""
         if self._model is None or self._weights_sha256 != subject.weights_sha256:
             self._model = None
-            self._model = load_windowed_model(
-                subject.folder, subject.factors, device=self.device, dtype=self.dtype
-            ).eval()
+            place: Any = {"device": self.device, "dtype": self.dtype}
+            self._model = load_windowed_model(subject.folder, subject.factors, **place).eval()
             self._weights_sha256 = subject.weights_sha256
         if self._model.factors is not subject.factors:
             self._model.set_factors(subject.factors)
@@ -76,13 +72,14 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     for index, subject in enumerate(config.evaluation.subjects):
         try:
             if subject.checkpoint is not None:
-                subjects.append(_trained(subject, base_folder, geometry, config.target_len))
+                folder = Path(subject.checkpoint)
+                factors = _own_factors(folder, base_folder, geometry, config.target_len)
+                sha256, source = weights_sha256(folder), {"checkpoint": describe_input(folder)}
             else:
-                rope = subject.rope or RopeConfig()
+                rope, folder, sha256 = subject.rope or RopeConfig(), base_folder, base_weights
                 factors, source = _base_factors(rope, config, base_folder, geometry)
-                subjects.append(
-                    Subject(subject.name, base_folder, factors, base_weights, False, source)
-                )
+            of, trained = (subject.name, folder, factors, sha256), subject.checkpoint is not None
+            subjects.append(Subject(*of, trained=trained, source=source))
         except (ArtifactError, FactorsError) as error:
             raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
     return subjects
@@ -91,18 +88,12 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
 def find_checkpoint(
     config: StageConfig, key: str, given: str | None
 ) -> tuple[Path, RescaleFactors]:
-    """The checkpoint of a stage and its factors: ``given``, or what the run itself has trained.
-
-    Args:
-        config: Of the stage.
-        key: Where ``given`` stands in it, for messages.
-        given: Folder; None is the run's ``3_checkpoints/final``.
+    """The checkpoint of a stage and its factors: ``given`` at ``key``, else what the run trained.
 
     Raises:
         ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
     """
-    own = product_folder(config.run.folder, "checkpoints") / "final"
-    checkpoint = Path(given) if given else own
+    checkpoint = Path(given or product_folder(config.run.folder, "checkpoints") / "final")
     if not checkpoint.is_dir():
         raise ArtifactError(f"{key}={checkpoint} does not exist; run launch.train first")
     factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
@@ -128,19 +119,13 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
         ("target_len", factors.target_len, target_len),
     ):
         if found != wanted:
-            raise ArtifactError(
-                f"{path} is for {key}={found}, but {key}={wanted} is set; set {key}={found}"
-            )
+            fault = f"{path} is for {key}={found}, but {key}={wanted} is set"
+            raise ArtifactError(f"{fault}; set {key}={found}")
     return factors
 
 
 def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
-    """Refuse an artifact made for another architecture or tokenizer than those of ``model.path``.
-
-    Args:
-        key: What the artifact is called in the message.
-        found: Its ``model_identity``.
-        base_folder: Folder of ``model.path``.
+    """Refuse an artifact, called ``key``, whose ``model_identity`` is not that of ``model.path``.
 
     Raises:
         ArtifactError: names the fields that differ.
@@ -148,34 +133,25 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
     wanted = model_identity(base_folder)
     different = [name.removesuffix("_sha256") for name in wanted if found.get(name) != wanted[name]]
     if different:
-        raise ArtifactError(
-            f"{key} belongs to another model than model.path={base_folder} "
-            f"(other {' and '.join(different)})"
-        )
+        fault = f"{key} belongs to another model than model.path={base_folder}"
+        raise ArtifactError(f"{fault} (other {' and '.join(different)})")
 
 
-def _trained(
-    subject: SubjectConfig, base_folder: Path, geometry: RopeGeometry, target_len: int
-) -> Subject:
-    """A checkpoint with its own factors."""
-    folder = Path(subject.checkpoint or "")
+def _own_factors(
+    folder: Path, base_folder: Path, geometry: RopeGeometry, target_len: int
+) -> RescaleFactors:
     if not folder.is_dir():
-        raise ArtifactError(
-            f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out"
-        )
+        way_out = "run launch.train first, or leave the subject out"
+        raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
     factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
-    source = {"checkpoint": describe_input(folder)}
-    return Subject(subject.name, folder, factors, weights_sha256(folder), True, source)
+    return factors
 
 
 def _base_factors(
     rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
-    """Factors for the base weights, and their input record.
-
-    Those of the run's search must have been searched on this model.
-    """
+    """Factors for the base weights, if searched then on this model; and their input record."""
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
     path = factors_path(rope, config.run.folder)
     if path is None:

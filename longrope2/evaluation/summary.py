@@ -14,25 +14,18 @@ import torch
 from rich import box
 from rich.table import Table
 
-from longrope2.evaluation import schema
+from longrope2.evaluation import schema, statistics
 from longrope2.evaluation.answering import NotMeasured, sample_key
 from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
 from longrope2.evaluation.results import Answer, AnswersLog, Measurement
 from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.schema import Average, Cell
-from longrope2.evaluation.statistics import (
-    macro_interval,
-    paired_test,
-    score_interval,
-    wilson_interval,
-)
 from longrope2.evaluation.subjects import Subject
 from longrope2.inference.generation import window_for_length
 from longrope2.search.objective import perplexity
 
 FIRST_VIEW = 100  # the paper's sample count per RULER task: the first so many are shown beside all
 EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4k
-_AVERAGED_SUITES = ("ruler",)
 
 
 def summarize(
@@ -43,24 +36,19 @@ def summarize(
     for measurement in measurements:
         by_suite[measurement.suite].append(measurement)
     original_len = subjects[0].factors.geometry.original_len
+    texts = [_text_row(m) for m in by_suite["perplexity"]]
     kept = [_text_row(m) for m in by_suite["retention"]]
-    reference_perplexity = next(row.perplexity for row in kept if row.subject == reference)
+    base = next(row.perplexity for row in kept if row.subject == reference)
+    windows = [window_for_length(row.length, original_len).value for row in texts]
+    in_context = zip(texts, windows, strict=True)
     return schema.EvaluationSummary(
         original_len=original_len,
         target_len=subjects[0].factors.target_len,
         reference=reference,
         subjects=tuple(_measured_subject(subject) for subject in subjects),
         needle=tuple(_needle_row(m, original_len) for m in by_suite["needle"]),
-        perplexity=tuple(
-            schema.ContextRow(
-                **vars(_text_row(m)), window=window_for_length(m.length, original_len).value
-            )
-            for m in by_suite["perplexity"]
-        ),
-        retention=tuple(
-            schema.RetentionRow(**vars(row), ratio=row.perplexity / reference_perplexity)
-            for row in kept
-        ),
+        perplexity=tuple(schema.ContextRow(**vars(r), window=window) for r, window in in_context),
+        retention=tuple(schema.RetentionRow(**vars(r), ratio=r.perplexity / base) for r in kept),
     )
 
 
@@ -91,41 +79,30 @@ def _needle_row(measurement: Measurement, original_len: int) -> schema.NeedleRow
     by_depth: dict[float, list[int]] = defaultdict(list)
     for index, depth in enumerate(values["depths"]):
         by_depth[depth].append(index)
-    return schema.NeedleRow(
-        subject=measurement.subject,
-        length=measurement.length,
-        window=window_for_length(measurement.length, original_len).value,
-        **_needle_numbers(values, range(len(values["exact"]))),
-        depths=tuple(
-            schema.DepthRow(depth, **_needle_numbers(values, by_depth[depth]))
-            for depth in sorted(by_depth)
-        ),
-    )
+    window = window_for_length(measurement.length, original_len).value
+    place = measurement.subject, measurement.length, window
+    overall = _needle_numbers(values, range(len(values["exact"])))
+    at_depth = [(depth, _needle_numbers(values, by_depth[depth])) for depth in sorted(by_depth)]
+    depths = tuple(schema.DepthRow(depth, **numbers) for depth, numbers in at_depth)
+    return schema.NeedleRow(*place, **overall, depths=depths)
 
 
 def _needle_numbers(values: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
-    """The fields of some samples that ``NeedleRow`` and ``DepthRow`` share."""
     num_correct = sum(values["exact"][index] for index in indices)
     num_tokens = sum(values["num_tokens"][index] for index in indices)
     return {
         "num_samples": len(indices),
         "num_correct": num_correct,
         "accuracy": num_correct / len(indices),
-        "accuracy_interval": wilson_interval(num_correct, len(indices)),
+        "accuracy_interval": statistics.wilson_interval(num_correct, len(indices)),
         "perplexity": perplexity(sum(values["nll"][index] for index in indices), num_tokens),
     }
 
 
 def _text_row(measurement: Measurement) -> schema.TextRow:
-    """Perplexity over all scored tokens of text windows."""
     nll, num_tokens = measurement.values["nll"], sum(measurement.values["num_tokens"])
-    return schema.TextRow(
-        subject=measurement.subject,
-        length=measurement.length,
-        num_windows=len(nll),
-        num_tokens=num_tokens,
-        perplexity=perplexity(sum(nll), num_tokens),
-    )
+    place = measurement.subject, measurement.length, len(nll), num_tokens
+    return schema.TextRow(*place, perplexity=perplexity(sum(nll), num_tokens))
 
 
 def comparison_lines(summary: schema.EvaluationSummary) -> tuple[list[int], list[list[str]]]:
@@ -142,16 +119,10 @@ def comparison_lines(summary: schema.EvaluationSummary) -> tuple[list[int], list
     for name in (subject.name for subject in summary.subjects):
         longest = needle[name, lengths[-1]]
         low, high = longest.accuracy_interval
-        lines.append(
-            [
-                name,
-                *(f"{100 * needle[name, length].accuracy:.0f}" for length in lengths),
-                f"{100 * low:.0f}-{100 * high:.0f}",
-                f"{longest.perplexity:.4g}",
-                f"{text[name, lengths[-1]].perplexity:.4g}",
-                f"{100 * (kept[name].ratio - 1):+.1f} %",
-            ]
-        )
+        shares = [f"{100 * needle[name, length].accuracy:.0f}" for length in lengths]
+        perplexities = f"{longest.perplexity:.4g}", f"{text[name, lengths[-1]].perplexity:.4g}"
+        changed = f"{100 * (kept[name].ratio - 1):+.1f} %"
+        lines.append([name, *shares, f"{100 * low:.0f}-{100 * high:.0f}", *perplexities, changed])
     return lengths, lines
 
 
@@ -215,7 +186,7 @@ def _scored(
     return Cell(
         *place,
         score=sum(scores) / len(scores),
-        interval=score_interval(scores),
+        interval=statistics.score_interval(scores),
         first_100=sum(first) / len(first),
         sides=scores_by_side(scores, [answer.side for answer in answers]),
         scores=tuple(scores),
@@ -231,7 +202,8 @@ def scores_by_side(scores: Sequence[float], sides: Sequence[str]) -> dict[str, s
     for side in ("short", "both", "long"):
         own = [score for score, its_side in zip(scores, sides, strict=True) if its_side == side]
         if own:
-            found[side] = schema.SideScore(len(own), sum(own) / len(own), score_interval(own))
+            interval = statistics.score_interval(own)
+            found[side] = schema.SideScore(len(own), sum(own) / len(own), interval)
     return found
 
 
@@ -239,7 +211,7 @@ def average_cells(cells: Sequence[Cell]) -> list[Average]:
     """Plain mean over RULER's tasks by subject and length, None where a task is missing."""
     groups: dict[tuple[str, str, int], list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell.suite in _AVERAGED_SUITES:
+        if cell.suite == "ruler":
             groups[cell.subject, cell.suite, cell.length].append(cell)
     averages = []
     for place, members in groups.items():
@@ -249,18 +221,20 @@ def average_cells(cells: Sequence[Cell]) -> list[Average]:
             averages.append(Average(*place, count, score=None))
             continue
         first = sum(member.first_100 or 0.0 for member in members) / count
-        interval = macro_interval([member.scores for member in members])
-        averages.append(Average(*place, count, sum(scores) / count, first, interval))
+        interval = statistics.macro_interval([member.scores for member in members])
+        averages.append(
+            Average(*place, count, sum(scores) / count, first_100=first, interval=interval)
+        )
     return averages
 
 
-def effective_length(averages: Sequence[Average], subject: str, suite: str = "ruler") -> int | None:
-    """Largest length up to which every average lies above RULER's threshold, None without one.
+def effective_length(averages: Sequence[Average], subject: str) -> int | None:
+    """Largest length up to which every RULER average lies above its threshold, else None.
 
     A length that was not measured ends the count.
     """
     longest = None
-    own = [row for row in averages if row.subject == subject and row.suite == suite]
+    own = (row for row in averages if row.subject == subject)
     for row in sorted(own, key=lambda row: row.length):
         if row.score is None or 100 * row.score <= EFFECTIVE_THRESHOLD:
             break
@@ -285,7 +259,7 @@ def calibration_rows(
             state = "passed" if rule.low <= found <= rule.high else "broken"
         else:
             state = "not measured" if rule.score in scores else "not in this suite"
-        rows.append(schema.CalibrationRow(rule.score, rule.low, rule.high, found, state))
+        rows.append(schema.CalibrationRow(**vars(rule), found=found, state=state))
     return rows
 
 
@@ -312,7 +286,7 @@ def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[sch
             for first in members[index + 1 :]:
                 names = first.subject, second.subject
                 if (all_pairs or reference in names) and first.samples == second.samples:
-                    numbers = asdict(paired_test(first.scores, second.scores))
+                    numbers = asdict(statistics.paired_test(first.scores, second.scores))
                     rows.append(schema.PairedRow(*place, *names, **numbers))
     return rows
 

@@ -1,14 +1,11 @@
 """An exported folder of a Llama class as one GGUF file with both factor tensors, for llama.cpp.
 
-llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the context of a
-sequence is larger than ``rope.scaling.original_context_length``, else by ``rope_factors_short``,
-and multiplies cosine and sine by ``rope.scaling.attn_factor`` in both cases. The choice is made by
-the size of the context, once: for a switch-free file export ``long_only`` or ``short_only``.
-``rope.scaling.factor`` is left out, as it would divide all angles once more.
-
-Its own converter writes the factor tensors for few model classes, not for Llama's. Query and key
-rows are reordered, because GGUF's Llama pairs neighbouring channels where Hugging Face pairs the
-two halves of a head.
+llama.cpp divides the angle of each cosine index by ``rope_factors_long`` when the size of the
+context, once, is above ``rope.scaling.original_context_length``, else by ``rope_factors_short``,
+and multiplies cosine and sine by ``rope.scaling.attn_factor`` in both cases. Left out:
+``rope.scaling.factor``, which would divide all angles once more. Its own converter writes no factor
+tensors for Llama classes. Query and key rows are reordered: GGUF's Llama pairs neighbouring
+channels where Hugging Face pairs the two halves of a head.
 """
 
 import json
@@ -40,10 +37,8 @@ def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -
     """
     config = read_raw_config(folder / CONFIG_FILE)
     if config["model_type"] not in _CLASSES:
-        raise ArtifactError(
-            f"export.gguf=true: {config['model_type']} models are not supported, "
-            f"{', '.join(_CLASSES)} are"
-        )
+        fault = f"export.gguf=true: {config['model_type']} models are not supported"
+        raise ArtifactError(f"{fault}, {', '.join(_CLASSES)} are")
     has_bias = config.get("attention_bias") or config.get("mlp_bias")
     if has_bias or config.get("partial_rotary_factor", 1) != 1:
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
@@ -75,7 +70,8 @@ def write_gguf(
     config = read_raw_config(folder / CONFIG_FILE)
     writer = gguf.GGUFWriter(path, "llama")
     _add_config(writer, config, factors)
-    _add_tokenizer(writer, folder, tokenizer_folder, config["vocab_size"], pretokenizer)
+    folders = (folder, tokenizer_folder)
+    _add_tokenizer(writer, *folders, vocab_size=config["vocab_size"], pretokenizer=pretokenizer)
     for window, name in _FACTOR_TENSORS.items():
         writer.add_tensor(name, _float32(factors, window))
     bf16 = config["dtype"] == "bfloat16"
@@ -93,7 +89,6 @@ def write_gguf(
 
 
 def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) -> None:
-    """Shape of the model and its RoPE."""
     import gguf
 
     writer.add_context_length(factors.target_len)
@@ -118,7 +113,7 @@ def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) ->
 
 
 def _add_tokenizer(
-    writer: Any, folder: Path, tokenizer_folder: Path, vocab_size: int, pretokenizer: str | None
+    writer: Any, folder: Path, tokenizer_folder: Path, *, vocab_size: int, pretokenizer: str | None
 ) -> None:
     """Tokens with their kinds; merges and special ids are found by gguf itself."""
     import gguf
@@ -152,12 +147,10 @@ def _add_tokenizer(
 
 
 def _float32(factors: RescaleFactors, window: Window) -> np.ndarray:
-    """The factors of a window, as its tensor holds them."""
     return np.array(factors.window_factors(window), dtype=np.float32)
 
 
 def _unused(number: int) -> tuple[str, int]:
-    """The entry of an id that is no token."""
     import gguf
 
     return f"[PAD{number}]", gguf.TokenType.UNUSED
@@ -173,9 +166,8 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
         for name, tensor in load_file(file).items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:
-                raise ArtifactError(
-                    f"export.gguf=true: GGUF's Llama has no place for the weight {name}"
-                )
+                fault = f"export.gguf=true: GGUF's Llama has no place for the weight {name}"
+                raise ArtifactError(fault)
             values = tensor.float().numpy()
             for part, heads in num_heads.items():
                 if f".{part}." in name:

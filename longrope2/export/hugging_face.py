@@ -1,8 +1,7 @@
 """A checkpoint as a Hugging Face folder that plain transformers loads.
 
-The factors live in config.json only (RoPE type ``longrope``, both config layouts, attention factor
-explicit; see ``to_hf_config`` and ``variants``), one window's or both. The weights
-are the checkpoint's, cast to the wanted format.
+The factors live in config.json only (see ``to_hf_config`` and ``variants``), one window's or both;
+the weights are the checkpoint's, cast to the wanted format.
 """
 
 import json
@@ -14,13 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from longrope2.export import variants
 from longrope2.export.model_card import StaticCost, model_card
-from longrope2.export.variants import (
-    ExportVariant,
-    full_attention_keys,
-    variant_factors,
-    variant_keys,
-)
+from longrope2.export.variants import ExportVariant
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
@@ -52,7 +47,7 @@ def write_hugging_face_folder(
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
     """
-    applied = variant_factors(factors, variant)
+    applied = variants.variant_factors(factors, variant)
     folder.mkdir(parents=True, exist_ok=True)
     base_config = read_raw_config(checkpoint / CONFIG_FILE)
     config = merged_config(base_config, factors, dtype, variant)
@@ -73,7 +68,8 @@ def write_hugging_face_folder(
         reach = {"max_length": applied.target_len} if "max_length" in generation else {}
         _write_json(folder / _GENERATION_CONFIG, generation | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
-    write_text(folder / "README.md", model_card(base_config, config, factors, variant, cost))
+    card = model_card(base_config, config, factors, variant=variant, cost=cost)
+    write_text(folder / "README.md", card)
 
 
 def merged_config(
@@ -92,8 +88,8 @@ def merged_config(
     config = {key: value for key, value in config.items() if key != "auto_map"}
     # Transformers 5 reads "dtype", older versions "torch_dtype".
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    rope = variant_keys(config, variant_factors(factors, variant), variant)
-    return rope | full_attention_keys(config) | dtypes
+    rope = variants.variant_keys(config, variants.variant_factors(factors, variant), variant)
+    return rope | variants.full_attention_keys(config) | dtypes
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -1,8 +1,4 @@
-"""The README of an exported model: what it is, which engines read it, what a static choice costs.
-
-The cost is what is lost on short texts under the rescaled RoPE, with which an engine without a
-switch must read them.
-"""
+"""The README of an exported model: what it is, who reads it, what a static choice costs."""
 
 import math
 from collections.abc import Sequence
@@ -219,7 +215,6 @@ def model_card(
 def _engines(
     config: dict[str, Any], variant: ExportVariant, lengths: dict[str, int], unscaled: bool
 ) -> str:
-    """The table of engines, with versions of transformers by model class."""
     rows = _TRANSFORMERS_ROWS[variant]
     if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
         limits = ", with two limits below" if variant is ExportVariant.dual else ""
@@ -260,5 +255,4 @@ def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, in
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    """Factors, short enough to read."""
     return ", ".join(f"{value:.4g}" for value in values)

@@ -1,7 +1,6 @@
 """One export: a finished checkpoint found, its folders written, verified, and only then published.
 
-A folder appears only after plain transformers has loaded it and given the logits of the trained
-model on either side of the window switch, as far as the folder reaches.
+Verified: plain transformers loads a folder and gives the trained model's logits.
 """
 
 import random
@@ -87,8 +86,7 @@ def is_complete(export: Export) -> bool:
 def publish(export: Export) -> _Differences:
     """Write beside the final places, verify all, then move; a failure leaves nothing behind.
 
-    Returns:
-        Folder name -> length -> largest difference of the logits, over the largest logit.
+    Returns the largest difference of the logits over the largest logit, by folder name and length.
 
     Raises:
         ArtifactError: plain transformers computes something else than the trained model.
@@ -102,7 +100,7 @@ def publish(export: Export) -> _Differences:
             # All variants share the weight files of the first.
             weights_from = unverified[0] if temporary is not unverified[0] else None
             differences[variant.folder_name] = _write(
-                export, variant, temporary, cost, weights_from
+                export, variant, temporary, cost=cost, weights_from=weights_from
             )
         (export.folder / artifacts.MANIFEST_NAME).unlink(missing_ok=True)
         _remove_former(export)
@@ -142,6 +140,7 @@ def _write(
     export: Export,
     variant: ExportVariant,
     folder: Path,
+    *,
     cost: StaticCost | None,
     weights_from: Path | None,
 ) -> dict[str, float]:

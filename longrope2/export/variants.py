@@ -1,9 +1,5 @@
 """Settings of an export, and three ways to say an extended model in a config.json.
 
-``dual`` holds the RoPE of both windows; whoever loads it must switch at L0. An engine that chooses
-once at load gets what it can serve without a switch: ``long_only`` applies the rescaled RoPE at
-every length, ``short_only`` is the model inside its original window.
-
 vLLM and SGLang do not read ``attention_factor``: they multiply cosine and sine by sqrt(1 + ln s /
 ln L0) in both windows unless ``short_mscale`` and ``long_mscale`` stand in the RoPE keys.
 transformers warns about the two and ignores them. So all three are written and say the same.

@@ -40,10 +40,9 @@ def verify_export(
     Raises:
         ArtifactError: a difference above ``LOGIT_TOLERANCE``.
     """
-    device, _ = device_and_dtype()
     # One model at a time: two copies of a large one in float32 may not fit.
-    ours = _our_logits(checkpoint, factors, dtype, lengths, device)
-    theirs = _transformers_logits(folder, lengths, device)
+    ours = _our_logits(checkpoint, factors, dtype, lengths)
+    theirs = _transformers_logits(folder, lengths)
     differences = {}
     for length in lengths:
         largest = float(ours[length].abs().max())
@@ -60,13 +59,10 @@ def verify_export(
 
 @torch.inference_mode()
 def _our_logits(
-    checkpoint: Path,
-    factors: RescaleFactors,
-    dtype: torch.dtype,
-    lengths: Sequence[int],
-    device: torch.device,
+    checkpoint: Path, factors: RescaleFactors, dtype: torch.dtype, lengths: Sequence[int]
 ) -> dict[int, Tensor]:
     """Last logits [T, V] of the checkpoint at each length."""
+    device, _ = device_and_dtype()
     model = load_windowed_model(checkpoint, factors, device=device, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
@@ -81,10 +77,9 @@ def _our_logits(
 
 
 @torch.inference_mode()
-def _transformers_logits(
-    folder: Path, lengths: Sequence[int], device: torch.device
-) -> dict[int, Tensor]:
+def _transformers_logits(folder: Path, lengths: Sequence[int]) -> dict[int, Tensor]:
     """Last logits [T, V] of the exported model at each length."""
+    device, _ = device_and_dtype()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
     logits = {}

@@ -1,15 +1,11 @@
 """Greedy generation for many prompts, each in the window that its own length asks for.
 
-Prompts are read one at a time: a prefill fills the processor by itself, and what it computes is
-then bit for bit what the prompt alone would give. Only the decoding is batched, over rows of one
-window and similar length: shorter rows are padded on the left of the cache, their padding is masked
-and their positions are their own, so a row's tokens do not depend on its batch mates. Matrix
-products of another shape round differently, which moves logits by about 1e-6 of the largest in
-float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit for bit generation one by
-one.
-
-A row that outgrows L0 leaves its batch and is read again with the rescaled RoPE once the short rows
-are done.
+Prompts are read one at a time, bit for bit as the prompt alone. Only the decoding is batched, over
+rows of one window and similar length: shorter rows are padded on the left of the cache, masked
+there, and keep their positions. Matrix products of another shape round differently, by about 1e-6
+of the largest logit in float32 (tests/reference/test_generation_batch.py); ``max_rows=1`` is bit
+for bit generation one by one. A row that outgrows L0 leaves its batch and is read again with the
+rescaled RoPE once the short rows are done.
 
 Shape legend: B = rows, V = vocabulary.
 """
@@ -22,13 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from longrope2.errors import DataError
+from longrope2.inference import generation
 from longrope2.inference.cache import KvPolicy, join_caches, next_logits, single_row
-from longrope2.inference.generation import (
-    GeneratedToken,
-    check_request,
-    switch_window,
-    window_for_length,
-)
+from longrope2.inference.generation import GeneratedToken
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 
@@ -73,7 +65,9 @@ def generate_batch(
         DataError: an empty prompt, one that exceeds the target length, or an option outside its
             range; names the prompt.
     """
-    rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk, max_rows)
+    if max_rows < 1:
+        raise DataError(f"max_rows={max_rows} must be at least 1")
+    rows = _checked_rows(model, prompts, max_new_tokens, prefill_chunk)
     group = _GroupDecoder(model, frozenset(stop_ids), prefill_chunk, kv_policy)
     # A row only ever moves from the first window to the second.
     for window in (Window.SHORT, Window.LONG):
@@ -89,21 +83,16 @@ def _checked_rows(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     prefill_chunk: int | None,
-    max_rows: int,
 ) -> list[_Row]:
     """A row per prompt; all prompts are checked before the first is read."""
     is_common = isinstance(max_new_tokens, int)
     limits = [max_new_tokens] * len(prompts) if is_common else list(max_new_tokens)
     if len(limits) != len(prompts):
-        raise DataError(
-            f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; "
-            "give one each, or one"
-        )
-    if max_rows < 1:
-        raise DataError(f"max_rows={max_rows} must be at least 1")
+        fault = f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts"
+        raise DataError(f"{fault}; give one each, or one")
     target_len = model.factors.target_len
     for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
-        check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
+        generation.check_request(ids, limit, target_len, prefill_chunk, name=f"prompt {number}")
     return [_Row(list(ids), limit) for ids, limit in zip(prompts, limits, strict=True)]
 
 
@@ -119,13 +108,15 @@ class _GroupDecoder:
     def belongs(self, row: _Row, window: Window) -> bool:
         """Whether the row still wants tokens and its length asks for this window."""
         original_len = self.model.factors.geometry.original_len
-        return row.num_left > 0 and window_for_length(len(row.ids), original_len) is window
+        its_window = generation.window_for_length(len(row.ids), original_len)
+        return row.num_left > 0 and its_window is window
 
     def decode(self, rows: list[_Row], window: Window) -> None:
         """Continue all rows until each has stopped or outgrown the window."""
         for row in rows:
-            logits_V, row.cache = switch_window(
-                self.model, row.ids, row.cache, self.prefill_chunk, self.kv_policy
+            chunk, policy = self.prefill_chunk, self.kv_policy
+            logits_V, row.cache = generation.switch_window(
+                self.model, row.ids, row.cache, prefill_chunk=chunk, kv_policy=policy
             )
             row.append(int(logits_V.argmax()), window, self.stop_ids)
         active = self._still_in(rows, window)
@@ -148,7 +139,9 @@ class _GroupDecoder:
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
         positions_B1 = torch.tensor([[len(row.ids) - 1] for row in rows], device=device)
         padding_B = first_key_B.to(device) if first_key_B.any() else None
-        logits_BV = next_logits(self.model, tokens_B1, cache, window, positions_B1, padding_B)
+        logits_BV = next_logits(
+            self.model, tokens_B1, cache, window, positions_BT=positions_B1, first_key_B=padding_B
+        )
         return logits_BV.argmax(dim=-1).tolist()
 
     def _drop_leavers(

@@ -1,7 +1,6 @@
 """transformers' key/value cache: filled chunk by chunk, joined, and re-rotated at the switch.
 
-Every forward names its window, and all chunks of a sequence are read with one: a cache never holds
-keys of two RoPEs.
+All chunks of a sequence are read with one window: a cache never holds keys of two RoPEs.
 
 Shape legend: B = rows, T = tokens, K = key/value heads, C = cached tokens, D = head dim, I = rotary
 dim / 2, V = vocabulary.
@@ -73,10 +72,9 @@ def next_logits(
 def prefill(
     model: WindowedModel, ids: Sequence[int], window: Window, chunk_tokens: int | None
 ) -> tuple[Tensor, DynamicCache]:
-    """Read one sequence into a fresh cache, in the window that its whole length asks for.
+    """Read one sequence into a fresh cache; logits after the last token, [V], and the cache.
 
-    ``chunk_tokens`` are read at a time, which bounds the memory of activations; None reads all at
-    once. Returns the logits after the last token, [V], and the cache.
+    ``chunk_tokens`` at a time bound the memory of activations; None reads all at once.
     """
     cache, logits_BV = DynamicCache(), torch.empty(0)
     for chunk_BT in torch.tensor([ids]).split(chunk_tokens or len(ids), dim=1):

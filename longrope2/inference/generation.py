@@ -2,12 +2,8 @@
 
 A sequence of at most L0 tokens (prompt plus generated) is read with the original RoPE. The forward
 pass that reads the first token beyond L0 reads the whole sequence again, with the rescaled RoPE,
-into a fresh cache; cached decoding then goes on. Length exactly L0 is still short (arXiv
-2502.20082, section 3.3).
-
-Re-rotating the cached keys instead (``KvPolicy.rerotate``) is exact in layer 0 only: deeper keys
-depend on hidden states that were computed under the other factors. The choice belongs to the
-sequence, never to a batch (see ``batch``).
+into a fresh cache (arXiv 2502.20082, section 3.3); ``KvPolicy.rerotate`` turns the cached keys
+instead. The choice belongs to the sequence, never to a batch (see ``batch``).
 
 Shape legend: V = vocabulary.
 """
@@ -67,10 +63,8 @@ def check_request(
             f"generate.max_new_tokens to at most {max(target_len - len(prompt_ids), 0)}"
         )
     if prefill_chunk is not None and prefill_chunk < 1:
-        raise DataError(
-            f"generate.prefill_chunk={prefill_chunk} must be at least 1, or null to read a prompt "
-            "at once"
-        )
+        fault = f"generate.prefill_chunk={prefill_chunk} must be at least 1"
+        raise DataError(f"{fault}, or null to read a prompt at once")
 
 
 def generate_tokens(
@@ -91,7 +85,7 @@ def generate_tokens(
         prompt_ids: Token ids, BOS included if the model wants one.
         max_new_tokens: Upper bound on the tokens yielded.
         stop_ids: Ids that end the generation; the one that does is yielded last.
-        temperature: 0 is greedy; above, softmax(logits / temperature) is sampled from.
+        temperature: 0 is greedy; above, softmax(logits / temperature) is sampled from by ``seed``.
         seed: Seed of the sampling.
         prefill_chunk: Tokens of the prompt read at a time; None reads it at once.
         kv_policy: What becomes of the cache when the sequence outgrows L0.
@@ -102,9 +96,8 @@ def generate_tokens(
     target_len = model.factors.target_len
     check_request(prompt_ids, max_new_tokens, target_len, prefill_chunk, name="the prompt")
     if temperature < 0:
-        raise DataError(
-            f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
-        )
+        fault = f"generate.temperature={temperature} is below 0; 0 is greedy, above 0 samples"
+        raise DataError(fault)
     return _generate(
         model,
         list(prompt_ids),
@@ -131,7 +124,9 @@ def _generate(
     for _ in range(max_new_tokens):
         window = window_for_length(len(ids), model.factors.geometry.original_len)
         if cache is None or window is not cache_window:
-            logits_V, cache = switch_window(model, ids, cache, prefill_chunk, kv_policy)
+            logits_V, cache = switch_window(
+                model, ids, cache, prefill_chunk=prefill_chunk, kv_policy=kv_policy
+            )
             cache_window = window
         else:
             logits_V = next_logits(model, torch.tensor([ids[-1:]]), cache, window)[0]
@@ -208,7 +203,6 @@ class TextStream:
         return self._decode(self._context_ids + self._pending_ids)[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` without special tokens."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         text = self._tokenizer.decode(ids, **options)
         assert isinstance(text, str)

@@ -89,18 +89,14 @@ def find_refusal(
     if layout.num_processes > machine.num_gpus:
         there = f"the {machine.num_gpus} GPUs there are"
         return Refusal(layout, f"{layout.num_processes} processes need more than {there}")
-    fault = _impossible(shape, workload, layout)
-    if fault:
+    if fault := _impossible(shape, workload, layout):
         return Refusal(layout, fault)
     memory = predict_memory(shape, workload, layout)
     if memory.peak <= machine.usable_bytes:
         return None
-    parts = vars(memory)
-    largest = max(parts, key=parts.__getitem__)
-    reason = (
-        f"{memory.peak / _GIB:.0f} GiB of {machine.usable_bytes / _GIB:.0f}; "
-        f"the largest part is {largest} with {parts[largest] / _GIB:.0f} GiB"
-    )
+    largest, size = max(vars(memory).items(), key=lambda part: part[1])
+    reason = f"{memory.peak / _GIB:.0f} GiB of {machine.usable_bytes / _GIB:.0f}"
+    reason += f"; the largest part is {largest} with {size / _GIB:.0f} GiB"
     return Refusal(layout, reason, memory)
 
 
@@ -110,7 +106,8 @@ def _layouts(num_gpus: int, micro_batches: Sequence[int]) -> Iterator[Layout]:
         for micro_batch in micro_batches:
             for recompute in Recompute:
                 for offload in (False,) if recompute is Recompute.none else (False, True):
-                    yield Layout(num_gpus // sequence, sequence, recompute, micro_batch, offload)
+                    layout = Layout(num_gpus // sequence, sequence, recompute)
+                    yield replace(layout, micro_batch=micro_batch, offload=offload)
 
 
 def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | None:

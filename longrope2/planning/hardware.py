@@ -40,9 +40,30 @@ class Gpu:
 
 # By what torch.cuda.get_device_name contains.
 GPUS = {
-    "A100": Gpu(80, PEAK_BF16_TFLOPS["A100"], 220, 180, 2039, 300),
-    "H100": Gpu(80, PEAK_BF16_TFLOPS["H100"], 697, 330, 3350, 450),
-    "H200": Gpu(141, PEAK_BF16_TFLOPS["H200"], 697, 330, 4800, 450),
+    "A100": Gpu(
+        80,
+        peak_tflops=PEAK_BF16_TFLOPS["A100"],
+        gemm_tflops=220,
+        attention_tflops=180,
+        memory_gb_per_second=2039,
+        node_link_gb_per_second=300,
+    ),
+    "H100": Gpu(
+        80,
+        peak_tflops=PEAK_BF16_TFLOPS["H100"],
+        gemm_tflops=697,
+        attention_tflops=330,
+        memory_gb_per_second=3350,
+        node_link_gb_per_second=450,
+    ),
+    "H200": Gpu(
+        141,
+        peak_tflops=PEAK_BF16_TFLOPS["H200"],
+        gemm_tflops=697,
+        attention_tflops=330,
+        memory_gb_per_second=4800,
+        node_link_gb_per_second=450,
+    ),
 }
 
 
@@ -106,8 +127,7 @@ def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine
     Raises:
         ConfigError: an unknown GPU, or values out of range; all faults together.
     """
-    faults = _faults(config)
-    if faults:
+    if faults := _faults(config):
         raise ConfigError(faults)
     gpu = GPUS[config.gpu]
     memory_gib = config.memory_gib or gpu.memory_gib
@@ -127,7 +147,6 @@ def make_machine(config: HardwareConfig, num_gpus: int | None = None) -> Machine
 
 
 def _faults(config: HardwareConfig) -> list[str]:
-    """Values that describe no machine."""
     above_zero = ("network_gb_per_second", "host_link_gb_per_second", "memory_gib", "gemm_tflops",
                   "attention_tflops")  # fmt: skip
     shares = ("usable_memory", "memory_efficiency", "link_efficiency")

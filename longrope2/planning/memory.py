@@ -12,8 +12,7 @@ the prediction is the highest of them:
 - *update*: the optimizer, when no activation is left.
 
 Not in it: the CUDA context, NCCL and fragmentation (``hardware.usable_memory`` leaves room for
-them), loading (every process holds the whole model for a moment before it is sharded), and float32
-tables of cosines.
+them), loading, and float32 tables of cosines.
 
 Symbols: H hidden size, b bytes of a number in the compute format.
 """

@@ -9,23 +9,12 @@ from rich.table import Table
 
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
+from longrope2.planning import memory as of_memory
+from longrope2.planning import timing
 from longrope2.planning.choice import Choice, Refusal, choose_layout, find_refusal
 from longrope2.planning.hardware import HardwareConfig, Machine, make_machine
-from longrope2.planning.memory import (
-    PART_WORDS,
-    Layout,
-    MemoryUse,
-    ZeroBuffers,
-    load_bytes,
-    predict_memory,
-)
-from longrope2.planning.timing import (
-    RunTime,
-    exchange_bytes,
-    forward_hours,
-    gather_bytes,
-    predict_time,
-)
+from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers
+from longrope2.planning.timing import RunTime
 from longrope2.rope.factors import Window
 
 GIB, GB, GFLOP, TFLOP = 2**30, 1e9, 1e9, 1e12
@@ -105,10 +94,8 @@ class Plan:
         return self._choice(replace(self.machine, num_gpus=num_gpus), workload, (1,))
 
     def _choice(self, machine: Machine, workload: Workload, micro_batches: Sequence[int]) -> Choice:
-        fused = self.norm is not NormKernel.model
-        return choose_layout(
-            self.shape, workload, machine, self.zero, micro_batches, fused_norms=fused
-        )
+        run, fused = (self.shape, workload, machine, self.zero), self.norm is not NormKernel.model
+        return choose_layout(*run, micro_batches=micro_batches, fused_norms=fused)
 
 
 def print_plan(plan: Plan) -> None:
@@ -138,14 +125,12 @@ def print_plan(plan: Plan) -> None:
 
 
 def _layout_words(layout: Layout) -> str:
-    """A layout in a few words."""
     words = f"{layout.sequence} sequence x {layout.data} data, recompute {layout.recompute.value}"
     words += ", offloaded" if layout.offload else ""
     return words + (f", {layout.micro_batch} segments at once" if layout.micro_batch > 1 else "")
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    """Parameters, budget and FLOPs by window."""
     shape, work = plan.shape, plan.workload
     lines = [
         f"model      {plan.name}: {shape.parameters / 1e9:.3f} B parameters, "
@@ -157,17 +142,14 @@ def _model_lines(plan: Plan) -> list[str]:
     for window in (Window.LONG, Window.SHORT):
         reach = work.attended_len(window)
         causal, whole = (shape.model_flops(reach, whole_square=w) / GFLOP for w in (False, True))
-        lines.append(
-            f"FLOPs      {window.value:<5} {causal:.1f} G a token, attention's causal half counted "
-            f"({whole:.1f} G with the whole square)"
-        )
+        flops = f"FLOPs      {window.value:<5} {causal:.1f} G a token, attention's causal half"
+        lines.append(f"{flops} counted ({whole:.1f} G with the whole square)")
     mean = work.mean_model_flops(shape)
     total = mean * work.total_tokens
     return [*lines, f"FLOPs      mix   {mean / GFLOP:.1f} G a token, {total:.3g} in all"]
 
 
 def _machine_lines(plan: Plan) -> list[str]:
-    """The machine and the rates that are assumed of it."""
     machine = plan.machine
     return [
         f"machine    {machine.num_gpus} {machine.name}, {machine.gpus_per_node} a node; "
@@ -181,7 +163,6 @@ def _machine_lines(plan: Plan) -> list[str]:
 
 
 def _layouts_table(plan: Plan) -> Table:
-    """The fastest layouts that fit."""
     fitting, best = plan.choice.fitting, plan.choice.best
     shown = fitting[: plan.options.shown_layouts]
     rows = []
@@ -199,7 +180,6 @@ def _layouts_table(plan: Plan) -> Table:
 
 
 def _choice_lines(plan: Plan) -> list[str]:
-    """The best layout as settings."""
     best, refusal, configured = plan.choice.best, plan.refusal, plan.configured
     assert best is not None
     layout = best.layout
@@ -215,14 +195,13 @@ def _choice_lines(plan: Plan) -> list[str]:
     if refusal is not None:
         lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")
     elif configured is not None:
-        time = predict_time(plan.shape, plan.workload, configured, plan.machine)
-        memory = predict_memory(plan.shape, plan.workload, configured)
+        time = timing.predict_time(plan.shape, plan.workload, configured, plan.machine)
+        memory = of_memory.predict_memory(plan.shape, plan.workload, configured)
         lines.append(f"configured {_layout_words(configured)}: {_takes(time, memory)}")
     return lines
 
 
 def _takes(time: RunTime, memory: MemoryUse) -> str:
-    """Hours, rates and memory."""
     return (
         f"{time.hours:.1f} h = {time.gpu_hours:,.0f} GPU-hours, "
         f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {100 * time.mfu:.1f} % causal MFU; "
@@ -231,46 +210,43 @@ def _takes(time: RunTime, memory: MemoryUse) -> str:
 
 
 def _memory_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Memory by part."""
     layouts = shown.values()
-    found = [predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
-    rows = [
-        [part, *(f"{vars(memory)[part] / GIB:.2f}" for memory in found), words]
-        for part, words in PART_WORDS.items()
-    ]
+    found = [of_memory.predict_memory(plan.shape, plan.workload, layout) for layout in layouts]
+    rows = []
+    for part, words in of_memory.PART_WORDS.items():
+        cells = [f"{vars(memory)[part] / GIB:.2f}" for memory in found]
+        rows.append([part, *cells, words])
     for moment, words in _MOMENT_WORDS.items():
         cells = []
         for memory in found:
             mark = "*" if moment == memory.peak_moment else ""
             cells.append(f"{memory.moments[moment] / GIB:.2f}{mark}")
         rows.append([f"= {moment}", *cells, words])
-    loaded = [f"{load_bytes(plan.shape, layout) / GIB:.2f}" for layout in layouts]
+    loaded = [f"{of_memory.load_bytes(plan.shape, layout) / GIB:.2f}" for layout in layouts]
     rows.append(["whole model", *loaded, "for comparison: nothing keeps it after loading"])
     return _table("memory of one GPU by part, GiB", ["part", *shown, ""], rows)
 
 
 def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Seconds of a micro-step by part and window."""
     head, micro_steps, steps = ["part"], [], ["step (mix)"]
     for name, layout in shown.items():
-        time = predict_time(plan.shape, plan.workload, layout, plan.machine)
+        time = timing.predict_time(plan.shape, plan.workload, layout, plan.machine)
         for window in (Window.LONG, Window.SHORT):
             head.append(f"{name} {window.value}")
             micro_steps.append(time.micro_steps[window])
         steps += [f"{time.step_seconds:.1f}", ""]
-    rows = [
-        [part.replace("_", " "), *(f"{getattr(micro, part):.2f}" for micro in micro_steps)]
-        for part in _TIME_PARTS
-    ]
+    rows = []
+    for part in _TIME_PARTS:
+        cells = [f"{getattr(micro, part):.2f}" for micro in micro_steps]
+        rows.append([part.replace("_", " "), *cells])
     return _table("seconds of a micro-step by part", head, [*rows, steps])
 
 
 def _traffic_table(plan: Plan, shown: dict[str, Layout]) -> Table:
-    """Bytes a GPU sends and receives in a micro-step."""
     rows = []
     for name, layout in shown.items():
-        exchanged = exchange_bytes(plan.shape, plan.workload, layout)
-        sizes = (exchanged, *gather_bytes(plan.shape, layout))
+        exchanged = timing.exchange_bytes(plan.shape, plan.workload, layout)
+        sizes = (exchanged, *timing.gather_bytes(plan.shape, layout))
         rows.append([name, *(f"{size / GB:.1f}" for size in sizes)])
     head = ["", "exchange, one long forward", "weights gathered", "gradients reduced"]
     return _table("communication of a micro-step, GB a GPU", head, rows)
@@ -289,19 +265,16 @@ def _refused_lines(choice: Choice) -> list[str]:
 def _cost_table(plan: Plan) -> Table:
     """Hours, and under them the layout, by target and number of GPUs."""
     lengths = list(dict.fromkeys(plan.options.lengths))
-    rows = [
-        [str(count), *(_cost_cell(plan.choice_at(length, count)) for length in lengths)]
-        for count in dict.fromkeys(plan.options.gpu_counts)
-    ]
-    title = (
-        f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence x "
-        f"data and recompute; steps of {plan.workload.step_tokens:,} tokens"
-    )
+    rows = []
+    for count in dict.fromkeys(plan.options.gpu_counts):
+        cells = [_cost_cell(plan.choice_at(length, count)) for length in lengths]
+        rows.append([str(count), *cells])
+    title = f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence"
+    title += f" x data and recompute; steps of {plan.workload.step_tokens:,} tokens"
     return _table(title, ["GPUs", *(f"{length:,}" for length in lengths)], rows)
 
 
 def _cost_cell(choice: Choice) -> str:
-    """One cell of the cost table."""
     best, closest = choice.best, choice.closest
     if best is not None:
         layout, cpu = best.layout, "+cpu" if best.layout.offload else ""
@@ -313,10 +286,9 @@ def _cost_cell(choice: Choice) -> str:
 
 
 def _stage_lines(plan: Plan) -> list[str]:
-    """Search and evaluation."""
     gpus, target = plan.machine.num_gpus, plan.workload.target_len
-    search = forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
-    evaluation = forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
+    search = timing.forward_hours(plan.shape, plan.machine, [(target, plan.search_forwards)])
+    evaluation = timing.forward_hours(plan.shape, plan.machine, plan.evaluation_samples)
     return [
         "",
         f"search     at most {plan.search_forwards:,} forward passes of {target:,} tokens: "
@@ -328,7 +300,6 @@ def _stage_lines(plan: Plan) -> list[str]:
 
 
 def _closing_lines(plan: Plan) -> list[str]:
-    """What the figures are worth."""
     own = plan.norm is NormKernel.model
     return [
         "",

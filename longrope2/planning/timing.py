@@ -12,16 +12,15 @@ A micro-step of one window kind takes
   instead of two), the forward kernel again with ``full`` recompute, at ``attention_flops``;
 - *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the
   bytes they read and write;
-- *exchange*: queries, keys, values and outputs between the processes of a long segment, not hidden
-  behind anything; what goes to other nodes and what stays inside travel at the same time, and the
-  slower counts; short segments are packed with ``--align`` and exchange nothing;
-- *offload*: with ``training.offload_activations`` what is kept travels to CPU memory and back,
-  hidden behind nothing;
-- *gathers*: ZeRO-3 gathers the weights for the forward and the backward pass and reduces gradients,
-  hidden behind the computing as far as that lasts.
+- *exchange*: queries, keys, values and outputs between the processes of a long segment, hidden
+  behind nothing; to other nodes and inside one at the same time, and the slower counts; short
+  segments are packed with ``--align`` and exchange nothing;
+- *offload*: what ``training.offload_activations`` sends to CPU memory and back, hidden likewise;
+- *gathers*: ZeRO-3's weights, forward and backward, and reduced gradients, hidden behind the
+  computing as far as that lasts.
 
-An optimizer step is its micro-steps and one update. Not in it: reading segments (ahead, in a
-thread), checkpoints, uneven documents. The stages around the training cost forward passes only.
+An optimizer step is its micro-steps and one update. Not in it: reading segments, checkpoints,
+uneven documents. The stages around the training cost forward passes only.
 """
 
 from collections.abc import Iterable
@@ -186,7 +185,8 @@ def _elementwise_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     sums 6bH; rotary 9b per channel of queries and keys; the MLP's activation and product 5bF.
     """
     b = layout.compute_bytes
-    norm = 2 * b if layout.fused_norms else 5 * b + 26 if layout.bf16 else 24
+    unfused = 5 * b + 26 if layout.bf16 else 24
+    norm = 2 * b if layout.fused_norms else unfused
     norms = 2 * norm * shape.hidden
     rest = 6 * b * shape.hidden + 9 * b * (shape.query_width + shape.kv_width) + 5 * b * shape.mlp
     return shape.num_layers * (norms + rest)

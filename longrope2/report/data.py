@@ -8,19 +8,13 @@ from typing import Any
 
 from longrope2.errors import ArtifactError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    PRODUCT_FOLDERS,
-    Manifest,
-    product_folder,
-    read_manifest,
-)
+from longrope2.files import artifacts
+from longrope2.files.artifacts import PRODUCT_FOLDERS, Manifest, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.tracking.metrics import read_metrics
 
 HISTORY_FILE = "history.json"
-_FINAL_CHECKPOINT = "final"
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,14 @@ def load_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         fault = "is a file" if folder.is_file() else "does not exist"
-        raise ArtifactError(
-            f"{folder} {fault}; give the run folder, or run.name=NAME of a run in run.root"
-        )
+        way_out = "give the run folder, or run.name=NAME of a run in run.root"
+        raise ArtifactError(f"{folder} {fault}; {way_out}")
     stages = {product: _stage(folder, product) for product in PRODUCT_FOLDERS}
     if not any(stage.started for stage in stages.values()):
-        raise ArtifactError(
-            f"{folder} holds no product of a run ({', '.join(PRODUCT_FOLDERS.values())})"
-        )
+        known = ", ".join(PRODUCT_FOLDERS.values())
+        raise ArtifactError(f"{folder} holds no product of a run ({known})")
     searched, checkpoints = product_folder(folder, "factors"), product_folder(folder, "checkpoints")
-    factors_files = [searched / FACTORS_FILE, checkpoints / _FINAL_CHECKPOINT / FACTORS_FILE]
+    factors_files = [searched / FACTORS_FILE, checkpoints / "final" / FACTORS_FILE]
     found = [path.read_text(encoding="utf-8") for path in factors_files if path.is_file()]
     evaluations = product_folder(folder, "evaluations")
     return RunRecord(
@@ -93,11 +85,11 @@ def load_run(folder: Path) -> RunRecord:
 
 
 def _stage(run_folder: Path, product: str) -> StageState:
-    """Manifest of a finished stage, or how far it is."""
     folder = product_folder(run_folder, product)
-    finished = (folder / MANIFEST_NAME).is_file()
+    finished = (folder / artifacts.MANIFEST_NAME).is_file()
     started = folder.is_dir() and any(folder.iterdir())
-    return StageState(product, read_manifest(folder, product) if finished else None, started)
+    manifest = artifacts.read_manifest(folder, product) if finished else None
+    return StageState(product, manifest, started)
 
 
 def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -65,12 +65,16 @@ li { margin: .35rem 0; max-width: 62rem; }
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css_class: str = "numbers") -> str:
     """A table in a box that scrolls sideways where the page is narrow; cells are HTML."""
-    header = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    header = _row("th", head) if head else ""
+    lines = "".join(_row("td", row) for row in rows)
     return f"<div class=scroll><table class={css_class}>{header}{lines}</table></div>"
 
 
-def bullet_list(items: Sequence[str]) -> str:
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+
+def bullets(items: Sequence[str]) -> str:
     """A bullet list of plain text."""
     return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
 
@@ -92,10 +96,8 @@ def heat_map(
     for depth, places in lines.items():
         cells = "".join(_heat(share, title) for share, title in places)
         body += f"<tr><th>{100 * depth:.0f} %</th>{cells}</tr>"
-    return (
-        f"<figure class=map><figcaption>{html.escape(name)}</figcaption>"
-        f"<table><tr><th></th>{head}</tr>{body}</table></figure>"
-    )
+    shown = f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return f"<figure class=map><figcaption>{html.escape(name)}</figcaption>{shown}</figure>"
 
 
 def _heat(share: float, title: str) -> str:

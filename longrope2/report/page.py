@@ -15,16 +15,7 @@ from longrope2.evaluation.schema import EvaluationSummary
 from longrope2.evaluation.summary import comparison_lines
 from longrope2.files.artifacts import PRODUCT_FOLDERS, write_text
 from longrope2.report.data import RunRecord, StageState, load_run
-from longrope2.report.html import (
-    PAGE,
-    bullet_list,
-    change,
-    heat_map,
-    image,
-    interval,
-    percent,
-    table,
-)
+from longrope2.report.html import PAGE, bullets, change, heat_map, image, interval, percent, table
 from longrope2.report.plots import factors_figure, lengths_figure, search_figure
 from longrope2.report.suite import suite_html
 from longrope2.report.training import limits, mix_images, training_images
@@ -40,15 +31,9 @@ COMMANDS = {
 
 
 def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
-    """Write ``report.html`` into the run folder.
+    """Write ``report.html`` into the run folder; the path of it.
 
-    Args:
-        run_folder: The run.
-        reload_seconds: The page asks its browser to load it again after so many seconds; None for a
-            page that rests.
-
-    Returns:
-        Path of the report.
+    With ``reload_seconds`` the page asks its browser to load it again after so many seconds.
 
     Raises:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
@@ -58,33 +43,32 @@ def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
     return path
 
 
-def _render_report(record: RunRecord, reload_seconds: int | None = None) -> str:
-    """The whole page."""
+def _render_report(record: RunRecord, reload_seconds: int | None) -> str:
     name = html.escape(record.folder.name)
     stages = "".join(_stage(stage, record.folder.name) for stage in record.stages.values())
     suite = [] if record.suite is None else [("Benchmarks", suite_html(record.suite))]
+    mix = mix_images(record)
+    unknown, summary = _missing(record, "evaluations"), record.evaluation
     sections = [
         *suite,
-        ("Comparison", _comparison(record)),
-        ("Needles by depth and length", _needle_maps(record)),
-        ("Short window kept", _retention(record)),
+        ("Comparison", _comparison(summary) if summary else unknown),
+        ("Needles by depth and length", _needle_maps(summary) if summary else unknown),
+        ("Short window kept", _retention(summary) if summary else unknown),
         ("Rescale factors", _factors(record)),
         ("Search", _search(record)),
         ("Training", _training(record)),
-        ("Mix", _mix(record)),
-        ("Limits of these figures", bullet_list(limits(record))),
+        ("Mix", f"<div class=figures>{mix}</div>" if mix else _missing(record, "segments")),
+        ("Limits of these figures", bullets(limits(record))),
         ("What was run", stages),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
-    reload = ""
-    if reload_seconds is not None:
-        reload = f"<meta http-equiv='refresh' content='{reload_seconds}'>"
-    page = PAGE.replace("%HEAD%", reload).replace("%TITLE%", f"LongRoPE2: {name}")
+    reload = f"<meta http-equiv='refresh' content='{reload_seconds}'>"
+    page = PAGE.replace("%HEAD%", "" if reload_seconds is None else reload)
+    page = page.replace("%TITLE%", f"LongRoPE2: {name}")
     return page.replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
 
 
 def _headline(record: RunRecord) -> str:
-    """What happened, in two sentences."""
     summary = record.evaluation
     if summary is None:
         nothing = "<p class=lead>Nothing has been evaluated yet.</p>"
@@ -103,20 +87,14 @@ def _headline(record: RunRecord) -> str:
     )
 
 
-def _comparison(record: RunRecord) -> str:
-    """Accuracy by length, perplexities, retention: a table and three figures."""
-    summary = record.evaluation
-    if summary is None:
-        return _missing(record, "evaluations")
+def _comparison(summary: EvaluationSummary) -> str:
     lengths, lines = comparison_lines(summary)
     longest, original = f"{lengths[-1]:,}", f"{summary.original_len:,}"
-    interval_column = 1 + len(lengths)
-    rows = [[html.escape(cell) for cell in line] for line in lines]
+    rows = [list(map(html.escape, line)) for line in lines]
     for row in rows:
-        row[interval_column] += " %"
-    shown = [f"{length:,}" for length in lengths]
-    interval_title = f"95 % interval at {longest}"
-    head = ["model", *shown, interval_title, "needle ppl", "text ppl", "short window"]
+        row[1 + len(lengths)] += " %"
+    titles = [*(f"{length:,}" for length in lengths), f"95 % interval at {longest}"]
+    head = ["model", *titles, "needle ppl", "text ppl", "short window"]
     note = (
         "Numbers on top: needles whose value is retrieved exactly at that many tokens, in % of "
         f"{summary.needle[0].num_samples}. Needle ppl and text ppl: perplexity of the needles' "
@@ -129,37 +107,22 @@ def _comparison(record: RunRecord) -> str:
 
 
 def _length_figures(summary: EvaluationSummary) -> str:
-    """Needle accuracy, needle perplexity and text perplexity by length, one line per model."""
-    names = [subject.name for subject in summary.subjects]
-    shares: dict[str, dict[int, float]] = {name: {} for name in names}
-    values: dict[str, dict[int, float]] = {name: {} for name in names}
-    texts: dict[str, dict[int, float]] = {name: {} for name in names}
-    for row in summary.needle:
-        shares[row.subject][row.length] = row.accuracy
-        values[row.subject][row.length] = row.perplexity
-    for row in summary.perplexity:
-        texts[row.subject][row.length] = row.perplexity
-    drawn = (
-        (shares, "needles retrieved", "Share of needles retrieved by length"),
-        (values, "needle perplexity", "Needle perplexity by length"),
-        (
-            texts,
-            "text perplexity",
-            "Perplexity of the same held-out tokens by length of their context",
-        ),
-    )
+    text_title = "Perplexity of the same held-out tokens by length of their context"
     images = ""
-    for points, label, alternative in drawn:
-        figure = lengths_figure(points, label, is_share=points is shares)
+    for rows, field, label, alternative in (
+        (summary.needle, "accuracy", "needles retrieved", "Share of needles retrieved by length"),
+        (summary.needle, "perplexity", "needle perplexity", "Needle perplexity by length"),
+        (summary.perplexity, "perplexity", "text perplexity", text_title),
+    ):
+        points: dict[str, dict[int, float]] = {subject.name: {} for subject in summary.subjects}
+        for row in rows:
+            points[row.subject][row.length] = getattr(row, field)
+        figure = lengths_figure(points, label, is_share=field == "accuracy")
         images += image(figure, f"{alternative}, one line per model")
     return f"<div class=figures>{images}</div>"
 
 
-def _needle_maps(record: RunRecord) -> str:
-    """One small heat map per subject: depth down, length across."""
-    summary = record.evaluation
-    if summary is None:
-        return _missing(record, "evaluations")
+def _needle_maps(summary: EvaluationSummary) -> str:
     maps = []
     for name in (subject.name for subject in summary.subjects):
         own = (row for row in summary.needle if row.subject == name)
@@ -177,16 +140,11 @@ def _needle_maps(record: RunRecord) -> str:
     return f"<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
 
 
-def _retention(record: RunRecord) -> str:
-    """Perplexity inside the original window, absolute and relative."""
-    summary = record.evaluation
-    if summary is None:
-        return _missing(record, "evaluations")
-    rows = [
-        [html.escape(r.subject), f"{r.perplexity:.4f}", f"{r.ratio:.4f}", change(r.ratio)]
-        for r in summary.retention
-    ]
-    first = summary.retention[0]
+def _retention(summary: EvaluationSummary) -> str:
+    rows, first = [], summary.retention[0]
+    for row in summary.retention:
+        numbers = f"{row.perplexity:.4f}", f"{row.ratio:.4f}", change(row.ratio)
+        rows.append([html.escape(row.subject), *numbers])
     note = (
         f"{first.num_windows} windows of held-out text, closing token included at most "
         f"{first.length:,} tokens, {first.num_tokens:,} tokens scored, read with each model's "
@@ -197,10 +155,8 @@ def _retention(record: RunRecord) -> str:
 
 
 def _factors(record: RunRecord) -> str:
-    """Factors by dimension against the closed forms and the bound."""
-    if record.factors is None:
+    if (factors := record.factors) is None:
         return _missing(record, "factors")
-    factors = record.factors
     values = ", ".join(f"{value:.4g}" for value in factors.factors)
     note = (
         "How much each RoPE frequency is slowed in the long window "
@@ -214,9 +170,7 @@ def _factors(record: RunRecord) -> str:
 
 
 def _search(record: RunRecord) -> str:
-    """Progress of the search, and the closed forms on the same samples."""
-    history = record.search_history
-    if history is None:
+    if (history := record.search_history) is None:
         return _missing(record, "factors")
     if "sample_len" not in history:
         lacking = "This search was run by an earlier version, whose history lacks the sample length"
@@ -245,24 +199,14 @@ def _training(record: RunRecord) -> str:
     return f"<div class=figures>{training_images(record)}</div><p class=note>{note}</p>"
 
 
-def _mix(record: RunRecord) -> str:
-    images = mix_images(record)
-    return f"<div class=figures>{images}</div>" if images else _missing(record, "segments")
-
-
 def _stage(stage: StageState, run_name: str) -> str:
-    """Commit, seeds, counts and configuration of one stage."""
     title, manifest = PRODUCT_FOLDERS[stage.product], stage.manifest
     if manifest is None:
         state = "unfinished" if stage.started else "missing"
         command = f"<code>{_command(stage.product, run_name)}</code>"
         return f"<h3>{title}: {state}</h3><p class=note>{command}</p>"
-    facts = {
-        "code commit": manifest.commit,
-        "seeds": _flat(manifest.seeds),
-        "counts": _flat(manifest.counts),
-        "libraries": _flat(manifest.versions),
-    }
+    facts = {"code commit": manifest.commit, "seeds": _flat(manifest.seeds)}
+    facts |= {"counts": _flat(manifest.counts), "libraries": _flat(manifest.versions)}
     rows = [[name, html.escape(value)] for name, value in facts.items() if value]
     plain = json.dumps({"config": manifest.config, "inputs": manifest.inputs}, indent=2)
     config = f"<pre>{html.escape(plain)}</pre>"
@@ -284,7 +228,6 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _missing(record: RunRecord, product: str) -> str:
-    """That a stage has not run, and how to run it."""
     stage = record.stages[product]
     if product == "evaluations" and record.suite is not None:
         setting = "<code>suite.measures=false</code>"

@@ -61,16 +61,10 @@ def verdict(
 ) -> str:
     """Whether a score of ours and the paper's differ by more than chance (5 %).
 
-    The paper's standard error is that of a share over its samples; for a mean of tasks it is the
-    one at 50 %, which no mean exceeds.
-
-    Args:
-        ours: Our score, 0 to 100 like all others here.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        paper_value: The paper's score.
-        paper_samples: Its samples per task; of unequal tasks the harmonic mean, exact for a mean.
-        num_tasks: Tasks that both are means of.
+    The paper's standard error is that of a share over its samples; for a mean of ``num_tasks`` it
+    is the one at 50 %, which no mean exceeds. Scores run from 0 to 100; ``low`` and ``high`` are
+    the ends of our 95 % interval; ``paper_samples`` are those of one task, of unequal tasks the
+    harmonic mean, exact for a mean.
     """
     share = 0.5
     if num_tasks == 1:
@@ -89,22 +83,18 @@ def mean_cell(cells: Sequence[Cell], paper_value: float | None, paper_samples: f
         reasons = [cell.reason for cell in cells if cell.score is None]
         return TableCell(paper=paper_value, note=reasons[0] if reasons else "not in this suite")
     ours = 100 * sum(scores) / len(scores)
-    low, high = (100 * end for end in macro_interval([cell.scores for cell in cells]))
-    judged = ""
+    bounds = macro_interval([cell.scores for cell in cells])
+    low, high = (100 * bound for bound in bounds)
+    judged, paper_is = "", {"paper_samples": paper_samples, "num_tasks": len(cells)}
     if paper_value is not None:
-        judged = verdict(ours, low, high, paper_value, paper_samples, num_tasks=len(cells))
-    return TableCell(ours, low, high, paper_value, judged)
+        judged = verdict(ours, low, high, paper_value=paper_value, **paper_is)
+    return TableCell(ours, low, high, paper=paper_value, verdict=judged)
 
 
 def paper_tables(summary: SuiteSummary) -> list[PaperTable]:
     """The tables that the suite has something for."""
-    tables = [
-        _needle_map(summary),
-        _ruler_averages(summary),
-        _long_tasks(summary),
-        _short_tasks(summary),
-        *(_ruler_by_task(summary, subject) for subject in summary.subjects),
-    ]
+    tables = [make(summary) for make in (_needle_map, _ruler_averages, _long_tasks, _short_tasks)]
+    tables += [_ruler_by_task(summary, subject) for subject in summary.subjects]
     return [table for table in tables if table is not None]
 
 
@@ -126,11 +116,10 @@ def paper_text(summary: SuiteSummary) -> str:
             lines.append(f"{title}: {reached}")
     for row in summary.retention:
         if row.subject != summary.reference:
-            lines.append(
-                f"{row.suite} inside {summary.original_len:,} tokens: {row.subject} keeps "
-                f"{100 * row.ratio:.1f} % of {summary.reference} over {row.num_tasks} "
-                f"score{'' if row.num_tasks == 1 else 's'}"
-            )
+            place = f"{row.suite} inside {summary.original_len:,} tokens"
+            kept = f"{row.subject} keeps {100 * row.ratio:.1f} % of {summary.reference}"
+            count = f"{row.num_tasks} score{'' if row.num_tasks == 1 else 's'}"
+            lines.append(f"{place}: {kept} over {count}")
     parts += ["\n".join(lines)] if lines else []
     return "\n\n".join(parts + _by_side(summary) + _missing(summary))
 
@@ -147,11 +136,8 @@ def _by_side(summary: SuiteSummary) -> list[str]:
 
 def _missing(summary: SuiteSummary) -> list[str]:
     """Cells without a score, rules of the gate that were broken or could not be tried."""
-    lines = [
-        f"  {c.subject} {c.suite}/{c.task} {c.length or ''}: {c.reason}"
-        for c in summary.cells
-        if c.score is None
-    ]
+    lost = (cell for cell in summary.cells if cell.score is None)
+    lines = [f"  {c.subject} {c.suite}/{c.task} {c.length or ''}: {c.reason}" for c in lost]
     parts = ["not measured\n" + "\n".join(lines)] if lines else []
     rules = summary.calibration.rules
     if not rules:
@@ -173,7 +159,6 @@ def _needle_map(summary: SuiteSummary) -> PaperTable | None:
 
 
 def _ruler_averages(summary: SuiteSummary) -> PaperTable | None:
-    """Table 2."""
     ruler = [cell for cell in summary.cells if cell.suite == "ruler"]
     lengths = sorted({row.length for row in summary.averages if row.suite == "ruler"})
     if not lengths:
@@ -199,7 +184,8 @@ def _ruler_by_task(summary: SuiteSummary, subject: SuiteSubject) -> PaperTable |
     if not own:
         return None
     columns = (*paper.RULER_COLUMNS, "mean")
-    tasks = [task for task in paper.RULER_COLUMNS if any(cell.task == task for cell in own)]
+    measured = {cell.task for cell in own}
+    tasks = [task for task in paper.RULER_COLUMNS if task in measured]
     is_papers = _paper_method(summary, subject) == "longrope2"
     by_length = paper.RULER_TASK_VALUES.get(summary.model, {}) if is_papers else {}
     rows = []
@@ -215,7 +201,6 @@ def _ruler_by_task(summary: SuiteSummary, subject: SuiteSubject) -> PaperTable |
 
 
 def _long_tasks(summary: SuiteSummary) -> PaperTable | None:
-    """Table 3."""
     by_method = paper.LONG_TASK_VALUES.get(summary.model, {})
     names = ("loft", *paper.LOFT_COLUMNS, "long", *paper.LONG_COLUMNS)
 
@@ -228,7 +213,6 @@ def _long_tasks(summary: SuiteSummary) -> PaperTable | None:
 
 
 def _short_tasks(summary: SuiteSummary) -> PaperTable | None:
-    """Table 4."""
     by_method = paper.SHORT_TASK_VALUES.get(summary.model, {})
 
     def values(method: str) -> dict[str, float]:
@@ -275,14 +259,15 @@ def _cell(cell: Cell | None, paper_value: float | None, paper_samples: int) -> T
         return TableCell(paper=paper_value, note="not asked" if cell is None else cell.reason)
     assert cell.interval is not None
     ours, low, high = (100 * value for value in (cell.score, *cell.interval))
-    judged = "" if paper_value is None else verdict(ours, low, high, paper_value, paper_samples)
-    notes = []
+    judged, notes = "", []
+    if paper_value is not None:
+        judged = verdict(ours, low, high, paper_value=paper_value, paper_samples=paper_samples)
     if cell.needle_survived is not None:
         share = f"{100 * cell.needle_survived:.0f} %"
         notes.append(f"needle survived truncation in {share} of the prompts")
     if cell.num_samples > FIRST_VIEW and cell.first_100 is not None:
         notes.append(f"first {FIRST_VIEW} samples: {100 * cell.first_100:.1f}")
-    return TableCell(ours, low, high, paper_value, judged, "; ".join(notes))
+    return TableCell(ours, low, high, paper=paper_value, verdict=judged, note="; ".join(notes))
 
 
 def _paper_method(summary: SuiteSummary, subject: SuiteSubject) -> str:

@@ -6,16 +6,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedFormatter,
-    FixedLocator,
-    MaxNLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
 
 from longrope2.evaluation.schema import NeedleRow
 from longrope2.rope.factors import RescaleFactors
@@ -26,22 +19,14 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 _FIGURE_INCHES = (5.0, 3.2)
 OURS_COLOR = "#0b6e69"
 STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.hashsalt": "longrope2",
-}
+    "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e3e3e3", "grid.linewidth": 0.6,
+    "legend.frameon": False, "legend.fontsize": 8.5, "svg.hashsalt": "longrope2",
+}  # fmt: skip
 SUBJECT_COLORS = (
     "#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67",
 )  # fmt: skip
-_PERPLEXITY_TICKS = (
-    1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 2000,
-)  # fmt: skip
+_PERPLEXITY_TICKS = (*(1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70), *(100, 200, 500, 1000, 2000))
 
 
 class Scale(Enum):
@@ -75,16 +60,11 @@ def factors_figure(factors: RescaleFactors) -> Figure:
         label = f"theoretical critical dimension {theoretical}"
         axes.axvline(theoretical, color="#999999", linewidth=1, label=label)
     if factors.critical_index is not None:
+        dashed: dict[str, Any] = {"color": OURS_COLOR, "linewidth": 1, "linestyle": (0, (6, 3))}
         label = f"real critical dimension {factors.critical_index}"
-        dashes = (0, (6, 3))
-        axes.axvline(
-            factors.critical_index, color=OURS_COLOR, linewidth=1, linestyle=dashes, label=label
-        )
-    axes.set(
-        yscale="log",
-        xlabel="cosine index i (low frequency to the right)",
-        ylabel="rescale factor $\\lambda_i$",
-    )
+        axes.axvline(factors.critical_index, label=label, **dashed)
+    xlabel, ylabel = "cosine index i (low frequency to the right)", "rescale factor $\\lambda_i$"
+    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     _plain_log_ticks(axes, "y", [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
     _legend_below(axes)
     return figure
@@ -167,7 +147,9 @@ def needle_map_figure(rows: Sequence[NeedleRow], subject: str) -> Figure:
     figure, axes = _figure()
     chosen = sorted((row for row in rows if row.subject == subject), key=lambda row: row.length)
     depths = [place.depth for place in chosen[0].depths]
-    shares = [[row.depths[i].accuracy for row in chosen] for i in range(len(depths))]
+    shares = []
+    for number in range(len(depths)):
+        shares.append([row.depths[number].accuracy for row in chosen])
     axes.imshow(shares, vmin=0, vmax=1, cmap="BuGn", aspect="auto")
     axes.set_xticks(range(len(chosen)), [f"{row.length:,}" for row in chosen])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
@@ -220,9 +202,8 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _count_tokens(axes: Axes, most_ticks: int) -> None:
-    """Whole numbers of tokens along the horizontal axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(most_ticks))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(most_ticks))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
 
 
 def _legend_below(axes: Axes) -> None:
@@ -238,6 +219,6 @@ def _plain_log_ticks(axes: Axes, axis: str, candidates: Sequence[float]) -> None
     if len(ticks) < 2 or high > 3 * candidates[-1]:
         return
     chosen = getattr(axes, f"{axis}axis")
-    chosen.set_major_locator(FixedLocator(ticks))
-    chosen.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
-    chosen.set_minor_locator(NullLocator())
+    chosen.set_major_locator(ticker.FixedLocator(ticks))
+    chosen.set_major_formatter(ticker.FixedFormatter([f"{tick:g}" for tick in ticks]))
+    chosen.set_minor_locator(ticker.NullLocator())

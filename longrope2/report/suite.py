@@ -2,7 +2,7 @@
 
 import html
 
-from longrope2.evaluation.schema import Cell, SideScore, SuiteSummary
+from longrope2.evaluation.schema import Cell, SuiteSummary
 from longrope2.evaluation.statistics import score_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
 from longrope2.report.html import heat_map, interval, table
@@ -27,7 +27,6 @@ def suite_html(summary: SuiteSummary) -> str:
 
 
 def _cell(cell: TableCell) -> str:
-    """A score, its interval, the paper's value and the verdict."""
     ours = "-" if cell.ours is None else f"{cell.ours:.1f}"
     shown = f"<span title='{html.escape(cell.note, quote=True)}'>{ours}</span>"
     if cell.ours is not None:
@@ -39,31 +38,21 @@ def _cell(cell: TableCell) -> str:
 
 
 def _needle_maps(summary: SuiteSummary) -> str:
-    """One heat map per subject, by requested depth and length."""
     maps = []
     for subject in summary.subjects:
-        finished = sorted(
-            (
-                cell
-                for cell in summary.cells
-                if cell.subject == subject.name
-                and cell.suite == "needle_map"
-                and cell.score is not None
-            ),
-            key=lambda cell: cell.length,
-        )
+        own = (c for c in summary.cells if (c.subject, c.suite) == (subject.name, "needle_map"))
+        finished = sorted((c for c in own if c.score is not None), key=lambda cell: cell.length)
         if finished:
             depths = {facts["requested_depth"] for cell in finished for facts in cell.facts}
-            lines = {depth: [_heat(cell, depth) for cell in finished] for depth in sorted(depths)}
+            lines = {}
+            for depth in sorted(depths):
+                lines[depth] = [_heat(cell, depth) for cell in finished]
             maps.append(heat_map(subject.name, [cell.length for cell in finished], lines))
     if not maps:
         return ""
-    note = (
-        "Needle map, answered by generation, in %. Across: tokens. Down: depth of the needle, 0 % "
-        "is the start."
-    )
-    shown = f"<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
-    return f"<h3>Needle map</h3>{shown}"
+    axes = "Across: tokens. Down: depth of the needle, 0 % is the start."
+    note = f"<p class=note>Needle map, answered by generation, in %. {axes}</p>"
+    return f"<h3>Needle map</h3><div class=maps>{''.join(maps)}</div>{note}"
 
 
 def _heat(cell: Cell, depth: float) -> tuple[float, str]:
@@ -72,21 +61,17 @@ def _heat(cell: Cell, depth: float) -> tuple[float, str]:
     own = [(score, facts) for score, facts in pairs if facts["requested_depth"] == depth]
     scores = [score for score, _ in own]
     realised = ", ".join(f"{100 * facts['depth']:.1f}" for _, facts in own[:3])
-    title = (
-        f"{len(own)} samples, 95 % interval {interval(*score_interval(scores))}; "
-        f"realised depths {realised} %"
-    )
-    return sum(scores) / len(own), title
+    found = f"{len(own)} samples, 95 % interval {interval(*score_interval(scores))}"
+    return sum(scores) / len(own), f"{found}; realised depths {realised} %"
 
 
 def _kept(summary: SuiteSummary) -> str:
     """Retention inside the original window and effective lengths."""
-    reference = summary.reference
-    rows = [
-        [html.escape(row.subject), row.suite, str(row.num_tasks), f"{100 * row.ratio:.1f} %"]
-        for row in summary.retention
-        if row.subject != reference
-    ]
+    reference, rows = summary.reference, []
+    for row in summary.retention:
+        if row.subject != reference:
+            numbers = str(row.num_tasks), f"{100 * row.ratio:.1f} %"
+            rows.append([html.escape(row.subject), row.suite, *numbers])
     inside = f"of {html.escape(reference)} inside {summary.original_len:,}"
     shown = table(["model", "suite", "scores", inside], rows)
     kept = f"<h3>Short window kept</h3>{shown}" if rows else ""
@@ -101,42 +86,29 @@ def _kept(summary: SuiteSummary) -> str:
 
 
 def _sides(summary: SuiteSummary) -> str:
-    """Score by the RoPE side of the answer."""
     rows = []
     for cell in summary.cells:
         if cell.sides is not None:
             place = html.escape(cell.subject), html.escape(f"{cell.suite}/{cell.task}")
-            sides = [_side(cell.sides.get(side)) for side in ("short", "both", "long")]
+            shown = {k: f"{100 * s.score:.1f} ({s.num_samples})" for k, s in cell.sides.items()}
+            sides = [shown.get(side, "") for side in ("short", "both", "long")]
             rows.append([*place, str(cell.length or ""), *sides])
     head = ["model", "task", "length", "original RoPE", "both", "rescaled RoPE"]
     shown = f"<details><summary>scores by RoPE side</summary>{table(head, rows)}</details>"
     return shown if rows else ""
 
 
-def _side(side: SideScore | None) -> str:
-    return "" if side is None else f"{100 * side.score:.1f} ({side.num_samples})"
-
-
 def _pairs(summary: SuiteSummary) -> str:
-    """Paired tests on identical samples."""
     rows = []
     for pair in summary.paired:
         low, high = pair.interval
-        rows.append(
-            [
-                html.escape(f"{pair.first} - {pair.second}"),
-                html.escape(f"{pair.suite}/{pair.task}"),
-                str(pair.length or ""),
-                f"{100 * pair.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-                f"{pair.p_value:.3g}",
-                f"{pair.num_better} / {pair.num_worse} of {pair.num_samples}",
-            ]
-        )
+        names = f"{pair.first} - {pair.second}", f"{pair.suite}/{pair.task}", str(pair.length or "")
+        difference = f"{100 * pair.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        counts = f"{pair.num_better} / {pair.num_worse} of {pair.num_samples}"
+        rows.append([*map(html.escape, names), difference, f"{pair.p_value:.3g}", counts])
     head = ["models", "task", "length", "difference", "p", "better / worse"]
-    title = (
-        "paired tests on identical samples (McNemar exact for right and wrong, sign flips for "
-        "graded scores)"
-    )
+    how = "McNemar exact for right and wrong, sign flips for graded scores"
+    title = f"paired tests on identical samples ({how})"
     return f"<details><summary>{title}</summary>{table(head, rows)}</details>" if rows else ""
 
 

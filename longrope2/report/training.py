@@ -53,13 +53,11 @@ def _of_evaluation(summary: EvaluationSummary, record: RunRecord) -> list[str]:
         f"{summary.perplexity[0].num_tokens:,} tokens at every length, with more and more text "
         "before them.",
     ]
-    others = ", ".join(
-        f"{subject.name} ({subject.checkpoint})"
-        for subject in summary.subjects
-        if subject.trained and record.folder.name not in subject.checkpoint.split("/")
-    )
+    trained, run = (subject for subject in summary.subjects if subject.trained), record.folder.name
+    others = [f"{s.name} ({s.checkpoint})" for s in trained if run not in s.checkpoint.split("/")]
     if others:
-        statements.append(f"Trained in other runs, whose configuration stands there: {others}.")
+        known = ", ".join(others)
+        statements.append(f"Trained in other runs, whose configuration stands there: {known}.")
     untrained = [s.name for s in summary.subjects if not s.trained and s.name != summary.reference]
     if untrained:
         statements.append(
@@ -90,7 +88,6 @@ def _retrieval_in_training(record: RunRecord) -> list[str]:
 
 
 def _shared_text(record: RunRecord) -> list[str]:
-    """Search and evaluation draw on the same held-out documents."""
     factors, evaluations = record.stages["factors"].manifest, record.stages["evaluations"].manifest
     if factors is None or evaluations is None:
         return []
@@ -104,11 +101,11 @@ def _shared_text(record: RunRecord) -> list[str]:
 
 def training_images(record: RunRecord) -> str:
     """The figures of ``SERIES``; what was not recorded has none."""
-    images = []
+    images = ""
     for keys, label, scale, alternative in SERIES:
         figure = series_figure(record.training_metrics, keys, label, scale)
-        images += [] if figure is None else [image(figure, alternative)]
-    return "".join(images)
+        images += "" if figure is None else image(figure, alternative)
+    return images
 
 
 def mix_images(record: RunRecord) -> str:

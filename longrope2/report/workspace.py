@@ -18,10 +18,7 @@ from longrope2.tracking.workspace import MIX_KEY, NEEDLE_MAPS_KEY, build_workspa
 
 
 def save_workspace(run_folder: Path, run_name: str, tracking: TrackingConfig) -> str:
-    """Build, log, save.
-
-    Returns:
-        The workspace's address.
+    """Build, log, save; the workspace's address.
 
     Raises:
         ConfigError: nobody is logged in, or ``tracking`` does not name a team.
@@ -64,19 +61,13 @@ def _log_figures(record: RunRecord, run_name: str, tracking: TrackingConfig) -> 
     """Log the mix and the heat maps as the run's ``report`` stage."""
     import wandb
 
-    mode: Any = resolve_mode(tracking.wandb).value
+    place = {"project": tracking.project, "entity": tracking.entity, "group": run_name}
+    stage: dict[str, Any] = {**place, "job_type": "report", "name": f"{run_name}/report"}
+    stage["mode"] = resolve_mode(tracking.wandb).value
+    stage["settings"] = wandb.Settings(silent=True, console="off", x_disable_stats=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        wandb.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            group=run_name,
-            job_type="report",
-            name=f"{run_name}/report",
-            dir=os.environ.get("WANDB_DIR", folder),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        ) as run,
+        wandb.init(dir=os.environ.get("WANDB_DIR", folder), **stage) as run,
     ):
         values: dict[str, Any] = {}
         for source, windows in record.mix_tokens.items():

@@ -175,15 +175,12 @@ def is_number(value: Any) -> bool:
 def _check_factor_list(name: str, values: tuple[float, ...], geometry: RopeGeometry) -> None:
     """One finite positive factor per cosine index."""
     if len(values) != geometry.num_frequencies:
-        raise FactorsError(
-            f"{name} has {len(values)} values; rotary_dim={geometry.rotary_dim} needs "
-            f"{geometry.num_frequencies}"
-        )
+        fault = f"{name} has {len(values)} values; rotary_dim={geometry.rotary_dim} needs"
+        raise FactorsError(f"{fault} {geometry.num_frequencies}")
     for index, value in enumerate(values):
         if not _positive(value):
-            raise FactorsError(
-                f"{name}[{index}]={value}: a rescale factor must be a finite number above 0"
-            )
+            fault = f"{name}[{index}]={value}: a rescale factor must be a finite number above 0"
+            raise FactorsError(fault)
 
 
 def _positive(value: float) -> bool:
@@ -201,10 +198,8 @@ def _json_fields(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.pop("kind", None) != JSON_HEADER["kind"]:
         raise FactorsError(f"not a factors file: its kind is not {JSON_HEADER['kind']!r}")
     if (version := fields.pop("version", None)) != JSON_HEADER["version"]:
-        raise FactorsError(
-            f"the factors file has version {version}, this program reads "
-            f"{JSON_HEADER['version']}; make it again"
-        )
+        fault = f"the factors file has version {version}"
+        raise FactorsError(f"{fault}, this program reads {JSON_HEADER['version']}; make it again")
     return fields
 
 
@@ -213,9 +208,8 @@ def _published_array(fields: dict[str, Any]) -> dict[str, Any]:
     names = ("rotary_dim", "rope_base", "original_len")
     geometry = {name: fields.pop(name, None) for name in names}
     if missing := [name for name, value in geometry.items() if value is None]:
-        raise FactorsError(
-            f"the published array has no {', '.join(missing)}; its setting must stand beside it"
-        )
+        fault = f"the published array has no {', '.join(missing)}; its setting must stand beside it"
+        raise FactorsError(fault)
     fields.pop("partial_rotary_factor", None)  # said by rotary_dim
     attention_scale = fields.pop("attention_scale", 1.0)
     provenance = {name: str(fields.pop(name)) for name in ("model", "source") if name in fields}
@@ -235,23 +229,19 @@ def _csv_factors(text: str) -> tuple[float, ...]:
             rows.append((number, values))
         # A line where only some cells are numbers is damaged, and no header.
         elif rows or has_header or any(_numbers([cell]) for cell in cells):
-            raise FactorsError(
-                f"line {number} of the factors CSV: {line.strip()[:60]!r} is not a list of numbers"
-            )
+            fault = f"line {number} of the factors CSV"
+            raise FactorsError(f"{fault}: {line.strip()[:60]!r} is not a list of numbers")
         else:
             has_header = True
     if not rows:
-        raise FactorsError(
-            "the factors CSV holds no numbers; give one factor per line, or one row of factors"
-        )
+        fault = "the factors CSV holds no numbers; give one factor per line, or one row of factors"
+        raise FactorsError(fault)
     first_number, first = rows[0]
     is_column = len(first) == 1
     for number, values in rows:
         if is_column and len(values) != 1:
-            raise FactorsError(
-                f"line {number} of the factors CSV has {len(values)} values, "
-                "the lines before it one"
-            )
+            fault = f"line {number} of the factors CSV has {len(values)} values"
+            raise FactorsError(f"{fault}, the lines before it one")
         if not is_column and values != first:
             raise FactorsError(
                 f"line {number} of the factors CSV differs from line {first_number}: rows are "
@@ -262,7 +252,6 @@ def _csv_factors(text: str) -> tuple[float, ...]:
 
 
 def _numbers(cells: list[str]) -> tuple[float, ...] | None:
-    """The cells' values, or None if any of them is not a number."""
     try:
         return tuple(map(float, cells))
     except ValueError:

@@ -46,19 +46,14 @@ class RopeGeometry:
 
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise FactorsError(
-                f"rotary_dim={self.rotary_dim}: the rotated channels of a head must be even, "
-                "2 or more"
-            )
+            fault = f"rotary_dim={self.rotary_dim}"
+            raise FactorsError(f"{fault}: the rotated channels of a head must be even, 2 or more")
         if not (math.isfinite(self.rope_base) and self.rope_base > 1):
-            raise FactorsError(
-                f"rope_base={self.rope_base}: the RoPE base must be a finite number above 1"
-            )
+            fault = f"rope_base={self.rope_base}: the RoPE base must be a finite number above 1"
+            raise FactorsError(fault)
         if self.original_len < SHORTEST_ORIGINAL_LEN:
-            raise FactorsError(
-                f"original_len={self.original_len}: the pre-trained window must be at least "
-                f"{SHORTEST_ORIGINAL_LEN} tokens; set model.original_len"
-            )
+            fault = f"original_len={self.original_len}: the pre-trained window must be at least"
+            raise FactorsError(f"{fault} {SHORTEST_ORIGINAL_LEN} tokens; set model.original_len")
 
     @property
     def num_frequencies(self) -> int:
@@ -68,10 +63,8 @@ class RopeGeometry:
     def scale_to(self, target_len: int) -> float:
         """Scale L / L0 of a target window in tokens; FactorsError when it is below 1."""
         if target_len < self.original_len:
-            raise FactorsError(
-                f"target_len={target_len} is below original_len={self.original_len}; "
-                "give a target of at least the pre-trained window"
-            )
+            fault = f"target_len={target_len} is below original_len={self.original_len}"
+            raise FactorsError(f"{fault}; give a target of at least the pre-trained window")
         return target_len / self.original_len
 
     def check_critical_index(self, index: int) -> None:
@@ -135,9 +128,8 @@ def ntk_aware(geometry: RopeGeometry, last_factor: float) -> tuple[float, ...]:
         FactorsError: two rotated channels, for which the exponent does not exist.
     """
     if geometry.rotary_dim == 2:
-        raise FactorsError(
-            "rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2; use another rope.method"
-        )
+        fault = "rotary_dim=2: NTK-aware scaling divides by rotary_dim - 2; use another rope.method"
+        raise FactorsError(fault)
     return base_change(geometry, last_factor ** (geometry.rotary_dim / (geometry.rotary_dim - 2)))
 
 
@@ -148,10 +140,8 @@ def ntk_at_index(geometry: RopeGeometry, scale: float, critical_index: int) -> t
         FactorsError: c is 0, where no change of base gives a factor other than 1.
     """
     if critical_index < 1:
-        raise FactorsError(
-            f"critical_index={critical_index}: a change of base leaves index 0 alone; "
-            "give 1 or more"
-        )
+        fault = f"critical_index={critical_index}: a change of base leaves index 0 alone"
+        raise FactorsError(f"{fault}; give 1 or more")
     return tuple(scale ** (i / critical_index) for i in range(geometry.num_frequencies))
 
 
@@ -201,9 +191,8 @@ def llama3_bands(
         FactorsError: the bands overlap.
     """
     if not high_turns > low_turns:
-        raise FactorsError(
-            f"high_freq_factor={high_turns} must be above low_freq_factor={low_turns}"
-        )
+        fault = f"high_freq_factor={high_turns} must be above low_freq_factor={low_turns}"
+        raise FactorsError(fault)
     factors = []
     for i in range(geometry.num_frequencies):
         period = 2 * math.pi * geometry.rope_base ** (2 * i / geometry.rotary_dim)

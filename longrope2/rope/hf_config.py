@@ -10,26 +10,19 @@ top-level ``rope_theta`` (before). Where the versions differ (all read in their 
   window of the pre-trained model: it is always written.
 * ``factor`` wins over the ratio of lengths in 5.x and is replaced by it before: both say s.
 
-``longrope`` holds lists; ``linear``, ``dynamic``, ``yarn`` and ``llama3`` hold the constants of a
-closed form, which is computed from the config's own numbers, whatever lengths the caller has in
-mind. Three of them are static: transformers applies them at every length, so the short window is
-rescaled too and ``short_factors`` says so. ``dynamic`` leaves the short window alone and, beyond
-it, depends on the length: the factors are those of the target length.
+``longrope`` holds lists; the others the constants of a closed form, computed from the config's own
+numbers. ``linear``, ``yarn`` and ``llama3`` are static: transformers applies them at every length,
+so the short window is rescaled too and ``short_factors`` says so. ``dynamic`` leaves the short
+window alone; beyond it the factors are those of the target length.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from longrope2.errors import FactorsError
+from longrope2.rope import frequencies
 from longrope2.rope.factors import RescaleFactors, Window, is_number, read_factor_list
-from longrope2.rope.frequencies import (
-    RopeGeometry,
-    llama3_bands,
-    longrope_attention_scale,
-    ntk_aware,
-    yarn_attention_scale,
-    yarn_ramp,
-)
+from longrope2.rope.frequencies import RopeGeometry
 
 # "su" is the first name of the type (Phi-3, April 2024).
 LONGROPE_TYPES = ("longrope", "su")
@@ -94,10 +87,8 @@ def from_hf_config(
     if rope_type == "yarn" and config.get("model_type") == "phi3":
         rope_type = "longrope"  # as Phi3Config does: early Phi-3 configs called it so
     if rope_type not in READABLE_TYPES:
-        raise FactorsError(
-            f"the config's RoPE type is {rope_type!r}: factors can be read from "
-            f"{', '.join(READABLE_TYPES)}"
-        )
+        fault = f"the config's RoPE type is {rope_type!r}"
+        raise FactorsError(f"{fault}: factors can be read from {', '.join(READABLE_TYPES)}")
     if original_len is None:
         original_len = _original_len(config, scaling, rope_type)
     if target_len is None:
@@ -108,7 +99,7 @@ def from_hf_config(
     elif rope_type in LONGROPE_TYPES:
         fields = _longrope_fields(config, scaling)
     else:
-        fields = _closed_form_fields(config, scaling, rope_type, geometry, target_len)
+        fields = _closed_form_fields(config, rope_type, geometry, target_len)
     return RescaleFactors(
         geometry=geometry,
         target_len=target_len,
@@ -149,18 +140,15 @@ def config_geometry(config: dict[str, Any], original_len: int) -> RopeGeometry:
 
 
 def _closed_form_fields(
-    config: dict[str, Any],
-    scaling: dict[str, Any],
-    rope_type: str,
-    geometry: RopeGeometry,
-    target_len: int,
+    config: dict[str, Any], rope_type: str, geometry: RopeGeometry, target_len: int
 ) -> dict[str, Any]:
     """Factors and attention scale of a type that stores constants."""
+    scaling = _scaling(config)
     if rope_type == "dynamic":
         # transformers counts from max_position_embeddings, in such configs the pre-trained window.
         factor, own_len = _number(scaling, "factor"), int(_number(config, MAX_LEN_KEY))
         last_factor = factor * max(target_len, own_len) / own_len - (factor - 1)
-        return {"factors": ntk_aware(geometry, last_factor)}
+        return {"factors": frequencies.ntk_aware(geometry, last_factor)}
     attention_scale = 1.0
     if rope_type == "linear":
         factors = (_number(scaling, "factor"),) * geometry.num_frequencies
@@ -169,7 +157,7 @@ def _closed_form_fields(
         published = replace(geometry, original_len=_original_len(config, scaling, rope_type))
         if rope_type == "llama3":
             bands = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
-            factors = llama3_bands(published, _number(scaling, "factor"), *bands)
+            factors = frequencies.llama3_bands(published, _number(scaling, "factor"), *bands)
         else:
             factors, attention_scale = _yarn(config, scaling, published)
     return {
@@ -186,14 +174,15 @@ def _yarn(
     """YaRN by the config's own betas, rounding and attention weights (DeepSeek: two ``mscale``)."""
     scale = _scale(config, scaling, published.original_len)
     betas = _optional(scaling, "beta_fast") or 32.0, _optional(scaling, "beta_slow") or 1.0
-    factors = yarn_ramp(published, scale, *betas, rounded=bool(scaling.get("truncate", True)))
+    rounded = bool(scaling.get("truncate", True))
+    factors = frequencies.yarn_ramp(published, scale, *betas, rounded=rounded)
     if "attention_factor" in scaling:
         return factors, _number(scaling, "attention_factor")
     weight, weight_all_dims = _optional(scaling, "mscale"), _optional(scaling, "mscale_all_dim")
     if weight is None or weight_all_dims is None:
-        return factors, yarn_attention_scale(scale)
-    of_all_dims = yarn_attention_scale(scale, weight_all_dims)
-    return factors, yarn_attention_scale(scale, weight) / of_all_dims
+        return factors, frequencies.yarn_attention_scale(scale)
+    of_all_dims = frequencies.yarn_attention_scale(scale, weight_all_dims)
+    return factors, frequencies.yarn_attention_scale(scale, weight) / of_all_dims
 
 
 def _scale(config: dict[str, Any], scaling: dict[str, Any], own_len: int) -> float:
@@ -204,7 +193,6 @@ def _scale(config: dict[str, Any], scaling: dict[str, Any], own_len: int) -> flo
 
 
 def _longrope_fields(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """Factor lists and attention scales of a longrope config."""
     short_factors, long_factors = (
         read_factor_list(_required(scaling, key), key, "the Hugging Face config has")
         for key in ("short_factor", "long_factor")
@@ -227,7 +215,7 @@ def _longrope_scale(config: dict[str, Any], scaling: dict[str, Any], own_key: st
         if key in scaling:
             return _number(scaling, key)
     own_len = _original_len(config, scaling, "longrope")
-    return longrope_attention_scale(_scale(config, scaling, own_len), own_len)
+    return frequencies.longrope_attention_scale(_scale(config, scaling, own_len), own_len)
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -237,10 +225,8 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
         given = config.get(layout) or {}
         keys = {name: value for name, value in given.items() if value is not None}
         if nested := sorted(name for name, value in keys.items() if isinstance(value, dict)):
-            raise FactorsError(
-                f"the config has a RoPE per layer type ({', '.join(nested)}); "
-                "one RoPE for all layers is supported"
-            )
+            fault = f"the config has a RoPE per layer type ({', '.join(nested)})"
+            raise FactorsError(f"{fault}; one RoPE for all layers is supported")
         if "type" in keys:
             keys.setdefault("rope_type", keys["type"])
         merged |= keys
@@ -250,10 +236,8 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
 def _original_len(config: dict[str, Any], scaling: dict[str, Any], rope_type: str) -> int:
     """L0 as transformers 5 finds it: top level first, then inside."""
     if rope_type == "linear":
-        raise FactorsError(
-            "a config with linear RoPE scaling does not say its pre-trained window; "
-            "set original_len"
-        )
+        fault = "a config with linear RoPE scaling does not say its pre-trained window"
+        raise FactorsError(f"{fault}; set original_len")
     if rope_type not in (UNSCALED_TYPE, "dynamic"):  # these two have their whole window
         for place in (config, scaling):
             if place.get(ORIGINAL_LEN_KEY) is not None:
@@ -278,7 +262,6 @@ def _target_len(
 
 
 def _required(values: dict[str, Any], key: str) -> Any:
-    """A value that must stand in the config."""
     if values.get(key) is None:
         raise FactorsError(f"the Hugging Face config has no {key}; add it to config.json")
     return values[key]
@@ -288,9 +271,8 @@ def _number(values: dict[str, Any], key: str) -> float:
     """A number above 0 that must stand in the config."""
     value = _required(values, key)
     if not is_number(value) or not value > 0:
-        raise FactorsError(
-            f"the Hugging Face config has {key}={value!r}; it must be a number above 0"
-        )
+        fault = f"the Hugging Face config has {key}={value!r}; it must be a number above 0"
+        raise FactorsError(fault)
     return float(value)
 
 

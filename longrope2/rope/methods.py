@@ -1,11 +1,8 @@
 """Rescaling methods as values: PI, NTK, YaRN and the rest, per cosine index.
 
-Each gives lambda_i so that theta'_i = theta_i / lambda_i. The formulas stand in ``frequencies.py``;
-here are the methods' names, the constants they are known with, and what holds on either side of a
-critical dimension: NTK scaling below it, the out-of-distribution bound above it [LongRoPE2, arXiv
-2502.20082, sec. 3.2].
-
-Index convention of this project: the first freely chosen factor stands AT the critical index c. The
+Each gives lambda_i so that theta'_i = theta_i / lambda_i, by the formulas of ``frequencies.py``.
+NTK scaling holds below a critical dimension, the out-of-distribution bound above it [LongRoPE2,
+arXiv 2502.20082, sec. 3.2]. The first freely chosen factor stands AT the critical index c: the
 paper's Algorithms 1 and 2 slice one lower; the arrays its authors released do not.
 
 Symbols: s = L / L0, c = critical index.
@@ -14,18 +11,9 @@ Symbols: s = L / L0, c = critical index.
 from enum import StrEnum
 
 from longrope2.errors import FactorsError
+from longrope2.rope import frequencies
 from longrope2.rope.factors import RescaleFactors
-from longrope2.rope.frequencies import (
-    RopeGeometry,
-    base_change,
-    llama3_bands,
-    ntk_at_index,
-    ntk_aware,
-    ntk_base_ratio,
-    yarn_attention_scale,
-    yarn_ramp,
-    yarn_ramp_to_index,
-)
+from longrope2.rope.frequencies import RopeGeometry
 
 # Relative: a ramp that ends at s may land one rounding below it.
 BOUND_TOLERANCE = 1e-9
@@ -81,17 +69,19 @@ def closed_form_factors(
         case RopeMethod.pi:
             factors = (scale,) * geometry.num_frequencies
         case RopeMethod.ntk:
-            factors = base_change(geometry, ntk_base_ratio(geometry, target_len))
+            factors = frequencies.base_change(
+                geometry, frequencies.ntk_base_ratio(geometry, target_len)
+            )
         case RopeMethod.ntk_aware:
-            factors = ntk_aware(geometry, scale)
+            factors = frequencies.ntk_aware(geometry, scale)
         case RopeMethod.dynamic_ntk:
             # transformers: (factor * L / L0 - (factor - 1)) in place of s, here with factor = s
-            factors = ntk_aware(geometry, scale * scale - (scale - 1))
+            factors = frequencies.ntk_aware(geometry, scale * scale - (scale - 1))
         case RopeMethod.yarn:
-            factors = yarn_ramp(geometry, scale)
-            attention_scale = yarn_attention_scale(scale)
+            factors = frequencies.yarn_ramp(geometry, scale)
+            attention_scale = frequencies.yarn_attention_scale(scale)
         case RopeMethod.llama3:
-            factors = llama3_bands(geometry, scale)
+            factors = frequencies.llama3_bands(geometry, scale)
         case _:
             allowed = ", ".join(CLOSED_FORMS)
             raise FactorsError(f"rope.method={method} has no closed form; use one of {allowed}")
@@ -123,10 +113,10 @@ def critical_index_factors(
     scale = geometry.scale_to(target_len)
     geometry.check_critical_index(critical_index)
     if method is RopeMethod.yarn_rcd:
-        factors = yarn_ramp_to_index(geometry, scale, critical_index)
-        attention_scale = yarn_attention_scale(scale)
+        factors = frequencies.yarn_ramp_to_index(geometry, scale, critical_index)
+        attention_scale = frequencies.yarn_attention_scale(scale)
     elif method is RopeMethod.ntk_rcd:
-        factors, attention_scale = ntk_at_index(geometry, scale, critical_index), 1.0
+        factors, attention_scale = frequencies.ntk_at_index(geometry, scale, critical_index), 1.0
     else:
         allowed = ", ".join(CRITICAL_INDEX_METHODS)
         raise FactorsError(f"rope.method={method} takes no critical index; use one of {allowed}")
@@ -153,9 +143,8 @@ def ntk_part(critical_index: int, critical_factor: float) -> tuple[float, ...]:
     if critical_index < 0:
         raise FactorsError(f"critical_index={critical_index}: a cosine index is 0 or more")
     if not critical_factor > 0:
-        raise FactorsError(
-            f"lambda[{critical_index}]={critical_factor}: a rescale factor must be above 0"
-        )
+        fault = f"lambda[{critical_index}]={critical_factor}: a rescale factor must be above 0"
+        raise FactorsError(fault)
     return tuple(critical_factor ** (index / critical_index) for index in range(critical_index))
 
 

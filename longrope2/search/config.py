@@ -131,14 +131,10 @@ def search_faults(search: SearchConfig) -> list[str]:
     positive = ("population", "parents", "num_samples", "batch_size", "projected_gpus")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
     least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
-    num_keys = 1 if search.num_keys is None else search.num_keys
+    num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
     rules = [(key, getattr(search, key) >= least[key], f"at least {least[key]}") for key in least]
     rules += [
-        (
-            "parents",
-            search.parents <= search.population,
-            f"at most search.population={search.population}",
-        ),
+        ("parents", search.parents <= size, f"at most search.population={size}"),
         ("mutations", (search.mutations or 0) >= 0, "null (one per parent) or at least 0"),
         ("num_keys", num_keys >= 1, "null (a key for every sample) or at least 1"),
         ("mutation_probability", 0 < search.mutation_probability <= 1, "above 0 and at most 1"),
@@ -152,32 +148,27 @@ def search_faults(search: SearchConfig) -> list[str]:
         if not fits
     ]
     if not 0 < search.grid <= 1 or abs(1 / search.grid - round(1 / search.grid)) > 1e-6:
-        faults.append(
-            f"search.grid={search.grid}: 1 / grid must be a whole number, e.g. 0.01 or 0.1"
-        )
+        fault = f"search.grid={search.grid}: 1 / grid must be a whole number, e.g. 0.01 or 0.1"
+        faults.append(fault)
     if not search.depths or not all(0 <= depth <= 1 for depth in search.depths):
         faults.append(f"search.depths={list(search.depths)}: give one or more numbers from 0 to 1")
     return faults + _contradictions(search)
 
 
 def _contradictions(search: SearchConfig) -> list[str]:
-    """Settings that have no meaning together."""
     faults = []
     is_longrope = search.algorithm is Algorithm.longrope
     if search.iterations and search.mutations == 0 and search.crossovers == 0:
         both = "search.mutations=0 and search.crossovers=0"
         faults.append(f"{both}: a round would give no new candidate; raise one")
-    if search.short_window_of is not None and not (
-        is_longrope and search.objective is Objective.perplexity
-    ):
+    rescales_short = is_longrope and search.objective is Objective.perplexity
+    if search.short_window_of is not None and not rescales_short:
         only = "search.short_window_of: only LongRoPE rescales the short window"
         faults.append(f"{only}; use search=longrope with it")
     if is_longrope and search.dims is not SearchedDims.all:
         given = f"search.dims={search.dims.value}"
         faults.append(f"{given}: search.algorithm=longrope searches all; use search=longrope")
     if is_longrope and (search.critical is not None or search.critical_move_probability):
-        faults.append(
-            "search.critical and search.critical_move_probability: search.algorithm=longrope has "
-            "no critical dimension; leave them null and 0"
-        )
+        fault = "search.critical and search.critical_move_probability: search.algorithm=longrope"
+        faults.append(f"{fault} has no critical dimension; leave them null and 0")
     return faults

@@ -1,9 +1,8 @@
 """Evaluate rescale factors: losses from the journal, else computed, stopped where pointless.
 
-Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``): it depends
-neither on their order nor on who computed them, and a partial sum never exceeds the full one. Once
-a partial sum is above the bound, the full sum is above it for certain: stopping there is exact, in
-any order. So the batch that was hardest for the candidates before comes first.
+Losses are >= 0 and their sum is rounded once, from the exact sum (``math.fsum``), whatever their
+order: once a partial sum is above the bound, so is the full one, and stopping there is exact. So
+the batch that was hardest for the candidates before comes first.
 """
 
 import itertools
@@ -112,13 +111,9 @@ class Evaluator:
                 break
             known[batch] = self._computed(factors, batch)
             self._learn_hardness(batch, known[batch])
-        return self._score(known)
-
-    def _score(self, losses: Mapping[int, list[float]]) -> Score:
-        """What these losses say."""
-        total = _sum_of(losses)
-        is_complete = total == math.inf or len(losses) == self._losses.num_batches
-        return Score(total, is_complete, sum(map(len, losses.values())), _by_batch(losses))
+        total = _sum_of(known)
+        is_complete = total == math.inf or len(known) == self._losses.num_batches
+        return Score(total, is_complete, sum(map(len, known.values())), _by_batch(known))
 
     def value(self, loss_sum: float) -> float:
         """The objective: perplexity over the scored tokens of all samples."""
@@ -151,10 +146,8 @@ class Evaluator:
 
 
 def _sum_of(losses: Mapping[int, list[float]]) -> float:
-    """Sum of all losses, rounded once."""
     return math.fsum(loss for batch in losses.values() for loss in batch)
 
 
 def _by_batch(losses: Mapping[int, list[float]]) -> dict[int, float]:
-    """Sum of each batch."""
     return {batch: math.fsum(values) for batch, values in sorted(losses.items())}

@@ -2,10 +2,9 @@
 
 Evaluate a first population; then, round by round, keep the best candidates of all so far and let
 each give one mutated candidate. The bound of early termination is the loss of the worst candidate
-that would be kept at that moment: what exceeds it can never be kept, so the result is the same with
-and without termination. Ties are broken by the candidate itself, never by the order of evaluation,
-and everything random is drawn from (seed, round, number), never from a running generator: a resumed
-search, and any number of workers, draw the same candidates and find the same result.
+that would be kept at that moment: what exceeds it can never be kept. Ties are broken by the
+candidate itself, and everything random is drawn from (seed, round, number), never from a running
+generator: a resumed search, and any number of workers, find the same result.
 """
 
 import math
@@ -43,19 +42,16 @@ def first_population(
         rng = random.Random(f"population/{seed}/{number}")
         if space.is_bounded:
             lap, place = divmod(number, len(space.critical_indices))
-            candidate = space.flat(
-                space.critical_indices[place], rng.randint(space.lowest_step, space.highest_step)
-            )
+            step = rng.randint(space.lowest_step, space.highest_step)
+            candidate = space.flat(space.critical_indices[place], step)
         else:
             lap, candidate = 1, list(found)[number % len(seeds)]
         if lap > 0:
             candidate = mutate(space, candidate, mutation_probability, rng)
         found.setdefault(candidate)
     if len(found) < size:
-        raise FactorsError(
-            f"search.population={size}: the space holds too few distinct candidates "
-            f"({len(found)} found); lower search.population or search.grid"
-        )
+        fault = f"search.population={size}: the space holds too few distinct candidates"
+        raise FactorsError(f"{fault} ({len(found)} found); lower search.population or search.grid")
     return list(found)
 
 
@@ -204,14 +200,9 @@ class Evolution:
     ) -> None:
         self.kept: list[Ranked] = []
         self.rounds: list[Round] = []
-        self.num_candidates = 0
-        self.num_terminated = 0
-        self.num_losses = 0
-        self.space = space
-        self.config = config
-        self.evaluator = evaluator
-        self._seed = seed
-        self._workers = workers or Workers()
+        self.num_candidates = self.num_terminated = self.num_losses = 0
+        self.space, self.config, self.evaluator = space, config, evaluator
+        self._seed, self._workers = seed, workers or Workers()
         self._batch_losses: dict[Candidate, dict[int, float]] = {}
 
     @property
@@ -230,10 +221,8 @@ class Evolution:
 
     def steps(self) -> Iterator[Candidate]:
         """Run the search; yields each candidate after its evaluation."""
-        config = self.config
-        population = first_population(
-            self.space, config.population, config.mutation_probability, self._seed
-        )
+        config, size = self.config, self.config.population
+        population = first_population(self.space, size, config.mutation_probability, self._seed)
         seen: set[Candidate] = set()
         for iteration in range(config.iterations + 1):
             yield from self._evaluate_all(population, f"round/{iteration}")
@@ -241,13 +230,9 @@ class Evolution:
             self._close_round(iteration)
             if iteration == config.iterations:
                 return
+            parents = [ranked.candidate for ranked in self.kept]
             population = children(
-                self.space,
-                [ranked.candidate for ranked in self.kept],
-                config,
-                seed=self._seed,
-                iteration=iteration + 1,
-                seen=seen,
+                self.space, parents, config, seed=self._seed, iteration=iteration + 1, seen=seen
             )
 
     def _evaluate_all(self, population: Sequence[Candidate], label: str) -> Iterator[Candidate]:
@@ -290,7 +275,6 @@ class Evolution:
         return candidate
 
     def _close_round(self, iteration: int) -> None:
-        """Add the account of a round that has just ended."""
         finished = Round(
             iteration=iteration,
             best_value=self.evaluator.value(self.best.loss_sum),

@@ -1,12 +1,9 @@
 """The journal of a search: every loss that was computed, so that a killed search repeats nothing.
 
-JSON lines. The first names what the losses depend on (model, samples, target length, ...); each
-further one holds the losses of one batch of samples under one set of factors, appended and flushed
-as soon as it is known. ``null`` stands for a loss that was not finite.
-
-Every worker of a search appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``, ...)
-and reads them all when it starts, so workers never wait for each other, and a later run may have
-more or fewer of them.
+JSON lines. The first names what the losses depend on; each further one holds the losses of one
+batch of samples under one set of factors, flushed as soon as they are known; ``null`` is one that
+was not finite. Every worker appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``,
+...) and reads them all when it starts: a later run may have more or fewer workers.
 """
 
 import hashlib
@@ -85,7 +82,6 @@ class Journal:
             self._log.close()
 
     def _read_all(self, folder: Path, header: dict[str, Any]) -> None:
-        """Load what all workers have written."""
         for path in sorted(folder.glob("journal*.jsonl")):
             records = read_log(path)
             if records:
@@ -94,7 +90,6 @@ class Journal:
                 self._take(path, record, number)
 
     def _check_header(self, path: Path, found: Any, header: dict[str, Any]) -> None:
-        """The journal must be of this program's version and of this very search."""
         if not isinstance(found, dict) or "search_journal" not in found:
             raise damaged_line(path, 1)
         if (version := found.pop("search_journal")) != _VERSION:

@@ -35,12 +35,7 @@ from longrope2.segments.needle_set import NeedleSet
 
 @dataclass(frozen=True, eq=False)
 class ScoredSample:
-    """One text and where scoring starts.
-
-    Attributes:
-        tokens: Ids, shape [T], BOS first.
-        first_scored: Index of the first scored token, >= 1; scoring goes to the end.
-    """
+    """Ids [T], BOS first, and the index of the first scored one, >= 1; scoring goes to the end."""
 
     tokens: np.ndarray
     first_scored: int
@@ -105,13 +100,6 @@ class SampleLosses:
     With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of
     the tokens, heads are exchanged for tokens in every layer, and the losses are summed over the
     group.
-
-    Attributes:
-        model: What computes them, the one model of the search.
-        samples: The frozen samples.
-        num_samples: Their number.
-        num_batches: Batches they are divided into.
-        num_scored_tokens: Scored tokens of all samples.
     """
 
     def __init__(
@@ -122,14 +110,10 @@ class SampleLosses:
         window: Window = Window.LONG,
         sequence_group: ProcessGroup | None = None,
     ) -> None:
-        self.model = model
-        self.samples = tuple(samples)
-        self.num_samples = len(samples)
-        self.num_batches = -(-len(samples) // batch_size)
+        self.model, self.samples = model, tuple(samples)
+        self.num_samples, self.num_batches = len(samples), -(-len(samples) // batch_size)
         self.num_scored_tokens = sum(sample.num_scored for sample in samples)
-        self._batch_size = batch_size
-        self._window = window
-        self._group = sequence_group
+        self._batch_size, self._window, self._group = batch_size, window, sequence_group
 
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Summed loss of each sample of one batch, nats."""
@@ -141,10 +125,8 @@ class SampleLosses:
         tokens_BT = torch.from_numpy(np.stack([sample.tokens for sample in samples])).to(device)
         first = min(sample.first_scored for sample in samples)
         losses_BS = token_nll(self.model, tokens_BT, self._window, first).double()
-        return [
-            losses_S[sample.first_scored - first :].sum().item()
-            for sample, losses_S in zip(samples, losses_BS, strict=True)
-        ]
+        starts = [sample.first_scored - first for sample in samples]
+        return [row[n:].sum().item() for row, n in zip(losses_BS, starts, strict=True)]
 
     @torch.no_grad()
     def _shared_loss(self, sample: ScoredSample, group: ProcessGroup) -> float:
@@ -167,20 +149,14 @@ class SampleLosses:
         first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
         scored_BSH = hidden_BTH[:, first - start : last - start]
         targets_BS = tokens_T[None, first + 1 : last + 1]
-        losses_BS = head_nll(self.model, scored_BSH, targets_BS)
-        loss = losses_BS.double().sum()
+        loss = head_nll(self.model, scored_BSH, targets_BS).double().sum()
         dist.all_reduce(loss, group=group)
         return loss.item()
 
 
 @dataclass(frozen=True)
 class NeedleGuidance:
-    """How well the needle guides inside the original window.
-
-    Attributes:
-        needle_ppl: Perplexity of the value with the needle in the text.
-        control_ppl: The same without the needle.
-    """
+    """Perplexity of the value in the original window, with the needle in the text and without."""
 
     needle_ppl: float
     control_ppl: float
@@ -260,6 +236,5 @@ def check_needle_guidance(
 
 
 def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
-    """Perplexity over all samples."""
     batches = (losses(factors, batch) for batch in range(losses.num_batches))
     return perplexity(math.fsum(chain.from_iterable(batches)), losses.num_scored_tokens)

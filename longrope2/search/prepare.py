@@ -22,21 +22,10 @@ from longrope2.parallel.dims import head_faults
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.search.config import (
-    Objective,
-    SearchConfig,
-    SearchRoot,
-    most_candidates,
-    search_faults,
-)
-from longrope2.search.objective import (
-    NeedleGuidance,
-    SampleLosses,
-    check_needle_guidance,
-    check_needle_labels,
-    cut_documents,
-    needle_samples,
-)
+from longrope2.search import config as settings
+from longrope2.search import objective
+from longrope2.search.config import Objective, SearchConfig, SearchRoot
+from longrope2.search.objective import NeedleGuidance, SampleLosses
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Workers
 from longrope2.segments.needle_set import NeedleSet
@@ -49,16 +38,9 @@ SECONDS_PER_HOUR = 3600.0
 class PreparedSearch:
     """What a search works on, after the self-tests.
 
-    Attributes:
-        config: What is searched, checked.
-        space: Where candidates lie.
-        losses: Losses of the samples under given factors.
-        shape: The model's sizes, for what a forward pass costs.
-        sample_len: Tokens of a sample: L, or L0 for the short window's factors.
-        long_factors: The long window's factors when the search is for the short window's.
-        guidance: Figures of the needle self-test; None for the plain-perplexity objective.
-        needles: The needle set to freeze; None for the plain-perplexity objective.
-        inputs: ``model`` and ``corpus`` for the manifest.
+    A sample has ``sample_len`` tokens: L, or L0 for the short window's factors, which go with the
+    given ``long_factors``. The plain-perplexity objective has neither guidance nor needles.
+    ``inputs`` are ``model`` and ``corpus`` for the manifest.
     """
 
     config: SearchRoot
@@ -78,7 +60,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     Raises:
         ConfigError: every fault found, together.
     """
-    faults = search_faults(config.search)
+    faults = settings.search_faults(config.search)
     faults += target_faults(config.model, config.target_len, extends=True)
     try:
         build_corpus(config.corpus)
@@ -103,7 +85,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
 def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     """The plan in a few lines."""
     search, parallel, length = config.search, config.parallel, _sample_len(config)
-    most = most_candidates(search)
+    most = settings.most_candidates(search)
     num_forwards = most * search.num_samples
     hours = projected_hours(ModelShape.from_folder(model_folder), length, num_forwards, search)
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
@@ -111,9 +93,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     where = f"no critical index; every factor 1 .. {highest:g}"
     if space.is_bounded:
         critical = f"critical index {', '.join(map(str, space.critical_indices))}"
-        where = (
-            f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
-        )
+        where = f"{critical}; factors {lowest:g} .. {highest:g} from it up"
+        where = f"{where}; dims={search.dims.value}"
     windows = f"window {config.model.original_len} -> {config.target_len}"
     return (
         f"model      {config.model.name}, {windows}\n"
@@ -136,11 +117,7 @@ def projected_hours(
 
 
 def _long_factors(config: SearchRoot, geometry: RopeGeometry) -> RescaleFactors | None:
-    """The long window's factors when the search is for the short window's.
-
-    Raises:
-        ArtifactError: ``search.short_window_of`` is missing, or for another model or target.
-    """
+    """The long window's factors when the search is for the short window's."""
     if config.search.short_window_of is None:
         return None
     rope = RopeConfig(method=RopeMethod.from_file, factors=config.search.short_window_of)
@@ -185,35 +162,28 @@ def prepare(
     search, length = config.search, _sample_len(config)
     tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
     encoder = DocumentTokenizer(tokenizer)
-    draw_needles = partial(
-        build_needle_set,
-        tokenizer,
-        documents,
-        depths=search.depths,
-        num_samples=search.num_samples,
-        seed=config.seed,
-        num_keys=search.num_keys,
-    )
+    kinds: dict[str, Any] = {"depths": search.depths, "num_keys": search.num_keys}
+    kinds |= {"num_samples": search.num_samples, "seed": config.seed}
+    draw_needles = partial(build_needle_set, tokenizer, documents, **kinds)
     needles = None
     if search.objective is Objective.needle:
         frozen = folder / NEEDLES_FILE
         needles = NeedleSet.load(frozen) if frozen.is_file() else draw_needles(length=length)
-        check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
-        samples = needle_samples(needles)
+        objective.check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
+        samples = objective.needle_samples(needles)
     else:
         # The longest first would be the same few works.
         random.Random(f"documents/{config.seed}").shuffle(documents)
         ids = (encoder.encode(document.text) for document in documents)
-        samples = cut_documents(ids, encoder.bos_id, length, search.num_samples)
+        samples = objective.cut_documents(ids, encoder.bos_id, length, search.num_samples)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
+    group = workers.sequence_group
     tests_guidance = workers.worker == 0 and needles is not None
     return PreparedSearch(
         config=config,
         space=space,
-        losses=SampleLosses(
-            model, samples, search.batch_size, sequence_group=workers.sequence_group
-        ),
+        losses=SampleLosses(model, samples, search.batch_size, sequence_group=group),
         shape=ModelShape.from_folder(model_folder),
         sample_len=length,
         long_factors=_long_factors(config, space.geometry),
@@ -230,7 +200,8 @@ def _guidance(
 
     def losses(with_needle: bool) -> SampleLosses:
         needles = draw_needles(length=config.model.original_len, with_needle=with_needle)
-        samples, batch_size = needle_samples(needles), config.search.batch_size
+        samples, batch_size = objective.needle_samples(needles), config.search.batch_size
         return SampleLosses(model, samples, batch_size, Window.SHORT)
 
-    return check_needle_guidance(losses(True), losses(False), model.factors, config.search)
+    both = losses(True), losses(False)
+    return objective.check_needle_guidance(*both, model.factors, config.search)

@@ -1,8 +1,4 @@
-"""Run a prepared search and write its product.
-
-The product: the frozen samples, journals of every loss, the best factors, the history that reports
-are drawn from, metrics and, last, the manifest.
-"""
+"""Run a prepared search and write its product, last of it the manifest."""
 
 import json
 import time
@@ -13,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn
 
 from longrope2.config import to_plain
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
@@ -36,7 +25,7 @@ from longrope2.search.objective import NeedleGuidance, check_factors_matter, sam
 from longrope2.search.prepare import NEEDLES_FILE, SECONDS_PER_HOUR, PreparedSearch, projected_hours
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Score, Workers
-from longrope2.tracking.metrics import MetricsLog, read_metrics
+from longrope2.tracking.metrics import MetricsLog, progress_line, read_metrics
 
 _BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
 HISTORY_FILE = "history.json"
@@ -85,17 +74,13 @@ def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None
     with Journal(folder, header, workers.worker, writes=workers.is_leader) as journal:
         num_known = journal.num_losses
         workers.wait_for_all("journals are read")  # from here on they grow
-        evaluator = Evaluator(
-            prepared.losses,
-            journal,
-            num_scored_tokens=prepared.losses.num_scored_tokens,
-            is_pruning=config.search.pruning is not Pruning.none,
-        )
+        losses, is_pruning = prepared.losses, config.search.pruning is not Pruning.none
+        num_scored = losses.num_scored_tokens
+        evaluator = Evaluator(losses, journal, num_scored_tokens=num_scored, is_pruning=is_pruning)
         scores = _baseline_scores(prepared.space, evaluator, workers)
         check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
-        evolution = Evolution(
-            prepared.space, config.search, evaluator, seed=config.seed, workers=workers
-        )
+        given = (prepared.space, config.search, evaluator)
+        evolution = Evolution(*given, seed=config.seed, workers=workers)
         if workers.is_main:
             _run_with_progress(config, evolution, folder)
         else:
@@ -112,7 +97,7 @@ def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None
             processes=workers.processes.dims.world_size if workers.processes else 1,
         )
         baselines = {m.value: evaluator.value(score.loss_sum) for m, score in scores.items()}
-        _write_product(prepared, evolution, baselines, budget, folder)
+        _write_product(prepared, evolution, folder, baselines=baselines, budget=budget)
     workers.wait_for_all("the product is written")
 
 
@@ -146,17 +131,16 @@ def _baseline_scores(
 def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
     name = _value_name(config.search.objective)
-    shown = (
-        TextColumn("search"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-    )
-    columns = *shown, TimeElapsedColumn(), TimeRemainingColumn()
     # A resume logs no round twice.
     num_logged = sum("iteration" in record for record in read_metrics(folder))
-    tracking = MetricsLog(folder, config.tracking, config.run.name, "search", to_plain(config))
-    with tracking, Progress(*columns) as progress:
+    tracking = MetricsLog(
+        folder,
+        tracking=config.tracking,
+        run_name=config.run.name,
+        stage="search",
+        config=to_plain(config),
+    )
+    with tracking, progress_line("search", MofNCompleteColumn()) as progress:
         bar = progress.add_task("", total=most_candidates(config.search))
         for _ in evolution.steps():
             text = "no value yet"
@@ -172,11 +156,9 @@ def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -
 def _log_rounds(tracking: MetricsLog, evolution: Evolution, name: str, num_logged: int) -> int:
     """Log the rounds finished since the last call; returns how many are logged now."""
     for finished in evolution.rounds[num_logged:]:
-        values = {
-            f"search/best_{name}": finished.best_value,
-            "search/critical_index": finished.best_critical_index,
-            "search/evaluations": finished.num_candidates,
-        }
+        values = {f"search/best_{name}": finished.best_value}
+        values["search/critical_index"] = finished.best_critical_index
+        values["search/evaluations"] = finished.num_candidates
         tracking.log(values, iteration=finished.iteration)
     return max(num_logged, len(evolution.rounds))
 
@@ -208,7 +190,6 @@ def _budget(
 
 
 def _value_name(objective: Objective) -> str:
-    """Name of the objective's value in histories and metrics."""
     return "needle_ppl" if objective is Objective.needle else "ppl"
 
 
@@ -284,19 +265,16 @@ def search_history(
 def _write_product(
     prepared: PreparedSearch,
     evolution: Evolution,
+    folder: Path,
+    *,
     baselines: dict[str, float],
     budget: SearchBudget,
-    folder: Path,
 ) -> None:
     """Factors, history, and the manifest that marks the search as finished."""
     config = prepared.config
     samples_hash = samples_sha256(prepared.losses.samples)
-    factors = best_factors(
-        evolution,
-        long_factors=prepared.long_factors,
-        model=config.model.name,
-        samples_sha256=samples_hash,
-    )
+    origin = {"model": config.model.name, "samples_sha256": samples_hash}
+    factors = best_factors(evolution, long_factors=prepared.long_factors, **origin)
     history = search_history(
         evolution,
         baselines=baselines,

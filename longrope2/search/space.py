@@ -4,11 +4,9 @@ Every factor at or above the critical index c lies in [s, 2s] (out-of-distributi
 never decrease with the index, and those below c follow from the one at c by NTK scaling. With
 ``dims=all`` the factors below c are chosen freely too, between 1 and the next one.
 
-The first-generation search [LongRoPE, arXiv 2402.13753] has neither bound nor critical index: every
-factor is free between 1 and 1.25 s. Its count of leading tokens kept unscaled is left out: no
-published model uses one.
-
-Free factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
+The first-generation search [LongRoPE, arXiv 2402.13753] has neither: every factor is free between 1
+and 1.25 s. Its count of leading tokens kept unscaled is left out: no published model uses one. Free
+factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
 """
 
 import math
@@ -26,12 +24,9 @@ _SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn",
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """One point of the space.
+    """One point of the space: c (the number of cosine indices where nothing is bounded) and steps.
 
-    Attributes:
-        critical_index: c, cosine index; the number of cosine indices where nothing is bounded.
-        steps: Freely chosen factors in grid steps, non-decreasing: those from c upwards, or all
-            with ``dims=all``.
+    Steps are the freely chosen factors on the grid, non-decreasing: from c up, or all.
     """
 
     critical_index: int
@@ -42,10 +37,8 @@ class Candidate:
 class SearchSpace:
     """Bounds of a search and the translation of its candidates into rescale factors.
 
-    Attributes:
-        critical_indices: Allowed critical indices, ascending.
-        steps_per_unit: Grid steps in a factor of 1.
-        highest_ratio: Largest factor over s.
+    ``critical_indices`` are ascending; ``steps_per_unit`` are the grid steps in a factor of 1;
+    ``highest_ratio`` is the largest factor over s.
     """
 
     geometry: RopeGeometry
@@ -77,11 +70,13 @@ class SearchSpace:
             highest = min(theoretical_critical_index(geometry), last)
             indices = tuple(range(ten_period_index(geometry), highest + 1))
         if not indices:
-            raise FactorsError(
-                f"every dimension turns ten times or more in original_len={geometry.original_len}: "
-                "no critical dimension to search; check model.original_len, or set search.critical "
-                f"to a cosine index, 0 .. {last}"
+            turns = (
+                f"every dimension turns ten times or more in original_len={geometry.original_len}"
             )
+            ways_out = (
+                f"check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
+            )
+            raise FactorsError(f"{turns}: no critical dimension to search; {ways_out}")
         return cls(
             geometry=geometry,
             target_len=target_len,

@@ -1,11 +1,10 @@
 """Candidates spread over workers by work-stealing, without a coordinator.
 
-A worker is one process, or one sequence-parallel group of processes that hold every sample
-together. All workers run the same deterministic search; within a round each takes the next open
-task from a counter in torch's key-value store, and publishes its score in a log there. Nothing
-depends on who computed what, so the result is the same for any number of workers. A worker that
-dies takes its process group with it (torchrun ends the others); what was finished is in the
-journals, and the same command goes on from there.
+A worker is one process, or one sequence-parallel group that holds every sample together. All run
+the same deterministic search; within a round each takes the next open task from a counter in
+torch's key-value store, and publishes its score in a log there: nothing depends on who computed
+what. A worker that dies ends the others through torchrun; the same command goes on from the
+journals.
 """
 
 import json
@@ -57,7 +56,7 @@ class Workers:
     """This process among the workers of a search.
 
     Attributes:
-        worker: Number of this worker.
+        worker: Its number.
         is_leader: Whether this process speaks for its worker: the only one of it that writes.
         processes: The process grid; None for a search in one process.
         sequence_group: The processes that hold every sample together; None: each holds whole ones.
@@ -108,10 +107,8 @@ class TaskQueue:
     """Tasks of one round. All processes of a worker must make the same calls in the same order."""
 
     def __init__(self, workers: Workers, store: Store, num_tasks: int) -> None:
-        self._workers = workers
-        self._store = store
-        self._num_tasks = num_tasks
-        self._num_read = 0
+        self._workers, self._store = workers, store
+        self._num_tasks, self._num_read = num_tasks, 0
 
     def claim(self) -> int | None:
         """The next open task, for this worker alone; None when all are taken."""

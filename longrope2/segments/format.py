@@ -12,8 +12,8 @@ opens the same files.
     starts_mid_document  the first document continues from another segment and has no BOS
     num_padding          padding tokens
 
-The packer checks every segment by the rules below before it writes it, a training run checks some
-at its start, and ``data_prep.verify`` checks all of them again, with hashes and the source texts.
+The packer checks every segment by the rules below, a training run some at its start, and
+``data_prep.verify`` all of them again, with hashes and the source texts.
 """
 
 from collections.abc import Sequence
@@ -109,9 +109,8 @@ class SegmentStore:
         details = self.manifest.details
         missing = [name for name in (*_RULE_DETAILS, "model_name") if name not in details]
         if missing:
-            raise ArtifactError(
-                f"{self.folder}/manifest.json: details lack {', '.join(missing)}; pack again"
-            )
+            fault = f"{self.folder}/manifest.json: details lack {', '.join(missing)}; pack again"
+            raise ArtifactError(fault)
         self.rules = SegmentRules(
             **{name: details[name] for name in _RULE_DETAILS},
             control_ids=tuple(details.get("control_ids", ())),
@@ -126,10 +125,8 @@ class SegmentStore:
         found = {"num_short_segments": self.short_ids, "num_long_segments": self.long_ids}
         for key, ids in found.items():
             if promised.get(key) != len(ids):
-                raise ArtifactError(
-                    f"{self.folder}/manifest.json: counts.{key} is {promised.get(key)}, "
-                    f"the shards hold {len(ids)}; pack again"
-                )
+                fault = f"{self.folder}/manifest.json: counts.{key} is {promised.get(key)}"
+                raise ArtifactError(f"{fault}, the shards hold {len(ids)}; pack again")
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -173,16 +170,14 @@ class SegmentStore:
         """Raise ArtifactError, naming the shard, unless every SHA-256 is the manifest's."""
         for name, expected in self.manifest.files.items():
             if sha256_of_file(self.folder / name) != expected:
-                raise ArtifactError(
-                    f"{self.folder / name}: SHA-256 differs from the manifest; pack again"
-                )
+                fault = f"{self.folder / name}: SHA-256 differs from the manifest; pack again"
+                raise ArtifactError(fault)
 
     @cached_property
     def _windows(self) -> list[str]:
         return [window for batch in self._batches for window in batch.column("window").to_pylist()]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Batch and row of a segment."""
         if not 0 <= index < len(self):
             raise IndexError(f"segment {index} of {len(self)}")
         batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
@@ -194,9 +189,8 @@ class SegmentStore:
             reader = pa.ipc.open_stream(pa.memory_map(str(path)))
             schema, batches = reader.schema, list(reader)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(
-                f"{path} cannot be read ({error}); the manifest lists it, pack again"
-            ) from None
+            fault = f"{path} cannot be read ({error}); the manifest lists it, pack again"
+            raise ArtifactError(fault) from None
         if not schema.equals(self._schema):
             names = {field.name: field for field in schema}
             different = [field.name for field in self._schema if names.get(field.name) != field]
@@ -218,9 +212,8 @@ def check_at_start(store: SegmentStore, num_segments: int = 64) -> None:
     for name, expected in details.get("file_bytes", {}).items():
         found = (store.folder / name).stat().st_size
         if found != expected:
-            raise ArtifactError(
-                f"{store.folder / name} has {found} bytes, the manifest says {expected}; pack again"
-            )
+            fault = f"{store.folder / name} has {found} bytes, the manifest says {expected}"
+            raise ArtifactError(f"{fault}; pack again")
     if "tokens" in counts and "padding_tokens" in counts:
         packed = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
         padding = counts["padding_tokens"]
@@ -270,7 +263,6 @@ def _fault(segment: Segment, rules: SegmentRules) -> str | None:
 def _short_fault(
     segment: Segment, rules: SegmentRules, lengths: np.ndarray, is_padding: np.ndarray
 ) -> str | None:
-    """Rules of short segments only."""
     longest = int(lengths[~is_padding].max(initial=0))
     if longest > rules.original_len:
         return f"a document of {longest} tokens, longer than original_len={rules.original_len}"
@@ -310,7 +302,5 @@ def _boundary_fault(
     if not inside.any():
         return None
     place = int(np.flatnonzero(inside)[0])
-    return (
-        f"the control id {int(segment.tokens[place])} stands inside a document (BOS or EOS, or "
-        f"special), at {place}"
-    )
+    fault = f"the control id {int(segment.tokens[place])} stands inside a document (BOS or EOS"
+    return f"{fault}, or special), at {place}"

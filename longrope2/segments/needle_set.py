@@ -27,14 +27,9 @@ SCHEMA = pa.schema(
 class NeedleSample:
     """One sample: prompt and value as ids.
 
-    Attributes:
-        tokens: Ids, shape [length], int64; BOS first, EOS last, the value just before EOS.
-        value_start: Index of the first token of the value.
-        key: What was asked for.
-        value: The digits to retrieve.
-        depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
-        record: Wording, positions in tokens, hash of the haystack, and the books it was taken from;
-            plain JSON values.
+    ``tokens`` [length], int64, have BOS first and EOS last, just before it the value: the digits to
+    retrieve for ``key``. ``depth`` is the needle's place, 0 (start) to 1 (end) of the haystack;
+    ``record`` its wording, positions, hash and books, as plain JSON values.
     """
 
     tokens: np.ndarray
@@ -52,12 +47,7 @@ class NeedleSample:
 
 @dataclass(frozen=True, eq=False)
 class NeedleSet:
-    """Samples of one length.
-
-    Attributes:
-        samples: The samples.
-        length: Tokens of every sample.
-    """
+    """Samples of ``length`` tokens each."""
 
     samples: list[NeedleSample]
     length: int
@@ -68,9 +58,8 @@ class NeedleSet:
             if found != self.length:
                 raise ArtifactError(f"needle sample {number} has {found} tokens, not {self.length}")
             if not 0 < sample.value_start < self.length - 1:
-                raise ArtifactError(
-                    f"needle sample {number} has its value at {sample.value_start} of {self.length}"
-                )
+                fault = f"needle sample {number} has its value at {sample.value_start} of"
+                raise ArtifactError(f"{fault} {self.length}")
 
     def save(self, path: Path) -> None:
         """Write one Arrow file, atomically, and a record for readers beside it (``.json``)."""
@@ -114,9 +103,8 @@ class NeedleSet:
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{path} is not a needle set: {error}") from None
         if not table.schema.equals(SCHEMA) or b"needle_length" not in (table.schema.metadata or {}):
-            raise ArtifactError(
-                f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
-            )
+            fault = f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
+            raise ArtifactError(fault)
         samples = []
         for row in table.to_pylist():
             row |= {"tokens": np.asarray(row["tokens"]), "record": json.loads(row["record"])}

@@ -1,13 +1,10 @@
 """Which segments a step trains on: a pure function of the step, so the cursor is one integer.
 
-ZeRO-3 makes all data-parallel groups advance together, so a micro-step costs as much as its most
-expensive segment. Each micro-step therefore draws segments of one window kind only. The kinds
-follow the exact short/long ratio at every point of the run (error diffusion), and the segments of a
-kind are visited in a seeded random order, each once an epoch.
-
-The unit of the schedule is a *group* of ``group_size`` segments of one kind. It does not depend on
-the number of processes: any data-parallel size that divides ``group_size`` sees the same segments
-in the same optimizer step.
+All data-parallel groups advance together, so a micro-step costs as much as its most expensive
+segment: each draws segments of one window kind only. The kinds follow the exact short/long ratio at
+every point of the run (error diffusion); the segments of a kind come in a seeded random order, each
+once an epoch. Any data-parallel size that divides ``group_size``, the unit of the schedule, sees
+the same segments in the same optimizer step.
 """
 
 from dataclasses import dataclass
@@ -30,12 +27,8 @@ class MicroStep:
 class StepSchedule:
     """The whole run's order.
 
-    Attributes:
-        short_ids: Segments tagged short.
-        long_ids: Segments tagged long.
-        segments_per_step: Segments of one optimizer step (global batch / target length).
-        group_size: Segments in a row that share the window kind; must divide ``segments_per_step``.
-        seed: Seed of the order.
+    ``group_size`` segments in a row share the window kind; it must divide ``segments_per_step``
+    (global batch / target length).
     """
 
     short_ids: tuple[int, ...]
@@ -85,5 +78,4 @@ class StepSchedule:
         return window, tuple(int(i) for i in chosen)
 
     def _ids(self, window: Window) -> tuple[int, ...]:
-        """Segment ids of one kind."""
         return self.long_ids if window is Window.LONG else self.short_ids

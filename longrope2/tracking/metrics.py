@@ -1,9 +1,8 @@
 """Metrics to a JSON-lines file and to Weights & Biases, under the names of the design document.
 
-The file is the record: one line per ``log`` call, so a killed run keeps its history and a resumed
-one goes on below it. W&B runs offline unless the user is logged in; its x-axis is ``train/tokens``.
-The stages of a run are one W&B group, and a resumed stage continues its W&B run, whose id is kept
-in the product folder.
+The file is the record, one line per ``log`` call. W&B runs offline unless the user is logged in;
+its x-axis is ``train/tokens``. The stages of a run are one W&B group, and a resumed stage continues
+its W&B run, whose id is kept in the product folder.
 """
 
 import os
@@ -16,12 +15,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rich import progress
+from rich.progress import Progress
+
 from longrope2.errors import ConfigError
 from longrope2.files.append_log import AppendLog, read_log
 from longrope2.files.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
+_QUIET = ("silent", "x_disable_stats", "x_disable_machine_info")
 METRIC_GROUPS = ("train", "perf", "search", "pack", "eval")
 
 
@@ -58,7 +61,9 @@ class MetricsLog:
         config: dict[str, Any],
     ) -> None:
         self._log = AppendLog(folder / METRICS_FILE)
-        self._wandb = _start_wandb(folder, tracking, run_name, stage, config)
+        self._wandb = _start_wandb(
+            folder, tracking=tracking, run_name=run_name, stage=stage, config=config
+        )
 
     def log(self, values: Mapping[str, float | int], **position: int) -> None:
         """Record ``values`` (design names) at a position such as ``step=12``."""
@@ -88,6 +93,17 @@ class MetricsLog:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def progress_line(name: str, counted: progress.ProgressColumn, period: float = 30.0) -> Progress:
+    """A line for a long stage: name, bar, how far, a description, time passed and time left.
+
+    The time left is told from the speed of the last ``period`` seconds.
+    """
+    state = progress.TextColumn("{task.description}")
+    columns = progress.TextColumn(name), progress.BarColumn(), counted, state
+    times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    return Progress(*columns, *times, speed_estimate_period=period)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -120,9 +136,7 @@ def _start_wandb(
         dir=str(folder),
         mode=mode.value,  # type: ignore[arg-type]
         config=config,
-        settings=wandb.Settings(
-            silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True
-        ),
+        settings=wandb.Settings(console="off", **dict.fromkeys(_QUIET, True)),
     )
     run.define_metric("train/tokens")
     for group in METRIC_GROUPS:

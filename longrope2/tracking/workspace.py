@@ -23,16 +23,13 @@ TRAINING_PANELS = (
     ("Gradient norm, before clipping", ("train/grad_norm",), True),
     ("Skipped steps", ("train/skipped_steps",), False),
 )
+_MICRO_STEPS = ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long")
 SPEED_PANELS = (
     ("Tokens per second and GPU", ("perf/tokens_per_second_per_gpu",), False),
     ("Model FLOPs utilisation, causal FLOPs", ("perf/mfu",), False),
     ("Peak memory of a process, GiB", ("perf/memory_peak_gib",), False),
     ("Seconds of a step", ("perf/step_seconds",), False),
-    (
-        "Seconds of a micro-step by window",
-        ("perf/micro_step_seconds_short", "perf/micro_step_seconds_long"),
-        False,
-    ),
+    ("Seconds of a micro-step by window", _MICRO_STEPS, False),
 )
 SEARCH_PANELS = (
     ("Best perplexity so far", ("search/best_needle_ppl", "search/best_ppl"), True),
@@ -58,22 +55,19 @@ def build_workspace(
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise ConfigError(
-            ["wandb-workspaces is not installed; pip install '.[dashboards]'"]
-        ) from None
+        fault = "wandb-workspaces is not installed; pip install '.[dashboards]'"
+        raise ConfigError([fault]) from None
     if tracking.entity is None:
-        raise ConfigError(
-            ["tracking.entity is null; give the W&B user or team that the workspace belongs to"]
-        )
+        fault = "tracking.entity is null; give the W&B user or team that the workspace belongs to"
+        raise ConfigError([fault])
     mix: list[Any] = [f"{MIX_KEY}/{source}/{window}" for source in mix_sources for window in Window]
     mix_plot = wr.BarPlot(title="Tokens by source and window", metrics=mix, orientation="h")
-    maps = wr.MediaBrowser(
-        title="Needles by depth and length", media_keys=[NEEDLE_MAPS_KEY], num_columns=2
-    )
-    suites = {
-        f"Evaluation: {suite}": [_suite_plot(suite, *of_model) for of_model in models.items()]
-        for suite, models in evaluated.items()
-    }
+    title = "Needles by depth and length"
+    maps = wr.MediaBrowser(title=title, media_keys=[NEEDLE_MAPS_KEY], num_columns=2)
+    suites = {}
+    for suite, models in evaluated.items():
+        plots = [_suite_plot(suite, model, lengths) for model, lengths in models.items()]
+        suites[f"Evaluation: {suite}"] = plots
     sections = {
         "Training": [_line_plot(TOKENS, *panel) for panel in TRAINING_PANELS],
         "Speed and memory": [_line_plot(TOKENS, *panel) for panel in SPEED_PANELS],
@@ -93,14 +87,12 @@ def build_workspace(
 
 
 def _line_plot(x: str, title: str, metrics: Sequence[str], log_y: bool) -> Any:
-    """Metrics over one axis."""
     import wandb_workspaces.reports.v2 as wr
 
     return wr.LinePlot(title=title, x=x, y=list(metrics), log_y=log_y, title_x=x)
 
 
 def _suite_plot(suite: str, model: str, lengths: Sequence[int]) -> Any:
-    """A suite's result of one model at every length."""
     import wandb_workspaces.reports.v2 as wr
 
     metrics: list[Any] = [f"eval/{suite}/{model}/{length}" for length in lengths]

@@ -1,9 +1,8 @@
 """One rank's share of a micro-step: tokens, labels, window and layout, read ahead of their step.
 
-One thread reads while the present step computes: it touches only this rank's slice of each segment,
-and builds labels and layouts on the CPU. Moving a batch to the device stays with the training
-thread, just before the step. What is read is a pure function of the step, so reading ahead changes
-when a batch is made and nothing else.
+One thread reads while the present step computes: only this rank's slice of each segment, with its
+labels and layouts, on the CPU; the training thread moves a batch to the device just before the
+step. What is read is a pure function of the step.
 
 Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
 """
@@ -95,13 +94,8 @@ def load_rank_batch(
 ) -> RankBatch:
     """Read this rank's chunk of its data-parallel group's segment, and no other tokens of it.
 
-    Args:
-        store: The packed segments.
-        micro_step: Window kind and the segment of every data-parallel group.
-        dims: This process's place on the grid.
-        sequence_group: Ranks that share the segment.
-        mixed: False treats every segment as long (the paper's ablation without mixed windows).
-        kernel: What will compute the attention.
+    ``mixed`` False treats every segment as long (the paper's ablation without mixed windows);
+    ``kernel`` will compute the attention.
     """
     segment = store.segment(micro_step.segment_ids[dims.data_rank])
     assert segment.window is micro_step.window, (
@@ -110,6 +104,7 @@ def load_rank_batch(
     window = segment.window if mixed else Window.LONG
     start, stop = chunk_bounds(len(segment.tokens), dims.sequence_rank, dims.sequence)
     labels_T = next_token_labels(segment, window, start, stop)
+    attended_ends = segment.doc_ends[-1:] if window is Window.LONG else segment.doc_ends
     layout = build_layout(
         window,
         segment.doc_ends.tolist(),
@@ -125,31 +120,21 @@ def load_rank_batch(
         layout=layout,
         segment_id=segment.index,
         num_targets=int((labels_T != IGNORED_LABEL).sum()),
-        squared_lengths=_squared_lengths(segment, window),
+        squared_lengths=int((np.diff(attended_ends, prepend=0).astype(np.int64) ** 2).sum()),
     )
-
-
-def _squared_lengths(segment: Segment, window: Window) -> int:
-    """What the segment's causal attention costs, in squared tokens."""
-    ends = segment.doc_ends[-1:] if window is Window.LONG else segment.doc_ends
-    return int((np.diff(ends, prepend=0).astype(np.int64) ** 2).sum())
 
 
 def step_batches(
     load: Callable[[int], list[RankBatch]], steps: range, *, ahead: int, device: torch.device | str
 ) -> Generator[list[RankBatch], None, None]:
-    """This rank's micro-steps of each step, in order.
+    """This rank's micro-steps of each step (0-based) in order, as ``load`` makes them on the CPU.
 
-    Close the generator when it is not read to its end.
-
-    Args:
-        load: Makes the batches of one step on the CPU.
-        steps: Steps to come, 0-based.
-        ahead: Steps read ahead at most; 0 reads each step when it is asked for.
-        device: Where the batches are handed over.
+    ``ahead`` steps are read ahead at most; 0 reads each when it is asked for. Close the generator
+    when it is not read to its end.
     """
     if ahead == 0:
-        yield from ([batch.to(device) for batch in load(step)] for step in steps)
+        for step in steps:
+            yield [batch.to(device) for batch in load(step)]
         return
     waiting: deque[Future[list[RankBatch]]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-reader") as reader:

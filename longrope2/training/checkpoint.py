@@ -1,19 +1,16 @@
 """Checkpoints that can be trusted: hashed when written, verified when read, ``latest`` moved last.
 
-``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the training
-cursor; the cursor is the number of finished optimizer steps, and everything else (order of
-segments, learning rate) is a pure function of it, save for the count of skipped steps, which is
-kept beside it. A checkpoint is written as ``.step_00000120.writing`` and renamed when it is
-complete: whatever ends the run in between, the one before is untouched and is used. Another number
-of ranks takes the way of ``universal.py``; ``final.py`` writes the result of a run.
+``step_00000120/`` holds DeepSpeed's files and a manifest with their SHA-256 and the cursor: the
+number of finished optimizer steps, of which all else is a pure function, save for the count of
+skipped steps beside it. It is written as ``.step_00000120.writing`` and renamed when complete:
+whatever ends the run in between, the one before is used. Another number of ranks takes the way of
+``universal.py``; ``final.py`` writes the result of a run.
 
-DeepSpeed says what is in the files, this module writes them. DeepSpeed 0.19.8 has engines of its
-own that write beside the training (``DecoupledCheckpointEngine``, DataStates). They are not used:
-the first hands the live tensors to another process and must be done before the next update, reports
-a writer that died by writing nothing, and neither hashes nor fsyncs; the second needs a package
-that is not on the Python index. Here DeepSpeed's own ``save_checkpoint`` runs as ever, and only its
-last act is replaced: the state is serialised into memory, which fixes it, and a thread writes the
-bytes while training goes on.
+DeepSpeed's own ``save_checkpoint`` runs as ever, and only its last act is replaced: the state is
+serialised into memory, which fixes it, and a thread writes the bytes while training goes on. The
+engines of DeepSpeed 0.19.8 that write beside the training are not used: one hands live tensors to
+another process, must be done before the next update and neither hashes nor fsyncs; the other
+(DataStates) needs a package that is not on the Python index.
 """
 
 import contextlib
@@ -34,17 +31,8 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
-    atomic_path,
-    fsync_folder,
-    read_manifest,
-    sha256_of_bytes,
-    sha256_of_file,
-    write_manifest,
-    write_text,
-)
+from longrope2.files import artifacts
+from longrope2.files.artifacts import Manifest
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
@@ -82,18 +70,18 @@ class _RankFiles:
         """Write what waits in memory, read it back, and list all hashes for rank 0."""
         for path, buffer in self._waiting.items():
             data = buffer.getbuffer()
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
+            with artifacts.atomic_path(path) as temporary, temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            digest = sha256_of_bytes(data)
-            if sha256_of_file(path) != digest:
+            digest = artifacts.sha256_of_bytes(data)
+            if artifacts.sha256_of_file(path) != digest:
                 raise OSError(f"{path} reads back otherwise than it was written")
             self._hashes[path.name] = digest
             del data
             buffer.close()
         self._waiting.clear()
-        write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
+        artifacts.write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
 
     def _take(self, state_dict: Any, path: str) -> None:
         """In place of the engine's ``save``."""
@@ -102,12 +90,12 @@ class _RankFiles:
             self._waiting[file] = buffer = io.BytesIO()
             torch.save(state_dict, buffer)
             return
-        with atomic_path(file) as temporary:
+        with artifacts.atomic_path(file) as temporary:
             try:
                 torch.save(state_dict, temporary)
             except RuntimeError as error:  # torch's word for a disk that takes no more
                 raise OSError(f"{path}: {error}") from error
-        self._hashes[file.name] = sha256_of_file(file)
+        self._hashes[file.name] = artifacts.sha256_of_file(file)
 
 
 def _collect_hashes(folder: Path, num_ranks: int) -> dict[str, str]:
@@ -137,14 +125,10 @@ class CheckpointWriter:
     def __init__(
         self, engine: Any, folder: Path, identity: dict[str, Any], *, keep: int, in_background: bool
     ) -> None:
-        """Prepare to write into ``3_checkpoints``.
+        """Prepare to write into ``3_checkpoints``, of which the newest ``keep`` stay.
 
-        Args:
-            engine: DeepSpeed engine.
-            folder: ``3_checkpoints`` of the run.
-            identity: Stored in every manifest and compared on resume.
-            keep: Newest checkpoints kept.
-            in_background: Let training go on meanwhile; costs host memory for a rank's share.
+        Every manifest holds ``identity``, compared on resume. ``in_background`` lets training go on
+        meanwhile and costs host memory for a rank's share.
         """
         self._engine, self._folder, self._identity = engine, folder, identity
         self._keep, self._in_background = keep, in_background
@@ -173,15 +157,14 @@ class CheckpointWriter:
         except OSError as error:
             self._failure = error
             self.raise_if_failed()
-        shards, optimizer = ShardLayout.of(self._engine), optimizer_record(self._engine)
-        details = {"shards": asdict(shards), "optimizer": optimizer}
+        details = {"shards": asdict(ShardLayout.of(self._engine))}
+        details["optimizer"] = optimizer_record(self._engine)
         manifest = None
         if is_main:  # the others need none, and it asks git for the commit
             counts = {"steps": steps_done, "skipped_steps": skipped.total}
             counts["skipped_in_a_row"] = skipped.in_a_row
             manifest = Manifest(_STEP_KIND, inputs=self._identity, counts=counts, details=details)
-        given = (files, working, tag, manifest)
-        name = "checkpoint-writer"
+        given, name = (files, working, tag, manifest), "checkpoint-writer"
         self._thread = threading.Thread(target=self._write, args=given, name=name, daemon=True)
         self._thread.start()
         if not self._in_background:
@@ -228,12 +211,12 @@ class CheckpointWriter:
 
     def _publish(self, working: Path, tag: str, manifest: Manifest) -> None:
         """Manifest, final name, ``latest``, and only then old checkpoints go."""
-        write_manifest(working, manifest)
+        artifacts.write_manifest(working, manifest)
         if (self._folder / tag).exists():  # a damaged one, from before the run was resumed
             shutil.rmtree(self._folder / tag)
         working.rename(self._folder / tag)
-        fsync_folder(self._folder)
-        write_text(self._folder / _LATEST_FILE, tag + "\n")
+        artifacts.fsync_folder(self._folder)
+        artifacts.write_text(self._folder / _LATEST_FILE, tag + "\n")
         # A newer one was found damaged when the run was resumed: it must not take the place of an
         # intact one.
         intact = [path for path in _step_folders(self._folder) if path.name <= tag]
@@ -285,7 +268,7 @@ def _newest_intact(
         return None
     for candidate in reversed(candidates):
         try:
-            manifest = read_manifest(candidate, _STEP_KIND)
+            manifest = artifacts.read_manifest(candidate, _STEP_KIND)
             _verify(candidate, manifest)
         except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
             _log.warning("skipping a damaged checkpoint: %s", error)
@@ -306,7 +289,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
     """Compare files with their hashes, and the cursor, which no hash covers, with the name."""
     steps = manifest.counts.get("steps")
     if not isinstance(steps, int) or folder.name != _tag(steps):
-        text = f"{folder / MANIFEST_NAME} says counts.steps={steps}"
+        text = f"{folder / artifacts.MANIFEST_NAME} says counts.steps={steps}"
         raise ArtifactError(f"{text}, its folder another number")
     paths = [folder / name for name in manifest.files]
     missing = [path for path in paths if not path.is_file()]
@@ -314,7 +297,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"{missing[0]} is missing")
     # Hashing leaves Python's lock: 100 GB of an 8B model should not take minutes.
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(sha256_of_file, paths))
+        hashes = list(pool.map(artifacts.sha256_of_file, paths))
     for path, found, expected in zip(paths, hashes, manifest.files.values(), strict=True):
         if found != expected:
             raise ArtifactError(f"{path} does not match its SHA-256")

@@ -185,85 +185,61 @@ def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str
     """Values that are out of range or do not fit the stage, the processes or the optimizer."""
     sizes = ("hpz_size", "reduce_bucket_elements", "gather_bucket_elements", "max_live_elements")
     hpz, offload = zero.hpz_size, zero.offload_optimizer
-    divisors = _divisors(world_size)
-    return _broken(
-        *_not_above_zero("zero", zero, sizes),
-        *_negative("zero", zero, ("prefetch_elements",)),
-        (
-            hpz > 1 and stage != 3,
-            f"zero.hpz_size={hpz} needs parallel.zero_stage=3, this run has {stage}; use 1",
-        ),
-        (
-            hpz > 0 and world_size > 0 and hpz not in divisors,
-            f"zero.hpz_size={hpz} does not divide {world_size} processes; use one of {divisors}",
-        ),
-        (
-            offload and stage == 0,
-            "zero.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, this run has 0",
-        ),
-        (
-            offload and optimizer != "torch_adamw",
-            f"zero.offload_optimizer=true updates on the CPU, where training.optimizer={optimizer} "
-            "cannot run; use training.optimizer=torch_adamw",
-        ),
-    )
+    divisors, given = _divisors(world_size), f"zero.hpz_size={hpz}"
+    faults = _not_above_zero("zero", zero, sizes) + _negative("zero", zero, ("prefetch_elements",))
+    if hpz > 1 and stage != 3:
+        faults.append(f"{given} needs parallel.zero_stage=3, this run has {stage}; use 1")
+    if hpz > 0 and world_size > 0 and hpz not in divisors:
+        faults.append(f"{given} does not divide {world_size} processes; use one of {divisors}")
+    given = "zero.offload_optimizer=true"
+    if offload and stage == 0:
+        faults.append(f"{given} needs parallel.zero_stage=1, 2 or 3, this run has 0")
+    if offload and optimizer != "torch_adamw":
+        cannot = f"where training.optimizer={optimizer} cannot run"
+        faults.append(f"{given} updates on the CPU, {cannot}; use training.optimizer=torch_adamw")
+    return faults
 
 
 def _range_faults(training: TrainingConfig) -> list[str]:
-    """Values outside their range."""
     above_zero = "global_batch_tokens same_kind_segments learning_rate gradient_clip"
     above_zero += " checkpoint_steps keep_checkpoints log_steps max_skipped_steps"
     or_null = ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s")
-    given = {name: getattr(training, name) for name in or_null}
-    betas = {name: getattr(training, name) for name in ("beta1", "beta2")}
-    floor = training.min_learning_rate_ratio
-    return _broken(
-        *_not_above_zero("training", training, above_zero.split()),
-        *((not 0 <= b < 1, f"training.{name}={b} must be in [0, 1)") for name, b in betas.items()),
-        (not 0 <= floor <= 1, f"training.min_learning_rate_ratio={floor} must be in [0, 1]"),
-        *_negative("training", training, ("weight_decay", "warmup_steps", "prefetch_steps")),
-        *(
-            (value is not None and value <= 0, f"training.{name}={value} must be above 0, or null")
-            for name, value in given.items()
-        ),
-        (
-            training.offload_activations and training.recompute is Recompute.none,
-            "training.offload_activations=true needs training.recompute=full or dense; "
-            "with none all stays",
-        ),
-    )
+    faults = _not_above_zero("training", training, above_zero.split())
+    for name in ("beta1", "beta2"):
+        if not 0 <= (value := getattr(training, name)) < 1:
+            faults.append(f"training.{name}={value} must be in [0, 1)")
+    if not 0 <= (floor := training.min_learning_rate_ratio) <= 1:
+        faults.append(f"training.min_learning_rate_ratio={floor} must be in [0, 1]")
+    faults += _negative("training", training, ("weight_decay", "warmup_steps", "prefetch_steps"))
+    for name in or_null:
+        if (value := getattr(training, name)) is not None and value <= 0:
+            faults.append(f"training.{name}={value} must be above 0, or null")
+    if training.offload_activations and training.recompute is Recompute.none:
+        needs = "training.offload_activations=true needs training.recompute=full or dense"
+        faults.append(f"{needs}; with none all stays")
+    return faults
 
 
 def _window_faults(config: TrainRoot) -> list[str]:
-    """Window lengths and batch sizes that do not fit each other."""
     target, training = config.target_len, config.training
     batch, tokens = training.global_batch_tokens, training.tokens
     group_tokens = max(1, target * training.same_kind_segments)
-    return target_faults(config.model, target) + _broken(
-        (
-            batch % group_tokens != 0,
-            f"training.global_batch_tokens={batch} must be a multiple of target_len * "
-            f"training.same_kind_segments = {group_tokens}",
-        ),
-        (
-            batch % group_tokens == 0 and tokens is not None and 0 < tokens < batch,
-            f"training.tokens={tokens} is less than one step of "
-            f"training.global_batch_tokens={batch}",
-        ),
-    )
+    faults, given = target_faults(config.model, target), f"training.global_batch_tokens={batch}"
+    if batch % group_tokens:
+        group = f"target_len * training.same_kind_segments = {group_tokens}"
+        faults.append(f"{given} must be a multiple of {group}")
+    elif tokens is not None and 0 < tokens < batch:
+        faults.append(f"training.tokens={tokens} is less than one step of {given}")
+    return faults
 
 
 def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> list[str]:
-    """Process counts that do not fit the model, the segments or the batch."""
     parallel, sequence = config.parallel, config.parallel.sequence
-    faults = _broken(
-        (
-            parallel.zero_stage not in (0, 1, 2, 3),
-            f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3",
-        ),
-        *_negative("parallel", parallel, ("replicate_below",)),
-        *_not_above_zero("parallel", parallel, ("timeout_seconds",)),
-    )
+    faults = []
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        faults.append(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3")
+    faults += _negative("parallel", parallel, ("replicate_below",))
+    faults += _not_above_zero("parallel", parallel, ("timeout_seconds",))
     if world_size < 1:
         return [*faults, f"parallel.processes={world_size} must be above 0"]
     divisors = _divisors(world_size)
@@ -271,39 +247,24 @@ def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> 
         text = f"parallel.sequence={sequence} does not divide {world_size} processes"
         return [*faults, f"{text}; use {divisors}"]
     data, alike = world_size // sequence, config.training.same_kind_segments
-    target = config.target_len
     shape = ModelShape.from_folder(model_folder)
-    return [
-        *faults,
-        *_broken(
-            (
-                target % sequence != 0,
-                f"target_len={target} must be a multiple of parallel.sequence={sequence}, "
-                "so that every rank holds an equal share of a segment",
-            ),
-            (
-                alike > 0 and alike % data != 0,
-                f"training.same_kind_segments={alike} must be a multiple of the data-parallel size "
-                f"{data} ({world_size} processes / parallel.sequence={sequence})",
-            ),
-        ),
-        *head_faults(sequence, shape.num_heads, shape.num_kv_heads),
-    ]
+    if config.target_len % sequence:
+        given = f"target_len={config.target_len} must be a multiple of parallel.sequence={sequence}"
+        faults.append(f"{given}, so that every rank holds an equal share of a segment")
+    if alike > 0 and alike % data:
+        given = f"training.same_kind_segments={alike} must be a multiple of the data-parallel size"
+        faults.append(f"{given} {data} ({world_size} processes / parallel.sequence={sequence})")
+    return faults + head_faults(sequence, shape.num_heads, shape.num_kv_heads)
 
 
-def _broken(*rules: tuple[bool, str]) -> list[str]:
-    """The texts of the rules that are broken."""
-    return [text for is_broken, text in rules if is_broken]
-
-
-def _not_above_zero(group: str, settings: object, names: Iterable[str]) -> list[tuple[bool, str]]:
+def _not_above_zero(group: str, settings: object, names: Iterable[str]) -> list[str]:
     values = {name: getattr(settings, name) for name in names}
-    return [(v <= 0, f"{group}.{name}={v} must be above 0") for name, v in values.items()]
+    return [f"{group}.{name}={v} must be above 0" for name, v in values.items() if v <= 0]
 
 
-def _negative(group: str, settings: object, names: Iterable[str]) -> list[tuple[bool, str]]:
+def _negative(group: str, settings: object, names: Iterable[str]) -> list[str]:
     values = {name: getattr(settings, name) for name in names}
-    return [(v < 0, f"{group}.{name}={v} must not be negative") for name, v in values.items()]
+    return [f"{group}.{name}={v} must not be negative" for name, v in values.items() if v < 0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -3,14 +3,10 @@
 DeepSpeed's dictionary comes from typed fields; nothing else in this project writes to it, and no
 DeepSpeed JSON is kept.
 
-``training.recompute`` says what the backward pass computes again instead of remembering. Nothing is
-approximated, and the recomputation repeats the same operations, so loss and gradients are the same:
-
-- ``none``: everything is remembered.
-- ``full``: of a decoder layer only its input; the whole layer runs again, attention included.
-- ``dense``: its input and what attention's backward reads; everything but attention (the dense
-  products, norms, rotary) runs again. At 131,072 tokens attention is most of the work, so this is
-  nearly as fast as ``none`` (attention/windowed.py says what it costs in memory).
+``training.recompute`` says what the backward pass computes again, by the same operations, instead
+of remembering: ``none``; ``full``, whole decoder layers, of which only the input is kept;
+``dense``, all of a layer but attention, whose input is kept too. At 131,072 tokens attention is
+most of the work: ``dense`` is nearly as fast as ``none`` (memory: attention/windowed.py).
 
 Under ZeRO-3 each rank keeps its share of a parameter as soon as it exists; without this DeepSpeed
 shards a model that every rank has loaded whole. The sharding itself is DeepSpeed's own
@@ -110,18 +106,14 @@ def _zero_section(parallel: ParallelConfig, zero: ZeroConfig) -> dict[str, Any]:
 def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> None:
     """Checkpoint every decoder layer of a transformers model; it acts in training mode only.
 
-    Args:
-        hf: The model.
-        policy: ``training.recompute``.
-        offload: ``training.offload_activations``: what stays between layers stays in CPU memory;
-            needs a policy other than ``none``.
+    With ``offload`` what stays between layers stays in CPU memory.
 
     Raises:
         ConfigError: the model class has no layers that can be checkpointed.
     """
     if policy is Recompute.none:
         return
-    function = partial(_checkpointed, policy=policy, offload=offload)
+    function = partial(_checkpointed, dense=policy is Recompute.dense, offload=offload)
     try:
         hf._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     except ValueError:
@@ -129,13 +121,9 @@ def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> Non
         raise ConfigError([f"training.recompute={policy.value}: {text}"]) from None
 
 
-def _checkpointed(
-    layer: Callable[..., Any], *inputs: Tensor, policy: Recompute, offload: bool
-) -> Any:
+def _checkpointed(layer: Callable[..., Any], *inputs: Tensor, dense: bool, offload: bool) -> Any:
     """One layer's forward; ``inputs`` are what it is given by position, its hidden states."""
-    contexts = noop_context_fn
-    if policy is Recompute.dense:
-        contexts = partial(kept_attention_contexts, on_cpu=offload)
+    contexts = partial(kept_attention_contexts, on_cpu=offload) if dense else noop_context_fn
     # The checkpoint saves the layer's inputs under the hooks that are open around it, and no other
     # tensor.
     with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
@@ -197,19 +185,16 @@ def take_in_shares(model: WindowedModel, run: ResolvedRun, processes: Processes)
 
 
 def wrap_model(model: WindowedModel, run: ResolvedRun, processes: Processes) -> Any:
-    """The DeepSpeed engine of a run around a model that is on the device, or in shares.
-
-    Every rank calls this.
-    """
+    """The engine around a model that is on the device, or in shares; every rank calls this."""
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
-    config, training = run.config, run.config.training
+    training, offloaded = run.config.training, run.config.zero.offload_optimizer
     use_norm(model.hf, run.machine.norm.kernel)
     apply_recompute(model.hf, training.recompute, offload=training.offload_activations)
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, training, offloaded=config.zero.offload_optimizer),  # type: ignore[arg-type]
+        optimizer=make_optimizer(model, training, offloaded=offloaded),  # type: ignore[arg-type]
         config=_settings(run),
         mpu=processes.mpu,
     )
@@ -224,7 +209,6 @@ def _shares(run: ResolvedRun, processes: Processes) -> RankShares | None:
 
 
 def _settings(run: ResolvedRun) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run."""
     config, bf16 = run.config, run.machine.bf16
     return deepspeed_settings(
         config.training, config.parallel, config.zero, micro_steps=run.micro_steps, bf16=bf16

@@ -15,13 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from longrope2.files.artifacts import (
-    Manifest,
-    atomic_path,
-    sha256_of_file,
-    write_manifest,
-    write_text,
-)
+from longrope2.files import artifacts
+from longrope2.files.artifacts import Manifest
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors
@@ -47,16 +42,9 @@ def save_final(
 ) -> None:
     """Write ``final/``: config and tokenizer of the base model, weights, factors.
 
-    Every rank calls this.
-
-    Args:
-        engine: DeepSpeed engine around a ``WindowedModel``.
-        folder: ``3_checkpoints`` of the run.
-        model_folder: The base model.
-        factors: The run's factors.
-        manifest: Completed with kind and files, and written last.
-        dtype: Number format of the weights; float32 gives the master weights of a bf16 run.
-        max_shard_bytes: Largest file of weights; more are written as shards with an index.
+    Every rank calls this. ``manifest`` is completed with kind and files, and written last; a
+    ``dtype`` of float32 gives the master weights of a bf16 run; weights of more than
+    ``max_shard_bytes`` become shards with an index.
     """
     final = folder / _FINAL_FOLDER
     is_main = dist.get_rank() == 0
@@ -65,12 +53,12 @@ def save_final(
         for old in [final / "manifest.json", *final.glob("*.safetensors*")]:
             old.unlink(missing_ok=True)
         _copy_model_files(model_folder, final, dtype)
-        write_text(final / FACTORS_FILE, factors.to_json())
+        artifacts.write_text(final / FACTORS_FILE, factors.to_json())
     _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
     if is_main:
         manifest.kind = _FINAL_KIND
-        manifest.files = {p.name: sha256_of_file(p) for p in sorted(final.iterdir())}
-        write_manifest(final, manifest)
+        manifest.files = {p.name: artifacts.sha256_of_file(p) for p in sorted(final.iterdir())}
+        artifacts.write_manifest(final, manifest)
     dist.barrier()
 
 
@@ -78,12 +66,12 @@ def _copy_model_files(model_folder: Path, final: Path, dtype: torch.dtype) -> No
     """The base model's tokenizer, and its config with the number format under the key it uses."""
     for name in _MODEL_FILES:
         if (model_folder / name).is_file():
-            with atomic_path(final / name) as temporary:
+            with artifacts.atomic_path(final / name) as temporary:
                 shutil.copyfile(model_folder / name, temporary)
     config, keys = read_raw_config(model_folder / CONFIG_FILE), ("dtype", "torch_dtype")
     used = [key for key in keys if key in config] or keys
     config |= dict.fromkeys(used, str(dtype).removeprefix("torch."))
-    write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    artifacts.write_text(final / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def _write_weights(
@@ -91,13 +79,15 @@ def _write_weights(
 ) -> None:
     """One file, or shards with an index; all ranks gather, the main rank keeps and writes."""
     parameters = dict(engine.module.hf.named_parameters())
-    sizes = {name: _num_elements(p) * dtype.itemsize for name, p in parameters.items()}
+    sizes = {}
+    for name, parameter in parameters.items():
+        # Where ZeRO-3 leaves an empty tensor, the whole one's size is ds_numel.
+        sizes[name] = int(getattr(parameter, "ds_numel", parameter.numel())) * dtype.itemsize
     shards = _shard_names(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = _WEIGHTS_FILE
+        numbered = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = numbered if len(shards) > 1 else _WEIGHTS_FILE
         tensors = {}
         for name in names:
             with _whole(parameters[name], dtype) as whole:
@@ -105,12 +95,12 @@ def _write_weights(
                     tensors[name] = whole.detach().to("cpu", dtype, copy=True).contiguous()
             weight_map[name] = file
         if is_main:
-            with atomic_path(final / file) as temporary:
+            with artifacts.atomic_path(final / file) as temporary:
                 save_file(tensors, temporary, metadata={"format": "pt"})
     if is_main and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
+        artifacts.write_text(final / f"{_WEIGHTS_FILE}.index.json", text)
 
 
 def _shard_names(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -138,8 +128,3 @@ def _whole(parameter: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor
         return
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         yield parameter
-
-
-def _num_elements(parameter: torch.Tensor) -> int:
-    """Of the whole parameter; where ZeRO-3 leaves an empty tensor, its size is ``ds_numel``."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

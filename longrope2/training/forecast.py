@@ -1,8 +1,7 @@
 """What the planner expects of a run, said before it starts and compared with what is measured.
 
-Memory can be foretold for any process grid under ZeRO-3. Time can where the GPU's rates are known
-(``longrope2.planning.hardware``); node size is what the process sees, the network is the planner's
-default.
+Memory is foretold under ZeRO-3, time where the GPU's rates are known; the node's size is what the
+process sees, the network the planner's default.
 """
 
 import re
@@ -13,13 +12,8 @@ import torch
 
 from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
-from longrope2.planning.hardware import (
-    PEAK_BF16_TFLOPS,
-    HardwareConfig,
-    Machine,
-    find_gpu,
-    make_machine,
-)
+from longrope2.planning import hardware
+from longrope2.planning.hardware import HardwareConfig, Machine
 from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
@@ -84,9 +78,8 @@ class Forecast:
         short_tokens = (work.segments_per_step - num_long) * work.target_len
         short_squares = report.squared_lengths - num_long * work.target_len**2
         documents = short_squares / short_tokens if short_tokens else work.short_document_tokens
-        seen = replace(
-            work, long_share=num_long / work.segments_per_step, short_document_tokens=documents
-        )
+        share = num_long / work.segments_per_step
+        seen = replace(work, long_share=share, short_document_tokens=documents)
         return predict_time(self.shape, seen, self.layout, self.machine).step_seconds
 
 
@@ -94,30 +87,28 @@ class ForecastCheck:
     """Warns, once each, when step time or GPU memory is off by more than ``_TOLERANCE``."""
 
     def __init__(self, forecast: Forecast, warn: Callable[[str], None]) -> None:
-        self._forecast = forecast
-        self._warn = warn
-        self._steps_seen = 0
+        self._forecast, self._warn, self._steps_seen = forecast, warn, 0
         self._open = {"step time", "GPU memory"}
 
     def see(self, step: int, report: StepReport, memory_gib: float | None) -> None:
         """Compare one step.
 
-        Args:
-            step: Its number, for the message.
-            report: What was measured.
-            memory_gib: Peak GPU memory so far; None on a CPU, whose resident memory holds more than
-                tensors.
+        ``memory_gib`` is the peak of the GPU so far; None on a CPU, whose resident memory holds
+        more than tensors.
         """
         self._steps_seen += 1
         if self._steps_seen <= _WARM_UP_STEPS or not report.applied:
             return
         expected = self._forecast.step_seconds(report)
         if expected is not None:
-            self._compare("step time", report.seconds, expected, "s", step)
+            self._compare("step time", report.seconds, expected, unit="s", step=step)
         if memory_gib is not None and self._forecast.memory is not None:
-            self._compare("GPU memory", memory_gib, self._forecast.memory.peak / GIB, "GiB", step)
+            peak = self._forecast.memory.peak / GIB
+            self._compare("GPU memory", memory_gib, peak, unit="GiB", step=step)
 
-    def _compare(self, what: str, measured: float, expected: float, unit: str, step: int) -> None:
+    def _compare(
+        self, what: str, measured: float, expected: float, *, unit: str, step: int
+    ) -> None:
         """Warn the first time a measurement is out."""
         if what not in self._open or abs(measured / expected - 1) <= _TOLERANCE:
             return
@@ -153,7 +144,7 @@ def make_forecast(run: ResolvedRun) -> Forecast:
     shape = ModelShape.from_folder(run.model_folder)
     memory = predict_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
     machine = _machine(run.machine.device, run.world_size) if layout.bf16 else None
-    return Forecast(shape, workload, layout, memory, machine)
+    return Forecast(shape, workload, layout, memory=memory, machine=machine)
 
 
 def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
@@ -169,12 +160,12 @@ def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
 
 def _machine(device: torch.device, world_size: int) -> Machine | None:
     """The cluster this process is part of, as far as it sees it."""
-    kind = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    kind = hardware.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if kind is None:
         return None
-    return make_machine(
-        HardwareConfig(gpu=kind, num_gpus=world_size, gpus_per_node=torch.cuda.device_count())
-    )
+    per_node = torch.cuda.device_count()
+    gpus = HardwareConfig(gpu=kind, num_gpus=world_size, gpus_per_node=per_node)
+    return hardware.make_machine(gpus)
 
 
 def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -> float | None:
@@ -182,6 +173,5 @@ def peak_tflops(device: torch.device, configured: float | None, *, bf16: bool) -
     if configured is not None or device.type != "cuda" or not bf16:
         return configured
     name = torch.cuda.get_device_name(device)
-    return next(
-        (peak for part, peak in PEAK_BF16_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None
-    )
+    peaks = hardware.PEAK_BF16_TFLOPS
+    return next((peaks[part] for part in peaks if re.search(rf"\b{part}\b", name)), None)

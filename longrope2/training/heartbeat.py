@@ -1,20 +1,15 @@
 """Who hangs, where, and how a run is stopped.
 
-The training thread marks its progress in memory, which costs nothing. A thread beside it writes the
-latest mark to ``heartbeats/rank_00003.json`` every few seconds, so a rank that is stopped or dead
-can be told from one that waits. Ranks make the same marks in the same order, so the rank with the
-fewest marks is the one the others wait for.
-
-When a rank has made no mark for ``training.hang_timeout_s``, another thread, which a stalled file
-system cannot hold, prints which ranks are behind, at which step and in which phase, prints the
-stacks of its own threads (also to ``rank_00003.stacks``), and ends the process with
-``HANG_EXIT_CODE``. Without it the run would sit on its nodes until the collectives time out, and
-not say why.
+The training thread marks its progress in memory. A thread beside it writes the latest mark to
+``heartbeats/rank_00003.json`` every few seconds: a rank that is stopped or dead can be told from
+one that waits. Ranks make the same marks in the same order, so the others wait for the one with the
+fewest. When a rank has made none for ``training.hang_timeout_s``, another thread, which a stalled
+file system cannot hold, prints which ranks are behind, where, and the stacks of its own threads
+(also to ``rank_00003.stacks``), and ends the process with ``HANG_EXIT_CODE``.
 
 Stop signals, SIGTERM (cancelled, preempted) and SIGUSR1 (``#SBATCH --signal=USR1@300``: the time
-limit is near), are remembered, not obeyed at once. Between two optimizer steps all ranks agree
-whether any of them was asked to stop; so none stops alone while the others wait in a collective,
-and what is saved is a whole step.
+limit is near), are remembered. Between two optimizer steps all ranks agree whether any of them was
+asked to stop: none stops alone while others wait in a collective, and a whole step is saved.
 """
 
 import faulthandler
@@ -68,9 +63,8 @@ class Beat:
         silent = now - self.written
         if silent <= sign_of_life_seconds:
             return line
-        return (
-            f"{line}; no sign of life for {silent:.0f} s: stopped, dead, or its file system stalls"
-        )
+        line = f"{line}; no sign of life for {silent:.0f} s"
+        return f"{line}: stopped, dead, or its file system stalls"
 
 
 class Heartbeat:
@@ -87,23 +81,16 @@ class Heartbeat:
     ) -> None:
         """For one rank of a run with its ``3_checkpoints`` in ``product``.
 
-        Args:
-            product: Gets a folder of the ranks' files.
-            rank: This process.
-            world_size: All processes.
-            timeout_s: Seconds without a mark after which it ends; None only writes the files.
-            leave: Ends the process at once, without the clean-up that may hang too.
+        After ``timeout_s`` seconds without a mark the process ends (None: never) by ``leave``: at
+        once, without the clean-up that may hang too.
         """
         self._folder, self._rank, self._world_size = product / FOLDER, rank, world_size
         self._timeout_s, self._leave = timeout_s, leave
         self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
-        self._now = (0, 0, "start", time.time())
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._write_often, name="heartbeat", daemon=True),
-            threading.Thread(target=self._watch, name="hang watch", daemon=True),
-        ]
+        self._now, self._stop = (0, 0, "start", time.time()), threading.Event()
+        work = {"heartbeat": self._write_often, "hang watch": self._watch}
+        self._threads = [threading.Thread(target=work[n], name=n, daemon=True) for n in work]
 
     def __enter__(self) -> "Heartbeat":
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +112,10 @@ class Heartbeat:
         self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
 
     def _write_often(self) -> None:
-        """Show where this rank is."""
         while not self._stop.wait(self._interval):
             self._write()
 
     def _watch(self) -> None:
-        """End the process when nothing moves."""
         while not self._stop.wait(self._interval):
             if self._timeout_s is not None and time.time() - self._now[3] > self._timeout_s:
                 self._end_hung_process(self._timeout_s)
@@ -138,7 +123,16 @@ class Heartbeat:
 
     def _beat(self) -> Beat:
         marks, step, phase, since = self._now
-        return Beat(self._rank, self._host, self._pid, marks, step, phase, since, time.time())
+        return Beat(
+            self._rank,
+            host=self._host,
+            pid=self._pid,
+            marks=marks,
+            step=step,
+            phase=phase,
+            since=since,
+            written=time.time(),
+        )
 
     def _write(self) -> None:
         """Replace this rank's file; a full or absent disk must not end a run that trains."""
@@ -165,7 +159,6 @@ class Heartbeat:
         return beats
 
     def _leave_without_report(self) -> None:
-        """Leave though the report is not done."""
         text = f"rank {self._rank}: no progress, and {self._folder} cannot be read or written"
         print(text, file=sys.stderr, flush=True)
         self._leave(HANG_EXIT_CODE)

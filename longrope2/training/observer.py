@@ -6,14 +6,14 @@ import time
 from datetime import timedelta
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich import progress
 
 from longrope2.config import to_plain
 from longrope2.files.artifacts import MANIFEST_NAME, write_text
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import ModelShape
 from longrope2.rope.factors import Window
-from longrope2.tracking.metrics import MetricsLog
+from longrope2.tracking.metrics import MetricsLog, progress_line
 from longrope2.training.forecast import ForecastCheck, make_forecast, peak_tflops
 from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
@@ -35,13 +35,8 @@ def step_metrics(
 ) -> dict[str, float | int]:
     """Metrics of one step; a window that did not occur has no entry.
 
-    Args:
-        report: What the step did.
-        shape: Sizes of the model; model/shape.py has the convention of ``perf/mfu``.
-        num_devices: Processes.
-        tokens: Tokens of one step, all processes.
-        memory_gib: Peak memory of this process so far.
-        peak: Peak TFLOP/s of one device; without it there is no ``perf/mfu``.
+    ``tokens`` are one step's, of all processes; ``memory_gib`` is this process's peak so far;
+    without ``peak`` TFLOP/s of a device there is no ``perf/mfu`` (convention: model/shape.py).
     """
     metrics: dict[str, float | int] = {
         "train/loss": report.loss,
@@ -79,20 +74,15 @@ class TrainingObserver:
         peak = config.training.peak_tflops
         self._peak = peak_tflops(machine.device, peak, bf16=machine.bf16)
         facts = to_plain(config) | machine.kernels()
-        self._metrics = MetricsLog(folder, config.tracking, config.run.name, "train", facts)
+        self._metrics = MetricsLog(
+            folder, tracking=config.tracking, run_name=config.run.name, stage="train", config=facts
+        )
         write_text(folder / FACTORS_FILE, run.factors.to_json())
         self._metrics.log_files("config", [folder / "config.yaml"])
         self._metrics.log_files("factors", [folder / FACTORS_FILE])
         self._metrics.log_files("segments", [run.segments_folder / MANIFEST_NAME])
-        self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            speed_estimate_period=_SPEED_PERIOD_SECONDS,
-        )
+        counted = progress.TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        self._progress = progress_line("train", counted, _SPEED_PERIOD_SECONDS)
         self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=run.total_steps, completed=first)
         self._check = ForecastCheck(make_forecast(run), self._progress.console.print)

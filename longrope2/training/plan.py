@@ -1,9 +1,8 @@
 """The resolved run: what training derives from its configuration, derived once.
 
 The dry run prints it and the run uses it, so both meet the same checks before a process is started
-or a file written. Missing is told apart from wrong by the place where a thing would stand: nothing
-there yet is *missing*, which a dry run lists and a run refuses; something there that does not fit
-is a fault in both. A dry run downloads nothing.
+or a file written. Nothing there yet is *missing*, which a dry run lists and a run refuses;
+something there that does not fit is a fault in both. A dry run downloads nothing.
 """
 
 from collections.abc import Callable
@@ -187,11 +186,7 @@ def resolve_run(
 ) -> ResolvedRun:
     """Check the configuration and everything it reads.
 
-    Args:
-        config: The run; with ``dry_run`` nothing is downloaded.
-        world_size: Processes.
-        device: Device of this rank, on which kernels are tried; None looks at the machine without
-            touching its devices.
+    Kernels are tried on this rank's ``device``; None looks at the machine without touching one.
 
     Raises:
         ConfigError: faults in the configuration, all together, or too few segments for one step.
@@ -215,14 +210,10 @@ def resolve_run(
         total_steps = training.tokens // training.global_batch_tokens
     factors = _find_factors(config, model_folder, missing)
     if store is not None and not (schedule.groups_per_epoch and total_steps):
-        raise ConfigError(
-            [
-                f"{segments} holds {len(schedule.short_ids)} short and {len(schedule.long_ids)} "
-                "long segments: too few for one step of training.global_batch_tokens="
-                f"{training.global_batch_tokens} with "
-                f"training.same_kind_segments={training.same_kind_segments}"
-            ]
-        )
+        there = f"{len(schedule.short_ids)} short and {len(schedule.long_ids)} long segments"
+        step = f"one step of training.global_batch_tokens={training.global_batch_tokens}"
+        alike = f"training.same_kind_segments={training.same_kind_segments}"
+        raise ConfigError([f"{segments} holds {there}: too few for {step} with {alike}"])
     return ResolvedRun(
         config=config,
         world_size=world_size,
@@ -256,11 +247,11 @@ def machine_setup(config: TrainRoot, device: torch.device, *, run: bool) -> Mach
     if fault := optimizer_fault(training.optimizer, device):
         faults.append(fault)
     final_dtype = dtype if final is Precision.auto else compute_dtype(final, device)
-    return MachineSetup(device, dtype, final_dtype, attention, norm, tuple(faults))
+    formats = (device, dtype, final_dtype)
+    return MachineSetup(*formats, attention=attention, norm=norm, faults=tuple(faults))
 
 
 def _kernel_words(wanted: Enum, choice: KernelChoice[Any]) -> str:
-    """A kernel for the description of a run."""
     if wanted.value == "auto":
         return str(choice)
     fault = f"; it cannot run on this machine: {choice.fault}" if choice.fault else ""
@@ -282,10 +273,9 @@ def _find_model(config: TrainRoot, missing: list[Missing]) -> Path:
         except ArtifactError as error:
             missing.append(Missing("weights", str(error), error))
         return folder
-    absent = ArtifactError(
-        f"model.path={path} is not on this machine; a dry run can do without it when "
-        "model.config_folder names a folder with a copy of its config.json"
-    )
+    way_out = "model.config_folder names a folder with a copy of its config.json"
+    here = f"model.path={path} is not on this machine"
+    absent = ArtifactError(f"{here}; a dry run can do without it when {way_out}")
     if description is None:
         raise absent
     folder = find_shipped(description)
@@ -315,10 +305,8 @@ def _open_segments(
     model_is_here = all(found.what != "model" for found in missing)
     packed = store.manifest.inputs["model"]["tokenizer_sha256"]
     if model_is_here and packed != model_identity(model_folder)["tokenizer_sha256"]:
-        raise ArtifactError(
-            f"{folder} was packed with another model's tokenizer than "
-            f"model.path={config.model.path}; pack again"
-        )
+        fault = f"{folder} was packed with another model's tokenizer than"
+        raise ArtifactError(f"{fault} model.path={config.model.path}; pack again")
     check_at_start(store)
     return store
 
@@ -326,7 +314,6 @@ def _open_segments(
 def _find_factors(
     config: TrainRoot, model_folder: Path, missing: list[Missing]
 ) -> RescaleFactors | None:
-    """The factors of both windows."""
     rope, run_folder = config.rope, config.run.folder
     geometry = rope_geometry(model_folder, config.model.original_len)
     given = rope.factors if rope.method is RopeMethod.from_hf else None

@@ -1,7 +1,7 @@
 """A training run from configuration to final checkpoint, as every rank executes it."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -49,13 +49,10 @@ def train(config: TrainRoot) -> RunEnd:
         try:
             run = resolve_run(config, processes.dims.world_size, processes.device)
             run.refuse_what_is_missing()
-            heartbeat = Heartbeat(
-                run.folder,
-                rank=processes.dims.rank,
-                world_size=run.world_size,
-                timeout_s=config.training.hang_timeout_s,
-            )
-            with heartbeat:
+            rank, timeout_s = processes.dims.rank, config.training.hang_timeout_s
+            with Heartbeat(
+                run.folder, rank=rank, world_size=run.world_size, timeout_s=timeout_s
+            ) as heartbeat:
                 end = _train(run, processes, signals, heartbeat)
             failed = False
             return end
@@ -79,7 +76,6 @@ class _Rank:
 def _train(
     run: ResolvedRun, processes: Processes, signals: StopSignals, heartbeat: Heartbeat
 ) -> RunEnd:
-    """The run on one rank."""
     training = run.config.training
     if training.selftest:
         heartbeat.mark("self-test")
@@ -93,11 +89,15 @@ def _train(
     writer = CheckpointWriter(engine, run.folder, identity, keep=keep, in_background=in_background)
     guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)
     last = min(run.total_steps, training.stop_after_step or run.total_steps)
-    with ExitStack() as stack:
-        observer = None
-        if processes.is_main:
-            observer = stack.enter_context(TrainingObserver(run, first))
-        rank = _Rank(run, processes, guard, writer, heartbeat, observer)
+    with TrainingObserver(run, first) if processes.is_main else nullcontext() as observer:
+        rank = _Rank(
+            run,
+            processes=processes,
+            guard=guard,
+            writer=writer,
+            heartbeat=heartbeat,
+            observer=observer,
+        )
         done = _train_steps(rank, first, last, signals)
         if done == run.total_steps:
             _finish(rank, identity)
@@ -111,16 +111,11 @@ def _train(
 
 
 def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> int:
-    """Train from ``first`` finished steps to ``last``, or to a stop signal.
-
-    Returns:
-        The finished steps, all saved.
-    """
+    """Train from ``first`` finished steps to ``last`` or a stop signal; returns those saved."""
     training, device = rank.run.config.training, rank.processes.device
     skipped, writer, mark = rank.guard.skipped, rank.writer, rank.heartbeat.mark
-    batches = step_batches(
-        _batch_loader(rank), range(first, last), ahead=training.prefetch_steps, device=device
-    )
+    load, ahead = _batch_loader(rank), training.prefetch_steps
+    batches = step_batches(load, range(first, last), ahead=ahead, device=device)
     done = saved = first
     with closing(batches):
         while done < last and not signals.any_rank_asked(device):
@@ -170,11 +165,8 @@ def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
     rank.heartbeat.mark("writing final/")
     run, config, steps = rank.run, rank.run.config, rank.run.total_steps
-    counts = {
-        "steps": steps,
-        "tokens": steps * config.training.global_batch_tokens,
-        "skipped_steps": rank.guard.skipped.total,
-    }
+    counts = {"steps": steps, "tokens": steps * config.training.global_batch_tokens}
+    counts["skipped_steps"] = rank.guard.skipped.total
     manifest = Manifest(
         "checkpoint",
         inputs=identity,
@@ -183,14 +175,8 @@ def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
         counts=counts,
         details=run.machine.kernels(),
     )
-    save_final(
-        rank.guard.engine,
-        run.folder,
-        run.model_folder,
-        run.factors,
-        manifest,
-        run.machine.final_dtype,
-    )
+    written = (run.folder, run.model_folder, run.factors)
+    save_final(rank.guard.engine, *written, manifest, dtype=run.machine.final_dtype)
     if rank.processes.is_main:
         manifest.kind = "checkpoints"
         manifest.files = {}

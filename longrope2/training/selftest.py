@@ -1,16 +1,13 @@
 """Before GPU hours are spent: does this layout of processes compute what one process computes?
 
-A tiny random Llama, with the relation of query and key/value heads to the sequence-parallel size
-that the real model has, takes one step per window kind through the configured parallelism (same
-grid, ZeRO stage, sharded parameters, recompute policy), in float32 and without changing its
-weights. Every rank computes the same losses and gradients alone, in plain torch over whole
-segments. Loss and gradient norm must agree within ``_RELATIVE``. A wrong gradient scale, a mask or
-RoPE table of the wrong window, a segment put together in the wrong order: each shows here within
-seconds, and later not at all.
-
-Kernels are the run's own where they can compute in float32; flash attention cannot, and is checked
-by running it when it is chosen (attention/kernels.py). Nothing is left behind: random state
-and DeepSpeed's counters are as before.
+A tiny random Llama, whose heads relate to the sequence-parallel size as the real model's do, takes
+one step per window kind through the configured parallelism (same grid, ZeRO stage, sharded
+parameters, recompute policy), in float32 and without changing its weights. Every rank computes the
+same alone, in plain torch over whole segments; loss and gradient norm must agree within
+``_RELATIVE``. A wrong gradient scale, a mask or RoPE table of the wrong window, a segment put
+together in the wrong order show here within seconds, and later not at all. Kernels are the run's
+own where they can compute in float32; flash attention is checked when it is chosen. Nothing is left
+behind: random state and DeepSpeed's counters are as before.
 """
 
 import math
@@ -41,12 +38,9 @@ from longrope2.training.step import StepGuard, run_step
 
 _RELATIVE = 1e-4
 _VOCABULARY, _HEAD_DIM, _LAYERS = 61, 16, 2
-_CHUNK_TOKENS = 24
-"""Tokens per sequence rank."""
+_CHUNK_TOKENS = 24  # per sequence rank
 _BUCKET_ELEMENTS = 10_000
 _KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
-
-
 _Sums = dict[str, float]
 """Loss per target token and global gradient norm of one step."""
 
@@ -64,9 +58,13 @@ def check_parity(run: ResolvedRun, processes: Processes) -> None:
     with _nothing_left_behind(processes.device):
         found = _steps_in_layout(_tiny_run(run), heads, kv_heads, processes)
         expected = {window: _step_alone(window, heads, kv_heads, processes) for window in Window}
-    faults: list[str] = []
+    faults = []
     for window in Window:
-        faults += _differences(window, found[window], expected[window])
+        for name, value in found[window].items():
+            alone = expected[window][name]
+            if not math.isclose(value, alone, rel_tol=_RELATIVE):
+                both = f"{value:.7g} in this layout, {alone:.7g} in one process"
+                faults.append(f"{window.value} window: {name} {both}")
     if faults:
         layout = f"{dims.data} data x {dims.sequence} sequence, ZeRO stage {stage}"
         raise UserError(
@@ -145,15 +143,6 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
     return {"loss": total.item() / targets, "gradient norm": torch.stack(norms).norm().item()}
 
 
-def _differences(window: Window, found: _Sums, expected: _Sums) -> list[str]:
-    """What of one window's step is not the same."""
-    return [
-        f"{window.value} window: {name} {value:.7g} in this layout, {alone:.7g} in one process"
-        for (name, value), alone in zip(found.items(), expected.values(), strict=True)
-        if not math.isclose(value, alone, rel_tol=_RELATIVE)
-    ]
-
-
 def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedModel:
     """The tiny model, the same on every rank."""
     torch.manual_seed(0)
@@ -177,10 +166,7 @@ def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedMode
 
 
 class _TinySegments:
-    """Stands in for the store: two segments per data-parallel group.
-
-    In one of them documents cross the borders of ranks.
-    """
+    """Two segments per data-parallel group; in one of them documents cross the ranks' borders."""
 
     def __init__(self, window: Window, dims: ParallelDims) -> None:
         self.window = window
@@ -201,7 +187,17 @@ class _TinySegments:
         tokens = random.integers(0, _VOCABULARY, self._length).astype(np.uint16)
         names = tuple(map(str, range(len(ends))))
         padded = tuple((ends == self._length).tolist())
-        return Segment(index, self.window, tokens, ends, names, names, padded, False, 0)
+        return Segment(
+            index,
+            self.window,
+            tokens,
+            doc_ends=ends,
+            sources=names,
+            doc_ids=names,
+            doc_is_padding=padded,
+            starts_mid_document=False,
+            num_padding=0,
+        )
 
 
 @contextmanager

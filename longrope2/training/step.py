@@ -1,27 +1,21 @@
 """One optimizer step: micro-steps, one exact loss normaliser, gradients, update, and its report.
 
-*All ranks must work on what the schedule says.* They decide alone which segments they read. If one
-of them has another code version, other segments or another configuration, attention mixes different
-texts, or ranks wait for each other for ever. Every step therefore sums a few fingerprints over all
-ranks, inside an all-reduce it needs anyway: of the window kinds, which must be the same everywhere,
-and, in a slot per data-parallel group, of the segment ids, which must be the same within the group.
-Of n equal numbers h the sums S of h and Q of h * h obey n * Q = S * S; of n unequal ones they do
-not (Cauchy-Schwarz). The numbers are integers below 2 ** 20, so float64 sums are exact, and two
-different contents pass with a probability of one in a million.
+*All ranks must work on what the schedule says.* They decide alone which segments they read; with
+another code version, segments or configuration on one of them, attention would mix different texts,
+or ranks wait for ever. Every step therefore sums fingerprints over all ranks, inside an all-reduce
+it needs anyway: of the window kinds, the same everywhere, and, in a slot per data-parallel group,
+of the segment ids, the same within the group. Of n equal numbers h the sums S of h and Q of h * h
+obey n * Q = S * S; of n unequal ones they do not (Cauchy-Schwarz). The numbers are integers below
+2 ** 20: float64 sums are exact, and two different contents pass once in a million.
 
-*Steps that must not be applied*: a loss or gradient norm that is not finite, or a norm far above
-the usual. Such a step is refused on all ranks alike, because what it is judged by is the same on
-all of them. Then the parameters and the optimizer's state, moments and bias-correction counters
-alike, stay as they were; the step still counts, its segments are not tried again (they are the
-likeliest cause); ``train/skipped_steps`` counts it, and ``training.max_skipped_steps`` of them in a
-row end the run.
-
-How: DeepSpeed computes the global norm inside its optimizer step, just before it calls the
-optimizer it wraps, once per group of parameters. Hooks of that optimizer take the gradients away
-before the step and put them back after it (DeepSpeed keeps some of these buffers), and an Adam
-without gradients does nothing, save that apex's counts the step all the same: the counters of
-groups are put back too. (DeepSpeed itself leaves a step out when the norm is not finite, before it
-comes to the hook.)
+*Steps that must not be applied*, with a loss or gradient norm that is not finite, or a norm far
+above the usual, are refused on all ranks alike. Parameters and the optimizer's whole state stay as
+they were; the step still counts, its segments are not tried again (they are the likeliest cause);
+``training.max_skipped_steps`` of them in a row end the run. How: DeepSpeed computes the global norm
+inside its optimizer step, just before it calls the optimizer it wraps, once per group of
+parameters. Hooks of that optimizer take the gradients away before the step and put them back after
+it (DeepSpeed keeps some of these buffers). An Adam without gradients does nothing, save that apex's
+counts the step all the same: the counters of groups are put back too.
 """
 
 import math
@@ -92,13 +86,11 @@ def _more(odd: Sequence[int]) -> str:
 
 
 def _content(batches: Sequence[RankBatch]) -> tuple[str, str]:
-    """Window kinds and segment ids of the micro-steps."""
     kinds = " ".join(batch.window.value for batch in batches)
     return kinds, " ".join(str(batch.segment_id) for batch in batches)
 
 
 def _with_square(text: str) -> tuple[float, float]:
-    """Fingerprint of a text and its square."""
     value = zlib.crc32(text.encode()) >> (32 - _FINGERPRINT_BITS)
     return float(value), float(value * value)
 
@@ -146,13 +138,10 @@ class StepGuard:
         clip: float | None = None,
         skipped: SkippedSteps | None = None,
     ) -> None:
-        """Hook into the engine's optimizer.
+        """Hook into the optimizer of a DeepSpeed engine.
 
-        Args:
-            engine: DeepSpeed engine.
-            max_norm: Gradient norm (before clipping) above which a step is refused.
-            clip: Largest global gradient norm; used where DeepSpeed neither clips nor reports it.
-            skipped: Refused so far.
+        A step is refused above ``max_norm`` (before clipping); ``clip`` is used where DeepSpeed
+        neither clips nor reports the norm.
         """
         self.engine, self.skipped = engine, skipped or SkippedSteps()
         self._max_norm = math.inf if max_norm is None else max_norm
@@ -253,13 +242,7 @@ def run_step(
 ) -> StepReport:
     """Forward and backward over the rank's micro-steps, then the update at ``learning_rate``.
 
-    Args:
-        guard: Around a DeepSpeed engine of a ``WindowedModel``.
-        batches: The rank's micro-steps of this step.
-        dims: This process's place on the grid.
-        learning_rate: Of this step.
-        step: Its number, 1-based.
-        mark: Told what the rank does next.
+    ``step`` is 1-based; ``mark`` is told what the rank does next.
 
     Raises:
         DataError: the ranks do not work on the same micro-steps; on every rank.
@@ -268,8 +251,10 @@ def run_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     mark("comparing micro-steps")
-    own = [float(sum(b.num_targets for b in batches if b.window is w)) for w in Window]
-    totals = _sum_over_ranks([*own, *fingerprints(batches, dims)], engine.device)
+    own = dict.fromkeys(Window, 0.0)
+    for batch in batches:
+        own[batch.window] += batch.num_targets
+    totals = _sum_over_ranks([*own.values(), *fingerprints(batches, dims)], engine.device)
     targets, agreement = totals[: len(Window)], totals[len(Window) :]
     check_agreement(agreement, batches, dims, step)
     stage = engine.zero_optimization_stage()
@@ -308,12 +293,10 @@ def run_step(
 
 
 def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:
-    """All ranks' sum of a few numbers, in float64."""
     totals = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     return totals.tolist()
 
 
 def _ratio(total: float, count: float) -> float:
-    """Mean, or nan of nothing."""
     return total / count if count else float("nan")

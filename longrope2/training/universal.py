@@ -11,10 +11,9 @@ the shards into one file per parameter and state, and every rank then reads its 
 - a stage 1 or 2 checkpoint needs a mark that only Megatron writes, and takes the sequence-parallel
   size for a tensor-parallel one (``checkpoint.py``).
 
-Files of stage 3 are laid out otherwise than those of stages 1 and 2, and neither kind reads the
-other: between them nothing is converted. Nothing is taken on trust either: every checkpoint records
-the step counter and, per parameter, the sums of squares of the weights and both moments, and what
-was loaded is compared with them.
+Between stage 3 and stages 1 and 2 nothing is converted: neither reads the other's files. Every
+checkpoint records the step counter and, per parameter, the sums of squares of the weights and both
+moments; what was loaded is compared with them.
 """
 
 import contextlib
@@ -63,22 +62,18 @@ class ShardLayout:
 def optimizer_record(engine: Any) -> dict[str, Any]:
     """Step counter, and per parameter the sums of squares of weights and moments over all ranks.
 
-    Every rank calls this.
-
-    Returns:
-        ``{"step": n, "sums": {parameter: [fp32, exp_avg, exp_avg_sq]}}``; without ZeRO (nothing to
-        convert) no sums.
+    ``{"step": n, "sums": {parameter: [fp32, exp_avg, exp_avg_sq]}}``; without ZeRO (nothing to
+    convert) no sums. Every rank calls this.
     """
     record: dict[str, Any] = {"step": _step(engine), "sums": {}}
     if engine.zero_optimization_stage() == 0:
         return record
-    names, rows = [], []
+    rows = {}
     for name, parameter in engine.module.named_parameters():
-        names.append(name)
-        rows.append([_sum_of_squares(shard) for shard in _shards(engine, parameter)])
-    totals = torch.tensor(rows, dtype=torch.float64, device=engine.device)
+        rows[name] = [_sum_of_squares(shard) for shard in _shards(engine, parameter)]
+    totals = torch.tensor(list(rows.values()), dtype=torch.float64, device=engine.device)
     dist.all_reduce(totals)
-    record["sums"] = dict(zip(names, totals.tolist(), strict=True))
+    record["sums"] = dict(zip(rows, totals.tolist(), strict=True))
     return record
 
 
@@ -87,12 +82,10 @@ def load_converted(
 ) -> None:
     """Convert a checkpoint of another layout, load it, and compare that with what was saved.
 
-    Every rank calls this. The converted copy stands beside the checkpoint while it is read: as much
-    disk space again.
+    Every rank calls this. The copy stands beside the checkpoint meanwhile: as much disk again.
 
     Raises:
-        ArtifactError: the layouts cannot be converted into each other, the conversion failed, or it
-            lost something.
+        ArtifactError: the layouts do not convert, the conversion failed, or it lost something.
     """
     wanted = ShardLayout.of(engine)
     _refuse_inconvertible(checkpoint, written_as, wanted)
@@ -107,10 +100,7 @@ def load_converted(
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise ArtifactError(f"{checkpoint} could not be converted: {failure[0]}")
-    groups = [
-        {key: value for key, value in group.items() if key not in ("params", "step")}
-        for group in engine.basic_optimizer.param_groups
-    ]
+    groups = [dict(group) for group in engine.basic_optimizer.param_groups]
     with _reading_universal(engine):
         engine.load_checkpoint(str(universal.parent), tag=universal.name)
     _put_right(engine.basic_optimizer, groups, record["step"])
@@ -167,7 +157,7 @@ def _put_right(
 ) -> None:
     """Each group's own hyperparameters, each state's own step counter, where it belongs."""
     for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group.update(own)
+        group.update({key: own[key] for key in own if key not in ("params", "step")})
         if step is not None and "step" in group:
             group["step"] = step
     for state in optimizer.state.values():
@@ -177,7 +167,6 @@ def _put_right(
 
 
 def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """What was loaded against what was saved."""
     faults = []
     if saved["step"] != loaded["step"]:
         faults.append(f"step {loaded['step']} instead of {saved['step']}")
@@ -191,10 +180,8 @@ def _compare(checkpoint: Path, saved: dict[str, Any], loaded: dict[str, Any]) ->
         ]
     if faults:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise ArtifactError(
-            f"{checkpoint} lost something in the conversion: {shown}; "
-            "go on with the number of ranks that wrote it"
-        )
+        fault = f"{checkpoint} lost something in the conversion: {shown}"
+        raise ArtifactError(f"{fault}; go on with the number of ranks that wrote it")
 
 
 def _shards(engine: Any, parameter: torch.Tensor) -> list[torch.Tensor | None]:

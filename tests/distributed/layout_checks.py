@@ -106,6 +106,8 @@ def run_selftest(
     """What the self-test of a model with one key/value head says."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"num_attention_heads": 4, "num_key_value_heads": 1, "model_type": "llama"}
+        config |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        config |= {"vocab_size": 61}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         of_run = root(sequence=processes.dims.sequence, zero_stage=zero_stage)
         of_run.training.norm = norm

@@ -1,4 +1,4 @@
-"""Every norm kernel of this machine against transformers' own norm in float32: output and both gradients."""
+"""Every norm kernel against transformers' own norm in float32: output and gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The shipped miniature does what its model card says: it retrieves inside its window and fails beyond twice it."""
+"""The shipped miniature retrieves inside its window and fails beyond twice it."""
 
 from pathlib import Path
 

@@ -29,14 +29,14 @@ def run_demo(root: Path) -> str:
 
 
 def rows(root: Path, part: str) -> dict[str, dict]:
-    """Subject -> its row of the summary: at the target length, or inside the original window for ``retention``."""
+    """Subject -> its row at the target length, or inside L0 for ``retention``."""
     summary = json.loads((root / "demo" / "4_evaluations" / "evaluations.json").read_text())
     length = summary["original_len"] if part == "retention" else summary["target_len"]
     return {row["subject"]: row for row in summary[part] if row["length"] == length}
 
 
 def test_training_makes_the_long_window_readable(runs: tuple[Path, str]) -> None:
-    """What the miniature shows; that its retrieval follows the paper's order is not asserted (LAB_NOTES.md, 2)."""
+    """What the miniature shows; the paper's order is not asserted (LAB_NOTES.md, 2)."""
     perplexity = {
         subject: row["perplexity"] for subject, row in rows(runs[0], "perplexity").items()
     }

@@ -1,5 +1,4 @@
-"""Every command of the README is one the demo runs, a make target, one that runs here, or a job
-script.
+"""Every command of the README is run: by the demo, here, or as a job script.
 
 tests/pipeline/test_demo.py runs the demo, tests/slurm the job scripts.
 """
@@ -35,7 +34,7 @@ def further_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", further_commands())
 def test_further_commands_run(command: str, tmp_path: Path) -> None:
-    """The doctor whole, searches up to their plan; tests/distributed and test_search_command run searches whole."""
+    """The doctor whole, searches up to their plan; other tests run searches whole."""
     program, *arguments = shlex.split(command)
     assert program == "python"
     if "launch.doctor" not in arguments:

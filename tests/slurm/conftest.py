@@ -1,4 +1,4 @@
-"""Clusters of emulated nodes, and a folder to submit from: the project's own scripts with a site file for CPU ranks."""
+"""Clusters of emulated nodes, and a folder to submit from with a site file for CPU ranks."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ export WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a checkout: slurm/ is a copy, so that logs stay out of the real one, the rest is linked."""
+    """Like a checkout: slurm/ is a copy, which keeps logs apart; the rest is linked."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "longrope2", "data_prep", "conf", "models"):
         (folder / name).symlink_to(ROOT / name)

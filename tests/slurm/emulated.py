@@ -1,5 +1,4 @@
-"""A real Slurm of emulated nodes on this machine: Debian's munged, slurmctld and one slurmd per
-node.
+"""A real Slurm of emulated nodes: Debian's munged, slurmctld and one slurmd a node.
 
 Each slurmd lives in UTS and mount namespaces of its own, so that a job on n2 sees the host name n2
 and resolves n1, n2, ...; GPUs are copies of /dev/null that Slurm counts and binds. CPUs and memory
@@ -50,7 +49,8 @@ KillWait=30
 SlurmdTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
-NodeName=n[1-{nodes}] NodeAddr=127.0.1.[1-{nodes}] Port=[{first}-{last}] CPUs=96 RealMemory=1000000 Gres=gpu:{gpus}
+NodeName=n[1-{nodes}] NodeAddr=127.0.1.[1-{nodes}] Port=[{first}-{last}] CPUs=96 \
+    RealMemory=1000000 Gres=gpu:{gpus}
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP LLN=YES
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
@@ -61,7 +61,8 @@ def why_not() -> str | None:
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [daemon for daemon in DAEMONS if shutil.which(daemon) is None]
     if missing:
-        return f"{', '.join(missing)} not installed: apt-get install --no-install-recommends {PACKAGES}"
+        install = f"apt-get install --no-install-recommends {PACKAGES}"
+        return f"{', '.join(missing)} not installed: {install}"
     if os.geteuid() != 0:
         return "emulated nodes need root (namespaces and device files)"
     return None
@@ -130,7 +131,7 @@ class EmulatedSlurm:
         return _processes_in(self._namespace(name))
 
     def _namespace(self, name: str) -> str:
-        """The UTS namespace of a node, in which all its processes are; "" when its slurmd does not run."""
+        """The UTS namespace of a node's processes; "" when its slurmd does not run."""
         pid = self._pid(f"slurmd-{name}")
         namespace = "" if pid is None else os.readlink(f"/proc/{pid}/ns/uts")
         assert namespace != os.readlink("/proc/self/ns/uts")

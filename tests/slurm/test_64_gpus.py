@@ -1,4 +1,4 @@
-"""The unmodified training script on 8 nodes of 8 GPUs: accepted, scheduled, and every node gets the right torchrun line."""
+"""The unmodified training script on 8 nodes of 8 GPUs: every node gets its torchrun line."""
 
 import json
 import subprocess
@@ -15,10 +15,12 @@ RECORDER = """#!/usr/bin/env python3
 import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "launch.train"]:
-    open(arguments[arguments.index("--prepare") + 1], "w").write("runs/recorded/3_checkpoints/config.yaml")
+    prepared = arguments[arguments.index("--prepare") + 1]
+    open(prepared, "w").write("runs/recorded/3_checkpoints/config.yaml")
 if arguments[:3] == ["-m", "launch.cluster.attempts", "end"]:
     print("done")
-seen = {name: os.environ.get(name) for name in ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES")}
+names = ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES")
+seen = {name: os.environ.get(name) for name in names}
 with open(os.environ["RECORDED"] + "/" + str(time.time_ns()) + "-" + str(os.getpid()), "w") as file:
     json.dump([seen, arguments], file)
 """
@@ -84,7 +86,7 @@ def test_every_node_gets_the_right_torchrun_line(calls: tuple) -> None:
 
 
 def test_the_doctor_comes_first_on_every_node_and_one_process_composes(calls: tuple) -> None:
-    """Order of the calls: node checks, their comparison, the network over all nodes, one composition, the ranks."""
+    """Node checks, their comparison, the network over all nodes, one composition, the ranks."""
     made = calls[1]
     words = [
         call[2] if call[1] == "launch.doctor" else call[1].removeprefix("launch.")

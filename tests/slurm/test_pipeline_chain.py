@@ -1,4 +1,4 @@
-"""``slurm/pipeline.sh`` on the miniature: packing as job arrays over three nodes, a stage that fails, and the rerun."""
+"""``slurm/pipeline.sh`` on the miniature: job arrays, a stage that fails, and the rerun."""
 
 import hashlib
 import re
@@ -21,13 +21,18 @@ SIZE = ["model=tiny", "target_len=256"]
 # Words of the whole chain: each stage's own, and few resources for all.
 WORDS = [
     "--time=20", "target_len=256", "run.name=chain",
-    "pack:model=tiny", *(f"pack:{word}" for word in PACK), "pack:cluster.jobs=6", "pack:--cpus-per-task=1",
+    "pack:model=tiny", *(f"pack:{word}" for word in PACK), "pack:cluster.jobs=6",
+    "pack:--cpus-per-task=1",
     "search:--gpus-per-node=2", "search:model=tiny", "search:corpus=sample", "search:search=quick",
-    "search:search.population=4", "search:search.parents=2", "search:search.iterations=1", "search:search.num_samples=2",
-    "train:--nodes=2", "train:--gpus-per-node=2", "train:experiment=tiny", "train:training.global_batch_tokens=512",
+    "search:search.population=4", "search:search.parents=2", "search:search.iterations=1",
+    "search:search.num_samples=2",
+    "train:--nodes=2", "train:--gpus-per-node=2", "train:experiment=tiny",
+    "train:training.global_batch_tokens=512",
     "train:training.tokens=4096", "train:training.warmup_steps=2",
-    "evaluate:--array=1-2", "evaluate:model=tiny", "evaluate:corpus=sample", "evaluate:evaluation=miniature",
-    "evaluate:suite=needle_map", "evaluate:suite.measures=true", "evaluate:suite.needle_map.repeats=1",
+    "evaluate:--array=1-2", "evaluate:model=tiny", "evaluate:corpus=sample",
+    "evaluate:evaluation=miniature",
+    "evaluate:suite=needle_map", "evaluate:suite.measures=true",
+    "evaluate:suite.needle_map.repeats=1",
     "evaluate:suite.needle_map.depths=[0.5]", "evaluate:suite.lengths=[128,256]",
     "evaluate:evaluation.lengths=[128,256]", "evaluate:evaluation.needle.samples_per_depth=1",
     "evaluate:evaluation.perplexity.num_windows=2", "evaluate:evaluation.retention.num_windows=2",

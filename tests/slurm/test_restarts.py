@@ -1,4 +1,4 @@
-"""What the job script does with ranks that fail, and with nodes that are not fit, on real Slurm; the ranks are stand-ins."""
+"""The job script with ranks that fail and unfit nodes, on real Slurm; ranks are stand-ins."""
 
 import json
 import re
@@ -25,16 +25,20 @@ if words[1] == "launch.train":
 elif words[1] == "launch.doctor":
     pass
 elif words[1] == "launch.cluster.node_agent" and "launch.train" in words:
-    logs = pathlib.Path(next(word for word in words if word.startswith("--log-dir=")).removeprefix("--log-dir="))
-    first = node == os.environ["SLURM_JOB_NODELIST"].replace("[", "").replace("-", ",").split(",")[0]
+    flag = next(word for word in words if word.startswith("--log-dir="))
+    logs = pathlib.Path(flag.removeprefix("--log-dir="))
+    nodes = os.environ["SLURM_JOB_NODELIST"].replace("[", "").replace("-", ",")
+    first = node == nodes.split(",")[0]
     if first:
         time.sleep(0 if start != "0" else 0.5)
-        said = "ConnectionError: Connection closed by peer" if start == "0" else "Traceback ...\\nValueError: at step 41"
+        said = "ConnectionError: Connection closed by peer"
+        said = said if start == "0" else "Traceback ...\\nValueError: at step 41"
         (logs / "rank-000.err").write_text(said)
         codes = {{0: 1, 1: -15}}
     else:
         codes = {{2: -9}} if start == "0" else {{2: -15, 3: -15}}
-    (logs / f"ended-{{node}}.json").write_text(json.dumps({{"node": node, "time": time.time(), "exit_codes": codes}}))
+    ended = {{"node": node, "time": time.time(), "exit_codes": codes}}
+    (logs / f"ended-{{node}}.json").write_text(json.dumps(ended))
     sys.exit(1)
 elif words[1] != "launch.cluster.node_agent":
     os.execv(sys.executable, [sys.executable, *words])
@@ -62,7 +66,7 @@ def submit(checkout: Path, cluster: EmulatedSlurm, name: str) -> tuple[dict[str,
 def test_failures_without_progress_end_the_job(
     checkout: Path, small_cluster: EmulatedSlurm
 ) -> None:
-    """Three starts, the second and third without the node of the killed rank; the log ends with the traceback."""
+    """Three starts, two without the killed rank's node; the log ends with the traceback."""
     stand_in, site = checkout / "stand_in", checkout / "slurm" / "site.env"
     stand_in.write_text(STAND_IN.format(python=sys.executable))
     stand_in.chmod(0o755)
@@ -76,8 +80,8 @@ def test_failures_without_progress_end_the_job(
     assert "failed: starts again without n2, from 40" in log
     assert "rank 2 on n2 ended first (killed by signal 9)" in log
     assert (
-        "stopped: 3 attempts in a row ended where they had begun, with progress at 40 (on n[1-2], n[1,3])"
-        in log
+        "stopped: 3 attempts in a row ended where they had begun, "
+        "with progress at 40 (on n[1-2], n[1,3])" in log
     )
     assert log.splitlines()[-3:] == [
         "--- rank 0 on n1 ended first (exit code 1):",
@@ -105,7 +109,7 @@ def test_failures_without_progress_end_the_job(
 def test_unfit_nodes_are_named_and_nothing_starts(
     checkout: Path, small_cluster: EmulatedSlurm
 ) -> None:
-    """The real doctor: GPUs that Slurm promises and torch does not see, and a disk that is too small."""
+    """The real doctor: GPUs that torch does not see, and a disk that is too small."""
     site = checkout / "slurm" / "site.env"
     usual = site.read_text()
     site.write_text(

@@ -1,5 +1,4 @@
-"""Training by ``sbatch slurm/train_llama3_128k.sh`` on emulated nodes: 4 CPU ranks on 2 nodes,
-ZeRO-3, sp = 2.
+"""``sbatch slurm/train_llama3_128k.sh`` on emulated nodes: 4 CPU ranks on 2, ZeRO-3, sp = 2.
 
 An undisturbed run, and runs that are requeued, lose a rank or a node, or reach their time limit:
 each goes on by itself and ends with the same losses and weights.
@@ -24,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STEPS = 60
 TRAIN = [
-    "experiment=tiny", "rope=yarn", "target_len=256", "model.from_scratch=true", "training.same_kind_segments=2",
+    "experiment=tiny", "rope=yarn", "target_len=256", "model.from_scratch=true",
+    "training.same_kind_segments=2",
     "training.global_batch_tokens=512", f"training.tokens={512 * STEPS}", "training.warmup_steps=2",
     "training.checkpoint_steps=10", "tracking.wandb=disabled", "parallel.replicate_below=0",
 ]  # fmt: skip
@@ -152,7 +152,7 @@ class Job:
         return ended
 
     def result(self) -> tuple[dict[int, tuple[float, float]], str]:
-        """Loss and gradient norm by step, a repeated step having repeated its numbers exactly; hash of the weights."""
+        """Loss and gradient norm by step, repeated ones equal; hash of the weights."""
         found: dict[int, tuple[float, float]] = {}
         for record in self.records():
             values = (record["train/loss"], record["train/grad_norm"])
@@ -187,7 +187,7 @@ def test_trains_over_two_nodes(undisturbed: Job) -> None:
 def test_requeued_then_a_rank_killed(
     small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job
 ) -> None:
-    """``scontrol requeue`` goes on from the last checkpoint; after a killed rank the job leaves its node out."""
+    """A requeue goes on from the last checkpoint; a killed rank's node is left out."""
     job = Job(small_cluster, runs, "disturbed")
     job.wait_for_steps(12)
     small_cluster.command("scontrol", "requeue", job.id)
@@ -219,8 +219,7 @@ def test_node_dies(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -
 
 
 def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) -> None:
-    """The real limit, twice: first the ranks cannot save before it (they are frozen), then they
-    can.
+    """The real limit, twice: first the ranks, frozen, cannot save before it, then they can.
 
     The limit is moved while the job runs, so that it comes in the middle of training at any speed
     of the machine.

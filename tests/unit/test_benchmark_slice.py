@@ -1,4 +1,4 @@
-"""The slice of one rank: the stand-in for the exchange has its shapes, and the FLOPs are those of the rank."""
+"""The slice of one rank: its stand-in exchange has the shapes, its FLOPs are the rank's."""
 
 import json
 import sys

@@ -84,14 +84,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     writer.save(1, SkippedSteps())
     writer.finish()
     may_write = threading.Event()
-    hashed = checkpoint.sha256_of_file
+    hashed = checkpoint.artifacts.sha256_of_file
 
     def slow_disk(path: Path) -> str:
         if path.parent.name.endswith(".writing"):  # reading the finished ones back does not wait
             assert may_write.wait(20)
         return hashed(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_of_file", slow_disk)
+    monkeypatch.setattr(checkpoint.artifacts, "sha256_of_file", slow_disk)
     engine.weights.fill_(2.0)
     writer.save(2, SkippedSteps(total=1))
     engine.weights.fill_(3.0)  # the next step; what was saved must not change
@@ -137,7 +137,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_one_before(
     def full(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "atomic_path", full)
+    monkeypatch.setattr(checkpoint.artifacts, "atomic_path", full)
     writer.save(2, SkippedSteps())
     with pytest.raises(
         ArtifactError,
@@ -203,20 +203,20 @@ def test_a_disk_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "run"
     for step in (1, 2):
         make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
-    hashed = checkpoint.sha256_of_file
+    hashed = checkpoint.artifacts.sha256_of_file
 
     def unreadable(path: Path) -> str:
         if path.parent.name == "step_00000002":
             raise OSError(5, "Input/output error", str(path))
         return hashed(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_of_file", unreadable)
+    monkeypatch.setattr(checkpoint.artifacts, "sha256_of_file", unreadable)
     assert newest(folder) == "step_00000001"
 
 
 def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = make_writer(PlainEngine(), tmp_path / "run")
-    monkeypatch.setattr(checkpoint, "sha256_of_file", lambda path: "0" * 64)
+    monkeypatch.setattr(checkpoint.artifacts, "sha256_of_file", lambda path: "0" * 64)
     writer.save(1, SkippedSteps())
     with pytest.raises(ArtifactError, match="model.pt reads back otherwise than it was written"):
         writer.finish()

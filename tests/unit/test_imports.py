@@ -1,4 +1,4 @@
-"""Imports point one way: the folders are the data flow, nothing reaches back up, nothing goes in a circle."""
+"""Imports point one way: folders are the data flow, nothing reaches back or circles."""
 
 import ast
 from pathlib import Path
@@ -9,22 +9,23 @@ ROOT = Path(__file__).parent.parent.parent
 TOPS = ("longrope2", "data_prep", "launch")
 # A package may import itself and packages of a lower number.
 LAYERS = {
-    "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "files": 1, "rope": 1, "config": 2, "segments": 2,
+    "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "files": 1, "rope": 1, "config": 2,
+    "segments": 2,
     "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "corpora": 5, "planning": 5,
     "search": 6, "training": 6, "inference": 7, "evaluation": 8, "export": 9, "report": 10,
 }  # fmt: skip
-DATA_PREP_MAY = {"errors", "command", "help", "files", "config", "rope", "segments", "model", "corpora"}
+DATA_PREP_MAY = set("errors command help files config rope segments model corpora".split())
 HYDRA_ONLY_IN = {"longrope2/config.py"}
 FILES = [p for top in TOPS for p in sorted((ROOT / top).rglob("*.py"))]
 
 
 def module_name(path: Path) -> str:
-    """``longrope2/rope/factors.py`` -> ``longrope2.rope.factors``; a package's own name for ``__init__``."""
+    """``longrope2/rope/factors.py`` -> ``longrope2.rope.factors``; ``__init__``: the package."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported_modules(source: str, modules: set[str]) -> set[str]:
-    """What a file imports, wherever the import stands: at its top, in a function, under ``TYPE_CHECKING``."""
+    """What a file imports: at its top, in a function, under ``TYPE_CHECKING``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

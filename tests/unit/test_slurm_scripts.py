@@ -1,4 +1,4 @@
-"""The job scripts of ``slurm/`` by themselves: headers, numbers that stand in two places, shell functions, shellcheck."""
+"""The job scripts of ``slurm/``: headers, doubled numbers, shell functions, shellcheck."""
 
 import re
 import shutil

@@ -17,7 +17,7 @@ from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_COMMENT_MARKS = ("`", "#", "//")
+_COMMENT_MARK = re.compile("`|#|//")
 CHOICES = "ABCD"
 _ANSWER_PHRASES = ("answer is:", "answer:", "answer is", "option is")
 _INNER_QUOTE = re.compile(r"([a-zA-Z0-9])'([a-zA-Z0-9])")
@@ -57,7 +57,7 @@ def class_score(text: str, answer: str, classes: Sequence[str]) -> float:
 def code_line_score(text: str, answer: str) -> float:
     """Similarity of the first line without a backtick, ``#`` or ``//`` to the right one."""
     lines = text.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in _COMMENT_MARKS)), "")
+    line = next((line for line in lines if not _COMMENT_MARK.search(line)), "")
     return text_ratio(line, answer) / 100
 
 

@@ -59,17 +59,15 @@ def prompt_file(key: str, location: str | None, names: Sequence[str], repository
         DataError: not given, or not there.
     """
     if location is None:
-        raise DataError(
-            f"{key} is not set: the prompts are read from a checkout of {repository}; give its path"
-        )
+        what = f"the prompts are read from a checkout of {repository}"
+        raise DataError(f"{key} is not set: {what}; give its path")
     path = Path(location)
     if path.is_file():
         return path
     found = _first_file(path, names)
     if found is None:
-        raise DataError(
-            f"{key}={location} is no checkout of {repository}: it holds none of {', '.join(names)}"
-        )
+        fault = f"{key}={location} is no checkout of {repository}"
+        raise DataError(f"{fault}: it holds none of {', '.join(names)}")
     return found
 
 
@@ -190,13 +188,10 @@ def _download(key: str, repo: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
     except GatedRepoError:
-        raise DataError(
-            f"{key}={repo} is gated: accept its terms on huggingface.co/datasets/{repo} and log in "
-            "with `hf auth login`"
-        ) from None
+        terms = f"accept its terms on huggingface.co/datasets/{repo}"
+        fault = f"{key}={repo} is gated: {terms} and log in with `hf auth login`"
+        raise DataError(fault) from None
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{key}={repo}: {file} cannot be fetched from the hub ({reason}); "
-            "fetch it elsewhere and give its folder"
-        ) from None
+        fault = f"{key}={repo}: {file} cannot be fetched from the hub ({reason})"
+        raise DataError(f"{fault}; fetch it elsewhere and give its folder") from None

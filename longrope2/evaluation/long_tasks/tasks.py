@@ -2,17 +2,15 @@
 
 - LongBench v1: TriviaQA, TREC (in-context learning), LCC and RepoBench-P (code completion). The
   middle of a prompt is cut out where it does not fit, as upstream does. Most are below 8k tokens,
-  so on a model of that window they try the original RoPE as much as the rescaled one: every sample
-  keeps its token count for scores by length.
+  so they try the original RoPE as much as the rescaled one: every sample keeps its token count.
 - InfiniteBench: retrieval of a value by its key (KV) and multiple choice about a book (En.MC), with
   upstream's templates for base models (the yarn-mistral set). Cut likewise: En.MC is longer than
   128k tokens on average, so for it the cut is part of the score, and in KV it may take the pair
   asked for away, which is reported beside the score.
 - LOFT's text retrieval: a corpus of passages, a few worked examples, and a query. All queries of a
-  set share everything in front of the query, so the runner reads that once. Nothing is ever cut: a
-  cut corpus has lost passages that are asked for. Answers are scored by the first line with a list
-  of ids: recall@1, and for HotPotQA mrecall@2. A base model goes on with an example of its own
-  behind its answer; that is never reached.
+  set share everything in front of the query, which is read once. Nothing is ever cut: passages
+  would be lost that are asked for. Answers are scored by the first line with a list of ids:
+  recall@1, and for HotPotQA mrecall@2. What a base model adds behind its answer is not reached.
 
 Shape legend: T = tokens of a prompt.
 """
@@ -26,22 +24,14 @@ from typing import Any
 import numpy as np
 
 from longrope2.errors import DataError
+from longrope2.evaluation.long_tasks import config as settings
 from longrope2.evaluation.long_tasks import rules, sources
-from longrope2.evaluation.long_tasks.config import (
-    LOFT_TASKS,
-    InfiniteBenchConfig,
-    LoftConfig,
-    LongBenchConfig,
-    LongTasksConfig,
-)
 from longrope2.evaluation.prompts import PromptEncoder
 from longrope2.evaluation.samples import GenerationTask, Sample
 
-_LONGBENCH_PROMPT_FILES = (
-    "LongBench/config/dataset2prompt.json",
-    "config/dataset2prompt.json",
-    "dataset2prompt.json",
-)
+_LONGBENCH_PROMPT_FILES = [
+    f"{at}dataset2prompt.json" for at in ("LongBench/config/", "config/", "")
+]
 LONGBENCH_PROMPT_HASHES = {
     "trec": "0eff8bebdba99d91", "triviaqa": "00a802e6377e72fc",
     "lcc": "6a1f24cf0bb83cd9", "repobench-p": "ee9ec182ea5ffeb7",
@@ -50,9 +40,8 @@ _LONGBENCH_MAX_NEW_TOKENS = {"triviaqa": 32, "trec": 64, "lcc": 64, "repobench-p
 _INFINITEBENCH_PROMPT_FILES = ("src/prompt.py", "prompt.py")
 _INFINITEBENCH_TEMPLATE_SET = "yarn_mistral_templates"
 INFINITEBENCH_PROMPT_HASHES = {
-    "kv_retrieval": "afa97419dd69cd74",
-    "longbook_choice_eng": "fddf5d8b4293a275",
-}
+    "kv_retrieval": "afa97419dd69cd74", "longbook_choice_eng": "fddf5d8b4293a275",
+}  # fmt: skip
 _INFINITEBENCH_MAX_NEW_TOKENS = {"kv_retrieval": 50, "longbook_choice_eng": 40}
 _LOFT_REPOSITORY = "github.com/google-deepmind/loft"
 _LOFT_COMMON_FILE = "prompts/constants/common.py"
@@ -73,14 +62,17 @@ _SCORES: dict[str, Callable[[Sample, str], float]] = {
     "kv_retrieval": lambda sample, text: rules.key_value_score(text, sample.answers[0]),
     "longbook_choice_eng": lambda sample, text: rules.choice_score(text, sample.answers),
     **dict.fromkeys(
-        LOFT_TASKS, lambda sample, text: rules.recall(rules.listed_ids(text), sample.answers, 1)
+        settings.LOFT_TASKS, lambda sample, text: _found(rules.recall, sample, text, 1)
     ),
-    "hotpotqa": lambda sample, text: rules.mrecall(rules.listed_ids(text), sample.answers, 2),
+    "hotpotqa": lambda sample, text: _found(rules.mrecall, sample, text, 2),
 }
 
 
 def long_tasks(
-    config: LongTasksConfig, encoder: PromptEncoder, target_len: int, key: str = "suite.long_tasks"
+    config: settings.LongTasksConfig,
+    encoder: PromptEncoder,
+    target_len: int,
+    key: str = "suite.long_tasks",
 ) -> list[GenerationTask]:
     """The tasks asked for, benchmark by benchmark; ``key`` is where ``config`` stands.
 
@@ -99,13 +91,18 @@ def long_tasks(
     ):
         for name in names:
             samples = make(name, fit, config.num_samples, f"{key}.{suite}")
-            tasks.append(GenerationTask(suite, name, length, tuple(samples), _SCORES[name]))
+            tasks.append(
+                GenerationTask(suite, name, length, samples=tuple(samples), score=_SCORES[name])
+            )
     return tasks
 
 
 def _best(rule: Callable[[str, str], float], sample: Sample, text: str) -> float:
-    """The best score over the answers."""
     return max(rule(text, answer) for answer in sample.answers)
+
+
+def _found(rule: Callable[..., float], sample: Sample, text: str, k: int) -> float:
+    return rule(rules.listed_ids(text), sample.answers, k)
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,8 @@ class _Fit:
     ) -> Sample:
         """A prompt that keeps the first and the last half of the budget where it is too long.
 
-        Upstream turns both halves into text and tokenizes that anew, which may move a token or two
-        at the seam; here the ids themselves are cut. Whether ``needle`` is left, without which the
-        question cannot be answered, goes into the facts.
+        Upstream tokenizes both halves anew, which may move a token or two at the seam; here the ids
+        themselves are cut. Whether ``needle``, which the answer needs, is left goes into the facts.
 
         Raises:
             DataError: the answer alone takes the whole length.
@@ -135,10 +131,8 @@ class _Fit:
         ids = self.encoder.bos_ids + self.encoder.encode_text(prompt)
         budget = self.length - max_new_tokens
         if budget < 2:
-            raise DataError(
-                f"suite.long_tasks.length={self.length} leaves no room for a prompt: "
-                f"an answer may take {max_new_tokens} tokens"
-            )
+            fault = f"suite.long_tasks.length={self.length} leaves no room for a prompt"
+            raise DataError(f"{fault}: an answer may take {max_new_tokens} tokens")
         half = budget // 2
         parts = [ids] if len(ids) <= budget else [ids[:half], ids[len(ids) - half :]]
         kept = [token_id for part in parts for token_id in part]
@@ -158,27 +152,25 @@ class _Fit:
         """
         ids = self.encoder.bos_ids + self.encoder.encode_text(prompt)
         if len(ids) + max_new_tokens > self.length:
+            fault = f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed"
             raise DataError(
-                f"{name}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed "
-                f"{self.length} tokens, and this benchmark is never cut: it would lose the "
-                "passages asked for. Use a smaller size of it, or leave it out"
+                f"{name}: {fault} {self.length} tokens, and this benchmark is never cut: it would "
+                "lose the passages asked for. Use a smaller size of it, or leave it out"
             )
         facts = {"prompt_tokens": len(ids), "tokens_cut": 0}
         return Sample(np.array(ids, dtype=np.int32), answers, max_new_tokens, facts)
 
 
 def _longbench(
-    config: LongBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
+    config: settings.LongBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
-    path = sources.prompt_file(
-        f"{key}.prompts", config.prompts, _LONGBENCH_PROMPT_FILES, "github.com/THUDM/LongBench"
-    )
+    place, repository = f"{key}.prompts", "github.com/THUDM/LongBench"
+    path = sources.prompt_file(place, config.prompts, _LONGBENCH_PROMPT_FILES, repository)
     prompts = sources.read_json_strings(path)
-    sources.check_prompts(f"{key}.prompts", path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
-    names, revision = [f"{task}.jsonl", f"data/{task}.jsonl"], config.revision
-    rows = sources.read_rows(
-        f"{key}.data", config.data, names, hub_file="data.zip", revision=revision
-    )
+    sources.check_prompts(place, path, prompts, {task: LONGBENCH_PROMPT_HASHES[task]})
+    names = [f"{task}.jsonl", f"data/{task}.jsonl"]
+    hub = {"hub_file": "data.zip", "revision": config.revision}
+    rows = sources.read_rows(f"{key}.data", config.data, names, **hub)
     new_tokens, samples = _LONGBENCH_MAX_NEW_TOKENS[task], []
     for row in rows[:num_samples]:
         try:
@@ -193,22 +185,14 @@ def _longbench(
 
 
 def _infinitebench(
-    config: InfiniteBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
+    config: settings.InfiniteBenchConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
-    path = sources.prompt_file(
-        f"{key}.prompts",
-        config.prompts,
-        _INFINITEBENCH_PROMPT_FILES,
-        repository="github.com/OpenBMB/InfiniteBench",
-    )
+    place, repository = f"{key}.prompts", "github.com/OpenBMB/InfiniteBench"
+    path = sources.prompt_file(place, config.prompts, _INFINITEBENCH_PROMPT_FILES, repository)
     prompts = sources.python_strings(path).get(_INFINITEBENCH_TEMPLATE_SET, {})
-    sources.check_prompts(
-        f"{key}.prompts", path, prompts, {task: INFINITEBENCH_PROMPT_HASHES[task]}
-    )
-    file = f"{task}.jsonl"
-    rows = sources.read_rows(
-        f"{key}.data", config.data, [file], hub_file=file, revision=config.revision
-    )
+    sources.check_prompts(place, path, prompts, {task: INFINITEBENCH_PROMPT_HASHES[task]})
+    file, hub = f"{task}.jsonl", {"hub_file": f"{task}.jsonl", "revision": config.revision}
+    rows = sources.read_rows(f"{key}.data", config.data, [file], **hub)
     make = _key_value if task == "kv_retrieval" else _choice
     try:
         return [make(row, prompts[task], fit) for row in rows[:num_samples]]
@@ -218,7 +202,6 @@ def _infinitebench(
 
 
 def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
-    """A pair to find among many."""
     answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
     prompt = template.format(context=row["context"], input=row["input"])
     new_tokens = _INFINITEBENCH_MAX_NEW_TOKENS["kv_retrieval"]
@@ -226,7 +209,6 @@ def _key_value(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
 
 
 def _choice(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
-    """A question about a book with four options."""
     names = [f"OPTION_{letter}" for letter in rules.CHOICES]
     options = dict(zip(names, row["options"], strict=True))
     question = row.get("question") or row["input"]
@@ -237,7 +219,7 @@ def _choice(row: dict[str, Any], template: str, fit: _Fit) -> Sample:
 
 
 def _loft(
-    config: LoftConfig, task: str, fit: _Fit, num_samples: int | None, key: str
+    config: settings.LoftConfig, task: str, fit: _Fit, num_samples: int | None, key: str
 ) -> list[Sample]:
     prompts = _loft_prompts(task, config, key)
     place, asked = f"{key}.data={config.data}, {task}", f"{config.split}_queries"
@@ -259,22 +241,18 @@ def _loft(
             samples.append(fit.whole(prompt, gold, config.max_new_tokens, f"loft/{task}"))
         return samples
     except KeyError as error:
-        raise DataError(
-            f"{place}: {error} is in no passage or row; are corpus and queries of one LOFT set?"
-        ) from None
+        fault = f"{place}: {error} is in no passage or row"
+        raise DataError(f"{fault}; are corpus and queries of one LOFT set?") from None
 
 
-def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
+def _loft_prompts(task: str, config: settings.LoftConfig, key: str) -> dict[str, str]:
     """The formats of one set, from the constants of upstream's retrieval prompts."""
-    path = sources.prompt_file(
-        f"{key}.prompts", config.prompts, (_LOFT_RETRIEVAL_FILE,), _LOFT_REPOSITORY
-    )
-    common_path = Path(str(config.prompts)) / _LOFT_COMMON_FILE
+    place, given = f"{key}.prompts", config.prompts
+    path = sources.prompt_file(place, given, (_LOFT_RETRIEVAL_FILE,), _LOFT_REPOSITORY)
+    common_path = Path(str(given)) / _LOFT_COMMON_FILE
     if not common_path.is_file():
-        raise DataError(
-            f"{key}.prompts={config.prompts} is no checkout of {_LOFT_REPOSITORY}: "
-            f"{_LOFT_COMMON_FILE} is missing"
-        )
+        fault = f"{place}={given} is no checkout of {_LOFT_REPOSITORY}"
+        raise DataError(f"{fault}: {_LOFT_COMMON_FILE} is missing")
     common = sources.python_strings(common_path)
     constants = sources.python_strings(path, common)
     try:
@@ -293,10 +271,8 @@ def _loft_prompts(task: str, config: LoftConfig, key: str) -> dict[str, str]:
             "query": query,
         }
     except KeyError as error:
-        raise DataError(
-            f"{key}.prompts: {path} has no {error}; is it the retrieval prompts of "
-            f"{_LOFT_REPOSITORY}?"
-        ) from None
+        fault = f"{place}: {path} has no {error}"
+        raise DataError(f"{fault}; is it the retrieval prompts of {_LOFT_REPOSITORY}?") from None
 
 
 def _loft_corpus(rows: list[dict[str, Any]], place: str) -> dict[str, dict[str, str]]:
@@ -305,10 +281,8 @@ def _loft_corpus(rows: list[dict[str, Any]], place: str) -> dict[str, dict[str, 
     for row in rows:
         passage = row["passage_text"].strip()
         if not passage:
-            raise DataError(
-                f"{place}: passage {row['pid']} has no text; LOFT ships this set without, "
-                "run its preprocess.py first"
-            )
+            fault = f"{place}: passage {row['pid']} has no text"
+            raise DataError(f"{fault}; LOFT ships this set without, run its preprocess.py first")
         title = (row.get("title_text") or "").strip() or _LOFT_NO_TITLE
         texts = {"title": title, "passage": passage}
         corpus[row["pid"]] = {k: v.replace(_LOFT_REMOVED_WORDS, "") for k, v in texts.items()}

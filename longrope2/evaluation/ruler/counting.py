@@ -22,21 +22,14 @@ import numpy as np
 
 from longrope2.errors import DataError
 from longrope2.evaluation.prompts import Block, Draft, Piece, PieceTable, PromptEncoder, too_short
-from longrope2.evaluation.ruler.haystacks import (
-    NOISE_LINE,
-    NUM_PAIRS,
-    NoiseHaystack,
-    all_pairs,
-    draw_distinct,
-    weave,
-)
+from longrope2.evaluation.ruler import haystacks
+from longrope2.evaluation.ruler.haystacks import NOISE_LINE, NUM_PAIRS, NoiseHaystack
 
 CWE_NUM_COMMON = 10
 # RULER's border of 4,096 tokens less the answer.
 _CWE_SHORT_BUDGET = 3900
-_CWE_HEAD = (
-    "The numbered list below repeats some words more often than others. Find out which.\nList:"
-)
+_CWE_TASK = "The numbered list below repeats some words more often than others. Find out which."
+_CWE_HEAD = f"{_CWE_TASK}\nList:"
 _CWE_TAIL = (
     " (End of the list.)\n",
     f"Question: which {CWE_NUM_COMMON} words are the most frequent in the list?",
@@ -80,8 +73,8 @@ class _CweForm:
         return uncommon + common
 
 
-_CWE_LONG = _CweForm(30, 3, 40, 10, 3)
-_CWE_SHORT = _CweForm(6, 1, 12, 2, 1)
+_CWE_LONG = _CweForm(often=30, seldom=3, example_words=40, example_often=10, example_seldom=3)
+_CWE_SHORT = _CweForm(often=6, seldom=1, example_words=12, example_often=2, example_seldom=1)
 
 
 class WordLists:
@@ -91,7 +84,9 @@ class WordLists:
         numbers = [f" {number}." for number in range(1, most_entries + 1)]
         self.encoder = encoder
         self.num_numbers = len(numbers)
-        self._table = PieceTable([*numbers, *(f" {word}" for word in all_pairs(joint=""))], encoder)
+        self._table = PieceTable(
+            [*numbers, *(f" {word}" for word in haystacks.all_pairs(joint=""))], encoder
+        )
         self.number_sizes, self.word_sizes = np.split(self._table.sizes, [self.num_numbers])
 
     def expected_tokens(self, form: _CweForm) -> float:
@@ -125,14 +120,11 @@ def cwe_prompt(lists: WordLists, rng: random.Random, budget: int) -> Draft:
     example, common, others = np.split(words, borders)
     head = _cwe_example([lists.word(index) for index in example], rng, form)
     room = budget - lists.encoder.fixed_total([head, *_CWE_TAIL])
-    num_others = _fitting_others(lists, common, others, form, room)
+    num_others = _fitting_others(lists, common, others, form=form, room=room)
     repeated = np.repeat(common, form.often), np.repeat(others[:num_others], form.seldom)
     entries = _shuffled(np.concatenate(repeated), rng)
-    facts = {
-        "num_entries": len(entries),
-        "num_words": CWE_NUM_COMMON + num_others,
-        "repeats": [form.often, form.seldom],
-    }
+    counts = {"num_entries": len(entries), "num_words": CWE_NUM_COMMON + num_others}
+    facts = {**counts, "repeats": [form.often, form.seldom]}
     answers = tuple(lists.word(index) for index in common)
     return Draft([head, lists.listed(entries), *_CWE_TAIL], answers, facts)
 
@@ -237,7 +229,8 @@ def vt_prompt(
     # place of their own; they follow anywhere.
     first = min(round(depth * num_lines), num_lines - VT_NUM_HOPS)
     places = [first, *sorted(rng.sample(range(first + 1, num_lines + 1), VT_NUM_HOPS))]
-    pieces: list[Piece] = [head, *weave(noise, 0, num_lines, places, chain), *rest, *tail]
+    woven = haystacks.weave(noise, 0, num_lines, places=places, parts=chain)
+    pieces: list[Piece] = [head, *woven, *rest, *tail]
     depths = [place * noise.line_tokens / used for place in places]
     return Draft(pieces, tuple(names), {"depth": depths[0], "depths": depths, "value": value})
 
@@ -245,7 +238,7 @@ def vt_prompt(
 def draw_names(rng: random.Random, count: int, letters: int, *, upper: bool = True) -> list[str]:
     """Distinct names of random letters."""
     alphabet = string.ascii_uppercase if upper else string.ascii_lowercase
-    return draw_distinct(count, lambda: "".join(rng.choices(alphabet, k=letters)))
+    return haystacks.draw_distinct(count, lambda: "".join(rng.choices(alphabet, k=letters)))
 
 
 def _vt_example(rng: random.Random, value: str) -> str:
@@ -260,7 +253,6 @@ def _vt_example(rng: random.Random, value: str) -> str:
 
 
 def _question(value: str) -> list[str]:
-    """Pieces of the question and the answer prefix."""
     return [
         " (End of the text.)\n",
         f"Question: which variables hold the value {value}?",
@@ -269,6 +261,5 @@ def _question(value: str) -> list[str]:
 
 
 def _statements(names: list[str], value: str) -> list[str]:
-    """The chain, one line each."""
     hops = [f"VAR {name} = VAR {before}\n" for before, name in zip(names, names[1:], strict=False)]
     return [f"VAR {names[0]} = {value}\n", *hops]

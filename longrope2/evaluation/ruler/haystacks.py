@@ -1,13 +1,11 @@
 """What needles are hidden in, and the words of our own generators.
 
-A haystack is running text, cut into words that are tokenized once (white space collapsed, words
-joined by single spaces, as RULER does with its essays; read past its end it starts again), or
-lines of noise.
+A haystack is running text, white space collapsed as RULER does with its essays (read past its end
+it starts again), or lines of noise.
 
 The words are keys of needles and words to count. They are frozen: a change needs a new generator
 version. Every adjective goes with every noun, which makes 16,384 keys (``red-lamp``) and as many
-single words (``redlamp``), so one vocabulary serves all lengths, where RULER changes to another
-list.
+single words (``redlamp``): one vocabulary for all lengths, where RULER changes to another list.
 """
 
 import hashlib
@@ -15,6 +13,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -50,12 +49,9 @@ NOUNS = tuple(
 )
 NUM_PAIRS = len(ADJECTIVES) * len(NOUNS)
 NOISE_LINE = (
-    "The kettle is warm.",
-    " The door is shut.",
-    " The floor is dry.",
-    " Nothing moves.",
+    "The kettle is warm.", " The door is shut.", " The floor is dry.", " Nothing moves.",
     " The clock ticks on.\n",
-)
+)  # fmt: skip
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 # About 2.7M tokens: twenty samples of 131,072 tokens that do not overlap.
 _MOST_WORDS = 2_000_000
@@ -95,10 +91,8 @@ class WordHaystack:
                 break
         self._words = words[:_MOST_WORDS]
         if not self._words:
-            raise DataError(
-                "the haystack holds no words; give texts, e.g. a folder of *.txt files as "
-                "ruler.essays"
-            )
+            way_out = "give texts, e.g. a folder of *.txt files as ruler.essays"
+            raise DataError(f"the haystack holds no words; {way_out}")
         encoded = encoder.encode_pieces([f" {word}" for word in self._words])
         self._ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
         self._offsets = _prefix_sums(map(len, encoded))
@@ -132,16 +126,15 @@ class WordHaystack:
         found = []
         while first < stop:
             start = first % self.num_words
-            size = min(stop - first, self.num_words - start)
-            found.append(self._block(start, start + size))
-            first += size
+            end = min(start + stop - first, self.num_words)
+            ids = self._ids[self._offsets[start] : self._offsets[end]]
+            characters = int(self._characters[end] - self._characters[start])
+            found.append(Block(ids, partial(self._text, start, end), characters))
+            first += end - start
         return found
 
-    def _block(self, start: int, stop: int) -> Block:
-        ids = self._ids[self._offsets[start] : self._offsets[stop]]
-        characters = int(self._characters[stop] - self._characters[start])
-        words = self._words
-        return Block(ids, lambda: "".join(f" {word}" for word in words[start:stop]), characters)
+    def _text(self, start: int, stop: int) -> str:
+        return "".join(f" {word}" for word in self._words[start:stop])
 
 
 class NoiseHaystack:
@@ -196,10 +189,8 @@ def read_texts(path: Path) -> list[str]:
     """
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise DataError(
-            f"ruler.essays={path}: no such file, or no *.txt in that folder; "
-            "give a file or folder of texts"
-        )
+        fault = f"ruler.essays={path}: no such file, or no *.txt in that folder"
+        raise DataError(f"{fault}; give a file or folder of texts")
     try:
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
         return [str(json.loads(texts[0])["text"])] if path.suffix == ".json" else texts

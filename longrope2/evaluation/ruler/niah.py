@@ -15,14 +15,8 @@ import numpy as np
 
 from longrope2.errors import DataError
 from longrope2.evaluation.prompts import Draft, Piece, PieceTable, PromptEncoder, too_short
-from longrope2.evaluation.ruler.haystacks import (
-    NoiseHaystack,
-    WordHaystack,
-    all_pairs,
-    draw_distinct,
-    draw_pairs,
-    weave,
-)
+from longrope2.evaluation.ruler import haystacks
+from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, weave
 from longrope2.evaluation.samples import Sample
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
@@ -120,7 +114,9 @@ class NeedleLines:
     def __init__(self, encoder: PromptEncoder, task: NiahTask, length: int) -> None:
         rng = random.Random(f"stock/{task.keys}/{task.values}")
         stock = max(_SMALLEST_STOCK, length // _TOKENS_PER_VALUE)
-        self._keys = all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)
+        self._keys = (
+            haystacks.all_pairs() if task.keys == "words" else _draw_values(rng, "uuids", stock)
+        )
         self._values = _draw_values(rng, task.values, stock)
         pieces = _Needle("", "", 0.0).pieces(task.values, own_line=True)[::2]
         pieces += [f" {key}" for key in self._keys]
@@ -138,11 +134,9 @@ class NeedleLines:
         lines_N4, sums_N = self._draw(needle, rng, room)
         place = round(needle.depth * len(lines_N4))
         before = int(sums_N[place - 1]) if place else 0
-        around = [
-            [self._table.block(some.ravel())] if len(some) else []
-            for some in (lines_N4[:place], lines_N4[place:])
-        ]
-        return [*around[0], *own, *around[1]], before / int(sums_N[-1])
+        head_N4, rest_N4 = lines_N4[:place], lines_N4[place:]
+        head, rest = ([self._table.block(n.ravel())] if len(n) else [] for n in (head_N4, rest_N4))
+        return [*head, *own, *rest], before / int(sums_N[-1])
 
     def _draw(
         self, needle: _Needle, rng: random.Random, room: int
@@ -154,15 +148,11 @@ class NeedleLines:
         count = min(most, max(room, 0) // smallest + 2)
         keys = rng.sample(range(len(self._keys)), count)
         values = rng.sample(range(len(self._values)), count)
-        lines_N4 = np.zeros((count, 4), dtype=np.int64)
-        lines_N4[:, 1] = 2 + np.asarray(keys)
-        lines_N4[:, 2] = 1
-        lines_N4[:, 3] = first_value + np.asarray(values)
-        is_other = [
-            self._keys[key] != needle.key and self._values[value] != needle.value
-            for key, value in zip(keys, values, strict=True)
-        ]
-        lines_N4 = lines_N4[is_other]
+        lines = []
+        for key, value in zip(keys, values, strict=True):
+            if self._keys[key] != needle.key and self._values[value] != needle.value:
+                lines.append((0, 2 + key, 1, first_value + value))
+        lines_N4 = np.array(lines, dtype=np.int64).reshape(-1, 4)
         sums_N = sizes[lines_N4].sum(axis=1).cumsum()
         fitting = int(sums_N.searchsorted(room, side="right"))
         if fitting < 1:
@@ -173,23 +163,21 @@ class NeedleLines:
         return lines_N4[:fitting], sums_N[:fitting]
 
 
+Haystack = WordHaystack | NoiseHaystack | NeedleLines
+
+
 def niah_prompt(
     task: NiahTask,
     encoder: PromptEncoder,
-    haystack: WordHaystack | NoiseHaystack | NeedleLines,
+    haystack: Haystack,
     rng: random.Random,
     depth: float,
     budget: int,
 ) -> Draft:
     """A prompt of at most ``budget`` tokens, BOS not counted.
 
-    Args:
-        task: Which needles.
-        encoder: Tokenizer.
-        haystack: Text for ``essay``, noise for ``noise``, lines for ``needle``.
-        rng: Source of everything drawn.
-        depth: Of the first needle asked for, 0 (start of the haystack) to 1 (its end).
-        budget: Tokens of the prompt.
+    ``haystack`` is text for ``essay``, noise for ``noise``, lines for ``needle``; ``depth`` is that
+    of the first needle asked for, 0 (start of the haystack) to 1 (its end).
 
     Raises:
         DataError: the budget cannot hold instruction, needles and question.
@@ -212,7 +200,7 @@ def niah_prompt(
     elif isinstance(haystack, NoiseHaystack):
         body, depths = _in_noise(haystack, needles, parts, room)
     else:
-        body, depths = _in_text(haystack, needles, parts, room, rng)
+        body, depths = _in_text(haystack, needles, parts, room=room, rng=rng)
     depth_of = {needle.value: realised for needle, realised in zip(needles, depths, strict=True)}
     asked = [depth_of[value] for value in answers]
     facts = {"depth": asked[0], "depths": asked, "queries": queries, "requested_depth": depth}
@@ -220,9 +208,8 @@ def niah_prompt(
 
 
 def _draw_keys(task: NiahTask, rng: random.Random) -> tuple[dict[str, list[str]], list[str]]:
-    """The values of each key, and the keys asked for."""
     if task.keys == "words":
-        keys = draw_pairs(rng, task.num_keys)
+        keys = haystacks.draw_pairs(rng, task.num_keys)
     else:
         keys = [random_value(rng, "uuids") for _ in range(task.num_keys)]
     each = task.num_values
@@ -233,21 +220,17 @@ def _draw_keys(task: NiahTask, rng: random.Random) -> tuple[dict[str, list[str]]
 
 
 def _draw_values(rng: random.Random, kind: str, count: int) -> list[str]:
-    return draw_distinct(count, lambda: random_value(rng, kind))
+    return haystacks.draw_distinct(count, lambda: random_value(rng, kind))
 
 
 def _frame(task: NiahTask, queries: list[str], num_answers: int) -> tuple[str, list[str]]:
     """The instruction in front of the haystack; the pieces of the question behind it."""
     one = num_answers == 1
     kind = task.values[:-1] if one else task.values
-    opening, verb = (
-        (f"A special magic {kind}", "is") if one else (f"Some special magic {kind}", "are")
-    )
+    quantity, verb = ("A", "is") if one else ("Some", "are")
     asked = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + " and " + queries[-1]
-    head = (
-        f"{opening} {verb} hidden in the text below. Read it with care: "
-        f"you will be asked for the {kind} at its end.\nText:"
-    )
+    opening = f"{quantity} special magic {kind} {verb} hidden in the text below. Read it with care:"
+    head = f"{opening} you will be asked for the {kind} at its end.\nText:"
     tail = [
         " (End of the text.)\n",
         f"Which special magic {kind} for {asked} does the text mention?",
@@ -263,7 +246,6 @@ def _in_text(
     room: int,
     rng: random.Random,
 ) -> tuple[list[Piece], list[float]]:
-    """Running text from a random sentence on, needles between sentences."""
     first = int(haystack.sentence_starts[rng.randrange(len(haystack.sentence_starts))])
     start = haystack.tokens_before(first)
     stop = haystack.word_at(start + room) if room > 0 else first
@@ -275,16 +257,15 @@ def _in_text(
         word = haystack.word_at(start + round(needle.depth * used))
         places.append(haystack.nearest_sentence(word, first, stop))
     depths = [(haystack.tokens_before(place) - start) / used for place in places]
-    return weave(haystack, first, stop, places, parts), depths
+    return weave(haystack, first, stop, places=places, parts=parts), depths
 
 
 def _in_noise(
     haystack: NoiseHaystack, needles: list[_Needle], parts: list[list[str]], room: int
 ) -> tuple[list[Piece], list[float]]:
-    """Lines of noise, needles between lines."""
     num_lines, rest, used = haystack.fit(room)
     if num_lines < 1:
         raise too_short("needles", room, "a haystack")
     places = [round(needle.depth * num_lines) for needle in needles]
     depths = [place * haystack.line_tokens / used for place in places]
-    return [*weave(haystack, 0, num_lines, places, parts), *rest], depths
+    return [*weave(haystack, 0, num_lines, places=places, parts=parts), *rest], depths

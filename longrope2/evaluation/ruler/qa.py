@@ -25,6 +25,7 @@ _HUB = "hub"
 _SQUAD_FILE, _SQUAD_HUB = "dev-v2.0.json", "rajpurkar/squad_v2"
 _HOTPOTQA_FILE, _HOTPOTQA_HUB = "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"
 _INSTRUCTION = "Answer the question from the documents with a few words and nothing else."
+_HEADER = "Document {}:\n"
 _HEAD = f"{_INSTRUCTION}\nDocuments:\n"
 
 
@@ -85,8 +86,8 @@ def read_squad(source: str) -> QuestionSet:
                 for qa in paragraph["qas"]:
                     if not qa["is_impossible"]:
                         answers = tuple(answer["text"] for answer in qa["answers"])
-                        own = (number,)
-                        questions.append(SetQuestion(qa["question"], answers, own, own, related))
+                        places = {"gold": (number,), "given": (number,), "related": related}
+                        questions.append(SetQuestion(qa["question"], answers, **places))
     except (KeyError, TypeError) as error:
         fault = f"ruler.squad={source} is not laid out like SQuAD's {_SQUAD_FILE}: {error!r}"
         raise DataError(fault) from None
@@ -120,21 +121,17 @@ def _hotpot_document(title: str, sentences: Iterable[str]) -> str:
 
 
 def _checked(found: QuestionSet, key: str, source: str) -> QuestionSet:
-    """The set, if it holds questions, each with answers and documents."""
     if not found.questions or any(not q.answers or not q.gold for q in found.questions):
-        raise DataError(
-            f"ruler.{key}={source} holds no questions, or some without answers or documents"
-        )
+        fault = "holds no questions, or some without answers or documents"
+        raise DataError(f"ruler.{key}={source} {fault}")
     return found
 
 
 def _read_json(source: str, key: str, official: str) -> Any:
     path = Path(source)
     if not path.is_file():
-        raise DataError(
-            f"ruler.{key}={source}: no such file; give the official {official}, "
-            "or `hub` to load it from the hub"
-        )
+        way_out = f"give the official {official}, or `hub` to load it from the hub"
+        raise DataError(f"ruler.{key}={source}: no such file; {way_out}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -142,17 +139,14 @@ def _read_json(source: str, key: str, official: str) -> Any:
 
 
 def _hub_rows(name: str, key: str, official: str, *config: str) -> Iterable[dict[str, Any]]:
-    """Rows of a data set's validation split."""
     import datasets
 
     try:
         return datasets.load_dataset(name, *config, split="validation")  # type: ignore[return-value]
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"ruler.{key}=hub: {name} cannot be loaded from the hub ({reason}); "
-            f"give the official {official} as a file"
-        ) from None
+        fault = f"ruler.{key}=hub: {name} cannot be loaded from the hub ({reason})"
+        raise DataError(f"{fault}; give the official {official} as a file") from None
 
 
 def _squad_from_hub() -> dict[str, Any]:
@@ -222,35 +216,25 @@ def qa_prompt(
     """
     tail = [f"{_INSTRUCTION}\n", f"Question: {' '.join(question.text.split())}\n", "Answer:"]
     room = budget - encoder.fixed_total([_HEAD, *tail])
-    chosen, used = _choose(encoder, documents, question, rng, room)
+    chosen, used = _choose(encoder, documents, question, rng=rng, room=room)
     if len(chosen) == len(documents.blocks):
-        raise DataError(
-            f"its {len(chosen)} documents hold {used} tokens, too few to fill {room} with each "
-            "used once; use a larger set of documents or shorter lengths"
-        )
+        fault = f"its {len(chosen)} documents hold {used} tokens, too few to fill {room}"
+        way_out = "use a larger set of documents or shorter lengths"
+        raise DataError(f"{fault} with each used once; {way_out}")
     rng.shuffle(chosen)
     first = question.gold[0]
     order = [number for number in chosen if number != first]
     order.insert(round(depth * len(order)), first)
-    headers = [_header(place) for place in range(len(order))]
+    headers = [_HEADER.format(place) for place in range(1, len(order) + 1)]
     sizes = documents.sizes[order] + encoder.count(headers)
     starts = dict(zip(order, (np.cumsum(sizes) - sizes).tolist(), strict=True))
     pieces: list[Piece] = [_HEAD]
     for header, number in zip(headers, order, strict=True):
         pieces += [header, documents.blocks[number]]
     depths = [starts[number] / int(sizes.sum()) for number in question.gold]
-    facts = {
-        "depth": depths[0],
-        "depths": depths,
-        "requested_depth": depth,
-        "question": question.text,
-        "num_documents": len(order),
-    }
+    facts = {"depth": depths[0], "depths": depths, "requested_depth": depth}
+    facts |= {"question": question.text, "num_documents": len(order)}
     return Draft([*pieces, *tail], tuple(dict.fromkeys(question.answers)), facts)
-
-
-def _header(place: int) -> str:
-    return f"Document {place + 1}:\n"
 
 
 def _choose(
@@ -262,12 +246,12 @@ def _choose(
 ) -> tuple[list[int], int]:
     """Documents that fit ``room`` with their headers, gold ones first, and their tokens."""
     chosen: list[int] = []
-    used = 0
     taken: set[int] = set()
+    used = 0
 
     def fits(number: int) -> bool:
         nonlocal used
-        size = int(documents.sizes[number]) + encoder.total([_header(len(chosen))])
+        size = int(documents.sizes[number]) + encoder.total([_HEADER.format(len(chosen) + 1)])
         if number in taken or used + size > room:
             return False
         chosen.append(number)

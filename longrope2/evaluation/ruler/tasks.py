@@ -1,10 +1,9 @@
 """RULER as generation tasks: all tasks at all lengths, from the store or made now.
 
 The generators fit their prompts by sums over tokens counted once. Whether joined pieces give the
-ids of the whole text is a property of the tokenizer, so it is confirmed by tokenizing whole texts:
-thousands of words in random order, and the first prompt of every file of samples. If it does not
-hold, prompts are tokenized whole every time and the budget is lowered by what they exceed it, which
-ends: a budget only falls until the prompt fits or the generator says that the length is too short.
+ids of the whole text is a property of the tokenizer, so it is confirmed on thousands of words in
+random order and on the first prompt of every file of samples. If it does not hold, prompts are
+tokenized whole every time, and the budget falls until they fit or the length is too short.
 """
 
 import random
@@ -18,15 +17,8 @@ import numpy as np
 
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
-from longrope2.evaluation.ruler import counting, niah
+from longrope2.evaluation.ruler import counting, haystacks, niah
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig, RulerMode, ruler_faults
-from longrope2.evaluation.ruler.haystacks import (
-    NoiseHaystack,
-    WordHaystack,
-    draw_pairs,
-    read_texts,
-    texts_sha256,
-)
 from longrope2.evaluation.ruler.qa import QaDocuments, qa_prompt, read_questions
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
 from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
@@ -47,7 +39,7 @@ _ENOUGH, _TRIES = 0.99, 10
 def ruler_tasks(
     config: RulerConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    haystacks: Sequence[str],
+    texts: Sequence[str],
     lengths: Sequence[int],
     *,
     cache_folder: Path,
@@ -58,7 +50,7 @@ def ruler_tasks(
 
     Samples are made once per tokenizer, settings and texts, and found again in ``cache_folder``.
     With ``mode=fixed`` the first 100 of 500 samples are the samples that ``num_samples=100`` gives.
-    ``haystacks`` are the texts of the essay tasks if ``config.essays`` is null; with
+    ``texts`` are those of the essay tasks if ``config.essays`` is null; with
     ``mode=upstream`` the checkout's are taken instead.
 
     ``Sample.facts`` holds ``fill`` (share of the length taken by prompt and ``max_new_tokens``),
@@ -66,9 +58,8 @@ def ruler_tasks(
     needle or document, 0 start to 1 end of the haystack in tokens), ``depths`` (of all) and
     ``requested_depth``.
 
-    ``lengths`` are the tokens that BOS, prompt and answer may take together. ``workers`` is a
-    number of processes, 0 for this one, and changes no sample; ``progress`` is called with a task's
-    name and a number of samples as they are made.
+    ``lengths`` are the tokens that BOS, prompt and answer may take together; ``workers`` and
+    ``progress`` are those of ``SampleStore``.
 
     Raises:
         ConfigError: settings that cannot be; all of them.
@@ -81,13 +72,13 @@ def ruler_tasks(
         raise ConfigError(faults)
     encoder = PromptEncoder(tokenizer)
     upstream = config.mode is RulerMode.upstream
-    ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, haystacks)
+    ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, texts)
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
     tasks = []
     for recipe, samples in zip(recipes, found, strict=True):
-        name, score = recipe.name, partial(niah.ruler_score, recipe.name)
-        tasks.append(GenerationTask("ruler", name, recipe.length, samples, score))
+        place, score = (recipe.name, recipe.length), partial(niah.ruler_score, recipe.name)
+        tasks.append(GenerationTask("ruler", *place, samples=samples, score=score))
     return tasks
 
 
@@ -137,7 +128,7 @@ def _joins_words(encoder: PromptEncoder) -> bool:
     """The same for thousands of words, numbers, uuids and line ends: no prompt shows it all."""
     rng = random.Random("joins")
     pieces: list[Piece] = ["Text:"]
-    for pair in draw_pairs(rng, 1000):
+    for pair in haystacks.draw_pairs(rng, 1000):
         number = str(rng.randrange(10 ** rng.randint(1, 7)))
         spaced, glued = pair.replace("-", " "), pair.replace("-", "")
         unique = str(uuid.UUID(int=rng.getrandbits(128)))
@@ -166,10 +157,8 @@ def _fit_whole(
     for _ in range(_TRIES):
         if len(best[1]) >= _ENOUGH * limit:
             break
-        if exceeding is None:
-            budget = int(fitting * limit / len(best[1]))
-        else:
-            budget = (fitting + exceeding) // 2
+        stretched = int(fitting * limit / len(best[1]))
+        budget = stretched if exceeding is None else (fitting + exceeding) // 2
         draft, ids = attempt(budget)
         if len(ids) > limit:
             exceeding = budget
@@ -181,12 +170,8 @@ def _fit_whole(
 class FixedRuler:
     """Our generators over one tokenizer; texts are tokenized when a task first needs them."""
 
-    def __init__(
-        self, config: RulerConfig, encoder: PromptEncoder, haystacks: Sequence[str]
-    ) -> None:
-        self.config = config
-        self.encoder = encoder
-        self._given_texts = haystacks
+    def __init__(self, config: RulerConfig, encoder: PromptEncoder, texts: Sequence[str]) -> None:
+        self.config, self.encoder, self._given_texts = config, encoder, texts
         self._lines = cache(partial(niah.NeedleLines, encoder))
         self._coded_words = cache(partial(counting.coded_words, encoder))
         self._documents = cache(lambda task: QaDocuments(read_questions(task, config), encoder))
@@ -194,20 +179,13 @@ class FixedRuler:
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads and tokenizes the texts that it needs."""
-        identity = {
-            "suite": "ruler",
-            "mode": "fixed",
-            "version": GENERATOR_VERSION,
-            "task": task,
-            "length": length,
-            "seed": self.config.seed,
-            "tokenizer": self.encoder.fingerprint,
-            "texts": self._prepare(task, length),
-        }
-        draft_of, new_tokens = partial(self.draft, task, length), self.max_new_tokens(task)
-        fitted = partial(fitted_samples, draft_of, self.encoder)
-        make = partial(fitted, length=length, max_new_tokens=new_tokens)
-        return SampleRecipe(task, length, self.config.num_samples, identity, make)
+        kind = {"suite": "ruler", "mode": "fixed", "version": GENERATOR_VERSION, "task": task}
+        hashes = {"tokenizer": self.encoder.fingerprint, "texts": self._prepare(task, length)}
+        identity = {**kind, "length": length, "seed": self.config.seed, **hashes}
+        fitted = partial(fitted_samples, partial(self.draft, task, length), self.encoder)
+        make = partial(fitted, length=length, max_new_tokens=self.max_new_tokens(task))
+        num_samples = self.config.num_samples
+        return SampleRecipe(task, length, num_samples, identity=identity, make=make)
 
     def max_new_tokens(self, task: str) -> int:
         """RULER's, or more for a tokenizer that needs more for a right answer."""
@@ -219,7 +197,7 @@ class FixedRuler:
         elif task == "vt":
             answers = counting.draw_names(rng, counting.VT_NUM_HOPS + 1, counting.VT_LETTERS)
         elif task == "cwe":
-            words, joint = draw_pairs(rng, counting.CWE_NUM_COMMON, joint=""), " "
+            words, joint = haystacks.draw_pairs(rng, counting.CWE_NUM_COMMON, joint=""), " "
             answers = [f"{n}. {word}" for n, word in enumerate(words, start=1)]
         elif task == "fwe":
             answers = counting.draw_names(rng, 3, counting.FWE_LETTERS, upper=False)
@@ -235,7 +213,7 @@ class FixedRuler:
         # Any number of first samples covers all depths evenly.
         depth = (random.Random(f"depth/{seed}").random() + index * _GOLDEN_STEP) % 1.0
         if task == "vt":
-            return counting.vt_prompt(encoder, self._noise, rng, depth, budget)
+            return counting.vt_prompt(encoder, self._noise, rng, depth=depth, budget=budget)
         if task == "cwe":
             return counting.cwe_prompt(self._word_lists(length), rng, budget)
         if task == "fwe":
@@ -258,16 +236,14 @@ class FixedRuler:
         if task in niah.NIAH_TASKS:
             self._haystack(task, length)
             if niah.NIAH_TASKS[task].haystack == "essay":
-                return texts_sha256(self._texts)
+                return haystacks.texts_sha256(self._texts)
         return "none"
 
-    def _haystack(self, task: str, length: int) -> WordHaystack | NoiseHaystack | niah.NeedleLines:
-        """What a needle task hides its needles in."""
-        if niah.NIAH_TASKS[task].haystack == "noise":
-            return self._noise
-        if niah.NIAH_TASKS[task].haystack == "essay":
-            return self._essays
-        return self._lines(niah.NIAH_TASKS[task], length)
+    def _haystack(self, task: str, length: int) -> niah.Haystack:
+        kind = niah.NIAH_TASKS[task]
+        if kind.haystack == "needle":
+            return self._lines(kind, length)
+        return self._noise if kind.haystack == "noise" else self._essays
 
     def _word_lists(self, length: int) -> counting.WordLists:
         """Words and list numbers for up to ``length`` tokens; an entry takes at least four."""
@@ -278,12 +254,12 @@ class FixedRuler:
     @cached_property
     def _texts(self) -> Sequence[str]:
         essays = self.config.essays
-        return self._given_texts if essays is None else read_texts(Path(essays))
+        return self._given_texts if essays is None else haystacks.read_texts(Path(essays))
 
     @cached_property
-    def _essays(self) -> WordHaystack:
-        return WordHaystack(self._texts, self.encoder)
+    def _essays(self) -> haystacks.WordHaystack:
+        return haystacks.WordHaystack(self._texts, self.encoder)
 
     @cached_property
-    def _noise(self) -> NoiseHaystack:
-        return NoiseHaystack(self.encoder)
+    def _noise(self) -> haystacks.NoiseHaystack:
+        return haystacks.NoiseHaystack(self.encoder)

@@ -1,10 +1,9 @@
 """RULER as NVIDIA/RULER@c3f5e3b makes it (``mode=upstream``): its fit around its draws.
 
-Departures, both needed to keep what the rest of this project promises: where BOS would bring prompt
-and answer over the length (RULER does not count it), the answer gets one token less,
-``facts["bos_over"]``; and where RULER would try for ever, because nothing can be made smaller,
-there is an error. The samples of a task are drawn from one stream, so they are made in one go and
-tokenized whole: slow beside ``mode=fixed``.
+Departures: where BOS would bring prompt and answer over the length (RULER does not count it), the
+answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever, there is an
+error. The samples of a task are drawn from one stream, so they are made in one go and tokenized
+whole: slow beside ``mode=fixed``.
 """
 
 import contextlib
@@ -42,27 +41,19 @@ class UpstreamRuler:
 
     def __init__(self, config: RulerConfig, encoder: PromptEncoder) -> None:
         assert config.upstream_checkout is not None
-        self.config = config
-        self.encoder = encoder
+        self.config, self.encoder = config, encoder
         self.checkout = Path(config.upstream_checkout)
         self.prompts = draws.read_prompts(self.checkout)
         self._questions = cache(lambda task: read_questions(task, config))
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
         """How the samples of a task are made; reads the texts that it needs."""
-        identity = {
-            "suite": "ruler",
-            "mode": "upstream",
-            "version": _VERSION,
-            "task": task,
-            "length": length,
-            "seed": self.config.seed,
-            "num_samples": self.config.num_samples,
-            "tokenizer": self.encoder.fingerprint,
-            "texts": self._texts_sha256(task),
-        }
-        make = partial(self._make, task, length)
-        return SampleRecipe(task, length, self.config.num_samples, identity, make, whole=True)
+        seed, num_samples = self.config.seed, self.config.num_samples
+        kind = {"suite": "ruler", "mode": "upstream", "version": _VERSION, "task": task}
+        hashes = {"tokenizer": self.encoder.fingerprint, "texts": self._texts_sha256(task)}
+        identity = {**kind, "length": length, "seed": seed, "num_samples": num_samples, **hashes}
+        make, place = partial(self._make, task, length), (task, length, num_samples)
+        return SampleRecipe(*place, identity=identity, make=make, whole=True)
 
     def texts(self, task: str, length: int) -> list[tuple[str, list[str], int]]:
         """Prompt, answers and RULER's ``length`` (BOS not counted) of each sample, in its order.
@@ -75,10 +66,9 @@ class UpstreamRuler:
             return self._coded_words(streams, length)
         search = self._size_search(task, length, streams)
         size = self._largest(search, length - new_tokens, length)
-        return [
-            self._sample(partial(search.generate, index), size, search.step, length, new_tokens)
-            for index in range(self.config.num_samples)
-        ]
+        room: dict[str, int] = {"length": length, "new_tokens": new_tokens}
+        draws_of = (partial(search.generate, index) for index in range(self.config.num_samples))
+        return [self._sample(draw, size, search.step, **room) for draw in draws_of]
 
     def _make(self, task: str, length: int, first: int, stop: int) -> list[Sample]:
         """All samples; ``first`` is 0."""
@@ -93,14 +83,14 @@ class UpstreamRuler:
         return samples
 
     def _size_search(self, task: str, length: int, streams: draws.Streams) -> "_SizeSearch":
-        """How a task's size is searched and its samples are drawn."""
         if task == "vt":
             return self._variables(length, streams)
         if task == "cwe":
             words, further = list(self._words.words), self._words.further_words
             streams.reshuffle(words)
             template = self.prompts["common_words_extraction"]
-            lists = partial(draws.common_words, template, streams, words, further, length)
+            choice = {"words": words, "further": further}
+            lists = partial(draws.common_words, template, streams, length=length, **choice)
             return _SizeSearch(lambda _, size: lists(size), lists, 10, probe_size=4096)
         if task in ("qa_1", "qa_2"):
             found = self._questions(task)
@@ -111,10 +101,10 @@ class UpstreamRuler:
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
         essay = self._essay if kind.haystack == "essay" else []
-        hidden = partial(
-            draws.needles, kind, self.prompts["niah"], streams, words, essay, _sentences
-        )
-        step = 500 if kind.haystack == "essay" else 25 if length >= 4096 else 5
+        texts = {"words": words, "essay": essay, "sentences_of": _sentences}
+        hidden = partial(draws.needles, kind, self.prompts["niah"], streams, **texts)
+        small_step = 25 if length >= 4096 else 5
+        step = 500 if kind.haystack == "essay" else small_step
         return _SizeSearch(lambda _, size: hidden(size), hidden, step)
 
     def _variables(self, length: int, streams: draws.Streams) -> "_SizeSearch":
@@ -123,8 +113,8 @@ class UpstreamRuler:
         small = partial(draws.variables, template, streams, example=True)
         example_search = _SizeSearch(lambda _, size: small(size), small, 5)
         size = self._largest(example_search, _EXAMPLE_LENGTH, _EXAMPLE_LENGTH)
-        solved, names, _ = self._sample(small, size, 5, _EXAMPLE_LENGTH, 0)
-        example = solved + " " + " ".join(names) + "\n"
+        solved, names, _ = self._sample(small, size, 5, length=_EXAMPLE_LENGTH, new_tokens=0)
+        example = f"{solved} {' '.join(names)}\n"
         large = partial(draws.variables, template, streams, example=False)
 
         def generate(_: int, size: int) -> draws.Text:
@@ -138,10 +128,8 @@ class UpstreamRuler:
         """RULER's binary search for the largest fitting size; every probe is a fresh draw."""
         probe_size, step = search.probe_size or search.step, search.step
         per_unit = self._count(search.probe(probe_size)[0]) / probe_size
-        if search.probe_size is None:
-            bound = int(length / per_unit * 3)
-        else:
-            bound = int(length // per_unit) * 2
+        is_own = search.probe_size is None
+        bound = int(length / per_unit * 3) if is_own else int(length // per_unit) * 2
         low, high, best = step, max(bound, 2 * step), step
         while low <= high:
             middle = (low + high) // 2
@@ -163,9 +151,8 @@ class UpstreamRuler:
                 if used <= length:
                     return text, answers, used
             size -= step if size > step else 0
-        raise DataError(
-            "the length is too short: RULER's smallest prompt exceeds it; use a longer one"
-        )
+        fault = "the length is too short: RULER's smallest prompt exceeds it"
+        raise DataError(f"{fault}; use a longer one")
 
     def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
@@ -183,10 +170,8 @@ class UpstreamRuler:
             while own > 0 and self._count(text(own)) > room:
                 own -= step
             if own <= 0:
-                raise DataError(
-                    f"the length is too short: {room} tokens cannot hold coded words; "
-                    "use a longer one"
-                )
+                fault = f"the length is too short: {room} tokens cannot hold coded words"
+                raise DataError(f"{fault}; use a longer one")
             found.append((text(own), answers, self._count(text(own)) + MAX_NEW_TOKENS["fwe"]))
         return found
 
@@ -214,7 +199,6 @@ class UpstreamRuler:
         return re.sub(r"\s+", " ", text).split(" ")
 
     def _count(self, text: str) -> int:
-        """Tokens of a text, without BOS."""
         return len(self.encoder.encode_text(text))
 
 
@@ -235,7 +219,6 @@ class _SizeSearch:
 
 
 def _sentences(text: str) -> list[str]:
-    """Sentences as NLTK's punkt finds them."""
     try:
         from nltk.tokenize import sent_tokenize  # type: ignore[import-not-found]
 

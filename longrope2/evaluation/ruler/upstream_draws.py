@@ -6,9 +6,8 @@ time, so their permutation is the same in every sample. Known defects are kept: 
 repeat the queried key; the document that answers stands at one place in all samples; lists have one
 permutation; the singular is made by replacing letters.
 
-Prompts, essays and words are read from a checkout and from wonderwords; nothing is shipped. The
-prompts are taken from ``scripts/data/synthetic/constants.py`` without running it, and must be the
-known ones: RULER changed its prompts before, and a changed one makes another benchmark.
+Prompts, essays and words are read from a checkout, which is not run, and from wonderwords. The
+prompts must be the known ones: RULER changed them before, and that makes another benchmark.
 """
 
 import ast
@@ -67,10 +66,8 @@ def read_prompts(checkout: Path) -> dict[str, str]:
     """
     path = checkout / _DATA_FOLDER / "constants.py"
     if not path.is_file():
-        raise DataError(
-            f"ruler.upstream_checkout={checkout} holds no {_DATA_FOLDER}/constants.py; "
-            "give a checkout of github.com/NVIDIA/RULER"
-        )
+        fault = f"ruler.upstream_checkout={checkout} holds no {_DATA_FOLDER}/constants.py"
+        raise DataError(f"{fault}; give a checkout of github.com/NVIDIA/RULER")
     tasks = _literal_tasks(path)
     prompts = {}
     for name, expected in PROMPT_SHA256.items():
@@ -82,10 +79,10 @@ def read_prompts(checkout: Path) -> dict[str, str]:
         for part, field, known in zip(parts, ("template", "answer_prefix"), expected, strict=True):
             found = hashlib.sha256(part.encode()).hexdigest()[:16]
             if found != known:
-                raise ArtifactError(
-                    f"{path}: the {field} of {name} is not RULER's (SHA-256 {found}..., expected "
-                    f"{known}...); check out an unchanged NVIDIA/RULER, or use mode=fixed"
-                )
+                fault = f"{path}: the {field} of {name} is not RULER's"
+                hashes = f"SHA-256 {found}..., expected {known}..."
+                way_out = "check out an unchanged NVIDIA/RULER, or use mode=fixed"
+                raise ArtifactError(f"{fault} ({hashes}); {way_out}")
         prompts[name] = "".join(parts)
     return prompts
 
@@ -98,10 +95,9 @@ def read_upstream_essays(checkout: Path, essays: str | None) -> str:
     """
     path = Path(essays or checkout / _DATA_FOLDER / "json" / "PaulGrahamEssays.json")
     if not path.is_file():
-        raise DataError(
-            f"mode=upstream needs RULER's essays: {path} is not there; run "
-            "download_paulgraham_essay.py in the checkout, or give the file as ruler.essays"
-        )
+        script = "download_paulgraham_essay.py in the checkout"
+        way_out = f"run {script}, or give the file as ruler.essays"
+        raise DataError(f"mode=upstream needs RULER's essays: {path} is not there; {way_out}")
     return str(json.loads(path.read_text(encoding="utf-8"))["text"])
 
 
@@ -144,13 +140,10 @@ def _literal_tasks(path: Path) -> dict[str, Any]:
 
 
 def _installed_lists() -> Path:
-    """Folder of the word lists inside the installed wonderwords package."""
     spec = importlib.util.find_spec("wonderwords")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "mode=upstream needs the word lists of wonderwords: "
-            "`pip install wonderwords==3.0.1`, or give ruler.wordlists"
-        )
+        way_out = "`pip install wonderwords==3.0.1`, or give ruler.wordlists"
+        raise DataError(f"mode=upstream needs the word lists of wonderwords: {way_out}")
     return Path(next(iter(spec.submodule_search_locations))) / "assets"
 
 
@@ -158,8 +151,7 @@ class Streams:
     """The two generators of a run of RULER, and the seed that both started from."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.python = random.Random(seed)
+        self.seed, self.python = seed, random.Random(seed)
         self.numpy = np.random.RandomState(seed)
 
     def reshuffle(self, items: list) -> None:
@@ -175,10 +167,10 @@ def needles(
     task: NiahTask,
     template: str,
     streams: Streams,
+    size: int,
     words: UpstreamWords | None,
     essay: Sequence[str],
     sentences_of: Callable[[str], list[str]],
-    size: int,
 ) -> Text:
     """Needles among ``size`` words of essay, lines of noise, or other needles."""
 
@@ -200,7 +192,7 @@ def needles(
         hidden += [needle(keys[-1], value) for value in values[-1]]
     streams.reshuffle(hidden)
     if task.haystack == "essay":
-        context = _in_essay(hidden, essay, sentences_of, streams, size)
+        context = _in_essay(hidden, sentences_of, streams, essay=essay, size=size)
     else:
         lines = [_NOISE] * size
         if task.haystack == "needle":
@@ -223,9 +215,9 @@ def needles(
 
 def _in_essay(
     hidden: list[str],
-    essay: Sequence[str],
     sentences_of: Callable[[str], list[str]],
     streams: Streams,
+    essay: Sequence[str],
     size: int,
 ) -> str:
     """Needles between the sentences of the first ``size`` words, at depths drawn from forty."""
@@ -260,9 +252,8 @@ def variables(template: str, streams: Streams, size: int, *, example: bool) -> T
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
             lines.insert(place + offset, statement)
     context = "\n".join(lines).replace(". \n", ".\n")
-    return template.format(context=context, query=value, num_v=_NUM_HOPS + 1), names[
-        : _NUM_HOPS + 1
-    ]
+    text = template.format(context=context, query=value, num_v=_NUM_HOPS + 1)
+    return text, names[: _NUM_HOPS + 1]
 
 
 def with_example(text: str, example: str, streams: Streams) -> str:
@@ -273,7 +264,7 @@ def with_example(text: str, example: str, streams: Streams) -> str:
 
 
 def common_words(
-    template: str, streams: Streams, words: list[str], further: list[str], length: int, size: int
+    template: str, streams: Streams, size: int, words: list[str], further: list[str], length: int
 ) -> Text:
     """A numbered list of ``size`` different words behind a solved example."""
 
@@ -326,7 +317,7 @@ def documents(
         if size - len(own) > len(related):
             taken = {*own, *related}
             others = [number for number in range(len(questions.documents)) if number not in taken]
-            count = max(0, size - len(own) - len(related))
+            count = size - len(own) - len(related)
             numbers = own + related + streams.python.sample(others, count)
         else:
             numbers = own + streams.python.sample(related, size - len(own))
