@@ -23,6 +23,7 @@ from launch.cluster.torchrun import (
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose, dump, load
 from longrope2.errors import ConfigError
+from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.parallel.processes import (
@@ -54,6 +55,7 @@ def main() -> None:
     note, overrides = split_prepare(arguments)
     config = compose(SearchRoot, "search", overrides)
     model_folder, space = check(config)
+    check_exportable(model_folder, config.model.original_len, config.target_len)
     print(describe(config, model_folder, space))
     if config.dry_run:
         return

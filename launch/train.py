@@ -27,6 +27,7 @@ from launch.cluster.torchrun import (
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder, compose, load
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.training.config import TrainRoot
@@ -51,6 +52,7 @@ def main() -> None:
     prepare, overrides = split_prepare(arguments)
     config = compose(TrainRoot, "train", overrides)
     run = resolve_run(config, config.parallel.processes)
+    check_exportable(run.model_folder, config.model.original_len, config.target_len)
     if not config.dry_run:
         run.refuse_what_is_missing()
     print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")

@@ -19,7 +19,7 @@ from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
 from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
-from longrope2.model.folder import find_config_file
+from longrope2.model.folder import given_config_file
 from longrope2.model.shape import ModelShape, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
@@ -103,7 +103,7 @@ def compare(config: DoctorRoot) -> RopeComparison:
     """
     faults = _setting_faults(config)
     try:
-        config_file = find_config_file(config.model.path, "model.path")
+        config_file = given_config_file(config.model, config.target_len)
         model_config = read_model_config(config_file)
         ModelShape.from_file(config_file)  # refuses what any other command would
         geometry = config_geometry(model_config, config.model.original_len)
