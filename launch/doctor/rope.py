@@ -20,6 +20,7 @@ from longrope2.files.artifacts import product_folder
 from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
 from longrope2.model.folder import given_config_file
+from longrope2.model.given import published_rotary
 from longrope2.model.shape import ModelShape, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
@@ -106,7 +107,11 @@ def compare(config: DoctorRoot) -> RopeComparison:
         config_file = given_config_file(config.model, config.target_len)
         model_config = read_model_config(config_file)
         ModelShape.from_file(config_file)  # refuses what any other command would
-        geometry = config_geometry(model_config, config.model.original_len)
+        rotary, original_len = published_rotary(model_config), config.model.original_len
+        if rotary is None:
+            geometry = config_geometry(model_config, original_len)
+        else:
+            geometry = RopeGeometry(*rotary, original_len)
     except UserError as error:
         raise ConfigError([*faults, _named(config.model.path, error)]) from None
     if faults:
@@ -162,7 +167,10 @@ def _read_columns(
     try:
         if config_rope_type(model_config) != UNSCALED_TYPE:
             columns[PUBLISHED] = from_hf_config(
-                model_config, geometry.original_len, config.target_len
+                model_config,
+                geometry.original_len,
+                config.target_len,
+                (geometry.rotary_dim, geometry.rope_base),
             )
     except FactorsError as error:
         faults.append(_named(config.model.path, error))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError
 from longrope2.export.model_card import StaticCost, model_card
@@ -123,6 +124,7 @@ def _check_exportable(base_config: str, geometry: RopeGeometry, target_len: int)
     factors = closed_form_factors(RopeMethod.ntk, geometry, target_len)
     config = merged_config(json.loads(base_config), factors, torch.float32)
     kind = f"{config['model_type']} is not supported: an export of it"
+    transformers_logging.set_verbosity_error()  # it warns of keys that other engines read
     try:
         accepted = AutoConfig.for_model(**config)
     except Exception as error:  # validation raises whatever the field's rule raises

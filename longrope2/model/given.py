@@ -157,6 +157,31 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def published_rotary(raw: dict[str, Any]) -> tuple[int, float] | None:
+    """Rotary dimension and base of a config.json before its RoPE scaling, as its class builds them.
+
+    None where transformers has no such class: then only the config's own keys are left.
+
+    Raises:
+        ArtifactError: see ``find_rotary``.
+    """
+    keys = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
+    layouts = [raw.get(layout) or {} for layout in ("rope_parameters", "rope_scaling")]
+    geometry = {
+        key: layout[key]
+        for layout in layouts
+        for key in ("rope_theta", "partial_rotary_factor")
+        if layout.get(key) is not None
+    }
+    if geometry:
+        keys["rope_parameters"] = {"rope_type": "default", **geometry}
+    config = class_config(keys) if "model_type" in raw else None
+    if config is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    rotary = find_rotary(build_without_memory(cut_layers(config)))
+    return rotary.rotary_dim, rotary.rope_base
+
+
 def class_config(raw: dict[str, Any]) -> Any | None:
     """A config.json under its class's defaults; None where transformers does not accept it."""
     try:
