@@ -326,7 +326,10 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     if parsed.is_sweep_override():
         fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
         raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
-    return _Setting(key, parsed.value(), adds)
+    value = parsed.value()
+    # A dictionary of whatever another program reads (model.config): its keys are no keys of ours.
+    is_open = isinstance(value, dict) and hint == dict[str, Any]
+    return _Setting(key, value, adds or is_open)
 
 
 def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:

@@ -76,6 +76,8 @@ class Finding:
     found: str
     state: State = State.ok
     remedy: str = ""
+    of_model: bool = False
+    """Said of the model, in a line of its own below the table."""
 
 
 def machine_command(arguments: list[str]) -> None:
@@ -112,10 +114,16 @@ def print_findings(findings: list[Finding], console: Console | None = None) -> N
     for name in ("", "what", "found", "what to do"):
         table.add_column(name, overflow="fold")
     colors = {State.ok: "green", State.fix: "yellow", State.blocker: "bold red"}
+    of_model = [finding for finding in findings if finding.of_model]
     for finding in findings:
+        if finding.of_model:
+            continue
         state = f"[{colors[finding.state]}]{finding.state.value}[/]"
         table.add_row(state, finding.what, escape(finding.found), escape(finding.remedy))
     out.print(table)
+    for finding in of_model:
+        line = f"{finding.what:<20} {finding.found}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     blockers = sum(finding.state is State.blocker for finding in findings)
     verdict = f"{blockers} blocker(s)" if blockers else "ready: nothing stops a run"
     out.print(verdict, highlight=False)
@@ -327,8 +335,8 @@ def _examined(config: DoctorRoot, config_file: Path | None) -> list[Finding]:
     try:
         found = examine(config_file, config.model, target_len)
     except UserError as error:
-        return [Finding(SUPPORTED, f"no: {error}", State.blocker, "another model or setting")]
-    return [Finding(what, text) for what, text in found.items()]
+        return [Finding(SUPPORTED, f"no: {error}", State.blocker, of_model=True)]
+    return [Finding(what, text, of_model=True) for what, text in found.items()]
 
 
 def _missing_files(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What ``launch.doctor`` says of a model: whether it can be extended, what was found, what it costs.
+"""What ``launch.doctor`` says of a model: whether it can be extended, and at what cost.
 
 Reads config.json and the tokenizer; the parity figures are those of a cut of the model with random
 weights. Whole models are compared once more when they are loaded.
