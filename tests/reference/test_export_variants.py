@@ -37,6 +37,7 @@ from longrope2.export.hugging_face import write_hugging_face_folder
 from longrope2.export.model_card import StaticCost
 from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
+from longrope2.model.folder import NO_WINDOW
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import from_hf_config
@@ -219,7 +220,8 @@ def test_a_sliding_window_that_training_did_not_have_is_not_exported(tmp_path, n
     card = (tmp_path / "export" / "README.md").read_text()
     assert (
         "asks for a sliding window. This model was trained with full\n"
-        f"attention, so the folder's config.json says {TARGET_LEN}, the whole extended window" in card
+        f"attention, so the folder's config.json says {TARGET_LEN}, the whole extended window"
+        in card
     )
     assert ("drops the key/value cache" in card) == (name == "phi3")
 

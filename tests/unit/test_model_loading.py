@@ -34,7 +34,11 @@ def folder(tmp_path: Path, config: dict) -> Path:
     [
         (BASE, 24, 5e5),
         ({**BASE, "head_dim": 32}, 32, 5e5),
-        ({**BASE, "model_type": "stablelm", "partial_rotary_factor": 0.75, "hidden_size": 512}, 96, 5e5),
+        (
+            BASE | {"model_type": "stablelm", "partial_rotary_factor": 0.75, "hidden_size": 512},
+            96,
+            5e5,
+        ),
         (
             KEYS_OF_5
             | {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
@@ -45,6 +49,7 @@ def folder(tmp_path: Path, config: dict) -> Path:
             KEYS_OF_5
             | {
                 "model_type": "glm",
+                "pad_token_id": None,
                 "head_dim": 16,
                 "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
             },
