@@ -31,13 +31,13 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache
 
-from longrope2.config import CONF_FOLDER
+from longrope2.config import CONF_FOLDER, ModelConfig, SlidingWindow
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.needles import build_needle_set
 from longrope2.inference.cache import next_logits, prefill, rerotate_keys, single_row
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.model.folder import resolve_model_folder
+from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
@@ -160,7 +160,9 @@ def load(options: argparse.Namespace) -> tuple[WindowedModel, Path]:
     settings = yaml.safe_load(
         (CONF_FOLDER / "model" / f"{options.model}.yaml").read_text(encoding="utf-8")
     )
-    folder = options.checkpoint or resolve_model_folder(settings["path"])
+    window = SlidingWindow(settings.pop("sliding_window", "keep"))
+    given = ModelConfig(**settings, sliding_window=window)
+    folder = options.checkpoint or given_folder(given, options.target)
     path = options.checkpoint / FACTORS_FILE if options.checkpoint else options.factors
     if path is not None:
         factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
 from longrope2.help import help_topic
-from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.model.folder import given_folder, model_identity
 
 # Keys that say where, how fast or whether to write, not what: runs that differ in them only give
 # the same segments.
@@ -45,7 +45,7 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     faults += [*config.retrieval.faults(), *config.cluster.faults()]
     model_folder, corpus = None, None
     try:
-        model_folder = resolve_model_folder(config.model.path)
+        model_folder = given_folder(config.model, config.target_len)
     except UserError as error:
         faults.append(str(error))
     try:

@@ -15,7 +15,7 @@ from longrope2.command import run_command
 from longrope2.config import load
 from longrope2.corpora.build import build_corpus
 from longrope2.errors import ArtifactError
-from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.model.folder import given_folder, model_identity
 from longrope2.segments.format import SegmentStore
 
 
@@ -46,7 +46,7 @@ def _verify(folder: Path, sample: int, seed: int) -> None:
         print("no document was compared with its source")
         return
     config = load(PackConfig, folder / "config.yaml")
-    model_folder = resolve_model_folder(config.model.path)
+    model_folder = given_folder(config.model, config.target_len)
     packed_with = SegmentStore(folder).manifest.inputs["model"]["tokenizer_sha256"]
     if model_identity(model_folder)["tokenizer_sha256"] != packed_with:
         now = f"model.path={config.model.path} has now"

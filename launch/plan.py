@@ -13,9 +13,9 @@ from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
-from longrope2.model.folder import find_config_file
+from longrope2.model.folder import given_config_file, merged_config_file
 from longrope2.model.norms import NormKernel
-from longrope2.model.shape import ModelShape, Workload
+from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
@@ -49,10 +49,13 @@ def plan_run(config: PlanRoot) -> Plan:
     if faults := _faults(config):
         raise ConfigError(faults)
     training, parallel, model = config.training, config.parallel, config.model
-    if model.config_folder is None or find_shipped(model.path).is_dir():
-        shape = ModelShape.from_file(find_config_file(model.path, "model.path"))
+    elsewhere = None if find_shipped(model.path).is_dir() else model.config_folder
+    if elsewhere is None:
+        file = given_config_file(model, config.target_len)
     else:
-        shape = ModelShape.from_folder(find_shipped(model.config_folder))
+        copied = find_shipped(elsewhere) / CONFIG_FILE
+        file = merged_config_file(copied, model, config.target_len)
+    shape = ModelShape.from_file(file)
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,

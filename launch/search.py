@@ -16,6 +16,7 @@ from rich.table import Table
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import run_command
 from longrope2.config import claim_folder, dump
+from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.parallel import processes
@@ -40,6 +41,7 @@ def main() -> None:
         _search(config)
         return
     model_folder, space = check(config)
+    check_exportable(model_folder, config.model.original_len, config.target_len)
     print(describe(config, model_folder, space))
     if config.dry_run:
         return

@@ -20,6 +20,7 @@ from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_un
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import make_forecast
@@ -40,6 +41,7 @@ def main() -> None:
         _exit_unless_done(train(config))
         return
     run = resolve_run(config, config.parallel.processes)
+    check_exportable(run.model_folder, config.model.original_len, config.target_len)
     if not config.dry_run:
         run.refuse_what_is_missing()
     print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")

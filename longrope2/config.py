@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,15 @@ class RunConfig:
         return [f"{fault}; set run.root to have it elsewhere"]
 
 
+class SlidingWindow(Enum):
+    """What becomes of a sliding window that a model's config.json asks for."""
+
+    keep = "keep"
+    """It stays; one below ``target_len`` is refused, because attention here has none."""
+    drop = "drop"
+    """Every layer attends to everything, in training, evaluation and export."""
+
+
 @dataclass
 class ModelConfig:
     """The pre-trained model to extend."""
@@ -91,6 +101,14 @@ class ModelConfig:
     is not."""
     from_scratch: bool = False
     """Initialise the weights at random instead of loading them (pre-training a miniature)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Entries of config.json that replace or join the model's own, in every stage and in what it
+    writes; the model's folder stays as it is."""
+    sliding_window: SlidingWindow = SlidingWindow.keep
+    """Of a sliding window below ``target_len``: ``keep`` refuses the model, ``drop`` runs it with
+    full attention, which exports say."""
+    dropout: float | None = None
+    """null refuses a model whose config.json draws dropout in training; 0 trains it without."""
 
 
 @dataclass
@@ -338,7 +356,10 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     if parsed.is_sweep_override():
         fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
         raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
-    return _Setting(key, parsed.value(), adds)
+    value = parsed.value()
+    # A dictionary of whatever another program reads (model.config): its keys are no keys of ours.
+    is_open = isinstance(value, dict) and hint == dict[str, Any]
+    return _Setting(key, value, adds or is_open)
 
 
 def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:

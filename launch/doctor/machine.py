@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launch.doctor.model import examine
 from launch.doctor.rope import DoctorRoot
 from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
-from longrope2.config import compose, find_shipped
-from longrope2.errors import ArtifactError, ConfigError
-from longrope2.model.folder import local_model_folder
+from longrope2.command import USER_FAULT_EXIT_CODE
+from longrope2.config import compose, find_shipped, target_faults
+from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.model.folder import find_config_file, local_model_folder
 from longrope2.model.norms import NormKernel, choose_norm, norm_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape
 from longrope2.tracking.metrics import WandbMode, resolve_mode
@@ -35,6 +37,9 @@ from longrope2.training.config import OptimizerKind, Precision, compute_dtype
 from longrope2.training.optimizer import optimizer_fault
 
 GIB = 2**30
+SUPPORTED = "supported"
+# Target over original window where the command line gives none that fits the model.
+ASSUMED_SCALE = 16
 # Lowest version that the code is written for, as in pyproject.toml (a test compares).
 NEEDED = {
     "torch": "2.11",
@@ -71,12 +76,16 @@ class Finding:
     found: str
     state: State = State.ok
     remedy: str = ""
+    of_model: bool = False
+    """Said of the model, in a line of its own below the table."""
 
 
 def machine_command(arguments: list[str]) -> None:
-    """Compose, look, print; exits with 1 when there is a blocker."""
+    """Compose, look, print; exits with 2 when the model is not supported, 1 for other blockers."""
     findings = find_all(compose(DoctorRoot, "doctor", arguments))
     print_findings(findings)
+    if any(finding.what == SUPPORTED and finding.state is State.blocker for finding in findings):
+        sys.exit(USER_FAULT_EXIT_CODE)
     if any(finding.state is State.blocker for finding in findings):
         sys.exit(1)
 
@@ -105,10 +114,16 @@ def print_findings(findings: list[Finding], console: Console | None = None) -> N
     for name in ("", "what", "found", "what to do"):
         table.add_column(name, overflow="fold")
     colors = {State.ok: "green", State.fix: "yellow", State.blocker: "bold red"}
+    of_model = [finding for finding in findings if finding.of_model]
     for finding in findings:
+        if finding.of_model:
+            continue
         state = f"[{colors[finding.state]}]{finding.state.value}[/]"
         table.add_row(state, finding.what, escape(finding.found), escape(finding.remedy))
     out.print(table)
+    for finding in of_model:
+        line = f"{finding.what:<20} {finding.found}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     blockers = sum(finding.state is State.blocker for finding in findings)
     verdict = f"{blockers} blocker(s)" if blockers else "ready: nothing stops a run"
     out.print(verdict, highlight=False)
@@ -266,9 +281,8 @@ def _model(config: DoctorRoot) -> list[Finding]:
     except ArtifactError as error:
         remedy = str(error)
     if folder is None:
-        return [Finding(model, f"{path} is not on this machine", State.blocker, remedy)]
-    if (folder / CONFIG_FILE).is_file():
-        ModelShape.from_folder(folder)  # a damaged one stops every command with the same message
+        absent = Finding(model, f"{path} is not on this machine", State.blocker, remedy)
+        return [absent, *_examined(config, _described(config))]
     weights, missing = len(list(folder.glob("*.safetensors"))), _missing_files(folder)
     if not weights:
         found, remedy = f"no *.safetensors in {folder}", "fetch the weights"
@@ -277,6 +291,7 @@ def _model(config: DoctorRoot) -> list[Finding]:
     else:
         found, remedy = f"{weights} weight file(s) in {folder}", ""
     findings = [Finding(model, found, State.blocker if remedy else State.ok, remedy)]
+    findings += _examined(config, folder / CONFIG_FILE)
     tokenizer = f"tokenizer {config.model.name}"
     there = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
     if there:
@@ -284,6 +299,31 @@ def _model(config: DoctorRoot) -> list[Finding]:
     found = f"neither {' nor '.join(TOKENIZER_FILES)} in {folder}"
     remedy = f"put {' or '.join(TOKENIZER_FILES)} of the model beside its config.json"
     return [*findings, Finding(tokenizer, found, State.blocker, remedy)]
+
+
+def _described(config: DoctorRoot) -> Path | None:
+    """The config.json of a model that is not on this machine: of its copy, else of the hub."""
+    if config.model.config_folder is not None:
+        return find_shipped(config.model.config_folder) / CONFIG_FILE
+    try:
+        return find_config_file(config.model.path, "model.path")
+    except ArtifactError:
+        return None
+
+
+def _examined(config: DoctorRoot, config_file: Path | None) -> list[Finding]:
+    """Whether the model is supported, and what there is to know of it."""
+    if config_file is None or not config_file.is_file():
+        return []
+    ModelShape.from_file(config_file)  # a damaged one stops every command with the same message
+    target_len = config.target_len
+    if target_faults(config.model, target_len, extends=True):
+        target_len = ASSUMED_SCALE * config.model.original_len
+    try:
+        found = examine(config_file, config.model, target_len)
+    except UserError as error:
+        return [Finding(SUPPORTED, f"no: {error}", State.blocker, of_model=True)]
+    return [Finding(what, text, of_model=True) for what, text in found.items()]
 
 
 def _missing_files(folder: Path) -> list[str]:

@@ -14,7 +14,8 @@ from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
 from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
-from longrope2.model.folder import find_config_file
+from longrope2.model.folder import given_config_file
+from longrope2.model.given import published_rotary
 from longrope2.model.shape import ModelShape, read_model_config
 from longrope2.rope import hf_config
 from longrope2.rope import methods as rescaling
@@ -87,10 +88,14 @@ def compare(config: DoctorRoot) -> RopeComparison:
     """
     faults = _setting_faults(config)
     try:
-        config_file = find_config_file(config.model.path, "model.path")
+        config_file = given_config_file(config.model, config.target_len)
         model_config = read_model_config(config_file)
         ModelShape.from_file(config_file)  # refuses what any other command would
-        geometry = hf_config.config_geometry(model_config, config.model.original_len)
+        rotary, original_len = published_rotary(model_config), config.model.original_len
+        if rotary is None:
+            geometry = hf_config.config_geometry(model_config, original_len)
+        else:
+            geometry = RopeGeometry(*rotary, original_len)
     except UserError as error:
         raise ConfigError([*faults, _named(config.model.path, error)]) from None
     if faults:
@@ -149,8 +154,12 @@ def _read_columns(
             faults.append(str(error))
     try:
         if hf_config.config_rope_type(model_config) != hf_config.UNSCALED_TYPE:
-            lengths = (geometry.original_len, config.target_len)
-            columns[PUBLISHED] = hf_config.from_hf_config(model_config, *lengths)
+            columns[PUBLISHED] = hf_config.from_hf_config(
+                model_config,
+                geometry.original_len,
+                config.target_len,
+                (geometry.rotary_dim, geometry.rope_base),
+            )
     except FactorsError as error:
         faults.append(_named(config.model.path, error))
     return columns

@@ -16,7 +16,7 @@ from longrope2.evaluation.long_tasks import config as long
 from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
 from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, ruler_faults
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.folder import resolve_model_folder
+from longrope2.model.folder import given_folder
 from longrope2.rope.methods import RopeMethod
 from longrope2.tracking.metrics import TrackingConfig
 
@@ -326,7 +326,7 @@ def check(config: EvaluateRoot) -> Path:
     ]
     if faults:
         raise ConfigError(faults)
-    return resolve_model_folder(config.model.path)
+    return given_folder(config.model, config.target_len)
 
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:

@@ -20,10 +20,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from longrope2.config import ModelConfig, SlidingWindow
 from longrope2.errors import DataError
 from longrope2.evaluation.subjects import read_checkpoint_factors
 from longrope2.inference.generation import TextStream, generate_tokens, window_for_length
-from longrope2.model.folder import resolve_model_folder
+from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
@@ -52,6 +53,7 @@ class LongRope2LM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        sliding_window: str = "keep",
     ) -> None:
         """From ``--model_args model=...,original_len=...,target_len=...``.
 
@@ -65,8 +67,11 @@ class LongRope2LM(TemplateLM):
             batch_size: Not used; batches are sized by tokens.
             max_batch_size: Not used.
             device: Not used; a GPU is used if there is one, which the harness does not know.
+            sliding_window: ``drop`` for full attention in a model with a shorter window.
         """
-        folder = Path(checkpoint) if checkpoint else resolve_model_folder(model)
+        window = SlidingWindow(sliding_window)
+        given = ModelConfig("", model, original_len, sliding_window=window)
+        folder = Path(checkpoint) if checkpoint else given_folder(given, target_len)
         if checkpoint:
             found = read_checkpoint_factors(folder, original_len, target_len)
         elif factors:

@@ -12,8 +12,8 @@ from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
-from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
-from longrope2.model.loading import load_windowed_model, rope_geometry
+from longrope2.model.folder import given_folder, model_identity, weights_sha256
+from longrope2.model.loading import check_model, load_windowed_model, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -66,6 +66,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
         ArtifactError: a checkpoint or factors file is missing, damaged, or was made for another
             model or target; names the subject's key and the path.
     """
+    check_model(base_folder, config.model.original_len)
     geometry = rope_geometry(base_folder, config.model.original_len)
     base_weights = weights_sha256(base_folder)
     subjects = []
@@ -97,8 +98,9 @@ def find_checkpoint(
     if not checkpoint.is_dir():
         raise ArtifactError(f"{key}={checkpoint} does not exist; run launch.train first")
     factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
-    base_folder = resolve_model_folder(config.model.path)
+    base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
+    check_model(checkpoint, config.model.original_len)
     return checkpoint, factors
 
 

@@ -4,6 +4,7 @@ The factors live in config.json only (see ``to_hf_config`` and ``variants``), on
 the weights are the checkpoint's, cast to the wanted format.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -12,14 +13,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
+from longrope2.errors import ArtifactError
 from longrope2.export import variants
 from longrope2.export.model_card import StaticCost, model_card
 from longrope2.export.variants import ExportVariant
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.given import build_without_memory, cut_layers
+from longrope2.model.loading import rope_geometry
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
-from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 _COPIED_FILES = """
     tokenizer.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt
@@ -89,7 +97,62 @@ def merged_config(
     # Transformers 5 reads "dtype", older versions "torch_dtype".
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     rope = variants.variant_keys(config, variants.variant_factors(factors, variant), variant)
-    return rope | variants.full_attention_keys(config) | dtypes
+    return rope | variants.full_attention_keys(config, factors.target_len) | dtypes
+
+
+def check_exportable(model_folder: Path, original_len: int, target_len: int) -> None:
+    """Whether an export of this model can be loaded: asked before the work, of config.json alone.
+
+    transformers validates the config that an export would write, builds the class, and its rotary
+    table is compared with the factors. Which factors they are makes no difference to that.
+
+    Raises:
+        ArtifactError: it does not accept the config, or reads other frequencies from it.
+    """
+    geometry = rope_geometry(model_folder, original_len)
+    base_config = read_raw_config(model_folder / CONFIG_FILE)
+    _check_exportable(json.dumps(base_config), geometry, target_len)
+
+
+@functools.lru_cache(maxsize=16)
+def _check_exportable(base_config: str, geometry: RopeGeometry, target_len: int) -> None:
+    """Several stages of a process ask."""
+    factors = closed_form_factors(RopeMethod.ntk, geometry, target_len)
+    config = merged_config(json.loads(base_config), factors, torch.float32)
+    kind = f"{config['model_type']} is not supported: an export of it"
+    transformers_logging.set_verbosity_error()  # it warns of keys that other engines read
+    try:
+        accepted = AutoConfig.for_model(**config)
+    except Exception as error:  # validation raises whatever the field's rule raises
+        raise ArtifactError(f"{kind} would be refused by transformers: {_brief(error)}") from None
+    hf = build_without_memory(cut_layers(accepted))
+    if fault := rotary_fault(hf, factors, Window.SHORT):
+        raise ArtifactError(f"{kind} would have {fault}")
+
+
+def rotary_fault(hf: Any, factors: RescaleFactors, window: Window) -> str | None:
+    """How the rotary table of a transformers model differs from the factors of a window."""
+    rotary = hf.base_model.rotary_emb
+    if rotary.inv_freq.is_meta:
+        rotary = type(rotary)(hf.config)
+    found_I, wanted_I = rotary.inv_freq.cpu().float(), factors.inverse_frequencies(window).cpu()
+    if found_I.shape != wanted_I.shape:
+        return f"{2 * len(found_I)} rotated channels, not {2 * len(wanted_I)} (rope_parameters)"
+    if not torch.allclose(found_I, wanted_I.float(), rtol=1e-5, atol=0):
+        index = int((found_I / wanted_I.float() - 1).abs().argmax())
+        return (
+            f"the rotary frequency {found_I[index]:.6g} at cosine index {index}, not "
+            f"{wanted_I[index]:.6g} (rope_parameters)"
+        )
+    scale, wanted = float(rotary.attention_scaling), factors.attention_scale(window)
+    if abs(scale - wanted) > 1e-6 * wanted:
+        return f"the attention factor {scale:g}, not {wanted:g} (attention_factor)"
+    return None
+
+
+def _brief(error: Exception) -> str:
+    """One line of what transformers says."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:

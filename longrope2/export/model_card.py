@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.model.folder import NO_WINDOW
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
@@ -143,9 +144,9 @@ transformers warns that it does not know these two keys; it does not need them. 
 vLLM, SGLang and llama.cpp were judged by
 their public sources; this folder was not run in them."""
 _SLIDING = """
-The base model's config.json asks for a sliding window of {sliding_window:,} tokens. \
+The base model's config.json asks for a sliding window{tokens}. \
 This model was trained with full
-attention, so the folder's config.json has none.
+attention, so the folder's config.json says {sliding_window:,}, the whole extended window.
 """
 
 
@@ -230,11 +231,12 @@ def _engines(
 
 
 def _attention(base_config: dict[str, Any], config: dict[str, Any]) -> str:
-    """A sentence where the exported config drops a sliding window."""
-    dropped = base_config.get("sliding_window")
-    if not dropped or config.get("sliding_window", dropped) is not None:
+    """A sentence where the exported config has another sliding window than the base model."""
+    given, exported = base_config.get("sliding_window"), config.get("sliding_window")
+    if given == exported:
         return ""
-    return _SLIDING.format(sliding_window=dropped)
+    tokens = f" of {given:,} tokens" if given and given != NO_WINDOW else ""
+    return _SLIDING.format(tokens=tokens, sliding_window=exported)
 
 
 def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, int]) -> str:

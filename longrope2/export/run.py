@@ -17,12 +17,12 @@ from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.evaluation.subjects import find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
-from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
 from longrope2.export.variants import ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
-from longrope2.model.folder import resolve_model_folder
+from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors
 
@@ -61,10 +61,13 @@ def find_export(config: ExportRoot) -> Export:
     """
     export = config.export
     checkpoint, factors = find_checkpoint(config, "export.checkpoint", export.checkpoint)
+    check_exportable(checkpoint, config.model.original_len, config.target_len)
     for variant in export.variants:
         variant_factors(factors, variant)
     if export.gguf:
-        check_gguf(checkpoint, resolve_model_folder(config.model.path), export.gguf_pretokenizer)
+        check_gguf(
+            checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
+        )
     return Export(config, checkpoint, factors, {"checkpoint": artifacts.describe_input(checkpoint)})
 
 
@@ -160,7 +163,7 @@ def _write(
     lengths = [length for length in around if length <= applied.target_len][-2:]
     differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)
     if settings.gguf:
-        base_folder = resolve_model_folder(export.config.model.path)
+        base_folder = given_folder(export.config.model, export.config.target_len)
         pretokenizer = settings.gguf_pretokenizer
         write_gguf(folder, applied, folder / GGUF_FILE, base_folder, pretokenizer=pretokenizer)
     return {str(length): difference for length, difference in differences.items()}

@@ -11,10 +11,10 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from longrope2.config import StageConfig
 from longrope2.errors import ConfigError, FactorsError
+from longrope2.model.given import active_window, class_config
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import UNSCALED_TYPE, to_hf_config
 
@@ -135,7 +135,12 @@ def variant_keys(
 ) -> dict[str, Any]:
     """A base model's config.json with the RoPE of ``variant_factors``; the rest as it is."""
     kept = {key: value for key, value in config.items() if key not in _RESCALING_KEYS}
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    own = class_config(config)
+    head_dim = config.get("head_dim") or getattr(own, "head_dim", None)
+    if head_dim is None:
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        if hasattr(own, "head_dim"):  # null, with which Mixtral's class refuses every RoPE scaling
+            kept["head_dim"] = head_dim
     keys = to_hf_config(factors, head_dim)
     unscaled = factors.method == "none" and factors.long_attention_scale == 1
     if variant is ExportVariant.short_only and unscaled:
@@ -153,17 +158,12 @@ def variant_keys(
     return {**kept, **keys}
 
 
-def full_attention_keys(config: dict[str, Any]) -> dict[str, Any]:
+def full_attention_keys(config: dict[str, Any], target_len: int) -> dict[str, Any]:
     """Changes to a config.json whose sliding window contradicts the attention of the training.
 
-    Asked of the model class, whose default may be a window that config.json does not mention
-    (Mistral).
+    A window of ``target_len`` is full attention. Layer types stay: some classes rotate their
+    windowed layers only. Asked of the model class, whose default may be a window that config.json
+    does not mention (Mistral).
     """
-    if not getattr(AutoConfig.for_model(**config), "sliding_window", None):
-        return {}
-    changes: dict[str, Any] = {"sliding_window": None}
-    if "use_sliding_window" in config:
-        changes["use_sliding_window"] = False
-    if "layer_types" in config:
-        changes["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
-    return changes
+    own = class_config(config)
+    return {} if own is None or active_window(own) is None else {"sliding_window": target_len}

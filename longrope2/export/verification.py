@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
+from longrope2.export.hugging_face import rotary_fault
 from longrope2.inference.generation import window_for_length
+from longrope2.model.given import find_head_rule, look_at
 from longrope2.model.loading import device_and_dtype, load_windowed_model
 from longrope2.rope.factors import RescaleFactors
 
@@ -42,7 +45,7 @@ def verify_export(
     """
     # One model at a time: two copies of a large one in float32 may not fit.
     ours = _our_logits(checkpoint, factors, dtype, lengths)
-    theirs = _transformers_logits(folder, lengths)
+    theirs, causes = _transformers_logits(checkpoint, factors, folder, lengths)
     differences = {}
     for length in lengths:
         largest = float(ours[length].abs().max())
@@ -51,8 +54,7 @@ def verify_export(
             raise ArtifactError(
                 f"{folder}: at {length} tokens plain transformers gives logits that differ from "
                 f"the checkpoint's by {differences[length]:.2g} of the largest logit (allowed: "
-                f"{LOGIT_TOLERANCE:g}); nothing was exported. Is the transformers version one that "
-                "this project is tested with?"
+                f"{LOGIT_TOLERANCE:g}); nothing was exported. {_cause(folder, dtype, causes)}"
             )
     return differences
 
@@ -77,17 +79,48 @@ def _our_logits(
 
 
 @torch.inference_mode()
-def _transformers_logits(folder: Path, lengths: Sequence[int]) -> dict[int, Tensor]:
-    """Last logits [T, V] of the exported model at each length."""
+def _transformers_logits(
+    checkpoint: Path, factors: RescaleFactors, folder: Path, lengths: Sequence[int]
+) -> tuple[dict[int, Tensor], list[str]]:
+    """Last logits [T, V] of the exported model at each length; what of it is not the checkpoint's.
+
+    The latter is looked at in the model as transformers runs it, for the message of a difference.
+    """
     device, _ = device_and_dtype()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
-    logits = {}
+    logits, causes = {}, list[str]()
+    ours, theirs = look_at(checkpoint).head_rule, find_head_rule(model.config)
+    if ours != theirs:
+        key = theirs.key or ours.key
+        causes.append(f"its logits are {theirs}, the checkpoint's {ours}: {key} of config.json")
     for length in lengths:
         tokens_BT = _random_tokens(length, model.config.vocab_size).to(device)
         kept_BTV = model(input_ids=tokens_BT, logits_to_keep=_COMPARED_TOKENS).logits
         logits[length] = kept_BTV[0].cpu()
-    return logits
+        window = window_for_length(length, factors.geometry.original_len)
+        if fault := rotary_fault(model, factors, window):
+            causes.append(f"at {length} tokens it has {fault}")
+    return logits, causes
+
+
+def _cause(folder: Path, dtype: torch.dtype, causes: list[str]) -> str:
+    """Why the logits differ, as far as it can be seen."""
+    stored = {
+        values.dtype
+        for path in folder.glob("*.safetensors")
+        for values in load_file(path).values()
+        if values.is_floating_point()
+    }
+    if stored != {dtype}:
+        formats = ", ".join(sorted(map(str, stored)))
+        causes = [*causes, f"its weights are {formats}, not {dtype} (export.dtype)"]
+    if causes:
+        return f"The cause: {'; '.join(causes)}"
+    return (
+        "Logits' scale and cap, rotary table and number format are the same: its layers compute "
+        "something else"
+    )
 
 
 def _random_tokens(length: int, vocab_size: int) -> Tensor:

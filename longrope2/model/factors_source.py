@@ -7,6 +7,7 @@ from longrope2.config import find_shipped
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import product_folder
 from longrope2.model.folder import find_config_file
+from longrope2.model.given import published_rotary
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
@@ -140,8 +141,9 @@ def _read_published(
     """
     config = read_model_config(path)
     try:
-        published = from_hf_config(config, geometry.original_len)
-        factors = from_hf_config(config, geometry.original_len, target_len)
+        rotary = published_rotary(config)
+        published = from_hf_config(config, geometry.original_len, rotary=rotary)
+        factors = from_hf_config(config, geometry.original_len, target_len, rotary)
     except FactorsError as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
     _refuse_other_geometry(factors, geometry, path, key)

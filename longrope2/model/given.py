@@ -25,7 +25,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longrope2.errors import ArtifactError
-from longrope2.model.shape import CONFIG_FILE
+from longrope2.model.shape import CONFIG_FILE, WRAPPER_FAULT
 from longrope2.rope.frequencies import RopeGeometry, periods
 
 # Layers whose every exchange between tokens goes through attention.
@@ -149,15 +149,45 @@ def read_config(folder: Path) -> Any:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArtifactError(f"{folder}: transformers refuses this config.json: {reason}") from None
     if hasattr(config, "text_config"):
-        raise ArtifactError(
-            f"{folder}: config.json has a text_config: {config.model_type} wraps a language model "
-            "into others; give model.path of the language model's own folder"
-        )
+        raise ArtifactError(f"{folder}: {WRAPPER_FAULT.format(kind=config.model_type)}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ArtifactError(
             f"{folder}: model_type={config.model_type} has no causal language model in transformers"
         )
     return config
+
+
+def published_rotary(raw: dict[str, Any]) -> tuple[int, float] | None:
+    """Rotary dimension and base of a config.json before its RoPE scaling, as its class builds them.
+
+    None where transformers has no such class: then only the config's own keys are left.
+
+    Raises:
+        ArtifactError: see ``find_rotary``.
+    """
+    keys = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
+    layouts = [raw.get(layout) or {} for layout in ("rope_parameters", "rope_scaling")]
+    geometry = {
+        key: layout[key]
+        for layout in layouts
+        for key in ("rope_theta", "partial_rotary_factor")
+        if layout.get(key) is not None
+    }
+    if geometry:
+        keys["rope_parameters"] = {"rope_type": "default", **geometry}
+    config = class_config(keys) if "model_type" in raw else None
+    if config is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    rotary = find_rotary(build_without_memory(cut_layers(config)))
+    return rotary.rotary_dim, rotary.rope_base
+
+
+def class_config(raw: dict[str, Any]) -> Any | None:
+    """A config.json under its class's defaults; None where transformers does not accept it."""
+    try:
+        return AutoConfig.for_model(**raw)
+    except Exception:  # validation raises whatever the field's rule raises
+        return None
 
 
 def refuse_unsupported(config: Any, folder: Path) -> None:
@@ -166,7 +196,11 @@ def refuse_unsupported(config: Any, folder: Path) -> None:
     Raises:
         ArtifactError: all of it together, each by its key.
     """
-    faults = [*_layer_faults(config), *_dropout_faults(config)]
+    faults = _layer_faults(config)
+    faults += [
+        f"{key}={value:g}: training draws no dropout; give model.dropout=0 to train without"
+        for key, value in drawn_dropout(config).items()
+    ]
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "unknown method")
         faults.append(
@@ -198,19 +232,26 @@ def _layer_faults(config: Any) -> list[str]:
     return faults
 
 
-def _dropout_faults(config: Any) -> list[str]:
-    """Dropout that training would have to draw."""
-    drawn = {
+def drawn_dropout(config: Any) -> dict[str, float]:
+    """Keys of dropout that training would have to draw."""
+    return {
         key: value
-        for key, value in config.to_dict().items()
+        for key, value in sorted(config.to_dict().items())
         if any(word in key for word in DROPOUT_WORDS)
         and not key.startswith("classifier")
         and _is_positive_number(value)
     }
-    return [
-        f"{key}={value:g}: training draws no dropout; give model.dropout=0 to train without"
-        for key, value in sorted(drawn.items())
-    ]
+
+
+def active_window(config: Any) -> int | None:
+    """Tokens of the sliding window that some layer of a transformers config has; None for none."""
+    window, layer_types = getattr(config, "sliding_window", None), _layer_types(config)
+    is_used = not layer_types or "sliding_attention" in layer_types
+    return int(window) if window and is_used else None
+
+
+def _layer_types(config: Any) -> list[str]:
+    return [str(kind) for kind in getattr(config, "layer_types", None) or ()]
 
 
 def cut_layers(config: Any) -> Any:

@@ -4,6 +4,7 @@ What is loaded is compared with plain transformers before anybody gets it (``par
 that is here whole by itself, one in shares or without weights by a cut of it.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError, FactorsError
+from longrope2.files.artifacts import sha256_of_file
 from longrope2.model.given import build_without_memory, look_at
-from longrope2.model.parity import check_cut, compare, run_plain
+from longrope2.model.parity import Parity, check_cut, compare, run_plain
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.model.weights import (
     Take,
@@ -28,6 +30,7 @@ from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import UNSCALED_TYPE, config_rope_type
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 
 def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
@@ -52,6 +55,25 @@ def rope_geometry(folder: Path, original_len: int) -> RopeGeometry:
         )
     rotary = look_at(folder).rotary
     return RopeGeometry(rotary.rotary_dim, rotary.rope_base, original_len)
+
+
+def check_model(folder: Path, original_len: int) -> Parity:
+    """Whether ours computes what transformers does, by a cut of the model: config.json is enough.
+
+    Stages ask where they check their configuration; a process computes it once for a config.
+
+    Raises:
+        ArtifactError: as ``rope_geometry`` and ``check_cut``.
+    """
+    geometry = rope_geometry(folder, original_len)
+    return _check_model(folder, sha256_of_file(folder / CONFIG_FILE), geometry)
+
+
+@functools.lru_cache(maxsize=16)
+def _check_model(folder: Path, _digest: str, geometry: RopeGeometry) -> Parity:
+    """A changed file is checked anew."""
+    factors = closed_form_factors(RopeMethod.none, geometry, 2 * geometry.original_len)
+    return check_cut(look_at(folder).config, factors)
 
 
 def load_windowed_model(
@@ -94,7 +116,7 @@ def load_windowed_model(
         model = WindowedModel(hf, factors)
         compare(model, plain)
         return model
-    check_cut(config, factors)
+    check_model(folder, factors.geometry.original_len)
     model = WindowedModel(hf, factors)
     weights = None if from_scratch else check_weights(hf, folder)
     fill_buffers(hf, weights)

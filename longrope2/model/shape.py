@@ -30,6 +30,10 @@ CONFIG_FILE = "config.json"
 # What a Llama-like model must state.
 _SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "vocab_size")  # fmt: skip
+WRAPPER_FAULT = (
+    "text_config: {kind} wraps a language model into others; give model.path of the language "
+    "model's own folder"
+)
 _SIZE = "a whole number above 0"
 _CLASS_DEFAULTS = ("rope_theta", "partial_rotary_factor")
 _FORWARD_AND_BACKWARD = 3
@@ -72,6 +76,8 @@ def read_raw_config(path: Path) -> dict[str, Any]:
         for key, (words, is_allowed) in _ALLOWED.items()
         if config.get(key) is not None and not is_allowed(config[key])
     ]
+    if isinstance(config.get("text_config"), dict):
+        faults.append(WRAPPER_FAULT.format(kind=config.get("model_type")))
     if faults:
         raise ArtifactError(f"{path}: {'; '.join(faults)}")
     return config

@@ -72,12 +72,16 @@ def to_hf_config(factors: RescaleFactors, head_dim: int | None = None) -> dict[s
 
 
 def from_hf_config(
-    config: dict[str, Any], original_len: int | None = None, target_len: int | None = None
+    config: dict[str, Any],
+    original_len: int | None = None,
+    target_len: int | None = None,
+    rotary: tuple[int, float] | None = None,
 ) -> RescaleFactors:
     """The factors of a config.json, of one of ``READABLE_TYPES``.
 
     Lengths in tokens that are None are the config's own: L0, which ``linear`` does not have, and
-    ``max_position_embeddings``, or factor times L0 where that is more.
+    ``max_position_embeddings``, or factor times L0 where that is more. ``rotary`` is the rotary
+    dimension and base of the model's class; None reads them from the config's keys.
 
     Raises:
         FactorsError: a key is missing or out of range, or the RoPE type is another one.
@@ -93,7 +97,10 @@ def from_hf_config(
         original_len = _original_len(config, scaling, rope_type)
     if target_len is None:
         target_len = _target_len(config, scaling, rope_type, original_len)
-    geometry = config_geometry(config, original_len)
+    if rotary is None:
+        geometry = config_geometry(config, original_len)
+    else:
+        geometry = RopeGeometry(*rotary, original_len)
     if rope_type == UNSCALED_TYPE:
         fields: dict[str, Any] = {"factors": (1.0,) * geometry.num_frequencies}
     elif rope_type in LONGROPE_TYPES:
@@ -222,7 +229,9 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
     """The RoPE keys of either layout that are not null, ``rope_type`` always among them."""
     merged: dict[str, Any] = {"rope_type": UNSCALED_TYPE}
     for layout in ("rope_parameters", "rope_scaling"):
-        given = config.get(layout) or {}
+        given = {} if config.get(layout) is None else config[layout]
+        if not isinstance(given, dict):
+            raise FactorsError(f"the config has {layout}={given!r}; it must be an object")
         keys = {name: value for name, value in given.items() if value is not None}
         if nested := sorted(name for name, value in keys.items() if isinstance(value, dict)):
             fault = f"the config has a RoPE per layer type ({', '.join(nested)})"

@@ -14,11 +14,12 @@ from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
-from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
-from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
+from longrope2.model.folder import given_folder, model_identity, weights_sha256
+from longrope2.model.loading import check_model, load_to_run, load_tokenizer, rope_geometry
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import head_faults
+from longrope2.parallel.processes import world_size_from_environment
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -67,8 +68,10 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     except ConfigError as error:
         faults += error.faults
     try:
-        model_folder = resolve_model_folder(config.model.path)
+        model_folder = given_folder(config.model, config.target_len)
         geometry = rope_geometry(model_folder, config.model.original_len)
+        if world_size_from_environment() is None:  # ranks compare what they load
+            check_model(model_folder, config.model.original_len)
         shape, parallel = ModelShape.from_folder(model_folder), config.parallel
         faults += head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
         if parallel.processes < 1 or parallel.processes % max(1, parallel.sequence):

@@ -20,12 +20,13 @@ from longrope2.files.artifacts import MANIFEST_NAME, describe_input, product_fol
 from longrope2.kernel_choice import KernelChoice, KernelError
 from longrope2.model.factors_source import factors_path, resolve_factors
 from longrope2.model.folder import (
+    given_folder,
     local_model_folder,
+    merged_config_file,
     model_identity,
-    resolve_model_folder,
     weight_files,
 )
-from longrope2.model.loading import rope_geometry
+from longrope2.model.loading import check_model, rope_geometry
 from longrope2.model.norms import NormKernel, choose_norm
 from longrope2.model.shape import CONFIG_FILE
 from longrope2.rope.factors import RescaleFactors
@@ -209,6 +210,8 @@ def resolve_run(
     if training.tokens:
         total_steps = training.tokens // training.global_batch_tokens
     factors = _find_factors(config, model_folder, missing)
+    if device is None:  # ranks compare what they load
+        check_model(model_folder, config.model.original_len)
     if store is not None and not (schedule.groups_per_epoch and total_steps):
         there = f"{len(schedule.short_ids)} short and {len(schedule.long_ids)} long segments"
         step = f"one step of training.global_batch_tokens={training.global_batch_tokens}"
@@ -265,7 +268,11 @@ def _name(dtype: torch.dtype) -> str:
 def _find_model(config: TrainRoot, missing: list[Missing]) -> Path:
     """The model's folder; in a dry run without the model, one with a copy of its config.json."""
     path, description = config.model.path, config.model.config_folder
-    folder = local_model_folder(path) if config.dry_run else resolve_model_folder(path)
+    if not config.dry_run:
+        folder = given_folder(config.model, config.target_len)
+    elif (folder := local_model_folder(path)) is not None:
+        merged = merged_config_file(folder / CONFIG_FILE, config.model, config.target_len)
+        folder = merged.parent
     if folder is not None:
         try:
             if not config.model.from_scratch:
@@ -283,7 +290,7 @@ def _find_model(config: TrainRoot, missing: list[Missing]) -> Path:
         raise ArtifactError(f"model.config_folder={description} holds no {CONFIG_FILE}")
     way_out = "give model.path=FOLDER, or log in with `hf auth login` where the hub can be reached"
     missing.append(Missing("model", f"{path}: {way_out}", absent))
-    return folder
+    return merged_config_file(folder / CONFIG_FILE, config.model, config.target_len).parent
 
 
 def _open_segments(

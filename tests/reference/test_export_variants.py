@@ -37,6 +37,7 @@ from longrope2.export.hugging_face import write_hugging_face_folder
 from longrope2.export.model_card import StaticCost
 from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
+from longrope2.model.folder import NO_WINDOW
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import from_hf_config
@@ -192,7 +193,7 @@ def sliding_checkpoint(folder, model_class, config_class, **options):
         initializer_range=0.2,
         max_position_embeddings=ORIGINAL_LEN,
         rope_theta=50_000.0,
-        sliding_window=6,
+        sliding_window=NO_WINDOW,
         pad_token_id=0,
         **options,
     )
@@ -218,7 +219,9 @@ def test_a_sliding_window_that_training_did_not_have_is_not_exported(tmp_path, n
     assert differences.keys() == set(LENGTHS)
     card = (tmp_path / "export" / "README.md").read_text()
     assert (
-        "asks for a sliding window of 6 tokens. This model was trained with full\nattention" in card
+        "asks for a sliding window. This model was trained with full\n"
+        f"attention, so the folder's config.json says {TARGET_LEN}, the whole extended window"
+        in card
     )
     assert ("drops the key/value cache" in card) == (name == "phi3")
 
@@ -231,7 +234,7 @@ def test_a_sliding_window_that_config_json_leaves_to_the_class_is_not_exported_e
     (checkpoint / "config.json").write_text(json.dumps(config))
     write_hugging_face_folder(checkpoint, factors_with(), tmp_path / "export", torch.float32)
     exported = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert exported["sliding_window"] is None
+    assert exported["sliding_window"] == TARGET_LEN  # full attention as far as it reaches
 
 
 def test_cards_say_what_to_set_and_what_it_costs(checkpoint, tmp_path):

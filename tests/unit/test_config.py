@@ -206,7 +206,7 @@ def test_all_faults_of_a_command_line_come_together() -> None:
 
 def test_missing_choices_and_values_come_together() -> None:
     group, target = faults_of()
-    assert group.startswith("model is not chosen; give model=NAME, one of llama2_7b, ")
+    assert group.startswith("model is not chosen; give model=NAME, one of custom, llama2_7b, ")
     assert group.endswith(", tiny (or set model.name, model.path, model.original_len)")
     assert target == "target_len is not set; give it as target_len=VALUE"
     by_keys = ["model.name=x", "model.path=/x", "model.original_len=8", "target_len=64"]

@@ -12,7 +12,16 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ROOT = Path(__file__).parents[2]
 
-BASE = {"hidden_size": 96, "num_attention_heads": 4, "rope_theta": 5e5}
+BASE = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "rope_theta": 5e5,
+}
+KEYS_OF_5 = {key: value for key, value in BASE.items() if key != "rope_theta"}
 
 
 def folder(tmp_path: Path, config: dict) -> Path:
@@ -25,11 +34,26 @@ def folder(tmp_path: Path, config: dict) -> Path:
     [
         (BASE, 24, 5e5),
         ({**BASE, "head_dim": 32}, 32, 5e5),
-        ({**BASE, "head_dim": 128, "partial_rotary_factor": 0.75}, 96, 5e5),
-        ({"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, 16, 1e4),
         (
-            {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            8,
+            BASE | {"model_type": "stablelm", "partial_rotary_factor": 0.75, "hidden_size": 512},
+            96,
+            5e5,
+        ),
+        (
+            KEYS_OF_5
+            | {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+            16,
+            1e4,
+        ),
+        (
+            KEYS_OF_5
+            | {
+                "model_type": "glm",
+                "pad_token_id": None,
+                "head_dim": 16,
+                "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+            },
+            4,
             1e4,
         ),
     ],
@@ -39,8 +63,11 @@ def test_geometry(tmp_path: Path, config: dict, rotary_dim: int, rope_base: floa
 
 
 def test_a_model_without_rope(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no rope_theta: only RoPE models can be extended"):
-        rope_geometry(folder(tmp_path, {"hidden_size": 96, "num_attention_heads": 4}), 64)
+    config = {**KEYS_OF_5, "model_type": "gpt2", "n_embd": 96, "n_head": 4, "n_layer": 2}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), 0)
+    message = "gpt2 has no rotary module: only RoPE models can be extended"
+    with pytest.raises(ArtifactError, match=message):
+        rope_geometry(folder(tmp_path, config), 64)
 
 
 @pytest.mark.parametrize(
