@@ -41,6 +41,10 @@ TOKEN_DIM, HEAD_DIM = 1, 2
 ATTENTION_NAME = "longrope2_windowed"
 
 
+# Whether each call of attention was given a layout, while somebody watches.
+_watched: ContextVar[list[bool] | None] = ContextVar("watched_layouts", default=None)
+
+
 class UnsupportedAttentionError(ValueError):
     """A model asks its attention for what this one does not do; says what."""
 
@@ -48,6 +52,20 @@ class UnsupportedAttentionError(ValueError):
 def register_attention() -> None:
     """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _registry_entry)
+
+
+@contextmanager
+def watch_layouts() -> Iterator[list[bool]]:
+    """Whether each call of attention in the context is given a layout.
+
+    A class whose decoder layers do not hand keyword arguments on would lose it without a word.
+    """
+    seen: list[bool] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
 
 
 def windowed_attention(
@@ -158,6 +176,8 @@ def _registry_entry(
             "windowed attention takes its structure from the layout: no attention_mask, no dropout"
         )
     _refuse_options(key.shape[2], **options)
+    if (seen := _watched.get()) is not None:
+        seen.append(layout is not None)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     if not isinstance(layout, CausalRows):
         return windowed_attention(query, key, value, layout, scale), None
