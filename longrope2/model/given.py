@@ -252,6 +252,14 @@ def cut_layers(config: Any) -> Any:
     return cut
 
 
+def shrink_vocabulary(config: Any, size: int) -> None:
+    """At most ``size`` ids; the padding's, whose embedding is treated apart, among them."""
+    config.vocab_size = min(config.vocab_size, size)
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(padding, int) and padding >= config.vocab_size:
+        config.pad_token_id = 0
+
+
 def build_without_memory(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The causal model of a config on torch's meta device.
 
@@ -338,7 +346,7 @@ def find_head_rule(config: Any) -> HeadRule:
         ArtifactError: no scale and no cap of the config explains what it returns.
     """
     small = cut_layers(config)
-    small.vocab_size, small.pad_token_id = PROBED_VOCABULARY, None
+    shrink_vocabulary(small, PROBED_VOCABULARY)
     hf = build_without_memory(small).eval()
     head = hf.get_output_embeddings()
     if not isinstance(head, nn.Linear):

@@ -25,7 +25,7 @@ from torch import Tensor
 from longrope2.attention.layout import SegmentLayout, build_layout
 from longrope2.attention.windowed import watch_layouts
 from longrope2.errors import ArtifactError
-from longrope2.model.given import cut_layers
+from longrope2.model.given import cut_layers, shrink_vocabulary
 from longrope2.model.loss import IGNORED_LABEL
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
@@ -111,9 +111,7 @@ def _run_plain(hf: Any, original_len: int) -> PlainRun:
 
 @torch.no_grad()
 def compare(model: WindowedModel, plain: PlainRun) -> Parity:
-    """Run the same tokens through ours and compare.
-
-    The factors of ``model`` are put aside for the positions beyond the window.
+    """Run the same tokens through ours and compare; the factors of ``model`` are put aside.
 
     Raises:
         ArtifactError: a difference beyond rounding; names what differs and by how much.
@@ -124,14 +122,14 @@ def compare(model: WindowedModel, plain: PlainRun) -> Parity:
     packed = build_layout(Window.SHORT, [first, num_tokens], device=tokens_BT.device)
     factors = model.factors
     positions_BT = _positions_beyond(tokens_BT, original_len)
+    model.set_factors(_constant(factors, 2.0))
     try:
+        doubled_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=2 * positions_BT)
+        model.set_factors(_constant(factors, 1.0))  # the short window's may be rescaled, too
         with watch_layouts() as seen:
             documents_BTV = model.logits(tokens_BT, Window.SHORT, packed)
         _refuse_lost_layouts(kind, seen)
-        model.set_factors(_constant(factors, 1.0))
         beyond_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=positions_BT)
-        model.set_factors(_constant(factors, 2.0))
-        doubled_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=2 * positions_BT)
         parity = Parity(
             logits=_difference(model.logits(tokens_BT, Window.SHORT), plain.logits_BTV),
             loss=_loss_difference(model, plain, packed),
@@ -163,15 +161,19 @@ def check_cut(config: Any, factors: RescaleFactors) -> Parity:
     from transformers import AutoModelForCausalLM
 
     cut = cut_layers(config)
-    cut.vocab_size = min(cut.vocab_size, CUT_VOCABULARY)
+    shrink_vocabulary(cut, CUT_VOCABULARY)
     for key, value in config.to_dict().items():
         if "intermediate_size" in key and isinstance(value, int):
             setattr(cut, key, min(value, CUT_MLP))
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(cut, name, None)
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same after it
-        hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same then
+            hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
+    except Exception as error:  # whatever the class raises
+        raise ArtifactError(
+            f"transformers cannot build a {config.model_type} from its config.json: "
+            f"{_reason(error)}"
+        ) from error
     for parameter in hf.parameters():
         if parameter.dim() >= 2:
             deviation = 1.0 / parameter.shape[-1] ** 0.5
