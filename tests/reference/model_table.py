@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,6 +37,8 @@ from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.model.loss import IGNORED_LABEL, token_loss_sum
 from longrope2.model.parity import compare, run_plain
 from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import ParallelConfig
+from longrope2.parallel.processes import Processes, join_processes, leave_processes
 from longrope2.rope.factors import RescaleFactors, Window
 
 if __package__ == "tests.reference":
@@ -210,39 +214,42 @@ def two_rank_differences(names: list[str], parent: Path) -> dict[str, float]:
     """Two sequence-parallel ranks (gloo) against one, all families in one pair of processes."""
     out = parent / "two_ranks.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", __file__, str(parent), str(out), *names]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command += ["--nproc-per-node=2", "-m", "tests.reference.model_table", str(parent), str(out)]
+    command += names
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(out.read_text())
 
 
 def two_ranks(parent: Path, out: Path, names: list[str]) -> None:
     """One of the two ranks: long and packed segments, in chunks and whole."""
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
+    processes = join_processes(ParallelConfig(sequence=2))
+    found = {}
     for name in names:
         folder = folder_of(name, parent)
         model = load_windowed_model(folder, rescaled(folder)).eval()
         largest = torch.zeros(())
         for window, ends in ((Window.LONG, [90, 200]), (Window.SHORT, [90, 130, 200])):
-            largest = torch.maximum(largest, _rank_difference(model, window, ends, rank))
+            largest = torch.maximum(largest, _rank_difference(model, window, ends, processes))
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         found[name] = float(largest)
-    if rank == 0:
+    if processes.is_main:
         out.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_processes()
 
 
-def _rank_difference(model: WindowedModel, window: Window, ends: list[int], rank: int) -> Tensor:
+def _rank_difference(
+    model: WindowedModel, window: Window, ends: list[int], processes: Processes
+) -> Tensor:
     """Logits of this rank's half and the gradient of its loss, against one rank."""
-    import torch.distributed as dist
-
     tokens_BT = torch.randint(3, 2000, (1, 200), generator=torch.Generator().manual_seed(1))
     labels_BT = tokens_BT.roll(-1)
-    mine, group = slice(100 * rank, 100 * (rank + 1)), dist.group.WORLD
+    rank, group = processes.dims.sequence_rank, processes.sequence_group
+    mine = slice(100 * rank, 100 * (rank + 1))
     parts = build_layout(window, ends, sequence_rank=rank, sequence_group=group, sequence_size=2)
     whole = build_layout(window, ends)
     with torch.no_grad():
