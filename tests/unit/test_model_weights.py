@@ -263,7 +263,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
     }[command]
     given = ["model=tiny", f"model.path={folder}", "model.original_len=64", "target_len=256"]
     ended = subprocess.run(
-        [sys.executable, "-m", f"launch.{command}", *given, f"run.dir={runs}", *arguments],
+        [sys.executable, "-m", f"launch.{command}", *given, f"run.root={runs}", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
