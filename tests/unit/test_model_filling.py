@@ -131,7 +131,7 @@ def test_tables_of_old_checkpoints_are_no_parameters(tmp_path: Path) -> None:
     [
         (
             lambda s: s.pop("model.norm.weight"),
-            r"missing: model\.norm\.weight; unknown: none.*parallel\.zero_stage=2",
+            r"missing: model\.norm\.weight; unknown: none.*would be random",
         ),
         (lambda s: s.update(more=torch.ones(2)), "missing: none; unknown: more"),
         (
@@ -152,15 +152,15 @@ def test_files_that_do_not_fit(tmp_path: Path, change: object, message: str) -> 
 def test_damaged_files(tmp_path: Path) -> None:
     saved("untied", tmp_path, "1GB")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match="its weights cannot be read"):
+    with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
         load(tmp_path, take=lambda parameter: None)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"holds no \*\.safetensors weights"):
         load(tmp_path, take=lambda parameter: None)
     names = [name for name, _ in LlamaForCausalLM(MODELS["untied"]).named_parameters()]
-    index = {"weight_map": dict.fromkeys(names, "gone.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "gone.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match=r"gone\.safetensors: .* cannot be read"):
+    with pytest.raises(ArtifactError, match=r"names gone\.safetensors, which is not there"):
         load(tmp_path, take=lambda parameter: None)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
@@ -256,9 +257,16 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((ROOT / "models" / "tiny" / name).read_bytes())
     runs = tmp_path / "runs"
+    if command == "export":
+        factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 64), 256)
+        (folder / "factors.json").write_text(factors.to_json())
+        write_manifest(folder, Manifest("checkpoint", inputs={}, config={}))
     arguments = {
         "search": ["corpus=sample", "search=quick", "search.objective=perplexity"],
-        "evaluate": ["evaluation.subjects=[base]"],
+        "evaluate": [
+            "evaluation.perplexity.scored_tokens=8",
+            "evaluation.subjects=[{name: base, rope: {method: none}}]",
+        ],
         "export": [f"export.checkpoint={folder}"],
     }[command]
     given = ["model=tiny", f"model.path={folder}", "model.original_len=64", "target_len=256"]
