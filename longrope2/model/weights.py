@@ -152,7 +152,7 @@ def fill_buffers(hf: PreTrainedModel, weights: Weights | None) -> None:
             if buffer.is_meta:
                 mark = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
                 values = torch.full(buffer.shape, mark, dtype=buffer.dtype)
-                unset[f"{prefix}.{name}"] = module._buffers[name] = values
+                unset[f"{prefix}.{name}".lstrip(".")] = module._buffers[name] = values
     for module, initialise in _modules_with_initialiser(hf, hf):
         if any(True for _ in module.buffers(recurse=False)):
             initialise(module)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 
@@ -258,7 +258,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
         (folder / name).write_bytes((ROOT / "models" / "tiny" / name).read_bytes())
     runs = tmp_path / "runs"
     if command == "export":
-        factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 64), 256)
+        factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 128), 256)
         (folder / "factors.json").write_text(factors.to_json())
         write_manifest(folder, Manifest("checkpoint", inputs={}, config={}))
     arguments = {
@@ -269,7 +269,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
         ],
         "export": [f"export.checkpoint={folder}"],
     }[command]
-    given = ["model=tiny", f"model.path={folder}", "model.original_len=64", "target_len=256"]
+    given = ["model=tiny", f"model.path={folder}", "model.original_len=128", "target_len=256"]
     ended = subprocess.run(
         [sys.executable, "-m", f"launch.{command}", *given, f"run.root={runs}", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
