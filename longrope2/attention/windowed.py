@@ -235,13 +235,17 @@ def tokens_to_heads(
     if (num_kv_heads := k_BKTD.shape[1]) < size:
         k_BKTD = k_BKTD.repeat_interleave(size // num_kv_heads, dim=1)
         v_BKTD = v_BKTD.repeat_interleave(size // num_kv_heads, dim=1)
+    # Values may be narrower than keys (latent attention) or wider.
+    widths = [x.shape[-1] for x in (q_BHTD, k_BKTD, v_BKTD)]
+    padded = [F.pad(x, (0, max(widths) - x.shape[-1])) for x in (q_BHTD, k_BKTD, v_BKTD)]
     # [B, n, heads per rank, T, D] for each of q, k, v, so that rank r's query and key/value heads
     # lie together.
-    shares = [x.unflatten(1, (size, x.shape[1] // size)) for x in (q_BHTD, k_BKTD, v_BKTD)]
+    shares = [x.unflatten(1, (size, x.shape[1] // size)) for x in padded]
     heads_per_share = [share.shape[2] for share in shares]
     fused_BTHD = torch.cat(shares, dim=2).flatten(1, 2).transpose(1, 2).contiguous()
     exchanged_BHTD = _all_to_all(fused_BTHD, HEAD_DIM, TOKEN_DIM, group).transpose(1, 2)
-    q, k, v = exchanged_BHTD.split(heads_per_share, dim=1)
+    parts = exchanged_BHTD.split(heads_per_share, dim=1)
+    q, k, v = (x[..., :width] for x, width in zip(parts, widths, strict=True))
     return q, k, v
 
 
