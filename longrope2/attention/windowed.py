@@ -41,6 +41,10 @@ TOKEN_DIM, HEAD_DIM = 1, 2
 ATTENTION_NAME = "longrope2_windowed"
 
 
+# Whether each call of attention was given a layout, while somebody watches.
+_watched: ContextVar[list[bool] | None] = ContextVar("watched_layouts", default=None)
+
+
 class UnsupportedAttentionError(ValueError):
     """A model asks its attention for what this one does not do; says what."""
 
@@ -48,6 +52,20 @@ class UnsupportedAttentionError(ValueError):
 def register_attention() -> None:
     """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _registry_entry)
+
+
+@contextmanager
+def watch_layouts() -> Iterator[list[bool]]:
+    """Whether each call of attention in the context is given a layout.
+
+    A class whose decoder layers do not hand keyword arguments on would lose it without a word.
+    """
+    seen: list[bool] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
 
 
 def windowed_attention(
@@ -166,6 +184,8 @@ def _registry_entry(
             "windowed attention takes its structure from the layout: no attention_mask, no dropout"
         )
     _refuse_options(key.shape[2], **options)
+    if (seen := _watched.get()) is not None:
+        seen.append(layout is not None)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     if not isinstance(layout, CausalRows):
         return windowed_attention(
@@ -231,13 +251,17 @@ def tokens_to_heads(
     if (num_kv_heads := k_BKTD.shape[1]) < size:
         k_BKTD = k_BKTD.repeat_interleave(size // num_kv_heads, dim=1)
         v_BKTD = v_BKTD.repeat_interleave(size // num_kv_heads, dim=1)
+    # Values may be narrower than keys (latent attention) or wider.
+    widths = [x.shape[-1] for x in (q_BHTD, k_BKTD, v_BKTD)]
+    padded = [F.pad(x, (0, max(widths) - x.shape[-1])) for x in (q_BHTD, k_BKTD, v_BKTD)]
     # [B, n, heads per rank, T, D] for each of q, k, v, so that rank r's query and key/value heads
     # lie together.
-    shares = [x.unflatten(1, (size, x.shape[1] // size)) for x in (q_BHTD, k_BKTD, v_BKTD)]
+    shares = [x.unflatten(1, (size, x.shape[1] // size)) for x in padded]
     heads_per_share = [share.shape[2] for share in shares]
     fused_BTHD = torch.cat(shares, dim=2).flatten(1, 2).transpose(1, 2).contiguous()
     exchanged_BHTD = _all_to_all(fused_BTHD, HEAD_DIM, TOKEN_DIM, group).transpose(1, 2)
-    q, k, v = exchanged_BHTD.split(heads_per_share, dim=1)
+    parts = exchanged_BHTD.split(heads_per_share, dim=1)
+    q, k, v = (x[..., :width] for x, width in zip(parts, widths, strict=True))
     return q, k, v
 
 

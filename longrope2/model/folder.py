@@ -343,8 +343,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
+        convert = f"; convert {pickled} with save_pretrained" if pickled else ""
         raise ArtifactError(
-            f"{folder} holds no *.safetensors weights; check model.path or the checkpoint"
+            f"{folder} holds no *.safetensors weights; check model.path or the checkpoint{convert}"
         )
     return files
 

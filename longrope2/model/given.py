@@ -28,8 +28,9 @@ from longrope2.errors import ArtifactError
 from longrope2.model.shape import CONFIG_FILE, WRAPPER_FAULT
 from longrope2.rope.frequencies import RopeGeometry, periods
 
-# Layers whose every exchange between tokens goes through attention.
+# Layers whose every exchange between tokens goes through attention to all or the last tokens.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+CHOOSING_LAYERS = ("chunked_attention", "indexed_attention")
 DROPOUT_WORDS = ("dropout", "pdrop")
 HEAD_WORDS = ("logit", "lm_head")
 FREQUENCY_TOLERANCE = 1e-5
@@ -133,8 +134,23 @@ def _look_at(folder: Path, _digest: str) -> GivenModel:
     """Stages ask several times; a changed file is looked at anew."""
     config = read_config(folder)
     refuse_unsupported(config, folder)
-    rotary = find_rotary(build_without_memory(cut_layers(config)))
-    return GivenModel(config, rotary, find_head_rule(config))
+    try:
+        rotary = find_rotary(build_without_memory(cut_layers(config)))
+        head_rule = find_head_rule(config)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    except Exception as error:  # a class may raise anything when it is built and tried
+        raise ArtifactError(
+            f"{folder}: {config.model_type} is not supported: its class cannot be tried: "
+            f"{_reason(error)}"
+        ) from error
+    faults = [
+        f"{key}={value:g}: training draws no dropout; give model.dropout=0 to train without"
+        for key, value in drawn_dropout(config).items()
+    ]
+    if faults:  # last: nobody turns it off for a model without RoPE
+        raise ArtifactError(f"{folder}: {config.model_type} is not supported: {'; '.join(faults)}")
+    return GivenModel(config, rotary, head_rule)
 
 
 def read_config(folder: Path) -> Any:
@@ -146,8 +162,9 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # validation raises whatever the field's rule raises
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ArtifactError(f"{folder}: transformers refuses this config.json: {reason}") from None
+        raise ArtifactError(
+            f"{folder}: transformers refuses this config.json: {_reason(error)}"
+        ) from None
     if hasattr(config, "text_config"):
         raise ArtifactError(f"{folder}: {WRAPPER_FAULT.format(kind=config.model_type)}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -191,16 +208,12 @@ def class_config(raw: dict[str, Any]) -> Any | None:
 
 
 def refuse_unsupported(config: Any, folder: Path) -> None:
-    """Refuse what a config asks for and our model does not do.
+    """Refuse layers and weights that a config asks for and our model does not do.
 
     Raises:
         ArtifactError: all of it together, each by its key.
     """
     faults = _layer_faults(config)
-    faults += [
-        f"{key}={value:g}: training draws no dropout; give model.dropout=0 to train without"
-        for key, value in drawn_dropout(config).items()
-    ]
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "unknown method")
         faults.append(
@@ -214,14 +227,18 @@ def refuse_unsupported(config: Any, folder: Path) -> None:
 def _layer_faults(config: Any) -> list[str]:
     """Layers that mix tokens outside attention, or rotate them each in its own way."""
     faults = []
-    for key in ("layer_types", "layers_block_type"):
-        other = sorted({str(kind) for kind in getattr(config, key, None) or ()})
-        other = [kind for kind in other if kind not in ATTENTION_LAYERS]
-        if other:
-            faults.append(
-                f"{key} has {', '.join(other)}: such layers carry state along the sequence "
-                "outside attention, past document ends and sequence-parallel ranks"
-            )
+    keys = ("layer_types", "layers_block_type")  # the second is an older name of the first
+    key = next((key for key in keys if getattr(config, key, None)), keys[0])
+    kinds = {str(kind) for kind in getattr(config, key, None) or ()} - set(ATTENTION_LAYERS)
+    if choosing := sorted(kinds & set(CHOOSING_LAYERS)):
+        faults.append(
+            f"{key} has {', '.join(choosing)}: such layers choose the keys that they attend to"
+        )
+    if others := sorted(kinds - set(CHOOSING_LAYERS)):
+        faults.append(
+            f"{key} has {', '.join(others)}: such layers carry state along the sequence outside "
+            "attention, past document ends and sequence-parallel ranks"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
     if nested:
@@ -276,6 +293,14 @@ def cut_layers(config: Any) -> Any:
     return cut
 
 
+def shrink_vocabulary(config: Any, size: int) -> None:
+    """At most ``size`` ids; the padding's, whose embedding is treated apart, among them."""
+    config.vocab_size = min(config.vocab_size, size)
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(padding, int) and padding >= config.vocab_size:
+        config.pad_token_id = 0
+
+
 def build_without_memory(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The causal model of a config on torch's meta device.
 
@@ -286,9 +311,9 @@ def build_without_memory(config: Any, dtype: torch.dtype = torch.float32) -> Any
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArtifactError(
-            f"transformers cannot build a {config.model_type} from its config.json: {reason}"
+            f"transformers cannot build a {config.model_type} from its config.json: "
+            f"{_reason(error)}"
         ) from None
 
 
@@ -331,8 +356,14 @@ def _find_arrangement(rotary: nn.Module, inv_freq_I: Tensor, kind: str) -> Arran
         given = rotary(torch.zeros(1, PROBED_POSITIONS, 1), positions_BT)
     except Exception as error:
         raise ArtifactError(
-            f"{kind} is not supported: its rotary module asks for more than positions: {error}"
+            f"{kind} is not supported: its rotary module asks for more than positions: "
+            f"{_reason(error)}"
         ) from None
+    if torch.is_tensor(given) and given.is_complex():
+        raise ArtifactError(
+            f"{kind} is not supported: its rotary module gives complex numbers, not cosines and "
+            "sines"
+        )
     if isinstance(given, tuple) and len(given) == 2:
         for arrangement in Arrangement:
             angles = arrangement.spread(angles_BTI)
@@ -356,8 +387,8 @@ def find_head_rule(config: Any) -> HeadRule:
         ArtifactError: no scale and no cap of the config explains what it returns.
     """
     small = cut_layers(config)
-    small.vocab_size, small.pad_token_id = PROBED_VOCABULARY, None
-    hf = build_without_memory(small)
+    shrink_vocabulary(small, PROBED_VOCABULARY)
+    hf = build_without_memory(small).eval()
     head = hf.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ArtifactError(
@@ -376,7 +407,7 @@ def find_head_rule(config: Any) -> HeadRule:
     except Exception as error:
         raise ArtifactError(
             f"{config.model_type} is not supported: what it does after its last hidden states "
-            f"cannot be tried: {error}"
+            f"cannot be tried: {_reason(error)}"
         ) from None
     return _explain_logits(config, plain.float(), given.float())
 
@@ -415,6 +446,11 @@ def _explain_logits(config: Any, plain_BTV: Tensor, given_BTV: Tensor) -> HeadRu
         f"{config.model_type} is not supported: it changes its logits after the LM head in a way "
         f"that no single scale or cap explains ({named or 'no key is named like it'})"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What a library raised, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_positive_number(value: Any) -> bool:

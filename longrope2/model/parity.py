@@ -3,8 +3,10 @@
 The same module computes some hundred tokens twice: as transformers runs it, and with what this
 project attaches. Compared are (a) the logits, (b) the training loss and the scored loss with the
 loss of transformers' logits, (c) the rotary table with our geometry, (d) two packed documents with
-each document alone, (e) positions beyond the original window under identity factors. What the class
-does and ours does not shows here, by name where it can be named, whatever family it is of.
+each document alone, (e) positions beyond the original window under identity factors, (f) doubled
+positions under factors of 2, which turn by the same angles: whether all rotation comes from our
+module, (g) the loss in training mode: whether the class draws noise. What the class does and ours
+does not shows here, by name where it can be named, whatever family it is of.
 
 A model that no process holds whole (ZeRO-3 shares) is checked on a cut of itself: its own config
 with two layers, or as many as show every kind of layer, a small vocabulary, a narrow MLP and random
@@ -20,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longrope2.attention.layout import build_layout
+from longrope2.attention.layout import SegmentLayout, build_layout
+from longrope2.attention.windowed import watch_layouts
 from longrope2.errors import ArtifactError
-from longrope2.model.given import cut_layers
+from longrope2.model.given import cut_layers, shrink_vocabulary
 from longrope2.model.loss import IGNORED_LABEL
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
@@ -34,7 +37,9 @@ CUT_VOCABULARY = 2048
 CUT_MLP = 256
 # Largest difference over the largest logit (or the loss), by number format: rounding alone reaches
 # a tenth of these.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TOLERANCES = {
+    torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Parity:
     scored: float
     documents: float
     beyond: float
+    factors: float
+    training: float
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:.1e}" for name, value in vars(self).items())
@@ -70,7 +77,23 @@ def run_plain(hf: Any, original_len: int) -> PlainRun:
     Args:
         hf: The causal model, real, in evaluation mode.
         original_len: L0 in tokens.
+
+    Raises:
+        ArtifactError: transformers itself cannot run it.
     """
+    try:
+        return _run_plain(hf, original_len)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the class raises
+        raise ArtifactError(
+            f"{hf.config.model_type} is not supported: transformers itself cannot run it with "
+            f"this config.json: {_reason(error)}"
+        ) from error
+
+
+def _run_plain(hf: Any, original_len: int) -> PlainRun:
+    """``run_plain`` without its refusal."""
     device, vocabulary = next(hf.parameters()).device, hf.get_input_embeddings().num_embeddings
     num_tokens = min(NUM_TOKENS, original_len)
     generator = torch.Generator().manual_seed(0)
@@ -88,9 +111,7 @@ def run_plain(hf: Any, original_len: int) -> PlainRun:
 
 @torch.no_grad()
 def compare(model: WindowedModel, plain: PlainRun) -> Parity:
-    """Run the same tokens through ours and compare.
-
-    The factors of ``model`` are put aside for the positions beyond the window.
+    """Run the same tokens through ours and compare; the factors of ``model`` are put aside.
 
     Raises:
         ArtifactError: a difference beyond rounding; names what differs and by how much.
@@ -100,28 +121,34 @@ def compare(model: WindowedModel, plain: PlainRun) -> Parity:
     first = min(FIRST_DOCUMENT, num_tokens // 2)
     packed = build_layout(Window.SHORT, [first, num_tokens], device=tokens_BT.device)
     factors = model.factors
-    model.set_factors(_identity(factors))
+    positions_BT = _positions_beyond(tokens_BT, original_len)
+    model.set_factors(_constant(factors, 2.0))
     try:
-        beyond_BTV = model.logits(
-            tokens_BT, Window.LONG, positions_BT=_positions_beyond(tokens_BT, original_len)
-        )
+        doubled_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=2 * positions_BT)
+        model.set_factors(_constant(factors, 1.0))  # the short window's may be rescaled, too
+        with watch_layouts() as seen:
+            documents_BTV = model.logits(tokens_BT, Window.SHORT, packed)
+        _refuse_lost_layouts(kind, seen)
+        beyond_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=positions_BT)
         parity = Parity(
             logits=_difference(model.logits(tokens_BT, Window.SHORT), plain.logits_BTV),
             loss=_loss_difference(model, plain, packed),
             scored=_scored_difference(model, plain),
-            documents=_difference(
-                model.logits(tokens_BT, Window.SHORT, packed), plain.documents_BTV
-            ),
+            documents=_difference(documents_BTV, plain.documents_BTV),
             beyond=_difference(beyond_BTV, plain.beyond_BTV),
+            factors=_difference(doubled_BTV, plain.beyond_BTV),
+            training=_training_difference(model, plain, packed),
         )
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (torch.OutOfMemoryError, ArtifactError):
+        raise
+    except Exception as error:  # whatever the class raises
         raise ArtifactError(
             f"{kind} is not supported: its class cannot run with the attention and rotary module "
-            f"of this project: {' '.join(str(error).split())[:200]}"
-        ) from None
+            f"of this project: {_reason(error)}"
+        ) from error
     finally:
         model.set_factors(factors)
-    _refuse_difference(kind, parity, TOLERANCES[plain.logits_BTV.dtype])
+    _refuse_difference(model.hf.config, parity, TOLERANCES[plain.logits_BTV.dtype])
     return parity
 
 
@@ -134,15 +161,19 @@ def check_cut(config: Any, factors: RescaleFactors) -> Parity:
     from transformers import AutoModelForCausalLM
 
     cut = cut_layers(config)
-    cut.vocab_size = min(cut.vocab_size, CUT_VOCABULARY)
+    shrink_vocabulary(cut, CUT_VOCABULARY)
     for key, value in config.to_dict().items():
         if "intermediate_size" in key and isinstance(value, int):
             setattr(cut, key, min(value, CUT_MLP))
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(cut, name, None)
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same after it
-        hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same then
+            hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
+    except Exception as error:  # whatever the class raises
+        raise ArtifactError(
+            f"transformers cannot build a {config.model_type} from its config.json: "
+            f"{_reason(error)}"
+        ) from error
     for parameter in hf.parameters():
         if parameter.dim() >= 2:
             deviation = 1.0 / parameter.shape[-1] ** 0.5
@@ -163,11 +194,13 @@ def _positions_beyond(tokens_BT: Tensor, original_len: int) -> Tensor:
     return torch.arange(first, first + num_tokens, device=tokens_BT.device)[None]
 
 
-def _identity(factors: RescaleFactors) -> RescaleFactors:
-    """Factors of 1 in both windows."""
-    ones = (1.0,) * factors.geometry.num_frequencies
+def _constant(factors: RescaleFactors, value: float) -> RescaleFactors:
+    """One factor for all frequencies of the long window."""
+    same = (value,) * factors.geometry.num_frequencies
+    # Factors may grow to the ratio of the windows only.
+    target_len = max(factors.target_len, 2 * factors.geometry.original_len)
     return RescaleFactors(
-        geometry=factors.geometry, target_len=factors.target_len, factors=ones, method="none"
+        geometry=factors.geometry, target_len=target_len, factors=same, method="none"
     )
 
 
@@ -177,21 +210,35 @@ def _difference(ours_BTV: Tensor, plain_BTV: Tensor) -> float:
     return float((ours_BTV.float() - plain_BTV).abs().max() / plain_BTV.abs().max())
 
 
-def _loss_difference(model: WindowedModel, plain: PlainRun, packed: Any) -> float:
+def _loss_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayout) -> float:
     """Training loss of both documents against the loss of transformers' logits of each alone."""
+    labels_BT = _labels(plain)
+    ours = float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed))
+    documents_TV, ignored = plain.documents_BTV[0].float(), {"ignore_index": IGNORED_LABEL}
+    wanted = float(F.cross_entropy(documents_TV, labels_BT[0], reduction="sum", **ignored))
+    return abs(ours - wanted) / wanted
+
+
+def _training_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayout) -> float:
+    """Training loss in training mode against the one in evaluation mode."""
+    labels_BT, was_training = _labels(plain), model.hf.training
+    losses = []
+    try:
+        for training in (False, True):
+            model.hf.train(training)
+            with torch.random.fork_rng(devices=[]):
+                losses.append(float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed)))
+    finally:
+        model.hf.train(was_training)
+    return abs(losses[1] - losses[0]) / losses[0]
+
+
+def _labels(plain: PlainRun) -> Tensor:
+    """Next tokens, inside each document."""
     labels_BT = torch.full_like(plain.tokens_BT, IGNORED_LABEL)
     labels_BT[:, :-1] = plain.tokens_BT[:, 1:]
     labels_BT[0, min(FIRST_DOCUMENT, labels_BT.shape[1] // 2) - 1] = IGNORED_LABEL
-    ours = float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed))
-    wanted = float(
-        F.cross_entropy(
-            plain.documents_BTV[0].float(),
-            labels_BT[0],
-            reduction="sum",
-            ignore_index=IGNORED_LABEL,
-        )
-    )
-    return abs(ours - wanted) / wanted
+    return labels_BT
 
 
 def _scored_difference(model: WindowedModel, plain: PlainRun) -> float:
@@ -203,14 +250,36 @@ def _scored_difference(model: WindowedModel, plain: PlainRun) -> float:
     return float((ours_N - wanted_N).abs().max() / wanted_N.max())
 
 
-def _refuse_difference(kind: str, parity: Parity, tolerance: float) -> None:
+def _reason(error: Exception) -> str:
+    """What the class raised, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _refuse_lost_layouts(kind: str, seen: list[bool]) -> None:
+    """Refuse a class whose attention is never told where documents end."""
+    if not seen:
+        raise ArtifactError(
+            f"{kind} is not supported: its attention does not go through transformers' attention "
+            "functions, so that it cannot be replaced"
+        )
+    if not all(seen):
+        raise ArtifactError(
+            f"{kind} is not supported: its decoder layers do not hand keyword arguments on to "
+            "attention, which is then not told where documents end"
+        )
+
+
+def _refuse_difference(config: Any, parity: Parity, tolerance: float) -> None:
     """Refuse what rounding does not explain."""
+    noise = [f"{k}={v:g}" for k, v in config.to_dict().items() if "jitter" in k and v]
     reasons = {
         "logits": "its logits",
         "loss": "its training loss",
         "scored": "the loss of scored tokens",
         "documents": "documents packed together (a layer that carries state past attention?)",
         "beyond": "positions beyond the original window",
+        "factors": "rescaled positions (a rotation that is not its rotary module's?)",
+        "training": f"training mode (noise that its class draws: {', '.join(noise) or '?'})",
     }
     broken = [
         f"{text} by {getattr(parity, name):.2g}"
@@ -219,6 +288,7 @@ def _refuse_difference(kind: str, parity: Parity, tolerance: float) -> None:
     ]
     if broken:
         raise ArtifactError(
-            f"{kind} is not supported: computed by this project it differs from transformers in "
+            f"{config.model_type} is not supported: computed by this project it differs from "
+            "transformers in "
             f"{', '.join(broken)} (relative; rounding explains {tolerance:g})"
         )

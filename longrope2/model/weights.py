@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from longrope2.errors import ArtifactError
 from longrope2.model.folder import weight_files
 
+_WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 # Tables that old Llama checkpoints carry along; ours come from the factors.
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
@@ -81,7 +82,10 @@ def read_whole(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
             same (weights that it converts are only known then).
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        weights.folder, dtype=dtype, output_loading_info=True
+        weights.folder,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=weights.converted,  # they are refused below, by name
     )
     hf, found = loaded
     wrong = {
@@ -210,16 +214,29 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
                         f"{folder}: {name} is in {places[name].name} and {path.name}"
                     )
                 places[name] = path
+        others = sorted({path.name for path in places.values()} - {_WEIGHTS_FILE})
+        if others:  # transformers would read _WEIGHTS_FILE alone, and draw the rest
+            raise ArtifactError(
+                f"{folder} holds {_some(others)} and no {_INDEX_FILE} that says what is in which "
+                f"file; without it only {_WEIGHTS_FILE} is read: add the index or remove the rest"
+            )
         return places
     try:
-        stated: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        _ = content["metadata"]  # transformers asks for it
+        stated: dict[str, str] = content["weight_map"]
         files = {file: folder / file for file in set(stated.values())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{index} is no index of weights: {error}") from None
     absent = sorted(file for file, path in files.items() if not path.is_file())
     if absent:
         raise ArtifactError(f"{index} names {_some(absent)}, which is not there; download it again")
-    held = {file: set(_tensors_in(path)) for file, path in files.items()}
+    held = {file: set(_tensors_in(path)) for file, path in sorted(files.items())}
+    first: dict[str, str] = {}
+    for file, names in held.items():
+        if doubled := sorted(names & first.keys()):
+            raise ArtifactError(f"{folder}: {doubled[0]} is in {first[doubled[0]]} and {file}")
+        first |= dict.fromkeys(names, file)
     lacking = [name for name, file in stated.items() if name not in held[file]]
     extra = sorted(set().union(*held.values()) - stated.keys())
     if lacking or extra:
@@ -284,6 +301,9 @@ def _mismatch(hf: nn.Module, folder: Path, missing: list[str], unknown: list[str
     for prefix in ("module.", "language_model.", "_orig_mod."):
         if unknown and all(name.startswith(prefix) for name in unknown):
             return f"{text}; every name begins with {prefix!r}: save the model without its wrapper"
+    parameters, prefix = dict(hf.named_parameters()), f"{getattr(hf, 'base_model_prefix', '')}."
+    if unknown and all(prefix + name in parameters for name in unknown):
+        return f"{text}; the names lack {prefix!r}: save the whole {type(hf).__name__}"
     return f"{text}; a parameter without values would be random"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longrope2.attention.layout import CausalRows, SegmentLayout
 from longrope2.attention.windowed import ATTENTION_NAME, register_attention
+from longrope2.errors import ArtifactError
 from longrope2.model.given import Arrangement, find_head_rule, find_rotary
 from longrope2.model.loss import token_loss_sum
 from longrope2.rope.factors import RescaleFactors, Window
@@ -57,6 +58,11 @@ class WindowedModel(nn.Module):
         rotary = find_rotary(hf)
         self.head_rule = find_head_rule(hf.config)
         hf.set_attn_implementation(ATTENTION_NAME)
+        if hf.config._attn_implementation != ATTENTION_NAME:
+            raise ArtifactError(
+                f"{hf.config.model_type} is not supported: its attention does not go through "
+                "transformers' attention functions, so that it cannot be replaced"
+            )
         self.hf = hf
         self.rotary = WindowedRotary(factors, rotary.arrangement)
         hf.base_model.rotary_emb = self.rotary

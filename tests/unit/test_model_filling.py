@@ -158,9 +158,11 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"holds no \*\.safetensors weights"):
         load(tmp_path, take=lambda parameter: None)
     names = [name for name, _ in LlamaForCausalLM(MODELS["untied"]).named_parameters()]
-    index = {"weight_map": dict.fromkeys(names, "gone.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "gone.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match=r"index\.json names gone\.safetensors, which is not there"):
+    with pytest.raises(
+        ArtifactError, match=r"index\.json names gone\.safetensors, which is not there"
+    ):
         load(tmp_path, take=lambda parameter: None)
 
 
