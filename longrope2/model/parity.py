@@ -214,8 +214,11 @@ def _loss_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayou
     """Training loss of both documents against the loss of transformers' logits of each alone."""
     labels_BT = _labels(plain)
     ours = float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed))
-    documents_TV, ignored = plain.documents_BTV[0].float(), {"ignore_index": IGNORED_LABEL}
-    wanted = float(F.cross_entropy(documents_TV, labels_BT[0], reduction="sum", **ignored))
+    documents_TV = plain.documents_BTV[0].float()
+    losses_T = F.cross_entropy(
+        documents_TV, labels_BT[0], reduction="none", ignore_index=IGNORED_LABEL
+    )
+    wanted = float(losses_T.sum())
     return abs(ours - wanted) / wanted
 
 
