@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,14 @@ class RunConfig:
         return [f"{fault}; set run.root to have it elsewhere"]
 
 
+class DocumentStart(Enum):
+    """What stands in front of every document (``corpora/tokenizer.py`` applies it)."""
+
+    auto = "auto"
+    bos = "bos"
+    none = "none"
+
+
 @dataclass
 class ModelConfig:
     """The pre-trained model to extend."""
@@ -91,6 +100,9 @@ class ModelConfig:
     is not."""
     from_scratch: bool = False
     """Initialise the weights at random instead of loading them (pre-training a miniature)."""
+    document_start: DocumentStart = DocumentStart.auto
+    """What starts a document, in segments, samples and prompts: ``auto``, BOS where the tokenizer
+    itself adds one to a text, else nothing (Qwen has no BOS); ``bos``; ``none``. EOS ends it."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks.config import (
     INFINITEBENCH_TASKS,
@@ -327,6 +328,7 @@ def check(config: EvaluateRoot) -> Path:
     Raises:
         ConfigError: all faults together, each naming its key.
         ArtifactError: the base model cannot be found.
+        DataError: its tokenizer cannot be used.
     """
     faults = [
         *_subject_faults(config.evaluation),
@@ -337,7 +339,9 @@ def check(config: EvaluateRoot) -> Path:
     ]
     if faults:
         raise ConfigError(faults)
-    return resolve_model_folder(config.model.path)
+    base_folder = resolve_model_folder(config.model.path)
+    load_document_tokenizer(base_folder, config.model.document_start)
+    return base_folder
 
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:

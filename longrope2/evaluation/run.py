@@ -169,7 +169,8 @@ def _build_measures(
     """
     evaluation, original_len = config.evaluation, config.model.original_len
     books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
-    documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
+    encoder = DocumentTokenizer(tokenizer, config.model.document_start)
+    documents = encoder.encode_documents([book.text for book in books])
     lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
     needle, text = evaluation.needle, evaluation.perplexity
     needle_sets = [
@@ -180,6 +181,7 @@ def _build_measures(
             depths=needle.depths,
             num_samples=len(needle.depths) * needle.samples_per_depth,
             seed=needle.seed,
+            document_start=config.model.document_start,
         )
         for length in lengths
     ]
@@ -189,9 +191,15 @@ def _build_measures(
         num_windows=text.num_windows,
         num_scored=text.scored_tokens,
         seed=config.seed,
+        num_start=len(encoder.start_ids),
     )
-    num_short = evaluation.retention.num_windows
-    short = scoring.short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
+    short = scoring.short_windows(
+        documents,
+        original_len,
+        num_windows=evaluation.retention.num_windows,
+        seed=config.seed,
+        num_start=len(encoder.start_ids),
+    )
     measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
     measures += [
         scoring.perplexity_measure(windows[n], text.scored_tokens, *fitting) for n in lengths
@@ -255,7 +263,10 @@ def _run_suite(
             given_up += _answer(config, own, log, tokenizer, models)
             if short_results is not None:
                 chosen = config.suite.short_tasks
-                found = measure_short_tasks(chosen, [subject], short_results, tokenizer, models)
+                start = config.model.document_start
+                found = measure_short_tasks(
+                    chosen, [subject], short_results, tokenizer, models, start
+                )
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
                 _gate(config, cells_of(subject) + short_cells)
@@ -310,13 +321,15 @@ def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
             "cache_folder": Path(config.evaluation.sample_cache),
             "workers": config.evaluation.workers,
             "progress": advance,
+            "document_start": config.model.document_start,
         }
         tasks: list[GenerationTask] = []
         if suite.needle_map is not None:
             tasks += needle_map_tasks(suite.needle_map, tokenizer, texts, lengths, **options)
         if suite.ruler is not None:
             tasks += ruler_tasks(suite.ruler, tokenizer, texts, lengths, **options)
-        return tasks + long_tasks(suite.long_tasks, PromptEncoder(tokenizer), config.target_len)
+        encoder = PromptEncoder(tokenizer, config.model.document_start)
+        return tasks + long_tasks(suite.long_tasks, encoder, config.target_len)
 
 
 def _answer(

@@ -5,8 +5,9 @@ tokens after more and more context), ``retention`` (text inside the original win
 L0 are read in the short window, longer ones in the long window, as in generation. Only the
 positions that are scored pass through the LM head.
 
-A document is its token ids with BOS in front and EOS behind. Windows of text that start inside a
-document get a BOS of their own, so every one begins the way the model expects. A window of T tokens
+A document is its token ids with BOS in front (nothing, if the model's documents start so) and EOS
+behind. Windows of text that start inside a document get a BOS of their own, so every one begins the
+way the model expects. A window of T tokens
 is a document of T tokens without its closing EOS: the last place stays empty, because a model whose
 training documents all end inside the window has seen nothing but EOS there. Needle samples are cut
 the same way.
@@ -179,7 +180,7 @@ def perplexity_measure(
 def retention_measure(
     windows: Sequence[np.ndarray], original_len: int, batch_tokens: int
 ) -> Measure:
-    """Likelihood of all tokens (but each BOS) of windows of at most L0 tokens."""
+    """Likelihood of all tokens (but the first) of windows of at most L0 tokens."""
     values = partial(_text_values, windows, None, batch_tokens)
     return Measure("retention", original_len, Window.SHORT, _data_sha256(windows), values)
 
@@ -233,11 +234,13 @@ def context_windows(
     num_windows: int,
     num_scored: int,
     seed: int,
+    num_start: int = 1,
 ) -> dict[int, list[np.ndarray]]:
     """Windows of every length that end at the same places: all lengths score the same tokens.
 
     A place is the end of ``num_scored`` tokens of a document; the window of length T shows the
-    model the T - 2 tokens up to there behind a BOS. Perplexity then differs between lengths only by
+    model the tokens up to there behind a BOS, T - 1 with it. ``num_start`` ids at the front of every
+    document are its BOS: 1, or 0 where documents start without. Perplexity then differs between lengths only by
     what more context does. Places are spread over the documents in turn and the scored tokens never
     overlap.
 
@@ -267,27 +270,33 @@ def context_windows(
     windows: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
     for length, found in windows.items():
         for number, end in in_turn[:num_windows]:
-            text = documents[number][end - length + 2 : end]
-            found.append(np.concatenate([documents[number][:1], text]))
+            text = documents[number][end - length + 1 + num_start : end]
+            found.append(np.concatenate([documents[number][:num_start], text]))
     return windows
 
 
 def short_windows(
-    documents: Sequence[np.ndarray], original_len: int, *, num_windows: int, seed: int
+    documents: Sequence[np.ndarray],
+    original_len: int,
+    *,
+    num_windows: int,
+    seed: int,
+    num_start: int = 1,
 ) -> list[np.ndarray]:
     """Pieces of held-out documents, each behind a BOS and below ``original_len`` tokens.
 
     Every document is cut into consecutive pieces (a short one is one piece), and a seeded choice of
-    them is taken.
+    them is taken. ``num_start`` as in ``context_windows``; a single token has nothing to score.
 
     Raises:
         DataError: fewer pieces than asked for.
     """
-    pieces, room = [], original_len - 2
+    pieces, room = [], original_len - 1 - num_start
     for document in documents:
-        bos, body = document[:1], document[1:]
+        bos, body = document[:num_start], document[num_start:]
         firsts = range(0, len(body), room)
         pieces += [np.concatenate([bos, body[first : first + room]]) for first in firsts]
+    pieces = [piece for piece in pieces if len(piece) > 1]
     if len(pieces) < num_windows:
         raise DataError(
             f"evaluation.retention.num_windows={num_windows}: the held-out text has {len(pieces)} "

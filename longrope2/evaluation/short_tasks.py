@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from longrope2.config import DocumentStart
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import DataError
 from longrope2.evaluation.config import (
     LM_EVAL_SUITE,
@@ -28,6 +30,7 @@ def measure_short_tasks(
     results: ResultsLog,
     tokenizer: Any,
     models: SubjectModels,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> Iterator[Measurement]:
     """Measure every task of every subject; what ``results`` holds already is not measured again.
 
@@ -35,12 +38,14 @@ def measure_short_tasks(
         DataError: a task or its data cannot be had, a metric that the task has not, or a question
             beyond the window.
     """
+    starts = start_ids(tokenizer, document_start)
     for subject in subjects:
         for task in config.tasks:
-            fingerprint = _fingerprint(config, task, subject, str(models.dtype))
+            fingerprint = _fingerprint(config, task, subject, str(models.dtype), starts)
             values = results.find(fingerprint)
             if values is None:
-                values = _measure(config, task, models.of(subject), tokenizer)
+                model = models.of(subject)
+                values = _measure(config, task, model, tokenizer, document_start)
             measurement = Measurement(
                 subject.name, LM_EVAL_SUITE, 0, fingerprint, values | {"name": task.name}
             )
@@ -63,7 +68,11 @@ def short_task_cell(measurement: Measurement) -> Cell:
 
 
 def _measure(
-    config: ShortTasksConfig, task: ShortTaskConfig, model: WindowedModel, tokenizer: Any
+    config: ShortTasksConfig,
+    task: ShortTaskConfig,
+    model: WindowedModel,
+    tokenizer: Any,
+    document_start: DocumentStart,
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -72,7 +81,7 @@ def _measure(
 
     lm_class: Any = LongRope2LM  # the harness's decorators hide the types of what they decorate
     run_tasks: Any = simple_evaluate
-    lm = lm_class.around(model, tokenizer)
+    lm = lm_class.around(model, tokenizer, document_start=document_start)
     try:
         found = run_tasks(
             lm,
@@ -118,7 +127,11 @@ def _values(
 
 
 def _fingerprint(
-    config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: str
+    config: ShortTasksConfig,
+    task: ShortTaskConfig,
+    subject: Subject,
+    dtype: str,
+    starts: Sequence[int],
 ) -> str:
     """Hash of everything a measurement depends on, the data set's own version aside."""
     tables = [subject.table_identity(window) for window in Window]
@@ -129,4 +142,5 @@ def _fingerprint(
     }
     original_len = subject.factors.geometry.original_len
     parts = [subject.weights_sha256, tables, original_len, dtype, settings]
+    parts += [] if starts else ["no BOS"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

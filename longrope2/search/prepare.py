@@ -10,7 +10,7 @@ from typing import Any
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.needles import build_needle_set
-from longrope2.corpora.tokenizer import DocumentTokenizer
+from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
@@ -87,6 +87,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     try:
         model_folder = resolve_model_folder(config.model.path)
         geometry = rope_geometry(model_folder, config.model.original_len)
+        load_document_tokenizer(model_folder, config.model.document_start)
         shape, parallel = ModelShape.from_folder(model_folder), config.parallel
         faults += head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
         if parallel.processes < 1 or parallel.processes % max(1, parallel.sequence):
@@ -184,7 +185,7 @@ def prepare(
     """
     search, length = config.search, _sample_len(config)
     tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
-    encoder = DocumentTokenizer(tokenizer)
+    encoder = DocumentTokenizer(tokenizer, config.model.document_start)
     draw_needles = partial(
         build_needle_set,
         tokenizer,
@@ -193,6 +194,7 @@ def prepare(
         num_samples=search.num_samples,
         seed=config.seed,
         num_keys=search.num_keys,
+        document_start=config.model.document_start,
     )
     needles = None
     if search.objective is Objective.needle:
@@ -204,7 +206,7 @@ def prepare(
         # The longest first would be the same few works.
         random.Random(f"documents/{config.seed}").shuffle(documents)
         ids = (encoder.encode(document.text) for document in documents)
-        samples = cut_documents(ids, encoder.bos_id, length, search.num_samples)
+        samples = cut_documents(ids, encoder.start_ids, length, search.num_samples)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
     tests_guidance = workers.worker == 0 and needles is not None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longrope2.config import DocumentStart
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
 from longrope2.evaluation.ruler import counting, niah
@@ -53,6 +54,7 @@ def ruler_tasks(
     cache_folder: Path,
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> list[GenerationTask]:
     """All tasks of ``config`` at all lengths, task by task.
 
@@ -79,7 +81,7 @@ def ruler_tasks(
     """
     if faults := ruler_faults(config, list(lengths)):
         raise ConfigError(faults)
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(tokenizer, document_start)
     upstream = config.mode is RulerMode.upstream
     ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, haystacks)
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
