@@ -3,7 +3,8 @@
 The wording of the needle and of the answer prefix is that of method section 6 (LongRoPE2, arXiv
 2502.20082, sec. 3.2); instruction and question are our own and short, so that a whole sample fits
 in a window of 128 tokens. All parts are tokenized separately and joined as ids, so a sample is
-exact to the token, holds one BOS (none where documents start without), and nothing of the question or the value is ever cut:
+exact to the token, holds one BOS (none where documents start without), and nothing of the question
+or the value is ever cut:
 
     [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
 

@@ -2,8 +2,9 @@
 
 Fast tokenizers turn a literal ``</s>`` in a page into the real end-of-document id unless told
 otherwise; here they are told otherwise, and every id is checked. BOS and EOS are added as ids,
-never as text; ``start_ids`` alone decides whether a document starts with BOS. A Hugging Face ``tokenizer.json`` and a SentencePiece ``tokenizer.model`` are read
-alike (transformers converts the latter).
+never as text; ``start_ids`` alone decides whether a document starts with BOS. A Hugging Face
+``tokenizer.json`` and a SentencePiece ``tokenizer.model`` are read alike (transformers converts the
+latter).
 
 The backend is a private copy with two changes, neither of which changes the ids of ordinary text.
 
@@ -240,7 +241,7 @@ def load_document_tokenizer(
         fault = f"model.path={folder} holds no tokenizer that can be loaded: {error}"
         raise DataError(fault) from None
     encoder = DocumentTokenizer(tokenizer, document_start)
-    embedded = ModelShape.from_folder(folder).vocab_size
+    embedded = ModelShape.from_folder(folder).vocabulary
     if encoder.vocab_size > embedded:
         highest = encoder.vocab_size - 1
         raise DataError(

@@ -239,10 +239,10 @@ def context_windows(
     """Windows of every length that end at the same places: all lengths score the same tokens.
 
     A place is the end of ``num_scored`` tokens of a document; the window of length T shows the
-    model the tokens up to there behind a BOS, T - 1 with it. ``num_start`` ids at the front of every
-    document are its BOS: 1, or 0 where documents start without. Perplexity then differs between lengths only by
-    what more context does. Places are spread over the documents in turn and the scored tokens never
-    overlap.
+    model the tokens up to there behind a BOS, T - 1 with it. ``num_start`` ids at the front of
+    every document are its BOS: 1, or 0 where documents start without. Perplexity then differs
+    between lengths only by what more context does. Places are spread over the documents in turn and
+    the scored tokens never overlap.
 
     Returns:
         Length -> windows of one token less, one for each of ``num_windows`` places.

@@ -192,7 +192,7 @@ def check_needle_labels(
     bos_id: int | None,
     decode: Callable[[Sequence[int] | np.ndarray], str],
 ) -> None:
-    """Self-test (a): ``length`` tokens, one BOS at the front (if any), and the whole value at the end.
+    """Self-test (a): ``length`` tokens, one BOS (if any) at the front, the whole value at the end.
 
     Raises:
         ArtifactError: a sample breaks one of these; names the sample.

@@ -73,9 +73,9 @@ class SegmentRules:
     """What every segment of a folder has to keep.
 
     It has ``target_len`` tokens with ids below ``vocab_size``; its documents begin with ``bos_id``
-    (None: with their text) and end with ``eos_id``. In a short segment none is longer than ``original_len``, BOS and EOS
-    included, or crosses a multiple of ``target_len / alignment``. ``control_ids`` stand nowhere
-    inside a document; BOS and EOS always belong to them.
+    (None: with their text) and end with ``eos_id``. In a short segment none is longer than
+    ``original_len``, BOS and EOS included, or crosses a multiple of ``target_len / alignment``.
+    ``control_ids`` stand nowhere inside a document; BOS and EOS always belong to them.
     """
 
     target_len: int
