@@ -32,6 +32,7 @@ from longrope2.help import (
     UNSET,
     UnknownKeyError,
     accepts,
+    as_whole_numbers,
     command_help,
     find_key,
     help_topic,
@@ -290,7 +291,7 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     """The value in ``key=text``.
 
     Text is taken as it stands (paths hold = and commas; a leading ~ is the home folder) unless it
-    is quoted; everything else is read by Hydra's grammar.
+    is quoted; everything else is read by Hydra's grammar, and 1e9 is the integer where one is due.
 
     Raises:
         ConfigError: there is no such key, or the value cannot be read.
@@ -320,7 +321,7 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     if parsed.is_sweep_override():
         fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
         raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
-    return _Setting(key, parsed.value(), adds)
+    return _Setting(key, as_whole_numbers(parsed.value(), hint), adds)
 
 
 def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:
