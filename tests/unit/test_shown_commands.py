@@ -1,4 +1,4 @@
-"""Every command that a reader is shown (README, docs, job scripts, presets) composes as it stands."""
+"""Every command that is shown (README, docs, job scripts, presets) composes as it stands."""
 
 import importlib.util
 import re
