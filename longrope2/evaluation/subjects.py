@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from longrope2.config import StageConfig
+from longrope2.config import DocumentStart, StageConfig
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig
 from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import model_identity, resolve_model_folder, weights_sha256
-from longrope2.model.loading import load_windowed_model, rope_geometry
+from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -76,7 +77,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     for index, subject in enumerate(config.evaluation.subjects):
         try:
             if subject.checkpoint is not None:
-                subjects.append(_trained(subject, base_folder, geometry, config.target_len))
+                subjects.append(_trained(subject, config, base_folder))
             else:
                 rope = subject.rope or RopeConfig()
                 factors, source = _base_factors(rope, config, base_folder, geometry)
@@ -108,6 +109,7 @@ def find_checkpoint(
     factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
     base_folder = resolve_model_folder(config.model.path)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
+    _check_same_start(f"{key}={checkpoint}", checkpoint, config.model.document_start)
     return checkpoint, factors
 
 
@@ -154,17 +156,30 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
         )
 
 
-def _trained(
-    subject: SubjectConfig, base_folder: Path, geometry: RopeGeometry, target_len: int
-) -> Subject:
+def _check_same_start(key: str, checkpoint: Path, wanted: DocumentStart) -> None:
+    """Refuse a checkpoint whose training documents started otherwise than prompts would now."""
+    made = read_manifest(checkpoint, "checkpoint").config.get("model", {})
+    rule = DocumentStart(made.get("document_start", wanted.value))
+    if rule is wanted:
+        return
+    tokenizer = load_tokenizer(checkpoint)
+    if start_ids(tokenizer, rule) != start_ids(tokenizer, wanted):
+        raise ArtifactError(
+            f"{key} was trained with model.document_start={rule.value}, but "
+            f"model.document_start={wanted.value} is set; set model.document_start={rule.value}"
+        )
+
+
+def _trained(subject: SubjectConfig, config: EvaluateRoot, base_folder: Path) -> Subject:
     """A checkpoint with its own factors."""
     folder = Path(subject.checkpoint or "")
     if not folder.is_dir():
         raise ArtifactError(
             f"checkpoint={folder} does not exist; run launch.train first, or leave the subject out"
         )
-    factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
+    factors = read_checkpoint_factors(folder, config.model.original_len, config.target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
+    _check_same_start(f"checkpoint={folder}", folder, config.model.document_start)
     source = {"checkpoint": describe_input(folder)}
     return Subject(subject.name, folder, factors, weights_sha256(folder), True, source)
 
