@@ -237,7 +237,7 @@ def load_document_tokenizer(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         fault = f"model.path={folder} holds no tokenizer that can be loaded: {error}"
         raise DataError(fault) from None
     encoder = DocumentTokenizer(tokenizer, document_start)

