@@ -311,7 +311,8 @@ class _Chooser:
             bucket = self.lengths.names[code]
             kept += [(*piece, code) for piece in pieces if self._fits(piece, bucket, room)]
         columns = np.asarray(kept, dtype=np.int64).reshape(-1, 5).T
-        return Candidates(*columns[:4], self.table.num_boundary_tokens), columns[4]
+        boundary = self.table.num_boundary_tokens
+        return Candidates(*columns[:4], num_boundary_tokens=boundary), columns[4]
 
     def _windows(
         self, document: int, start: int, content: int, number: int

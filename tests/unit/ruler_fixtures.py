@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from longrope2.evaluation.ruler.config import RulerConfig, RulerMode
