@@ -103,7 +103,9 @@ def test_every_stage_ends_with_its_product(made: tuple[Path, str]) -> None:
         json.loads(line).get("train/loss")
         for line in (folder / "3_checkpoints" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert all(0 < loss < 12 for loss in losses if loss is not None) and any(losses)
+    # Trained with BOS, the miniature is lost without it (15 nats) until a few steps have taught it.
+    first, *_, last = [loss for loss in losses if loss is not None]
+    assert 0 < last < first / 2
     assert text != ""
     exported = next((folder / "5_exports").glob("*/tokenizer_config.json"))
     assert json.loads(exported.read_text())["bos_token"] is None
