@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from data_prep.config import BUCKETS, PackConfig
 from data_prep.quotas import Account, Demand, Selection
 from data_prep.shards import LIST_SCHEMA, PackedUnit, PackList, nested
-from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable
+from data_prep.token_files import DocumentTable
 from data_prep.tokenizing import NOT_NEEDED
 from longrope2.files.artifacts import Manifest, atomic_path, sha256_of_file, write_text
 
@@ -137,7 +137,7 @@ def segment_counts(chosen: dict[str, Any], packed: Sequence[PackedUnit]) -> dict
 def histogram(choice: Choice) -> dict[str, Any]:
     """Documents by length in powers of two, per source: tokenized ones, and chosen parts."""
     table, parts = choice.table, choice.selection.parts
-    longest = int(table.tokens_D.max(initial=NUM_BOUNDARY_TOKENS))
+    longest = int(table.tokens_D.max(initial=table.num_boundary_tokens))
     edges = [0] + [2**power for power in range(4, longest.bit_length() + 1)]
     rows: dict[str, dict[str, list[int]]] = {}
     for code, source in enumerate(table.sources):
@@ -150,13 +150,13 @@ def histogram(choice: Choice) -> dict[str, Any]:
 
 def write_document_list(folder: Path, pack_list: PackList) -> dict[str, Any]:
     """Write the list, shuffle unit by shuffle unit; returns its name, hash and number of rows."""
-    path, rows = folder / DOCUMENTS_FILE, 0
+    path, rows, rules = folder / DOCUMENTS_FILE, 0, pack_list.rules()
     compressed = partial(pq.ParquetWriter, schema=SCHEMA, compression="zstd")
     with atomic_path(path) as temporary, compressed(temporary) as writer:
         for unit in range(pack_list.summary()["num_units"]):
             parts = pack_list.parts(unit)
             columns = {name: parts.column(name) for name in SCHEMA.names}
-            with_boundaries = columns["num_tokens"].to_numpy() + NUM_BOUNDARY_TOKENS
+            with_boundaries = columns["num_tokens"].to_numpy() + len(rules.boundary_ids)
             columns["num_tokens"] = pa.array(with_boundaries)
             writer.write_table(pa.table(list(columns.values()), schema=SCHEMA))
             rows += parts.num_rows

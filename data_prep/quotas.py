@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.duplicates import near_duplicates
-from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, LengthBuckets
+from data_prep.token_files import DocumentTable, LengthBuckets
 from longrope2.corpora.corpus import stable_fraction
 
 WHOLE = -1  # number of a part that is the whole document
@@ -50,25 +50,27 @@ class Candidates:
 
     document_P: np.ndarray  # document of each part
     start_P: np.ndarray  # first content token of the part in its document
-    content_P: np.ndarray  # content tokens of the part; with BOS and EOS it is two longer
+    content_P: np.ndarray  # content tokens of the part, without BOS and EOS
     number_P: np.ndarray  # number of the part in its document, or ``WHOLE``
+    num_boundary_tokens: int
 
     def __len__(self) -> int:
         return len(self.document_P)
 
     @property
     def columns(self) -> tuple[np.ndarray, ...]:
-        """All four arrays, in the order of the fields."""
+        """The four arrays, in the order of the fields."""
         return self.document_P, self.start_P, self.content_P, self.number_P
 
     @property
     def tokens_P(self) -> np.ndarray:
         """Tokens with BOS and EOS."""
-        return self.content_P + NUM_BOUNDARY_TOKENS
+        return self.content_P + self.num_boundary_tokens
 
     def take(self, where: np.ndarray) -> "Candidates":
         """Some of them."""
-        return Candidates(*(column[where] for column in self.columns))
+        columns = (column[where] for column in self.columns)
+        return Candidates(*columns, num_boundary_tokens=self.num_boundary_tokens)
 
 
 def find_candidates(
@@ -128,13 +130,13 @@ def _within(
 ) -> Candidates:
     """Documents as parts of at most ``longest`` tokens."""
     over_D = stays_D & (table.tokens_D > longest)
-    content_D = table.tokens_D - NUM_BOUNDARY_TOKENS
-    most = longest - NUM_BOUNDARY_TOKENS
+    boundary = table.num_boundary_tokens
+    content_D, most = table.tokens_D - boundary, longest - boundary
     pieces_D = stays_D.astype(np.int64)
     if overlong is Overlong.drop:
         pieces_D[over_D] = 0
         _leave_out(table, over_D, f"longer than {longest} tokens", account)
-        return _cut_evenly(content_D, pieces_D)
+        return _cut_evenly(content_D, pieces_D, boundary)
     for source, own_D in _by_source(table, over_D):
         num_over = int(own_D.sum())
         if overlong is Overlong.cap:
@@ -144,13 +146,15 @@ def _within(
             pieces_D[own_D] = -(-content_D[own_D] // most)
             num_cuts = int((pieces_D[own_D] - 1).sum())
             account.num_split[source] += num_over
-            account.added_boundaries[source] += NUM_BOUNDARY_TOKENS * num_cuts
+            account.added_boundaries[source] += boundary * num_cuts
     if overlong is Overlong.cap:
         content_D = np.minimum(content_D, most)
-    return _cut_evenly(content_D, pieces_D)
+    return _cut_evenly(content_D, pieces_D, boundary)
 
 
-def _cut_evenly(content_D: np.ndarray, pieces_D: np.ndarray) -> Candidates:
+def _cut_evenly(
+    content_D: np.ndarray, pieces_D: np.ndarray, num_boundary_tokens: int
+) -> Candidates:
     """Every document in ``pieces_D`` parts of nearly equal length: none is a short remainder."""
     document_P = np.repeat(np.arange(len(pieces_D)), pieces_D)
     number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
@@ -161,6 +165,7 @@ def _cut_evenly(content_D: np.ndarray, pieces_D: np.ndarray) -> Candidates:
         start_P=number_P * share_P + np.minimum(number_P, longer_P),
         content_P=share_P + (number_P < longer_P),
         number_P=np.where(count_P == 1, WHOLE, number_P),
+        num_boundary_tokens=num_boundary_tokens,
     )
 
 
@@ -217,7 +222,8 @@ def select_documents(
     """
     tokens: Counter[tuple[str, str]] = Counter()
     nothing = np.zeros(0, np.int64)
-    chosen = [(Candidates(nothing, nothing, nothing, nothing), nothing)]
+    boundary = table.num_boundary_tokens
+    chosen = [(Candidates(nothing, nothing, nothing, nothing, boundary), nothing)]
     for code, source in enumerate(table.sources):
         own = candidates.take(table.source_D[candidates.document_P] == code)
         chooser = _Chooser(
@@ -235,7 +241,7 @@ def select_documents(
         else:
             chosen.append(chooser.choose())
     columns = zip(*(parts.columns for parts, _ in chosen), strict=True)
-    parts = Candidates(*map(np.concatenate, columns))
+    parts = Candidates(*map(np.concatenate, columns), num_boundary_tokens=boundary)
     return Selection(parts, np.concatenate([bucket_P for _, bucket_P in chosen]), tokens)
 
 
@@ -300,23 +306,25 @@ class _Chooser:
             bucket = self.lengths.names[code]
             kept += [(*piece, code) for piece in pieces if self._fits(piece, bucket, room)]
         columns = np.asarray(kept, dtype=np.int64).reshape(-1, 5).T
-        return Candidates(*columns[:4]), columns[4]
+        boundary = self.table.num_boundary_tokens
+        return Candidates(*columns[:4], num_boundary_tokens=boundary), columns[4]
 
     def _windows(
         self, document: int, start: int, content: int, number: int
     ) -> list[tuple[int, int, int, int]]:
         """Consecutive windows of at most L0 tokens, each with BOS and EOS of its own."""
-        step = int(self.lengths.limits[0]) - NUM_BOUNDARY_TOKENS
+        boundary = self.table.num_boundary_tokens
+        step = int(self.lengths.limits[0]) - boundary
         firsts = range(0, content, step)
         self.account.num_windowed[self.source] += 1
-        self.account.added_boundaries[self.source] += NUM_BOUNDARY_TOKENS * (len(firsts) - 1)
+        self.account.added_boundaries[self.source] += boundary * (len(firsts) - 1)
         base = 0 if number == WHOLE else (number + 1) * MOST_WINDOWS
         numbered = enumerate(firsts, base)
         return [(document, start + f, min(step, content - f), n) for n, f in numbered]
 
     def _fits(self, piece: tuple[int, ...], bucket: str, room: dict[str, int | None]) -> bool:
         """Take a piece while its bucket has room; the piece that meets the quota still counts."""
-        left, tokens = room[bucket], piece[2] + NUM_BOUNDARY_TOKENS
+        left, tokens = room[bucket], piece[2] + self.table.num_boundary_tokens
         if left == 0:
             self._leave_out(bucket, tokens, np.array(piece[:1]))
             return False

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from data_prep.packing import DraftSegment, Piece, pack_long, pack_short
 from data_prep.quotas import WHOLE, Selection
-from data_prep.token_files import NUM_BOUNDARY_TOKENS, DocumentTable, TokenizedUnit
+from data_prep.token_files import DocumentTable, TokenizedUnit
 from longrope2.corpora.corpus import stable_fraction
 from longrope2.files.artifacts import atomic_path, sha256_of_file, write_text
 from longrope2.segments.format import Segment, SegmentRules, check_segment, segment_schema
@@ -67,6 +67,11 @@ class PackList:
     def summary(self) -> dict[str, Any]:
         """What was counted; the number of shuffle units is ``num_units``."""
         return json.loads(self._summary_path.read_text(encoding="utf-8"))
+
+    def rules(self) -> SegmentRules:
+        """What the segments have to keep."""
+        fields = self.summary()["rules"]
+        return SegmentRules(**{**fields, "control_ids": tuple(fields["control_ids"])})
 
     def parts(self, unit: int) -> pa.Table:
         """Parts of one shuffle unit."""
@@ -236,15 +241,17 @@ class StoredDocument:
     rules: SegmentRules  # give BOS, EOS and the type
 
     def __len__(self) -> int:
-        return self.num_content + NUM_BOUNDARY_TOKENS
+        return self.num_content + len(self.rules.boundary_ids)
 
     @property
     def tokens(self) -> np.ndarray:
-        """BOS, content, EOS."""
+        """BOS where there is one, content, EOS."""
         dtype = self.rules.dtype
         tokens = np.empty(len(self), dtype)
-        tokens[0], tokens[-1] = self.rules.bos_id, self.rules.eos_id
-        tokens[1:-1] = _mapped(self.unit, dtype)[self.start : self.start + self.num_content]
+        *starts, tokens[-1] = self.rules.boundary_ids
+        tokens[: len(starts)] = starts
+        content = _mapped(self.unit, dtype)[self.start : self.start + self.num_content]
+        tokens[len(starts) : -1] = content
         return tokens
 
 

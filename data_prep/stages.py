@@ -133,7 +133,8 @@ class _TokenizeStage:
     def encoder(self) -> tokenizer.DocumentTokenizer:
         """The tokenizer as worker processes get it."""
         if not self._tokenizer_file.is_file():
-            encoder = tokenizer.load_document_tokenizer(self.model_folder)
+            start = self.config.model.document_start
+            encoder = tokenizer.load_document_tokenizer(self.model_folder, start)
             tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
         return tokenizer.prepared_tokenizer(self._tokenizer_file)
 
@@ -227,6 +228,7 @@ def build_segments(
     lengths = length_buckets(config)
     details = {
         **summary["rules"],
+        "document_start": "none" if summary["rules"]["bos_id"] is None else "bos",
         "model_name": config.model.name,
         "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
         "length_histogram": summary["length_histogram"],
@@ -261,7 +263,8 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
     done: list[TokenizedUnit] = []
     while True:
         done += stage.run(readings)
-        choice = _choose(config, load_documents(done), readings)
+        table = load_documents(done, stage.encoder.num_boundary_tokens)
+        choice = _choose(config, table, readings)
         if not any([readings.extend(source, cells) for source, cells in choice.missing.items()]):
             break
     encoder = stage.encoder
@@ -285,9 +288,7 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
 
 
 def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> list[PackedUnit]:
-    summary = pack_list.summary()
-    control_ids = tuple(summary["rules"]["control_ids"])
-    rules = SegmentRules(**{**summary["rules"], "control_ids": control_ids})
+    summary, rules = pack_list.summary(), pack_list.rules()
     job = PackJob(
         pack_list=pack_list,
         tokenized=work,
@@ -308,7 +309,8 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
     Raises:
         DataError: a unit or the tokenizer cannot be read.
     """
-    encoder, lengths = tokenizer.load_document_tokenizer(model_folder), length_buckets(config)
+    start, lengths = config.model.document_start, length_buckets(config)
+    encoder = tokenizer.load_document_tokenizer(model_folder, start)
     units = _ordered_units(config, corpus)
     scans = scan_corpus(corpus, units, encoder, lengths)
     supply = {source: scan.supply() or {} for source, scan in scans.items()}

@@ -29,7 +29,6 @@ from longrope2.files.artifacts import atomic_path, write_text
 
 HASH_BYTES = 16
 ROWS_PER_BATCH = 16_384
-NUM_BOUNDARY_TOKENS = 2  # BOS and EOS
 # Columns of the index that become arrays, with their types there.
 ARRAYS = {"start": np.int64, "num_tokens": np.int64, "num_characters": np.int64, "order": np.uint64}
 
@@ -204,6 +203,7 @@ class DocumentTable:
     characters_D: np.ndarray  # int64, characters of the text
     order_D: np.ndarray  # uint64, order of choice
     text_hash_D2: np.ndarray  # the hash of the text as two uint64
+    num_boundary_tokens: int  # of a document: BOS where there is one, and EOS
 
     def __len__(self) -> int:
         return len(self.unit_D)
@@ -219,7 +219,7 @@ class DocumentTable:
         return values.tolist()
 
 
-def load_documents(units: Sequence[TokenizedUnit]) -> DocumentTable:
+def load_documents(units: Sequence[TokenizedUnit], num_boundary_tokens: int) -> DocumentTable:
     """Read the indices of complete units."""
     accounts = [unit.account() for unit in units]
     sources = tuple(sorted({account.source for account in accounts}))
@@ -249,10 +249,11 @@ def load_documents(units: Sequence[TokenizedUnit]) -> DocumentTable:
         source_D=np.repeat(np.asarray(source_codes, np.int16), counts),
         domain_D=np.concatenate(domains),
         start_D=arrays["start"],
-        tokens_D=arrays["num_tokens"] + NUM_BOUNDARY_TOKENS,
+        tokens_D=arrays["num_tokens"] + num_boundary_tokens,
         characters_D=arrays["num_characters"],
         order_D=arrays["order"],
         text_hash_D2=np.concatenate(hashes),
+        num_boundary_tokens=num_boundary_tokens,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_prep.account import DOCUMENTS_FILE
-from data_prep.token_files import HASH_BYTES, NUM_BOUNDARY_TOKENS
+from data_prep.token_files import HASH_BYTES
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
@@ -215,9 +215,10 @@ def _compare(
     if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
         other = f"the text of {row.doc_id} is not the one that was packed"
         raise _wrong(folder, f"{other}; was the corpus changed?")
-    end = row.offset + row.num_tokens - NUM_BOUNDARY_TOKENS
+    end = row.offset + row.num_tokens - encoder.num_boundary_tokens
     content = encoder.encode_contents([text])[0][row.offset : end]
-    expected = np.concatenate([[encoder.bos_id], content, [encoder.eos_id]]).astype(encoder.dtype)
+    parts = [encoder.start_ids, content, [encoder.eos_id]]
+    expected = np.concatenate(parts).astype(encoder.dtype)
     pieces = audit.pieces[row.doc_id]
     if any(not _holds(expected, piece) for piece in pieces):
         raise _wrong(folder, f"ids of {row.doc_id} in the segments are not those of its text")
@@ -229,7 +230,7 @@ def _compare(
 
 def _without(piece: np.ndarray, encoder: DocumentTokenizer) -> np.ndarray:
     """A run of ids without the BOS and EOS at its ends."""
-    first = int(len(piece) > 0 and piece[0] == encoder.bos_id)
+    first = int(len(piece) > 0 and [piece[0]] == encoder.start_ids)
     last = len(piece) - int(len(piece) > 1 and piece[-1] == encoder.eos_id)
     return piece[first:last]
 

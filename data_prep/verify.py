@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _verify(folder: Path, sample: int, seed: int) -> None:
     from data_prep.verification import audit_folder, compare_with_source
-    from longrope2.corpora.tokenizer import load_document_tokenizer
+    from longrope2.corpora.tokenizer import load_document_tokenizer, require_packed_alike
 
     audit = audit_folder(folder, sample=sample, seed=seed)
     print(
@@ -51,7 +51,10 @@ def _verify(folder: Path, sample: int, seed: int) -> None:
     if model_identity(model_folder)["tokenizer_sha256"] != packed_with:
         now = f"model.path={config.model.path} has now"
         raise ArtifactError(f"{folder} was packed with another tokenizer than {now}")
-    corpus, encoder = build_corpus(config.corpus), load_document_tokenizer(model_folder)
+    corpus = build_corpus(config.corpus)
+    encoder = load_document_tokenizer(model_folder, config.model.document_start)
+    rules = SegmentStore(folder).rules
+    require_packed_alike(folder, rules, encoder, config.model.document_start)
     compare_with_source(folder, audit, corpus, encoder)
     print(
         f"{audit.num_compared} documents have the text and the ids of their source; "

@@ -48,8 +48,8 @@ def _stream_text(
 ) -> None:
     """Print the continuation as it comes; say on standard error where the rescaled RoPE begins."""
     generate, original_len = config.generate, model.factors.geometry.original_len
-    encoder = DocumentTokenizer(tokenizer)
-    prompt_ids = [encoder.bos_id, *encoder.encode(prompt)]
+    encoder = DocumentTokenizer(tokenizer, config.model.document_start)
+    prompt_ids = encoder.start_ids + encoder.encode(prompt)
     text = TextStream(tokenizer, prompt_ids)
     tokens = generation.generate_tokens(
         model,

@@ -32,6 +32,7 @@ from longrope2.help import (
     UNSET,
     UnknownKeyError,
     accepts,
+    as_whole_numbers,
     command_help,
     find_key,
     help_topic,
@@ -86,6 +87,14 @@ class SlidingWindow(Enum):
     """Every layer attends to everything, in training, evaluation and export."""
 
 
+class DocumentStart(Enum):
+    """What stands in front of every document (``corpora/tokenizer.py`` applies it)."""
+
+    auto = "auto"
+    bos = "bos"
+    none = "none"
+
+
 @dataclass
 class ModelConfig:
     """The pre-trained model to extend."""
@@ -109,6 +118,9 @@ class ModelConfig:
     full attention, which exports say."""
     dropout: float | None = None
     """null refuses a model whose config.json draws dropout in training; 0 trains it without."""
+    document_start: DocumentStart = DocumentStart.auto
+    """What starts a document, in segments, samples and prompts: ``auto``, BOS where the tokenizer
+    itself adds one to a text, else nothing (Qwen has no BOS); ``bos``; ``none``. EOS ends it."""
 
 
 @dataclass
@@ -326,7 +338,7 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     """The value in ``key=text``.
 
     Text is taken as it stands (paths hold = and commas; a leading ~ is the home folder) unless it
-    is quoted; everything else is read by Hydra's grammar.
+    is quoted; everything else is read by Hydra's grammar, and 1e9 is the integer where one is due.
 
     Raises:
         ConfigError: there is no such key, or the value cannot be read.
@@ -356,10 +368,9 @@ def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
     if parsed.is_sweep_override():
         fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
         raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
-    value = parsed.value()
     # A dictionary of whatever another program reads (model.config): its keys are no keys of ours.
-    is_open = isinstance(value, dict) and hint == dict[str, Any]
-    return _Setting(key, value, adds or is_open)
+    is_open = isinstance(parsed.value(), dict) and hint == dict[str, Any]
+    return _Setting(key, as_whole_numbers(parsed.value(), hint), adds or is_open)
 
 
 def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:

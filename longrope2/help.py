@@ -136,6 +136,23 @@ def accepts(hint: Any, kind: type) -> bool:
     return kind in _options(hint)
 
 
+def as_whole_numbers(value: Any, hint: Any) -> Any:
+    """``value`` with 1000000000 for 1e9 wherever a key of this type takes integers alone."""
+    hint = _without_none(hint)
+    if isinstance(value, float) and hint is int and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and get_origin(hint) is list:
+        return [as_whole_numbers(item, get_args(hint)[0]) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+    else:
+        inner = get_args(hint)[-1] if get_origin(hint) is dict else Any
+        hints = dict.fromkeys(value, inner)
+    return {key: as_whole_numbers(item, hints.get(key, Any)) for key, item in value.items()}
+
+
 def describe_type(hint: Any) -> str:
     """A type in a user's words; an enum by its values."""
     if accepts(hint, type(None)):

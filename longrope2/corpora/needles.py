@@ -3,7 +3,8 @@
 The wording of the needle and of the answer prefix is that of method section 6 (LongRoPE2, arXiv
 2502.20082, sec. 3.2); instruction and question are our own and short, so that a whole sample fits
 in a window of 128 tokens. All parts are tokenized separately and joined as ids, so a sample is
-exact to the token, holds one BOS, and nothing of the question or the value is ever cut:
+exact to the token, holds one BOS (none where documents start without), and nothing of the question
+or the value is ever cut:
 
     [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from longrope2.config import DocumentStart
 from longrope2.corpora.corpus import Document
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
@@ -108,7 +110,7 @@ def build_needle_sample(
     if not 0.0 <= depth <= 1.0:
         raise DataError(f"depth={depth} is outside [0, 1]")
     wording = needle_wording(key, value)
-    head = [encoder.bos_id, *encoder.encode(INSTRUCTION)]
+    head = [*encoder.start_ids, *encoder.encode(INSTRUCTION)]
     needle = encoder.encode(wording.needle) if with_needle else []
     tail = encoder.encode(wording.question) + encoder.encode(wording.answer_prefix)
     answer = encoder.encode(wording.answer)
@@ -156,6 +158,7 @@ def build_needle_set(
     seed: int,
     num_keys: int | None = None,
     with_needle: bool = True,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> NeedleSet:
     """``num_samples`` samples of exactly ``length`` tokens; depths are used in turn.
 
@@ -174,6 +177,7 @@ def build_needle_set(
         seed: Seed of everything drawn.
         num_keys: Distinct keys in the set, used in turn; None gives every sample a key of its own.
         with_needle: False builds the control set.
+        document_start: The model's.
 
     Raises:
         DataError: no depths, no books, books too short in all, a length that cannot hold a sample,
@@ -182,7 +186,7 @@ def build_needle_set(
     if not depths or not books or num_samples < 1:
         got = f"{len(depths)}, {len(books)} and num_samples={num_samples}"
         raise DataError(f"a needle set needs depths, books and samples; got {got}")
-    encoder = DocumentTokenizer(tokenizer)
+    encoder = DocumentTokenizer(tokenizer, document_start)
     order = list(range(len(books)))
     random.Random(f"order/{seed}").shuffle(order)
     keys = _draw_keys(seed, num_samples if num_keys is None else num_keys)

@@ -20,7 +20,6 @@ from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters
 from longrope2.errors import DataError
 
 MAX_REPAIRS = 8
-NUM_BOUNDARY_TOKENS = 2  # BOS and EOS
 
 
 @dataclass
@@ -95,7 +94,7 @@ class RetrievalDocuments:
         self._haystack = _Haystack(encoder, texts)
         wording = needle_wording("amber-anchor", "1234567")
         head, needle, asked = encoder.count_tokens([INSTRUCTION, wording.needle, _asked(wording)])
-        self._head_tokens = head + NUM_BOUNDARY_TOKENS
+        self._head_tokens = head + encoder.num_boundary_tokens
         self._tokens_per_needle = needle + asked
         self.shortest = self._head_tokens + self._tokens_per_needle
 
@@ -167,7 +166,7 @@ class RetrievalDocuments:
             exact = round_number < MAX_REPAIRS // 2
             misses = []
             for number, count in zip(open_numbers, counts, strict=True):
-                count += NUM_BOUNDARY_TOKENS
+                count += self._encoder.num_boundary_tokens
                 difference = drafts[number].target - count
                 if difference == 0 or (not exact and above < count <= up_to):
                     continue

@@ -2,8 +2,9 @@
 
 Fast tokenizers turn a literal ``</s>`` in a page into the real end-of-document id unless told
 otherwise; here they are told otherwise, and every id is checked. BOS and EOS are added as ids,
-never as text. A Hugging Face ``tokenizer.json`` and a SentencePiece ``tokenizer.model`` are read
-alike (transformers converts the latter).
+never as text; ``start_ids`` alone decides whether a document starts with BOS. A Hugging Face
+``tokenizer.json`` and a SentencePiece ``tokenizer.model`` are read alike (transformers converts the
+latter).
 
 The backend is a private copy with two changes, neither of which changes the ids of ordinary text.
 
@@ -28,9 +29,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
-from longrope2.errors import DataError
+from longrope2.config import DocumentStart
+from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import write_text
-from longrope2.segments.format import token_dtype
+from longrope2.model.shape import ModelShape
+from longrope2.segments.format import SegmentRules, token_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,37 +91,76 @@ def _no_piece_crosses(model: dict) -> bool:
     return not any(SPACE_MARKER in piece.lstrip(SPACE_MARKER) for piece in model["vocab"])
 
 
+def start_ids(tokenizer: "PreTrainedTokenizerBase", document_start: DocumentStart) -> list[int]:
+    """What stands in front of every document and prompt: the BOS id, or nothing.
+
+    ``auto`` asks the tokenizer: BOS where its own call puts one in front of a text. SmolLM2 names a
+    BOS (``<|im_start|>``) that it does not add; Qwen names none.
+
+    Raises:
+        DataError: ``bos`` is wanted and the tokenizer names none.
+    """
+    bos_id = tokenizer.bos_token_id
+    if not isinstance(bos_id, int):
+        if document_start is DocumentStart.bos:
+            raise DataError(
+                f"model.document_start=bos: the tokenizer of {tokenizer.name_or_path} names no BOS "
+                "token; use model.document_start=auto (documents are then separated by EOS alone)"
+            )
+        return []
+    if document_start is DocumentStart.auto:
+        adds_bos = tokenizer("a text", add_special_tokens=True).input_ids[:1] == [bos_id]
+        return [bos_id] if adds_bos else []
+    return [bos_id] if document_start is DocumentStart.bos else []
+
+
 class DocumentTokenizer:
     """Encodes document text with a private copy of a Hugging Face tokenizer's backend.
 
-    ``vocab_size`` counts added tokens too. ``control_ids``, sorted, are the ids that text never
+    ``bos_id`` is what starts a document, None where nothing does; ``vocab_size`` is one above the
+    highest id, added tokens included. ``control_ids``, sorted, are the ids that text never
     produces: BOS, EOS and all other special tokens but the unknown one.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        document_start: DocumentStart = DocumentStart.auto,
+    ) -> None:
         name, backend = tokenizer.name_or_path, getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
-        bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if not isinstance(bos_id, int) or not isinstance(eos_id, int):
-            needed = "names no BOS or no EOS token; both are needed"
-            raise DataError(f"the tokenizer of {name} {needed}")
+        eos_id = tokenizer.eos_token_id
+        if not isinstance(eos_id, int):
+            fault = f"the tokenizer of {name} names no EOS token, which ends every document"
+            raise DataError(f"{fault}; set eos_token in its tokenizer_config.json")
         own = split_at_space_markers(flag_markers(Tokenizer.from_str(backend.to_str())))
         added = own.get_added_tokens_decoder().items()
         # Tokenizers without byte fallback give the unknown id for characters they do not have: that
         # is ordinary text.
         special = {n for n, token in added if token.special and n != tokenizer.unk_token_id}
-        control_ids = sorted(special | {bos_id, eos_id})
+        named = {tokenizer.bos_token_id} if isinstance(tokenizer.bos_token_id, int) else set()
+        starts = start_ids(tokenizer, document_start)
         self._prepare(
-            own, bos_id=bos_id, eos_id=eos_id, vocab_size=len(tokenizer), control_ids=control_ids
+            own,
+            bos_id=starts[0] if starts else None,
+            eos_id=eos_id,
+            vocab_size=max(len(tokenizer), 1 + max([eos_id, *tokenizer.get_vocab().values()])),
+            control_ids=sorted(special | named | {eos_id}),
         )
 
     def _prepare(
-        self, backend: Tokenizer, bos_id: int, eos_id: int, vocab_size: int, control_ids: list[int]
+        self,
+        backend: Tokenizer,
+        bos_id: int | None,
+        eos_id: int,
+        vocab_size: int,
+        control_ids: list[int],
     ) -> None:
         self._backend = backend
         self._backend.encode_special_tokens = True
         self.bos_id, self.eos_id, self.vocab_size = bos_id, eos_id, vocab_size
+        self.start_ids = [] if bos_id is None else [bos_id]
         self.control_ids = tuple(control_ids)
         self._is_control = np.zeros(max(vocab_size, control_ids[-1] + 1), dtype=bool)
         self._is_control[control_ids] = True
@@ -127,6 +169,11 @@ class DocumentTokenizer:
     def dtype(self) -> type[np.unsignedinteger]:
         """Type of stored ids."""
         return token_dtype(self.vocab_size)
+
+    @property
+    def num_boundary_tokens(self) -> int:
+        """What a document has beyond its text: its start and EOS."""
+        return len(self.start_ids) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without BOS and EOS."""
@@ -149,9 +196,12 @@ class DocumentTokenizer:
         return contents
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as ids with BOS in front and EOS behind; raises as ``encode_contents``."""
-        bos, eos = np.asarray([self.bos_id], self.dtype), np.asarray([self.eos_id], self.dtype)
-        return [np.concatenate([bos, ids, eos]) for ids in self.encode_contents(texts)]
+        """Each text as ids with what starts a document in front and EOS behind.
+
+        Raises as ``encode_contents``.
+        """
+        start, end = np.asarray(self.start_ids, self.dtype), np.asarray([self.eos_id], self.dtype)
+        return [np.concatenate([start, ids, end]) for ids in self.encode_contents(texts)]
 
     def token_spans(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Character span [start, end) of every token of every text, of shape [num_tokens, 2]."""
@@ -171,20 +221,54 @@ class DocumentTokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
-    """Tokenizer of a model folder.
+def load_document_tokenizer(
+    folder: Path, document_start: DocumentStart = DocumentStart.auto
+) -> DocumentTokenizer:
+    """Tokenizer of a model folder, every id of which the model embeds.
 
     Raises:
-        DataError: the folder holds no tokenizer that can be loaded, or one without BOS or EOS.
+        DataError: the folder holds no tokenizer that can be loaded, one without EOS, without the
+            BOS that is wanted, or with ids that the model does not have.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         fault = f"model.path={folder} holds no tokenizer that can be loaded: {error}"
         raise DataError(fault) from None
-    return DocumentTokenizer(tokenizer)
+    encoder = DocumentTokenizer(tokenizer, document_start)
+    embedded = ModelShape.from_folder(folder).vocabulary
+    if encoder.vocab_size > embedded:
+        highest = encoder.vocab_size - 1
+        raise DataError(
+            f"model.path={folder}: the tokenizer's highest id is {highest} "
+            f"({encoder.decode([highest])!r}), the model embeds {embedded} ids (vocab_size of "
+            f"config.json), 0 to {embedded - 1}; resize the model's embeddings, or give the "
+            "tokenizer that it was trained with"
+        )
+    return encoder
+
+
+def require_packed_alike(
+    folder: Path, rules: SegmentRules, encoder: DocumentTokenizer, document_start: DocumentStart
+) -> None:
+    """Refuse segments whose documents start or end with something else than the run's do.
+
+    Raises:
+        ArtifactError: says what they have, what the run has, and the way out.
+    """
+    for verb, packed, wanted in (
+        ("start", rules.bos_id, encoder.bos_id),
+        ("end", rules.eos_id, encoder.eos_id),
+    ):
+        if packed != wanted:
+            found, now = ("nothing" if n is None else f"id {n}" for n in (packed, wanted))
+            raise ArtifactError(
+                f"{folder}: its documents {verb} with {found}, with model.document_start="
+                f"{document_start.value} and this tokenizer they {verb} with {now}; pack again, "
+                "or set model.document_start as it was"
+            )
 
 
 def save_prepared_tokenizer(encoder: DocumentTokenizer, path: Path) -> None:

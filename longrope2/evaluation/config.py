@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks import config as long
 from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_faults
@@ -316,6 +317,7 @@ def check(config: EvaluateRoot) -> Path:
     Raises:
         ConfigError: all faults together, each naming its key.
         ArtifactError: the base model cannot be found.
+        DataError: its tokenizer cannot be used.
     """
     faults = [
         *_subject_faults(config.evaluation),
@@ -326,7 +328,9 @@ def check(config: EvaluateRoot) -> Path:
     ]
     if faults:
         raise ConfigError(faults)
-    return given_folder(config.model, config.target_len)
+    base_folder = given_folder(config.model, config.target_len)
+    load_document_tokenizer(base_folder, config.model.document_start)
+    return base_folder
 
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:

@@ -3,7 +3,8 @@
 The harness's own Hugging Face model pads batches and lets the padded length choose the RoPE of all
 rows, and it cuts prompts that are too long with a warning. Here a sequence's own length (context
 and continuation, BOS included) decides, padding is never read, and a prompt that does not fit is an
-error. Every text begins with BOS where the tokenizer has one.
+error. Every text begins with what starts a document (``model.document_start``): by default what the
+tokenizer itself adds, as in the harness's own model.
 
 Shape legend: B = rows, T = tokens, K = scored tokens, V = vocabulary.
 """
@@ -20,7 +21,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from longrope2.config import ModelConfig, SlidingWindow
+from longrope2.config import DocumentStart, ModelConfig, SlidingWindow
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import DataError
 from longrope2.evaluation.subjects import read_checkpoint_factors
 from longrope2.inference.generation import TextStream, generate_tokens, window_for_length
@@ -50,6 +52,7 @@ class LongRope2LM(TemplateLM):
         checkpoint: str | None = None,
         factors: str | None = None,
         rope: str = "none",
+        document_start: str = "auto",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -64,6 +67,7 @@ class LongRope2LM(TemplateLM):
             checkpoint: Folder of a trained checkpoint, which brings its own factors.
             factors: Factors file for the base model.
             rope: Closed-form rescaling (pi, ntk, yarn, ...), if neither of the two is given.
+            document_start: auto, bos or none, as ``model.document_start``.
             batch_size: Not used; batches are sized by tokens.
             max_batch_size: Not used.
             device: Not used; a GPU is used if there is one, which the harness does not know.
@@ -79,23 +83,30 @@ class LongRope2LM(TemplateLM):
         else:
             geometry = rope_geometry(folder, original_len)
             found = closed_form_factors(RopeMethod(rope), geometry, target_len)
-        self._set_up(load_to_run(folder, found), load_tokenizer(folder))
+        if document_start not in {rule.value for rule in DocumentStart}:
+            raise DataError(f"document_start={document_start} must be auto, bos or none")
+        rule, tokenizer = DocumentStart(document_start), load_tokenizer(folder)
+        self._set_up(load_to_run(folder, found), tokenizer, _BATCH_TOKENS, rule)
 
     @classmethod
     def around(
-        cls, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
+        cls,
+        model: WindowedModel,
+        tokenizer: Any,
+        batch_tokens: int = _BATCH_TOKENS,
+        document_start: DocumentStart = DocumentStart.auto,
     ) -> "LongRope2LM":
         """Around a model that is loaded already."""
         lm = cls.__new__(cls)
-        lm._set_up(model, tokenizer, batch_tokens)
+        lm._set_up(model, tokenizer, batch_tokens, document_start)
         return lm
 
     def _set_up(
-        self, model: WindowedModel, tokenizer: Any, batch_tokens: int = _BATCH_TOKENS
+        self, model: WindowedModel, tokenizer: Any, batch_tokens: int, document_start: DocumentStart
     ) -> None:
         TemplateLM.__init__(self)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.bos_ids = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+        self.start_ids = start_ids(tokenizer, document_start)
         self.original_len = model.factors.geometry.original_len
         self.target_len = model.factors.target_len
         self.sides: dict[tuple[str, int], set[str]] = defaultdict(set)
@@ -107,8 +118,9 @@ class LongRope2LM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id in front of a continuation without context."""
-        return self.bos_ids[0] if self.bos_ids else self.eot_token_id
+        """Id in front of a continuation without context: BOS if there is one, as the harness."""
+        bos_id = self.tokenizer.bos_token_id
+        return bos_id if isinstance(bos_id, int) else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -118,9 +130,9 @@ class LongRope2LM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids, behind BOS unless ``add_special_tokens`` is False; text never gives a special id."""
+        """Ids, behind ``start_ids`` unless ``add_special_tokens`` is False; none is special."""
         ids = self.tokenizer(string, add_special_tokens=False).input_ids
-        return ids if add_special_tokens is False else self.bos_ids + ids
+        return ids if add_special_tokens is False else self.start_ids + ids
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longrope2.config import DocumentStart
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, PromptEncoder
 from longrope2.evaluation.ruler.haystacks import NoiseHaystack, WordHaystack, texts_sha256
@@ -75,6 +76,7 @@ def needle_map_tasks(
     cache_folder: Path,
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> list[GenerationTask]:
     """One task per length: ``repeats`` times all depths; scored 1 if the value is in the answer.
 
@@ -89,7 +91,7 @@ def needle_map_tasks(
     """
     if faults := needle_map_faults(config, lengths):
         raise ConfigError(faults)
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(tokenizer, document_start)
     noise = config.haystack is MapHaystack.noise
     haystack = NoiseHaystack(encoder) if noise else WordHaystack(haystacks, encoder)
     texts = "none" if noise else texts_sha256(haystacks)

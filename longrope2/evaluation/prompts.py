@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from longrope2.config import DocumentStart
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,11 +89,15 @@ class PromptEncoder:
     """Tokenizes pieces of prompts with a private copy of a tokenizer; text gives no control id.
 
     Attributes:
-        bos_ids: The id in front of every prompt; empty if the tokenizer has no BOS.
+        bos_ids: The id in front of every prompt; empty where documents start without.
         fingerprint: SHA-256 of all that its ids depend on.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        document_start: DocumentStart = DocumentStart.auto,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             fault = f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json)"
@@ -104,7 +110,7 @@ class PromptEncoder:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.bos_ids = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+        self.bos_ids = start_ids(tokenizer, document_start)
         identity = json.dumps([self._backend.to_str(), self.bos_ids])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._anchor = self.encode_text(_ANCHOR)

@@ -162,16 +162,20 @@ def _build_measures(
     """Measures on needles and text windows, and the needle samples themselves."""
     evaluation, original_len = config.evaluation, config.model.original_len
     books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
-    documents = DocumentTokenizer(tokenizer).encode_documents([book.text for book in books])
+    encoder = DocumentTokenizer(tokenizer, config.model.document_start)
+    documents = encoder.encode_documents([book.text for book in books])
     lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
     needle, num_short = evaluation.needle, evaluation.retention.num_windows
     num_samples = len(needle.depths) * needle.samples_per_depth
-    hide = partial(build_needle_set, tokenizer, books, depths=needle.depths, seed=needle.seed)
+    drawn = {"depths": needle.depths, "seed": needle.seed}
+    start = config.model.document_start
+    hide = partial(build_needle_set, tokenizer, books, document_start=start, **drawn)
     needle_sets = [hide(length=length, num_samples=num_samples) for length in lengths]
     num_windows, scored = evaluation.perplexity.num_windows, evaluation.perplexity.scored_tokens
-    asked = {"num_windows": num_windows, "num_scored": scored, "seed": config.seed}
+    drawn = {"seed": config.seed, "num_start": len(encoder.start_ids)}
+    asked = {"num_windows": num_windows, "num_scored": scored, **drawn}
     windows = scoring.context_windows(documents, lengths, **asked)
-    short = scoring.short_windows(documents, original_len, num_windows=num_short, seed=config.seed)
+    short = scoring.short_windows(documents, original_len, num_windows=num_short, **drawn)
     measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
     measures += [scoring.perplexity_measure(windows[n], scored, *fitting) for n in lengths]
     return [*measures, scoring.retention_measure(short, *fitting)], needle_sets
@@ -233,7 +237,8 @@ def _run_suite(
             own = answering.shard_requests(requests, shard)
             given_up += _answer(config, own, log, tokenizer=tokenizer, models=models)
             if short_results is not None:
-                chosen, of = config.suite.short_tasks, {"tokenizer": tokenizer, "models": models}
+                chosen, start = config.suite.short_tasks, config.model.document_start
+                of = {"tokenizer": tokenizer, "models": models, "document_start": start}
                 found = measure_short_tasks(chosen, [subject], short_results, **of)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
@@ -285,12 +290,14 @@ def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
 
         folder, workers = Path(config.evaluation.sample_cache), config.evaluation.workers
         options: dict[str, Any] = {"cache_folder": folder, "workers": workers, "progress": advance}
+        options["document_start"] = config.model.document_start
         tasks: list[GenerationTask] = []
         if suite.needle_map is not None:
             tasks += needle_map_tasks(suite.needle_map, tokenizer, texts, lengths, **options)
         if suite.ruler is not None:
             tasks += ruler_tasks(suite.ruler, tokenizer, texts, lengths, **options)
-        return tasks + long_tasks(suite.long_tasks, PromptEncoder(tokenizer), config.target_len)
+        encoder = PromptEncoder(tokenizer, config.model.document_start)
+        return tasks + long_tasks(suite.long_tasks, encoder, config.target_len)
 
 
 def _answer(

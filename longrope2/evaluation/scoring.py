@@ -5,10 +5,11 @@ tokens after more and more context), ``retention`` (text inside the original win
 L0 are read in the short window, longer ones in the long window, as in generation. Only the
 positions that are scored pass through the LM head.
 
-A document is its token ids with BOS in front and EOS behind; windows that start inside a document
-get a BOS of their own. A window of T tokens is a document of T tokens without its closing EOS: the
-last place stays empty, because a model whose training documents all end inside the window has seen
-nothing but EOS there. Needle samples are cut the same way.
+A document is its token ids with BOS in front (nothing, if the model's documents start so) and EOS
+behind; windows that start inside a document get a BOS of their own. A window of T tokens is a
+document of T tokens without its closing EOS: the last place stays empty, because a model whose
+training documents all end inside the window has seen nothing but EOS there. Needle samples are cut
+the same way.
 
 Shape legend: B = rows, T = tokens of a row, K = scored tokens of a row, V = vocabulary.
 """
@@ -174,7 +175,7 @@ def perplexity_measure(
 def retention_measure(
     windows: Sequence[np.ndarray], original_len: int, batch_tokens: int
 ) -> Measure:
-    """Likelihood of all tokens (but each BOS) of windows of at most L0 tokens."""
+    """Likelihood of all tokens (but the first) of windows of at most L0 tokens."""
     values = partial(_text_values, windows, None, batch_tokens)
     digest, window = _data_sha256(windows), Window.SHORT
     return Measure("retention", original_len, window, data_sha256=digest, values=values)
@@ -220,12 +221,15 @@ def context_windows(
     num_windows: int,
     num_scored: int,
     seed: int,
+    num_start: int = 1,
 ) -> dict[int, list[np.ndarray]]:
     """Windows of every length that end at the same places: all lengths score the same tokens.
 
-    The window of length T shows the model the T - 2 tokens up to a place, behind a BOS: perplexity
-    differs between lengths only by what more context does. Places are spread over the documents in
-    turn and the scored tokens never overlap. A length has windows of one token less.
+    The window of length T shows the model the tokens up to a place, behind a BOS, T - 1 with it:
+    perplexity differs between lengths only by what more context does. ``num_start`` ids at the
+    front of every document are its BOS: 1, or 0 where documents start without. Places are spread
+    over the documents in turn and the scored tokens never overlap. A length has windows of one
+    token less.
 
     Raises:
         DataError: the documents that are long enough hold too few places.
@@ -250,27 +254,33 @@ def context_windows(
     windows: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
     for length, found in windows.items():
         for number, end in in_turn[:num_windows]:
-            text = documents[number][end - length + 2 : end]
-            found.append(np.concatenate([documents[number][:1], text]))
+            text = documents[number][end - length + 1 + num_start : end]
+            found.append(np.concatenate([documents[number][:num_start], text]))
     return windows
 
 
 def short_windows(
-    documents: Sequence[np.ndarray], original_len: int, *, num_windows: int, seed: int
+    documents: Sequence[np.ndarray],
+    original_len: int,
+    *,
+    num_windows: int,
+    seed: int,
+    num_start: int = 1,
 ) -> list[np.ndarray]:
     """Pieces of held-out documents, each behind a BOS and below ``original_len`` tokens.
 
     Every document is cut into consecutive pieces (a short one is one piece), and a seeded choice of
-    them is taken.
+    them is taken. ``num_start`` as in ``context_windows``; a single token has nothing to score.
 
     Raises:
         DataError: fewer pieces than asked for.
     """
-    pieces, room = [], original_len - 2
+    pieces, room = [], original_len - 1 - num_start
     for document in documents:
-        bos, body = document[:1], document[1:]
+        bos, body = document[:num_start], document[num_start:]
         firsts = range(0, len(body), room)
         pieces += [np.concatenate([bos, body[first : first + room]]) for first in firsts]
+    pieces = [piece for piece in pieces if len(piece) > 1]
     if len(pieces) < num_windows:
         raise DataError(
             f"evaluation.retention.num_windows={num_windows}: the held-out text has {len(pieces)} "

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from longrope2.config import DocumentStart
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import DataError
 from longrope2.evaluation.config import (
     LM_EVAL_SUITE,
@@ -28,6 +30,7 @@ def measure_short_tasks(
     results: ResultsLog,
     tokenizer: Any,
     models: SubjectModels,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> Iterator[Measurement]:
     """Measure every task of every subject; what ``results`` holds already is not measured again.
 
@@ -35,10 +38,12 @@ def measure_short_tasks(
         DataError: a task or its data cannot be had, a metric that the task has not, or a question
             beyond the window.
     """
+    starts = start_ids(tokenizer, document_start)
     for subject in subjects:
         for task in config.tasks:
-            fingerprint = _fingerprint(config, task, subject, str(models.dtype))
+            fingerprint = _fingerprint(config, task, subject, str(models.dtype), starts)
             make = partial(_measure, config, task, subject, models=models, tokenizer=tokenizer)
+            make = partial(make, document_start=document_start)
             place = subject.name, LM_EVAL_SUITE, 0
             yield results.measured(*place, fingerprint=fingerprint, measure=make)
 
@@ -63,6 +68,7 @@ def _measure(
     subject: Subject,
     models: SubjectModels,
     tokenizer: Any,
+    document_start: DocumentStart,
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -71,7 +77,7 @@ def _measure(
 
     lm_class: Any = LongRope2LM  # the harness's decorators hide the types of what they decorate
     run_tasks: Any = simple_evaluate
-    lm = lm_class.around(models.of(subject), tokenizer)
+    lm = lm_class.around(models.of(subject), tokenizer, document_start=document_start)
     options = {"num_fewshot": task.num_fewshot, "limit": config.limit, "bootstrap_iters": 0}
     try:
         manager = TaskManager(include_path=config.include_path)
@@ -111,7 +117,11 @@ def _values(
 
 
 def _fingerprint(
-    config: ShortTasksConfig, task: ShortTaskConfig, subject: Subject, dtype: str
+    config: ShortTasksConfig,
+    task: ShortTaskConfig,
+    subject: Subject,
+    dtype: str,
+    starts: Sequence[int],
 ) -> str:
     """Hash of everything a measurement depends on, the data set's own version aside."""
     tables = [subject.table_identity(window) for window in Window]
@@ -119,4 +129,5 @@ def _fingerprint(
     settings = {**asdict(task), **shared, "lm_eval": lm_eval_version()}
     original_len = subject.factors.geometry.original_len
     parts = [subject.weights_sha256, tables, original_len, dtype, settings]
+    parts += [] if starts else ["no BOS"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from longrope2.config import StageConfig
+from longrope2.config import DocumentStart, StageConfig
+from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.files.artifacts import describe_input, product_folder, read_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
-from longrope2.model.loading import check_model, load_windowed_model, rope_geometry
+from longrope2.model.loading import check_model, load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -74,7 +75,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
         try:
             if subject.checkpoint is not None:
                 folder = Path(subject.checkpoint)
-                factors = _own_factors(folder, base_folder, geometry, config.target_len)
+                factors = _own_factors(folder, base_folder, config)
                 sha256, source = weights_sha256(folder), {"checkpoint": describe_input(folder)}
             else:
                 rope, folder, sha256 = subject.rope or RopeConfig(), base_folder, base_weights
@@ -101,6 +102,7 @@ def find_checkpoint(
     base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
     check_model(checkpoint, config.model.original_len)
+    _check_same_start(f"{key}={checkpoint}", checkpoint, config.model.document_start)
     return checkpoint, factors
 
 
@@ -139,14 +141,27 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
         raise ArtifactError(f"{fault} (other {' and '.join(different)})")
 
 
-def _own_factors(
-    folder: Path, base_folder: Path, geometry: RopeGeometry, target_len: int
-) -> RescaleFactors:
+def _check_same_start(key: str, checkpoint: Path, wanted: DocumentStart) -> None:
+    """Refuse a checkpoint whose training documents started otherwise than prompts would now."""
+    made = read_manifest(checkpoint, "checkpoint").config.get("model", {})
+    rule = DocumentStart(made.get("document_start", wanted.value))
+    if rule is wanted:
+        return
+    tokenizer = load_tokenizer(checkpoint)
+    if start_ids(tokenizer, rule) != start_ids(tokenizer, wanted):
+        raise ArtifactError(
+            f"{key} was trained with model.document_start={rule.value}, but "
+            f"model.document_start={wanted.value} is set; set model.document_start={rule.value}"
+        )
+
+
+def _own_factors(folder: Path, base_folder: Path, config: EvaluateRoot) -> RescaleFactors:
     if not folder.is_dir():
         way_out = "run launch.train first, or leave the subject out"
         raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
-    factors = read_checkpoint_factors(folder, geometry.original_len, target_len)
+    factors = read_checkpoint_factors(folder, config.model.original_len, config.target_len)
     check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
+    _check_same_start(f"checkpoint={folder}", folder, config.model.document_start)
     return factors
 
 

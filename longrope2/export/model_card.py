@@ -168,7 +168,7 @@ class StaticCost:
 
 
 def measure_static_cost(model: WindowedModel, windows: Sequence[Tensor], text: str) -> StaticCost:
-    """Perplexity of every token but the first of ``windows``, texts within L0, BOS first, [T]."""
+    """Perplexity of every token but the first of ``windows``, texts within L0, [T]."""
     perplexities = []
     for window in (Window.SHORT, Window.LONG):
         rows = [tokens_T[None].to(model.hf.device) for tokens_T in windows]

@@ -130,11 +130,12 @@ def static_cost(export: Export) -> StaticCost | None:
     if num_windows > len(documents):
         fault = f"export.cost_windows={num_windows} must be at most {len(documents)}"
         raise ConfigError([f"{fault}, all texts there are"])
-    encoder = DocumentTokenizer(load_tokenizer(export.checkpoint))
+    tokenizer = load_tokenizer(export.checkpoint)
+    encoder = DocumentTokenizer(tokenizer, export.config.model.document_start)
     original_len, windows = export.factors.geometry.original_len, []
     for document in random.Random(export.config.seed).sample(documents, num_windows):
         ids = encoder.encode(document.text[: _CHARACTERS_PER_TOKEN * original_len])
-        windows.append(torch.tensor([encoder.bos_id, *ids][: original_len - 1]))
+        windows.append(torch.tensor((encoder.start_ids + ids)[: original_len - 1]))
     model = load_to_run(export.checkpoint, export.factors)
     return measure_static_cost(model, windows, _COST_TEXT)
 

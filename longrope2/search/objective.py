@@ -35,7 +35,7 @@ from longrope2.segments.needle_set import NeedleSet
 
 @dataclass(frozen=True, eq=False)
 class ScoredSample:
-    """Ids [T], BOS first, and the index of the first scored one, >= 1; scoring goes to the end."""
+    """Ids [T], what starts a document first, and the index of the first scored one, >= 1."""
 
     tokens: np.ndarray
     first_scored: int
@@ -52,23 +52,23 @@ def needle_samples(needles: NeedleSet) -> list[ScoredSample]:
 
 
 def cut_documents(
-    documents: Iterable[Sequence[int]], bos_id: int, length: int, num_samples: int
+    documents: Iterable[Sequence[int]], start_ids: Sequence[int], length: int, num_samples: int
 ) -> list[ScoredSample]:
-    """Long documents scored on every token: BOS and the first ``length - 1`` ids.
+    """Long documents scored on every token: ``start_ids`` and the first ids, ``length`` in all.
 
-    Those too short are joined; none serves two samples. The ids of ``documents`` come without BOS.
+    Those too short are joined; none serves two samples. ``documents`` come without ``start_ids``.
 
     Raises:
         DataError: too little text.
     """
     samples: list[ScoredSample] = []
-    joined = np.empty(0, dtype=np.int64)
+    joined, needed = np.empty(0, dtype=np.int64), length - len(start_ids)
     for document in documents:
         if len(samples) == num_samples:
             break
         joined = np.concatenate([joined, np.asarray(document, dtype=np.int64)])
-        if len(joined) >= length - 1:
-            tokens = np.concatenate([[bos_id], joined[: length - 1]])
+        if len(joined) >= needed:
+            tokens = np.concatenate([np.asarray(start_ids, dtype=np.int64), joined[:needed]])
             samples.append(ScoredSample(tokens, first_scored=1))
             joined = np.empty(0, dtype=np.int64)
     if len(samples) < num_samples:
@@ -165,10 +165,10 @@ class NeedleGuidance:
 def check_needle_labels(
     needles: NeedleSet,
     length: int,
-    bos_id: int,
+    bos_id: int | None,
     decode: Callable[[Sequence[int] | np.ndarray], str],
 ) -> None:
-    """Self-test (a): ``length`` tokens, one BOS at the front, and the whole value at the end.
+    """Self-test (a): ``length`` tokens, one BOS (if any) at the front, the whole value at the end.
 
     Raises:
         ArtifactError: a sample breaks one of these; names the sample.
@@ -179,7 +179,8 @@ def check_needle_labels(
         name, tokens = f"needle sample {number}", sample.tokens
         if len(tokens) != length:
             raise ArtifactError(f"{name} has {len(tokens)} tokens, target_len is {length}")
-        if tokens[0] != bos_id or np.count_nonzero(tokens == bos_id) != 1:
+        starts_wrong = tokens[0] != bos_id or np.count_nonzero(tokens == bos_id) != 1
+        if bos_id is not None and starts_wrong:
             raise ArtifactError(f"{name} does not hold exactly one BOS ({bos_id}), at its front")
         scored = decode(sample.through_value[sample.value_start :]).strip()
         if scored != sample.value:

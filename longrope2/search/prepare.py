@@ -10,7 +10,7 @@ from typing import Any
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.needles import build_needle_set
-from longrope2.corpora.tokenizer import DocumentTokenizer
+from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
@@ -70,6 +70,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     try:
         model_folder = given_folder(config.model, config.target_len)
         geometry = rope_geometry(model_folder, config.model.original_len)
+        load_document_tokenizer(model_folder, config.model.document_start)
         if world_size_from_environment() is None:  # ranks compare what they load
             check_model(model_folder, config.model.original_len)
         shape, parallel = ModelShape.from_folder(model_folder), config.parallel
@@ -164,9 +165,10 @@ def prepare(
     """
     search, length = config.search, _sample_len(config)
     tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
-    encoder = DocumentTokenizer(tokenizer)
+    start = config.model.document_start
+    encoder = DocumentTokenizer(tokenizer, start)
     kinds: dict[str, Any] = {"depths": search.depths, "num_keys": search.num_keys}
-    kinds |= {"num_samples": search.num_samples, "seed": config.seed}
+    kinds |= {"num_samples": search.num_samples, "seed": config.seed, "document_start": start}
     draw_needles = partial(build_needle_set, tokenizer, documents, **kinds)
     needles = None
     if search.objective is Objective.needle:
@@ -178,7 +180,7 @@ def prepare(
         # The longest first would be the same few works.
         random.Random(f"documents/{config.seed}").shuffle(documents)
         ids = (encoder.encode(document.text) for document in documents)
-        samples = objective.cut_documents(ids, encoder.bos_id, length, search.num_samples)
+        samples = objective.cut_documents(ids, encoder.start_ids, length, search.num_samples)
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
     group = workers.sequence_group

@@ -73,18 +73,23 @@ class SegmentRules:
     """What every segment of a folder has to keep.
 
     It has ``target_len`` tokens with ids below ``vocab_size``; its documents begin with ``bos_id``
-    and end with ``eos_id``. In a short segment none is longer than ``original_len``, BOS and EOS
-    included, or crosses a multiple of ``target_len / alignment``. ``control_ids`` stand nowhere
-    inside a document; BOS and EOS always belong to them.
+    (None: with their text) and end with ``eos_id``. In a short segment none is longer than
+    ``original_len``, BOS and EOS included, or crosses a multiple of ``target_len / alignment``.
+    ``control_ids`` stand nowhere inside a document; BOS and EOS always belong to them.
     """
 
     target_len: int
     original_len: int
     alignment: int
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     control_ids: tuple[int, ...] = ()
+
+    @property
+    def boundary_ids(self) -> tuple[int, ...]:
+        """What a document has beyond its content: BOS where there is one, and EOS."""
+        return (self.eos_id,) if self.bos_id is None else (self.bos_id, self.eos_id)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -283,7 +288,9 @@ def _boundary_fault(
     begun, lasts = starts[~is_padding], ends[~is_padding] - 1
     if segment.starts_mid_document:
         begun = begun[1:]
-    if not (segment.tokens[begun] == rules.bos_id).all():
+    if rules.bos_id is None:
+        begun = begun[:0]
+    elif not (segment.tokens[begun] == rules.bos_id).all():
         return "a document does not start with BOS"
     # A long segment cuts its last document, and a continued slice at its start may end before its
     # document does.
@@ -291,13 +298,13 @@ def _boundary_fault(
     may_lack_eos = {int(lasts[0]), int(lasts[-1])} if is_cut else set()
     if set(lasts[segment.tokens[lasts] != rules.eos_id].tolist()) - may_lack_eos:
         return "a document does not end with EOS"
-    inside = np.isin(segment.tokens, [rules.bos_id, rules.eos_id, *rules.control_ids])
+    inside = np.isin(segment.tokens, [*rules.boundary_ids, *rules.control_ids])
     for start, end in zip(starts[is_padding], ends[is_padding], strict=True):
         inside[start:end] = False
     # Ends are exempt only for BOS and EOS: a cut document may begin or end with any id but a
     # control id.
     boundary = np.concatenate([begun, lasts])
-    is_marker = np.isin(segment.tokens[boundary], [rules.bos_id, rules.eos_id])
+    is_marker = np.isin(segment.tokens[boundary], rules.boundary_ids)
     inside[boundary[is_marker]] = False
     if not inside.any():
         return None

@@ -15,6 +15,7 @@ import torch
 
 from longrope2.attention.kernels import AttentionKernel, choose_kernel
 from longrope2.config import find_shipped, to_plain
+from longrope2.corpora.tokenizer import load_document_tokenizer, require_packed_alike
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, describe_input, product_folder
 from longrope2.kernel_choice import KernelChoice, KernelError
@@ -297,6 +298,9 @@ def _open_segments(
     folder: Path, config: TrainRoot, model_folder: Path, missing: list[Missing]
 ) -> SegmentStore | None:
     """The packed segments, of this run's windows and tokenizer."""
+    model_is_here = all(found.what != "model" for found in missing)
+    start = config.model.document_start
+    encoder = load_document_tokenizer(model_folder, start) if model_is_here else None
     try:
         store = SegmentStore(folder)
     except ArtifactError as error:
@@ -309,11 +313,12 @@ def _open_segments(
     for name, value in wanted.items():
         if (packed := getattr(store, name)) != value:
             raise ArtifactError(f"{folder}: {name} is {packed}, this run has {value}; pack again")
-    model_is_here = all(found.what != "model" for found in missing)
     packed = store.manifest.inputs["model"]["tokenizer_sha256"]
-    if model_is_here and packed != model_identity(model_folder)["tokenizer_sha256"]:
+    if encoder is not None and packed != model_identity(model_folder)["tokenizer_sha256"]:
         fault = f"{folder} was packed with another model's tokenizer than"
         raise ArtifactError(f"{fault} model.path={config.model.path}; pack again")
+    if encoder is not None:
+        require_packed_alike(folder, store.rules, encoder, start)
     check_at_start(store)
     return store
 

@@ -87,7 +87,9 @@ def test_tokenizers_that_cannot_be_used(hugging_face, tmp_path):
     hugging_face.save_pretrained(tmp_path)
     without_eos = AutoTokenizer.from_pretrained(tmp_path)
     without_eos.eos_token = None
-    with pytest.raises(DataError, match="names no BOS or no EOS token"):
+    with pytest.raises(
+        DataError, match="names no EOS token, which ends every document; set eos_token"
+    ):
         DocumentTokenizer(without_eos)
 
 

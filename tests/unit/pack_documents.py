@@ -59,4 +59,4 @@ def table_of(folder, documents, *, documents_per_unit=7, seed=0):
                     account.num_tokens += document.num_tokens - 2
             unit.write_account(account)
             units.append(unit)
-    return load_documents(units)
+    return load_documents(units, num_boundary_tokens=2)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from longrope2.evaluation.ruler.config import RulerConfig, RulerMode
@@ -143,6 +144,9 @@ def trained(tokenizer, *, bos=True, alphabet=None):
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer.decoder = decoders.Fuse()
+    if bos:
+        start = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>"
     )

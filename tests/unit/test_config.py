@@ -7,6 +7,7 @@ import pytest
 from data_prep.config import PackConfig
 from longrope2.config import CONF_FOLDER, claim_folder, compose, dump, find_shipped, load, to_plain
 from longrope2.errors import ConfigError
+from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
 from longrope2.search.config import SearchRoot
 from longrope2.training.config import TrainRoot, check
@@ -311,3 +312,22 @@ def test_data_parallel_size_must_divide_the_group() -> None:
 def test_all_faults_come_together() -> None:
     found = check_faults(2, "training.learning_rate=-1", "target_len=100", "parallel.sequence=3")
     assert len(found) >= 3
+
+
+def test_token_counts_in_scientific_notation() -> None:
+    """Wherever the schema wants whole numbers: keys, lists, and entries of dictionaries."""
+    words = ["model=tiny", "run.name=x"]
+    quotas = ["quotas.stdlib_modules={short: 1e4, long: null}", "quotas.retrieval.long=2e3"]
+    packed = compose(PackConfig, "pack", [*words, "corpus=sample", "target_len=2.56e2", *quotas])
+    modules = packed.quotas["stdlib_modules"]
+    counts = [packed.target_len, modules.short, packed.quotas["retrieval"].long]
+    assert counts == [256, 10_000, 2000] and {type(n) for n in counts} == {int}
+    lengths = compose(
+        EvaluateRoot, "evaluate", [*words, "target_len=1e3", "evaluation.lengths=[1e2,1e3]"]
+    ).evaluation.lengths
+    assert lengths == [100, 1000] and lengths is not None and type(lengths[0]) is int
+    train = ["experiment=tiny_extend", "training.learning_rate=1e0"]
+    made = compose(TrainRoot, "train", [*train, "training.tokens=1e9"]).training
+    assert made.tokens == 10**9 and type(made.learning_rate) is float
+    with pytest.raises(ConfigError, match=r"training\.tokens"):
+        compose(TrainRoot, "train", [*train, "training.tokens=1.5"])

@@ -92,11 +92,11 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def make_checkpoint(model_folder):
-    def make(folder, method=RopeMethod.ntk, target_len=2048):
+    def make(folder, method=RopeMethod.ntk, target_len=2048, **config):
         shutil.copytree(model_folder, folder)
         factors = closed_form_factors(method, rope_geometry(model_folder, 128), target_len)
         (folder / "factors.json").write_text(factors.to_json())
-        write_manifest(folder, Manifest("checkpoint"))
+        write_manifest(folder, Manifest("checkpoint", config=config))
         return folder
 
     return make
@@ -438,3 +438,16 @@ def test_report_takes_the_run_folder(command, run_folder, checkpoint):
     assert (code, out) == (0, f"report: {run_folder / 'report.html'}\n")
     code, _, err = command("report", str(run_folder / "nothing"))
     assert code == 2 and "nothing does not exist" in err
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate"])
+def test_a_checkpoint_trained_with_other_document_starts_stops(
+    command, make_checkpoint, tmp_path, stage
+):
+    made = make_checkpoint(tmp_path / "other", model={"document_start": "none"})
+    (tmp_path / "prompt.txt").write_text("import os")
+    given = ["generate.prompt_file=" + str(tmp_path / "prompt.txt"), f"generate.checkpoint={made}"]
+    words = [f"checkpoint={made}"] if stage == "evaluate" else given
+    code, _, error = command(stage, *words)
+    assert code == 2
+    assert "was trained with model.document_start=none, but model.document_start=auto" in error

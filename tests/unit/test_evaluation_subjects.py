@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longrope2.config import ModelConfig, RunConfig
-from longrope2.errors import ArtifactError, ConfigError
+from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.evaluation import scoring
 from longrope2.evaluation.config import (
     EvaluateRoot,
@@ -140,6 +141,11 @@ def test_subjects_windows_and_scored_tokens_must_fit(make_config):
 def test_a_sound_configuration_gives_the_model_folder(make_config, base_folder):
     config = make_config(BASE)
     config.evaluation.perplexity.scored_tokens = 8
+    with pytest.raises(DataError, match="holds no tokenizer that can be loaded"):
+        check(config)
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "</s>": 2}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    tokenizer.save_pretrained(base_folder)
     assert check(config) == base_folder
 
 

@@ -86,3 +86,16 @@ def test_broken_rules_are_named(bad, words):
     with pytest.raises(DataError, match=words) as caught:
         check_segment(bad, RULES)
     assert "segment 7" in str(caught.value)
+
+
+def test_documents_that_start_with_nothing():
+    rules = dataclasses.replace(RULES, bos_id=None, control_ids=(1, 2))
+    tokens, ends = [5, 5, 2, 2, 6, 2, 5, 5, 2, 2, 2, 2], [3, 4, 6, 9, 12]
+    check_segment(segment(tokens, ends, padding=(0, 0, 0, 0, 1), num_padding=3), rules)
+    check_segment(
+        segment([5, 2, 5, 5, 2, 5, 5, 5, 5, 5, 5, 5], [2, 5, 12], window=Window.LONG, mid=True),
+        rules,
+    )
+    for tokens in ([1, 5, 5, 5, 5, 2], [2, 5, 5, 5, 5, 2]):
+        with pytest.raises(DataError, match="control id . stands inside a document .* at 0"):
+            check_segment(segment([*tokens, 5, 5, 5, 5, 5, 2], [6, 12]), rules)

@@ -169,7 +169,7 @@ def test_only_scored_positions_pass_the_head(model: WindowedModel) -> None:
 
 def test_cut_documents_joins_short_ones_and_uses_none_twice() -> None:
     documents = [[10] * 7, [11] * 3, [12] * 3, [13] * 20]
-    samples = cut_documents(documents, bos_id=1, length=6, num_samples=3)
+    samples = cut_documents(documents, [1], length=6, num_samples=3)
     assert [sample.tokens.tolist() for sample in samples] == [
         [1] + [10] * 5,
         [1, 11, 11, 11, 12, 12],
@@ -179,7 +179,7 @@ def test_cut_documents_joins_short_ones_and_uses_none_twice() -> None:
     with pytest.raises(
         DataError, match="search.num_samples=4 samples of 6 tokens are wanted.*enough for 3"
     ):
-        cut_documents(documents, bos_id=1, length=6, num_samples=4)
+        cut_documents(documents, [1], length=6, num_samples=4)
 
 
 def test_samples_hash_covers_tokens_and_scoring() -> None:

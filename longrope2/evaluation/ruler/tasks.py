@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longrope2.config import DocumentStart
 from longrope2.errors import ConfigError
 from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
 from longrope2.evaluation.ruler import counting, haystacks, niah
@@ -45,6 +46,7 @@ def ruler_tasks(
     cache_folder: Path,
     workers: int = 0,
     progress: Callable[[str, int], None] | None = None,
+    document_start: DocumentStart = DocumentStart.auto,
 ) -> list[GenerationTask]:
     """All tasks of ``config`` at all lengths, task by task.
 
@@ -70,7 +72,7 @@ def ruler_tasks(
     """
     if faults := ruler_faults(config, list(lengths)):
         raise ConfigError(faults)
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(tokenizer, document_start)
     upstream = config.mode is RulerMode.upstream
     ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, texts)
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
