@@ -126,8 +126,10 @@ def _check_exportable(base_config: str, geometry: RopeGeometry, target_len: int)
     except Exception as error:  # validation raises whatever the field's rule raises
         raise ArtifactError(f"{kind} would be refused by transformers: {_brief(error)}") from None
     hf = build_without_memory(cut_layers(accepted))
-    if fault := rotary_fault(hf, factors, Window.SHORT):
-        raise ArtifactError(f"{kind} would have {fault}")
+    for window in Window:
+        if fault := rotary_fault(hf, factors, window):
+            beyond = " beyond the original window" if window is Window.LONG else ""
+            raise ArtifactError(f"{kind} would have {fault}{beyond}")
 
 
 def rotary_fault(hf: Any, factors: RescaleFactors, window: Window) -> str | None:
@@ -135,6 +137,8 @@ def rotary_fault(hf: Any, factors: RescaleFactors, window: Window) -> str | None
     rotary = hf.base_model.rotary_emb
     if rotary.inv_freq.is_meta:
         rotary = type(rotary)(hf.config)
+        if window is Window.LONG:  # transformers switches by the last position
+            rotary(torch.zeros(1, 1, 1), torch.tensor([[factors.geometry.original_len]]))
     found_I, wanted_I = rotary.inv_freq.cpu().float(), factors.inverse_frequencies(window).cpu()
     if found_I.shape != wanted_I.shape:
         return f"{2 * len(found_I)} rotated channels, not {2 * len(wanted_I)} (rope_parameters)"

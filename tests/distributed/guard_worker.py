@@ -30,19 +30,19 @@ MAX_NORM = 1e4
 plain_loss = windowed.token_loss_sum
 
 
-def nan_loss(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
-    return plain_loss(hidden_TH, head_VH, labels_T) * float("nan")
+def nan_loss(hidden_TH: Tensor, *parts: Tensor, **options: Any) -> Tensor:
+    return plain_loss(hidden_TH, *parts, **options) * float("nan")
 
 
-def huge_loss(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
-    return plain_loss(hidden_TH, head_VH, labels_T) * 1e6
+def huge_loss(hidden_TH: Tensor, *parts: Tensor, **options: Any) -> Tensor:
+    return plain_loss(hidden_TH, *parts, **options) * 1e6
 
 
-def infinite_gradient(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor) -> Tensor:
+def infinite_gradient(hidden_TH: Tensor, *parts: Tensor, **options: Any) -> Tensor:
     """An ordinary loss whose gradient overflows."""
     poisoned_TH = hidden_TH.clone()
     poisoned_TH.register_hook(lambda gradient_TH: gradient_TH * float("inf"))
-    return plain_loss(poisoned_TH, head_VH, labels_T)
+    return plain_loss(poisoned_TH, *parts, **options)
 
 
 def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:

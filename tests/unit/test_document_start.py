@@ -26,6 +26,7 @@ from longrope2.evaluation.needle_map import NeedleMapConfig, needle_map_tasks
 from longrope2.evaluation.ruler.config import RulerConfig
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.scoring import context_windows, short_windows
+from longrope2.inference import generation
 from longrope2.inference.generation import GenerateRoot
 from longrope2.model.loading import load_tokenizer
 from longrope2.search import prepare
@@ -188,7 +189,7 @@ def test_prompts_of_ruler_and_the_needle_map_without_bos(tmp_path: Path) -> None
 def test_generation_starts_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     monkeypatch.setattr(
-        generate, "generate_tokens", lambda model, ids, **options: given.append(ids) or iter(())
+        generation, "generate_tokens", lambda model, ids, **options: given.append(ids) or iter(())
     )
     model = SimpleNamespace(
         factors=SimpleNamespace(geometry=SimpleNamespace(original_len=128), target_len=256)

@@ -44,7 +44,7 @@ def written(tmp_path: Path, **settings: Any) -> Path:
         ({"layer_types": ["chunked_attention"] * 2}, "such layers choose the keys"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: training draws no dropout"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
-        ({"text_config": {"vocab_size": 3}}, "has a text_config: llama wraps"),
+        ({"text_config": {"vocab_size": 3}}, "text_config: llama wraps a language model"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
          "its rotary frequencies are not 10000"),
         ({"hidden_size": "much"}, "transformers refuses this config.json"),
