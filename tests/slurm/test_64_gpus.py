@@ -89,8 +89,7 @@ def test_the_doctor_comes_first_on_every_node_and_one_process_composes(calls: tu
     """Node checks, their comparison, the network over all nodes, one composition, the ranks."""
     made = calls[1]
     words = [
-        call[2] if call[1] == "launch.doctor" else call[1].removeprefix("launch.")
-        for _, call in made
+        call[2] if call[1] == "launch.doctor" else call[1].rpartition(".")[2] for _, call in made
     ]
     words = [
         "ranks" if "launch.train" in call and call[1] == "launch.cluster.node_agent" else word
