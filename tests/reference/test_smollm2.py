@@ -110,7 +110,8 @@ def test_a_needle_sample_of_131072_tokens_is_exact(folder, depth):
     ]
     cut = round(depth * len(haystack))
     tail = [i for piece in pieces[2:] for i in piece]
-    expected = [1, *pieces[0], *haystack[:cut], *pieces[1], *haystack[cut:], *tail, 2]
+    # SmolLM2 names a BOS that its tokenizer does not put in front of a text: none stands there.
+    expected = [*pieces[0], *haystack[:cut], *pieces[1], *haystack[cut:], *tail, 2]
     assert len(sample.record["books"]) > 1 and len(expected) == length
     assert np.array_equal(sample.tokens, expected)
     assert tokenizer.decode(sample.through_value[sample.value_start :]) == f" {sample.value}"
