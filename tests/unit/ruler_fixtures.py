@@ -152,10 +152,16 @@ def trained(tokenizer, *, bos=True, alphabet=None):
     )
 
 
+def start_of(tokenizer):
+    """What the tokenizer itself puts in front of a text."""
+    first = tokenizer.encode("x", add_special_tokens=False)[0]
+    whole = tokenizer.encode("x")
+    return whole[: whole.index(first)]
+
+
 def prompt_text(tokenizer, sample):
-    """The prompt without BOS, decoded."""
-    ids = sample.prompt_T.tolist()
-    return tokenizer.decode(ids[1:] if tokenizer.bos_token_id is not None else ids)
+    """The prompt without what starts it, decoded."""
+    return tokenizer.decode(sample.prompt_T.tolist()[len(start_of(tokenizer)) :])
 
 
 def oracle(task, text):

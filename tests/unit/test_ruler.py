@@ -46,7 +46,7 @@ def check_tasks(tasks, tokenizer, *, least_fill):
         ]
         assert suite_score(right) == 100.0, (task.name, task.length)
         assert suite_score([task.score(sample, "") for sample in task.samples]) == 0.0
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        bos = fixtures.start_of(tokenizer)
         for sample in task.samples:
             total = len(sample.prompt_T) + sample.max_new_tokens
             assert least_fill * task.length <= total <= task.length, (task.name, task.length, total)
