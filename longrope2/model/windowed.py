@@ -34,19 +34,28 @@ class WindowedRotary(nn.Module):
         self.window, self._arrangement = Window.SHORT, arrangement
         self.set_factors(factors)
 
-    def set_factors(self, factors: RescaleFactors) -> None:
-        """Replace both tables."""
-        self._tables_I = {window: factors.inverse_frequencies(window) for window in Window}
-        self._scales = {window: factors.attention_scale(window) for window in Window}
+    def set_factors(self, *factors: RescaleFactors) -> None:
+        """Replace both tables: one RoPE for all rows, or one for each."""
+        self._tables_B1I = {
+            window: torch.stack([each.inverse_frequencies(window) for each in factors])[:, None]
+            for window in Window
+        }
+        self._scales_B11 = {
+            window: torch.tensor([each.attention_scale(window) for each in factors])[:, None, None]
+            for window in Window
+        }
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions [B, T], each [B, T, R] in ``x``'s dtype; float32 angles."""
-        table_I = self._tables_I[self.window] = self._tables_I[self.window].to(x.device)
-        angles_BTI = position_ids[..., None].float() * table_I
+        for tables in (self._tables_B1I, self._scales_B11):
+            tables[self.window] = tables[self.window].to(x.device)
+        angles_BTI = position_ids[..., None].float() * self._tables_B1I[self.window]
         angles_BTR = self._arrangement.spread(angles_BTI)
-        scale = self._scales[self.window]
-        return (angles_BTR.cos() * scale).to(x.dtype), (angles_BTR.sin() * scale).to(x.dtype)
+        scale_B11 = self._scales_B11[self.window]
+        return (angles_BTR.cos() * scale_B11).to(x.dtype), (angles_BTR.sin() * scale_B11).to(
+            x.dtype
+        )
 
 
 class WindowedModel(nn.Module):
@@ -68,10 +77,13 @@ class WindowedModel(nn.Module):
         hf.base_model.rotary_emb = self.rotary
         self.factors = factors
 
-    def set_factors(self, factors: RescaleFactors) -> None:
-        """Swap the rescale factors; the weights stay."""
+    def set_factors(self, factors: RescaleFactors, *others: RescaleFactors) -> None:
+        """Swap the rescale factors; the weights stay.
+
+        With ``others``, every row of the forwards that follow has factors of its own, in order.
+        """
         self.factors = factors
-        self.rotary.set_factors(factors)
+        self.rotary.set_factors(factors, *others)
 
     def use_window(self, window: Window) -> None:
         """Select the rotary table for the plain ``self.hf(...)`` calls that follow.

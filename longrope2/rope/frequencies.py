@@ -85,7 +85,7 @@ def theoretical_critical_index(geometry: RopeGeometry) -> int:
 
     In [0, d/2]; d/2 means that every dimension completes a turn, so none is out of distribution.
     """
-    return _index_with_turns(geometry, turns=1)
+    return _first_below(geometry, turns=1)
 
 
 def ten_period_index(geometry: RopeGeometry) -> int:
@@ -93,15 +93,15 @@ def ten_period_index(geometry: RopeGeometry) -> int:
 
     ceil((d/2) log_b(L0 / (10 * 2 pi)))  [sec. 3.2, Algorithm 1]; in [0, d/2].
     """
-    return _index_with_turns(geometry, turns=10)
+    return _first_below(geometry, turns=10)
 
 
-def _index_with_turns(geometry: RopeGeometry, turns: int) -> int:
+def _first_below(geometry: RopeGeometry, turns: int) -> int:
     """First index whose period exceeds L0 / turns, clipped to the existing indices."""
-    return min(max(math.ceil(_fractional_index(geometry, turns)), 0), geometry.num_frequencies)
+    return min(max(math.ceil(index_with_turns(geometry, turns)), 0), geometry.num_frequencies)
 
 
-def _fractional_index(geometry: RopeGeometry, turns: float) -> float:
+def index_with_turns(geometry: RopeGeometry, turns: float) -> float:
     """The real-valued cosine index that completes ``turns`` turns inside L0."""
     window_ratio = geometry.original_len / (turns * 2 * math.pi)
     return geometry.num_frequencies * math.log(window_ratio) / math.log(geometry.rope_base)
@@ -157,13 +157,23 @@ def yarn_ramp(
     Turns are counted in the geometry's original length. ``rounded`` rounds both ends outward to
     whole indices (``truncate`` of transformers).
     """
-    low, high = _fractional_index(geometry, beta_fast), _fractional_index(geometry, beta_slow)
+    low, high = yarn_ends(geometry, beta_fast, beta_slow, rounded)
+    return _ramp(low, high - low, scale, geometry.num_frequencies)
+
+
+def yarn_ends(
+    geometry: RopeGeometry,
+    beta_fast: float = YARN_BETA_FAST,
+    beta_slow: float = 1.0,
+    rounded: bool = True,
+) -> tuple[float, float]:
+    """Cosine indices where YaRN's ramp begins and ends; see ``yarn_ramp``."""
+    low, high = (index_with_turns(geometry, turns) for turns in (beta_fast, beta_slow))
     if rounded:
         low, high = math.floor(low), math.ceil(high)
     # The upper clip is transformers' own, twice too far.
     low, high = max(low, 0), min(high, geometry.rotary_dim - 1)
-    width = high - low if high != low else 0.001
-    return _ramp(low, width, scale, geometry.num_frequencies)
+    return low, high if high != low else low + 0.001
 
 
 def yarn_ramp_to_index(geometry: RopeGeometry, scale: float, end: int) -> tuple[float, ...]:
@@ -171,7 +181,7 @@ def yarn_ramp_to_index(geometry: RopeGeometry, scale: float, end: int) -> tuple[
 
     Where c lies at or below that beginning nothing is left of the ramp: 1 below c, s from it on.
     """
-    low = max(math.floor(_fractional_index(geometry, YARN_BETA_FAST)), 0)
+    low = max(math.floor(index_with_turns(geometry, YARN_BETA_FAST)), 0)
     below = _ramp(low, max(end - low, 1), scale, end)
     return (*below, *[scale] * (geometry.num_frequencies - end))
 
