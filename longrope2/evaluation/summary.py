@@ -14,7 +14,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from longrope2.evaluation import schema, statistics
+from longrope2 import statistics
+from longrope2.evaluation import schema
 from longrope2.evaluation.answering import NotMeasured, sample_key
 from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
 from longrope2.evaluation.results import Answer, AnswersLog, Measurement

@@ -3,7 +3,7 @@
 import html
 
 from longrope2.evaluation.schema import Cell, SuiteSummary
-from longrope2.evaluation.statistics import score_interval
+from longrope2.statistics import score_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
 from longrope2.report.html import heat_map, interval, table
 from longrope2.report.paper import TableCell, paper_tables

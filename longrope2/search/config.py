@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from longrope2.config import StageConfig
 from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.needles import Haystack, Wording
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.tracking.metrics import TrackingConfig
 
@@ -14,6 +15,8 @@ class Algorithm(StrEnum):
 
     longrope2 = "longrope2"
     """Critical index, and factors from it up within the bound [LongRoPE2, Algorithms 1, 2]."""
+    halving = "halving"
+    """Successive halving over a family of six numbers that holds every closed form (our own)."""
     longrope = "longrope"
     """First generation: every factor from 1 up, no bound, no critical index [arXiv 2402.13753]."""
 
@@ -52,7 +55,8 @@ class SearchConfig:
     """The evolutionary search of LongRoPE2 [arXiv 2502.20082, Algorithms 1 and 2]."""
 
     algorithm: Algorithm = Algorithm.longrope2
-    """``longrope2`` (the method) or ``longrope`` (use ``search=longrope`` for all its settings)."""
+    """``longrope2`` (the method); ``halving`` and ``longrope`` with the settings of
+    ``search=halving`` and ``search=longrope``."""
     objective: Objective = Objective.needle
     """``needle`` (the method) or ``perplexity`` (ablation)."""
     dims: SearchedDims = SearchedDims.tail
@@ -80,14 +84,33 @@ class SearchConfig:
     """Largest factor over s = target_len / original_len; LongRoPE2 2, LongRoPE 1.25."""
     grid: float = 0.01
     """Step between the factors that can be chosen; 1 / grid must be a whole number."""
+    highest_attention_scale: float | None = 1.0
+    """Largest attention scale of the long window that is tried; 1 (the paper) fixes it at 1, null
+    allows twice what YaRN adds, 1 + 0.2 ln s."""
     num_samples: int = 10
-    """Samples of the target length that every candidate is judged by, >= 1."""
+    """Samples of each length that every candidate is judged by, >= 1."""
+    lengths: list[float] = field(default_factory=lambda: [1.0])
+    """Lengths of the samples over the target length, in (0, 1]; all count alike."""
     depths: list[float] = field(default_factory=lambda: [0.0])
     """Where the needle stands, used in turn: 0 the start of the document (the paper), 1 its end."""
+    haystack: Haystack = Haystack.books
+    """``books`` (held-out text, the paper) or ``noise`` (RULER's repeated sentences)."""
+    wording: Wording = Wording.auto
+    """``paper`` (its Appendix C), ``short`` (the miniature's), or ``auto``: short below an original
+    window of 2,048 tokens."""
+    clip_losses: bool = False
+    """True counts no token's loss above that of guessing digits: how sure a wrong answer is does
+    not rank candidates (needle objective)."""
+    confidence: float = 0.95
+    """``halving``: a candidate is dropped when it is behind the best with this confidence."""
+    fresh_samples: int = 32
+    """Fresh samples with the needle at the start, and as many at spread depths, that the result
+    is compared with every closed form on; even; 0 leaves the comparison out, and says so."""
     num_keys: int | None = None
     """Distinct needle keys, used in turn (the released data has one); null: one for each sample."""
-    batch_size: int = 1
-    """Samples in one forward pass, >= 1."""
+    batch_size: int | None = None
+    """Samples (``halving``: or candidates) in one forward pass; null: on a GPU as many as its
+    memory holds, else 1."""
     pruning: Pruning = Pruning.exact
     """``exact`` stops a candidate once it cannot be kept any more: the same result, sooner.
     ``racing`` also stops those behind so far: cheaper, may differ. ``none`` evaluates all."""
@@ -97,13 +120,16 @@ class SearchConfig:
     """``racing``: a candidate stops when its loss exceeds that of the worst one kept before, on
     the same samples, by more than this share, >= 0."""
     max_needle_ppl_at_original: float = 3.0
-    """A needle search is refused above this perplexity in the original window (10 is guessing)."""
+    """A needle search is refused above this perplexity in the original window."""
     projected_gpus: int = 8
     """GPUs that the printed cost is projected to."""
     projected_tflops: float = 125.0
     """Sustained TFLOP/s of one of them; the default is 40 % of an A100's 312 in bf16."""
     min_needle_loss_gain: float = 0.5
     """Nats per token: a needle search is refused if the needle lowers the value's loss by less."""
+    min_needle_loss_gain_at_target: float | None = 0.5
+    """The same at the target length under the best starting candidate: below, the objective cannot
+    rank candidates; null does not ask."""
 
 
 @dataclass
@@ -128,15 +154,23 @@ def most_candidates(search: SearchConfig) -> int:
 
 def search_faults(search: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
-    positive = ("population", "parents", "num_samples", "batch_size", "projected_gpus")
+    positive = ("population", "parents", "num_samples", "projected_gpus")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
-    least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
+    least |= dict.fromkeys(("iterations", "crossovers", "racing_margin", "fresh_samples"), 0)
     num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
     rules = [(key, getattr(search, key) >= least[key], f"at least {least[key]}") for key in least]
     rules += [
         ("parents", search.parents <= size, f"at most search.population={size}"),
         ("mutations", (search.mutations or 0) >= 0, "null (one per parent) or at least 0"),
         ("num_keys", num_keys >= 1, "null (a key for every sample) or at least 1"),
+        ("batch_size", (search.batch_size or 1) >= 1, "null (as many as fit) or at least 1"),
+        ("fresh_samples", search.fresh_samples % 2 == 0, "even: one half chooses, one reports"),
+        ("confidence", 0.5 < search.confidence < 1, "above 0.5 and below 1"),
+        (
+            "highest_attention_scale",
+            1 <= (search.highest_attention_scale or 1) <= 2,
+            "null (1 + 0.2 ln s) or from 1 to 2",
+        ),
         ("mutation_probability", 0 < search.mutation_probability <= 1, "above 0 and at most 1"),
         ("critical_move_probability", 0 <= search.critical_move_probability <= 1, "from 0 to 1"),
         ("projected_tflops", search.projected_tflops > 0, "above 0"),
@@ -152,6 +186,11 @@ def search_faults(search: SearchConfig) -> list[str]:
         faults.append(fault)
     if not search.depths or not all(0 <= depth <= 1 for depth in search.depths):
         faults.append(f"search.depths={list(search.depths)}: give one or more numbers from 0 to 1")
+    if not search.lengths or not all(0 < length <= 1 for length in search.lengths):
+        allowed = "give one or more shares of the target length, above 0 and at most 1"
+        faults.append(f"search.lengths={list(search.lengths)}: {allowed}")
+    elif 1.0 not in search.lengths or len(set(search.lengths)) < len(search.lengths):
+        faults.append(f"search.lengths={list(search.lengths)}: 1 must be among them, none twice")
     return faults + _contradictions(search)
 
 
@@ -165,6 +204,13 @@ def _contradictions(search: SearchConfig) -> list[str]:
     if search.short_window_of is not None and not rescales_short:
         only = "search.short_window_of: only LongRoPE rescales the short window"
         faults.append(f"{only}; use search=longrope with it")
+    is_halving = search.algorithm is Algorithm.halving
+    if is_halving and (search.critical is not None or search.dims is SearchedDims.all):
+        given = "search.critical and search.dims=all belong to search.algorithm=longrope2"
+        faults.append(f"{given}; search.algorithm=halving has neither")
+    if search.clip_losses and search.objective is Objective.perplexity:
+        fault = "search.clip_losses=true: the level of guessing is known for needle values only"
+        faults.append(f"{fault}; use it with search.objective=needle")
     if is_longrope and search.dims is not SearchedDims.all:
         given = f"search.dims={search.dims.value}"
         faults.append(f"{given}: search.algorithm=longrope searches all; use search=longrope")

@@ -10,15 +10,43 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from longrope2.rope.factors import RescaleFactors
 from longrope2.search.journal import Journal, factors_key
 from longrope2.search.objective import perplexity
-from longrope2.search.workers import Score
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known about some factors.
+
+    Attributes:
+        loss_sum: Summed loss over the samples looked at; infinite when a loss was not finite.
+        is_complete: Whether that is the sum over all samples (an infinite sum always is).
+        num_losses: Samples looked at, whether computed or taken from the journal.
+        batch_losses: Summed loss of each batch looked at, by its number.
+    """
+
+    loss_sum: float
+    is_complete: bool
+    num_losses: int
+    batch_losses: dict[int, float] = field(default_factory=dict)
+
+    def to_numbers(self) -> list[float]:
+        """A list that ``from_numbers`` turns back into an equal value."""
+        pairs = [number for pair in self.batch_losses.items() for number in pair]
+        return [self.loss_sum, self.is_complete, self.num_losses, *pairs]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float]) -> "Score":
+        """Read what ``to_numbers`` wrote."""
+        loss_sum, is_complete, num_losses, *pairs = numbers
+        batches = {int(batch): loss for batch, loss in zip(pairs[::2], pairs[1::2], strict=True)}
+        return cls(loss_sum, bool(is_complete), int(num_losses), batches)
 
 
 class BatchLosses(Protocol):

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 
 from longrope2.errors import FactorsError
+from longrope2.rope.factors import RescaleFactors
 from longrope2.search.config import Pruning, SearchConfig
-from longrope2.search.evaluator import Evaluator, Race
+from longrope2.search.evaluator import Evaluator, Race, Score
 from longrope2.search.space import Candidate, SearchSpace
-from longrope2.search.workers import Score, Workers
+from longrope2.search.workers import Workers
 
 # Draws for one new candidate before the space counts as exhausted around its parent.
 _MAX_ATTEMPTS = 100
@@ -188,6 +189,7 @@ class Evolution:
         num_candidates: Distinct candidates evaluated so far.
         num_terminated: Those of them stopped early.
         num_losses: Sample losses looked at for them.
+        best_start: The best of the first population; None while that is evaluated.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class Evolution:
         self.kept: list[Ranked] = []
         self.rounds: list[Round] = []
         self.num_candidates = self.num_terminated = self.num_losses = 0
+        self.best_start: RescaleFactors | None = None
         self.space, self.config, self.evaluator = space, config, evaluator
         self._seed, self._workers = seed, workers or Workers()
         self._batch_losses: dict[Candidate, dict[int, float]] = {}
@@ -228,6 +231,7 @@ class Evolution:
             yield from self._evaluate_all(population, f"round/{iteration}")
             seen.update(population)
             self._close_round(iteration)
+            self.best_start = self.best_start or self.space.to_factors(self.best.candidate)
             if iteration == config.iterations:
                 return
             parents = [ranked.candidate for ranked in self.kept]
@@ -242,17 +246,17 @@ class Evolution:
         waiting: list[Candidate] = []  # evaluated, not yet yielded
 
         def bound() -> float:
-            waiting.extend(self._take(population[task], score) for task, score in queue.news())
+            waiting.extend(self._take(population[task], result) for task, result in queue.news())
             full = len(self.kept) == self.config.parents
             return self.kept[-1].loss_sum if full else math.inf
 
         while (task := queue.claim()) is not None:
             factors = self.space.to_factors(population[task])
-            queue.publish(task, self.evaluator.evaluate(factors, bound, race))
+            queue.publish(task, self.evaluator.evaluate(factors, bound, race).to_numbers())
             bound()
             yield from waiting
             waiting.clear()
-        yield from (self._take(population[task], score) for task, score in queue.remaining())
+        yield from (self._take(population[task], result) for task, result in queue.remaining())
 
     def _race(self) -> Race | None:
         """The race of a round, against the worst candidate kept; none while there is room."""
@@ -263,8 +267,9 @@ class Evolution:
         worst = self._batch_losses[self.kept[-1].candidate]
         return Race.against(worst, config.racing_margin, least_batches)
 
-    def _take(self, candidate: Candidate, score: Score) -> Candidate:
+    def _take(self, candidate: Candidate, result: list[float]) -> Candidate:
         """Account for an evaluated candidate, and keep it if it is among the best."""
+        score = Score.from_numbers(result)
         if score.is_complete and score.loss_sum < math.inf:
             self.kept.append(Ranked(score.loss_sum, candidate))
             self.kept = sorted(self.kept)[: self.config.parents]

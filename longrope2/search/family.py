@@ -12,8 +12,11 @@ angle per token.
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+import torch
 
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import (
@@ -30,6 +33,7 @@ _BAND_TURNS = (4.0, 1.0)
 # Largest level, slope and weight of YaRN's attention scale that are drawn.
 _LEVELS, _MOST_SLOPE, _MOST_SCALE_WEIGHT = (0.8, 2.0), 0.6, 2.0
 _NARROWEST_RISE = 0.5
+_OTHER_RISE = 0.2  # chance of a draw around a shape to change its form
 
 
 class Rise(StrEnum):
@@ -116,3 +120,79 @@ def closed_form_shape(method: RopeMethod, geometry: RopeGeometry, target_len: in
         case _:  # changes of base, which never end: lambda_i = r^(i / H)
             base_ratio = exact.factors[-1] ** (half / (half - 1))
             return Shape(Rise.power, 0.0, float(half), level=base_ratio / exact.scale)
+
+
+def closed_form_shapes(geometry: RopeGeometry, target_len: int) -> list[Shape]:
+    """Where a search starts: every closed form, as it is and with YaRN's attention scale."""
+    scale = yarn_attention_scale(geometry.scale_to(target_len))
+    own = [closed_form_shape(method, geometry, target_len) for method in CLOSED_FORMS]
+    return list(dict.fromkeys([*own, *(replace(s, attention_scale=scale) for s in own)]))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where shapes are drawn for a geometry and a target.
+
+    Attributes:
+        last_index: Largest ``start`` and, but for one, ``end``: the theoretical critical index.
+        highest_attention_scale: From 1 up to there; 1 is not searched.
+    """
+
+    last_index: int
+    highest_attention_scale: float
+
+    @classmethod
+    def of(
+        cls, geometry: RopeGeometry, target_len: int, highest_attention_scale: float | None
+    ) -> "Limits":
+        """Limits for a model and a target; None allows twice what YaRN adds to 1."""
+        most = yarn_attention_scale(geometry.scale_to(target_len), _MOST_SCALE_WEIGHT)
+        highest = most if highest_attention_scale is None else highest_attention_scale
+        return cls(max(theoretical_critical_index(geometry), 1), highest)
+
+    def draw(self, rise: Rise, unit_5: Sequence[float]) -> Shape:
+        """The shape at a point of the unit cube."""
+        last, (a, b, c, d, e) = self.last_index, unit_5
+        start = a * (last - _NARROWEST_RISE)
+        first_end = start + _NARROWEST_RISE
+        lowest, highest = _LEVELS
+        return _rounded(
+            rise,
+            start=start,
+            end=first_end + b * (last + 1 - first_end),
+            level=lowest + c * (highest - lowest),
+            slope=d * _MOST_SLOPE,
+            attention_scale=1 + e * (self.highest_attention_scale - 1),
+        )
+
+    def near(self, shape: Shape, width: float, rng: random.Random) -> Shape:
+        """A shape around another: every number moves by a normal draw of ``width`` of its range.
+
+        One in five takes another rise.
+        """
+
+        def moved(value: float, span: float, low: float, high: float) -> float:
+            return min(max(value + rng.gauss(0, 1) * width * span, low), high)
+
+        last, highest = self.last_index, self.highest_attention_scale
+        start = moved(shape.start, last, -1.0, last)
+        return _rounded(
+            rng.choice(list(Rise)) if rng.random() < _OTHER_RISE else shape.rise,
+            start=start,
+            end=max(moved(shape.end, last, 0.0, 2.0 * last), start + _NARROWEST_RISE),
+            level=shape.level * math.exp(rng.gauss(0, 1) * width * math.log(_LEVELS[1])),
+            slope=moved(shape.slope, _MOST_SLOPE, 0.0, 2 * _MOST_SLOPE),
+            attention_scale=moved(shape.attention_scale, highest - 1, 1.0, highest),
+        )
+
+
+def draw_shapes(limits: Limits, num: int, seed: int) -> list[Shape]:
+    """Shapes spread evenly over the limits (scrambled Sobol points), rises in turn."""
+    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=seed).draw(num)
+    rises = list(Rise)
+    return [limits.draw(rises[n % len(rises)], row) for n, row in enumerate(points.tolist())]
+
+
+def _rounded(rise: Rise, **numbers: float) -> Shape:
+    """A shape whose numbers have four digits: they are read and compared by people."""
+    return Shape(rise, **{name: round(number, 4) for name, number in numbers.items()})

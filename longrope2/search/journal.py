@@ -3,12 +3,14 @@
 JSON lines. The first names what the losses depend on; each further one holds the losses of one
 batch of samples under one set of factors, flushed as soon as they are known; ``null`` is one that
 was not finite. Every worker appends to a file of its own (``journal.jsonl``, ``journal.1.jsonl``,
-...) and reads them all when it starts: a later run may have more or fewer workers.
+...) and reads them all when it starts: a later run may have more or fewer workers. The losses on
+fresh samples are in files of their own, ``fresh.jsonl`` and so on.
 """
 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.rope.factors import RescaleFactors
 
 _VERSION = 2
-_JOURNAL_FILE = "journal.jsonl"
+_SEARCH = "journal"
+FRESH = "fresh"
 _IN_USE = "is in use by another search; wait for it, or end it"
 
 
@@ -33,11 +36,17 @@ class Journal:
     """Losses by factors and batch, in memory and on disk; use it in ``with``.
 
     Attributes:
-        num_losses: Sample losses known: those found in the files and those added since.
+        num_losses_by_batch: Sample losses known: those found in the files and those added since.
     """
 
     def __init__(
-        self, folder: Path, header: Mapping[str, Any], worker: int = 0, writes: bool = True
+        self,
+        folder: Path,
+        header: Mapping[str, Any],
+        worker: int = 0,
+        writes: bool = True,
+        *,
+        name: str = _SEARCH,
     ) -> None:
         """Open or start the journal of a worker, and read those of all.
 
@@ -46,13 +55,15 @@ class Journal:
             header: What the losses depend on; plain JSON values.
             worker: Number of this worker; 0 has ``journal.jsonl``.
             writes: False for the processes of a worker that leave writing to another one.
+            name: First part of the files' names.
 
         Raises:
             ArtifactError: a journal is in use, damaged, or of another search.
         """
         self._losses: dict[str, dict[int, list[float]]] = {}
-        self.num_losses = 0
-        path = folder / (f"journal.{worker}.jsonl" if worker else _JOURNAL_FILE)
+        self.num_losses_by_batch: Counter[int] = Counter()
+        self._name = name
+        path = folder / (f"{name}.{worker}.jsonl" if worker else f"{name}.jsonl")
         self._log = AppendLog(path, in_use=_IN_USE) if writes else None
         try:
             self._read_all(folder, json.loads(json.dumps(dict(header))))
@@ -61,6 +72,11 @@ class Journal:
         except BaseException:
             self.__exit__()
             raise
+
+    @property
+    def num_losses(self) -> int:
+        """Sample losses known."""
+        return self.num_losses_by_batch.total()
 
     def losses(self, factors: RescaleFactors) -> dict[int, list[float]]:
         """Known losses under these factors, by batch; infinite where the loss was not finite."""
@@ -82,7 +98,7 @@ class Journal:
             self._log.close()
 
     def _read_all(self, folder: Path, header: dict[str, Any]) -> None:
-        for path in sorted(folder.glob("journal*.jsonl")):
+        for path in sorted(folder.glob(f"{self._name}*.jsonl")):
             records = read_log(path)
             if records:
                 self._check_header(path, records[0], header)
@@ -110,4 +126,4 @@ class Journal:
         known = self._losses.setdefault(key, {})
         if batch not in known:
             known[batch] = losses
-            self.num_losses += len(losses)
+            self.num_losses_by_batch[batch] += len(losses)

@@ -1,15 +1,26 @@
 """What stands before a search: its faults, its plan in words, and its samples and model, tested."""
 
+import math
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
-from longrope2.corpora.needles import build_needle_set
+from longrope2.corpora.corpus import Document
+from longrope2.corpora.needles import (
+    Haystack,
+    build_needle_set,
+    choose_wording,
+    guess_perplexity,
+    halve_documents,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
@@ -24,34 +35,47 @@ from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search import config as settings
-from longrope2.search import objective
-from longrope2.search.config import Objective, SearchConfig, SearchRoot
-from longrope2.search.objective import NeedleGuidance, SampleLosses
+from longrope2.search import selftests
+from longrope2.search.config import Algorithm, Objective, SearchConfig, SearchRoot
+from longrope2.search.confirm import MOST_FOUND
+from longrope2.search.family import Limits
+from longrope2.search.halving import most_halving_forwards
+from longrope2.search.objective import SampleLosses, ScoredSample, cut_documents, needle_samples
+from longrope2.search.selftests import Control, NeedleGuidance
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Workers
 from longrope2.segments.needle_set import NeedleSet
 
 NEEDLES_FILE = "needles.arrow"
+FRESH_FILE = "fresh_needles.arrow"
 SECONDS_PER_HOUR = 3600.0
+# Tokens of one forward that leave no part of a GPU idle.
+_FULL_FORWARD = 131_072
+# Where the needles of the other half of the fresh samples stand.
+_FRESH_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
 class PreparedSearch:
     """What a search works on, after the self-tests.
 
-    A sample has ``sample_len`` tokens: L, or L0 for the short window's factors, which go with the
-    given ``long_factors``. The plain-perplexity objective has neither guidance nor needles.
-    ``inputs`` are ``model`` and ``corpus`` for the manifest.
+    The longest samples have ``sample_len`` tokens: L, or L0 for the short window's factors, which
+    go with the given ``long_factors``. The plain-perplexity objective has neither guidance, control
+    nor needles. ``inputs`` are ``model`` and ``corpus`` for the manifest.
     """
 
     config: SearchRoot
     space: SearchSpace
     losses: SampleLosses
+    fresh: SampleLosses | None
+    """Of the comparison at the end; None without one."""
     shape: ModelShape
     sample_len: int
     long_factors: RescaleFactors | None
     guidance: NeedleGuidance | None
-    needles: NeedleSet | None
+    control: Control | None
+    needles: dict[str, NeedleSet]
+    """What is to be kept of the samples, by file name."""
     inputs: dict[str, dict[str, Any]]
 
 
@@ -88,36 +112,69 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
 
 def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     """The plan in a few lines."""
-    search, parallel, length = config.search, config.parallel, _sample_len(config)
+    search, parallel, lengths = config.search, config.parallel, sample_lengths(config)
     most = settings.most_candidates(search)
-    num_forwards = most * search.num_samples
-    hours = projected_hours(ModelShape.from_folder(model_folder), length, num_forwards, search)
+    forwards = {length: most * search.num_samples for length in lengths}
+    if search.algorithm is Algorithm.halving:
+        forwards = most_halving_forwards(search, lengths)
+    hours = projected_hours(ModelShape.from_folder(model_folder), forwards, search)
+    tokens = sum(length * count for length, count in forwards.items())
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
-    lowest, highest = (n / space.steps_per_unit for n in (space.lowest_step, space.highest_step))
-    where = f"no critical index; every factor 1 .. {highest:g}"
-    if space.is_bounded:
-        critical = f"critical index {', '.join(map(str, space.critical_indices))}"
-        where = f"{critical}; factors {lowest:g} .. {highest:g} from it up"
-        where = f"{where}; dims={search.dims.value}"
-    windows = f"window {config.model.original_len} -> {config.target_len}"
+    listed = ", ".join(map(str, lengths))
+    fresh = "not compared on fresh samples (search.fresh_samples=0)"
+    if compares_fresh(search):
+        fresh = (
+            f"the best {MOST_FOUND} against every closed form on {2 * search.fresh_samples} fresh "
+            f"samples of {lengths[-1]} tokens"
+        )
     return (
-        f"model      {config.model.name}, {windows}\n"
-        f"space      {where}\n"
-        f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {length} "
+        f"model      {config.model.name}, window {config.model.original_len} -> "
+        f"{config.target_len}\n"
+        f"space      {_space_in_words(config, space)}\n"
+        f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
         f"tokens, held out of corpus {config.corpus.name}\n"
         f"workers    {parallel.processes // parallel.sequence}, each of {parallel.sequence} "
         "processes\n"
-        f"budget     at most {most:,} candidates, {num_forwards * length:,} forward tokens; about "
+        f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
         f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each"
+        f"\nend        {fresh}"
     )
 
 
+def _space_in_words(config: SearchRoot, space: SearchSpace) -> str:
+    search = config.search
+    if search.algorithm is Algorithm.halving:
+        limits = Limits.of(space.geometry, config.target_len, search.highest_attention_scale)
+        return (
+            f"a rise from 1 to a level between indices 0 and {limits.last_index + 1}, a slope above"
+            f", an attention scale of 1 .. {limits.highest_attention_scale:.3g}"
+        )
+    lowest, highest = (n / space.steps_per_unit for n in (space.lowest_step, space.highest_step))
+    if not space.is_bounded:
+        return f"no critical index; every factor 1 .. {highest:g}"
+    critical = f"critical index {', '.join(map(str, space.critical_indices))}"
+    return f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
+
+
 def projected_hours(
-    shape: ModelShape, target_len: int, num_forwards: int, config: SearchConfig
+    shape: ModelShape, forwards: Mapping[int, int], config: SearchConfig
 ) -> float:
-    """Hours on the hardware of ``search.projected_*``; loading not included."""
+    """Hours of so many forwards by length on the hardware of ``search.projected_*``."""
     rate = config.projected_gpus * config.projected_tflops * 1e12
-    return shape.forward_flops(target_len) * num_forwards / rate / SECONDS_PER_HOUR
+    flops = sum(shape.forward_flops(length) * count for length, count in forwards.items())
+    return flops / rate / SECONDS_PER_HOUR
+
+
+def sample_lengths(config: SearchRoot) -> list[int]:
+    """Tokens of the samples, ascending: shares of L, or of L0 for the short window's factors."""
+    is_long = config.search.short_window_of is None
+    longest = config.target_len if is_long else config.model.original_len
+    return sorted({round(share * longest) for share in config.search.lengths})
+
+
+def compares_fresh(search: SearchConfig) -> bool:
+    """Whether the result is compared on fresh samples; short-window factors are not."""
+    return search.fresh_samples > 0 and search.short_window_of is None
 
 
 def _long_factors(config: SearchRoot, geometry: RopeGeometry) -> RescaleFactors | None:
@@ -129,12 +186,6 @@ def _long_factors(config: SearchRoot, geometry: RopeGeometry) -> RescaleFactors 
         return resolve_factors(rope, geometry, config.target_len, config.run.folder)
     except ArtifactError as error:
         raise ArtifactError(f"search.short_window_of: {error}") from None
-
-
-def _sample_len(config: SearchRoot) -> int:
-    """Tokens of a sample: L, or L0 for the short window's factors."""
-    is_long = config.search.short_window_of is None
-    return config.target_len if is_long else config.model.original_len
 
 
 def _identity(model_folder: Path) -> dict[str, str]:
@@ -156,57 +207,168 @@ def refuse_other_model(folder: Path, model_folder: Path) -> None:
 def prepare(
     config: SearchRoot, model_folder: Path, space: SearchSpace, folder: Path, workers: Workers
 ) -> PreparedSearch:
-    """Build (or read) the samples, load the model, run self-tests (a) and (c); writes nothing.
+    """Build (or read) the samples, load the model, run self-tests (a) to (c); writes nothing.
 
-    The first worker runs (c) for all.
+    The first worker runs (b) and (c) for all.
 
     Raises:
         DataError, ArtifactError: too little text, or a self-test failed.
     """
-    search, length = config.search, _sample_len(config)
-    tokenizer, documents = load_tokenizer(model_folder), heldout_documents(config.corpus)
-    start = config.model.document_start
-    encoder = DocumentTokenizer(tokenizer, start)
-    kinds: dict[str, Any] = {"depths": search.depths, "num_keys": search.num_keys}
-    kinds |= {"num_samples": search.num_samples, "seed": config.seed, "document_start": start}
-    draw_needles = partial(build_needle_set, tokenizer, documents, **kinds)
-    needles = None
-    if search.objective is Objective.needle:
-        frozen = folder / NEEDLES_FILE
-        needles = NeedleSet.load(frozen) if frozen.is_file() else draw_needles(length=length)
-        objective.check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
-        samples = objective.needle_samples(needles)
-    else:
-        # The longest first would be the same few works.
-        random.Random(f"documents/{config.seed}").shuffle(documents)
-        ids = (encoder.encode(document.text) for document in documents)
-        samples = objective.cut_documents(ids, encoder.start_ids, length, search.num_samples)
+    search = config.search
+    makers = _SampleMaker(config, model_folder, folder)
+    samples, fresh = makers.samples(), makers.fresh() if compares_fresh(search) else None
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
-    group = workers.sequence_group
-    tests_guidance = workers.worker == 0 and needles is not None
+    shape = ModelShape.from_folder(model_folder)
+    size = search.batch_size or rows_that_fit(shape, sample_lengths(config)[-1])
+    guess = makers.guess_ppl
+    clip = math.log(guess) if search.clip_losses and guess is not None else math.inf
+
+    def losses(chosen: Sequence[ScoredSample], highest: float = math.inf) -> SampleLosses:
+        group = workers.sequence_group
+        return SampleLosses(model, chosen, size, sequence_group=group, highest_loss=highest)
+
+    guidance = control = None
+    if workers.worker == 0:
+        selftests.check_factors_matter(losses(samples), space.geometry, space.target_len)
+        if guess is not None:
+            guidance = makers.guidance(model, size)
+            pair = (losses(chosen, clip) for chosen in makers.longest_with_and_without())
+            control = Control(*pair, guess)
     return PreparedSearch(
         config=config,
         space=space,
-        losses=SampleLosses(model, samples, search.batch_size, sequence_group=group),
-        shape=ModelShape.from_folder(model_folder),
-        sample_len=length,
+        losses=losses(samples, clip),
+        fresh=None if fresh is None else losses(fresh),
+        shape=shape,
+        sample_len=sample_lengths(config)[-1],
         long_factors=_long_factors(config, space.geometry),
-        guidance=_guidance(config, model, draw_needles) if tests_guidance else None,
-        needles=needles,
+        guidance=guidance,
+        control=control,
+        needles=makers.needles,
         inputs={"model": _identity(model_folder), "corpus": build_corpus(config.corpus).describe()},
     )
 
 
-def _guidance(
-    config: SearchRoot, model: WindowedModel, draw_needles: Callable[..., NeedleSet]
-) -> NeedleGuidance:
-    """Self-test (c) inside the original window, with and without the needle."""
+def rows_that_fit(shape: ModelShape, length: int) -> int:
+    """Rows of ``length`` tokens for one forward: 1 on a CPU, where more are no faster.
 
-    def losses(with_needle: bool) -> SampleLosses:
-        needles = draw_needles(length=config.model.original_len, with_needle=with_needle)
-        samples, batch_size = objective.needle_samples(needles), config.search.batch_size
-        return SampleLosses(model, samples, batch_size, Window.SHORT)
+    On a GPU half of its memory, less the weights, over a generous count of what a layer holds for a
+    token; at most ``_FULL_FORWARD`` tokens, which fill any GPU.
+    """
+    if not torch.cuda.is_available():
+        return 1
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    room = total / 2 - 4 * shape.num_parameters
+    per_token = 4 * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    return max(1, min(int(room / (per_token * length)), _FULL_FORWARD // length))
 
-    both = losses(True), losses(False)
-    return objective.check_needle_guidance(*both, model.factors, config.search)
+
+class _SampleMaker:
+    """The samples of a search: those to choose by, fresh ones, and those of the self-tests.
+
+    The held-out text is halved: what is chosen by and what is reported share no text and no keys.
+    """
+
+    def __init__(self, config: SearchRoot, model_folder: Path, folder: Path) -> None:
+        self._config, self._search, self._folder = config, config.search, folder
+        self._tokenizer = load_tokenizer(model_folder)
+        self._encoder = DocumentTokenizer(self._tokenizer, config.model.document_start)
+        documents = heldout_documents(config.corpus)
+        self._chosen_by, self._unseen = documents, documents
+        if compares_fresh(self._search) and self._search.haystack is Haystack.books:
+            self._chosen_by, self._unseen = halve_documents(documents, config.seed)
+        self.needles: dict[str, NeedleSet] = {}
+
+    @property
+    def _is_needle(self) -> bool:
+        return self._search.objective is Objective.needle
+
+    def samples(self) -> list[ScoredSample]:
+        """Samples to choose by, of every length, the shortest first; after self-test (a)."""
+        lengths = sample_lengths(self._config)
+        if not self._is_needle:
+            num = self._search.num_samples
+            return [s for length in lengths for s in self._texts(self._chosen_by, length, num)]
+        for length in lengths:
+            name = NEEDLES_FILE if length == lengths[-1] else f"needles_{length}.arrow"
+            self._keep(name, length, partial(self._draw, length))
+        sets = (self.needles[name] for name in self.needles)
+        return [sample for needles in sets for sample in needle_samples(needles)]
+
+    def fresh(self) -> list[ScoredSample]:
+        """Samples of other texts and keys: needles at the start and at spread depths in turn."""
+        length, num = sample_lengths(self._config)[-1], self._search.fresh_samples
+        if not self._is_needle:
+            return self._texts(self._unseen, length, 2 * num)
+        taken = {sample.key for needles in self.needles.values() for sample in needles.samples}
+        depths = [depth for spread in _FRESH_DEPTHS for depth in (0.0, spread)]
+        draw = partial(
+            self._draw,
+            length,
+            unseen=True,
+            num_samples=2 * num,
+            num_keys=None,
+            depths=depths,
+            excluded_keys=taken,
+        )
+        return needle_samples(self._keep(FRESH_FILE, length, draw))
+
+    @property
+    def guess_ppl(self) -> float | None:
+        """Perplexity of a value for who guesses its digits; None without needles."""
+        return guess_perplexity(self.needles[NEEDLES_FILE]) if self.needles else None
+
+    def longest_with_and_without(self) -> tuple[list[ScoredSample], list[ScoredSample]]:
+        """The samples of the target length, and the same without the needle."""
+        length = sample_lengths(self._config)[-1]
+        without = self._draw(length, with_needle=False)
+        return needle_samples(self.needles[NEEDLES_FILE]), needle_samples(without)
+
+    def guidance(self, model: WindowedModel, batch_size: int) -> NeedleGuidance:
+        """Self-test (c) inside the original window, with and without the needle."""
+
+        def losses(with_needle: bool) -> SampleLosses:
+            needles = self._draw(self._config.model.original_len, with_needle=with_needle)
+            return SampleLosses(model, needle_samples(needles), batch_size, Window.SHORT)
+
+        both = losses(True), losses(False)
+        return selftests.check_needle_guidance(*both, model.factors, self._search)
+
+    def _keep(self, name: str, length: int, draw: Callable[[], NeedleSet]) -> NeedleSet:
+        """The frozen set of that name, else a new one; checked."""
+        frozen = self._folder / name
+        needles = NeedleSet.load(frozen) if frozen.is_file() else draw()
+        encoder = self._encoder
+        selftests.check_needle_labels(needles, length, encoder.bos_id, encoder.decode)
+        self.needles[name] = needles
+        return needles
+
+    def _draw(self, length: int, unseen: bool = False, **kinds: Any) -> NeedleSet:
+        search, config = self._search, self._config
+        # The target's samples come from the seed itself, all others from one of their own.
+        is_own = length == sample_lengths(config)[-1] and not unseen
+        given: dict[str, Any] = {
+            "length": length,
+            "depths": search.depths,
+            "num_keys": search.num_keys,
+            "num_samples": search.num_samples,
+            "seed": config.seed if is_own else _other_seed(config.seed, length, unseen),
+            "document_start": config.model.document_start,
+            "wording": choose_wording(search.wording, config.model.original_len),
+            "haystack": search.haystack,
+        }
+        books = self._unseen if unseen else self._chosen_by
+        return build_needle_set(self._tokenizer, books, **{**given, **kinds})
+
+    def _texts(self, documents: Sequence[Document], length: int, num: int) -> list[ScoredSample]:
+        # The longest first would be the same few works.
+        shuffled = list(documents)
+        random.Random(f"documents/{self._config.seed}").shuffle(shuffled)
+        ids = (self._encoder.encode(document.text) for document in shuffled)
+        return cut_documents(ids, self._encoder.start_ids, length, num)
+
+
+def _other_seed(seed: int, length: int, unseen: bool) -> int:
+    """A seed that no other set of samples of this search has."""
+    return zlib.crc32(f"needles/{seed}/{length}/{unseen}".encode())

@@ -1,9 +1,10 @@
-"""Run a prepared search and write its product, last of it the manifest."""
+"""Run a prepared search, compare what it found, and write its product, last of it the manifest."""
 
 import json
+import math
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,20 @@ from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, 
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
-from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search import journal as journals
 from longrope2.search.config import Algorithm, Objective, Pruning, SearchRoot, most_candidates
+from longrope2.search.confirm import Confirmation, Confirming, as_plain, contestants
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
+from longrope2.search.halving import Halving
 from longrope2.search.journal import Journal
-from longrope2.search.objective import NeedleGuidance, check_factors_matter, samples_sha256
-from longrope2.search.prepare import NEEDLES_FILE, SECONDS_PER_HOUR, PreparedSearch, projected_hours
-from longrope2.search.space import SearchSpace
-from longrope2.search.workers import Score, Workers
+from longrope2.search.objective import SampleLosses, samples_sha256
+from longrope2.search.prepare import SECONDS_PER_HOUR, PreparedSearch, projected_hours
+from longrope2.search.selftests import check_ranking
+from longrope2.search.workers import Workers
 from longrope2.tracking.metrics import MetricsLog, progress_line, read_metrics
 
-_BASELINE_METHODS = (RopeMethod.none, RopeMethod.pi, RopeMethod.ntk, RopeMethod.yarn)
 HISTORY_FILE = "history.json"
-# The samples, and for readers the record of what they are made of.
-_NEEDLES_FILES = (NEEDLES_FILE, "needles.json")
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,16 @@ class SearchBudget:
 
     Attributes:
         num_candidates: Distinct candidates evaluated.
-        num_terminated: Those of them stopped early.
-        num_forwards: Forward passes of one sample in all the journals, closed forms included.
+        num_terminated: Those of them that did not see every sample.
+        num_forwards: Forward passes of one sample in all the journals.
         num_forwards_saved: Those that early termination saved.
-        forward_tokens: ``num_forwards`` times the tokens of a sample.
+        forward_tokens: Tokens of those forward passes.
+        confirm_tokens: Tokens of the comparison on fresh samples, which come on top.
         seconds: Wall time of this run of the command, not of those that it resumed.
         device_hours: The same times the number of processes.
         sustained_tflops: TFLOP/s of one process in this run; None when all was known already.
-        projected_hours: The forward passes on the hardware that ``search.projected_*`` describe.
+        projected_hours: All the forward passes on the hardware that ``search.projected_*``
+            describe.
     """
 
     num_candidates: int
@@ -54,61 +56,138 @@ class SearchBudget:
     num_forwards: int
     num_forwards_saved: int
     forward_tokens: int
+    confirm_tokens: int
     seconds: float
     device_hours: float
     sustained_tflops: float | None
     projected_hours: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """One of the best factors of a search, with the value of its objective."""
+
+    factors: RescaleFactors
+    value: float
+
+
 def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None:
     """Search, or go on with a killed search, and write the product; every process calls it.
 
     Raises:
-        ArtifactError: a journal is damaged, in use, or of another search; or self-test (b) failed.
+        ArtifactError: a journal is damaged, in use, or of another search.
+        DataError: the objective cannot rank the candidates (self-test (d)).
         FactorsError: no candidate gave a finite loss.
     """
     started, config = time.monotonic(), prepared.config
-    if workers.is_main and prepared.needles is not None:
-        prepared.needles.save(folder / NEEDLES_FILE)
-    header = _journal_header(prepared)
-    with Journal(folder, header, workers.worker, writes=workers.is_leader) as journal:
-        num_known = journal.num_losses
-        workers.wait_for_all("journals are read")  # from here on they grow
-        losses, is_pruning = prepared.losses, config.search.pruning is not Pruning.none
-        num_scored = losses.num_scored_tokens
-        evaluator = Evaluator(losses, journal, num_scored_tokens=num_scored, is_pruning=is_pruning)
-        scores = _baseline_scores(prepared.space, evaluator, workers)
-        check_factors_matter(scores[RopeMethod.none], scores[RopeMethod.pi])
-        given = (prepared.space, config.search, evaluator)
-        evolution = Evolution(*given, seed=config.seed, workers=workers)
-        if workers.is_main:
-            _run_with_progress(config, evolution, folder)
-        else:
-            deque(evolution.steps(), maxlen=0)
-    workers.wait_for_all("journals are written")
     if workers.is_main:
-        num_forwards = Journal(folder, header, writes=False).num_losses
+        for name, needles in prepared.needles.items():
+            needles.save(folder / name)
+    header = _journal_header(prepared, prepared.losses)
+    with Journal(folder, header, workers.worker, writes=workers.is_leader) as journal:
+        known = journal.num_losses_by_batch.copy()
+        workers.wait_for_all("journals are read")  # from here on they grow
+        search = _built(prepared, journal, workers)
+        if workers.is_main:
+            _run_with_progress(prepared, search, folder)
+        else:
+            for _ in _tested_steps(prepared, search):
+                pass
+    found = _found(search)
+    workers.wait_for_all("journals are written")
+    confirmation = None
+    if prepared.fresh is not None:
+        confirmation = _confirm(prepared, prepared.fresh, found, folder, workers)
+    if workers.is_main:
+        counts = Journal(folder, header, writes=False).num_losses_by_batch
         budget = _budget(
             prepared,
-            evolution,
-            num_forwards=num_forwards,
-            num_new=num_forwards - num_known,
+            search,
+            confirmation,
+            counts=counts,
+            num_new=counts - known,
             seconds=time.monotonic() - started,
             processes=workers.processes.dims.world_size if workers.processes else 1,
         )
-        baselines = {m.value: evaluator.value(score.loss_sum) for m, score in scores.items()}
-        _write_product(prepared, evolution, folder, baselines=baselines, budget=budget)
+        _write_product(
+            prepared, search, folder, found=found, confirmation=confirmation, budget=budget
+        )
     workers.wait_for_all("the product is written")
 
 
-def _journal_header(prepared: PreparedSearch) -> dict[str, Any]:
+def _built(
+    prepared: PreparedSearch, journal: Journal, workers: Workers
+) -> Evolution | Halving:
+    config, losses = prepared.config, prepared.losses
+    if config.search.algorithm is Algorithm.halving:
+        return Halving(
+            prepared.space.geometry,
+            prepared.space.target_len,
+            config.search,
+            losses=losses,
+            journal=journal,
+            seed=config.seed,
+            workers=workers,
+        )
+    is_pruning, num_scored = config.search.pruning is not Pruning.none, losses.num_scored_tokens
+    evaluator = Evaluator(losses, journal, num_scored_tokens=num_scored, is_pruning=is_pruning)
+    given = (prepared.space, config.search, evaluator)
+    return Evolution(*given, seed=config.seed, workers=workers)
+
+
+def _tested_steps(prepared: PreparedSearch, search: Evolution | Halving) -> Iterator[object]:
+    """The search's steps; self-test (d) once the first round is over."""
+    waiting = prepared.control
+    for step in search.steps():
+        if waiting is not None and search.best_start is not None:
+            check_ranking(search.best_start, waiting, prepared.config.search)
+            waiting = None
+        yield step
+    if waiting is not None and search.best_start is not None:
+        check_ranking(search.best_start, waiting, prepared.config.search)
+
+
+def _found(search: Evolution | Halving) -> list[Found]:
+    """The best factors of a search, best first.
+
+    Raises:
+        FactorsError: no candidate gave a finite loss.
+    """
+    if isinstance(search, Halving):
+        return [Found(search.factors(shape), search.value(shape)) for shape in search.kept]
+    _ = search.best
+    method, value = search.config.algorithm.value, search.evaluator.value
+    return [
+        Found(search.space.to_factors(ranked.candidate, method=method), value(ranked.loss_sum))
+        for ranked in search.kept
+    ]
+
+
+def _confirm(
+    prepared: PreparedSearch,
+    fresh: SampleLosses,
+    found: list[Found],
+    folder: Path,
+    workers: Workers,
+) -> Confirmation:
+    """Compare on fresh samples, with journals of its own."""
+    header, space = _journal_header(prepared, fresh), prepared.space
+    entrants = contestants([f.factors for f in found], space.geometry, space.target_len)
+    opened = Journal(folder, header, workers.worker, workers.is_leader, name=journals.FRESH)
+    with opened as journal:
+        workers.wait_for_all("journals of fresh samples are read")
+        return Confirming(fresh, journal, workers, entrants).run()
+
+
+def _journal_header(prepared: PreparedSearch, losses: SampleLosses) -> dict[str, Any]:
     """All that a loss depends on besides the factors."""
     config = prepared.config
     return {
         **prepared.inputs["model"],
-        "samples_sha256": samples_sha256(prepared.losses.samples),
+        "samples_sha256": samples_sha256(losses.samples),
         "objective": config.search.objective.value,
-        "batch_size": config.search.batch_size,
+        "highest_loss": losses.highest_loss if math.isfinite(losses.highest_loss) else None,
+        "batch_size": losses.batch_size,
         "sequence": config.parallel.sequence,
         "rotary_dim": prepared.space.geometry.rotary_dim,
         "rope_base": prepared.space.geometry.rope_base,
@@ -116,21 +195,11 @@ def _journal_header(prepared: PreparedSearch) -> dict[str, Any]:
     }
 
 
-def _baseline_scores(
-    space: SearchSpace, evaluator: Evaluator, workers: Workers
-) -> dict[RopeMethod, Score]:
-    """Scores of the closed-form methods on the same samples."""
-    queue = workers.queue("baselines", len(_BASELINE_METHODS))
-    while (task := queue.claim()) is not None:
-        factors = closed_form_factors(_BASELINE_METHODS[task], space.geometry, space.target_len)
-        queue.publish(task, evaluator.evaluate(factors))
-    scores = dict(queue.remaining())
-    return {method: scores[number] for number, method in enumerate(_BASELINE_METHODS)}
-
-
-def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -> None:
+def _run_with_progress(
+    prepared: PreparedSearch, search: Evolution | Halving, folder: Path
+) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
-    name = _value_name(config.search.objective)
+    config, name = prepared.config, _value_name(prepared.config.search.objective)
     # A resume logs no round twice.
     num_logged = sum("iteration" in record for record in read_metrics(folder))
     tracking = MetricsLog(
@@ -142,50 +211,63 @@ def _run_with_progress(config: SearchRoot, evolution: Evolution, folder: Path) -
     )
     with tracking, progress_line("search", MofNCompleteColumn()) as progress:
         bar = progress.add_task("", total=most_candidates(config.search))
-        for _ in evolution.steps():
-            text = "no value yet"
-            if evolution.kept:
-                value = evolution.evaluator.value(evolution.best.loss_sum)
-                text = f"{name} {value:.4g} at c={evolution.best.candidate.critical_index}"
-            progress.update(bar, advance=1, description=text)
-            num_logged = _log_rounds(tracking, evolution, name, num_logged)
-        _log_rounds(tracking, evolution, name, num_logged)
-        progress.update(bar, total=evolution.num_candidates)
+        for _ in _tested_steps(prepared, search):
+            text = f"{name} {search.rounds[-1].best_value:.4g}" if search.rounds else "first round"
+            progress.update(bar, completed=search.num_candidates, description=text)
+            num_logged = _log_rounds(tracking, search, name, num_logged)
+        _log_rounds(tracking, search, name, num_logged)
+        progress.update(bar, total=search.num_candidates)
 
 
-def _log_rounds(tracking: MetricsLog, evolution: Evolution, name: str, num_logged: int) -> int:
+def _log_rounds(
+    tracking: MetricsLog, search: Evolution | Halving, name: str, num_logged: int
+) -> int:
     """Log the rounds finished since the last call; returns how many are logged now."""
-    for finished in evolution.rounds[num_logged:]:
-        values = {f"search/best_{name}": finished.best_value}
-        values["search/critical_index"] = finished.best_critical_index
+    for finished in search.rounds[num_logged:]:
+        values: dict[str, float] = {f"search/best_{name}": finished.best_value}
+        if finished.best_critical_index is not None:
+            values["search/critical_index"] = finished.best_critical_index
         values["search/evaluations"] = finished.num_candidates
         tracking.log(values, iteration=finished.iteration)
-    return max(num_logged, len(evolution.rounds))
+    return max(num_logged, len(search.rounds))
 
 
 def _budget(
     prepared: PreparedSearch,
-    evolution: Evolution,
+    search: Evolution | Halving,
+    confirmation: Confirmation | None,
     *,
-    num_forwards: int,
-    num_new: int,
+    counts: Counter[int],
+    num_new: Counter[int],
     seconds: float,
     processes: int,
 ) -> SearchBudget:
-    """What the search has cost, with ``num_new`` of its forward passes in this run."""
-    shape, sample_len = prepared.shape, prepared.sample_len
-    flops = shape.forward_flops(sample_len) * num_new
-    most_forwards = evolution.num_candidates * prepared.losses.num_samples
+    """What the search has cost, with ``num_new`` of its losses (by batch) in this run."""
+    shape, losses = prepared.shape, prepared.losses
+    is_halving = isinstance(search, Halving)
+
+    def by_length(losses_of_batch: Counter[int]) -> dict[int, int]:
+        forwards: Counter[int] = Counter()
+        for batch, count in losses_of_batch.items():
+            first = batch if is_halving else losses.batches[batch].start
+            forwards[len(losses.samples[first].tokens)] += count
+        return dict(forwards)
+
+    forwards, new = by_length(counts), by_length(num_new)
+    flops = sum(shape.forward_flops(length) * count for length, count in new.items())
+    fresh = confirmation.num_losses if confirmation else 0
+    every = {k: forwards.get(k, 0) + fresh * (k == prepared.sample_len) for k in forwards}
     return SearchBudget(
-        num_candidates=evolution.num_candidates,
-        num_terminated=evolution.num_terminated,
-        num_forwards=num_forwards,
-        num_forwards_saved=most_forwards - evolution.num_losses,
-        forward_tokens=num_forwards * sample_len,
+        num_candidates=search.num_candidates,
+        num_terminated=search.num_terminated,
+        num_forwards=counts.total(),
+        num_forwards_saved=search.num_candidates * losses.num_samples - search.num_losses,
+        forward_tokens=sum(length * count for length, count in forwards.items()),
+        confirm_tokens=fresh * prepared.sample_len,
         seconds=round(seconds, 1),
         device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
         sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
-        projected_hours=projected_hours(shape, sample_len, num_forwards, prepared.config.search),
+        projected_hours=projected_hours(shape, every, prepared.config.search),
     )
 
 
@@ -193,54 +275,66 @@ def _value_name(objective: Objective) -> str:
     return "needle_ppl" if objective is Objective.needle else "ppl"
 
 
-def best_factors(
-    evolution: Evolution, *, long_factors: RescaleFactors | None = None, **provenance: str
+def chosen_factors(
+    prepared: PreparedSearch, found: list[Found], confirmation: Confirmation | None
 ) -> RescaleFactors:
-    """The rescale factors of the best candidate, with what they were chosen by.
+    """The rescale factors that are written, with what they were chosen by.
 
-    With ``long_factors``, the long window's, the candidate gives those of the short window.
+    Those that did best on the fresh samples; without a comparison, on the search's own. With the
+    long window's factors given, they are those of the short window.
     """
-    best, config = evolution.best, evolution.config
-    critical = "searched" if config.critical is None else "fixed"
-    found = evolution.space.to_factors(
-        best.candidate,
-        method=config.algorithm.value,
-        objective=config.objective.value,
-        dims=config.dims.value,
-        critical="none" if config.algorithm is Algorithm.longrope else critical,
-        **{_value_name(config.objective): repr(evolution.evaluator.value(best.loss_sum))},
-        **provenance,
-    )
-    if long_factors is None:
-        return found
-    short = {f"short_{key}": value for key, value in found.provenance.items()}
-    both = {**long_factors.provenance, **short}
-    return replace(long_factors, short_factors=found.factors, provenance=both)
+    best, search = found[0], prepared.config.search
+    if confirmation is not None:
+        best = next(f for f in found if f.factors is confirmation.found.factors)
+    critical = "searched" if search.critical is None else "fixed"
+    has_critical = best.factors.critical_index is not None
+    name = _value_name(search.objective)
+    provenance = {
+        "objective": search.objective.value,
+        "dims": search.dims.value if search.algorithm is Algorithm.longrope2 else "none",
+        "critical": critical if has_critical else "none",
+        name: repr(best.value),
+        "model": prepared.config.model.name,
+        "samples_sha256": samples_sha256(prepared.losses.samples),
+        "confirmed": "no: not compared on fresh samples",
+    }
+    if confirmation is not None:
+        way_out = "" if confirmation.is_confirmed else f"; {confirmation.advice()}"
+        provenance["confirmed"] = f"{confirmation.verdict()}{way_out}"
+        shown = next(s for s in confirmation.standings if s.contestant is confirmation.found)
+        provenance[f"fresh_{name}"] = repr(math.exp(min(shown.loss, 700.0)))
+    chosen = replace(best.factors, provenance=provenance)
+    if prepared.long_factors is None:
+        return chosen
+    short = {f"short_{key}": value for key, value in provenance.items()}
+    both = {**prepared.long_factors.provenance, **short}
+    return replace(prepared.long_factors, short_factors=chosen.factors, provenance=both)
 
 
 def search_history(
-    evolution: Evolution,
+    prepared: PreparedSearch,
+    search: Evolution | Halving,
+    found: list[Found],
     *,
-    baselines: Mapping[str, float],
-    guidance: NeedleGuidance | None,
-    sample_len: int,
+    confirmation: Confirmation | None,
     budget: SearchBudget,
 ) -> dict[str, Any]:
     """Everything a report needs, as plain JSON values.
 
     All but ``budget`` and the costs in ``rounds`` is the same however often the search was
-    interrupted and for any number of workers. ``baselines`` are values of the closed forms on the
-    same samples, ``rounds`` of ``Round``, ``kept`` the best candidates; ``*_ppl_at_original`` come
-    from self-test (c), null without one.
+    interrupted and for any number of workers. ``fresh`` is the comparison on fresh samples, null
+    without one; ``rounds`` are the search's, ``kept`` its best candidates by its own samples;
+    ``*_ppl_at_original`` come from self-test (c), null without one.
     """
-    space, config, value = evolution.space, evolution.config, evolution.evaluator.value
+    geometry, guidance, config = prepared.space.geometry, prepared.guidance, prepared.config.search
     kept = [
         {
-            "value": value(ranked.loss_sum),
-            "critical_index": ranked.candidate.critical_index if space.is_bounded else None,
-            "factors": list(space.to_factors(ranked.candidate).factors),
+            "value": each.value,
+            "critical_index": each.factors.critical_index,
+            "factors": list(each.factors.factors),
+            "attention_scale": each.factors.long_attention_scale,
         }
-        for ranked in evolution.kept
+        for each in found
     ]
     return {
         "algorithm": config.algorithm.value,
@@ -248,49 +342,52 @@ def search_history(
         "value_name": _value_name(config.objective),
         "best_value": kept[0]["value"],
         "critical_index": kept[0]["critical_index"],
-        "theoretical_critical_index": theoretical_critical_index(space.geometry),
-        "ten_period_index": ten_period_index(space.geometry),
-        "original_len": space.geometry.original_len,
-        "target_len": space.target_len,
-        "sample_len": sample_len,
+        "theoretical_critical_index": theoretical_critical_index(geometry),
+        "ten_period_index": ten_period_index(geometry),
+        "original_len": geometry.original_len,
+        "target_len": prepared.space.target_len,
+        "sample_len": prepared.sample_len,
         "budget": asdict(budget),
-        "baselines": dict(baselines),
+        "fresh": as_plain(confirmation) if confirmation else None,
         "needle_ppl_at_original": guidance.needle_ppl if guidance else None,
         "control_ppl_at_original": guidance.control_ppl if guidance else None,
-        "rounds": [asdict(finished) for finished in evolution.rounds],
+        "guess_ppl": prepared.control.guess_ppl if prepared.control else None,
+        "rounds": [asdict(finished) for finished in search.rounds],
         "kept": kept,
     }
 
 
 def _write_product(
     prepared: PreparedSearch,
-    evolution: Evolution,
+    search: Evolution | Halving,
     folder: Path,
     *,
-    baselines: dict[str, float],
+    found: list[Found],
+    confirmation: Confirmation | None,
     budget: SearchBudget,
 ) -> None:
     """Factors, history, and the manifest that marks the search as finished."""
     config = prepared.config
-    samples_hash = samples_sha256(prepared.losses.samples)
-    origin = {"model": config.model.name, "samples_sha256": samples_hash}
-    factors = best_factors(evolution, long_factors=prepared.long_factors, **origin)
+    factors = chosen_factors(prepared, found, confirmation)
     history = search_history(
-        evolution,
-        baselines=baselines,
-        guidance=prepared.guidance,
-        sample_len=prepared.sample_len,
-        budget=budget,
+        prepared, search, found, confirmation=confirmation, budget=budget
     )
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
-    files = [FACTORS_FILE, HISTORY_FILE, *(_NEEDLES_FILES if prepared.needles is not None else ())]
+    files = [FACTORS_FILE, HISTORY_FILE]
+    for name in prepared.needles:
+        # The samples, and for readers the record of what they are made of.
+        files += [name, str(Path(name).with_suffix(".json"))]
     manifest = Manifest(
         "factors",
-        inputs={**prepared.inputs, "samples": {"sha256": samples_hash}},
+        inputs={
+            **prepared.inputs,
+            "samples": {"sha256": samples_sha256(prepared.losses.samples)},
+        },
         config=to_plain(config),
         seeds={"seed": config.seed},
         counts=asdict(budget),
         files={name: sha256_of_file(folder / name) for name in files},
     )
     write_manifest(folder, manifest)
+

@@ -2,7 +2,7 @@
 
 A worker is one process, or one sequence-parallel group that holds every sample together. All run
 the same deterministic search; within a round each takes the next open task from a counter in
-torch's key-value store, and publishes its score in a log there: nothing depends on who computed
+torch's key-value store, and publishes its result in a log there: nothing depends on who computed
 what. A worker that dies ends the others through torchrun; the same command goes on from the
 journals.
 """
@@ -10,7 +10,6 @@ journals.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -21,35 +20,6 @@ from longrope2.parallel.processes import Processes
 
 _POLL_SECONDS = 0.02
 _GIVE_UP_AFTER = timedelta(days=7)  # a dead worker ends its fellows through torchrun long before
-
-
-@dataclass(frozen=True)
-class Score:
-    """What is known about some factors.
-
-    Attributes:
-        loss_sum: Summed loss over the samples looked at; infinite when a loss was not finite.
-        is_complete: Whether that is the sum over all samples (an infinite sum always is).
-        num_losses: Samples looked at, whether computed or taken from the journal.
-        batch_losses: Summed loss of each batch looked at, by its number.
-    """
-
-    loss_sum: float
-    is_complete: bool
-    num_losses: int
-    batch_losses: dict[int, float] = field(default_factory=dict)
-
-    def to_numbers(self) -> list[float]:
-        """A list that ``from_numbers`` turns back into an equal value."""
-        pairs = [number for pair in self.batch_losses.items() for number in pair]
-        return [self.loss_sum, self.is_complete, self.num_losses, *pairs]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float]) -> "Score":
-        """Read what ``to_numbers`` wrote."""
-        loss_sum, is_complete, num_losses, *pairs = numbers
-        batches = {int(batch): loss for batch, loss in zip(pairs[::2], pairs[1::2], strict=True)}
-        return cls(loss_sum, bool(is_complete), int(num_losses), batches)
 
 
 class Workers:
@@ -116,23 +86,23 @@ class TaskQueue:
         task = int(self._workers.agreed([taken])[0]) - 1
         return task if task < self._num_tasks else None
 
-    def publish(self, task: int, score: Score) -> None:
-        """Tell all workers the score of a claimed task."""
+    def publish(self, task: int, numbers: list[float]) -> None:
+        """Tell all workers the result of a claimed task."""
         if self._workers.is_leader:
             place = self._store.add("published", 1)
-            self._store.set(f"log/{place}", json.dumps([task, *score.to_numbers()]))
+            self._store.set(f"log/{place}", json.dumps([task, *numbers]))
 
-    def news(self) -> list[tuple[int, Score]]:
-        """Scores published by anyone since the last call, in the order of publication."""
+    def news(self) -> list[tuple[int, list[float]]]:
+        """Results published by anyone since the last call, in the order of publication."""
         entries = list(self._unread()) if self._workers.is_leader else []
         num_entries = int(self._workers.agreed([len(entries)])[0])
         if not self._workers.is_leader:
             self._num_read += num_entries
             entries = [[] for _ in range(num_entries)]
         entries = [self._workers.agreed(entry) for entry in entries]
-        return [(int(entry[0]), Score.from_numbers(entry[1:])) for entry in entries]
+        return [(int(entry[0]), entry[1:]) for entry in entries]
 
-    def remaining(self) -> Iterator[tuple[int, Score]]:
+    def remaining(self) -> Iterator[tuple[int, list[float]]]:
         """What has not been seen yet, waiting for the workers that still compute."""
         while self._num_read < self._num_tasks:
             fresh = self.news()

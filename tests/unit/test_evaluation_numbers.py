@@ -10,7 +10,7 @@ import pytest
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.scoring import context_windows, short_windows
-from longrope2.evaluation.statistics import wilson_interval
+from longrope2.statistics import wilson_interval
 from longrope2.evaluation.subjects import Subject
 from longrope2.evaluation.summary import metric_values, summarize
 from longrope2.rope.factors import Window

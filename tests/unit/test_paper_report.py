@@ -25,7 +25,7 @@ from longrope2.evaluation.schema import (
     read_summary,
     write_summary,
 )
-from longrope2.evaluation.statistics import (
+from longrope2.statistics import (
     bootstrap_interval,
     macro_interval,
     paired_test,

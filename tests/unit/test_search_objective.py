@@ -27,7 +27,7 @@ from longrope2.search.objective import (
     perplexity,
     samples_sha256,
 )
-from longrope2.search.workers import Score
+from longrope2.search.evaluator import Score
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 GEOMETRY = RopeGeometry(16, 1e4, 16)

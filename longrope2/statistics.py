@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 
@@ -53,6 +54,23 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     means = _resampled_means(np.asarray(values, dtype=np.float64), seed)
     low, high = np.percentile(means, _MEAN_95)
     return float(low), float(high)
+
+
+def paired_lower_bound(differences: Sequence[float], confidence: float) -> float:
+    """One-sided lower bound of a mean paired difference, by Student's t.
+
+    The quantile is Cornish and Fisher's expansion around the normal one, off by less than 1 %
+    from 4 pairs on, up to a confidence of 0.975.
+
+    Args:
+        differences: Of at least two pairs.
+        confidence: Of the bound, in (0.5, 1).
+    """
+    count, z = len(differences), NormalDist().inv_cdf(confidence)
+    freedom = count - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return fmean(differences) - t * stdev(differences) / math.sqrt(count)
 
 
 def score_interval(scores: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,157 @@
+"""Self-tests of a search: without them it would optimise noise.
+
+(a) The scored tokens are there, whole, and inside the window; (b) the loss depends on the rescale
+factors; (c) inside its own window the model retrieves the needle, and taking the needle away raises
+the loss of the value; (d) so it does at the target length under the best candidate that the search
+starts with: where it does not, every candidate is as ignorant of the value as the next, and ranking
+them ranks how sure they are of a wrong one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from longrope2.errors import ArtifactError, DataError
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search.config import SearchConfig
+from longrope2.search.objective import SampleLosses, perplexity
+from longrope2.segments.needle_set import NeedleSet
+
+
+@dataclass(frozen=True)
+class NeedleGuidance:
+    """Perplexity of the value in the original window, with the needle in the text and without."""
+
+    needle_ppl: float
+    control_ppl: float
+
+
+def check_needle_labels(
+    needles: NeedleSet,
+    length: int,
+    bos_id: int | None,
+    decode: Callable[[Sequence[int] | np.ndarray], str],
+) -> None:
+    """Self-test (a): ``length`` tokens, one BOS (if any) at the front, the whole value at the end.
+
+    Raises:
+        ArtifactError: a sample breaks one of these; names the sample.
+    """
+    if not needles.samples:
+        raise ArtifactError("the needle set holds no samples")
+    for number, sample in enumerate(needles.samples):
+        name, tokens = f"needle sample {number}", sample.tokens
+        if len(tokens) != length:
+            raise ArtifactError(f"{name} has {len(tokens)} tokens, target_len is {length}")
+        starts_wrong = tokens[0] != bos_id or np.count_nonzero(tokens == bos_id) != 1
+        if bos_id is not None and starts_wrong:
+            raise ArtifactError(f"{name} does not hold exactly one BOS ({bos_id}), at its front")
+        scored = decode(sample.through_value[sample.value_start :]).strip()
+        if scored != sample.value:
+            raise ArtifactError(f"{name}: the scored tokens read {scored!r}, not {sample.value!r}")
+
+
+def check_factors_matter(losses: SampleLosses, geometry: RopeGeometry, target_len: int) -> None:
+    """Self-test (b): unscaled and interpolated RoPE give one of the samples different losses.
+
+    Raises:
+        ArtifactError: they do not: the model's RoPE is applied elsewhere, and every candidate would
+            score the same.
+    """
+    none, pi = (
+        losses.rows([(closed_form_factors(method, geometry, target_len), 0)])[0]
+        for method in (RopeMethod.none, RopeMethod.pi)
+    )
+    if none == pi:
+        raise ArtifactError(
+            f"the loss is {none:.6g} with the unscaled and with the interpolated RoPE alike: this "
+            "model does not apply the rescale factors it is given; its class is not supported"
+        )
+
+
+def check_needle_guidance(
+    with_needle: SampleLosses,
+    without_needle: SampleLosses,
+    factors: RescaleFactors,
+    config: SearchConfig,
+) -> NeedleGuidance:
+    """Self-test (c), on samples of the original window computed with the original RoPE.
+
+    The samples are the same keys and texts with and without the needle. Of ``factors``, any of the
+    model, the short window is used.
+
+    Raises:
+        DataError: the model does not retrieve inside its own window, or does not use the needle.
+    """
+    guidance = NeedleGuidance(*(_perplexity(x, factors) for x in (with_needle, without_needle)))
+    tokens = f"{factors.geometry.original_len} tokens"
+    advice = "this model cannot guide a needle search; use search.objective=perplexity"
+    if not guidance.needle_ppl <= config.max_needle_ppl_at_original:
+        raise DataError(
+            f"needle perplexity at {tokens}, inside the original window, is "
+            f"{guidance.needle_ppl:.4g}, above search.max_needle_ppl_at_original="
+            f"{config.max_needle_ppl_at_original:g}: {advice}"
+        )
+    gain = float(np.log(guidance.control_ppl) - np.log(guidance.needle_ppl))
+    if not gain >= config.min_needle_loss_gain:
+        raise DataError(
+            f"the needle lowers the loss of its value by {gain:.4g} nats per token at {tokens}, "
+            f"below search.min_needle_loss_gain={config.min_needle_loss_gain:g}: {advice}"
+        )
+    return guidance
+
+
+@dataclass(frozen=True)
+class Control:
+    """What self-test (d) compares: samples of the target length, and the same without the needle.
+
+    ``guess_ppl`` is the perplexity of a value for who knows only how many digits it has.
+    """
+
+    with_needle: SampleLosses
+    without_needle: SampleLosses
+    guess_ppl: float
+
+
+def check_ranking(best_start: RescaleFactors, control: Control, config: SearchConfig) -> float:
+    """Self-test (d): how far the needle lowers the loss of its value at the target length.
+
+    Args:
+        best_start: The best candidate of those the search starts with.
+        control: The samples.
+        config: Of the search.
+
+    Returns:
+        Nats per token.
+
+    Raises:
+        DataError: less than ``search.min_needle_loss_gain_at_target``; says what would help.
+    """
+    needle, without = (
+        _perplexity(losses, best_start)
+        for losses in (control.with_needle, control.without_needle)
+    )
+    gain, least = math.log(without) - math.log(needle), config.min_needle_loss_gain_at_target
+    if least is not None and not gain >= least:
+        length = len(control.with_needle.samples[0].tokens)
+        raise DataError(
+            f"the objective cannot rank candidates at {length} tokens: under the best one that the "
+            f"search starts with the needle perplexity is {needle:.4g}, and {without:.4g} without "
+            f"the needle in the text ({gain:.3g} nats per token, "
+            f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
+            f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise instead "
+            "of books (search.haystack=noise), needles at spread depths "
+            "(search.depths=[0,0.25,0.5,0.75]), search=halving (its attention scale and ramps may "
+            "start better), or search.objective=perplexity"
+        )
+    return gain
+
+
+def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
+    batches = (losses(factors, batch) for batch in range(losses.num_batches))
+    return perplexity(math.fsum(chain.from_iterable(batches)), losses.num_scored_tokens)
