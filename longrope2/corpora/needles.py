@@ -1,10 +1,10 @@
 """Needle samples: a short fact hidden in a long text, then asked for.
 
-The wording of the needle and of the answer prefix is that of method section 6 (LongRoPE2, arXiv
-2502.20082, sec. 3.2); instruction and question are our own and short, so that a whole sample fits
-in a window of 128 tokens. All parts are tokenized separately and joined as ids, so a sample is
-exact to the token, holds one BOS (none where documents start without), and nothing of the question
-or the value is ever cut:
+They are those of method section 6 (LongRoPE2, arXiv 2502.20082, sec. 3.2), in one of two wordings:
+the paper's prompt (its Appendix C), or a short one whose instruction and question are our own, so
+that a whole sample fits in a window of 128 tokens. The parts are tokenized apart and joined as ids,
+so a sample is exact to the token, holds one BOS (none where documents start without), and nothing
+of the question or the value is ever cut:
 
     [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
 
@@ -12,12 +12,17 @@ The closing EOS stands there because a model whose documents all end inside the 
 seen EOS at its last position. Every sample is drawn from its own seed, so sample 7 is the same
 whether 8 or 800 are asked for. The space in front of the value counts as part of it, as tokenizers
 join the two. What every sample was made of is recorded with it.
+
+Differs from the paper: the needle is a line of its own, as the text around it may break anywhere
+(the paper's stands at the start of a book, and the book goes on behind it in the same line).
 """
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,25 +54,67 @@ NOUNS = """
     piano pillow planet pocket river rocket ship shoe spoon
 """.split()
 INSTRUCTION = "Remember the magic numbers in this text.\n"
+PAPER_INSTRUCTION = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will "
+    "quiz you about the number afterwards.\n"
+)
+# RULER's haystack without meaning (arXiv 2404.06654), repeated as often as it takes.
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 VALUE_DIGITS = 7
+# Windows that hold the paper's prompt with ease; a model of a shorter one is our miniature.
+PAPER_WORDING_FROM = 2048
+# How far from the middle a document may be cut, in characters.
+_NEAR = 2000
+
+
+class Wording(StrEnum):
+    """How a needle is announced and asked for."""
+
+    auto = "auto"
+    """``paper`` for models with an original window of at least 2,048 tokens, else ``short``."""
+    paper = "paper"
+    """The prompt of the paper's Appendix C."""
+    short = "short"
+    """Short instruction and question; the retrieval documents of the training mix have it too."""
+
+
+class Haystack(StrEnum):
+    """What needles are hidden in."""
+
+    books = "books"
+    """Held-out documents (the paper)."""
+    noise = "noise"
+    """RULER's five sentences, repeated: retrieval alone, with nothing to be mistaken for it."""
 
 
 @dataclass(frozen=True)
 class NeedleWording:
     """The texts of one needle; joined as they stand, no spaces are added between them."""
 
+    instruction: str
     needle: str
     question: str
     answer_prefix: str
     answer: str
 
 
-def needle_wording(key: str, value: str) -> NeedleWording:
-    """Texts for one key and value."""
+def choose_wording(wording: Wording, original_len: int) -> Wording:
+    """The wording that is meant, ``auto`` decided by the model's original window in tokens."""
+    if wording is not Wording.auto:
+        return wording
+    return Wording.paper if original_len >= PAPER_WORDING_FROM else Wording.short
+
+
+def needle_wording(key: str, value: str, wording: Wording = Wording.short) -> NeedleWording:
+    """Texts for one key and value; ``wording`` is a chosen one, not ``auto``."""
+    assert wording is not Wording.auto, "choose_wording decides what auto is"
+    asked = f"special magic number for {key} mentioned in the provided text"
+    is_short = wording is Wording.short
     return NeedleWording(
+        instruction=INSTRUCTION if is_short else PAPER_INSTRUCTION,
         needle=f"\nOne of the special magic numbers for {key} is: {value}.\n",
-        question=f"\nWhich number belongs to {key}?\n",
-        answer_prefix=f"The special magic number for {key} mentioned in the provided text is",
+        question=f"\nWhich number belongs to {key}?\n" if is_short else f"\nWhat is the {asked}?",
+        answer_prefix=f"The {asked} is" if is_short else f" The {asked} is",
         answer=f" {value}",
     )
 
@@ -91,6 +138,8 @@ def build_needle_sample(
     key: str,
     value: str,
     with_needle: bool = True,
+    wording: Wording = Wording.short,
+    places: np.ndarray | None = None,
 ) -> NeedleSample:
     """One sample of exactly ``length`` tokens, BOS, value and EOS included.
 
@@ -102,35 +151,42 @@ def build_needle_sample(
         key: Adjective-noun key.
         value: Digits to retrieve.
         with_needle: False builds the control sample, with haystack in place of the needle.
+        wording: ``paper`` or ``short``.
+        places: Indices into ``haystack_ids``, ascending from 0, that the needle may stand in front
+            of; the one nearest to ``depth`` is taken. None allows all.
 
     Raises:
-        DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, or too little
-            haystack.
+        DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, too little
+            haystack, or a value that is no token of its own (wording ``paper``).
     """
     if not 0.0 <= depth <= 1.0:
         raise DataError(f"depth={depth} is outside [0, 1]")
-    wording = needle_wording(key, value)
-    head = [*encoder.start_ids, *encoder.encode(INSTRUCTION)]
-    needle = encoder.encode(wording.needle) if with_needle else []
-    tail = encoder.encode(wording.question) + encoder.encode(wording.answer_prefix)
-    answer = encoder.encode(wording.answer)
+    texts = needle_wording(key, value, wording)
+    head = [*encoder.start_ids, *encoder.encode(texts.instruction)]
+    needle = encoder.encode(texts.needle) if with_needle else []
+    tail, answer = _tail_and_answer(encoder, texts, wording)
     num_haystack = length - len(head) - len(needle) - len(tail) - len(answer) - 1
     if num_haystack < 0:
         short = f"length={length} tokens is too short for a needle sample"
-        raise DataError(f"{short}; at least {length - num_haystack}")
+        way_out = "" if wording is Wording.short else ", or less with wording=short"
+        raise DataError(f"{short}; at least {length - num_haystack}{way_out}")
     if len(haystack_ids) < num_haystack:
         given = f"only {len(haystack_ids)} were given"
         raise DataError(f"length={length} needs {num_haystack} haystack tokens, {given}")
     used = np.asarray(haystack_ids[:num_haystack])
     cut = round(depth * num_haystack)
+    if places is not None:
+        inside = places[places <= num_haystack]
+        cut = int(inside[np.abs(inside - cut).argmin()])
     parts = [head, used[:cut], needle, used[cut:], tail, answer, [encoder.eos_id]]
     tokens = np.concatenate(parts).astype(np.int64)
     record = {
-        "instruction": INSTRUCTION,
-        "needle": wording.needle if with_needle else "",
-        "question": wording.question,
-        "answer_prefix": wording.answer_prefix,
-        "answer": wording.answer,
+        "wording": wording.value,
+        "instruction": texts.instruction,
+        "needle": texts.needle if with_needle else "",
+        "question": texts.question,
+        "answer_prefix": texts.answer_prefix,
+        "answer": texts.answer,
         "needle_start": len(head) + cut,
         "num_needle_tokens": len(needle),
         "num_haystack_tokens": num_haystack,
@@ -140,12 +196,42 @@ def build_needle_sample(
     return NeedleSample(tokens, start, key=key, value=value, depth=depth, record=record)
 
 
+def _tail_and_answer(
+    encoder: DocumentTokenizer, texts: NeedleWording, wording: Wording
+) -> tuple[list[int], list[int]]:
+    """Ids of question and answer prefix, and of the answer.
+
+    The paper's are one running text and tokenized as one: some tokenizers put a space in front of
+    whatever they are given, which would double those between the parts. The short wording's are
+    apart, as in all samples that the miniature has been searched and evaluated on.
+    """
+    if wording is Wording.short:
+        tail = encoder.encode(texts.question) + encoder.encode(texts.answer_prefix)
+        return tail, encoder.encode(texts.answer)
+    tail = encoder.encode(texts.question + texts.answer_prefix)
+    whole = encoder.encode(texts.question + texts.answer_prefix + texts.answer)
+    if whole[: len(tail)] != tail:
+        raise DataError(
+            f"this tokenizer joins {texts.answer_prefix[-3:]!r} and {texts.answer!r} in a token, "
+            "so that the value cannot be scored alone; use wording=short"
+        )
+    return tail, whole[len(tail) :]
+
+
 class _Piece(NamedTuple):
     """Consecutive tokens of one book."""
 
     book: int
     start: int
     ids: np.ndarray
+
+
+class _Hay(NamedTuple):
+    """Ids to hide a needle in, where it may stand (None: anywhere), and the books they are of."""
+
+    ids: np.ndarray
+    places: np.ndarray | None
+    pieces: list[_Piece]
 
 
 def build_needle_set(
@@ -159,6 +245,9 @@ def build_needle_set(
     num_keys: int | None = None,
     with_needle: bool = True,
     document_start: DocumentStart = DocumentStart.auto,
+    wording: Wording = Wording.short,
+    haystack: Haystack = Haystack.books,
+    excluded_keys: Collection[str] = (),
 ) -> NeedleSet:
     """``num_samples`` samples of exactly ``length`` tokens; depths are used in turn.
 
@@ -166,11 +255,13 @@ def build_needle_set(
     released code drew all its samples from one book). A book that is too short is joined with the
     following ones; ``record["books"]`` lists those that were used, with id, SHA-256 of the text,
     and the range of their tokens. The control set (``with_needle=False``) has the same keys, values
-    and haystacks.
+    and haystacks. In noise, which needs no books, a needle stands between two sentences; keys and
+    values are those that it would have in books.
 
     Args:
         tokenizer: Tokenizer of the model.
-        books: Documents to hide needles in; a plain text is recorded under its index.
+        books: Documents to hide needles in; a plain text is recorded under its index. Noise takes
+            none of them.
         length: Tokens of every sample.
         depths: As in ``build_needle_sample``.
         num_samples: Number of samples.
@@ -178,58 +269,171 @@ def build_needle_set(
         num_keys: Distinct keys in the set, used in turn; None gives every sample a key of its own.
         with_needle: False builds the control set.
         document_start: The model's.
+        wording: ``paper`` or ``short``; ``choose_wording`` decides what ``auto`` is.
+        haystack: ``books`` or ``noise``.
+        excluded_keys: Keys that must not occur, so that a set for checking shares none with the
+            set that something was chosen by. Its ``seed`` must be another one, or values agree.
 
     Raises:
         DataError: no depths, no books, books too short in all, a length that cannot hold a sample,
-            or more keys than there are.
+            more keys than there are, or a tokenizer that cannot tell a sentence of noise from the
+            next, or (wording ``paper``) the value from what stands before it.
     """
-    if not depths or not books or num_samples < 1:
+    is_noise = haystack is Haystack.noise
+    if not depths or not (books or is_noise) or num_samples < 1:
         got = f"{len(depths)}, {len(books)} and num_samples={num_samples}"
         raise DataError(f"a needle set needs depths, books and samples; got {got}")
     encoder = DocumentTokenizer(tokenizer, document_start)
-    order = list(range(len(books)))
-    random.Random(f"order/{seed}").shuffle(order)
-    keys = _draw_keys(seed, num_samples if num_keys is None else num_keys)
-
-    @lru_cache(maxsize=256)
-    def ids_of(index: int) -> np.ndarray:
-        return np.asarray(encoder.encode(_name_and_text(books, index)[1]), dtype=np.int64)
-
+    keys = _draw_keys(seed, num_samples if num_keys is None else num_keys, set(excluded_keys))
+    hay_of = (
+        _noise_haystack(encoder, length)
+        if is_noise
+        else _book_haystack(encoder, books, length, seed)
+    )
     samples = []
     for number in range(num_samples):
         rng = random.Random(f"needle/{seed}/{number}")
         draw_key(rng)  # the first draw is the key's, see _draw_keys
         value, start = draw_value(rng), rng.random()
-        pieces = _joined_haystack(ids_of, order=order, first=number, length=length, start=start)
+        ids, places, pieces = hay_of(number, start)
         sample = build_needle_sample(
             encoder,
-            np.concatenate([piece.ids for piece in pieces]),
+            ids,
             length=length,
             depth=depths[number % len(depths)],
             key=keys[number % len(keys)],
             value=value,
             with_needle=with_needle,
+            wording=wording,
+            places=places,
         )
+        sample.record["haystack"] = haystack.value
         num_haystack = int(sample.record["num_haystack_tokens"])
         sample.record["books"] = _used_books(books, pieces, num_haystack)
         samples.append(sample)
     return NeedleSet(samples=samples, length=length)
 
 
-def _draw_keys(seed: int, num_keys: int) -> list[str]:
+def guess_perplexity(needle_set: NeedleSet) -> float:
+    """Perplexity of the values for who knows their form alone: seven digits, the first not zero.
+
+    exp(total ln / total tokens), with ln(9e6) for every sample and all tokens that are scored: also
+    the one of the space in front, where a tokenizer makes it one of its own. 9e6^(1/8) = 7.4 then,
+    where every digit is a token; 54.8 where three are (LLaMA 3: space, 3, 3 and 1 digits).
+
+    Raises:
+        DataError: the set has no samples.
+    """
+    samples = needle_set.samples
+    if not samples:
+        raise DataError("a needle set without samples has no perplexity of guessing")
+    num_tokens = sum(len(sample.through_value) - sample.value_start for sample in samples)
+    num_values = 9 * 10 ** (VALUE_DIGITS - 1)
+    return math.exp(len(samples) * math.log(num_values) / num_tokens)
+
+
+def halve_documents(
+    documents: Sequence[Document], seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Two parts without common text, each of about half the characters, in an order from ``seed``.
+
+    The document in the middle is cut in two (``part 1 of 2``, ``part 2 of 2`` in its id): behind
+    the line break that is nearest to the middle, or else behind the nearest space, or else in the
+    middle. The first two are looked for within 2,000 characters and within a twentieth of the text.
+
+    Raises:
+        DataError: fewer than two characters in all.
+    """
+    total = sum(len(document.text) for document in documents)
+    if total < 2:
+        given = f"{len(documents)} documents of {total} characters in all"
+        raise DataError(f"{given} cannot be halved; the corpus must hold out more text")
+    drawn = list(documents)
+    random.Random(f"halves/{seed}").shuffle(drawn)
+    first: list[Document] = []
+    room = total // 2
+    while len(drawn[len(first)].text) <= room:
+        room -= len(drawn[len(first)].text)
+        first.append(drawn[len(first)])
+    second = drawn[len(first) :]
+    if room:
+        whole = second[0]
+        cut = _place_near(second[0].text, room, min(_NEAR, total // 20))
+        name = whole.doc_id
+        first.append(replace(whole, doc_id=f"{name} part 1 of 2", text=whole.text[:cut]))
+        second[0] = replace(whole, doc_id=f"{name} part 2 of 2", text=whole.text[cut:])
+    return first, second
+
+
+def _place_near(text: str, middle: int, most: int) -> int:
+    """Where to cut a text: at most ``most`` characters from ``middle``, inside of both ends."""
+    # The break itself goes with what stands before it.
+    low, high = max(0, middle - 1 - most), min(len(text) - 1, middle + most)
+    for mark in ("\n", " "):
+        before, behind = text.rfind(mark, low, middle), text.find(mark, middle, high)
+        found = [place + 1 for place in (before, behind) if place >= 0]
+        if found:
+            return min(found, key=lambda place: abs(place - middle))
+    return middle
+
+
+def _draw_keys(seed: int, num_keys: int, excluded: set[str]) -> list[str]:
     """``num_keys`` distinct keys; the first n of them are the same for every larger number."""
-    most = len(ADJECTIVES) * len(NOUNS)
+    every = {f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS}
+    most = len(every - excluded)
     if not 1 <= num_keys <= most:
         given = f"num_keys={num_keys} (by default one per sample)"
-        raise DataError(f"{given} must be from 1 to {most}, the keys there are")
+        left = f"the keys there are without {len(every) - most} excluded ones"
+        there = left if most < len(every) else "the keys there are"
+        raise DataError(f"{given} must be from 1 to {most}, {there}")
     keys: dict[str, None] = {}
     for number in range(num_keys):
         rng = random.Random(f"needle/{seed}/{number}")
         key = draw_key(rng)
-        while key in keys:
+        while key in keys or key in excluded:
             key = draw_key(rng)
         keys[key] = None
     return list(keys)
+
+
+def _book_haystack(
+    encoder: DocumentTokenizer, books: Sequence[Document | str], length: int, seed: int
+) -> Callable[[int, float], _Hay]:
+    """Text of books for a sample, by its number and where in a long book it starts (0 to 1)."""
+    order = list(range(len(books)))
+    random.Random(f"order/{seed}").shuffle(order)
+
+    @lru_cache(maxsize=256)
+    def ids_of(index: int) -> np.ndarray:
+        return np.asarray(encoder.encode(_name_and_text(books, index)[1]), dtype=np.int64)
+
+    def hay_of(number: int, start: float) -> _Hay:
+        pieces = _joined_haystack(ids_of, order=order, first=number, length=length, start=start)
+        return _Hay(np.concatenate([piece.ids for piece in pieces]), None, pieces)
+
+    return hay_of
+
+
+def _noise_haystack(encoder: DocumentTokenizer, length: int) -> Callable[[int, float], _Hay]:
+    """The same noise for every sample; a needle may stand at its start or behind a sentence.
+
+    Raises:
+        DataError: the tokenizer has tokens that reach from one sentence into the next.
+    """
+    text = NOISE
+    while encoder.count_tokens([text])[0] < length:
+        text = f"{text} {text}"
+    ends_N = encoder.token_spans([text])[0][:, 1]
+    sentence_ends = np.flatnonzero(np.frombuffer(text.encode(), dtype=np.uint8) == ord(".")) + 1
+    is_end_N = np.isin(ends_N, sentence_ends)
+    if np.count_nonzero(is_end_N) < len(sentence_ends):
+        raise DataError(
+            "this tokenizer joins the end of a sentence with the start of the next in one token, "
+            "so that no needle can stand between them; use haystack=books"
+        )
+    places = np.concatenate([[0], np.flatnonzero(is_end_N) + 1])
+    hay = _Hay(np.asarray(encoder.encode(text), dtype=np.int64), places, [])
+    return lambda number, start: hay
 
 
 def _joined_haystack(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.needles import Wording
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks import config as long
@@ -215,6 +216,10 @@ class NeedleConfig:
     """Samples of every length and depth (the paper's heat map has 10)."""
     seed: int = 7001
     """Seed of keys, values and haystacks; must differ from the search's."""
+    wording: Wording = Wording.auto
+    """``paper`` (the prompt of its Appendix C), ``short`` (fits a window of 128 tokens), or
+    ``auto``: ``paper`` for models with an original window of at least 2,048 tokens, else
+    ``short``."""
 
 
 @dataclass

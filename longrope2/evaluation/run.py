@@ -17,7 +17,7 @@ from rich.console import Console
 
 from longrope2.config import claim_folder, to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
-from longrope2.corpora.needles import build_needle_set
+from longrope2.corpora.needles import build_needle_set, choose_wording
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation import answering, scoring, summary
@@ -77,9 +77,10 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         depths = ", ".join(map(str, needle.depths))
         num_windows, num_short = evaluation.perplexity.num_windows, evaluation.retention.num_windows
         windows = f"{num_windows} windows per length, {num_short} short ones"
+        wording = choose_wording(needle.wording, model.original_len).value
         lines += [
             f"lengths    {', '.join(map(str, evaluated_lengths(config)))}",
-            f"needles    {num_samples} samples per length at depths {depths}",
+            f"needles    {num_samples} samples per length at depths {depths}, {wording} wording",
             f"text       {windows}; held out of corpus {config.corpus.name}",
         ]
     if suite.ruler is not None:
@@ -167,7 +168,8 @@ def _build_measures(
     lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
     needle, num_short = evaluation.needle, evaluation.retention.num_windows
     num_samples = len(needle.depths) * needle.samples_per_depth
-    drawn = {"depths": needle.depths, "seed": needle.seed}
+    drawn: dict[str, Any] = {"depths": needle.depths, "seed": needle.seed}
+    drawn["wording"] = choose_wording(needle.wording, original_len)
     start = config.model.document_start
     hide = partial(build_needle_set, tokenizer, books, document_start=start, **drawn)
     needle_sets = [hide(length=length, num_samples=num_samples) for length in lengths]

@@ -147,13 +147,29 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accuracies = {f"eval/needle_accuracy/{s}/{n}" for s in ("base", "ntk") for n in (128, 256)}
     assert accuracies <= {key for record in metrics for key in record}
-    assert NeedleSet.load(folder / "needles" / "256.arrow").length == 256
+    needles = NeedleSet.load(folder / "needles" / "256.arrow")
+    assert needles.length == 256 and needles.samples[0].record["wording"] == "short"
     before = {name: value for name, value in tree(folder).items() if name != "metrics.jsonl"}
     monkeypatch.setattr(subjects, "load_windowed_model", None)  # a second measurement would call it
     assert command("evaluate", SUBJECTS, *SMALL)[0] == 0
     assert {
         name: value for name, value in tree(folder).items() if name != "metrics.jsonl"
     } == before
+
+
+def test_needles_are_asked_for_in_the_wording_that_is_set(command, run_folder):
+    """By default a window of 128 tokens gets the short one."""
+    one = ("evaluation.subjects=[{name: base, rope: {method: none}}]", *SMALL)
+    assert "depths 0.0, 1.0, short wording" in command("evaluate", *one, "dry_run=true")[1]
+    one = (*one, "evaluation.lengths=[256]", "evaluation.needle.wording=paper")
+    assert "depths 0.0, 1.0, paper wording" in command("evaluate", *one, "dry_run=true")[1]
+    code, _, err = command("evaluate", *one)
+    assert code == 0, err
+    folder = product_folder(run_folder, "evaluations")
+    (sample, *_) = NeedleSet.load(folder / "needles" / "256.arrow").samples
+    assert str(sample.record["question"]).startswith("\nWhat is the special magic number for ")
+    code, _, err = command("evaluate", *one[:-1], "evaluation.needle.wording=long")
+    assert code == 2 and "auto, paper, short" in err
 
 
 def test_needles_of_the_search_are_not_evaluated_on(command, run_folder):

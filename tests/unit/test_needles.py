@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import re
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
@@ -15,13 +18,17 @@ from longrope2.corpora.needles import (
     ADJECTIVES,
     INSTRUCTION,
     NOUNS,
+    Haystack,
+    Wording,
     build_needle_sample,
     build_needle_set,
+    choose_wording,
+    guess_perplexity,
     needle_wording,
 )
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
-from longrope2.segments.needle_set import NeedleSample
+from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 VALUE = "7654321"
 TEXTS = [
@@ -39,6 +46,35 @@ def encoder(tokenizer):
     return DocumentTokenizer(tokenizer)
 
 
+def made_tokenizer(
+    merges: list[tuple[str, str]], pre_tokenizer: pre_tokenizers.PreTokenizer, **options
+):
+    """One token for every printable ASCII character, and for what ``merges`` make of them."""
+    pieces = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a", "\u2581", "\n"]
+    pieces += dict.fromkeys(a + b for a, b in merges)
+    model = BPE({piece: number for number, piece in enumerate(pieces)}, merges, **options)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def bytes_split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Words by a pattern, then bytes, as LLaMA 3 and Qwen have it."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+@pytest.fixture(scope="module")
+def grouping():
+    """Digits in groups of up to three, as in LLaMA 3, whose rule this is; no BOS."""
+    digits = "0123456789"
+    pairs = [(a, b) for a in digits for b in digits]
+    triples = [(a + b, c) for a, b in pairs for c in digits]
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    return made_tokenizer(pairs + triples, bytes_split_by(words), ignore_merges=True)
+
+
 def built(encoder, length=128, depth=0.5, **options):
     haystack = np.asarray(encoder.encode(TEXTS[0]))
     return build_needle_sample(
@@ -52,13 +88,58 @@ def test_word_lists():
         assert all(re.fullmatch("[a-z]{3,8}", word) for word in words)
 
 
-def test_wording_is_the_papers():
+def test_short_wording():
+    """Needle and answer prefix are the paper's."""
     wording = needle_wording("red-lamp", "7654321")
-    assert wording.needle.strip() == "One of the special magic numbers for red-lamp is: 7654321."
+    assert (wording.instruction, wording.answer) == (INSTRUCTION, " 7654321")
+    assert wording.needle == "\nOne of the special magic numbers for red-lamp is: 7654321.\n"
+    assert wording.question == "\nWhich number belongs to red-lamp?\n"
     assert (
         wording.answer_prefix
         == "The special magic number for red-lamp mentioned in the provided text is"
     )
+
+
+def test_paper_wording():
+    """As in the sample that Appendix C prints, line breaks at the needle's ends aside."""
+    wording = needle_wording("numerous-kite", "6716097", Wording.paper)
+    assert wording.instruction == (
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n"
+    )
+    assert wording.needle == "\nOne of the special magic numbers for numerous-kite is: 6716097.\n"
+    assert wording.question + wording.answer_prefix + wording.answer == (
+        "\nWhat is the special magic number for numerous-kite mentioned in the provided text? "
+        "The special magic number for numerous-kite mentioned in the provided text is 6716097"
+    )
+    assert wording.question.endswith("text?") and wording.answer == " 6716097"
+
+
+@pytest.mark.parametrize(
+    ("asked", "original_len", "chosen"),
+    [
+        ("auto", 128, "short"), ("auto", 2047, "short"), ("auto", 2048, "paper"),
+        ("auto", 8192, "paper"), ("short", 8192, "short"), ("paper", 128, "paper"),
+    ],
+)  # fmt: skip
+def test_the_window_decides_what_auto_is(asked, original_len, chosen):
+    assert choose_wording(Wording(asked), original_len) is Wording(chosen)
+
+
+@pytest.mark.parametrize(
+    ("length", "present", "digest"),
+    [
+        (128, True, "fb16e3e7e32fc04b68a7f96e86159056959a0466817928665773b666ab68ae16"),
+        (128, False, "36bd9130aed9621e8a5ec8480867356911bf5776a53a386420fa4035418d86f4"),
+        (3000, True, "61b2413fc83f28041c0901e186cded7cc7c7569ef5a1e5a7340c33fb8e123433"),
+    ],
+)
+def test_short_samples_from_books_are_what_they_were(tokenizer, length, present, digest):
+    """The miniature's searches and evaluations in README and lab notes are of these samples."""
+    arguments = {"length": length, "depths": [0.0, 0.37, 1.0], "num_samples": 12, "seed": 3}
+    needles = build_needle_set(tokenizer, TEXTS, **arguments, with_needle=present)
+    all_bytes = b"".join(sample.tokens.astype("<i8").tobytes() for sample in needles.samples)
+    assert hashlib.sha256(all_bytes).hexdigest() == digest
 
 
 @pytest.mark.parametrize("length", [70, 128, 129, 500])
@@ -147,7 +228,12 @@ def test_control_sets_share_keys_and_haystacks(tokenizer):
 
 
 def rebuilt(
-    sample: NeedleSample, books: list[Document], length: int, present: bool, tokenizer
+    sample: NeedleSample,
+    books: list[Document],
+    length: int,
+    present: bool,
+    tokenizer,
+    wording: Wording = Wording.short,
 ) -> list[int]:
     """The sample's ids from its record and the books alone, by the tokenizer of transformers."""
 
@@ -167,6 +253,14 @@ def rebuilt(
         f" {value}"
     )
     head = ids(INSTRUCTION)
+    if wording is Wording.paper:
+        head = ids(
+            "A special magic number is hidden within the following text. Make sure to memorize "
+            "it. I will quiz you about the number afterwards.\n"
+        )
+        asked = f"special magic number for {key} mentioned in the provided text"
+        tail = ids(f"\nWhat is the {asked}? The {asked} is {value}")
+    assert sample.record["wording"] == wording.value and sample.record["haystack"] == "books"
     cut = round(sample.depth * len(haystack))
     assert len(haystack) == length - 2 - len(head) - len(needle) - len(tail)
     whole = [*head, *haystack[:cut], *needle, *haystack[cut:], *tail]
@@ -198,15 +292,17 @@ def pg19_folder(folder):
 
 @pytest.mark.parametrize("length", [128, 700, 3000])
 @pytest.mark.parametrize("present", [True, False])
-def test_every_sample_can_be_rebuilt_from_its_record(tmp_path, tokenizer, length, present):
+@pytest.mark.parametrize("wording", [Wording.short, Wording.paper])
+def test_every_sample_can_be_rebuilt_from_its_record(tmp_path, tokenizer, length, present, wording):
     books = heldout_documents(pg19_folder(tmp_path))
     assert [b.doc_id for b in books][0] == "folder/v.parquet:0 A Long Book" and len(books) == 4
-    depths = [0.0, 0.37, 1.0]
-    needles = build_needle_set(
-        tokenizer, books, length=length, depths=depths, num_samples=6, seed=3, with_needle=present
-    )
+    arguments = {"length": length + 60, "depths": [0.0, 0.37, 1.0], "num_samples": 6, "seed": 3}
+    if wording is Wording.short:
+        arguments["length"] = length
+    needles = build_needle_set(tokenizer, books, with_needle=present, wording=wording, **arguments)
     for sample in needles.samples:
-        assert sample.tokens.tolist() == rebuilt(sample, books, length, present, tokenizer)
+        expected = rebuilt(sample, books, arguments["length"], present, tokenizer, wording=wording)
+        assert sample.tokens.tolist() == expected
     if length == 3000:
         assert max(len(sample.record["books"]) for sample in needles.samples) > 1
 
@@ -269,3 +365,128 @@ def test_impossible_sets_are_refused(tokenizer):
             )
     with pytest.raises(DataError, match="haystack tokens, only"):
         build_needle_set(tokenizer, TEXTS, length=20_000, depths=[0.0], num_samples=1, seed=0)
+
+
+GREEN = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def nearest_sentence_end(tokenizer, depth: float, num_haystack: int) -> int:
+    """Tokens of noise in front of the needle, by tokenizing every beginning that ends in a stop."""
+    text = " ".join([GREEN] * (num_haystack // 20 + 1))
+    stops = [0, *(match.end() for match in re.finditer(r"\.", text))]
+    counts = [len(tokenizer.encode(text[:stop], add_special_tokens=False)) for stop in stops]
+    wanted = round(depth * num_haystack)
+    return min((n for n in counts if n <= num_haystack), key=lambda n: abs(n - wanted))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "grouping"])
+@pytest.mark.parametrize("wording", [Wording.short, Wording.paper])
+def test_in_noise_a_needle_stands_between_sentences(request, kind, wording):
+    tokenizer = request.getfixturevalue(kind)
+    encoder = DocumentTokenizer(tokenizer)
+    depths = [0.0, 0.1, 0.5, 0.62, 1.0]
+    arguments = {"depths": depths, "num_samples": 5, "seed": 4, "wording": wording}
+    for length in (700, 901):
+        arguments["length"] = length
+        noise = build_needle_set(tokenizer, [], haystack=Haystack.noise, **arguments)
+        in_books = build_needle_set(tokenizer, TEXTS, **arguments)
+        for sample, in_book in zip(noise.samples, in_books.samples, strict=True):
+            record = sample.record
+            assert len(sample.tokens) == length and (record["haystack"], record["books"]) == (
+                "noise",
+                [],
+            )
+            assert (sample.key, sample.value) == (in_book.key, in_book.value)
+            first = len(encoder.start_ids) + len(encoder.encode(record["instruction"]))
+            cut = int(record["needle_start"]) - first
+            num_haystack = int(record["num_haystack_tokens"])
+            assert cut == nearest_sentence_end(tokenizer, sample.depth, num_haystack)
+            start, count = int(record["needle_start"]), int(record["num_needle_tokens"])
+            assert encoder.decode(sample.tokens[start : start + count]) == record["needle"]
+            before = encoder.decode(sample.tokens[first:start])
+            behind = encoder.decode(sample.tokens[start + count : first + count + num_haystack])
+            assert before == "" or before.endswith(".")
+            assert " ".join([GREEN] * 100).startswith(before + behind)
+            rest = encoder.decode(sample.through_value[first + count + num_haystack :])
+            assert rest == record["question"] + record["answer_prefix"] + f" {sample.value}"
+
+
+def test_noise_of_131072_tokens_is_exact(tokenizer):
+    arguments = {"length": 131072, "depths": [0.5], "num_samples": 1, "seed": 0}
+    (sample,) = build_needle_set(
+        tokenizer, [], haystack=Haystack.noise, wording=Wording.paper, **arguments
+    ).samples
+    assert len(sample.tokens) == 131072
+    assert abs(int(sample.record["needle_start"]) - 65536) < 100
+
+
+def test_control_sets_in_noise_differ_in_the_needle_only(tokenizer):
+    arguments = {"length": 300, "depths": [0.5], "num_samples": 2, "seed": 1}
+    for sample in build_needle_set(
+        tokenizer, [], haystack=Haystack.noise, with_needle=False, **arguments
+    ).samples:
+        text = tokenizer.decode(sample.tokens)
+        assert "special magic numbers for" not in text and sample.value in text
+
+
+@pytest.mark.parametrize(
+    ("joined", "options", "words"),
+    [
+        ((".", "\u0120"), {"haystack": Haystack.noise}, "joins the end of a sentence .*=books"),
+        (("s", "\u0120"), {"wording": Wording.paper}, "joins ' is' and ' [0-9]{7}' in .*=short"),
+    ],
+)
+def test_tokens_across_the_parts_are_refused(joined, options, words):
+    tokenizer = made_tokenizer([joined], pre_tokenizers.ByteLevel(False, use_regex=False))
+    with pytest.raises(DataError, match=words):
+        build_needle_set(
+            tokenizer, TEXTS, length=1500, depths=[0.5], num_samples=1, seed=0, **options
+        )
+
+
+def test_the_papers_question_has_no_doubled_spaces():
+    """LLaMA 2's tokenizer puts a space in front of whatever it is given."""
+    tokenizer = made_tokenizer([], pre_tokenizers.Metaspace(prepend_scheme="always", split=False))
+    needles = build_needle_set(
+        tokenizer, TEXTS, length=1500, depths=[0.5], num_samples=1, seed=0, wording=Wording.paper
+    )
+    (sample,) = needles.samples
+    space, answer = "\u2581", tokenizer.convert_ids_to_tokens(sample.through_value[-8:].tolist())
+    assert sample.value_start == 1491 and answer == [space, *sample.value]
+    end = "".join(tokenizer.convert_ids_to_tokens(sample.through_value[-120:].tolist()))
+    assert space * 2 not in end and end.endswith(f"text{space}is{space}{sample.value}")
+
+
+def test_what_guessing_a_value_costs(tokenizer, grouping):
+    """9,000,000 values are alike likely; all tokens of the value share that, its space too."""
+    arguments = {"length": 900, "depths": [0.0], "num_samples": 40, "seed": 2}
+    values_with_spaces = made_tokenizer(
+        [("\u0120", digit) for digit in "123456789"] + [("1", "2"), ("34", "5"), ("3", "4")],
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    )
+    for own, spot in ((tokenizer, 7.40083), (grouping, 54.7723), (values_with_spaces, None)):
+        needles = build_needle_set(own, TEXTS, wording=Wording.short, **arguments)
+        counts = [
+            len(own.encode(f" {sample.value}", add_special_tokens=False))
+            for sample in needles.samples
+        ]
+        assert all(
+            len(sample.tokens) - 1 - sample.value_start == count
+            for sample, count in zip(needles.samples, counts, strict=True)
+        )
+        # As a search counts it: the mean loss of all scored tokens.
+        losses = []
+        for count in counts:
+            losses += [math.log(9e6) / count] * count
+        assert guess_perplexity(needles) == pytest.approx(math.exp(np.mean(losses)), rel=1e-12)
+        if spot is not None:
+            assert guess_perplexity(needles) == pytest.approx(spot, rel=1e-5)
+        else:
+            assert 6 <= min(counts) < max(counts) == 7  # " 7" is a token, "12" another
+    digits = [NeedleSample(np.arange(9), value_start=1, key="", value="", depth=0.0)]
+    assert guess_perplexity(NeedleSet(digits, 9)) == pytest.approx(9.85061, rel=1e-6)
+
+
+def test_guessing_needs_samples():
+    with pytest.raises(DataError, match="a needle set without samples has no perplexity"):
+        guess_perplexity(NeedleSet([], 100))

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from longrope2.corpora.needles import NOISE
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.ruler.niah import NiahTask
 from longrope2.evaluation.ruler.qa import QuestionSet
@@ -40,7 +41,6 @@ PROMPT_SHA256 = {
     "qa": ("18a659c9723f24f1", "255204f061d7e266"),
 }
 _WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
 _EXAMPLE_VALUE = "12345"
 _NUM_COMMON, _NUM_HOPS = 10, 4
@@ -194,7 +194,7 @@ def needles(
     if task.haystack == "essay":
         context = _in_essay(hidden, sentences_of, streams, essay=essay, size=size)
     else:
-        lines = [_NOISE] * size
+        lines = [NOISE] * size
         if task.haystack == "needle":
             lines = [needle(draw(task.keys), draw(task.values)) for _ in range(size)]
         places = sorted(streams.python.sample(range(size), len(hidden)), reverse=True)
@@ -246,7 +246,7 @@ def variables(template: str, streams: Streams, size: int, *, example: bool) -> T
         value = value or drawn
         hops = [f"VAR {group[j + 1]} = VAR {group[j]} " for j in range(_NUM_HOPS)]
         chain.append([f"VAR {group[0]} = {drawn}", *hops])
-    lines = [_NOISE] * size
+    lines = [NOISE] * size
     for statements in chain:
         places = sorted(streams.python.sample(range(len(lines)), len(statements)))
         for offset, (place, statement) in enumerate(zip(places, statements, strict=True)):
