@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.parallel import processes
-from longrope2.report.plots import factors_figure, search_figure
+from longrope2.report.plots import factors_figure, fresh_figure, search_figure
 from longrope2.rope.factors import RescaleFactors
 from longrope2.search.config import SearchRoot
 from longrope2.search.prepare import check, describe, prepare, refuse_other_model
@@ -98,36 +99,56 @@ def _search_in_processes(config: SearchRoot) -> None:
 
 
 def _write_plots(folder: Path) -> None:
-    """``factors.svg`` and ``search.svg`` beside the product."""
+    """``factors.svg``, ``search.svg`` and ``fresh.svg`` beside the product."""
     factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
-    for name, figure in (("factors", factors_figure(factors)), ("search", search_figure(history))):
+    figures = {"factors": factors_figure(factors), "search": search_figure(history)}
+    if history["fresh"] is not None:
+        figures["fresh"] = fresh_figure(history)
+    for name, figure in figures.items():
         with atomic_path(folder / f"{name}.svg") as temporary:
             figure.savefig(temporary, format="svg", bbox_inches="tight")
 
 
 def _print_report(folder: Path) -> None:
-    """What was found, beside the closed-form methods on the same samples, and what it cost."""
+    """What was found beside everything else on fresh samples, what it cost, and the verdict."""
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
     budget = SearchBudget(**history["budget"])
-    table = Table(title=f"training-free, {history['sample_len']} tokens", title_justify="left")
-    table.add_column("method")
-    table.add_column(history["value_name"], justify="right")
-    for method, value in history["baselines"].items():
-        table.add_row(method, f"{value:.4g}")
-    table.add_row(f"{history['algorithm']} (searched)", f"{history['best_value']:.4g}")
-    Console().print(table)
+    if history["fresh"] is not None:
+        Console().print(_fresh_table(history))
     if (critical := history["critical_index"]) is not None:
         print(f"critical index {critical} (theoretical {history['theoretical_critical_index']})")
     rate = f", {budget.sustained_tflops:.3g} TFLOP/s a process" if budget.sustained_tflops else ""
     print(
         f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; "
         f"{budget.num_forwards:,} forward passes ({budget.forward_tokens:,} tokens), "
-        f"{budget.num_forwards_saved:,} saved by stopping\n"
+        f"{budget.num_forwards_saved:,} saved by stopping; {budget.confirm_tokens:,} tokens of "
+        "fresh samples\n"
         f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}; all of it "
         f"on the hardware of search.projected_*: {budget.projected_hours:.3g} h\n"
         f"factors in {folder / FACTORS_FILE}"
     )
+    factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
+    print(factors.provenance["confirmed"])
+
+
+def _fresh_table(history: dict[str, Any]) -> Table:
+    """Every contestant, best first."""
+    title = f"untrained, fresh samples of {history['sample_len']} tokens"
+    table = Table(title=title, title_justify="left")
+    table.add_column("factors")
+    for heading in ("attention scale", history["value_name"], "95 %", "samples"):
+        table.add_column(heading, justify="right")
+    for contestant in history["fresh"]["contestants"]:
+        num, stopped = contestant["num_reported"], f"stopped: {contestant['num_choosing']}"
+        table.add_row(
+            contestant["name"],
+            f"{contestant['attention_scale']:.3f}",
+            f"{contestant['value']:.4g}",
+            "{:.4g}-{:.4g}".format(*contestant["interval"]),
+            str(num) if num else stopped,
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from longrope2.evaluation.config import (
 )
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.schema import Cell
-from longrope2.statistics import score_interval
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.evaluation.summary import scores_by_side
 from longrope2.rope.factors import Window
+from longrope2.statistics import score_interval
 
 
 def measure_short_tasks(

@@ -1,6 +1,6 @@
 """Where a run's factors come from: a closed form, its search, a file, or a published config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longrope2.config import find_shipped
@@ -34,6 +34,8 @@ class RopeConfig:
     """Factors JSON or CSV for ``from_file``; model folder, config.json or hub id for
     ``from_hf``; for ``searched``, ``yarn_rcd`` and ``ntk_rcd``, a factors JSON instead of the
     run's own."""
+    attention_scale: float | None = None
+    """Multiplier on cos and sin in the long window instead of the method's own; null keeps it."""
     both_windows: bool = False
     """True uses the rescaled RoPE inside the original window too, as methods without a factor
     switch do."""
@@ -92,6 +94,11 @@ def resolve_factors(
                 "needs; give the factors.json of a finished longrope2 search"
             )
         factors = critical_index_factors(method, geometry, target_len, factors.critical_index)
+    if rope.attention_scale is not None:
+        if not 0.5 <= rope.attention_scale <= 2:
+            given = f"rope.attention_scale={rope.attention_scale}"
+            raise ArtifactError(f"{given}: must be null (the method's own) or from 0.5 to 2")
+        factors = replace(factors, long_attention_scale=rope.attention_scale)
     return factors.in_both_windows() if rope.both_windows else factors
 
 

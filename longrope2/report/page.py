@@ -16,7 +16,7 @@ from longrope2.evaluation.summary import comparison_lines
 from longrope2.files.artifacts import PRODUCT_FOLDERS, write_text
 from longrope2.report.data import RunRecord, StageState, load_run
 from longrope2.report.html import PAGE, bullets, change, heat_map, image, interval, percent, table
-from longrope2.report.plots import factors_figure, lengths_figure, search_figure
+from longrope2.report.plots import factors_figure, fresh_figure, lengths_figure, search_figure
 from longrope2.report.suite import suite_html
 from longrope2.report.training import limits, mix_images, training_images
 
@@ -172,22 +172,47 @@ def _factors(record: RunRecord) -> str:
 def _search(record: RunRecord) -> str:
     if (history := record.search_history) is None:
         return _missing(record, "factors")
-    if "sample_len" not in history:
-        lacking = "This search was run by an earlier version, whose history lacks the sample length"
+    if "fresh" not in history:
+        lacking = (
+            "This search was run by an earlier version, which compared nothing on fresh samples"
+        )
         return f"<p class=missing>{lacking}.</p>"
-    figure = image(search_figure(history), "Best objective of the search by candidates evaluated")
-    rows = [[html.escape(name), f"{value:.4g}"] for name, value in history["baselines"].items()]
-    num_candidates = history["rounds"][-1]["num_candidates"]
-    rows.append([f"best of {num_candidates} candidates", f"{history['best_value']:.4g}"])
-    found = history["critical_index"]
+    image_of_search = image(search_figure(history), "Best objective by candidates evaluated")
+    found, num_candidates = history["critical_index"], history["rounds"][-1]["num_candidates"]
     critical = "No critical dimension" if found is None else f"Found critical dimension {found}"
     note = (
-        f"Lower is better, measured on untrained weights at {history['sample_len']:,} tokens. "
-        f"{critical}; theory says {history['theoretical_critical_index']}. Levels far above the "
-        "curve are in the table only."
+        f"Lower is better, measured on untrained weights. On the search's own samples the best of "
+        f"{num_candidates} candidates has {history['best_value']:.4g}. {critical}; theory says "
+        f"{history['theoretical_critical_index']}."
     )
-    baselines = table(["factors", history["value_name"].replace("_", " ")], rows)
-    return f"<div class=figures>{figure}<div>{baselines}</div></div><p class=note>{note}</p>"
+    return f"{_fresh(history)}<div class=figures>{image_of_search}</div><p class=note>{note}</p>"
+
+
+def _fresh(history: dict[str, Any]) -> str:
+    """What was found against the closed forms, on samples that nobody chose by."""
+    if (fresh := history["fresh"]) is None:
+        text = "The result was not compared on fresh samples (search.fresh_samples=0)"
+        return f"<p class=missing>{text}.</p>"
+    rows = []
+    for contestant in fresh["contestants"]:
+        num, low_high = contestant["num_reported"], contestant["interval"]
+        stopped = f"stopped after {contestant['num_choosing']}"
+        interval = "{:.4g} to {:.4g}".format(*low_high)
+        name = html.escape(contestant["name"])
+        scale = f"{contestant['attention_scale']:.3g}"
+        rows.append(
+            [name, scale, f"{contestant['value']:.4g}", interval, str(num) if num else stopped]
+        )
+    headings = ["factors", "attention scale", history["value_name"].replace("_", " ")]
+    listed = table([*headings, "95 %", "samples"], rows)
+    figure = image(fresh_figure(history), "Found factors and closed forms on fresh samples")
+    verdict = html.escape(fresh["verdict"])
+    return (
+        f"<p>{verdict}</p><div class=figures>{figure}<div>{listed}</div></div>"
+        f"<p class=note>Fresh samples of {history['sample_len']:,} tokens, other texts and keys: "
+        "the winner was chosen on one half of them, and what is shown is its value on the other. "
+        "Those that were hopelessly behind were stopped early.</p>"
+    )
 
 
 def _training(record: RunRecord) -> str:

@@ -13,9 +13,9 @@ from statistics import harmonic_mean
 
 from longrope2.evaluation.config import LM_EVAL_SUITE
 from longrope2.evaluation.schema import Cell, SuiteSubject, SuiteSummary
-from longrope2.statistics import NORMAL_95, macro_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD, FIRST_VIEW
 from longrope2.report import paper_values as paper
+from longrope2.statistics import NORMAL_95, macro_interval
 
 _LONG_SUITES = ("longbench", "infinitebench")
 

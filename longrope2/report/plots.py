@@ -27,6 +27,8 @@ SUBJECT_COLORS = (
     "#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67",
 )  # fmt: skip
 _PERPLEXITY_TICKS = (*(1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70), *(100, 200, 500, 1000, 2000))
+# Those further behind are in the table only.
+_MOST_CONTESTANTS = 14
 
 
 class Scale(Enum):
@@ -72,24 +74,41 @@ def factors_figure(factors: RescaleFactors) -> Figure:
 
 @rc_context(STYLE)
 def search_figure(history: dict[str, Any]) -> Figure:
-    """Best and worst kept objective by candidates; closed forms on the same samples as levels."""
+    """Best and worst kept objective by candidates, on the samples that the search chose by."""
     figure, axes = _figure()
-    rounds, baselines = history["rounds"], history["baselines"]
+    rounds = history["rounds"]
     evaluated = [finished["num_candidates"] for finished in rounds]
     best = [finished["best_value"] for finished in rounds]
     worst = [finished["worst_kept_value"] for finished in rounds]
     band: dict[str, Any] = {"color": OURS_COLOR, "alpha": 0.15, "linewidth": 0}
     axes.fill_between(evaluated, best, worst, label="kept candidates", **band)
     axes.plot(evaluated, best, "o-", color=OURS_COLOR, markersize=3.5, label="best so far")
-    levels = [(name, value) for name, value in baselines.items() if value < 100 * max(best)]
-    for (name, value), color in zip(levels, SUBJECT_COLORS, strict=False):
-        label = f"{name}: {value:.4g}"
-        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=label)
-    objective = "needle perplexity" if history["value_name"] == "needle_ppl" else "perplexity"
-    axes.set(yscale="log", xlabel="candidates evaluated", ylabel=objective)
+    axes.set(yscale="log", xlabel="candidates evaluated", ylabel=_objective(history))
     _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS[:-1])
     _legend_below(axes)
     return figure
+
+
+@rc_context(STYLE)
+def fresh_figure(history: dict[str, Any]) -> Figure:
+    """Fresh samples: what was found and the best closed forms, with 95 % intervals."""
+    shown = history["fresh"]["contestants"][:_MOST_CONTESTANTS]
+    figure = Figure(figsize=(_FIGURE_INCHES[0], 1.2 + 0.26 * len(shown)))
+    axes = figure.subplots()
+    for place, contestant in enumerate(shown):
+        low, high = contestant["interval"]
+        color = OURS_COLOR if contestant["kind"] == "found" else SUBJECT_COLORS[0]
+        axes.plot([low, high], [place, place], color=color, linewidth=1.6)
+        axes.plot(contestant["value"], place, "o", color=color, markersize=4.5)
+    axes.set_yticks(range(len(shown)), [contestant["name"] for contestant in shown])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel=f"{_objective(history)}, fresh samples")
+    _plain_log_ticks(axes, "x", _PERPLEXITY_TICKS[:-1])
+    return figure
+
+
+def _objective(history: dict[str, Any]) -> str:
+    return "needle perplexity" if history["value_name"] == "needle_ppl" else "perplexity"
 
 
 @rc_context(STYLE)

@@ -3,10 +3,10 @@
 import html
 
 from longrope2.evaluation.schema import Cell, SuiteSummary
-from longrope2.statistics import score_interval
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
 from longrope2.report.html import heat_map, interval, table
 from longrope2.report.paper import TableCell, paper_tables
+from longrope2.statistics import score_interval
 
 _VERDICT_COLORS = {"agrees": "#0b6e69", "above": "#3056a0", "below": "#a23b2a"}
 

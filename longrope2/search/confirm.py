@@ -21,7 +21,12 @@ import numpy as np
 from longrope2.config import SHIPPED
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
-from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
+from longrope2.rope.frequencies import (
+    RopeGeometry,
+    ten_period_index,
+    theoretical_critical_index,
+    yarn_attention_scale,
+)
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod, closed_form_factors, ntk_part
 from longrope2.search.journal import Journal
 from longrope2.search.objective import SampleLosses
@@ -112,9 +117,14 @@ class Confirmation:
 
     def advice(self) -> str:
         """What to use instead of factors that were not confirmed."""
-        if self.closed_form.name in CLOSED_FORMS:
-            return f"use rope={self.closed_form.name}, which needs no search"
-        return f"use the factors of {self.closed_form.name} in the search's history.json"
+        method, factors = self.closed_form.factors.method, self.closed_form.factors
+        if method not in CLOSED_FORMS:
+            return f"the factors of {self.closed_form.name} are in the search's history.json"
+        plain = closed_form_factors(RopeMethod(method), factors.geometry, factors.target_len)
+        scale, extra = factors.long_attention_scale, ""
+        if scale != plain.long_attention_scale:
+            extra = f" rope.attention_scale={scale:.6g}"
+        return f"use rope={method}{extra}, which needs no search"
 
 
 def contestants(
@@ -130,6 +140,12 @@ def contestants(
             factors = closed_form_factors(method, geometry, target_len)
             closed.append(Contestant(method.value, Kind.closed_form, factors))
     plain, scale = closed[0].factors, geometry.scale_to(target_len)
+    stretched = yarn_attention_scale(scale)
+    for contestant in list(closed):
+        if contestant.factors.long_attention_scale == 1.0 != stretched:
+            scaled = replace(contestant.factors, long_attention_scale=stretched)
+            name = f"{contestant.name}, YaRN's attention scale"
+            closed.append(replace(contestant, name=name, factors=scaled))
     last = min(theoretical_critical_index(geometry), geometry.num_frequencies - 1)
     for index in range(ten_period_index(geometry), last + 1):
         tail = (scale,) * (geometry.num_frequencies - index)

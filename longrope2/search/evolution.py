@@ -263,7 +263,7 @@ class Evolution:
         config = self.config
         if config.pruning is not Pruning.racing or len(self.kept) < config.parents:
             return None
-        least_batches = -(-config.racing_samples // config.batch_size)
+        least_batches = -(-config.racing_samples // (config.batch_size or 1))
         worst = self._batch_losses[self.kept[-1].candidate]
         return Race.against(worst, config.racing_margin, least_batches)
 

@@ -127,8 +127,7 @@ class Halving:
         num = config.parents if config.mutations is None else config.mutations
         rngs = [random.Random(f"near/{self._seed}/{iteration}/{n}") for n in range(num)]
         children = [
-            self._limits.near(parents[n % len(parents)], width, rng)
-            for n, rng in enumerate(rngs)
+            self._limits.near(parents[n % len(parents)], width, rng) for n, rng in enumerate(rngs)
         ]
         return list(dict.fromkeys([*parents, *children]))
 

@@ -156,9 +156,7 @@ def _space_in_words(config: SearchRoot, space: SearchSpace) -> str:
     return f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
 
 
-def projected_hours(
-    shape: ModelShape, forwards: Mapping[int, int], config: SearchConfig
-) -> float:
+def projected_hours(shape: ModelShape, forwards: Mapping[int, int], config: SearchConfig) -> float:
     """Hours of so many forwards by length on the hardware of ``search.projected_*``."""
     rate = config.projected_gpus * config.projected_tflops * 1e12
     flops = sum(shape.forward_flops(length) * count for length, count in forwards.items())
@@ -220,7 +218,7 @@ def prepare(
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
     shape = ModelShape.from_folder(model_folder)
-    size = search.batch_size or rows_that_fit(shape, sample_lengths(config)[-1])
+    size = search.batch_size or rows_that_fit(model, shape, sample_lengths(config)[-1])
     guess = makers.guess_ppl
     clip = math.log(guess) if search.clip_losses and guess is not None else math.inf
 
@@ -233,8 +231,8 @@ def prepare(
         selftests.check_factors_matter(losses(samples), space.geometry, space.target_len)
         if guess is not None:
             guidance = makers.guidance(model, size)
-            pair = (losses(chosen, clip) for chosen in makers.longest_with_and_without())
-            control = Control(*pair, guess)
+            with_needle, without = makers.longest_with_and_without()
+            control = Control(losses(with_needle, clip), losses(without, clip), guess)
     return PreparedSearch(
         config=config,
         space=space,
@@ -250,7 +248,7 @@ def prepare(
     )
 
 
-def rows_that_fit(shape: ModelShape, length: int) -> int:
+def rows_that_fit(model: WindowedModel, shape: ModelShape, length: int) -> int:
     """Rows of ``length`` tokens for one forward: 1 on a CPU, where more are no faster.
 
     On a GPU half of its memory, less the weights, over a generous count of what a layer holds for a
@@ -259,8 +257,8 @@ def rows_that_fit(shape: ModelShape, length: int) -> int:
     if not torch.cuda.is_available():
         return 1
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    room = total / 2 - 4 * shape.num_parameters
-    per_token = 4 * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    room = total / 2 - 4 * sum(p.numel() for p in model.parameters())
+    per_token = 4 * (8 * shape.hidden + 3 * shape.mlp)
     return max(1, min(int(room / (per_token * length)), _FULL_FORWARD // length))
 
 

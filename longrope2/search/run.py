@@ -18,7 +18,7 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
 from longrope2.search import journal as journals
-from longrope2.search.config import Algorithm, Objective, Pruning, SearchRoot, most_candidates
+from longrope2.search.config import Algorithm, Objective, Pruning, most_candidates
 from longrope2.search.confirm import Confirmation, Confirming, as_plain, contestants
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
@@ -79,7 +79,7 @@ def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None
         DataError: the objective cannot rank the candidates (self-test (d)).
         FactorsError: no candidate gave a finite loss.
     """
-    started, config = time.monotonic(), prepared.config
+    started = time.monotonic()
     if workers.is_main:
         for name, needles in prepared.needles.items():
             needles.save(folder / name)
@@ -115,9 +115,7 @@ def run_search(prepared: PreparedSearch, folder: Path, workers: Workers) -> None
     workers.wait_for_all("the product is written")
 
 
-def _built(
-    prepared: PreparedSearch, journal: Journal, workers: Workers
-) -> Evolution | Halving:
+def _built(prepared: PreparedSearch, journal: Journal, workers: Workers) -> Evolution | Halving:
     config, losses = prepared.config, prepared.losses
     if config.search.algorithm is Algorithm.halving:
         return Halving(
@@ -195,9 +193,7 @@ def _journal_header(prepared: PreparedSearch, losses: SampleLosses) -> dict[str,
     }
 
 
-def _run_with_progress(
-    prepared: PreparedSearch, search: Evolution | Halving, folder: Path
-) -> None:
+def _run_with_progress(prepared: PreparedSearch, search: Evolution | Halving, folder: Path) -> None:
     """Run the search to its end, showing the best candidate and logging metrics round by round."""
     config, name = prepared.config, _value_name(prepared.config.search.objective)
     # A resume logs no round twice.
@@ -369,9 +365,7 @@ def _write_product(
     """Factors, history, and the manifest that marks the search as finished."""
     config = prepared.config
     factors = chosen_factors(prepared, found, confirmation)
-    history = search_history(
-        prepared, search, found, confirmation=confirmation, budget=budget
-    )
+    history = search_history(prepared, search, found, confirmation=confirmation, budget=budget)
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")
     files = [FACTORS_FILE, HISTORY_FILE]
@@ -380,14 +374,10 @@ def _write_product(
         files += [name, str(Path(name).with_suffix(".json"))]
     manifest = Manifest(
         "factors",
-        inputs={
-            **prepared.inputs,
-            "samples": {"sha256": samples_sha256(prepared.losses.samples)},
-        },
+        inputs={**prepared.inputs, "samples": {"sha256": samples_sha256(prepared.losses.samples)}},
         config=to_plain(config),
         seeds={"seed": config.seed},
         counts=asdict(budget),
         files={name: sha256_of_file(folder / name) for name in files},
     )
     write_manifest(folder, manifest)
-

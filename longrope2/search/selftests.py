@@ -133,8 +133,7 @@ def check_ranking(best_start: RescaleFactors, control: Control, config: SearchCo
         DataError: less than ``search.min_needle_loss_gain_at_target``; says what would help.
     """
     needle, without = (
-        _perplexity(losses, best_start)
-        for losses in (control.with_needle, control.without_needle)
+        _perplexity(losses, best_start) for losses in (control.with_needle, control.without_needle)
     )
     gain, least = math.log(without) - math.log(needle), config.min_needle_loss_gain_at_target
     if least is not None and not gain >= least:
@@ -144,8 +143,8 @@ def check_ranking(best_start: RescaleFactors, control: Control, config: SearchCo
             f"search starts with the needle perplexity is {needle:.4g}, and {without:.4g} without "
             f"the needle in the text ({gain:.3g} nats per token, "
             f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
-            f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise instead "
-            "of books (search.haystack=noise), needles at spread depths "
+            f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise "
+            "instead of books (search.haystack=noise), needles at spread depths "
             "(search.depths=[0,0.25,0.5,0.75]), search=halving (its attention scale and ramps may "
             "start better), or search.objective=perplexity"
         )

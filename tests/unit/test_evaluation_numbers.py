@@ -10,12 +10,12 @@ import pytest
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.scoring import context_windows, short_windows
-from longrope2.statistics import wilson_interval
 from longrope2.evaluation.subjects import Subject
 from longrope2.evaluation.summary import metric_values, summarize
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.statistics import wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent.parent
 TOPS = ("longrope2", "data_prep", "launch")
 # A package may import itself and packages of a lower number.
 LAYERS = {
-    "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "statistics": 1, "files": 1, "rope": 1,
-    "config": 2, "segments": 2,
+    "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "statistics": 1, "files": 1,
+    "rope": 1, "config": 2, "segments": 2,
     "attention": 3, "parallel": 3, "tracking": 3, "model": 4, "corpora": 5, "planning": 5,
     "search": 6, "training": 6, "inference": 7, "evaluation": 8, "export": 9, "report": 10,
 }  # fmt: skip

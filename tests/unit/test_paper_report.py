@@ -25,6 +25,10 @@ from longrope2.evaluation.schema import (
     read_summary,
     write_summary,
 )
+from longrope2.evaluation.summary import calibration_rows, passed
+from longrope2.report import paper_values as paper
+from longrope2.report.page import write_report
+from longrope2.report.paper import mean_cell, paper_tables, paper_text, verdict
 from longrope2.statistics import (
     bootstrap_interval,
     macro_interval,
@@ -32,10 +36,6 @@ from longrope2.statistics import (
     score_interval,
     wilson_interval,
 )
-from longrope2.evaluation.summary import calibration_rows, passed
-from longrope2.report import paper_values as paper
-from longrope2.report.page import write_report
-from longrope2.report.paper import mean_cell, paper_tables, paper_text, verdict
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 0), (9, 3), (4, 4), (30, 12)])

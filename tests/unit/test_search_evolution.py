@@ -11,12 +11,11 @@ from longrope2.errors import ArtifactError, FactorsError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.search.config import Objective, Pruning, SearchConfig, SearchedDims
-from longrope2.search.evaluator import Evaluator, Race
+from longrope2.search.evaluator import Evaluator, Race, Score
 from longrope2.search.evolution import Evolution
 from longrope2.search.journal import Journal
 from longrope2.search.run import SearchBudget, best_factors, search_history
 from longrope2.search.space import Candidate, SearchSpace
-from longrope2.search.evaluator import Score
 
 GEOMETRY = RopeGeometry(32, 1e4, 128)
 PLANTED = Candidate(4, (1650, 1650, 1700, 1820, 1900, 1900, 2050, 2100, 2200, 2250, 2300, 2600))

@@ -16,6 +16,7 @@ from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.config import SearchConfig
+from longrope2.search.evaluator import Score
 from longrope2.search.objective import (
     SampleLosses,
     ScoredSample,
@@ -27,7 +28,6 @@ from longrope2.search.objective import (
     perplexity,
     samples_sha256,
 )
-from longrope2.search.evaluator import Score
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 GEOMETRY = RopeGeometry(16, 1e4, 16)
