@@ -144,7 +144,7 @@ def contestants(
     for contestant in list(closed):
         if contestant.factors.long_attention_scale == 1.0 != stretched:
             scaled = replace(contestant.factors, long_attention_scale=stretched)
-            name = f"{contestant.name}, YaRN's attention scale"
+            name = f"{contestant.name}, scale {stretched:.2f}"
             closed.append(replace(contestant, name=name, factors=scaled))
     last = min(theoretical_critical_index(geometry), geometry.num_frequencies - 1)
     for index in range(ten_period_index(geometry), last + 1):
