@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_worse_half_and_those_behind_are_dropped(tmp_path: Path) -> None:
     halving = search(tmp_path, config_of(iterations=0), losses)
     judged = [finished.num_judged for finished in halving.rounds]
     assert judged[0] == 64 and judged[1] == 32
-    assert all(after <= max(-(-before // 2), 4) for before, after in zip(judged, judged[1:]))
+    assert all(after <= max(-(-before // 2), 4) for before, after in pairwise(judged))
     # Behind by the same share on every sample: certain, so that few are left for the last rung.
     assert judged[-1] < 8
     assert halving.num_losses == len(losses.calls) == halving.rounds[-1].num_losses
@@ -146,7 +147,7 @@ def test_rungs_double_and_longer_samples_come_later() -> None:
     plan = rungs_of_samples([512] * 8 + [1024] * 8 + [2048] * 8, config)
     assert [len(rung) for rung in plan] == [1, 4, 12, 24]
     assert plan[1] == [0, 1, 8, 9]
-    assert all(set(a) <= set(b) for a, b in zip(plan, plan[1:]))
+    assert all(set(a) <= set(b) for a, b in pairwise(plan))
     single = rungs_of_samples([2048] * 6, config_of(population=4, parents=4, num_samples=6))
     assert single == [list(range(6))]
 
