@@ -73,11 +73,14 @@ class SearchConfig:
     crossovers: int = 0
     """Candidates of each round that mix two parents with one critical index; 0 in the paper."""
     mutation_probability: float = 0.3
-    """Chance of each free factor to change in a mutation, in (0, 1]."""
+    """Expected share of the free factors that a mutation changes, in (0, 1]."""
     critical_move_probability: float = 0.0
     """Chance of a mutation to move the critical index by one, in [0, 1]; 0 in the paper."""
     highest_ratio: float = 2.0
     """Largest factor over s = target_len / original_len; LongRoPE2 2, LongRoPE 1.25."""
+    highest_attention_scale: float = 1.0
+    """Largest attention scale of the long window that is tried, 1 to 2; 1 fixes it at 1, as in the
+    paper."""
     grid: float = 0.01
     """Step between the factors that can be chosen; 1 / grid must be a whole number."""
     num_samples: int = 10
@@ -139,6 +142,7 @@ def search_faults(search: SearchConfig) -> list[str]:
         ("num_keys", num_keys >= 1, "null (a key for every sample) or at least 1"),
         ("mutation_probability", 0 < search.mutation_probability <= 1, "above 0 and at most 1"),
         ("critical_move_probability", 0 <= search.critical_move_probability <= 1, "from 0 to 1"),
+        ("highest_attention_scale", 1 <= search.highest_attention_scale <= 2, "from 1 to 2"),
         ("projected_tflops", search.projected_tflops > 0, "above 0"),
         ("max_needle_ppl_at_original", search.max_needle_ppl_at_original > 1, "above 1"),
     ]
@@ -165,6 +169,10 @@ def _contradictions(search: SearchConfig) -> list[str]:
     if search.short_window_of is not None and not rescales_short:
         only = "search.short_window_of: only LongRoPE rescales the short window"
         faults.append(f"{only}; use search=longrope with it")
+    if search.short_window_of is not None and search.highest_attention_scale != 1:
+        fault = f"search.highest_attention_scale={search.highest_attention_scale}"
+        only = "search.short_window_of searches the short window, which has none; leave it 1"
+        faults.append(f"{fault}: {only}")
     if is_longrope and search.dims is not SearchedDims.all:
         given = f"search.dims={search.dims.value}"
         faults.append(f"{given}: search.algorithm=longrope searches all; use search=longrope")
