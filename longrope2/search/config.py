@@ -77,7 +77,7 @@ class SearchConfig:
     crossovers: int = 0
     """Candidates of each round that mix two parents with one critical index; 0 in the paper."""
     mutation_probability: float = 0.3
-    """Chance of each free factor to change in a mutation, in (0, 1]."""
+    """Expected share of the free factors that a mutation changes, in (0, 1]."""
     critical_move_probability: float = 0.0
     """Chance of a mutation to move the critical index by one, in [0, 1]; 0 in the paper."""
     highest_ratio: float = 2.0
@@ -211,6 +211,10 @@ def _contradictions(search: SearchConfig) -> list[str]:
     if search.clip_losses and search.objective is Objective.perplexity:
         fault = "search.clip_losses=true: the level of guessing is known for needle values only"
         faults.append(f"{fault}; use it with search.objective=needle")
+    if search.short_window_of is not None and search.highest_attention_scale != 1:
+        fault = f"search.highest_attention_scale={search.highest_attention_scale}"
+        only = "search.short_window_of searches the short window, which has none; leave it 1"
+        faults.append(f"{fault}: {only}")
     if is_longrope and search.dims is not SearchedDims.all:
         given = f"search.dims={search.dims.value}"
         faults.append(f"{given}: search.algorithm=longrope searches all; use search=longrope")

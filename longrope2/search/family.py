@@ -27,11 +27,12 @@ from longrope2.rope.frequencies import (
     yarn_ends,
 )
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod, closed_form_factors
+from longrope2.search.space import allowed_attention_scale
 
 # Turns in L0 between which Llama 3's bands rise.
 _BAND_TURNS = (4.0, 1.0)
-# Largest level, slope and weight of YaRN's attention scale that are drawn.
-_LEVELS, _MOST_SLOPE, _MOST_SCALE_WEIGHT = (0.8, 2.0), 0.6, 2.0
+# Levels over s, and the largest slope, that are drawn.
+_LEVELS, _MOST_SLOPE = (0.8, 2.0), 0.6
 _NARROWEST_RISE = 0.5
 _OTHER_RISE = 0.2  # chance of a draw around a shape to change its form
 
@@ -145,10 +146,10 @@ class Limits:
     def of(
         cls, geometry: RopeGeometry, target_len: int, highest_attention_scale: float | None
     ) -> "Limits":
-        """Limits for a model and a target; None allows twice what YaRN adds to 1."""
-        most = yarn_attention_scale(geometry.scale_to(target_len), _MOST_SCALE_WEIGHT)
-        highest = most if highest_attention_scale is None else highest_attention_scale
-        return cls(max(theoretical_critical_index(geometry), 1), highest)
+        """Limits for a model and a target, with ``search.highest_attention_scale``."""
+        last = max(theoretical_critical_index(geometry), 1)
+        given = (highest_attention_scale, geometry.scale_to(target_len))
+        return cls(last, allowed_attention_scale(*given))
 
     def draw(self, rise: Rise, unit_5: Sequence[float]) -> Shape:
         """The shape at a point of the unit cube."""

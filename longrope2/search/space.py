@@ -7,6 +7,8 @@ never decrease with the index, and those below c follow from the one at c by NTK
 The first-generation search [LongRoPE, arXiv 2402.13753] has neither: every factor is free between 1
 and 1.25 s. Its count of leading tokens kept unscaled is left out: no published model uses one. Free
 factors are held as whole grid steps, so that equal candidates are equal whatever the rounding.
+
+Departure, off by default: the attention scale of the long window can be searched too.
 """
 
 import math
@@ -15,10 +17,18 @@ from itertools import pairwise
 
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
-from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
+from longrope2.rope.frequencies import (
+    RopeGeometry,
+    ten_period_index,
+    theoretical_critical_index,
+    yarn_attention_scale,
+)
 from longrope2.rope.methods import RopeMethod, closed_form_factors, ntk_part
 from longrope2.search.config import Algorithm, SearchConfig, SearchedDims
 
+# Grid of the attention scale, which is searched in steps of 0.01.
+SCALE_STEPS_PER_UNIT = 100
+_YARN_TWICE = 2.0
 _SEED_METHODS = [RopeMethod(name) for name in ("pi", "ntk", "ntk_aware", "yarn", "llama3")]
 
 
@@ -27,10 +37,12 @@ class Candidate:
     """One point of the space: c (the number of cosine indices where nothing is bounded) and steps.
 
     Steps are the freely chosen factors on the grid, non-decreasing: from c up, or all.
+    ``scale_step`` is the long window's attention scale in hundredths.
     """
 
     critical_index: int
     steps: tuple[int, ...]
+    scale_step: int = SCALE_STEPS_PER_UNIT
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class SearchSpace:
     """Bounds of a search and the translation of its candidates into rescale factors.
 
     ``critical_indices`` are ascending; ``steps_per_unit`` are the grid steps in a factor of 1;
-    ``highest_ratio`` is the largest factor over s.
+    ``highest_ratio`` is the largest factor over s; ``highest_scale_step`` the largest attention
+    scale in hundredths, 100 where it is not searched.
     """
 
     geometry: RopeGeometry
@@ -47,6 +60,7 @@ class SearchSpace:
     dims: SearchedDims
     steps_per_unit: int
     highest_ratio: float = 2.0
+    highest_scale_step: int = SCALE_STEPS_PER_UNIT
 
     @classmethod
     def from_config(
@@ -77,6 +91,8 @@ class SearchSpace:
                 f"check model.original_len, or set search.critical to a cosine index, 0 .. {last}"
             )
             raise FactorsError(f"{turns}: no critical dimension to search; {ways_out}")
+        allowed, scale = config.highest_attention_scale, geometry.scale_to(target_len)
+        highest_scale = allowed_attention_scale(allowed, scale)
         return cls(
             geometry=geometry,
             target_len=target_len,
@@ -84,6 +100,8 @@ class SearchSpace:
             dims=config.dims,
             steps_per_unit=round(1 / config.grid),
             highest_ratio=config.highest_ratio,
+            # A hundredth of rounding slack: 1.29 * 100 is 129.00000000000003, 1.15 * 100 below 115.
+            highest_scale_step=math.floor(highest_scale * SCALE_STEPS_PER_UNIT + 0.01),
         )
 
     @property
@@ -110,11 +128,16 @@ class SearchSpace:
         """Smallest value of the factor at a cosine index: s from the critical index up, 1 below."""
         return self.lowest_step if index >= critical_index else self.steps_per_unit
 
-    def candidate(self, critical_index: int, factors: tuple[float, ...]) -> Candidate | None:
+    def candidate(
+        self,
+        critical_index: int,
+        factors: tuple[float, ...],
+        scale_step: int = SCALE_STEPS_PER_UNIT,
+    ) -> Candidate | None:
         """The candidate on the grid with these factors (all of them); None outside the space."""
         free = factors[self.first_free(critical_index) :]
         steps = tuple(round(factor * self.steps_per_unit) for factor in free)
-        candidate = Candidate(critical_index, steps)
+        candidate = Candidate(critical_index, steps, scale_step)
         return candidate if self.contains(candidate) else None
 
     def contains(self, candidate: Candidate) -> bool:
@@ -127,27 +150,42 @@ class SearchSpace:
             and all(a <= b for a, b in pairwise(steps))
             and all(s >= self.least_step(first + n, critical) for n, s in enumerate(steps))
             and steps[-1] <= self.highest_step
+            and SCALE_STEPS_PER_UNIT <= candidate.scale_step <= self.highest_scale_step
         )
 
-    def flat(self, critical_index: int, step: int) -> Candidate:
-        """One factor from c upwards and NTK scaling below, the form of Algorithm 1's candidates."""
-        factor = step / self.steps_per_unit
-        tail = (factor,) * (self.geometry.num_frequencies - critical_index)
-        candidate = self.candidate(critical_index, ntk_part(critical_index, factor) + tail)
+    def line(
+        self, critical_index: int, first: int, last: int, scale_step: int = SCALE_STEPS_PER_UNIT
+    ) -> Candidate:
+        """Factors from c upwards on a straight line between two steps, NTK scaling below.
+
+        With equal steps, the form of Algorithm 1's candidates.
+        """
+        num_above = self.geometry.num_frequencies - critical_index
+        rise = (last - first) / max(num_above - 1, 1)
+        tail = (round(first + rise * place) / self.steps_per_unit for place in range(num_above))
+        below = ntk_part(critical_index, first / self.steps_per_unit)
+        candidate = self.candidate(critical_index, (*below, *tail), scale_step)
         assert candidate is not None
         return candidate
 
     def closed_form_seeds(self) -> list[Candidate]:
-        """Closed-form methods that lie in the space, at the largest critical index."""
+        """Closed-form methods that lie in the space, at the largest critical index.
+
+        With their attention scale, as far as the space has it.
+        """
         critical_index = self.critical_indices[-1]
-        closed = (closed_form_factors(m, self.geometry, self.target_len) for m in _SEED_METHODS)
-        seeds = (self.candidate(critical_index, factors.factors) for factors in closed)
+        seeds = []
+        for method in _SEED_METHODS:
+            closed = closed_form_factors(method, self.geometry, self.target_len)
+            scale_step = round(closed.long_attention_scale * SCALE_STEPS_PER_UNIT)
+            scale_step = min(scale_step, self.highest_scale_step)
+            seeds.append(self.candidate(critical_index, closed.factors, scale_step))
         return [seed for seed in seeds if seed is not None]
 
     def to_factors(
         self, candidate: Candidate, method: str = "longrope2", **provenance: str
     ) -> RescaleFactors:
-        """The rescale factors of a candidate; attention scale 1 in both windows."""
+        """The rescale factors of a candidate; attention scale 1 in the short window."""
         free = tuple(step / self.steps_per_unit for step in candidate.steps)
         below = ntk_part(self.first_free(candidate.critical_index), free[0])
         return RescaleFactors(
@@ -156,5 +194,15 @@ class SearchSpace:
             target_len=self.target_len,
             method=method,
             critical_index=candidate.critical_index if self.is_bounded else None,
+            long_attention_scale=candidate.scale_step / SCALE_STEPS_PER_UNIT,
             provenance=provenance,
         )
+
+
+def allowed_attention_scale(highest: float | None, scale: float) -> float:
+    """The largest attention scale that is tried, of ``search.highest_attention_scale`` and s.
+
+    None allows twice what YaRN adds to 1: published models have less, the best of the miniature a
+    little more than YaRN's (LAB_NOTES.md, section 11).
+    """
+    return yarn_attention_scale(scale, _YARN_TWICE) if highest is None else highest

@@ -1,7 +1,9 @@
 """The search finds a planted optimum; stopping, resuming and journals never change its result."""
 
+import itertools
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.search.config import Objective, Pruning, SearchConfig, SearchedDims
 from longrope2.search.evaluator import Evaluator, Race, Score
-from longrope2.search.evolution import Evolution
+from longrope2.search.evolution import Evolution, critical_index_shares
 from longrope2.search.journal import Journal
 from longrope2.search.run import SearchBudget, best_factors, search_history
 from longrope2.search.space import Candidate, SearchSpace
@@ -107,10 +109,11 @@ def test_finds_a_planted_optimum(tmp_path: Path, seed: int) -> None:
     )
     assert evolution.best.candidate.critical_index == PLANTED.critical_index
     found = evolution.best.candidate.steps
-    assert all(abs(a - b) <= 60 for a, b in zip(found, PLANTED.steps, strict=True)), found
+    assert all(abs(a - b) <= 40 for a, b in zip(found, PLANTED.steps, strict=True)), found
     values = [finished.best_value for finished in evolution.rounds]
     assert values == sorted(values, reverse=True)
-    assert values[-1] == evaluator.value(evolution.best.loss_sum) < values[0] / 3
+    # Not relative to the start: a straight line may come near the planted factors by itself.
+    assert values[-1] == evaluator.value(evolution.best.loss_sum) < 1.2 < values[0]
     assert len(evolution.rounds) == 61
 
 
@@ -247,6 +250,53 @@ def test_kept_candidates_are_the_best_of_all_by_brute_force(tmp_path: Path) -> N
         for factors in candidates
     )
     assert [ranked.loss_sum for ranked in evolution.kept] == pytest.approx(sums[:8], rel=1e-12)
+
+
+def test_completed_candidates_are_those_kept_after_any_round(tmp_path: Path) -> None:
+    """With their losses by batch, the same with and without early termination."""
+    full, _, _ = search(tmp_path / "full", config_of(pruning=Pruning.none))
+    short, _, losses = search(tmp_path / "short", config_of())
+    assert full.completed == short.completed
+    assert {ranked.candidate for ranked in short.kept} < short.completed.keys()
+    for candidate, by_batch in short.completed.items():
+        wanted = [losses(short.space.to_factors(candidate), batch)[0] for batch in range(4)]
+        assert [by_batch[batch] for batch in range(4)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("losses_NS", "critical_N", "shares"),
+    [
+        # Drawn twice from samples 0 and 1: the first wins only with sample 0 twice.
+        ([[0.0, 3.0], [1.0, 1.0]], [5, 6], {5: 0.25, 6: 0.75}),
+        # Equal sums: the first candidate.
+        ([[1.0, 1.0], [1.0, 1.0]], [9, 8], {9: 1.0}),
+        # One sample: every resample is that sample.
+        ([[2.0], [1.0], [3.0]], [7, 8, 9], {8: 1.0}),
+        ([[1.0, 5.0], [2.0, 2.0], [5.0, 1.0]], [3, 4, 3], {3: 0.5, 4: 0.5}),
+        ([[math.inf, 0.0], [1.0, 1.0]], [3, 4], {3: 0.25, 4: 0.75}),
+    ],
+)
+def test_shares_of_critical_indices_in_closed_form(
+    losses_NS: list[list[float]], critical_N: list[int], shares: dict[int, float]
+) -> None:
+    found = critical_index_shares(losses_NS, critical_N, 4000, seed=1)
+    assert list(found) == sorted(shares)
+    assert found == pytest.approx(shares, abs=0.03)
+    assert sum(found.values()) == pytest.approx(1.0, abs=1e-12)
+    assert critical_index_shares(losses_NS, critical_N, 4000, seed=1) == found
+
+
+def test_shares_of_critical_indices_by_brute_force() -> None:
+    """Against all 4^4 resamples of four samples."""
+    rng = random.Random(3)
+    losses_NS = [[rng.gauss(1.0, 0.3) for _ in range(4)] for _ in range(6)]
+    critical_N, wins = [3, 3, 4, 4, 5, 5], dict.fromkeys((3, 4, 5), 0)
+    for drawn in itertools.product(range(4), repeat=4):
+        sums = [math.fsum(losses[sample] for sample in drawn) for losses in losses_NS]
+        wins[critical_N[sums.index(min(sums))]] += 1
+    wanted = {index: count / 256 for index, count in wins.items() if count}
+    found = critical_index_shares(losses_NS, critical_N, 8000, seed=0)
+    assert found == pytest.approx(wanted, abs=0.025)
 
 
 def _factors(values: tuple[float, ...]) -> RescaleFactors:

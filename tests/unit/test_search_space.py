@@ -150,35 +150,181 @@ def test_children_avoid_what_was_seen() -> None:
     assert second != first
 
 
-def test_mutation_keeps_unchanged_factors_and_changes_the_asked_share() -> None:
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("num_factors", [10, 31])
+def test_a_mutation_changes_the_asked_share_of_flat_factors(share: float, num_factors: int) -> None:
+    """Of 4,000 draws; the standard error is at most 0.5 / sqrt(4,000) = 0.008."""
+    space = space_of(geometry=RopeGeometry(2 * (num_factors + 6), 1e4, 128))
+    critical_index = space.critical_indices[-1]
+    length = space.geometry.num_frequencies - critical_index
+    parent = Candidate(critical_index, (2400,) * length)
+    changed = 0
+    for number in range(4000):
+        child = mutate(space, parent, share, random.Random(number))
+        assert child != parent
+        assert space.contains(child)
+        changed += sum(a != b for a, b in zip(child.steps, parent.steps, strict=True))
+    assert changed / 4000 / length == pytest.approx(share, abs=0.02)
+
+
+def test_at_least_one_factor_changes() -> None:
+    parent = Candidate(6, (2400,) * 10)
+    for number in range(100):
+        child = mutate(space_of(), parent, 0.001, random.Random(number))
+        assert sum(a != b for a, b in zip(child.steps, parent.steps, strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        Candidate(6, (1600,) * 10),  # nothing can be lowered
+        Candidate(6, (3200,) * 10),  # nothing can be raised
+        Candidate(6, (1600,) * 5 + (3200,) * 5),
+        Candidate(2, tuple(range(1600, 3000, 100))),
+    ],
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_every_mutation_changes_something_within_the_space(parent: Candidate, share: float) -> None:
     space = space_of()
-    parent = Candidate(2, tuple(range(1600, 3000, 100)))
-    changed = [0] * 14
-    for number in range(2000):
-        child = mutate(space, parent, 0.3, random.Random(number))
+    for number in range(500):
+        child = mutate(space, parent, share, random.Random(number))
+        assert child != parent
+        assert space.contains(child)
+
+
+def test_where_nothing_can_change_the_parent_comes_back() -> None:
+    space = space_of(SearchConfig(highest_ratio=1.0))
+    parent = Candidate(6, (1600,) * 10)
+    assert mutate(space, parent, 0.3, random.Random(0)) == parent
+    assert children(space, [parent], SearchConfig(), seed=0, iteration=1, seen=set()) == []
+
+
+def test_a_mutation_can_raise_and_lower_every_factor_of_a_flat_parent() -> None:
+    """What the drawing between unchanged neighbours could not: raise the first, move inner ones."""
+    parent = Candidate(6, (2400,) * 10)
+    raised, lowered = [0] * 10, [0] * 10
+    for number in range(4000):
+        child = mutate(space_of(), parent, 0.3, random.Random(number))
         for place, (before, after) in enumerate(zip(parent.steps, child.steps, strict=True)):
-            changed[place] += before != after
-    assert all(share / 2000 == pytest.approx(0.3, abs=0.05) for share in changed)
+            raised[place] += after > before
+            lowered[place] += after < before
+    assert min(raised[0], lowered[-1]) > 40
+    assert raised == sorted(raised)
+    assert lowered == sorted(lowered, reverse=True)
+    assert [(a + b) / 4000 for a, b in zip(raised, lowered, strict=True)] == pytest.approx(
+        [(a + b) / 4000 for a, b in zip(raised[::-1], lowered[::-1], strict=True)], abs=0.05
+    )  # neither end is favoured
 
 
-def test_mutation_reaches_both_ends_of_every_range() -> None:
+def test_a_mutation_reaches_both_ends_of_the_range() -> None:
     space = space_of(SearchConfig(grid=1.0))
-    children_seen = {
-        mutate(space, Candidate(6, (24,) * 10), 1.0, random.Random(n)).steps for n in range(4000)
+    drawn = {mutate(space, Candidate(6, (24,) * 10), 1.0, random.Random(n)) for n in range(4000)}
+    assert {child.steps for child in drawn} == {(level,) * 10 for level in range(16, 33)} - {
+        (24,) * 10
     }
-    assert {steps[0] for steps in children_seen} >= {16, 20}
-    assert {steps[-1] for steps in children_seen} >= {28, 32}
 
 
-def test_a_factor_moves_freely_between_its_unchanged_neighbours() -> None:
+def test_a_run_is_multiplied_and_the_rest_stays_or_moves_along() -> None:
+    """Of a steep parent: children are what brute force makes of a run, a ratio and one rule."""
     parent = Candidate(6, (16, 18, 21, 24, 24, 24, 26, 28, 30, 32))
     space = space_of(SearchConfig(grid=1.0))
-    drawn = set()
-    for number in range(4000):
-        steps = mutate(space, parent, 0.1, random.Random(number)).steps
-        if steps[:2] == parent.steps[:2] and steps[3:] == parent.steps[3:]:
-            drawn.add(steps[2])
-    assert drawn == {18, 19, 20, 21, 22, 23, 24}
+    # Where a product is rounded otherwise, and just beyond: all ratios between give the same.
+    edges = {(n + 0.5) / step for step in parent.steps for n in range(step // 2, 2 * step)}
+    allowed = set()
+    for start, stop in itertools.combinations(range(11), 2):
+        for ratio in (edge + 1e-9 for edge in edges):
+            allowed |= _multiplied(parent.steps, start, stop, ratio)
+    seen = {mutate(space, parent, 0.3, random.Random(n)).steps for n in range(2000)}
+    assert seen <= allowed
+    assert len(seen) > 100
+
+
+def _multiplied(
+    steps: tuple[int, ...], start: int, stop: int, ratio: float
+) -> set[tuple[int, ...]]:
+    """Pushing and yielding results of multiplying steps[start:stop] in [16, 32]."""
+    way = 1 if ratio > 1 else -1
+    moved_run = [
+        step + way if round(step * ratio) == step else round(step * ratio) for step in steps
+    ]
+    results = set()
+    for low, high in ((16, 32), ((*steps, 32)[start - 1] if start else 16, (*steps, 32)[stop])):
+        run = [min(max(step, low), high) for step in moved_run[start:stop]]
+        whole = [*steps[:start], *run, *steps[stop:]]
+        if way > 0:
+            results.add(tuple(itertools.accumulate(whole, max)))
+        else:
+            results.add(tuple(itertools.accumulate(whole[::-1], min))[::-1])
+    return results
+
+
+def test_attention_scale_of_a_candidate() -> None:
+    space = space_of(SearchConfig(highest_attention_scale=1.29))
+    assert space.highest_scale_step == 129
+    assert space.to_factors(Candidate(6, (1600,) * 10, 129)).long_attention_scale == 1.29
+    assert space.to_factors(Candidate(6, (1600,) * 10)).long_attention_scale == 1.0
+    assert space.contains(Candidate(6, (1600,) * 10, 129))
+    assert not space.contains(Candidate(6, (1600,) * 10, 130))
+    assert not space.contains(Candidate(6, (1600,) * 10, 99))
+    every = (SearchConfig(highest_attention_scale=1 + n / 100) for n in range(101))
+    assert [space_of(config).highest_scale_step for config in every] == list(range(100, 201))
+
+
+def test_attention_scales_are_drawn_and_mutated_in_their_range() -> None:
+    config = SearchConfig(highest_attention_scale=1.3)
+    space = space_of(config)
+    population = first_population(space, 64, 0.3, seed=0)
+    yarn = closed_form_factors(RopeMethod.yarn, TINY, TARGET_LEN).long_attention_scale
+    scales = {candidate.scale_step for candidate in population}
+    assert scales >= {100, round(100 * yarn)}  # those of PI and YaRN
+    assert len(scales) > 20
+    assert min(scales) == 100
+    assert max(scales) <= 130
+    fresh = children(space, population, config, seed=0, iteration=1, seen=set(population))
+    assert all(space.contains(child) for child in fresh)
+    parent = Candidate(6, tuple(range(1600, 2600, 100)), 130)
+    mutated = [mutate(space, parent, 0.3, random.Random(n)) for n in range(4000)]
+    rescaled = [child for child in mutated if child.scale_step != 130]
+    assert len(rescaled) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert all(child.steps == parent.steps for child in rescaled)
+    assert {child.scale_step for child in rescaled} >= set(range(110, 130))
+    assert parent not in mutated
+    middle = replace(parent, scale_step=115)
+    again = {mutate(space, middle, 0.3, random.Random(n)).scale_step for n in range(4000)}
+    assert again == set(range(100, 131))
+    assert moved(space, middle, -1).scale_step == 115
+
+
+def test_a_fixed_attention_scale_stays() -> None:
+    space = space_of()
+    population = first_population(space, 64, 0.3, seed=0)
+    fresh = children(space, population, SearchConfig(), seed=0, iteration=1, seen=set())
+    assert {candidate.scale_step for candidate in (*population, *fresh)} == {100}
+
+
+def test_crossover_takes_the_attention_scale_of_one_parent() -> None:
+    first, second = Candidate(6, (16, 16), 100), Candidate(6, (16, 16), 120)
+    crossed = {cross(first, second, random.Random(n)).scale_step for n in range(50)}
+    assert crossed == {100, 120}
+
+
+def test_further_laps_of_the_population_are_straight_lines() -> None:
+    space = space_of()
+    lines = first_population(space, 21, 0.3, seed=5)[6:]
+    assert [candidate.critical_index for candidate in lines] == [2, 3, 4, 5, 6] * 3
+    for candidate in lines:
+        steps = candidate.steps
+        rise = (steps[-1] - steps[0]) / (len(steps) - 1)
+        wanted = [steps[0] + rise * place for place in range(len(steps))]
+        assert steps == pytest.approx(wanted, abs=0.5)
+    assert sum(len(set(candidate.steps)) > 2 for candidate in lines) >= 14
+
+
+def test_line_is_exact_at_both_ends_and_scaled_below() -> None:
+    candidate = space_of().line(6, 1600, 2500)
+    assert candidate.steps == tuple(range(1600, 2501, 100))
+    free = space_of(SearchConfig(dims=SearchedDims.all)).line(4, 1600, 2700, scale_step=100)
+    assert free.steps == (100, 200, 400, 800, *range(1600, 2701, 100))
 
 
 def test_an_exhausted_parent_gives_no_child() -> None:
@@ -342,6 +488,19 @@ def test_space_errors() -> None:
         (
             SearchConfig(short_window_of="x.json"),
             "search.short_window_of: only LongRoPE rescales the short window",
+        ),
+        (
+            SearchConfig(highest_attention_scale=0.9),
+            "search.highest_attention_scale=0.9: must be from 1 to 2",
+        ),
+        (
+            SearchConfig(highest_attention_scale=2.1),
+            "search.highest_attention_scale=2.1: must be from 1 to 2",
+        ),
+        (
+            SearchConfig(short_window_of="x.json", highest_attention_scale=1.2),
+            "search.highest_attention_scale=1.2: search.short_window_of searches the short window, "
+            "which has none; leave it 1",
         ),
         (
             SearchConfig(max_needle_ppl_at_original=1.0),
