@@ -25,7 +25,7 @@ from longrope2.report.plots import factors_figure, fresh_figure, search_figure
 from longrope2.rope.factors import RescaleFactors
 from longrope2.search.config import SearchRoot
 from longrope2.search.prepare import check, describe, prepare, refuse_other_model
-from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search
+from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search, shares_in_words
 from longrope2.search.workers import Workers
 
 _RANKS_CONFIG = "ranks.yaml"
@@ -118,6 +118,9 @@ def _print_report(folder: Path) -> None:
         Console().print(_fresh_table(history))
     if (critical := history["critical_index"]) is not None:
         print(f"critical index {critical} (theoretical {history['theoretical_critical_index']})")
+    if history["critical_index_shares"]:
+        shares = shares_in_words(history["critical_index_shares"])
+        print(f"best critical index in resamplings of the samples: {shares}")
     rate = f", {budget.sustained_tflops:.3g} TFLOP/s a process" if budget.sustained_tflops else ""
     print(
         f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; "

@@ -231,8 +231,9 @@ def prepare(
         selftests.check_factors_matter(losses(samples), space.geometry, space.target_len)
         if guess is not None:
             guidance = makers.guidance(model, size)
-            with_needle, without = makers.longest_with_and_without()
-            control = Control(losses(with_needle, clip), losses(without, clip), guess)
+            if search.min_needle_loss_gain_at_target is not None:
+                with_needle, without = makers.longest_with_and_without()
+                control = Control(losses(with_needle, clip), losses(without, clip), guess)
     return PreparedSearch(
         config=config,
         space=space,

@@ -4,8 +4,9 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,22 @@ from longrope2.search import journal as journals
 from longrope2.search.config import Algorithm, Objective, Pruning, most_candidates
 from longrope2.search.confirm import Confirmation, Confirming, as_plain, contestants
 from longrope2.search.evaluator import Evaluator
-from longrope2.search.evolution import Evolution
+from longrope2.search.evolution import Evolution, critical_index_shares
 from longrope2.search.halving import Halving
 from longrope2.search.journal import Journal
 from longrope2.search.objective import SampleLosses, samples_sha256
-from longrope2.search.prepare import SECONDS_PER_HOUR, PreparedSearch, projected_hours
+from longrope2.search.prepare import (
+    SECONDS_PER_HOUR,
+    PreparedSearch,
+    projected_hours,
+    sample_lengths,
+)
 from longrope2.search.selftests import check_ranking
 from longrope2.search.workers import Workers
 from longrope2.tracking.metrics import MetricsLog, progress_line, read_metrics
 
 HISTORY_FILE = "history.json"
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -135,14 +142,13 @@ def _built(prepared: PreparedSearch, journal: Journal, workers: Workers) -> Evol
 
 def _tested_steps(prepared: PreparedSearch, search: Evolution | Halving) -> Iterator[object]:
     """The search's steps; self-test (d) once the first round is over."""
-    waiting = prepared.control
-    for step in search.steps():
-        if waiting is not None and search.best_start is not None:
-            check_ranking(search.best_start, waiting, prepared.config.search)
+    waiting, least = prepared.control, prepared.config.search.min_needle_loss_gain_at_target
+    for step in chain(search.steps(), [None]):
+        if waiting is not None and least is not None and search.best_start is not None:
+            check_ranking(search.best_start, waiting, least)
             waiting = None
-        yield step
-    if waiting is not None and search.best_start is not None:
-        check_ranking(search.best_start, waiting, prepared.config.search)
+        if step is not None:
+            yield step
 
 
 def _found(search: Evolution | Halving) -> list[Found]:
@@ -240,13 +246,15 @@ def _budget(
 ) -> SearchBudget:
     """What the search has cost, with ``num_new`` of its losses (by batch) in this run."""
     shape, losses = prepared.shape, prepared.losses
-    is_halving = isinstance(search, Halving)
+    is_halving, lengths = isinstance(search, Halving), sample_lengths(prepared.config)
 
     def by_length(losses_of_batch: Counter[int]) -> dict[int, int]:
         forwards: Counter[int] = Counter()
         for batch, count in losses_of_batch.items():
             first = batch if is_halving else losses.batches[batch].start
-            forwards[len(losses.samples[first].tokens)] += count
+            # The last token of a needle sample, its EOS, is never read.
+            num_tokens = len(losses.samples[first].tokens)
+            forwards[next(length for length in lengths if length >= num_tokens)] += count
         return dict(forwards)
 
     forwards, new = by_length(counts), by_length(num_new)
@@ -272,7 +280,10 @@ def _value_name(objective: Objective) -> str:
 
 
 def chosen_factors(
-    prepared: PreparedSearch, found: list[Found], confirmation: Confirmation | None
+    prepared: PreparedSearch,
+    found: list[Found],
+    confirmation: Confirmation | None,
+    shares: dict[int, float] | None,
 ) -> RescaleFactors:
     """The rescale factors that are written, with what they were chosen by.
 
@@ -289,6 +300,7 @@ def chosen_factors(
         "objective": search.objective.value,
         "dims": search.dims.value if search.algorithm is Algorithm.longrope2 else "none",
         "critical": critical if has_critical else "none",
+        **({"critical_shares": shares_in_words(shares)} if shares else {}),
         name: repr(best.value),
         "model": prepared.config.model.name,
         "samples_sha256": samples_sha256(prepared.losses.samples),
@@ -305,6 +317,27 @@ def chosen_factors(
     short = {f"short_{key}": value for key, value in provenance.items()}
     both = {**prepared.long_factors.provenance, **short}
     return replace(prepared.long_factors, short_factors=chosen.factors, provenance=both)
+
+
+def shares_in_words(shares: Mapping[Any, float]) -> str:
+    """``33 (71 %), 32 (29 %)``: critical indices by how often they are best in resamplings."""
+    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{index} ({share:.0%})".replace("%", " %") for index, share in ranked)
+
+
+def critical_shares(search: Evolution | Halving, seed: int) -> dict[int, float] | None:
+    """How often each critical index is best in resamplings of the search's samples.
+
+    None where no critical index was searched.
+    """
+    if isinstance(search, Halving) or len(search.space.critical_indices) < 2:
+        return None
+    if not search.space.is_bounded:
+        return None
+    candidates = list(search.completed)
+    losses = [[loss for _, loss in sorted(search.completed[c].items())] for c in candidates]
+    indices = [candidate.critical_index for candidate in candidates]
+    return critical_index_shares(losses, indices, _RESAMPLES, seed)
 
 
 def search_history(
@@ -338,6 +371,7 @@ def search_history(
         "value_name": _value_name(config.objective),
         "best_value": kept[0]["value"],
         "critical_index": kept[0]["critical_index"],
+        "critical_index_shares": critical_shares(search, prepared.config.seed),
         "theoretical_critical_index": theoretical_critical_index(geometry),
         "ten_period_index": ten_period_index(geometry),
         "original_len": geometry.original_len,
@@ -364,7 +398,8 @@ def _write_product(
 ) -> None:
     """Factors, history, and the manifest that marks the search as finished."""
     config = prepared.config
-    factors = chosen_factors(prepared, found, confirmation)
+    shares = critical_shares(search, config.seed)
+    factors = chosen_factors(prepared, found, confirmation, shares)
     history = search_history(prepared, search, found, confirmation=confirmation, budget=budget)
     write_text(folder / FACTORS_FILE, factors.to_json())
     write_text(folder / HISTORY_FILE, json.dumps(history, indent=2) + "\n")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import fmean
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.config import SearchConfig
 from longrope2.search.objective import SampleLosses, perplexity
 from longrope2.segments.needle_set import NeedleSet
+from longrope2.statistics import paired_lower_bound
+
+# Self-test (d): samples from which on a gain must be beyond noise, and with what confidence.
+_LEAST_PAIRS, _CONFIDENCE = 4, 0.95
 
 
 @dataclass(frozen=True)
@@ -118,30 +123,38 @@ class Control:
     guess_ppl: float
 
 
-def check_ranking(best_start: RescaleFactors, control: Control, config: SearchConfig) -> float:
+def check_ranking(best_start: RescaleFactors, control: Control, least: float) -> float:
     """Self-test (d): how far the needle lowers the loss of its value at the target length.
 
     Args:
         best_start: The best candidate of those the search starts with.
         control: The samples.
-        config: Of the search.
+        least: ``search.min_needle_loss_gain_at_target``.
 
     Returns:
         Nats per token.
 
     Raises:
-        DataError: less than ``search.min_needle_loss_gain_at_target``; says what would help.
+        DataError: less than that; says what would help.
     """
     needle, without = (
-        _perplexity(losses, best_start) for losses in (control.with_needle, control.without_needle)
+        _losses(losses, best_start) for losses in (control.with_needle, control.without_needle)
     )
-    gain, least = math.log(without) - math.log(needle), config.min_needle_loss_gain_at_target
-    if least is not None and not gain >= least:
-        length = len(control.with_needle.samples[0].tokens)
+    samples = control.with_needle.samples
+    gains = [
+        (b - a) / sample.num_scored for a, b, sample in zip(needle, without, samples, strict=True)
+    ]
+    gain, is_noise = fmean(gains), False
+    if len(gains) >= _LEAST_PAIRS and all(map(math.isfinite, gains)):
+        is_noise = paired_lower_bound(gains, _CONFIDENCE) <= 0
+    if is_noise or not gain >= least:
+        num = control.with_needle.num_scored_tokens
+        needle_ppl, without_ppl = (perplexity(math.fsum(x), num) for x in (needle, without))
+        length = len(samples[0].tokens) + 1  # its EOS is never read
         raise DataError(
             f"the objective cannot rank candidates at {length} tokens: under the best one that the "
-            f"search starts with the needle perplexity is {needle:.4g}, and {without:.4g} without "
-            f"the needle in the text ({gain:.3g} nats per token, "
+            f"search starts with the needle perplexity is {needle_ppl:.4g}, and {without_ppl:.4g} without "
+            f"the needle in the text ({gain:.3g} nats per token{', which is noise' * is_noise}; "
             f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
             f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise "
             "instead of books (search.haystack=noise), needles at spread depths "
@@ -152,5 +165,10 @@ def check_ranking(best_start: RescaleFactors, control: Control, config: SearchCo
 
 
 def _perplexity(losses: SampleLosses, factors: RescaleFactors) -> float:
+    return perplexity(math.fsum(_losses(losses, factors)), losses.num_scored_tokens)
+
+
+def _losses(losses: SampleLosses, factors: RescaleFactors) -> list[float]:
+    """Summed loss of every sample."""
     batches = (losses(factors, batch) for batch in range(losses.num_batches))
-    return perplexity(math.fsum(chain.from_iterable(batches)), losses.num_scored_tokens)
+    return list(chain.from_iterable(batches))

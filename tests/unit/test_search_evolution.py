@@ -12,11 +12,10 @@ import pytest
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.search.config import Objective, Pruning, SearchConfig, SearchedDims
+from longrope2.search.config import Pruning, SearchConfig, SearchedDims
 from longrope2.search.evaluator import Evaluator, Race, Score
 from longrope2.search.evolution import Evolution, critical_index_shares
 from longrope2.search.journal import Journal
-from longrope2.search.run import SearchBudget, best_factors, search_history
 from longrope2.search.space import Candidate, SearchSpace
 
 GEOMETRY = RopeGeometry(32, 1e4, 128)
@@ -370,38 +369,6 @@ def test_no_finite_candidate(tmp_path: Path) -> None:
         evolution = Evolution(SearchSpace.from_config(config, GEOMETRY, 2048), config, evaluator, 0)
         with pytest.raises(FactorsError, match="none of 24 candidates gave a finite loss"):
             list(evolution.steps())
-
-
-BUDGET = SearchBudget(
-    num_candidates=1,
-    num_terminated=0,
-    num_forwards=4,
-    num_forwards_saved=0,
-    forward_tokens=8192,
-    seconds=1.0,
-    device_hours=0.1,
-    sustained_tflops=None,
-    projected_hours=0.2,
-)
-
-
-def test_history_and_factors_say_what_was_found(tmp_path: Path) -> None:
-    config = config_of()
-    space = SearchSpace.from_config(config, GEOMETRY, 2048)
-    evolution, _, _ = search(tmp_path, config)
-    factors = best_factors(evolution, model="tiny")
-    assert RescaleFactors.from_json(factors.to_json()) == factors
-    assert factors.factors == space.to_factors(evolution.best.candidate).factors
-    assert factors.provenance["objective"] == Objective.needle.value
-    history = search_history(
-        evolution, baselines={"pi": 3.0}, guidance=None, sample_len=2048, budget=BUDGET
-    )
-    assert json.loads(json.dumps(history)) == history
-    best_value = float(factors.provenance["needle_ppl"])
-    assert best_value == history["best_value"] == history["kept"][0]["value"]
-    assert history["kept"][0]["factors"] == list(factors.factors)
-    assert (history["theoretical_critical_index"], history["ten_period_index"]) == (6, 2)
-    assert [entry["num_candidates"] for entry in history["rounds"]][-1] == evolution.num_candidates
 
 
 def test_journal_is_on_disk_after_every_batch(tmp_path: Path) -> None:
