@@ -30,8 +30,6 @@ _SIZES = (0.2, 0.07, 0.02)
 # The same for the attention scale, in hundredths, and the share of mutations that move it.
 _SCALE_SIZES = (10.0, 3.0, 1.0)
 _SCALE_SHARE = 0.3
-# Share of the moves of the critical index after which nothing else changes.
-_ONLY_MOVED_SHARE = 0.5
 
 
 def first_population(
@@ -125,10 +123,7 @@ def _mutated(
 ) -> Candidate:
     """A mutation, of a parent whose critical index may have moved by one."""
     if config.critical_move_probability and rng.random() < config.critical_move_probability:
-        moved_parent = moved(space, parent, rng.choice((-1, 1)))
-        if moved_parent != parent and rng.random() < _ONLY_MOVED_SHARE:
-            return moved_parent
-        parent = moved_parent
+        parent = moved(space, parent, rng.choice((-1, 1)))
     return mutate(space, parent, config.mutation_probability, rng)
 
 
