@@ -11,7 +11,7 @@ from longrope2.config import DocumentStart, StageConfig
 from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot
-from longrope2.files.artifacts import describe_input, product_folder, read_manifest
+from longrope2.files.artifacts import describe_input, product_folder, read_manifest, sha256_of_bytes
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
 from longrope2.model.loading import check_model, load_tokenizer, load_windowed_model, rope_geometry
@@ -106,6 +106,29 @@ def find_checkpoint(
     return checkpoint, factors
 
 
+def find_base_model(
+    config: StageConfig, rope: RopeConfig
+) -> tuple[Path, RescaleFactors, dict[str, Any]]:
+    """The pre-trained model of a stage, its factors by ``rope``, and input records of both.
+
+    Raises:
+        ArtifactError: the model or the factors are missing, damaged, or do not fit each other.
+        FactorsError: a closed form that does not exist for this model.
+    """
+    folder = given_folder(config.model, config.target_len)
+    check_model(folder, config.model.original_len)
+    geometry = rope_geometry(folder, config.model.original_len)
+    factors, source = _base_factors(rope, config, folder, geometry)
+    identity = {**model_identity(folder), "weights_sha256": weights_sha256(folder)}
+    # Both windows or one, and a closed form's constants, stand in no file.
+    resolved = {"resolved_sha256": sha256_of_bytes(factors.to_json().encode())}
+    inputs = {
+        "model": {"path": str(folder), **identity},
+        "factors": source.get("factors", source) | resolved,
+    }
+    return folder, factors, inputs
+
+
 def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
     """The factors that stand beside a checkpoint's weights.
 
@@ -166,7 +189,7 @@ def _own_factors(folder: Path, base_folder: Path, config: EvaluateRoot) -> Resca
 
 
 def _base_factors(
-    rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
+    rope: RopeConfig, config: StageConfig, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
     """Factors for the base weights, if searched then on this model; and their input record."""
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
