@@ -1,7 +1,8 @@
 """``python -m launch.export``: the run's trained model as Hugging Face folders.
 
 ``5_exports/hugging_face``, or one folder per ``export.variants``; each is checked by loading it
-again with plain transformers before it appears.
+again with plain transformers before it appears. With ``export.trained=false`` the base model with
+the factors of ``rope=``, which nobody trained, in ``5_exports/untrained``.
 """
 
 import sys
@@ -19,7 +20,10 @@ def main() -> None:
     export = find_export(config)
     factors, places = export.factors, ", ".join(map(str, export.finals))
     window = f"window {factors.geometry.original_len} -> {factors.target_len}"
-    print(f"checkpoint {export.checkpoint}: {window}")
+    if config.export.trained:
+        print(f"checkpoint {export.checkpoint}: {window}")
+    else:
+        print(f"base model {export.checkpoint}: {window}, not trained for it")
     for final in export.finals:
         print(f"export     {final}, {config.export.dtype.value}, rope {factors.method}")
     if config.dry_run:

@@ -206,6 +206,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         raise ConfigError([*faults, _explain(error)]) from None
     for setting in settings:
         try:
+            config = _open_parents(config, setting.key)
             OmegaConf.update(config, setting.key, setting.value, merge=True, force_add=setting.adds)
         except OmegaConfBaseException as error:
             faults.append(_explain(error))
@@ -380,6 +381,17 @@ def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictC
     choices = [f"{group}={member}" for group, member in chosen.items() if member]
     with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base="1.3"):
         return hydra_compose(config_name=config_name, overrides=choices)
+
+
+def _open_parents(config: Any, key: str) -> Any:
+    """The configuration with defaults in the group that is null above ``key``: ``rope.method``."""
+    above = key.rpartition(".")[0]
+    if not above or "[" in above or OmegaConf.select(config, above, default=MISSING) is not None:
+        return config
+    opened: Any = {}
+    for part in reversed(above.split(".")):
+        opened = {part: opened}
+    return OmegaConf.merge(config, opened)
 
 
 def dump(config: Any, path: Path) -> None:

@@ -202,8 +202,8 @@ class SubjectConfig:
     """Rescaling of the base model, untrained. Exactly one of ``rope`` and ``checkpoint`` is
     given."""
     checkpoint: str | None = None
-    """Folder of a finished checkpoint (``.../3_checkpoints/final``), which brings its own
-    factors."""
+    """Folder of a finished checkpoint (``.../3_checkpoints/final``) or of an export, which brings
+    its own factors."""
 
 
 @dataclass
@@ -280,8 +280,8 @@ class EvaluateRoot(StageConfig):
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     checkpoint: str | None = None
-    """Folder of a finished checkpoint to evaluate beside the base model, instead of
-    ``evaluation.subjects``."""
+    """Folder of a finished checkpoint, or of an export, to evaluate beside the base model, instead
+    of ``evaluation.subjects``."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """Where the held-out text comes from."""

@@ -25,7 +25,7 @@ class MeasuredSubject:
 
     name: str
     trained: bool
-    """Whether its weights are a checkpoint's; else they are the base model's."""
+    """Whether its weights were trained here; else they are the base model's."""
     method: str
     """What its factors come from, e.g. ``yarn`` or ``longrope2``."""
     critical_index: int | None

@@ -11,7 +11,14 @@ from longrope2.config import DocumentStart, StageConfig
 from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.config import EvaluateRoot
-from longrope2.files.artifacts import describe_input, product_folder, read_manifest
+from longrope2.files.artifacts import (
+    Manifest,
+    describe_input,
+    product_folder,
+    read_manifest,
+    sha256_of_bytes,
+)
+from longrope2.model.exported import before_export, describe_export, export_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
 from longrope2.model.loading import check_model, load_tokenizer, load_windowed_model, rope_geometry
@@ -26,7 +33,7 @@ class Subject:
 
     name: str
     folder: Path
-    """Hugging Face folder of its weights: the base model's or a checkpoint's."""
+    """Hugging Face folder of its weights: the base model's, a checkpoint's or an export's."""
     factors: RescaleFactors
     weights_sha256: str
     trained: bool
@@ -74,13 +81,14 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     for index, subject in enumerate(config.evaluation.subjects):
         try:
             if subject.checkpoint is not None:
-                folder = Path(subject.checkpoint)
-                factors = _own_factors(folder, base_folder, config)
-                sha256, source = weights_sha256(folder), {"checkpoint": describe_input(folder)}
+                given = Path(subject.checkpoint)
+                folder, factors, trained, source = _own_factors(given, base_folder, config)
+                sha256 = weights_sha256(folder)
             else:
+                trained = False
                 rope, folder, sha256 = subject.rope or RopeConfig(), base_folder, base_weights
                 factors, source = _base_factors(rope, config, base_folder, geometry)
-            of, trained = (subject.name, folder, factors, sha256), subject.checkpoint is not None
+            of = (subject.name, folder, factors, sha256)
             subjects.append(Subject(*of, trained=trained, source=source))
         except (ArtifactError, FactorsError) as error:
             raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
@@ -102,8 +110,46 @@ def find_checkpoint(
     base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
     check_model(checkpoint, config.model.original_len)
-    _check_same_start(f"{key}={checkpoint}", checkpoint, config.model.document_start)
+    manifest = read_manifest(checkpoint, "checkpoint")
+    _check_same_start(f"{key}={checkpoint}", manifest, checkpoint, config.model.document_start)
     return checkpoint, factors
+
+
+def find_weights(config: StageConfig, key: str, given: str | None) -> tuple[Path, RescaleFactors]:
+    """As ``find_checkpoint``; ``given`` may also be a folder of an export.
+
+    Raises:
+        ArtifactError: as ``find_checkpoint``.
+    """
+    manifest = None if given is None else export_manifest(Path(given))
+    if given is None or manifest is None:
+        return find_checkpoint(config, key, given)
+    folder, factors = _open_export(f"{key}={given}", Path(given), manifest, config)
+    check_model(folder, config.model.original_len)
+    return folder, factors
+
+
+def find_base_model(
+    config: StageConfig, rope: RopeConfig
+) -> tuple[Path, RescaleFactors, dict[str, Any]]:
+    """The pre-trained model of a stage, its factors by ``rope``, and input records of both.
+
+    Raises:
+        ArtifactError: the model or the factors are missing, damaged, or do not fit each other.
+        FactorsError: a closed form that does not exist for this model.
+    """
+    folder = given_folder(config.model, config.target_len)
+    check_model(folder, config.model.original_len)
+    geometry = rope_geometry(folder, config.model.original_len)
+    factors, source = _base_factors(rope, config, folder, geometry)
+    identity = {**model_identity(folder), "weights_sha256": weights_sha256(folder)}
+    # Both windows or one, and a closed form's constants, stand in no file.
+    resolved = {"resolved_sha256": sha256_of_bytes(factors.to_json().encode())}
+    inputs = {
+        "model": {"path": str(folder), **identity},
+        "factors": source.get("factors", source) | resolved,
+    }
+    return folder, factors, inputs
 
 
 def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
@@ -114,6 +160,11 @@ def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) ->
             lengths.
     """
     read_manifest(folder, "checkpoint")
+    return _read_factors(folder, original_len, target_len)
+
+
+def _read_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
+    """The factors beside weights, which must be for these lengths."""
     path = folder / FACTORS_FILE
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; a checkpoint of launch.train has one")
@@ -141,32 +192,54 @@ def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None
         raise ArtifactError(f"{fault} (other {' and '.join(different)})")
 
 
-def _check_same_start(key: str, checkpoint: Path, wanted: DocumentStart) -> None:
-    """Refuse a checkpoint whose training documents started otherwise than prompts would now."""
-    made = read_manifest(checkpoint, "checkpoint").config.get("model", {})
+def _check_same_start(key: str, manifest: Manifest, folder: Path, wanted: DocumentStart) -> None:
+    """Refuse a model whose training documents started otherwise than prompts would now."""
+    made = manifest.config.get("model", {})
     rule = DocumentStart(made.get("document_start", wanted.value))
     if rule is wanted:
         return
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(folder)
     if start_ids(tokenizer, rule) != start_ids(tokenizer, wanted):
         raise ArtifactError(
-            f"{key} was trained with model.document_start={rule.value}, but "
+            f"{key} was made with model.document_start={rule.value}, but "
             f"model.document_start={wanted.value} is set; set model.document_start={rule.value}"
         )
 
 
-def _own_factors(folder: Path, base_folder: Path, config: EvaluateRoot) -> RescaleFactors:
+def _own_factors(
+    folder: Path, base_folder: Path, config: EvaluateRoot
+) -> tuple[Path, RescaleFactors, bool, dict[str, Any]]:
+    """Where a checkpoint or export is read, its factors, whether trained, and its input record."""
     if not folder.is_dir():
         way_out = "run launch.train first, or leave the subject out"
         raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
+    named = f"checkpoint={folder}"
+    if (manifest := export_manifest(folder)) is not None:
+        opened, factors = _open_export(named, folder, manifest, config)
+        # Before there were others, every export was of a trained model.
+        trained = bool(manifest.details.get("trained", True))
+        return opened, factors, trained, {"checkpoint": describe_export(folder)}
     factors = read_checkpoint_factors(folder, config.model.original_len, config.target_len)
-    check_same_model(f"checkpoint={folder}", model_identity(folder), base_folder)
-    _check_same_start(f"checkpoint={folder}", folder, config.model.document_start)
-    return factors
+    check_same_model(named, model_identity(folder), base_folder)
+    start, manifest = config.model.document_start, read_manifest(folder, "checkpoint")
+    _check_same_start(named, manifest, folder, start)
+    return folder, factors, True, {"checkpoint": describe_input(folder)}
+
+
+def _open_export(
+    named: str, folder: Path, manifest: Manifest, config: StageConfig
+) -> tuple[Path, RescaleFactors]:
+    """An exported folder as the model before its export, and the factors that it applies."""
+    factors = _read_factors(folder, config.model.original_len, config.target_len)
+    base_folder = given_folder(config.model, config.target_len)
+    opened = before_export(folder, base_folder)
+    check_same_model(named, model_identity(opened), base_folder)
+    _check_same_start(named, manifest, opened, config.model.document_start)
+    return opened, factors
 
 
 def _base_factors(
-    rope: RopeConfig, config: EvaluateRoot, base_folder: Path, geometry: RopeGeometry
+    rope: RopeConfig, config: StageConfig, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
     """Factors for the base weights, if searched then on this model; and their input record."""
     factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)

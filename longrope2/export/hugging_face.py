@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder that plain transformers loads.
+"""A checkpoint (or an untrained base model) as a Hugging Face folder that transformers loads.
 
 The factors live in config.json only (see ``to_hf_config`` and ``variants``), one window's or both;
 the weights are the checkpoint's, cast to the wanted format.
@@ -45,12 +45,14 @@ def write_hugging_face_folder(
     variant: ExportVariant = ExportVariant.dual,
     cost: StaticCost | None = None,
     weights_from: Path | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write config, weights, tokenizer and model card of a finished checkpoint into ``folder``.
 
     Floating-point weights are cast to ``dtype``, or shared with ``weights_from``, a folder already
     written from this checkpoint in this format (hard links where the file system has them). A
-    ``cost`` of None is said to be unmeasured in the card.
+    ``cost`` of None is said to be unmeasured in the card; ``origin``, for a ``checkpoint`` that is
+    the untrained base model, says there what the factors come from.
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
@@ -76,7 +78,7 @@ def write_hugging_face_folder(
         reach = {"max_length": applied.target_len} if "max_length" in generation else {}
         _write_json(folder / _GENERATION_CONFIG, generation | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
-    card = model_card(base_config, config, factors, variant=variant, cost=cost)
+    card = model_card(base_config, config, factors, variant=variant, cost=cost, origin=origin)
     write_text(folder / "README.md", card)
 
 
@@ -161,15 +163,19 @@ def _brief(error: Exception) -> str:
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     """Cast and write each weight file under its own name; an index of shards goes along."""
-    total_bytes = 0
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    total_bytes, index = 0, {}
+    paths = sorted(checkpoint.glob("*.safetensors"))
+    if (checkpoint / _INDEX_FILE).is_file():
+        index = _read_json(checkpoint / _INDEX_FILE)
+        # A base model's folder may hold the same weights once more (Mistral's consolidated file).
+        paths = sorted({checkpoint / name for name in index["weight_map"].values()})
+    for path in paths:
         tensors = load_file(path)
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if (checkpoint / _INDEX_FILE).is_file():
-        index = _read_json(checkpoint / _INDEX_FILE)
+    if index:
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
         _write_json(folder / _INDEX_FILE, index)
 

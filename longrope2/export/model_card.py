@@ -23,11 +23,7 @@ tags: [longrope2, long-context]
 ---
 # {architecture}, {title}
 
-The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens \
-({factors.scale:g} times) with
-[LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that \
-sequences of up to {original_len:,} tokens
-are read with the original RoPE, longer ones with the rescaled RoPE. {holds} \
+{made} {holds} \
 Licence and intended use are those of the base
 model.
 
@@ -44,7 +40,7 @@ model.
 
 Rescale factors up to {original_len:,} tokens: {short_factors}.
 {beyond}`factors.json` holds the same numbers with their origin.
-{attention}
+{attention}{origin}
 ## Use
 
 ```python
@@ -56,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 When this folder was written it was loaded with transformers {transformers_version}, \
 and its logits were compared with
-the trained model's on either side of the end of the original window, as far as this folder reaches.
+{compared} on either side of the end of the original window, as far as this folder reaches.
 
 ## Which engines read it correctly
 
@@ -67,6 +63,25 @@ the trained model's on either side of the end of the original window, as far as 
 ## What a choice made once costs
 
 {cost}
+"""
+_TRAINED = """\
+The window of a pre-trained model was extended from {original_len:,} to {target_len:,} tokens \
+({scale:g} times) with
+[LongRoPE2](https://arxiv.org/abs/2502.20082)'s mixed windows: trained so that \
+sequences of up to {original_len:,} tokens
+are read with the original RoPE, longer ones with the rescaled RoPE."""
+_UNTRAINED = """\
+**This model was not trained at {target_len:,} tokens, nor with the factors below.** \
+Its weights are the pre-trained model's,
+made for {original_len:,} tokens; only its RoPE is rescaled, to reach {scale:g} times as far. \
+Sequences of up to {original_len:,} tokens are
+to be read with the short window's RoPE, longer ones with the long window's."""
+_ORIGIN = """
+## Where the factors come from
+
+{origin}.
+{provenance}
+How well the model reads beyond {original_len:,} tokens with them was not measured by this export.
 """
 _TITLES = {
     ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
@@ -128,7 +143,7 @@ and this folder with it | |"""
 _STALE_CACHE = """\
 When generation crosses {original_len:,} tokens, transformers keeps \
 the key/value cache that was computed under the
-  short window's RoPE (for this model class). That is not the model that was trained. \
+  short window's RoPE (for this model class). {mixed} \
 Start with a prompt that is beyond
   {original_len:,} tokens already, stay within, or run the prompt again \
 after the crossing, as `launch.generate` does."""
@@ -145,7 +160,7 @@ vLLM, SGLang and llama.cpp were judged by
 their public sources; this folder was not run in them."""
 _SLIDING = """
 The base model's config.json asks for a sliding window{tokens}. \
-This model was trained with full
+{full}
 attention, so the folder's config.json says {sliding_window:,}, the whole extended window.
 """
 
@@ -184,18 +199,29 @@ def model_card(
     factors: RescaleFactors,
     variant: ExportVariant,
     cost: StaticCost | None,
+    origin: str | None = None,
 ) -> str:
-    """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured."""
+    """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured.
+
+    ``origin`` says what the factors of untrained weights come from; None is a trained model.
+    """
     import transformers
 
     applied, geometry = variant_factors(factors, variant), factors.geometry
     lengths = {"original_len": geometry.original_len, "target_len": factors.target_len}
     unscaled = config["rope_parameters"]["rope_type"] == UNSCALED_TYPE
     short, long = applied.short_factors, f"Beyond: {_numbers(applied.factors)}.\n"
+    trained = origin is None
+    title = _TITLES[variant].format(**lengths)
+    if not trained and variant is not ExportVariant.short_only:
+        title += ", without training"
     return _CARD.format(
         **lengths,
         architecture=(config.get("architectures") or [config["model_type"]])[0],
-        title=_TITLES[variant].format(**lengths),
+        title=title,
+        made=(_TRAINED if trained else _UNTRAINED).format(**lengths, scale=factors.scale),
+        compared="the trained model's" if trained else "the pre-trained model's with these factors",
+        origin="" if trained else _origin(origin, factors),
         holds=_HOLDS[variant],
         variant=variant,
         factors=factors,
@@ -205,16 +231,21 @@ def model_card(
         critical_index="none" if factors.critical_index is None else factors.critical_index,
         short_factors="all 1, the original RoPE" if short is None else _numbers(short),
         beyond="" if variant is ExportVariant.short_only else long,
-        attention=_attention(base_config, config),
+        attention=_attention(base_config, config, trained=trained),
         transformers_version=transformers.__version__,
-        engines=_engines(config, variant, lengths, unscaled),
+        engines=_engines(config, variant, lengths, unscaled=unscaled, trained=trained),
         attention_factor_note="It needs no rescaling of RoPE." if unscaled else _NOTE,
         cost=_cost(cost, variant, lengths),
     )
 
 
 def _engines(
-    config: dict[str, Any], variant: ExportVariant, lengths: dict[str, int], unscaled: bool
+    config: dict[str, Any],
+    variant: ExportVariant,
+    lengths: dict[str, int],
+    *,
+    unscaled: bool,
+    trained: bool,
 ) -> str:
     rows = _TRANSFORMERS_ROWS[variant]
     if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
@@ -222,21 +253,31 @@ def _engines(
         rows = _PHI3_ROWS.format(limits=limits)
     drops_cache = config["model_type"] in _CACHE_DROPPING_TYPES
     short_engines = "transformers, vLLM, SGLang"
+    mixed = "That is not the model that was trained." if trained else "That mixes the two RoPEs."
     return _ENGINES[variant].format(
         **lengths,
         transformers_rows=rows,
-        cache_note=(_DROPPED_CACHE if drops_cache else _STALE_CACHE).format(**lengths),
+        cache_note=(_DROPPED_CACHE if drops_cache else _STALE_CACHE).format(**lengths, mixed=mixed),
         short_engines="every engine that knows the base model" if unscaled else short_engines,
     )
 
 
-def _attention(base_config: dict[str, Any], config: dict[str, Any]) -> str:
+def _origin(origin: str, factors: RescaleFactors) -> str:
+    """What the factors come from, and all that was written down with them."""
+    noted = [f"- {name}: {' '.join(text.split())}" for name, text in factors.provenance.items()]
+    provenance = "\n".join(["", *noted, ""]) if noted else ""
+    original_len = factors.geometry.original_len
+    return _ORIGIN.format(origin=origin, provenance=provenance, original_len=original_len)
+
+
+def _attention(base_config: dict[str, Any], config: dict[str, Any], *, trained: bool) -> str:
     """A sentence where the exported config has another sliding window than the base model."""
     given, exported = base_config.get("sliding_window"), config.get("sliding_window")
     if given == exported:
         return ""
     tokens = f" of {given:,} tokens" if given and given != NO_WINDOW else ""
-    return _SLIDING.format(tokens=tokens, sliding_window=exported)
+    full = "This model was trained with full" if trained else "Here it was read with full"
+    return _SLIDING.format(tokens=tokens, sliding_window=exported, full=full)
 
 
 def _cost(cost: StaticCost | None, variant: ExportVariant, lengths: dict[str, int]) -> str:

@@ -1,12 +1,15 @@
 """One export: a finished checkpoint found, its folders written, verified, and only then published.
 
-Verified: plain transformers loads a folder and gives the trained model's logits.
+Verified: plain transformers loads a folder and gives the trained model's logits. Without a training
+(``export.trained=false``) the base model and factors of any origin stand in for the checkpoint, and
+a folder of its own (``untrained``) for the product, so that the one is never taken for the other.
 """
 
 import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,20 +18,23 @@ from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.evaluation.subjects import find_checkpoint
+from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
-from longrope2.export.variants import ExportRoot, ExportVariant, variant_factors
+from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
+from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
-from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.factors import RescaleFactors, Window
+from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
 
 _COST_TEXT = "held-out Python documentation and sources"
 # Enough for a token of so many characters on average: a long text is not tokenized to its end.
 _CHARACTERS_PER_TOKEN = 16
+_UNTRAINED_FOLDER = "untrained"
 _Differences = dict[str, dict[str, float]]
 
 
@@ -38,13 +44,20 @@ class Export:
 
     config: ExportRoot
     checkpoint: Path
+    """Folder of the weights: a finished checkpoint's, or the base model's."""
     factors: RescaleFactors
     inputs: dict[str, dict[str, str]]
 
     @property
     def folder(self) -> Path:
-        """The product folder."""
-        return artifacts.product_folder(self.config.run.folder, "exports")
+        """The product folder; that of untrained weights lies inside, with a manifest of its own."""
+        exports = artifacts.product_folder(self.config.run.folder, "exports")
+        return exports if self.config.export.trained else exports / _UNTRAINED_FOLDER
+
+    @property
+    def origin(self) -> str | None:
+        """What gave untrained weights their factors; None for a trained model."""
+        return None if self.config.export.trained else _origin(_rope(self.config))
 
     @property
     def finals(self) -> list[Path]:
@@ -53,14 +66,18 @@ class Export:
 
 
 def find_export(config: ExportRoot) -> Export:
-    """Find the checkpoint, and check that it can be exported as configured.
+    """Find the weights and their factors, and check that they can be exported as configured.
 
     Raises:
-        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
-        FactorsError: its factors cannot be written into a Hugging Face config.
+        ArtifactError: they are missing, unfinished, or belong to another model or other lengths.
+        FactorsError: the factors cannot be written into a Hugging Face config.
     """
     export = config.export
-    checkpoint, factors = find_checkpoint(config, "export.checkpoint", export.checkpoint)
+    if export.trained:
+        checkpoint, factors = find_checkpoint(config, "export.checkpoint", export.checkpoint)
+        inputs: dict[str, Any] = {"checkpoint": artifacts.describe_input(checkpoint)}
+    else:
+        checkpoint, factors, inputs = find_base_model(config, _rope(config))
     check_exportable(checkpoint, config.model.original_len, config.target_len)
     for variant in export.variants:
         variant_factors(factors, variant)
@@ -68,7 +85,7 @@ def find_export(config: ExportRoot) -> Export:
         check_gguf(
             checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
         )
-    return Export(config, checkpoint, factors, {"checkpoint": artifacts.describe_input(checkpoint)})
+    return Export(config, checkpoint, factors, inputs)
 
 
 def is_complete(export: Export) -> bool:
@@ -77,9 +94,10 @@ def is_complete(export: Export) -> bool:
         manifest = artifacts.read_manifest(export.folder, "exports")
     except ArtifactError:
         return False
-    # The checkpoint is compared by its content, wherever it stood.
+    # The checkpoint is compared by its content, wherever it stood; a key that an older manifest
+    # does not have came later, and its default was in force.
     found, wanted = (
-        plain.get("export", {}) | {"checkpoint": None}
+        to_plain(ExportConfig()) | plain.get("export", {}) | {"checkpoint": None}
         for plain in (manifest.config, to_plain(export.config))
     )
     there = all(final.is_dir() for final in export.finals)
@@ -92,7 +110,7 @@ def publish(export: Export) -> _Differences:
     Returns the largest difference of the logits over the largest logit, by folder name and length.
 
     Raises:
-        ArtifactError: plain transformers computes something else than the trained model.
+        ArtifactError: plain transformers computes something else than our own model.
     """
     unverified = [final.with_name(f".{final.name}.tmp") for final in export.finals]
     differences: _Differences = {}
@@ -148,7 +166,7 @@ def _write(
     cost: StaticCost | None,
     weights_from: Path | None,
 ) -> dict[str, float]:
-    """Write one folder and compare it with the trained model in the windows that it holds."""
+    """Write one folder and compare it with our own model in the windows that it holds."""
     settings, applied = export.config.export, variant_factors(export.factors, variant)
     dtype, original_len = settings.dtype.torch_dtype, export.factors.geometry.original_len
     write_hugging_face_folder(
@@ -159,6 +177,7 @@ def _write(
         variant=variant,
         cost=cost,
         weights_from=weights_from,
+        origin=export.origin,
     )
     around = (original_len - 1, original_len, original_len + 1)
     lengths = [length for length in around if length <= applied.target_len][-2:]
@@ -168,6 +187,28 @@ def _write(
         pretokenizer = settings.gguf_pretokenizer
         write_gguf(folder, applied, folder / GGUF_FILE, base_folder, pretokenizer=pretokenizer)
     return {str(length): difference for length, difference in differences.items()}
+
+
+def _rope(config: ExportRoot) -> RopeConfig:
+    """The factors of an export without training; by default the run's own search."""
+    return config.rope or RopeConfig()
+
+
+def _origin(rope: RopeConfig) -> str:
+    """For the card: what the factors come from. A file by its name, not by its place here."""
+    method, file = rope.method, Path(rope.factors or "").name
+    if method in CLOSED_FORMS:
+        source = "a closed form, which no search or training has fitted to this model"
+    elif method is RopeMethod.from_hf:
+        source = f"read from the published config of `{file}`"
+    elif method is RopeMethod.from_file:
+        source = f"read from the file `{file}`"
+    else:
+        source = f"read from `{file}`" if file else "searched for this model, without training it"
+        if method is not RopeMethod.searched:
+            source = f"the closed form with a critical dimension {source}"
+    in_both = ", in both windows (`rope.both_windows=true`)" if rope.both_windows else ""
+    return f"`rope={method.value}`: {source}{in_both}"
 
 
 def _remove_former(export: Export) -> None:
@@ -190,6 +231,14 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
         config=to_plain(export.config),
         files={f"{path.parent.name}/{path.name}": artifacts.sha256_of_file(path) for path in paths},
         details={
+            "trained": settings.trained,
+            "factors": {
+                "method": export.factors.method,
+                "attention_scales": {
+                    str(window): export.factors.attention_scale(window) for window in Window
+                },
+                "provenance": export.factors.provenance,
+            },
             "dtype": settings.dtype.value,
             "variants": [variant.value for variant in settings.variants],
             "gguf": settings.gguf,

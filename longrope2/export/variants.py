@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from longrope2.config import StageConfig
+from longrope2.config import StageConfig, target_faults
 from longrope2.errors import ConfigError, FactorsError
+from longrope2.model.factors_source import RopeConfig
 from longrope2.model.given import active_window, class_config
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import UNSCALED_TYPE, to_hf_config
@@ -54,11 +55,14 @@ class ExportDtype(Enum):
 class ExportConfig:
     """What is exported, and how."""
 
+    trained: bool = True
+    """False exports the base model's weights with the factors of ``rope``, without a training,
+    into ``5_exports/untrained``."""
     checkpoint: str | None = None
     """Folder of a finished checkpoint; null is the run's own ``3_checkpoints/final``."""
     dtype: ExportDtype = ExportDtype.fp32
-    """Number format of the weights: fp32 is what was trained, bf16 half the size. RoPE tables are
-    always float32."""
+    """Number format of the weights: fp32 is what was trained, bf16 half the size (and what most
+    base models are published in). RoPE tables are always float32."""
     variants: list[ExportVariant] = field(default_factory=lambda: [ExportVariant.dual])
     """Folders to write: ``dual`` (both windows, for transformers), ``long_only`` and
     ``short_only`` (one window each, for engines that choose once at load, such as vLLM). They
@@ -81,6 +85,9 @@ class ExportRoot(StageConfig):
     """Configuration of ``launch.export``."""
 
     export: ExportConfig = field(default_factory=ExportConfig)
+    rope: RopeConfig | None = None
+    """Factors of an export without training; null is ``searched``, the run's own search. A
+    trained model has its own."""
 
 
 def check(config: ExportRoot) -> None:
@@ -98,8 +105,33 @@ def check(config: ExportRoot) -> None:
         "export.gguf=true needs the gguf package; run `pip install gguf`": no_gguf,
         f"export.cost_windows={cost_windows} must be 0 or more": cost_windows < 0,
     }
-    if found := [fault for fault, is_there in faults.items() if is_there]:
+    found = [fault for fault, is_there in faults.items() if is_there]
+    if found := found + _source_faults(config):
         raise ConfigError(found)
+
+
+def _source_faults(config: ExportRoot) -> list[str]:
+    """Settings that ask for trained and for untrained weights at once."""
+    rope, checkpoint = config.rope, config.export.checkpoint
+    if config.export.trained:
+        if rope is None:
+            return []
+        return [
+            f"rope.method={rope.method.value} is given, but a trained model has the factors of its "
+            "training; leave rope out, or set export.trained=false to export the base model's "
+            "weights with it"
+        ]
+    faults = target_faults(config.model, config.target_len, extends=True)
+    if checkpoint is not None:
+        faults.append(
+            f"export.checkpoint={checkpoint} is given with export.trained=false, which exports the "
+            "weights of model.path; leave one of them out"
+        )
+    if config.model.from_scratch:
+        faults.append(
+            "export.trained=false exports the weights of model.path; set model.from_scratch=false"
+        )
+    return faults
 
 
 def variant_factors(factors: RescaleFactors, variant: ExportVariant) -> RescaleFactors:

@@ -229,7 +229,8 @@ class GenerateConfig:
     ``rerotate`` turns the cached keys (cheap, inexact beyond layer 0; python -m
     benchmarks.kv_policies measures its loss)."""
     checkpoint: str | None = None
-    """Folder of a finished checkpoint; null is the run's own ``3_checkpoints/final``."""
+    """Folder of a finished checkpoint, or of an export; null is the run's own
+    ``3_checkpoints/final``."""
 
 
 @dataclass

@@ -179,7 +179,7 @@ def merged_config_file(file: Path, model: ModelConfig, target_len: int) -> Path:
             f"with 'model.config={{{_MAX_LEN_KEY}: {model.original_len}}}'"
         )
     if merged != raw:
-        file = _view(file, merged) / CONFIG_FILE
+        file = config_view(file, merged) / CONFIG_FILE
     ModelShape.from_file(file)
     return file
 
@@ -212,8 +212,12 @@ def _merge(raw: dict[str, Any], file: Path, model: ModelConfig, target_len: int)
     return merged
 
 
-def _view(file: Path, merged: dict[str, Any]) -> Path:
-    """Folder of the merged config with links to all that lies beside ``file``."""
+def config_view(file: Path, merged: dict[str, Any]) -> Path:
+    """Folder of the merged config with links to all that lies beside ``file``, a config.json.
+
+    Raises:
+        ArtifactError: the cache cannot be written.
+    """
     source = file.parent.resolve()
     beside = sorted(path.name for path in source.iterdir()) if file.name == CONFIG_FILE else []
     names = [name for name in beside if name != CONFIG_FILE]

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from launch.demo import stages
+from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.model.folder import model_identity
+from longrope2.model.loading import rope_geometry
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +52,36 @@ def test_further_commands_run(command: str, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "128 -> 2048" in ended.stdout
+
+
+def run_line(command: str, *added: str) -> str:
+    """What a ``python`` line of the README prints that must end well."""
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    ended = subprocess.run(
+        [sys.executable, *arguments, *added], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout
+
+
+def test_search_export_serve(tmp_path: Path) -> None:
+    """The search up to its plan, with factors in its place; what is served is what was exported."""
+    search, export, serve = fenced_after("Better factors without a training")
+    place = f"run.root={tmp_path}"
+    assert "128 -> 2048" in run_line(search, place, "dry_run=true")
+    model, factors = ROOT / "models" / "tiny", tmp_path / "untrained" / "2_factors"
+    geometry = rope_geometry(model, 128)
+    factors.mkdir(parents=True)
+    found = closed_form_factors(RopeMethod.yarn, geometry, 2048)
+    (factors / "factors.json").write_text(found.to_json())
+    write_manifest(factors, Manifest("factors", inputs={"model": model_identity(model)}))
+    printed = run_line(export, place, "export.cost_windows=0").splitlines()[-1]
+    program, verb, folder, option, length = shlex.split(serve)
+    assert (program, verb, option, length) == ("vllm", "serve", "--max-model-len", "2048")
+    assert printed == f"export in {tmp_path / Path(folder).relative_to('runs')}"
+    card = Path(printed.removeprefix("export in ")) / "README.md"
+    assert f"| vLLM | yes | `{option} {length}`" in card.read_text()
 
 
 def fenced_after(text: str) -> list[str]:

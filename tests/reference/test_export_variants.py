@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_export import (
     GEOMETRY,
     ORIGINAL_LEN,
@@ -24,6 +25,8 @@ from test_export import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -33,11 +36,12 @@ from transformers import (
 )
 
 from longrope2.errors import FactorsError
-from longrope2.export.hugging_face import write_hugging_face_folder
+from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost
 from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
-from longrope2.model.folder import NO_WINDOW
+from longrope2.model.exported import CHANGED_KEYS, before_export
+from longrope2.model.folder import CACHE_VARIABLE, NO_WINDOW, model_identity, weights_sha256
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import from_hf_config
@@ -334,3 +338,44 @@ def test_transformers_4_computes_the_same(checkpoint, tmp_path):
                     length,
                 )
     assert "transformers before 5 | no:" in (tmp_path / "phi3_dual" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", *SLIDING])
+def test_an_exported_folder_is_read_as_the_model_before_its_export(tmp_path, name, monkeypatch):
+    """Sliding window, RoPE and names of code files are put back; architecture and weights equal."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    model_class, config_class, options = SLIDING.get(name, (LlamaForCausalLM, LlamaConfig, {}))
+    base = sliding_checkpoint(tmp_path / name, model_class, config_class, **options)
+    config = json.loads((base / "config.json").read_text())
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    (base / "config.json").write_text(json.dumps({**config, **code}))
+    (base / "tokenizer.json").write_text("{}")
+    exported = tmp_path / "export"
+    write_hugging_face_folder(base, factors_with(), exported, torch.float32)
+    opened = before_export(exported, base)
+    assert model_identity(opened) == model_identity(base) and opened != exported
+    assert weights_sha256(opened) == weights_sha256(exported)
+    found = our_logits(opened, factors_with(), TARGET_LEN, Window.LONG)
+    assert torch.equal(found, our_logits(base, factors_with(), TARGET_LEN, Window.LONG))
+
+
+def test_what_an_export_changes_in_a_config_is_known_where_it_is_put_back():
+    base = {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 2, "head_dim": None}
+    base |= {"auto_map": {}, "sliding_window": 16, "rope_theta": 50_000.0}
+    for variant in ExportVariant:
+        exported = merged_config(base, factors_with(), torch.float32, variant)
+        changed = {key for key in base | exported if base.get(key) != exported.get(key)}
+        assert changed - {"dtype", "torch_dtype"} <= set(CHANGED_KEYS)
+
+
+def test_weights_that_a_folder_holds_once_more_are_not_exported(checkpoint, tmp_path):
+    """Mistral's hub folders: shards with an index, and all of it again in one file."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(base, max_shard_size="60KB")
+    shards = {path.name for path in base.glob("*.safetensors")}
+    save_file({"other.weight": torch.zeros(2)}, base / "consolidated.safetensors")
+    write_hugging_face_folder(base, factors_with(), tmp_path / "export", torch.float32)
+    assert {path.name for path in (tmp_path / "export").glob("*.safetensors")} == shards
+    assert len(shards) > 1
+    lengths = (ORIGINAL_LEN, ORIGINAL_LEN + 1)
+    verify_export(base, factors_with(), tmp_path / "export", torch.float32, lengths)

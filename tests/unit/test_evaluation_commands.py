@@ -466,4 +466,4 @@ def test_a_checkpoint_trained_with_other_document_starts_stops(
     words = [f"checkpoint={made}"] if stage == "evaluate" else given
     code, _, error = command(stage, *words)
     assert code == 2
-    assert "was trained with model.document_start=none, but model.document_start=auto" in error
+    assert "was made with model.document_start=none, but model.document_start=auto" in error
