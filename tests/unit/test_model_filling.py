@@ -218,7 +218,7 @@ def test_a_saved_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_buffer_that_is_not_saved_is_unknown_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers would ignore it: nor may shares read it."""
+    """As transformers ignores it, shares may not read it."""
     with_table(monkeypatch, persistent=False)
     saved("untied", tmp_path, "1GB")
     state = load_file(tmp_path / "model.safetensors") | {"table": torch.ones(2)}
