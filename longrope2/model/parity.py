@@ -197,9 +197,12 @@ class _NoDrawing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Whatever is called, but for drawing matrices."""
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) and args[0].dim() >= 2:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
+            tensor = args[0] if args else given["tensor"]  # torch.nn.init's own name for it
+            if tensor.dim() >= 2:
+                return tensor
+        return func(*args, **given)
 
 
 @torch.no_grad()
