@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from longrope2.rope.factors import Window
+from longrope2.rope.window import Window
 
 MAX_FILLING = 0.005
 

@@ -1,8 +1,9 @@
 """``launch.doctor`` without a word: what this machine has for the flow, and a remedy for the rest.
 
 One line per finding: ``ok``; ``fix`` for what costs speed or comfort; ``blocker`` for what stops a
-run. Nothing is downloaded and no weight is read; on a GPU each attention kernel is run on a few
-tokens.
+run. Nothing is downloaded, of weights the headers alone are read; on a GPU each attention kernel is
+run on a few tokens. Asked of a model of the user's own (``model=custom``), only what is said of the
+model, and blockers.
 """
 
 import importlib.metadata
@@ -30,6 +31,7 @@ from longrope2.command import USER_FAULT_EXIT_CODE
 from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.model.folder import find_config_file, local_model_folder
+from longrope2.model.loading import find_weights
 from longrope2.model.norms import NormKernel, choose_norm, norm_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape
 from longrope2.tracking.metrics import WandbMode, resolve_mode
@@ -38,6 +40,8 @@ from longrope2.training.optimizer import optimizer_fault
 
 GIB = 2**30
 SUPPORTED = "supported"
+# The preset of a model of the user's own, whose answer is about the model alone.
+CUSTOM = "custom"
 # Target over original window where the command line gives none that fits the model.
 ASSUMED_SCALE = 16
 # Lowest version that the code is written for, as in pyproject.toml (a test compares).
@@ -78,13 +82,23 @@ class Finding:
     remedy: str = ""
     of_model: bool = False
     """Said of the model, in a line of its own below the table."""
+    refused: bool = False
+    """Every command refuses such a model."""
 
 
 def machine_command(arguments: list[str]) -> None:
-    """Compose, look, print; exits with 2 when the model is not supported, 1 for other blockers."""
-    findings = find_all(compose(DoctorRoot, "doctor", arguments))
+    """Compose, look, print; exits with 2 when the model is refused, 1 for other blockers.
+
+    Raises:
+        ArtifactError: of a model of the user's own (``model=custom``), its folder is damaged or the
+            model not supported.
+    """
+    config = compose(DoctorRoot, "doctor", arguments)
+    findings = find_all(config)
+    if config.model.name == CUSTOM:
+        findings = only_model(findings)
     print_findings(findings)
-    if any(finding.what == SUPPORTED and finding.state is State.blocker for finding in findings):
+    if any(finding.refused for finding in findings):
         sys.exit(USER_FAULT_EXIT_CODE)
     if any(finding.state is State.blocker for finding in findings):
         sys.exit(1)
@@ -104,6 +118,24 @@ def find_all(config: DoctorRoot) -> list[Finding]:
         _hub(config.model.path),
         _wandb(),
         *_model(config),
+    ]
+
+
+def only_model(findings: list[Finding]) -> list[Finding]:
+    """What is said of the model, after what of the machine stops a run: it fits a screen.
+
+    Raises:
+        ArtifactError: the model is not supported, or its weights are not those of its class.
+    """
+    for finding in findings:
+        if finding.refused:
+            raise ArtifactError(finding.found.removeprefix("no: "))
+    return [
+        finding
+        for finding in findings
+        if finding.of_model
+        or finding.state is State.blocker
+        or finding.what.startswith(("model ", "tokenizer "))
     ]
 
 
@@ -291,6 +323,12 @@ def _model(config: DoctorRoot) -> list[Finding]:
     else:
         found, remedy = f"{weights} weight file(s) in {folder}", ""
     findings = [Finding(model, found, State.blocker if remedy else State.ok, remedy)]
+    if not remedy:
+        try:
+            find_weights(folder)
+        except ArtifactError as error:
+            again = "fetch the model again, or save it anew"
+            findings = [Finding(model, str(error), State.blocker, again, refused=True)]
     findings += _examined(config, folder / CONFIG_FILE)
     tokenizer = f"tokenizer {config.model.name}"
     there = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
@@ -322,7 +360,7 @@ def _examined(config: DoctorRoot, config_file: Path | None) -> list[Finding]:
     try:
         found = examine(config_file, config.model, target_len)
     except UserError as error:
-        return [Finding(SUPPORTED, f"no: {error}", State.blocker, of_model=True)]
+        return [Finding(SUPPORTED, f"no: {error}", State.blocker, of_model=True, refused=True)]
     return [Finding(what, text, of_model=True) for what, text in found.items()]
 
 

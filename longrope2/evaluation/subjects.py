@@ -21,7 +21,13 @@ from longrope2.files.artifacts import (
 from longrope2.model.exported import before_export, describe_export, export_manifest
 from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
-from longrope2.model.loading import check_model, load_tokenizer, load_windowed_model, rope_geometry
+from longrope2.model.loading import (
+    check_model,
+    find_weights,
+    load_tokenizer,
+    load_windowed_model,
+    rope_geometry,
+)
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -75,6 +81,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
             model or target; names the subject's key and the path.
     """
     check_model(base_folder, config.model.original_len)
+    find_weights(base_folder)
     geometry = rope_geometry(base_folder, config.model.original_len)
     base_weights = weights_sha256(base_folder)
     subjects = []
@@ -101,7 +108,8 @@ def find_checkpoint(
     """The checkpoint of a stage and its factors: ``given`` at ``key``, else what the run trained.
 
     Raises:
-        ArtifactError: it is missing, unfinished, or belongs to another model or other lengths.
+        ArtifactError: it is missing, unfinished, belongs to another model or other lengths, or its
+            weights are not those of its class.
     """
     checkpoint = Path(given or product_folder(config.run.folder, "checkpoints") / "final")
     if not checkpoint.is_dir():
@@ -110,6 +118,7 @@ def find_checkpoint(
     base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
     check_model(checkpoint, config.model.original_len)
+    find_weights(checkpoint)
     manifest = read_manifest(checkpoint, "checkpoint")
     _check_same_start(f"{key}={checkpoint}", manifest, checkpoint, config.model.document_start)
     return checkpoint, factors
@@ -221,6 +230,7 @@ def _own_factors(
         return opened, factors, trained, {"checkpoint": describe_export(folder)}
     factors = read_checkpoint_factors(folder, config.model.original_len, config.target_len)
     check_same_model(named, model_identity(folder), base_folder)
+    find_weights(folder)
     start, manifest = config.model.document_start, read_manifest(folder, "checkpoint")
     _check_same_start(named, manifest, folder, start)
     return folder, factors, True, {"checkpoint": describe_input(folder)}
@@ -234,6 +244,7 @@ def _open_export(
     base_folder = given_folder(config.model, config.target_len)
     opened = before_export(folder, base_folder)
     check_same_model(named, model_identity(opened), base_folder)
+    find_weights(opened)
     _check_same_start(named, manifest, opened, config.model.document_start)
     return opened, factors
 

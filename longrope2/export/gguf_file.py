@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from longrope2.errors import ArtifactError
+from longrope2.model.loading import find_weights
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
 
@@ -62,7 +62,8 @@ def write_gguf(
     llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
 
     Raises:
-        ArtifactError: see ``check_gguf``; or what was read back is not what was meant.
+        ArtifactError: see ``check_gguf`` and ``find_weights``; or what was read back is not what
+            was meant.
     """
     import gguf
 
@@ -162,8 +163,8 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     num_heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
+    for _, tensors in find_weights(folder).by_file():
+        for name, tensor in tensors.items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:
                 fault = f"export.gguf=true: GGUF's Llama has no place for the weight {name}"

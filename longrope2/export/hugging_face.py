@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +23,7 @@ from longrope2.export.variants import ExportVariant
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.given import build_without_memory, cut_layers
-from longrope2.model.loading import rope_geometry
+from longrope2.model.loading import find_weights, rope_geometry
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -56,6 +56,7 @@ def write_hugging_face_folder(
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
+        ArtifactError: the checkpoint's weights are not those of its class (``find_weights``).
     """
     applied = variants.variant_factors(factors, variant)
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,21 +163,17 @@ def _brief(error: Exception) -> str:
 
 
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Cast and write each weight file under its own name; an index of shards goes along."""
-    total_bytes, index = 0, {}
-    paths = sorted(checkpoint.glob("*.safetensors"))
-    if (checkpoint / _INDEX_FILE).is_file():
-        index = _read_json(checkpoint / _INDEX_FILE)
-        # A base model's folder may hold the same weights once more (Mistral's consolidated file).
-        paths = sorted({checkpoint / name for name in index["weight_map"].values()})
-    for path in paths:
-        tensors = load_file(path)
+    """Cast and write what the model reads, each file under its own name; an index goes along."""
+    total_bytes, weights = 0, find_weights(checkpoint)
+    for file, tensors in weights.by_file():
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if index:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if (checkpoint / _INDEX_FILE).is_file():
+        index = _read_json(checkpoint / _INDEX_FILE)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
+        index["weight_map"] = {name: path.name for name, path in weights.places.items()}
         _write_json(folder / _INDEX_FILE, index)
 
 

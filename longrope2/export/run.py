@@ -22,6 +22,7 @@ from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
+from longrope2.export.tokenizer import start_as_trained
 from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
@@ -179,6 +180,7 @@ def _write(
         weights_from=weights_from,
         origin=export.origin,
     )
+    start_as_trained(folder, export.config.model.document_start)
     around = (original_len - 1, original_len, original_len + 1)
     lengths = [length for length in around if length <= applied.target_len][-2:]
     differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)

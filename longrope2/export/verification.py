@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,7 @@ from longrope2.errors import ArtifactError
 from longrope2.export.hugging_face import rotary_fault
 from longrope2.inference.generation import window_for_length
 from longrope2.model.given import find_head_rule, look_at
-from longrope2.model.loading import device_and_dtype, load_windowed_model
+from longrope2.model.loading import device_and_dtype, find_weights, load_windowed_model
 from longrope2.rope.factors import RescaleFactors
 
 # Of the largest logit, float32: two attention kernels differ by rounding, no more.
@@ -108,8 +107,8 @@ def _cause(folder: Path, dtype: torch.dtype, causes: list[str]) -> str:
     """Why the logits differ, as far as it can be seen."""
     stored = {
         values.dtype
-        for path in folder.glob("*.safetensors")
-        for values in load_file(path).values()
+        for _, tensors in find_weights(folder).by_file()
+        for values in tensors.values()
         if values.is_floating_point()
     }
     if stored != {dtype}:

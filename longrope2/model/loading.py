@@ -15,11 +15,12 @@ from transformers.utils import logging as transformers_logging
 
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import sha256_of_file
-from longrope2.model.given import build_without_memory, look_at
+from longrope2.model.given import build_without_memory, look_at, read_config
 from longrope2.model.parity import Parity, check_cut, compare, run_plain
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.model.weights import (
     Take,
+    Weights,
     check_weights,
     fill_at_random,
     fill_buffers,
@@ -76,6 +77,17 @@ def _check_model(folder: Path, _digest: str, geometry: RopeGeometry) -> Parity:
     return check_cut(look_at(folder).config, factors)
 
 
+def find_weights(folder: Path) -> Weights:
+    """The weights of a folder, checked against its class by their headers: nothing is loaded.
+
+    Stages ask before they begin; whoever reads weights by themselves (exports, GGUF) asks here too.
+
+    Raises:
+        ArtifactError: as ``check_weights``; or transformers cannot build the class.
+    """
+    return check_weights(build_without_memory(read_config(folder)), folder)
+
+
 def load_windowed_model(
     folder: Path,
     factors: RescaleFactors,
@@ -110,7 +122,10 @@ def load_windowed_model(
     config = look_at(folder).config
     hf: Any = build_without_memory(config, dtype)
     if take is None and not from_scratch:
-        hf = read_whole(check_weights(hf, folder), dtype)
+        weights = check_weights(hf, folder)
+        del hf.base_model.rotary_emb  # which is replaced
+        fill_buffers(hf, weights)  # refuses what transformers would leave unset
+        hf = read_whole(weights, dtype)
         hf.to(device)
         plain = run_plain(hf, factors.geometry.original_len)
         model = WindowedModel(hf, factors)

@@ -54,7 +54,8 @@ def token_loss_sum(
             ignore_index=IGNORED_LABEL,
             options=chunks,
         )
-    loss_sum = _LossSum.apply(hidden_TH, head_VH, labels_T, bias_V, rule)
+    gradients = torch.is_grad_enabled()
+    loss_sum = _LossSum.apply(hidden_TH, head_VH, labels_T, bias_V, rule, gradients)
     assert isinstance(loss_sum, Tensor)
     return loss_sum
 
@@ -70,11 +71,13 @@ class _LossSum(torch.autograd.Function):
         labels_T: Tensor,
         bias_V: Tensor | None,
         rule: HeadRule,
+        gradients: bool,
     ) -> Tensor:
-        """The loss; keeps the gradients for an upstream gradient of 1."""
+        """The loss; keeps the gradients, where asked, for an upstream gradient of 1."""
         loss_sum = torch.zeros((), device=hidden_TH.device)
         ctx.hidden_gradient_TH = torch.empty_like(hidden_TH)
-        ctx.head_gradient_VH = torch.zeros_like(head_VH, dtype=torch.float32)
+        if gradients:
+            ctx.head_gradient_VH = torch.zeros_like(head_VH, dtype=torch.float32)
         ctx.bias_gradient_V = None
         if bias_V is not None:
             ctx.bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32)
@@ -86,6 +89,8 @@ class _LossSum(torch.autograd.Function):
             slope = rule.slope(logits_CV)
             log_probs_CV = logits_CV.log_softmax(dim=-1)
             loss_sum -= log_probs_CV.gather(1, labels_C1).masked_fill(is_ignored_C1, 0.0).sum()
+            if not gradients:
+                continue
             gradient_CV = log_probs_CV.exp_()
             minus_one_C1 = torch.full_like(labels_C1, -1.0, dtype=torch.float32)
             gradient_CV.scatter_add_(1, labels_C1, minus_one_C1)
@@ -103,7 +108,7 @@ class _LossSum(torch.autograd.Function):
     @once_differentiable  # whose type makes ctx positional
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor
-    ) -> tuple[Tensor, Tensor, None, Tensor | None, None]:
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, None, None]:
         """The gradients, scaled in float32 before rounding; once: the kept ones are used up."""
         dtype = ctx.hidden_gradient_TH.dtype
         hidden_gradient_TH = (ctx.hidden_gradient_TH.float() * upstream).to(dtype)
@@ -112,4 +117,4 @@ class _LossSum(torch.autograd.Function):
         if bias_gradient_V is not None:
             bias_gradient_V = bias_gradient_V.mul_(upstream).to(dtype)
         del ctx.hidden_gradient_TH, ctx.head_gradient_VH, ctx.bias_gradient_V
-        return hidden_gradient_TH, head_gradient_VH, None, bias_gradient_V, None
+        return hidden_gradient_TH, head_gradient_VH, None, bias_gradient_V, None, None

@@ -5,8 +5,12 @@ project attaches. Compared are (a) the logits, (b) the training loss and the sco
 loss of transformers' logits, (c) the rotary table with our geometry, (d) two packed documents with
 each document alone, (e) positions beyond the original window under identity factors, (f) doubled
 positions under factors of 2, which turn by the same angles: whether all rotation comes from our
-module, (g) the loss in training mode: whether the class draws noise. What the class does and ours
-does not shows here, by name where it can be named, whatever family it is of.
+module, (g) hidden states in training mode: whether the class draws noise. What the class does and
+ours does not shows here, by name where it can be named, whatever family it is of.
+
+What is computed once serves several comparisons: attention is causal, so that the logits of a
+prefix are a prefix of the logits. Only the packed documents are read whole; the other runs read
+their first half.
 
 A model that no process holds whole (ZeRO-3 shares) is checked on a cut of itself: its own config
 with two layers, or as many as show every kind of layer, a small vocabulary, a narrow MLP and random
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from longrope2.attention.layout import SegmentLayout, build_layout
 from longrope2.attention.windowed import watch_layouts
@@ -32,9 +37,11 @@ from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
 
 NUM_TOKENS = 96
-FIRST_DOCUMENT = 40
+FIRST_DOCUMENT = 32
 CUT_VOCABULARY = 2048
 CUT_MLP = 256
+# A prime, so that no two rows of a matrix begin at the same number soon.
+_NOISE_NUMBERS = 1_000_003
 # Largest difference over the largest logit (or the loss), by number format: rounding alone reaches
 # a tenth of these.
 TOLERANCES = {
@@ -47,16 +54,22 @@ class PlainRun:
     """What transformers itself makes of the tokens, before anything is attached."""
 
     tokens_BT: Tensor
+    """Two documents."""
+    first: int
+    """Tokens of the first one."""
+    half_BT: Tensor
+    """The first half of the tokens, more than the first document: read without its boundary."""
     logits_BTV: Tensor
+    """Of the half."""
     documents_BTV: Tensor
     """Both documents, each alone."""
     beyond_BTV: Tensor
-    """The same tokens at positions that begin inside the original window and end beyond it."""
+    """The half at positions that begin inside the original window and end beyond it."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences, relative to the largest logit (losses: to the loss)."""
+    """Largest differences, relative to the largest logit, hidden state, or loss."""
 
     logits: float
     loss: float
@@ -98,14 +111,17 @@ def _run_plain(hf: Any, original_len: int) -> PlainRun:
     num_tokens = min(NUM_TOKENS, original_len)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, vocabulary, (1, num_tokens), generator=generator).to(device)
-    first = min(FIRST_DOCUMENT, num_tokens // 2)
-    documents = [_logits(hf, part) for part in (tokens_BT[:, :first], tokens_BT[:, first:])]
-    positions_BT = _positions_beyond(tokens_BT, original_len)
+    first = min(FIRST_DOCUMENT, num_tokens // 3)
+    half_BT = tokens_BT[:, : num_tokens // 2]
+    logits_BTV = _logits(hf, half_BT)
+    documents = logits_BTV[:, :first], _logits(hf, tokens_BT[:, first:])
     return PlainRun(
         tokens_BT=tokens_BT,
-        logits_BTV=_logits(hf, tokens_BT),
+        first=first,
+        half_BT=half_BT,
+        logits_BTV=logits_BTV,
         documents_BTV=torch.cat(documents, dim=1),
-        beyond_BTV=_logits(hf, tokens_BT, positions_BT),
+        beyond_BTV=_logits(hf, half_BT, _positions_beyond(half_BT, original_len)),
     )
 
 
@@ -116,28 +132,23 @@ def compare(model: WindowedModel, plain: PlainRun) -> Parity:
     Raises:
         ArtifactError: a difference beyond rounding; names what differs and by how much.
     """
-    kind, tokens_BT = model.hf.config.model_type, plain.tokens_BT
-    num_tokens, original_len = tokens_BT.shape[1], model.factors.geometry.original_len
-    first = min(FIRST_DOCUMENT, num_tokens // 2)
-    packed = build_layout(Window.SHORT, [first, num_tokens], device=tokens_BT.device)
-    factors = model.factors
-    positions_BT = _positions_beyond(tokens_BT, original_len)
-    model.set_factors(_constant(factors, 2.0))
+    kind, factors, half_BT = model.hf.config.model_type, model.factors, plain.half_BT
+    positions_BT = _positions_beyond(half_BT, factors.geometry.original_len)
     try:
-        doubled_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=2 * positions_BT)
         model.set_factors(_constant(factors, 1.0))  # the short window's may be rescaled, too
         with watch_layouts() as seen:
-            documents_BTV = model.logits(tokens_BT, Window.SHORT, packed)
+            packed = _layout(plain, plain.tokens_BT)
+            hidden_BTH = model.hidden_states(plain.tokens_BT, Window.SHORT, packed)
         _refuse_lost_layouts(kind, seen)
-        beyond_BTV = model.logits(tokens_BT, Window.LONG, positions_BT=positions_BT)
+        beyond_BTV = model.logits(half_BT, Window.LONG, positions_BT=positions_BT)
         parity = Parity(
-            logits=_difference(model.logits(tokens_BT, Window.SHORT), plain.logits_BTV),
-            loss=_loss_difference(model, plain, packed),
+            logits=_difference(model.logits(half_BT, Window.SHORT), plain.logits_BTV),
+            loss=_loss_difference(model, plain, hidden_BTH),
             scored=_scored_difference(model, plain),
-            documents=_difference(documents_BTV, plain.documents_BTV),
+            documents=_difference(model.head_logits(hidden_BTH), plain.documents_BTV),
             beyond=_difference(beyond_BTV, plain.beyond_BTV),
-            factors=_difference(doubled_BTV, plain.beyond_BTV),
-            training=_training_difference(model, plain, packed),
+            factors=_factors_difference(model, plain, positions_BT),
+            training=_training_difference(model, plain, hidden_BTH),
         )
     except (torch.OutOfMemoryError, ArtifactError):
         raise
@@ -165,21 +176,44 @@ def check_cut(config: Any, factors: RescaleFactors) -> Parity:
     for key, value in config.to_dict().items():
         if "intermediate_size" in key and isinstance(value, int):
             setattr(cut, key, min(value, CUT_MLP))
-    generator = torch.Generator().manual_seed(0)
     try:
-        with torch.random.fork_rng(devices=[]):  # a model that starts at random draws the same then
+        # A model that starts at random draws the same afterwards.
+        with torch.random.fork_rng(devices=[]), _NoDrawing():
             hf = AutoModelForCausalLM.from_config(cut, dtype=torch.float32).eval()
     except Exception as error:  # whatever the class raises
         raise ArtifactError(
             f"transformers cannot build a {config.model_type} from its config.json: "
             f"{_reason(error)}"
         ) from error
-    for parameter in hf.parameters():
-        if parameter.dim() >= 2:
-            deviation = 1.0 / parameter.shape[-1] ** 0.5
-            parameter.data.normal_(0.0, deviation, generator=generator)
+    _fill_with_noise(hf)
     plain = run_plain(hf, factors.geometry.original_len)
     return compare(WindowedModel(hf, factors), plain)
+
+
+class _NoDrawing(TorchFunctionMode):
+    """Classes draw every matrix twice when they are built, which takes seconds; here not at all."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Whatever is called, but for drawing matrices."""
+        given = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
+            tensor = args[0] if args else given["tensor"]  # torch.nn.init's own name for it
+            if tensor.dim() >= 2:
+                return tensor
+        return func(*args, **given)
+
+
+@torch.no_grad()
+def _fill_with_noise(hf: Any) -> None:
+    """Matrices of variance 1 / columns: stretches of one sequence, each row begins elsewhere."""
+    noise_N = torch.randn(_NOISE_NUMBERS, generator=torch.Generator().manual_seed(0))
+    for parameter in hf.parameters():
+        if parameter.dim() >= 2:
+            scaled_N = noise_N / parameter.shape[-1] ** 0.5
+            for stretch in parameter.view(-1).split(_NOISE_NUMBERS):
+                stretch.copy_(scaled_N[: len(stretch)])
 
 
 def _logits(hf: Any, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -205,15 +239,23 @@ def _constant(factors: RescaleFactors, value: float) -> RescaleFactors:
 
 
 def _difference(ours_BTV: Tensor, plain_BTV: Tensor) -> float:
-    """Largest difference over the largest logit."""
+    """Largest difference over the largest logit (or hidden state)."""
     plain_BTV = plain_BTV.float()
     return float((ours_BTV.float() - plain_BTV).abs().max() / plain_BTV.abs().max())
 
 
-def _loss_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayout) -> float:
+def _factors_difference(model: WindowedModel, plain: PlainRun, positions_BT: Tensor) -> float:
+    """Doubled positions under factors of 2; leaves those factors."""
+    model.set_factors(_constant(model.factors, 2.0))
+    doubled_BTV = model.logits(plain.half_BT, Window.LONG, positions_BT=2 * positions_BT)
+    model.set_factors(_constant(model.factors, 1.0))
+    return _difference(doubled_BTV, plain.beyond_BTV)
+
+
+def _loss_difference(model: WindowedModel, plain: PlainRun, hidden_BTH: Tensor) -> float:
     """Training loss of both documents against the loss of transformers' logits of each alone."""
     labels_BT = _labels(plain)
-    ours = float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed))
+    ours = float(model.loss_sum(hidden_BTH, labels_BT))
     documents_TV = plain.documents_BTV[0].float()
     losses_T = F.cross_entropy(
         documents_TV, labels_BT[0], reduction="none", ignore_index=IGNORED_LABEL
@@ -222,34 +264,38 @@ def _loss_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayou
     return abs(ours - wanted) / wanted
 
 
-def _training_difference(model: WindowedModel, plain: PlainRun, packed: SegmentLayout) -> float:
-    """Training loss in training mode against the one in evaluation mode."""
-    labels_BT, was_training = _labels(plain), model.hf.training
-    losses = []
+def _training_difference(model: WindowedModel, plain: PlainRun, hidden_BTH: Tensor) -> float:
+    """Hidden states of the half in training mode against those in evaluation mode."""
+    half_BT, was_training = plain.half_BT, model.hf.training
+    model.hf.train()
     try:
-        for training in (False, True):
-            model.hf.train(training)
-            with torch.random.fork_rng(devices=[]):
-                losses.append(float(model(plain.tokens_BT, labels_BT, Window.SHORT, packed)))
+        with torch.random.fork_rng(devices=[]):
+            found_BTH = model.hidden_states(half_BT, Window.SHORT, _layout(plain, half_BT))
     finally:
         model.hf.train(was_training)
-    return abs(losses[1] - losses[0]) / losses[0]
+    return _difference(found_BTH, hidden_BTH[:, : half_BT.shape[1]])
+
+
+def _layout(plain: PlainRun, tokens_BT: Tensor) -> SegmentLayout:
+    """Both documents packed into one segment, as far as the tokens go."""
+    ends = [plain.first, tokens_BT.shape[1]]
+    return build_layout(Window.SHORT, ends, device=tokens_BT.device)
 
 
 def _labels(plain: PlainRun) -> Tensor:
     """Next tokens, inside each document."""
     labels_BT = torch.full_like(plain.tokens_BT, IGNORED_LABEL)
     labels_BT[:, :-1] = plain.tokens_BT[:, 1:]
-    labels_BT[0, min(FIRST_DOCUMENT, labels_BT.shape[1] // 2) - 1] = IGNORED_LABEL
+    labels_BT[0, plain.first - 1] = IGNORED_LABEL
     return labels_BT
 
 
 def _scored_difference(model: WindowedModel, plain: PlainRun) -> float:
-    """Loss of single tokens as search and evaluation score them, from a third of the text on."""
-    first = plain.tokens_BT.shape[1] // 3
-    ours_N = token_nll(model, plain.tokens_BT, Window.SHORT, first)[0]
+    """Loss of single tokens as search and evaluation score them, from a third of the half on."""
+    first = plain.half_BT.shape[1] // 3
+    ours_N = token_nll(model, plain.half_BT, Window.SHORT, first)[0]
     logits_NV = plain.logits_BTV[0, first - 1 : -1].float()
-    wanted_N = F.cross_entropy(logits_NV, plain.tokens_BT[0, first:], reduction="none")
+    wanted_N = F.cross_entropy(logits_NV, plain.half_BT[0, first:], reduction="none")
     return float((ours_N - wanted_N).abs().max() / wanted_N.max())
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ArtifactError
-from longrope2.rope.factors import Window
+from longrope2.rope.window import Window
 
 CONFIG_FILE = "config.json"
 # What a Llama-like model must state.

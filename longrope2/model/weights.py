@@ -1,11 +1,11 @@
 """A model's weights: found, checked against its class and tied the same way on every path.
 
-Whatever reads them (one process, shares of ZeRO-3, search, evaluation, export), the files must hold
-exactly the parameters of the class: none missing, which would be drawn at random, none unknown,
-which would be ignored, none twice. transformers then reads a whole model; a model in shares is
-built without memory on torch's meta device and gets its parameters one by one. Each is handed to
-``take`` at once: under ZeRO-3 that keeps this rank's part and releases the rest, so that no rank
-ever holds more than its share and one whole parameter.
+Whatever reads them (one process, shares of ZeRO-3, search, evaluation, export, GGUF writer), the
+files must hold exactly the parameters and saved buffers of the class: none missing, which would be
+drawn at random, none unknown, which would be ignored, none twice. transformers then reads a whole
+model; a model in shares is built without memory on torch's meta device and gets its parameters one
+by one. Each is handed to ``take`` at once: under ZeRO-3 that keeps this rank's part and releases
+the rest, so that no rank ever holds more than its share and one whole parameter.
 """
 
 import json
@@ -39,10 +39,20 @@ class Weights:
 
     folder: Path
     places: dict[str, Path]
-    """Tensor name -> file."""
+    """Tensor name -> file, of the tensors that the model reads."""
     converted: bool
     """Whether the files name them otherwise and transformers converts them (mixtures of experts,
     stored expert by expert)."""
+
+    def by_file(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name of a file and the tensors in it that the model reads, one file in memory at a time.
+
+        Raises:
+            ArtifactError: a tensor cannot be read.
+        """
+        for path in sorted(set(self.places.values())):
+            names = [name for name, place in self.places.items() if place == path]
+            yield path.name, {name: _read(path, name) for name in names}
 
 
 def check_weights(hf: PreTrainedModel, folder: Path) -> Weights:
@@ -53,14 +63,15 @@ def check_weights(hf: PreTrainedModel, folder: Path) -> Weights:
             are missing, unknown, in two files, of another shape, or tied and different; by name.
     """
     places, names = _find_tensors(folder), _names_of_parameters(hf)
-    known = {name for tied in names.values() for name in tied}
-    known |= {name for name, _ in hf.named_buffers()}
+    known, saved = {name for tied in names.values() for name in tied}, saved_buffers(hf)
     ignored = [re.compile(pattern) for pattern in hf._keys_to_ignore_on_load_unexpected or ()]
     missing = [tied[0] for tied in names.values() if not any(name in places for name in tied)]
+    missing += [name for name in saved if name not in places]
     unknown = [
         name
         for name in places
         if name not in known
+        and name not in saved
         and not name.endswith(_DERIVED_SUFFIX)
         and not any(pattern.search(name) for pattern in ignored)
     ]
@@ -68,6 +79,7 @@ def check_weights(hf: PreTrainedModel, folder: Path) -> Weights:
         if get_model_conversion_mapping(hf, add_legacy=False):
             return Weights(folder, places, converted=True)
         raise ArtifactError(_mismatch(hf, folder, missing, unknown))
+    places = {name: path for name, path in places.items() if name in known or name in saved}
     _check_shapes(hf, places)
     for tied in names.values():
         _refuse_two_values(folder, places, [name for name in tied if name in places])
@@ -135,6 +147,15 @@ def fill_in_shares(
         take(_replace(owners, values, parameter))
 
 
+def saved_buffers(hf: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are no parameters and belong into its files all the same.
+
+    A mixture of experts may correct its router with one (DeepSeek-V3, GLM-4.5).
+    """
+    parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
+    return {name: values for name, values in hf.state_dict().items() if name not in parameters}
+
+
 @torch.no_grad()
 def fill_buffers(hf: PreTrainedModel, weights: Weights | None) -> None:
     """Give the tensors that are no parameters their values: from the files, else from the class.
@@ -144,7 +165,8 @@ def fill_buffers(hf: PreTrainedModel, weights: Weights | None) -> None:
         weights: Checked for it; None where it starts at random.
 
     Raises:
-        ArtifactError: neither has a value for one.
+        ArtifactError: neither has a value for one; whoever loads the model then reads whatever
+            lies in memory, one process like many.
     """
     unset: dict[str, Tensor] = {}
     for prefix, module in hf.named_modules():
@@ -156,15 +178,17 @@ def fill_buffers(hf: PreTrainedModel, weights: Weights | None) -> None:
     for module, initialise in _modules_with_initialiser(hf, hf):
         if any(True for _ in module.buffers(recurse=False)):
             initialise(module)
-    places = {} if weights is None else weights.places
+    places, saved = {} if weights is None else weights.places, saved_buffers(hf)
     for name, buffer in hf.named_buffers():
-        if name in places:
+        if name in saved and name in places:
             buffer.copy_(_read(places[name], name))
         elif name in unset and _is_unset(buffer):
+            way_out = "use a version of transformers whose class sets it"
+            if name in saved:
+                way_out = f"start from weights that hold it, or {way_out}"
             raise ArtifactError(
                 f"{type(hf).__name__} keeps {name}, which is no parameter, and neither its class "
-                "nor the weights say its value: such a model cannot be built in shares or from "
-                "scratch; use parallel.zero_stage below 3 and trained weights"
+                f"nor its weights say its value, which would be whatever lies in memory; {way_out}"
             )
 
 
@@ -262,7 +286,7 @@ def _tensors_in(path: Path) -> list[str]:
 
 def _check_shapes(hf: PreTrainedModel, places: dict[str, Path]) -> None:
     """Refuse tensors of another shape than the class has."""
-    wanted = dict(hf.named_parameters(remove_duplicate=False))
+    wanted = dict(hf.named_parameters(remove_duplicate=False)) | saved_buffers(hf)
     faults = []
     for path in set(places.values()):
         with safe_open(path, framework="pt") as file:

@@ -150,7 +150,10 @@ class WindowedModel(nn.Module):
         self, tokens_BT: Tensor, labels_BT: Tensor, window: Window, layout: SegmentLayout | None
     ) -> Tensor:
         """Training's forward: summed token loss of this rank's tokens (see ``token_loss_sum``)."""
-        hidden_BTH = self.hidden_states(tokens_BT, window, layout)
+        return self.loss_sum(self.hidden_states(tokens_BT, window, layout), labels_BT)
+
+    def loss_sum(self, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
+        """Summed token loss of final hidden states."""
         head, hidden_TH = self.hf.get_output_embeddings(), hidden_BTH.flatten(0, 1)
         return token_loss_sum(
             hidden_TH, head.weight, labels_BT.flatten(), bias_V=head.bias, rule=self.head_rule

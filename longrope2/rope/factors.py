@@ -15,7 +15,6 @@ Shape letters: I = cosine indices.
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -23,15 +22,9 @@ from torch import Tensor
 
 from longrope2.errors import FactorsError
 from longrope2.rope.frequencies import RopeGeometry
+from longrope2.rope.window import Window
 
 JSON_HEADER: dict[str, Any] = {"kind": "rescale_factors", "version": 1}
-
-
-class Window(StrEnum):
-    """Which RoPE a sequence is computed with: the original (short) or the rescaled one (long)."""
-
-    SHORT = "short"
-    LONG = "long"
 
 
 @dataclass(frozen=True)

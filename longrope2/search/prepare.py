@@ -26,7 +26,13 @@ from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
-from longrope2.model.loading import check_model, load_to_run, load_tokenizer, rope_geometry
+from longrope2.model.loading import (
+    check_model,
+    find_weights,
+    load_to_run,
+    load_tokenizer,
+    rope_geometry,
+)
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import head_faults
@@ -97,6 +103,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
         load_document_tokenizer(model_folder, config.model.document_start)
         if world_size_from_environment() is None:  # ranks compare what they load
             check_model(model_folder, config.model.original_len)
+            find_weights(model_folder)
         shape, parallel = ModelShape.from_folder(model_folder), config.parallel
         faults += head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
         if parallel.processes < 1 or parallel.processes % max(1, parallel.sequence):

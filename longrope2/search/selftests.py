@@ -153,8 +153,8 @@ def check_ranking(best_start: RescaleFactors, control: Control, least: float) ->
         length = len(samples[0].tokens) + 1  # its EOS is never read
         raise DataError(
             f"the objective cannot rank candidates at {length} tokens: under the best one that the "
-            f"search starts with the needle perplexity is {needle_ppl:.4g}, and {without_ppl:.4g} without "
-            f"the needle in the text ({gain:.3g} nats per token{', which is noise' * is_noise}; "
+            f"search starts with the needle perplexity is {needle_ppl:.4g}, and {without_ppl:.4g} "
+            f"without the needle in the text ({gain:.3g} nats per token{', which is noise' * is_noise}; "
             f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
             f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise "
             "instead of books (search.haystack=noise), needles at spread depths "

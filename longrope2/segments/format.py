@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import Manifest, read_manifest, sha256_of_file
-from longrope2.rope.factors import Window
+from longrope2.rope.window import Window
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longrope2.rope.factors import Window
+from longrope2.rope.window import Window
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from longrope2.files import artifacts
 from longrope2.files.artifacts import Manifest
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
+from longrope2.model.weights import saved_buffers
 from longrope2.rope.factors import RescaleFactors
 
 _FINAL_FOLDER = "final"
@@ -78,7 +79,8 @@ def _write_weights(
     engine: Any, final: Path, dtype: torch.dtype, max_shard_bytes: int, *, is_main: bool
 ) -> None:
     """One file, or shards with an index; all ranks gather, the main rank keeps and writes."""
-    parameters = dict(engine.module.hf.named_parameters())
+    hf = engine.module.hf
+    parameters = dict(hf.named_parameters()) | saved_buffers(hf)
     sizes = {}
     for name, parameter in parameters.items():
         # Where ZeRO-3 leaves an empty tensor, the whole one's size is ds_numel.
@@ -92,7 +94,8 @@ def _write_weights(
         for name in names:
             with _whole(parameters[name], dtype) as whole:
                 if is_main:
-                    tensors[name] = whole.detach().to("cpu", dtype, copy=True).contiguous()
+                    form = dtype if whole.is_floating_point() else whole.dtype
+                    tensors[name] = whole.detach().to("cpu", form, copy=True).contiguous()
             weight_map[name] = file
         if is_main:
             with artifacts.atomic_path(final / file) as temporary:

@@ -27,7 +27,7 @@ from longrope2.model.folder import (
     model_identity,
     weight_files,
 )
-from longrope2.model.loading import check_model, rope_geometry
+from longrope2.model.loading import check_model, find_weights, rope_geometry
 from longrope2.model.norms import NormKernel, choose_norm
 from longrope2.model.shape import CONFIG_FILE
 from longrope2.rope.factors import RescaleFactors
@@ -43,6 +43,9 @@ CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpo
                             "recompute", "offload_activations", "max_skipped_steps", "peak_tflops",
                             "prefetch_steps", "async_checkpoints", "final_dtype", "selftest",
                             "hang_timeout_s", "norm")  # fmt: skip
+
+# What is missing where there are no weights that could be checked.
+_WITHOUT_WEIGHTS = ("model", "weights")
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,8 @@ def resolve_run(
     factors = _find_factors(config, model_folder, missing)
     if device is None:  # ranks compare what they load
         check_model(model_folder, config.model.original_len)
+        if not config.model.from_scratch and not any(m.what in _WITHOUT_WEIGHTS for m in missing):
+            find_weights(model_folder)
     if store is not None and not (schedule.groups_per_epoch and total_steps):
         there = f"{len(schedule.short_ids)} short and {len(schedule.long_ids)} long segments"
         step = f"one step of training.global_batch_tokens={training.global_batch_tokens}"

@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from reference.tiny_families import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longrope2.files.artifacts import Manifest, read_manifest, sha256_of_file
+from longrope2.model.loading import find_weights, load_windowed_model
+from longrope2.model.windowed import WindowedModel
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training.final import save_final
@@ -70,3 +74,31 @@ def test_shards_load_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None
     assert manifest.files == {
         p.name: sha256_of_file(p) for p in final.iterdir() if p.name != "manifest.json"
     }
+
+
+def test_buffers_of_the_class_are_saved_too(tmp_path: Path) -> None:
+    """DeepSeek-V3 corrects its router with a buffer: left out, it would come back as zeros."""
+    base, name = make_model("deepseek_v3", tmp_path / "base"), "e_score_correction_bias"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    buffers = {key: value for key, value in model.named_buffers() if key.endswith(name)}
+    assert buffers
+    for value in buffers.values():
+        value.copy_(torch.linspace(-1, 1, value.numel()))
+    dim, shards = model.model.rotary_emb.inv_freq.numel() * 2, 100_000
+    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(dim, 10_000.0, 64), 128)
+    engine: Any = SimpleNamespace(module=WindowedModel(model, factors))
+    save_final(
+        engine, tmp_path, base, factors, Manifest("checkpoint"), torch.float32,
+        max_shard_bytes=shards,
+    )  # fmt: skip
+    found = dict(find_weights(tmp_path / "final").by_file())
+    assert len(found) > 1
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32),
+        load_windowed_model(tmp_path / "final", factors).hf,
+        load_windowed_model(tmp_path / "final", factors, take=lambda parameter: None).hf,
+    ):
+        for key, value in buffers.items():
+            assert torch.equal(loaded.get_buffer(key), value), key
+        for key, value in model.named_parameters():
+            assert torch.equal(loaded.get_parameter(key), value), key

@@ -3,10 +3,12 @@
 import io
 import json
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from launch.doctor import machine
 from launch.doctor.__main__ import main
 from launch.doctor.machine import NEEDED, State, find_all, print_findings
 from launch.doctor.rope import DoctorRoot
+from longrope2.command import run_command
 from longrope2.config import ModelConfig, RunConfig, compose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,3 +179,82 @@ def test_a_blocker_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:
     print_findings(find_all(config), Console(file=out, width=200))
     lines = out.getvalue().splitlines()
     assert lines[-1] == "2 blocker(s)" and sum(line.startswith("blocker") for line in lines) == 2
+
+
+def custom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[int, str, str]:
+    """Exit code, output and error of the doctor asked of a model of the user's own."""
+    words = ["model=custom", f"model.path={folder}", "model.original_len=128"]
+    monkeypatch.setattr(sys, "argv", ["launch.doctor", *words])
+    code = 0
+    try:
+        run_command(main)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_answer_about_a_custom_model_fits_a_screen(monkeypatch, capsys) -> None:
+    code, out, err = custom(ROOT / "models" / "tiny", monkeypatch, capsys)
+    rows = [-(-len(line) // 80) for line in out.splitlines()]  # wrapped by a narrow terminal
+    assert (code, err) == (0, "") and sum(rows) <= 40
+    assert "supported            yes: llama" in out and "parity" in out and "deepspeed" not in out
+
+
+def test_what_stops_a_run_is_said_of_a_custom_model_too(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    code, out, _ = custom(ROOT / "models" / "tiny", monkeypatch, capsys)
+    assert code == 1 and "blocker  disk" in out and out.endswith("1 blocker(s)\n")
+
+
+def _lose_the_sizes(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def _break_the_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def _wrap(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"text_config": {"vocab_size": 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _add_dropout(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _leave_a_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_lose_the_sizes, "holds no hidden_size"),
+        (_break_the_json, "cannot be read as a Hugging Face config: not JSON"),
+        (_wrap, "text_config: llama wraps a language model into others; give model.path of"),
+        (_add_dropout, "attention_dropout=0.1: training draws no dropout"),
+        (_leave_a_pointer, "is a Git LFS pointer, not the weights"),
+    ],
+)
+def test_a_custom_model_that_is_refused(
+    change: Any, text: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "models" / "tiny", folder)
+    change(folder)
+    code, out, err = custom(folder, monkeypatch, capsys)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and text in err and str(folder) in err
+
+
+def test_damaged_weights_of_another_preset(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "models" / "tiny", folder)
+    assert findings_of(tmp_path, folder)["model m"].state is State.ok
+    _leave_a_pointer(folder)
+    found = findings_of(tmp_path, folder)["model m"]
+    assert found.state is State.blocker and found.refused
+    assert "is a Git LFS pointer" in found.found and "fetch the model again" in found.remedy

@@ -1,6 +1,8 @@
 """Imports point one way: folders are the data flow, nothing reaches back or circles."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,17 @@ def test_hydra_and_transformers_stay_in_their_places(path: Path) -> None:
 def test_every_package_has_a_layer() -> None:
     found = {p.stem for p in (ROOT / "longrope2").iterdir() if p.name[0] not in "_."}
     assert found == set(LAYERS)
+
+
+def test_help_of_packing_imports_neither_torch_nor_transformers() -> None:
+    """Seconds, of which most would be torch's."""
+    script = (
+        "import sys\nfrom data_prep.pack import main\n"
+        "try:\n    main(['--help'])\nfinally:\n"
+        "    print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0 and "--target" in ended.stdout
+    assert ended.stderr.strip() == "set()"

@@ -166,17 +166,63 @@ def test_damaged_files(tmp_path: Path) -> None:
         load(tmp_path, take=lambda parameter: None)
 
 
-def test_a_class_with_tensors_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_table(monkeypatch: pytest.MonkeyPatch, *, persistent: bool) -> None:
+    """Llama's class with a tensor that is no parameter and that its initialisation leaves unset."""
+    build = LlamaForCausalLM.__init__
+
+    def with_buffer(self: LlamaForCausalLM, config: LlamaConfig) -> None:
+        build(self, config)
+        self.register_buffer("table", torch.full((2,), 3.0), persistent=persistent)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_buffer)
+
+
+WAYS = {"whole": {}, "in shares": {"take": lambda parameter: None}}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "from scratch"])
+def test_a_tensor_that_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The same on every path: no stage of ZeRO makes it right."""
     saved("untied", tmp_path)
-    build = AutoModelForCausalLM.from_config
-
-    def with_buffer(*given: object, **keywords: object) -> PreTrainedModel:
-        model = build(*given, **keywords)  # type: ignore[arg-type]
-        model.register_buffer("table", torch.ones(2))
-        return model
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_buffer)
+    with_table(monkeypatch, persistent=False)
     with pytest.raises(
-        ArtifactError, match=r"keeps table, which is no parameter.*parallel\.zero_stage below 3"
-    ):
-        load(tmp_path, take=lambda parameter: None)
+        ArtifactError,
+        match=r"keeps table, which is no parameter.*whatever lies in memory; use a version of tra",
+    ) as caught:
+        load(tmp_path, **WAYS.get(way, {"from_scratch": True}))
+    assert "zero_stage" not in str(caught.value)
+
+
+def test_a_saved_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs into the weights: missing there it is refused, and never left as it lies."""
+    with_table(monkeypatch, persistent=True)
+    saved("untied", tmp_path, "1GB")
+    for way in WAYS.values():
+        assert load(tmp_path, **way).hf.table.tolist() == [3.0, 3.0]
+    with pytest.raises(ArtifactError, match="start from weights that hold it, or use a version"):
+        load(tmp_path, from_scratch=True)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"table": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for way in WAYS.values():
+        with pytest.raises(ArtifactError, match=r"table has shape \[3\], not \[2\]"):
+            load(tmp_path, **way)
+    del state["table"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for way in WAYS.values():
+        with pytest.raises(ArtifactError, match="missing: table; unknown: none"):
+            load(tmp_path, **way)
+
+
+def test_a_buffer_that_is_not_saved_is_unknown_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers ignores it, shares may not read it."""
+    with_table(monkeypatch, persistent=False)
+    saved("untied", tmp_path, "1GB")
+    state = load_file(tmp_path / "model.safetensors") | {"table": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for way in WAYS.values():
+        with pytest.raises(ArtifactError, match="missing: none; unknown: table"):
+            load(tmp_path, **way)

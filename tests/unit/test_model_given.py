@@ -208,3 +208,30 @@ def test_a_class_that_cannot_run() -> None:
     hf.model.norm = nn.LayerNorm(5)
     with pytest.raises(ArtifactError, match="transformers itself cannot run it"):
         parity.run_plain(hf, 64)
+
+
+def test_a_cut_is_filled_with_noise_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices as if drawn, vectors as the class makes them, nothing taken from torch's state."""
+    tried, drawn = [], []
+    uniform, normal = torch.Tensor.uniform_, torch.Tensor.normal_
+    for name, draw in (("uniform_", uniform), ("normal_", normal)):
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, draw=draw, **k: drawn.append(a) or draw(*a, **k)
+        )
+    run_plain = parity.run_plain
+    monkeypatch.setattr(
+        parity, "run_plain", lambda hf, length: tried.append(hf) or run_plain(hf, length)
+    )
+    config = LlamaConfig(**SIZES | {"hidden_size": 512, "num_attention_heads": 64})
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again = parity.check_cut(config, FACTORS), parity.check_cut(config, FACTORS)
+    assert first == again and torch.equal(before, torch.get_rng_state())
+    hf, _ = tried
+    assert all(tensor.is_meta for tensor, *_ in drawn)  # else twice by every class, for seconds
+    assert (hf.model.norm.weight == 1).all()
+    for name, value in hf.state_dict().items():
+        if value.dim() >= 2:
+            assert value.std() * value.shape[-1] ** 0.5 == pytest.approx(1, abs=0.02), name
+            rows = torch.nn.functional.normalize(value[:128], dim=-1)
+            assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 0.5, name

@@ -53,6 +53,20 @@ def test_value_and_all_gradients(name: str, with_bias: bool, num_tokens: int) ->
         assert (mine - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize(("name", "with_bias", "num_tokens"), CASES)
+def test_the_same_value_without_gradients(
+    name: str, with_bias: bool, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none are wanted none are made: the products with the head are most of the work."""
+    tensors, labels_T = inputs(num_tokens, with_bias)
+    given = {"bias_V": tensors[2] if with_bias else None, "rule": RULES[name]}
+    with_gradients = token_loss_sum(*tensors[:2], labels_T, **given)
+    monkeypatch.setattr(Tensor, "scatter_add_", None)
+    with torch.no_grad():
+        found = token_loss_sum(*tensors[:2], labels_T, **given)
+    assert torch.equal(found, with_gradients) and not found.requires_grad
+
+
 @pytest.mark.parametrize("name", list(RULES))
 def test_no_target_means_zero_gradients_of_the_bias_too(name: str) -> None:
     tensors, labels_T = inputs(9, with_bias=True)
