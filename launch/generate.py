@@ -13,7 +13,7 @@ from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
-from longrope2.evaluation.subjects import find_weights
+from longrope2.evaluation.subjects import find_extended
 from longrope2.inference import generation
 from longrope2.inference.cache import KvPolicy
 from longrope2.inference.generation import GenerateRoot, TextStream
@@ -34,7 +34,7 @@ def main() -> None:
     generation.check(config)
     prompt = _read_prompt(config.generate.prompt_file)
     given = config.generate.checkpoint
-    checkpoint, factors = find_weights(config, "generate.checkpoint", given)
+    checkpoint, factors = find_extended(config, "generate.checkpoint", given)
     if config.dry_run:
         window = f"window {factors.geometry.original_len} -> {factors.target_len}"
         print(f"checkpoint {checkpoint}: {window}")

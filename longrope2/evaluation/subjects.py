@@ -124,7 +124,7 @@ def find_checkpoint(
     return checkpoint, factors
 
 
-def find_weights(config: StageConfig, key: str, given: str | None) -> tuple[Path, RescaleFactors]:
+def find_extended(config: StageConfig, key: str, given: str | None) -> tuple[Path, RescaleFactors]:
     """As ``find_checkpoint``; ``given`` may also be a folder of an export.
 
     Raises:
@@ -149,6 +149,7 @@ def find_base_model(
     """
     folder = given_folder(config.model, config.target_len)
     check_model(folder, config.model.original_len)
+    find_weights(folder)
     geometry = rope_geometry(folder, config.model.original_len)
     factors, source = _base_factors(rope, config, folder, geometry)
     identity = {**model_identity(folder), "weights_sha256": weights_sha256(folder)}

@@ -144,17 +144,17 @@ def check_ranking(best_start: RescaleFactors, control: Control, least: float) ->
     gains = [
         (b - a) / sample.num_scored for a, b, sample in zip(needle, without, samples, strict=True)
     ]
-    gain, is_noise = fmean(gains), False
+    gain, noise = fmean(gains), ""
     if len(gains) >= _LEAST_PAIRS and all(map(math.isfinite, gains)):
-        is_noise = paired_lower_bound(gains, _CONFIDENCE) <= 0
-    if is_noise or not gain >= least:
+        noise = "" if paired_lower_bound(gains, _CONFIDENCE) > 0 else ", which is noise"
+    if noise or not gain >= least:
         num = control.with_needle.num_scored_tokens
         needle_ppl, without_ppl = (perplexity(math.fsum(x), num) for x in (needle, without))
         length = len(samples[0].tokens) + 1  # its EOS is never read
         raise DataError(
             f"the objective cannot rank candidates at {length} tokens: under the best one that the "
             f"search starts with the needle perplexity is {needle_ppl:.4g}, and {without_ppl:.4g} "
-            f"without the needle in the text ({gain:.3g} nats per token{', which is noise' * is_noise}; "
+            f"without the needle in the text ({gain:.3g} nats per token{noise}; "
             f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
             f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise "
             "instead of books (search.haystack=noise), needles at spread depths "
