@@ -163,7 +163,11 @@ def search_faults(search: SearchConfig) -> list[str]:
         ("parents", search.parents <= size, f"at most search.population={size}"),
         ("mutations", (search.mutations or 0) >= 0, "null (one per parent) or at least 0"),
         ("num_keys", num_keys >= 1, "null (a key for every sample) or at least 1"),
-        ("batch_size", (search.batch_size or 1) >= 1, "null (as many as fit) or at least 1"),
+        (
+            "batch_size",
+            search.batch_size is None or search.batch_size >= 1,
+            "null (as many as fit) or at least 1",
+        ),
         ("fresh_samples", search.fresh_samples % 2 == 0, "even: one half chooses, one reports"),
         ("confidence", 0.5 < search.confidence < 1, "above 0.5 and below 1"),
         (
