@@ -22,7 +22,7 @@ setup: .venv/.setup-done
 	touch $@
 
 demo: setup
-	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh) $(if $(BASELINE),--baseline)
+	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh) $(if $(BASELINE),--baseline) $(if $(SEED),--seed $(SEED))
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -1,7 +1,8 @@
 """``python -m launch.demo`` (``make demo``): the whole flow on the miniature, as a user types it.
 
 Every stage is the real command in a process of its own; finished stages are reused. ``--baseline``
-also trains YaRN on the same segments for the same steps (about five minutes more).
+also trains YaRN, Llama 3's bands, NTK and LongRoPE2 in the paper's own search space, each on the
+same segments for the same steps. ``--seed`` draws other segments, samples and an order of its own.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from longrope2.errors import UserError
 
 NAME = "demo"
 _TARGET_LEN = 2048
-_BASELINE = "yarn"
+# Trained beside the result on request: run name -> the command line's rope.
+_BASELINES = {"yarn": "yarn", "llama3": "llama3", "ntk": "ntk", "longrope2": "searched"}
 _PROMPT_FILE = "prompt.txt"
+_TWO = "parallel.processes=2"
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,20 @@ class Stage:
         return shlex.join(["python", "-m", *self.arguments])
 
 
-def stages(root: Path, with_baseline: bool) -> list[Stage]:
+def run_name(seed: int) -> str:
+    """Name of the demo's run with a seed."""
+    return NAME if seed == 0 else f"{NAME}_{seed}"
+
+
+def stages(root: Path, with_baselines: bool, seed: int = 0) -> list[Stage]:
     """The flow, in order, for runs under ``root``."""
-    run_folder = root / NAME
-    run = (f"run.name={NAME}", *_place(root))
+    name = run_name(seed)
+    run_folder = root / name
+    every = (*_place(root), *((f"seed={seed}",) if seed else ()))
+    run = (f"run.name={name}", *every)
     model = ("model=tiny", f"target_len={_TARGET_LEN}")
-    extend = ("launch.train", "experiment=tiny_extend")
     packing = f"--target {_TARGET_LEN} --corpus sample --model tiny --align 2".split()
-    beside = (f"run.name={NAME}_{_BASELINE}", *_place(root), f"segments={run_folder}/1_segments")
-    baseline = Stage(
-        f"train the baseline {_BASELINE}: the same segments and steps",
-        (*extend, *beside, f"rope={_BASELINE}"),
-    )
-    compared = "miniature_baseline" if with_baseline else "miniature"
+    compared = "miniature_baselines" if with_baselines else "miniature"
     prompt = f"generate.prompt_file={run_folder / _PROMPT_FILE}"
     return [
         Stage(
@@ -57,21 +61,21 @@ def stages(root: Path, with_baseline: bool) -> list[Stage]:
             ("data_prep.pack", *packing, *run),
         ),
         Stage(
-            "search the rescale factors and the critical dimension with needle-driven perplexity",
-            ("launch.search", *model, "corpus=sample", "search=quick", *run),
+            "search factors and attention scale by halving, and compare them on fresh samples",
+            ("launch.search", *model, "corpus=sample", "search=miniature", _TWO, *run),
         ),
         Stage(
             "train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
-            (*extend, *run),
+            ("launch.train", "experiment=tiny_extend", *run),
         ),
-        *([baseline] if with_baseline else []),
+        *(_baseline_stages(name, every, run_folder) if with_baselines else []),
         Stage(
             "evaluate the base model, the baselines and the result",
             ("launch.evaluate", *model, f"evaluation={compared}", *run),
         ),
         Stage(
-            "export a Hugging Face folder and check it against plain transformers",
-            ("launch.export", *model, *run),
+            "export Hugging Face folders and check them against plain transformers",
+            ("launch.export", *model, "export.variants=[long_only,short_only]", *run),
         ),
         Stage(
             "generate across the window: the prompt is far longer than the base model's 128 tokens",
@@ -79,6 +83,27 @@ def stages(root: Path, with_baseline: bool) -> list[Stage]:
         ),
         Stage("write the report", ("launch.report", str(run_folder))),
     ]
+
+
+def _baseline_stages(name: str, every: tuple[str, ...], run_folder: Path) -> list[Stage]:
+    """The paper's search, and every baseline trained on the same segments for the same steps."""
+    model = ("model=tiny", f"target_len={_TARGET_LEN}", "corpus=sample", "search=quick")
+    # 16-fold this search only has candidates that are worse than guessing, and would refuse.
+    asked = ("search.min_needle_loss_gain_at_target=null", "search.fresh_samples=8", _TWO)
+    search = Stage(
+        "search LongRoPE2's factors and critical dimension in the paper's own space",
+        ("launch.search", *model, *asked, f"run.name={name}_longrope2", *every),
+    )
+    segments = f"segments={run_folder}/1_segments"
+    trained = [
+        Stage(
+            f"train the baseline {baseline}: the same segments and steps",
+            ("launch.train", "experiment=tiny_extend", f"run.name={name}_{baseline}", *every,
+             segments, f"rope={rope}"),
+        )
+        for baseline, rope in _BASELINES.items()
+    ]  # fmt: skip
+    return [search, *trained]
 
 
 def _place(root: Path) -> tuple[str, ...]:
@@ -90,16 +115,18 @@ def main() -> None:
     """Run the flow and end with where to look and what to try next."""
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove the demo's runs first")
-    parser.add_argument("--baseline", action="store_true", help="train YaRN for as many steps too")
+    parser.add_argument("--baseline", action="store_true", help="train the baselines too")
+    parser.add_argument("--seed", type=int, default=0, help="of segments, samples and training")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of all runs")
     arguments = parser.parse_args()
-    run_folder = arguments.root / NAME
+    name = run_name(arguments.seed)
+    run_folder = arguments.root / name
     if arguments.fresh:
-        for name in (NAME, f"{NAME}_{_BASELINE}"):
-            shutil.rmtree(arguments.root / name, ignore_errors=True)
+        for run in (name, *(f"{name}_{baseline}" for baseline in _BASELINES)):
+            shutil.rmtree(arguments.root / run, ignore_errors=True)
     console = Console(highlight=False)
     began = time.monotonic()
-    planned = stages(arguments.root, arguments.baseline)
+    planned = stages(arguments.root, arguments.baseline, arguments.seed)
     for number, stage in enumerate(planned, 1):
         title = f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]"
         console.print(f"{title}\n$ {stage.command}", soft_wrap=True)
@@ -108,7 +135,7 @@ def main() -> None:
         _run_stage(stage)
     minutes, report = (time.monotonic() - began) / 60, run_folder / "report.html"
     console.print(f"\nDone in {minutes:.1f} minutes. The report: [bold]{report}[/bold]")
-    beside = "YaRN trained beside it (on this miniature it retrieves more, see LAB_NOTES.md)"
+    beside = "YaRN, Llama 3's bands, NTK and the paper's own search trained beside it"
     console.print(f"Next: the same with {beside}:\nmake demo BASELINE=1", soft_wrap=True)
 
 
