@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in (ROOT / "models" / "tiny").glob("tokenizer*"):
         shutil.copy(file, folder / "model")
     (folder / "corpus").mkdir()
-    for number in range(80):
+    for number in range(240):
         words = " ".join(f"word{number}x{place}" for place in range(60))
         (folder / "corpus" / f"text{number}.txt").write_text(words)
     return folder
@@ -67,6 +67,8 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
         "search.num_samples=4",
         "search.max_needle_ppl_at_original=1e30",
         "search.min_needle_loss_gain=-1e9",
+        "search.min_needle_loss_gain_at_target=null",
+        "search.fresh_samples=4",
         *overrides,
     ]
 
@@ -114,6 +116,34 @@ def test_two_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
     assert len(journals[1].read_text().splitlines()) > 5, "the second worker did next to nothing"
 
 
+HALVING = ("search=halving", "search.lengths=[0.5,1]", "search.mutations=6")
+
+
+def test_two_workers_halve_as_one_does(folder: Path) -> None:
+    """With rows of three candidates: what is computed together does not depend on the workers."""
+    rows = (*HALVING, "search.batch_size=3")
+    product = searched(folder, "halved_two", *rows, "parallel.processes=2")
+    assert result(product) == result(searched(folder, "halved_alone", *rows))
+    for name in ("journal", "fresh"):
+        lines = [
+            line
+            for path in product.glob(f"{name}*.jsonl")
+            for line in path.read_text().splitlines()[1:]
+        ]
+        places = [(json.loads(line)["factors"], json.loads(line)["batch"]) for line in lines]
+        assert len(places) == len(set(places)), "a loss was computed twice"
+
+
+@pytest.mark.slow
+def test_processes_that_share_samples_halve_within_rounding(folder: Path) -> None:
+    shared = searched(folder, "halved_shared", *HALVING, "parallel.processes=4",
+                      "parallel.sequence=2")  # fmt: skip
+    alone = searched(folder, "halved_by_one", *HALVING)
+    ours, theirs = (json.loads((p / "history.json").read_text()) for p in (shared, alone))
+    assert ours["kept"][0]["factors"] == theirs["kept"][0]["factors"]
+    assert ours["best_value"] == pytest.approx(theirs["best_value"], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_four_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
     assert result(searched(folder, "four", "parallel.processes=4")) == result(alone)
@@ -131,7 +161,12 @@ def test_processes_that_share_samples_find_the_same_within_rounding(
     assert [entry["value"] for entry in ours["kept"]] == pytest.approx(
         [entry["value"] for entry in theirs["kept"]], rel=1e-5
     )
-    assert ours["baselines"] == pytest.approx(theirs["baselines"], rel=1e-5)
+    assert [each["name"] for each in ours["fresh"]["contestants"]] == [
+        each["name"] for each in theirs["fresh"]["contestants"]
+    ]
+    assert [each["value"] for each in ours["fresh"]["contestants"]] == pytest.approx(
+        [each["value"] for each in theirs["fresh"]["contestants"]], rel=1e-5
+    )
 
 
 @pytest.mark.slow

@@ -190,6 +190,6 @@ def test_figures_stay(
     assert shape.training_flops(131_072, 131_072 * 4096.0) == training
     assert shape.model_flops(4097.5) == model
     assert shape.model_flops(4097.5, whole_square=True) == whole
-    assert projected_hours(shape, 131_072, 13_440, SearchConfig()) == hours
+    assert projected_hours(shape, {131_072: 13_440}, SearchConfig()) == hours
     work = Workload(131_072, 131_072 * 64, 131_072 * 6400, 0.7, 131_072 / 3)
     assert work.mean_model_flops(shape) == mean

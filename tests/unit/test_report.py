@@ -20,6 +20,7 @@ from longrope2.report.page import write_report
 from longrope2.report.plots import (
     Scale,
     factors_figure,
+    fresh_figure,
     lengths_figure,
     mix_figure,
     search_figure,
@@ -115,6 +116,19 @@ def evaluation_summary():
     }
 
 
+def contestant(name, kind, value, num_reported=0):
+    return {
+        "name": name,
+        "kind": kind,
+        "value": value,
+        "interval": [value / 2, 2 * value],
+        "num_choosing": 32 if num_reported else 4,
+        "num_reported": num_reported,
+        "factors": [1.0] * 16,
+        "attention_scale": 1.25,
+    }
+
+
 def search_history():
     rounds = [
         {
@@ -139,7 +153,15 @@ def search_history():
         "target_len": 2048,
         "sample_len": 2048,
         "algorithm": "longrope2",
-        "baselines": {"none": 7700.0, "pi": 50.0, "ntk": 30.0},
+        "fresh": {
+            "verdict": "confirmed: <better> than every closed form",
+            "contestants": [
+                contestant("found 1", "found", 6.5, num_reported=32),
+                contestant("ntk", "closed form", 30.0, num_reported=32),
+                contestant("pi", "closed form", 50.0),
+                contestant("none", "closed form", 7700.0),
+            ],
+        },
         "rounds": rounds,
         "kept": [],
     }
@@ -241,7 +263,8 @@ def test_report_holds_the_numbers_of_the_run(full_run):
         == page.rows.count(["50 %", "90", "80", "60"])
         == 1
     )
-    assert ["best of 160 candidates", "6"] in page.rows and ["none", "7700"] in page.rows
+    assert "On the search's own samples the best of 160 candidates has 6." in page.text
+    assert ["none", "1.25", "7700", "3850 to 1.54e+04", "stopped after 4"] in page.rows
     assert "longrope2-trained retrieves 60 % of the needles (10-70 %), base 0 %" in page.text
     assert "its perplexity changes by +1.2 %" in page.text
     assert "Found critical dimension 5; theory says 6" in page.text
@@ -278,7 +301,7 @@ def test_no_claim_of_retrieval_documents_where_there_are_none(full_run):
 def test_report_is_self_contained_and_its_figures_are_whole(full_run):
     path = write_report(full_run)
     page = read_page(path)
-    assert len(page.images) == 7
+    assert len(page.images) == 8
     for image in page.images:
         assert image["alt"]
         svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
@@ -305,7 +328,7 @@ def test_a_training_in_progress_is_shown_as_unfinished(full_run):
     (product_folder(full_run, "checkpoints") / "manifest.json").unlink()
     page = read_page(write_report(full_run))
     assert "The training is not finished." in page.text and "3_checkpoints: unfinished" in page.text
-    assert len(page.images) == 7
+    assert len(page.images) == 8
 
 
 def test_a_step_repeated_after_a_resume_counts_once(full_run):
@@ -385,10 +408,29 @@ def test_a_search_without_a_critical_dimension_says_so():
     )
 
 
-def test_search_figure_shows_progress_and_levels_in_reach():
+def test_search_figure_shows_progress():
     lines = lines_of(search_figure(search_history()))
     assert lines["best so far"] == [9, 8, 7, 6]
-    assert {label for label in lines if ":" in label} == {"pi: 50", "ntk: 30"}
+
+
+def test_fresh_scores_are_drawn_and_listed():
+    axes = fresh_figure(search_history()).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "found 1",
+        "ntk",
+        "pi",
+        "none",
+    ]
+    drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[1::2]]
+    assert drawn == [(6.5, 0), (30.0, 1), (50.0, 2), (7700.0, 3)]
+    page = report_module._search(SimpleNamespace(search_history=search_history()))
+    assert "<p>confirmed: &lt;better&gt; than every closed form</p>" in page
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in page.split("<tr>")]
+    assert ["ntk", "1.25", "30", "15 to 60", "32"] in rows
+    assert ["pi", "1.25", "50", "25 to 100", "stopped after 4"] in rows
+    history = search_history() | {"fresh": None}
+    page = report_module._search(SimpleNamespace(search_history=history))
+    assert "The result was not compared on fresh samples (search.fresh_samples=0)" in page
 
 
 def test_losses_have_a_line_per_window():
@@ -479,6 +521,6 @@ def test_the_watch_flag_of_the_command(full_run, monkeypatch):
 
 
 def test_a_search_of_an_earlier_version_is_said_to_be_one(full_run):
-    history = {key: value for key, value in search_history().items() if key != "sample_len"}
+    history = {key: value for key, value in search_history().items() if key != "fresh"}
     (product_folder(full_run, "factors") / "history.json").write_text(json.dumps(history))
     assert "run by an earlier version" in read_page(write_report(full_run)).text

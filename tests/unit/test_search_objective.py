@@ -16,17 +16,20 @@ from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.config import SearchConfig
-from longrope2.search.evaluator import Score
 from longrope2.search.objective import (
     SampleLosses,
     ScoredSample,
-    check_factors_matter,
-    check_needle_guidance,
-    check_needle_labels,
     cut_documents,
     needle_samples,
     perplexity,
     samples_sha256,
+)
+from longrope2.search.selftests import (
+    Control,
+    check_factors_matter,
+    check_needle_guidance,
+    check_needle_labels,
+    check_ranking,
 )
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
@@ -101,6 +104,38 @@ def test_losses_follow_the_factors_asked_for_even_when_interleaved(model: Window
         [expected["pi"][1]],
         [expected["ntk"][1]],
     ]
+
+
+def test_rows_of_one_forward_have_factors_and_scales_of_their_own(model: WindowedModel) -> None:
+    """Against transformers, one model for each row's factors; the second has a scale, too."""
+    scaled = replace(NTK, long_attention_scale=1.3, short_attention_scale=1.3)
+    samples = [ScoredSample(tokens(n), first) for n, first in enumerate([56, 60, 1])]
+    losses = SampleLosses(model, samples, batch_size=3)
+    pairs = [(PI, 0), (scaled, 1), (NONE, 2), (scaled, 0)]
+    expected = [reference_losses(factors, samples[number]) for factors, number in pairs[:2]]
+    rows = losses.rows(pairs)
+    assert rows[:2] == pytest.approx(expected, rel=1e-4)
+    alone = [losses.rows([pair])[0] for pair in pairs]
+    assert rows == pytest.approx(alone, rel=1e-5)
+    assert abs(rows[1] - losses.rows([(NTK, 1)])[0]) > 1e-3, "the scale is applied"
+
+
+def test_batches_hold_samples_of_one_length(model: WindowedModel) -> None:
+    lengths = [20, 20, 20, 30, 30, 20]
+    samples = [ScoredSample(tokens(n, length), 1) for n, length in enumerate(lengths)]
+    losses = SampleLosses(model, samples, batch_size=2)
+    assert losses.batches == [range(2), range(2, 3), range(3, 5), range(5, 6)]
+    assert [len(losses(PI, batch)) for batch in range(losses.num_batches)] == [2, 1, 2, 1]
+
+
+def test_clipped_losses(model: WindowedModel) -> None:
+    sample = ScoredSample(tokens(0), 40)
+    token_losses = token_nll(model, torch.from_numpy(tokens(0))[None], Window.LONG, 40)[0]
+    highest = float(token_losses.median())
+    clipped = SampleLosses(model, [sample], highest_loss=highest).rows([(NONE, 0)])[0]
+    by_hand = sum(min(loss, highest) for loss in token_losses.double().tolist())
+    assert clipped == pytest.approx(by_hand, rel=1e-6)
+    assert clipped < token_losses.double().sum().item()
 
 
 def test_batches_hold_all_samples(model: WindowedModel) -> None:
@@ -241,16 +276,11 @@ def test_label_errors(needles: NeedleSet, length: int, text: str) -> None:
 
 def test_factors_must_matter(model: WindowedModel) -> None:
     losses = SampleLosses(model, [ScoredSample(tokens(0), 1)])
-
-    def scores() -> list[Score]:
-        values = [losses(factors, 0)[0] for factors in (NONE, PI)]
-        return [Score(value, True, 1, {0: value}) for value in values]
-
-    check_factors_matter(*scores())
+    check_factors_matter(losses, GEOMETRY, TARGET_LEN)
     # A model that applies a RoPE of its own.
     model.hf.base_model.rotary_emb = hf_model().model.rotary_emb
     with pytest.raises(ArtifactError, match="does not apply the rescale factors it is given"):
-        check_factors_matter(*scores())
+        check_factors_matter(losses, GEOMETRY, TARGET_LEN)
 
 
 class FixedLosses(SampleLosses):
@@ -292,3 +322,42 @@ def test_guidance_errors(with_needle: float, without: float, text: str) -> None:
     advice = "this model cannot guide a needle search; use search.objective=perplexity"
     with pytest.raises(DataError, match=f"{text}.*{advice}"):
         check_needle_guidance(FixedLosses(with_needle), FixedLosses(without), NONE, SearchConfig())
+
+
+class GivenLosses(SampleLosses):
+    """One sample a batch, one scored token each, with given losses."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.samples = tuple(ScoredSample(tokens(n, 63), 62) for n in range(len(losses)))
+        self.num_scored_tokens = self.num_batches = len(losses)
+        self.given = losses
+
+    def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
+        return [self.given[batch]]
+
+
+def ranking(needle: list[float], control: list[float], least: float = 0.5) -> float:
+    return check_ranking(PI, Control(GivenLosses(needle), GivenLosses(control), 9.85), least)
+
+
+def test_ranking_is_the_mean_gain() -> None:
+    assert ranking([0.1, 0.2, 0.3, 0.4], [2.1, 2.3, 2.2, 2.4]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("needle", "control", "text"),
+    [
+        (
+            [4.3, 4.3, 4.4, 4.4],
+            [4.4, 4.4, 4.5, 4.5],
+            r"needle perplexity is 77.48, and 85.63 without the needle in the text \(0.1 nats per "
+            r"token; search.min_needle_loss_gain_at_target=0.5; guessing the digits gives 9.85 ",
+        ),
+        # A mean of 0.6, but within noise: half of the samples say the opposite.
+        ([1.0, 5.0, 1.0, 5.0], [5.6, 1.6, 5.6, 1.6], "nats per token, which is noise"),
+        ([float("nan")] * 4, [1.0] * 4, "cannot rank candidates at 64 tokens"),
+    ],
+)
+def test_ranking_errors(needle: list[float], control: list[float], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        ranking(needle, control)
