@@ -37,7 +37,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.search --target 512 search.population=16 search.iterations=8 search.parents=8
+	$(BIN)/python -m benchmarks.search --targets 512 --seeds 0
 
 # dist/*.whl: the commands with conf/ and models/, for any folder.
 wheel: setup
