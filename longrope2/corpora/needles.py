@@ -292,9 +292,7 @@ def build_needle_set(
     )
     samples = []
     for number in range(num_samples):
-        rng = random.Random(f"needle/{seed}/{number}")
-        draw_key(rng)  # the first draw is the key's, see _draw_keys
-        value, start = draw_value(rng), rng.random()
+        value, start = _draws(seed, number)
         ids, places, pieces = hay_of(number, start)
         sample = build_needle_sample(
             encoder,
@@ -312,6 +310,43 @@ def build_needle_set(
         sample.record["books"] = _used_books(books, pieces, num_haystack)
         samples.append(sample)
     return NeedleSet(samples=samples, length=length)
+
+
+def build_texts(
+    tokenizer: "PreTrainedTokenizerBase",
+    books: Sequence[Document | str],
+    *,
+    length: int,
+    num_samples: int,
+    seed: int,
+    document_start: DocumentStart = DocumentStart.auto,
+) -> list[np.ndarray]:
+    """The book texts that the samples of ``build_needle_set`` are made of, without needles.
+
+    The same books from the same places, ``length`` ids each, what starts a document first: the
+    paper's plain-perplexity ablation uses the documents of its needle data [sec. 4.3, Table 6].
+
+    Raises:
+        DataError: too little text.
+    """
+    encoder = DocumentTokenizer(tokenizer, document_start)
+    hay_of = _book_haystack(encoder, books, length, seed)
+    texts = []
+    for number in range(num_samples):
+        ids = hay_of(number, _draws(seed, number)[1]).ids
+        text = np.concatenate([encoder.start_ids, ids])[:length].astype(np.int64)
+        if len(text) < length:
+            given = f"the held-out text has {len(text)} in all"
+            raise DataError(f"samples of {length} tokens are wanted, {given}; use a larger corpus")
+        texts.append(text)
+    return texts
+
+
+def _draws(seed: int, number: int) -> tuple[str, float]:
+    """Value of a sample, and where in a long book it starts (0 to 1)."""
+    rng = random.Random(f"needle/{seed}/{number}")
+    draw_key(rng)  # the first draw is the key's, see _draw_keys
+    return draw_value(rng), rng.random()
 
 
 def guess_perplexity(needle_set: NeedleSet) -> float:

@@ -10,7 +10,7 @@ size, S = scored tokens.
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from longrope2.attention.layout import build_layout, chunk_bounds
-from longrope2.errors import DataError
 from longrope2.model.scoring import head_nll, token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import RescaleFactors, Window
@@ -42,34 +41,6 @@ class ScoredSample:
 def needle_samples(needles: NeedleSet) -> list[ScoredSample]:
     """Needle samples, scored on their value."""
     return [ScoredSample(sample.through_value, sample.value_start) for sample in needles.samples]
-
-
-def cut_documents(
-    documents: Iterable[Sequence[int]], start_ids: Sequence[int], length: int, num_samples: int
-) -> list[ScoredSample]:
-    """Long documents scored on every token: ``start_ids`` and the first ids, ``length`` in all.
-
-    Those too short are joined; none serves two samples. ``documents`` come without ``start_ids``.
-
-    Raises:
-        DataError: too little text.
-    """
-    samples: list[ScoredSample] = []
-    joined, needed = np.empty(0, dtype=np.int64), length - len(start_ids)
-    for document in documents:
-        if len(samples) == num_samples:
-            break
-        joined = np.concatenate([joined, np.asarray(document, dtype=np.int64)])
-        if len(joined) >= needed:
-            tokens = np.concatenate([np.asarray(start_ids, dtype=np.int64), joined[:needed]])
-            samples.append(ScoredSample(tokens, first_scored=1))
-            joined = np.empty(0, dtype=np.int64)
-    if len(samples) < num_samples:
-        raise DataError(
-            f"search.num_samples={num_samples} samples of {length} tokens are wanted, the held-out "
-            f"text is enough for {len(samples)}; lower search.num_samples or use a larger corpus"
-        )
-    return samples
 
 
 def samples_sha256(samples: Sequence[ScoredSample]) -> str:

@@ -1,7 +1,6 @@
 """What stands before a search: its faults, its plan in words, and its samples and model, tested."""
 
 import math
-import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import torch
 
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
-from longrope2.corpora.corpus import Document
 from longrope2.corpora.needles import (
     Haystack,
     build_needle_set,
+    build_texts,
     choose_wording,
     guess_perplexity,
     halve_documents,
@@ -46,7 +45,7 @@ from longrope2.search.config import Algorithm, Objective, SearchConfig, SearchRo
 from longrope2.search.confirm import MOST_FOUND
 from longrope2.search.family import Limits
 from longrope2.search.halving import most_halving_forwards
-from longrope2.search.objective import SampleLosses, ScoredSample, cut_documents, needle_samples
+from longrope2.search.objective import SampleLosses, ScoredSample, needle_samples
 from longrope2.search.selftests import Control, NeedleGuidance
 from longrope2.search.space import SearchSpace
 from longrope2.search.workers import Workers
@@ -295,7 +294,7 @@ class _SampleMaker:
         lengths = sample_lengths(self._config)
         if not self._is_needle:
             num = self._search.num_samples
-            return [s for length in lengths for s in self._texts(self._chosen_by, length, num)]
+            return [sample for length in lengths for sample in self._texts(length, num)]
         for length in lengths:
             name = NEEDLES_FILE if length == lengths[-1] else f"needles_{length}.arrow"
             self._keep(name, length, partial(self._draw, length))
@@ -306,7 +305,7 @@ class _SampleMaker:
         """Samples of other texts and keys: needles at the start and at spread depths in turn."""
         length, num = sample_lengths(self._config)[-1], self._search.fresh_samples
         if not self._is_needle:
-            return self._texts(self._unseen, length, 2 * num)
+            return self._texts(length, 2 * num, unseen=True)
         taken = {sample.key for needles in self.needles.values() for sample in needles.samples}
         depths = [depth for spread in _FRESH_DEPTHS for depth in (0.0, spread)]
         draw = partial(
@@ -352,14 +351,12 @@ class _SampleMaker:
 
     def _draw(self, length: int, unseen: bool = False, **kinds: Any) -> NeedleSet:
         search, config = self._search, self._config
-        # The target's samples come from the seed itself, all others from one of their own.
-        is_own = length == sample_lengths(config)[-1] and not unseen
         given: dict[str, Any] = {
             "length": length,
             "depths": search.depths,
             "num_keys": search.num_keys,
             "num_samples": search.num_samples,
-            "seed": config.seed if is_own else _other_seed(config.seed, length, unseen),
+            "seed": self._seed(length, unseen),
             "document_start": config.model.document_start,
             "wording": choose_wording(search.wording, config.model.original_len),
             "haystack": search.haystack,
@@ -367,12 +364,23 @@ class _SampleMaker:
         books = self._unseen if unseen else self._chosen_by
         return build_needle_set(self._tokenizer, books, **{**given, **kinds})
 
-    def _texts(self, documents: Sequence[Document], length: int, num: int) -> list[ScoredSample]:
-        # The longest first would be the same few works.
-        shuffled = list(documents)
-        random.Random(f"documents/{self._config.seed}").shuffle(shuffled)
-        ids = (self._encoder.encode(document.text) for document in shuffled)
-        return cut_documents(ids, self._encoder.start_ids, length, num)
+    def _texts(self, length: int, num: int, unseen: bool = False) -> list[ScoredSample]:
+        """Text scored on every token: the documents that a needle search would hide needles in."""
+        texts = build_texts(
+            self._tokenizer,
+            self._unseen if unseen else self._chosen_by,
+            length=length,
+            num_samples=num,
+            seed=self._seed(length, unseen),
+            document_start=self._config.model.document_start,
+        )
+        return [ScoredSample(text, first_scored=1) for text in texts]
+
+    def _seed(self, length: int, unseen: bool) -> int:
+        """The target's samples come from the seed itself, all others from one of their own."""
+        is_own = length == sample_lengths(self._config)[-1] and not unseen
+        seed = self._config.seed
+        return seed if is_own else _other_seed(seed, length, unseen)
 
 
 def _other_seed(seed: int, length: int, unseen: bool) -> int:

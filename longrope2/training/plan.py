@@ -138,6 +138,7 @@ class ResolvedRun:
             segments = f"{len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
             segments += f"a pass leaves out {unused} that fill no group"
         method = self.found_factors.method if self.found_factors else config.rope.method.value
+        method += " at every length" if config.rope.both_windows else ""
         batch, total_steps = training.global_batch_tokens, self.total_steps
         steps = f"one pass over the segments of {batch} tokens"
         if total_steps:
@@ -177,6 +178,8 @@ class ResolvedRun:
         factors: dict[str, Any] = describe_input(path) if path else {"method": self.factors.method}
         if config.rope.both_windows:
             factors["both_windows"] = True
+        if config.rope.attention_scale is not None:
+            factors["attention_scale"] = config.rope.attention_scale
         return {
             "model": model_identity(self.model_folder),
             "segments": describe_input(self.segments_folder),

@@ -12,7 +12,7 @@ from data_prep.config import PackConfig
 from data_prep.pack import pack
 from launch import generate
 from longrope2.config import DocumentStart, compose
-from longrope2.corpora.needles import build_needle_set
+from longrope2.corpora.needles import build_needle_set, build_texts
 from longrope2.corpora.tokenizer import (
     DocumentTokenizer,
     load_document_tokenizer,
@@ -31,7 +31,7 @@ from longrope2.inference.generation import GenerateRoot
 from longrope2.model.loading import load_tokenizer
 from longrope2.search import prepare
 from longrope2.search.config import SearchRoot
-from longrope2.search.objective import check_needle_labels, cut_documents
+from longrope2.search.selftests import check_needle_labels
 from longrope2.segments.format import SegmentStore
 from longrope2.training.config import TrainRoot
 from longrope2.training.plan import resolve_run
@@ -169,8 +169,12 @@ def test_text_windows_without_bos() -> None:
     tokens = sorted(token for piece in pieces for token in piece.tolist())
     # 63 = 4 * 15 + 3, 80 = 5 * 15 + 5, 17 = 15 + 2: every token once, and none is added.
     assert tokens == sorted(np.concatenate(documents).tolist())
-    (sample,) = cut_documents([[5, 6, 7], [8, 9]], [], length=4, num_samples=1)
-    assert sample.tokens.tolist() == [5, 6, 7, 8] and sample.first_scored == 1
+    for rule, start in ((WITH_BOS, [1]), (NONE, [])):
+        tokenizer = load_tokenizer(TINY)
+        given = {"length": 20, "num_samples": 1, "seed": 0, "document_start": rule}
+        (text,) = build_texts(tokenizer, [TEXT], **given)
+        assert len(text) == 20 and text[: len(start)].tolist() == start
+        assert (text[len(start) :] != 1).all()
 
 
 def test_prompts_of_ruler_and_the_needle_map_without_bos(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from longrope2.rope.methods import RopeMethod
 from longrope2.training.config import TrainRoot
 
 BASES = {"llama3_8b_128k": 8192, "phi3_mini_128k": 2048}
-BASELINES = {"": "searched", "_yarn": "yarn", "_ntk": "ntk", "_longrope": "searched",
-             "_yarn_rcd": "yarn_rcd",
-             "_ntk_rcd": "ntk_rcd"}  # fmt: skip
+SINGLE = {"_yarn": "yarn", "_ntk": "ntk", "_yarn_rcd": "yarn_rcd", "_ntk_rcd": "ntk_rcd"}
+MIXED = {f"{name}_mixed": rope for name, rope in SINGLE.items()}
+BASELINES = {"": "searched", "_longrope": "searched", **SINGLE, **MIXED}
 EXPERIMENTS = [f"{base}{baseline}" for base in BASES for baseline in BASELINES]
 
 
@@ -55,7 +55,8 @@ def test_planned_without_gpus_weights_segments_or_factors(
     baseline = name.removeprefix(base)
     printed = dry_run(monkeypatch, capsys, f"experiment={name}", f"run.root={tmp_path}")
     assert f"window {BASES[base]} -> 131072" in printed
-    assert f"rope       {BASELINES[baseline]}, mixed windows on" in printed
+    everywhere = " at every length" if baseline in SINGLE else ""
+    assert f"rope       {BASELINES[baseline]}{everywhere}, mixed windows on" in printed
     assert "processes  64: 8 data x 8 sequence, ZeRO stage 3" in printed
     assert f"steps      {10_000_000_000 // 8_388_608} of 8388608 tokens" in printed
     missing = printed.split("missing on this machine")[1]

@@ -1,11 +1,22 @@
 """Fresh needle samples: text and keys that the samples of a search do not have."""
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
 from longrope2.corpora.corpus import Document
-from longrope2.corpora.needles import ADJECTIVES, NOUNS, build_needle_set, halve_documents
+from longrope2.corpora.needles import (
+    ADJECTIVES,
+    NOUNS,
+    build_needle_set,
+    build_texts,
+    halve_documents,
+)
 from longrope2.errors import DataError
+from longrope2.model.loading import load_tokenizer
+
+TINY = Path(__file__).parents[2] / "models" / "tiny"
 
 TEXTS = [f"Text {n}. " + "plain words about nothing at all. " * 40 for n in range(5)]
 
@@ -100,3 +111,22 @@ def test_fresh_samples_share_no_key():
     words = rf"num_keys=6 .* must be from 1 to 5, the keys there are without {every - 5} excluded"
     with pytest.raises(DataError, match=words):
         keys(6, 6, excluded_keys=others)
+
+
+def test_texts_are_the_books_of_the_needles() -> None:
+    """Table 6: the ablation's documents are the haystacks, with no needle and nothing else."""
+    books = [f"{letter}word number {n} " * 300 for n, letter in enumerate("abcdefg")]
+    tokenizer = load_tokenizer(TINY)
+    given = {"length": 700, "num_samples": 9, "seed": 4}
+    needles = build_needle_set(tokenizer, books, depths=[1.0], **given)
+    texts = build_texts(tokenizer, books, **given)
+    for text, sample in zip(texts, needles.samples, strict=True):
+        num = int(sample.record["num_haystack_tokens"])
+        start = int(sample.record["needle_start"]) - num  # at depth 1 the needle stands behind
+        assert len(text) == 700 and text[0] == tokenizer.bos_token_id
+        assert (text[1 : 1 + num] == sample.tokens[start : start + num]).all()
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(DataError, match=r"700 tokens are wanted, the held-out text has \d+ in"):
+        build_texts(load_tokenizer(TINY), ["a few words"], length=700, num_samples=1, seed=0)

@@ -19,7 +19,6 @@ from longrope2.search.config import SearchConfig
 from longrope2.search.objective import (
     SampleLosses,
     ScoredSample,
-    cut_documents,
     needle_samples,
     perplexity,
     samples_sha256,
@@ -200,21 +199,6 @@ def test_only_scored_positions_pass_the_head(model: WindowedModel) -> None:
     )
     SampleLosses(model, [ScoredSample(tokens(0), 56)])(PI, 0)
     assert seen == [8]
-
-
-def test_cut_documents_joins_short_ones_and_uses_none_twice() -> None:
-    documents = [[10] * 7, [11] * 3, [12] * 3, [13] * 20]
-    samples = cut_documents(documents, [1], length=6, num_samples=3)
-    assert [sample.tokens.tolist() for sample in samples] == [
-        [1] + [10] * 5,
-        [1, 11, 11, 11, 12, 12],
-        [1] + [13] * 5,
-    ]
-    assert [sample.first_scored for sample in samples] == [1, 1, 1]
-    with pytest.raises(
-        DataError, match="search.num_samples=4 samples of 6 tokens are wanted.*enough for 3"
-    ):
-        cut_documents(documents, [1], length=6, num_samples=4)
 
 
 def test_samples_hash_covers_tokens_and_scoring() -> None:
