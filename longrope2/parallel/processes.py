@@ -1,15 +1,21 @@
 """Start and end of one process among others: device, process group, grid."""
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from longrope2.errors import ArtifactError
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
+
+# A build of DeepSpeed's extension for CPU processes takes less than a minute.
+_STALE_LOCK_MINUTES = 15
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,13 @@ def world_size_from_environment() -> int | None:
 
 
 def join_processes(parallel: ParallelConfig) -> Processes:
-    """Join torchrun's process group, or make one of this process alone; NCCL or, on CPUs, gloo."""
+    """Join torchrun's process group, or make one of this process alone; NCCL or, on CPUs, gloo.
+
+    Raises:
+        ArtifactError: a build of a DeepSpeed extension that was killed left its lock; every process
+            would wait for it without a word.
+    """
+    _refuse_stale_locks()
     if world_size_from_environment() is None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -55,6 +67,19 @@ def join_processes(parallel: ParallelConfig) -> Processes:
     dims = ParallelDims.from_world(dist.get_world_size(), parallel.sequence, dist.get_rank())
     sequence_group, mpu = make_groups(dims)
     return Processes(dims, device, sequence_group, mpu)
+
+
+def _refuse_stale_locks() -> None:
+    """torch's lock of a build of extensions is a file, which a killed process leaves behind."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+    for lock in root.glob("**/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > _STALE_LOCK_MINUTES:
+            raise ArtifactError(
+                f"{lock} is {minutes:.0f} minutes old: a build of an extension was killed and every "
+                "later process waits for it; remove this file, and the extension is built again"
+            )
 
 
 def leave_processes(*, failed: bool = False) -> None:

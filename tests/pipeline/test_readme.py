@@ -26,7 +26,7 @@ MAKE_TARGET = re.compile(r"`make ([a-z-]+)|^make ([a-z-]+)$", re.MULTILINE)
 
 def test_the_commands_are_the_demos() -> None:
     found = PYTHON_COMMAND.findall(README)
-    assert found == [stage.command for stage in stages(Path("runs"), with_baseline=False)]
+    assert found == [stage.command for stage in stages(Path("runs"), with_baselines=False)]
 
 
 def further_commands() -> list[str]:
