@@ -70,15 +70,15 @@ def join_processes(parallel: ParallelConfig) -> Processes:
 
 
 def _refuse_stale_locks() -> None:
-    """torch's lock of a build of extensions is a file, which a killed process leaves behind."""
+    """A build of extensions is locked by a file, which a killed process leaves behind."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(given) if given else Path.home() / ".cache" / "torch_extensions"
     for lock in root.glob("**/lock"):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > _STALE_LOCK_MINUTES:
             raise ArtifactError(
-                f"{lock} is {minutes:.0f} minutes old: a build of an extension was killed and every "
-                "later process waits for it; remove this file, and the extension is built again"
+                f"{lock} is {minutes:.0f} minutes old: a build of an extension was killed, and every "
+                "process waits for it since; remove this file, and the extension is built again"
             )
 
 
