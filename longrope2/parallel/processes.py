@@ -77,8 +77,8 @@ def _refuse_stale_locks() -> None:
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > _STALE_LOCK_MINUTES:
             raise ArtifactError(
-                f"{lock} is {minutes:.0f} minutes old: a build of an extension was killed, and every "
-                "process waits for it since; remove this file, and the extension is built again"
+                f"{lock} is {minutes:.0f} minutes old: the build of an extension was killed; each "
+                "process waits for it since: remove this file, and the extension is built again"
             )
 
 

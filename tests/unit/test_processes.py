@@ -25,7 +25,7 @@ def test_the_lock_of_a_killed_build(
     if not is_stale:
         processes._refuse_stale_locks()
         return
-    with pytest.raises(ArtifactError, match=r"lock is 40 minutes old: .*; remove this file"):
+    with pytest.raises(ArtifactError, match=r"lock is 40 minutes old: .*: remove this file"):
         processes._refuse_stale_locks()
 
 
