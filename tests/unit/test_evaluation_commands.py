@@ -217,7 +217,7 @@ def test_factors_searched_on_another_model_stop_the_evaluation(command, run_fold
     write_manifest(folder, Manifest("factors", inputs={"model": other}, seeds={"seed": 0}))
     code, _, err = command("evaluate", "evaluation=training_free", *SMALL)
     assert code == 2 and "factors.json belongs to another model than model.path=" in err
-    assert "evaluation.subjects[4] (longrope2-searched)" in err
+    assert "evaluation.subjects[5] (longrope2-searched)" in err
     assert not product_folder(run_folder, "evaluations").exists()
 
 
