@@ -194,6 +194,25 @@ def test_methods_without_a_factor_switch(make_config, base_folder):
     assert found.table_identity(Window.SHORT) == found.table_identity(Window.LONG)
 
 
+def test_an_attention_scale_of_the_users_own(make_config, base_folder):
+    subjects = [
+        SubjectConfig(f"llama3 {scale}", rope=RopeConfig(RopeMethod.llama3, attention_scale=scale))
+        for scale in (None, 1.28)
+    ]
+    _, plain, scaled = resolve_subjects(make_config(BASE, *subjects), base_folder)
+    assert scaled.factors.factors == plain.factors.factors
+    assert (plain.factors.long_attention_scale, scaled.factors.long_attention_scale) == (1.0, 1.28)
+    assert scaled.factors.short_attention_scale == 1.0
+    assert scaled.table_identity(Window.LONG) != plain.table_identity(Window.LONG)
+    assert scaled.table_identity(Window.SHORT) == plain.table_identity(Window.SHORT)
+
+
+def test_an_attention_scale_out_of_range(make_config, base_folder):
+    subject = SubjectConfig("wide", rope=RopeConfig(RopeMethod.llama3, attention_scale=3.0))
+    with pytest.raises(ArtifactError, match=r"rope.attention_scale=3.0: must be null .* 0.5 to 2"):
+        resolve_one(make_config, base_folder, subject)
+
+
 def resolve_one(make_config, base_folder, subject):
     return resolve_subjects(make_config(BASE, subject), base_folder)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,14 @@ from longrope2.corpora.needles import build_needle_set
 from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
-from longrope2.model.loading import load_tokenizer
+from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
+from longrope2.model.shape import ModelShape
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import to_hf_config
+from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.objective import SampleLosses
-from longrope2.search.prepare import _other_seed
+from longrope2.search.prepare import _other_seed, rows_that_fit
 from longrope2.segments.needle_set import NeedleSet
 
 TOKENIZER_FOLDER = Path(__file__).parents[2] / "models" / "tiny"
@@ -425,6 +428,26 @@ def test_a_target_where_nothing_can_be_ranked_is_refused(search: SearchRun, tmp_
     for way_out in ("shorter target_len", "search=halving", *(f"search.{key}" for key in keys)):
         assert way_out in text
     assert not list(tmp_path.rglob("factors.json")), "no factors that look like a result"
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "length", "rows"),
+    # Half of the memory less 145,568 parameters over 4 (8 x 32 + 3 x 32) bytes a token, and at
+    # most 131,072 tokens.
+    [(80, 128, 1024), (80, 131072, 1), (80, 262144, 1), (0.003, 128, 5)],
+)
+def test_rows_of_a_forward_fit_the_device(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, gibibytes: float, length: int, rows: int
+) -> None:
+    geometry = rope_geometry(model_folder, 128)
+    model = load_to_run(model_folder, closed_form_factors(RopeMethod.none, geometry, 256))
+    shape = ModelShape.from_folder(model_folder)
+    assert rows_that_fit(model, shape, length) == 1, "on a CPU"
+    device = SimpleNamespace(total_memory=gibibytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert rows_that_fit(model, shape, length) == rows
 
 
 def test_model_and_target_have_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
