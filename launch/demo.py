@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from longrope2.command import run_command
 from longrope2.errors import UserError
@@ -129,7 +130,7 @@ def main() -> None:
     planned = stages(arguments.root, arguments.baseline, arguments.seed)
     for number, stage in enumerate(planned, 1):
         title = f"\n[bold]{number}/{len(planned)} {stage.title}[/bold]"
-        console.print(f"{title}\n$ {stage.command}", soft_wrap=True)
+        console.print(f"{title}\n$ {escape(stage.command)}", soft_wrap=True)
         if "launch.generate" in stage.arguments:
             _write_prompt(run_folder)
         _run_stage(stage)
