@@ -22,7 +22,7 @@ from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.parallel import processes
 from longrope2.report.plots import factors_figure, fresh_figure, search_figure
-from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.factors import VERDICT, RescaleFactors
 from longrope2.search.config import SearchRoot
 from longrope2.search.prepare import check, describe, prepare, refuse_other_model
 from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search, shares_in_words
@@ -132,24 +132,32 @@ def _print_report(folder: Path) -> None:
         f"factors in {folder / FACTORS_FILE}"
     )
     factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
-    print(factors.provenance["confirmed"])
+    print(factors.provenance[VERDICT])
 
 
 def _fresh_table(history: dict[str, Any]) -> Table:
     """Every contestant, best first."""
-    title = f"untrained, fresh samples of {history['sample_len']} tokens"
-    table = Table(title=title, title_justify="left")
-    table.add_column("factors")
-    for heading in ("attention scale", history["value_name"], "95 %", "samples"):
-        table.add_column(heading, justify="right")
-    for contestant in history["fresh"]["contestants"]:
-        num, stopped = contestant["num_reported"], f"stopped: {contestant['num_choosing']}"
+    fresh, length = history["fresh"], history["sample_len"]
+    table = Table(
+        title=f"untrained, fresh samples of {length} tokens",
+        caption="*: in factors.json. Above the line the half of the samples that nobody chose by; "
+        "below it those who were not carried so far, on the first of the other half.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("factors", no_wrap=True)
+    for heading in ("scale", history["value_name"], "95 %", "samples"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    num_carried = sum(contestant["num_reported"] > 0 for contestant in fresh["contestants"])
+    for place, contestant in enumerate(fresh["contestants"], start=1):
+        name, num = contestant["name"], contestant["num_reported"]
         table.add_row(
-            contestant["name"],
-            f"{contestant['attention_scale']:.3f}",
+            f"{name} *" if name == fresh["found"] else name,
+            f"{contestant['attention_scale']:.2f}",
             f"{contestant['value']:.4g}",
-            "{:.4g}-{:.4g}".format(*contestant["interval"]),
-            str(num) if num else stopped,
+            "{:.3g} - {:.3g}".format(*contestant["interval"]),
+            str(num or contestant["num_choosing"]),
+            end_section=place == num_carried,
         )
     return table
 

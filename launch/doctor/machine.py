@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.doctor.model import examine
+from launch.doctor.model import TOKENIZER_FILES, examine
 from launch.doctor.rope import DoctorRoot
 from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
 from longrope2.command import USER_FAULT_EXIT_CODE
@@ -61,7 +61,6 @@ OPTIONAL = {
 # a parameter.
 SCARCE_GIB, ROOMY_GIB = 1, 300
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class State(Enum):

@@ -7,10 +7,11 @@ weights. Whole models are compared once more when they are loaded.
 from pathlib import Path
 
 from longrope2.config import ModelConfig
+from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.export.hugging_face import check_exportable
 from longrope2.model.folder import NO_WINDOW, merged_config_file
 from longrope2.model.given import GivenModel, active_window, look_at
-from longrope2.model.loading import check_model, load_tokenizer, rope_geometry
+from longrope2.model.loading import check_model, rope_geometry
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.choice import choose_layout
 from longrope2.planning.hardware import HardwareConfig, make_machine
@@ -18,6 +19,7 @@ from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretic
 from longrope2.training.config import ZeroConfig
 from longrope2.training.forecast import zero_buffers
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PLANNED_TOKENS, _STEP_TOKENS = 10**9, 2**22
 _PLANNED_GPU, _PLANNED_GPUS = "A100", 64
 
@@ -42,7 +44,7 @@ def examine(config_file: Path, model: ModelConfig, target_len: int) -> dict[str,
         f"(dimension {2 * critical}), {tens} ten times",
         "attention": _attention(given, shape),
         "logits": str(given.head_rule),
-        "tokenizer rule": _tokenizer(folder),
+        "tokenizer rule": _tokenizer(folder, model),
         "parity": f"{parity} (of a cut, against transformers, relative)",
         "cost": _cost(shape, geometry, target_len),
     }
@@ -58,19 +60,21 @@ def _attention(given: GivenModel, shape: ModelShape) -> str:
     return f"{heads}; {what}, full within the target"
 
 
-def _tokenizer(folder: Path) -> str:
-    """Special tokens between documents."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        first = str(error).splitlines() or [type(error).__name__]
-        return f"none that can be loaded here ({first[0][:80]})"
-    named = {"BOS": tokenizer.bos_token, "EOS": tokenizer.eos_token}
-    ids = {"BOS": tokenizer.bos_token_id, "EOS": tokenizer.eos_token_id}
-    words = [
-        f"{name} {token} ({ids[name]})" if token else f"no {name}" for name, token in named.items()
-    ]
-    return ", ".join(words)
+def _tokenizer(folder: Path, model: ModelConfig) -> str:
+    """Special tokens between documents.
+
+    Raises:
+        DataError: there is one, and it cannot be used with this model.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return "none here"
+    encoder = load_document_tokenizer(folder, model.document_start)
+    start = "nothing" if encoder.bos_id is None else _named(encoder, encoder.bos_id)
+    return f"{start} starts a document, {_named(encoder, encoder.eos_id)} ends it"
+
+
+def _named(encoder: DocumentTokenizer, token_id: int) -> str:
+    return f"{encoder.decode([token_id])} ({token_id})"
 
 
 def _cost(shape: ModelShape, geometry: RopeGeometry, target_len: int) -> str:

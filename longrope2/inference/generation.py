@@ -57,10 +57,11 @@ def check_request(
     if not prompt_ids:
         raise DataError(f"{name} has no tokens; give at least one (BOS counts)")
     if len(prompt_ids) + max_new_tokens > target_len:
+        room = target_len - len(prompt_ids)
+        fewer = f" or set generate.max_new_tokens to at most {room}" if room > 0 else ""
         raise DataError(
             f"{name}'s {len(prompt_ids)} tokens and generate.max_new_tokens={max_new_tokens} "
-            f"exceed the extended window of {target_len} tokens; shorten the prompt or set "
-            f"generate.max_new_tokens to at most {max(target_len - len(prompt_ids), 0)}"
+            f"exceed the extended window of {target_len} tokens; shorten the prompt{fewer}"
         )
     if prefill_chunk is not None and prefill_chunk < 1:
         fault = f"generate.prefill_chunk={prefill_chunk} must be at least 1"

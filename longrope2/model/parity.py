@@ -96,7 +96,7 @@ def run_plain(hf: Any, original_len: int) -> PlainRun:
     """
     try:
         return _run_plain(hf, original_len)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ArtifactError):
         raise
     except Exception as error:  # whatever the class raises
         raise ArtifactError(
@@ -114,6 +114,11 @@ def _run_plain(hf: Any, original_len: int) -> PlainRun:
     first = min(FIRST_DOCUMENT, num_tokens // 3)
     half_BT = tokens_BT[:, : num_tokens // 2]
     logits_BTV = _logits(hf, half_BT)
+    if not logits_BTV.isfinite().all():
+        raise ArtifactError(
+            f"the weights of this {hf.config.model_type} give logits that are not finite in "
+            "transformers itself: some hold NaN or infinity; fetch or save them again"
+        )
     documents = logits_BTV[:, :first], _logits(hf, tokens_BT[:, first:])
     return PlainRun(
         tokens_BT=tokens_BT,

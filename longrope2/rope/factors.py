@@ -24,6 +24,8 @@ from longrope2.errors import FactorsError
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.window import Window
 
+# Provenance entry of searched factors: how they did against closed forms on fresh samples.
+VERDICT = "verdict"
 JSON_HEADER: dict[str, Any] = {"kind": "rescale_factors", "version": 1}
 
 

@@ -71,9 +71,9 @@ class SearchConfig:
     iterations: int = 40
     """Rounds of mutation after the first population, >= 0."""
     parents: int = 32
-    """Best candidates kept in each round, each gives one new candidate; 1 .. population."""
+    """Best candidates kept in each round; 1 .. population."""
     mutations: int | None = None
-    """Mutated candidates in each round, of parents in order of rank; null gives one per parent."""
+    """New candidates in each round, of parents in order of rank; null gives one per parent."""
     crossovers: int = 0
     """Candidates of each round that mix two parents with one critical index; 0 in the paper."""
     mutation_probability: float = 0.3
@@ -85,14 +85,15 @@ class SearchConfig:
     grid: float = 0.01
     """Step between the factors that can be chosen; 1 / grid must be a whole number."""
     highest_attention_scale: float | None = 1.0
-    """Largest attention scale of the long window that is tried; 1 (the paper) fixes it at 1, null
-    allows twice what YaRN adds, 1 + 0.2 ln s."""
+    """Largest attention scale of the long window that is tried, 1 to 2; 1 (the paper) fixes it at
+    1, null allows twice what YaRN adds, 1 + 0.2 ln s."""
     num_samples: int = 10
     """Samples of each length that every candidate is judged by, >= 1."""
     lengths: list[float] = field(default_factory=lambda: [1.0])
-    """Lengths of the samples over the target length, in (0, 1]; all count alike."""
+    """Lengths of the samples over the target length, in (0, 1], 1 among them; all count alike."""
     depths: list[float] = field(default_factory=lambda: [0.0])
-    """Where the needle stands, used in turn: 0 the start of the document (the paper), 1 its end."""
+    """Where the needle stands, used in turn, one or more: 0 the start of the document (the paper),
+    1 its end."""
     haystack: Haystack = Haystack.books
     """``books`` (held-out text, the paper) or ``noise`` (RULER's repeated sentences)."""
     wording: Wording = Wording.auto
@@ -105,7 +106,8 @@ class SearchConfig:
     """``halving``: a candidate is dropped when it is behind the best with this confidence."""
     fresh_samples: int = 32
     """Fresh samples with the needle at the start, and as many at spread depths, that the result
-    is compared with every closed form on; even; 0 leaves the comparison out, and says so."""
+    is compared with every closed form on: half of all choose, half report. Even and at least 8;
+    0 leaves the comparison out, and the factors say so."""
     num_keys: int | None = None
     """Distinct needle keys, used in turn (the released data has one); null: one for each sample."""
     batch_size: int | None = None
@@ -156,7 +158,7 @@ def search_faults(search: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
     positive = ("population", "parents", "num_samples", "projected_gpus")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
-    least |= dict.fromkeys(("iterations", "crossovers", "racing_margin", "fresh_samples"), 0)
+    least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
     num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
     rules = [(key, getattr(search, key) >= least[key], f"at least {least[key]}") for key in least]
     rules += [
@@ -168,7 +170,12 @@ def search_faults(search: SearchConfig) -> list[str]:
             search.batch_size is None or search.batch_size >= 1,
             "null (as many as fit) or at least 1",
         ),
-        ("fresh_samples", search.fresh_samples % 2 == 0, "even: one half chooses, one reports"),
+        (
+            "fresh_samples",
+            search.fresh_samples == 0
+            or (search.fresh_samples >= 8 and search.fresh_samples % 2 == 0),
+            "0, or even and at least 8: one half chooses, one reports",
+        ),
         ("confidence", 0.5 < search.confidence < 1, "above 0.5 and below 1"),
         (
             "highest_attention_scale",
@@ -212,9 +219,10 @@ def _contradictions(search: SearchConfig) -> list[str]:
     if is_halving and (search.critical is not None or search.dims is SearchedDims.all):
         given = "search.critical and search.dims=all belong to search.algorithm=longrope2"
         faults.append(f"{given}; search.algorithm=halving has neither")
+    faults += _unused(search)
     if search.clip_losses and search.objective is Objective.perplexity:
         fault = "search.clip_losses=true: the level of guessing is known for needle values only"
-        faults.append(f"{fault}; use it with search.objective=needle")
+        faults.append(f"{fault}; set search.clip_losses=false or search.objective=needle")
     if search.short_window_of is not None and search.highest_attention_scale != 1:
         fault = f"search.highest_attention_scale={search.highest_attention_scale}"
         only = "search.short_window_of searches the short window, which has none; leave it 1"
@@ -226,3 +234,23 @@ def _contradictions(search: SearchConfig) -> list[str]:
         fault = "search.critical and search.critical_move_probability: search.algorithm=longrope"
         faults.append(f"{fault} has no critical dimension; leave them null and 0")
     return faults
+
+
+def _unused(search: SearchConfig) -> list[str]:
+    """Keys that were set and that the chosen algorithm has no use for."""
+    is_halving = search.algorithm is Algorithm.halving
+    unused = _ONLY_EVOLUTION if is_halving else _ONLY_HALVING
+    return [
+        f"search.{key}={getattr(search, key)}: search.algorithm={search.algorithm.value} has no "
+        "use for it; leave it out"
+        for key in unused
+        if getattr(search, key) != getattr(_DEFAULTS, key)
+    ]
+
+
+_ONLY_HALVING = ("confidence",)
+_ONLY_EVOLUTION = (
+    *("crossovers", "mutation_probability", "critical_move_probability", "highest_ratio"),
+    *("grid", "pruning", "racing_samples", "racing_margin"),
+)
+_DEFAULTS = SearchConfig()

@@ -85,7 +85,7 @@ class Confirmation:
         found: The best found one there.
         closed_form: The best of the others there: what the found one has to beat.
         difference: Mean paired loss of ``found`` minus ``closed_form`` on the reported half.
-        interval: Its 95 % bootstrap interval.
+        interval: Its 95 % interval (Student's t over the samples).
         num_losses: Sample losses looked at.
     """
 
@@ -99,21 +99,22 @@ class Confirmation:
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether what was found is better than the rest beyond noise."""
+        """Whether what was found is better than the best of the rest beyond noise."""
         return self.interval[1] < 0
 
     def verdict(self) -> str:
         """One line for people."""
-        num = len(self.standings[0].reported)
+        num, other = len(self.standings[0].reported), self.closed_form.name
         low, high = self.interval
-        other = self.closed_form
         numbers = (
-            f"{self.difference:+.3g} nats per token against {other.name} on {num} fresh samples "
+            f"{self.difference:+.3g} nats per token against {other} on {num} fresh samples "
             f"(95 %: {low:+.3g} to {high:+.3g})"
         )
         if self.is_confirmed:
-            return f"confirmed: the found factors are better than every closed form, {numbers}"
-        return f"not confirmed: no found factors beat {other.name} beyond noise, {numbers}"
+            return f"confirmed: the found factors beat the best closed form, {numbers}"
+        if low > 0:
+            return f"refuted: the found factors are worse than {other}, {numbers}"
+        return f"not confirmed: no found factors beat {other} beyond noise, {numbers}"
 
     def advice(self) -> str:
         """What to use instead of factors that were not confirmed."""
@@ -281,9 +282,15 @@ class Confirming:
             found=found.contestant,
             closed_form=closed.contestant,
             difference=float(differences.mean()),
-            interval=bootstrap_interval(differences.tolist()),
+            interval=_paired_interval(differences.tolist()),
             num_losses=sum(map(len, self._known.values())),
         )
+
+
+def _paired_interval(differences: list[float]) -> tuple[float, float]:
+    """95 % interval of a mean difference."""
+    low = paired_lower_bound(differences, 0.975)
+    return low, -paired_lower_bound([-difference for difference in differences], 0.975)
 
 
 def as_plain(confirmation: Confirmation) -> dict[str, Any]:

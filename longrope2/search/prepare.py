@@ -13,7 +13,6 @@ import torch
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.needles import (
-    Haystack,
     build_needle_set,
     build_texts,
     choose_wording,
@@ -279,10 +278,9 @@ class _SampleMaker:
         self._config, self._search, self._folder = config, config.search, folder
         self._tokenizer = load_tokenizer(model_folder)
         self._encoder = DocumentTokenizer(self._tokenizer, config.model.document_start)
-        documents = heldout_documents(config.corpus)
-        self._chosen_by, self._unseen = documents, documents
-        if compares_fresh(self._search) and self._search.haystack is Haystack.books:
-            self._chosen_by, self._unseen = halve_documents(documents, config.seed)
+        # Always: what is chosen by does not depend on whether it is compared afterwards.
+        halves = halve_documents(heldout_documents(config.corpus), config.seed)
+        self._chosen_by, self._unseen = halves
         self.needles: dict[str, NeedleSet] = {}
 
     @property

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn
 from longrope2.config import to_plain
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.factors import VERDICT, RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
 from longrope2.search import journal as journals
 from longrope2.search.config import Algorithm, Objective, Pruning, most_candidates
@@ -142,10 +142,10 @@ def _built(prepared: PreparedSearch, journal: Journal, workers: Workers) -> Evol
 
 def _tested_steps(prepared: PreparedSearch, search: Evolution | Halving) -> Iterator[object]:
     """The search's steps; self-test (d) once the first round is over."""
-    waiting, least = prepared.control, prepared.config.search.min_needle_loss_gain_at_target
+    waiting, config = prepared.control, prepared.config.search
     for step in chain(search.steps(), [None]):
-        if waiting is not None and least is not None and search.best_start is not None:
-            check_ranking(search.best_start, waiting, least)
+        if waiting is not None and search.best_start is not None:
+            check_ranking(search.best_start, waiting, config)
             waiting = None
         if step is not None:
             yield step
@@ -298,17 +298,17 @@ def chosen_factors(
     name = _value_name(search.objective)
     provenance = {
         "objective": search.objective.value,
-        "dims": search.dims.value if search.algorithm is Algorithm.longrope2 else "none",
+        **({"dims": search.dims.value} if search.algorithm is Algorithm.longrope2 else {}),
         "critical": critical if has_critical else "none",
         **({"critical_shares": shares_in_words(shares)} if shares else {}),
         name: repr(best.value),
         "model": prepared.config.model.name,
         "samples_sha256": samples_sha256(prepared.losses.samples),
-        "confirmed": "no: not compared on fresh samples",
+        VERDICT: "not compared on fresh samples",
     }
     if confirmation is not None:
         way_out = "" if confirmation.is_confirmed else f"; {confirmation.advice()}"
-        provenance["confirmed"] = f"{confirmation.verdict()}{way_out}"
+        provenance[VERDICT] = f"{confirmation.verdict()}{way_out}"
         shown = next(s for s in confirmation.standings if s.contestant is confirmation.found)
         provenance[f"fresh_{name}"] = repr(math.exp(min(shown.loss, 700.0)))
     chosen = replace(best.factors, provenance=provenance)

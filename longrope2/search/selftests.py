@@ -15,11 +15,12 @@ from statistics import fmean
 
 import numpy as np
 
+from longrope2.corpora.needles import Haystack
 from longrope2.errors import ArtifactError, DataError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.search.config import SearchConfig
+from longrope2.search.config import Algorithm, SearchConfig
 from longrope2.search.objective import SampleLosses, perplexity
 from longrope2.segments.needle_set import NeedleSet
 from longrope2.statistics import paired_lower_bound
@@ -123,13 +124,27 @@ class Control:
     guess_ppl: float
 
 
-def check_ranking(best_start: RescaleFactors, control: Control, least: float) -> float:
+def _remedies(config: SearchConfig) -> list[str]:
+    """What may help a search whose objective cannot rank, less what it does already."""
+    found = ["a shorter target_len first"]
+    if config.haystack is not Haystack.noise:
+        found.append("noise instead of books (search.haystack=noise)")
+    if set(config.depths) == {0.0}:
+        found.append("needles at spread depths (search.depths=[0,0.25,0.5,0.75])")
+    if config.algorithm is not Algorithm.halving:
+        found.append("search=halving (its ramps and attention scales may start better)")
+    else:
+        found.append(f"more starts (search.population={2 * config.population})")
+    return [*found, "or search=paper search.objective=perplexity"]
+
+
+def check_ranking(best_start: RescaleFactors, control: Control, config: SearchConfig) -> float:
     """Self-test (d): how far the needle lowers the loss of its value at the target length.
 
     Args:
         best_start: The best candidate of those the search starts with.
         control: The samples.
-        least: ``search.min_needle_loss_gain_at_target``.
+        config: Of the search, with ``min_needle_loss_gain_at_target`` (None asks for nothing).
 
     Returns:
         Nats per token.
@@ -144,10 +159,10 @@ def check_ranking(best_start: RescaleFactors, control: Control, least: float) ->
     gains = [
         (b - a) / sample.num_scored for a, b, sample in zip(needle, without, samples, strict=True)
     ]
-    gain, noise = fmean(gains), ""
+    gain, noise, least = fmean(gains), "", config.min_needle_loss_gain_at_target
     if len(gains) >= _LEAST_PAIRS and all(map(math.isfinite, gains)):
         noise = "" if paired_lower_bound(gains, _CONFIDENCE) > 0 else ", which is noise"
-    if noise or not gain >= least:
+    if least is not None and (noise or not gain >= least):
         num = control.with_needle.num_scored_tokens
         needle_ppl, without_ppl = (perplexity(math.fsum(x), num) for x in (needle, without))
         length = len(samples[0].tokens) + 1  # its EOS is never read
@@ -156,10 +171,7 @@ def check_ranking(best_start: RescaleFactors, control: Control, least: float) ->
             f"search starts with the needle perplexity is {needle_ppl:.4g}, and {without_ppl:.4g} "
             f"without the needle in the text ({gain:.3g} nats per token{noise}; "
             f"search.min_needle_loss_gain_at_target={least:g}; guessing the digits gives "
-            f"{control.guess_ppl:.3g} with this tokenizer). Use a shorter target_len first, noise "
-            "instead of books (search.haystack=noise), needles at spread depths "
-            "(search.depths=[0,0.25,0.5,0.75]), search=halving (its attention scale and ramps may "
-            "start better), or search.objective=perplexity"
+            f"{control.guess_ppl:.3g} with this tokenizer). Use {', '.join(_remedies(config))}"
         )
     return gain
 

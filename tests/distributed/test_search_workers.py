@@ -68,7 +68,7 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
         "search.max_needle_ppl_at_original=1e30",
         "search.min_needle_loss_gain=-1e9",
         "search.min_needle_loss_gain_at_target=null",
-        "search.fresh_samples=4",
+        "search.fresh_samples=8",
         *overrides,
     ]
 

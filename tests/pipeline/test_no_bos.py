@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run("data_prep.pack", *words, "corpus=sample", "align=2", *(f"quotas.{q}" for q in quotas))
     search = ["population=4", "iterations=1", "parents=2", "num_samples=2"]
     search += ["max_needle_ppl_at_original=1e9", "min_needle_loss_gain=-1e9"]
-    search += ["min_needle_loss_gain_at_target=null", "fresh_samples=2"]
+    search += ["min_needle_loss_gain_at_target=null", "fresh_samples=0"]
     run("launch.search", *words, "corpus=sample", "search=quick", *(f"search.{s}" for s in search))
     train = ["tokens=4096", "global_batch_tokens=1024", "warmup_steps=1", "checkpoint_steps=4"]
     extend = ["experiment=tiny_extend", "training.same_kind_segments=1", *words[1:]]

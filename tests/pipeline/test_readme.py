@@ -67,7 +67,7 @@ def run_line(command: str, *added: str) -> str:
 
 def test_search_export_serve(tmp_path: Path) -> None:
     """The search up to its plan, with factors in its place; what is served is what was exported."""
-    search, export, serve = fenced_after("Better factors without a training")
+    search, export, serve = fenced_after("Factors without a training")
     place = f"run.root={tmp_path}"
     assert "128 -> 2048" in run_line(search, place, "dry_run=true")
     model, factors = ROOT / "models" / "tiny", tmp_path / "untrained" / "2_factors"

@@ -451,7 +451,7 @@ def test_doctor_says_what_a_model_is(tmp_path: Path) -> None:
         "critical dimensions  cosine index ",
         "attention            4 heads, 2 of keys and values; full",
         "logits               times 0.125 (logits_scaling)",
-        "tokenizer rule       BOS <s> (1), EOS </s> (2)",
+        "tokenizer rule       <s> (1) starts a document, </s> (2) ends it",
         "parity               logits ",
         "cost                 1 B tokens on 64 A100: ",
     ):

@@ -26,7 +26,7 @@ WORDS = [
     "search:--gpus-per-node=2", "search:model=tiny", "search:corpus=sample", "search:search=quick",
     "search:search.population=4", "search:search.parents=2", "search:search.iterations=1",
     "search:search.num_samples=2", "search:search.min_needle_loss_gain_at_target=null",
-    "search:search.fresh_samples=2",
+    "search:search.fresh_samples=0",
     "train:--nodes=2", "train:--gpus-per-node=2", "train:experiment=tiny",
     "train:training.global_batch_tokens=512",
     "train:training.tokens=4096", "train:training.warmup_steps=2",

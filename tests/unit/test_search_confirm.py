@@ -97,7 +97,7 @@ def test_a_better_find_is_confirmed(tmp_path: Path) -> None:
     assert result.closed_form.name == "closed form 16"
     assert result.is_confirmed and result.interval[0] < result.difference < result.interval[1] < 0
     assert result.difference == pytest.approx(-0.6, abs=0.12)
-    assert result.verdict().startswith("confirmed: the found factors are better than every closed")
+    assert result.verdict().startswith("confirmed: the found factors beat the best closed form")
     assert "on 16 fresh samples" in result.verdict()
 
 
@@ -105,6 +105,8 @@ def test_a_find_within_noise_is_not_confirmed(tmp_path: Path) -> None:
     result, _ = compare(tmp_path, {21.0: 0.98}, {16.0: 1.0}, noise=0.5)
     assert not result.is_confirmed
     assert result.verdict().startswith("not confirmed: no found factors beat closed form 16 beyond")
+    refuted, _ = compare(tmp_path / "worse", {21.0: 2.0}, {16.0: 1.0}, noise=0.1)
+    assert refuted.verdict().startswith("refuted: the found factors are worse than closed form 16,")
     assert result.advice() == "use rope=yarn rope.attention_scale=1, which needs no search"
 
 

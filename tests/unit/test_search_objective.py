@@ -1,12 +1,14 @@
 """Losses of scored tokens against transformers' own, samples, and every self-test's error text."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longrope2.corpora.needles import Haystack
 from longrope2.errors import ArtifactError, DataError
 from longrope2.model import scoring as scoring_module
 from longrope2.model.scoring import token_nll
@@ -15,7 +17,7 @@ from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.search.config import SearchConfig
+from longrope2.search.config import Algorithm, SearchConfig
 from longrope2.search.objective import (
     SampleLosses,
     ScoredSample,
@@ -320,8 +322,24 @@ class GivenLosses(SampleLosses):
         return [self.given[batch]]
 
 
-def ranking(needle: list[float], control: list[float], least: float = 0.5) -> float:
-    return check_ranking(PI, Control(GivenLosses(needle), GivenLosses(control), 9.85), least)
+def ranking(needle: list[float], control: list[float], **settings: Any) -> float:
+    given = Control(GivenLosses(needle), GivenLosses(control), 9.85)
+    return check_ranking(PI, given, SearchConfig(**settings))
+
+
+def test_remedies_leave_out_what_is_done_already() -> None:
+    with pytest.raises(DataError) as error:
+        ranking([4.0] * 4, [4.0] * 4)
+    for key in ("haystack=noise", "depths=[0,0.25,0.5,0.75]", "objective=perplexity"):
+        assert f"search.{key}" in str(error.value)
+    assert "search=halving" in str(error.value)
+    done = {"algorithm": Algorithm.halving, "depths": [0.0, 0.5], "haystack": Haystack.noise}
+    with pytest.raises(DataError) as error:
+        ranking([4.0] * 4, [4.0] * 4, **done)
+    text = str(error.value)
+    assert "search.population=128" in text and "a shorter target_len" in text
+    assert not any(key in text for key in ("haystack=", "depths=", "search=halving"))
+    assert ranking([4.0] * 4, [4.0] * 4, min_needle_loss_gain_at_target=None) == 0
 
 
 def test_ranking_is_the_mean_gain() -> None:

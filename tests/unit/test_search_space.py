@@ -10,7 +10,7 @@ import pytest
 from longrope2.errors import FactorsError
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors, first_out_of_bound
-from longrope2.search.config import Algorithm, SearchConfig, SearchedDims, search_faults
+from longrope2.search.config import Algorithm, Objective, SearchConfig, SearchedDims, search_faults
 from longrope2.search.evolution import children, cross, first_population, moved, mutate
 from longrope2.search.space import Candidate, SearchSpace
 
@@ -442,6 +442,21 @@ def test_space_errors() -> None:
         (SearchConfig(iterations=-1), "search.iterations=-1: must be at least 0"),
         (SearchConfig(parents=0), "search.parents=0: must be at least 1"),
         (SearchConfig(num_samples=0), "search.num_samples=0: must be at least 1"),
+        (SearchConfig(fresh_samples=2), "search.fresh_samples=2: must be 0, or even"),
+        (SearchConfig(fresh_samples=9), "search.fresh_samples=9: must be 0, or even"),
+        (SearchConfig(confidence=0.5), "search.confidence=0.5: must be above 0.5 and below 1"),
+        (SearchConfig(confidence=0.9), "search.confidence=0.9: search.algorithm=longrope2"),
+        (SearchConfig(lengths=[0.5]), r"search.lengths=\[0.5\]: 1 must be among them, none twice"),
+        (SearchConfig(lengths=[1.0, 2.0]), "search.lengths=.*: give one or more shares"),
+        (SearchConfig(algorithm=Algorithm.halving, grid=0.1), "search.grid=0.1: search.alg"),
+        (
+            SearchConfig(algorithm=Algorithm.halving, critical=3),
+            "search.critical and search.dims=all",
+        ),
+        (
+            SearchConfig(objective=Objective.perplexity, clip_losses=True),
+            "search.clip_losses=true: .*; set search.clip_losses=false or search.objective=needle",
+        ),
         (SearchConfig(batch_size=0), "search.batch_size=0: must be null"),
         (SearchConfig(parents=65), "search.parents=65: must be at most search.population=64"),
         (
