@@ -11,6 +11,7 @@ from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
 from longrope2.export.run import find_export, is_complete, publish
 from longrope2.export.variants import ExportRoot, check
+from longrope2.rope.factors import VERDICT
 
 
 def main() -> None:
@@ -26,6 +27,8 @@ def main() -> None:
         print(f"base model {export.checkpoint}: {window}, not trained for it")
     for final in export.finals:
         print(f"export     {final}, {config.export.dtype.value}, rope {factors.method}")
+    if not config.export.trained and VERDICT in factors.provenance:
+        print(f"factors    {' '.join(factors.provenance[VERDICT].split())}")
     if config.dry_run:
         return
     if is_complete(export):

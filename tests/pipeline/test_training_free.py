@@ -27,7 +27,7 @@ GEOMETRY = rope_geometry(MODEL, 128)
 LLAMA3 = closed_form_factors(RopeMethod.llama3, GEOMETRY, 2048)
 SCALED = RescaleFactors(
     tuple(16.0 ** (i / 15) for i in range(16)), GEOMETRY, 2048, "longrope2", critical_index=9,
-    long_attention_scale=1.28, provenance={"source": "a test", "confirmed": "9 of 9\n needles"},
+    long_attention_scale=1.28, provenance={"source": "a test", "verdict": "9 of 9\n needles"},
 )  # fmt: skip
 UNTRAINED = ("export", "export.trained=false", "export.cost_windows=0")
 SMALL = (
@@ -130,8 +130,9 @@ def test_both_windows_without_a_training(command, exports):
 
 def test_an_attention_scale_of_the_long_window_is_carried_exactly(command, exports, scaled_file):
     gguf_too = ("export.variants=[long_only,short_only]", "export.gguf=true")
-    code, _, err = command(*UNTRAINED, *scaled_file, *gguf_too)
+    code, out, err = command(*UNTRAINED, *scaled_file, *gguf_too)
     assert code == 0, err
+    assert "\nfactors    9 of 9 needles\n" in out
     for name, window, scale in (("long", Window.LONG, 1.28), ("short", Window.SHORT, 1.0)):
         folder = exports / "untrained" / f"hugging_face_{name}_only"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -145,7 +146,7 @@ def test_an_attention_scale_of_the_long_window_is_carried_exactly(command, expor
         assert found_scale == float(np.float32(scale))
         card = (folder / "README.md").read_text()
         assert "`rope=from_file`: read from the file `scaled.json`." in card
-        assert "\n- source: a test\n- confirmed: 9 of 9 needles\n" in card
+        assert "\n- source: a test\n- verdict: 9 of 9 needles\n" in card
         assert "not trained at 2,048 tokens" in card and f"| attention factor | {scale:g} |" in card
     config = json.loads((exports / "untrained/hugging_face_long_only/config.json").read_text())
     for layout in (config["rope_scaling"], config["rope_parameters"]):
