@@ -19,7 +19,8 @@ from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
-from longrope2.search.config import SearchConfig, most_candidates
+from longrope2.search.config import Algorithm, SearchConfig, most_candidates
+from longrope2.search.halving import most_halving_forwards
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import zero_buffers
 
@@ -81,10 +82,21 @@ def plan_run(config: PlanRoot) -> Plan:
         norm=training.norm,
         zero=zero,
         configured=configured if parallel.processes > 1 else None,
-        search_forwards=most_candidates(config.search) * config.search.num_samples,
+        search_forwards=_search_forwards(config),
         evaluation_samples=_evaluation_samples(config),
         num_subjects=len(config.evaluation.subjects),
     )
+
+
+def _search_forwards(config: PlanRoot) -> int:
+    """Forward passes of a search, as so many of the target length."""
+    search, target_len = config.search, config.target_len
+    lengths = [round(share * target_len) for share in search.lengths]
+    forwards = dict.fromkeys(lengths, most_candidates(search) * search.num_samples)
+    if search.algorithm is Algorithm.halving:
+        forwards = most_halving_forwards(search, lengths)
+    tokens = sum(length * count for length, count in forwards.items())
+    return -(-tokens // target_len)
 
 
 def _evaluation_samples(config: PlanRoot) -> list[tuple[int, float]]:

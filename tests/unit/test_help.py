@@ -109,9 +109,9 @@ def test_one_group_in_full(monkeypatch, capsys) -> None:
     text = printed("launch.search", monkeypatch, capsys, "--help", "search")
     assert re.search(r"^  quick  +A budget for the miniature", text, re.MULTILINE)
     assert "search.population=64   (integer)\n    Distinct candidates" in text
-    assert "search.algorithm=longrope2   (longrope2|longrope)" in text
+    assert "search.algorithm=longrope2   (longrope2|halving|longrope)" in text
     assert re.search(r"^    perplexity  +Of every token", text, re.MULTILINE)
-    assert "training" not in text
+    assert "training." not in text
     quick = printed("launch.search", monkeypatch, capsys, "--help", "search", "search=quick")
     assert "search.population=16   (integer)" in quick
 

@@ -337,7 +337,7 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
         "8 sequence x 8 data, recompute none: 97 GiB of 74; "
         "the largest part is activations with 86 GiB",
         "at most 13,440 forward passes of 131,072 tokens",
-        "needles and perplexity of 6 models",
+        "needles and perplexity of 7 models",
     ):
         assert words in text
     cost = text[text.index("hours of 10 B tokens") :].splitlines()

@@ -70,7 +70,7 @@ def search(
     seed: int = 0,
 ) -> tuple[Evolution, Evaluator, PlantedLosses]:
     space = SearchSpace.from_config(config, GEOMETRY, 2048)
-    losses = losses or PlantedLosses(config.batch_size)
+    losses = losses or PlantedLosses(config.batch_size or 1)
     with Journal(folder, HEADER) as journal:
         evaluator = Evaluator(
             losses,
