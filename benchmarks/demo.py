@@ -1,10 +1,9 @@
 """``python -m benchmarks.demo RUN [RUN ...]``: the demo's table over several seeds, with intervals.
 
 The runs are those of ``make demo BASELINE=1``, ``... SEED=1`` and so on (``runs/demo``,
-``runs/demo_1``, ...). Needles are pooled; perplexities are of all tokens of all seeds. Against the
-last subject, the result, every other has the paired difference of the mean loss (nats per token) on
-the same needles and texts, with its 95 % bootstrap interval over them: below 0 the result is
-better.
+``runs/demo_1``, ...). Needles are pooled; perplexities are of all tokens of all seeds. Every subject
+has the paired difference of the result's mean loss (nats per token) from its own on the same
+needles and texts, with its 95 % bootstrap interval over them: below 0 the result is better.
 """
 
 import argparse
@@ -55,14 +54,14 @@ def compared(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> st
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def rows(runs: list[Values]) -> list[list[str]]:
+def rows(runs: list[Values], result: str) -> list[list[str]]:
     """One row of texts for every subject that all runs have, in the first one's order."""
     every = pooled(runs)
     subjects = list(dict.fromkeys(subject for subject, _, _ in runs[0]))
     subjects = [s for s in subjects if all(any(s == key[0] for key in run) for run in runs)]
     lengths = sorted({length for _, suite, length in every if suite == "needle"})
     target, original = lengths[-1], lengths[0]
-    result, base = subjects[-1], subjects[0]
+    base = subjects[0]
     table = []
     for subject in subjects:
 
@@ -99,10 +98,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--result", default="halving-trained", help="subject to compare with")
     given = parser.parse_args()
     heading = ["", "needles, %", "by seed", "needle ppl", "text ppl", "short"]
     heading += ["needle loss, result minus it", "text loss, result minus it"]
-    table = rows([read_results(run) for run in given.runs])
+    table = rows([read_results(run) for run in given.runs], given.result)
     for row in [heading, ["---"] * len(heading), *table]:
         print("| " + " | ".join(row) + " |")
 
