@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch import search as command
+from longrope2.corpora import needles as needles_module
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.needles import build_needle_set, halve_documents
@@ -28,8 +30,11 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.hf_config import to_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.search.config import SearchConfig
+from longrope2.search.confirm import Confirmation, Contestant, Kind, Standing
 from longrope2.search.objective import SampleLosses
 from longrope2.search.prepare import _other_seed, rows_that_fit
+from longrope2.search.run import Found, chosen_factors
 from longrope2.segments.needle_set import NeedleSet
 
 TOKENIZER_FOLDER = Path(__file__).parents[2] / "models" / "tiny"
@@ -166,7 +171,12 @@ def test_without_fresh_samples_the_factors_say_so(search: SearchRun) -> None:
     assert not (folder / "fresh.jsonl").exists()
 
 
-def test_fresh_samples_share_no_text_and_no_key(search: SearchRun) -> None:
+def test_fresh_samples_share_no_text_and_no_key(
+    search: SearchRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so few keys (30, of which 24 are used) that two sets share some unless they must not."""
+    monkeypatch.setattr(needles_module, "ADJECTIVES", ["red", "big", "old", "wet", "odd"])
+    monkeypatch.setattr(needles_module, "NOUNS", ["cat", "cup", "hat", "pen", "sea", "sun"])
     folder = search("search.num_samples=4", "search.fresh_samples=8", "search.lengths=[0.5,1]")
     names = ("needles.json", "needles_128.json", "fresh_needles.json")
     texts = [(folder / name).read_text() for name in names]
@@ -176,6 +186,34 @@ def test_fresh_samples_share_no_text_and_no_key(search: SearchRun) -> None:
     # A cut document's parts have the same file, and another hash of their text.
     books = [set(re.findall(r'"text_sha256": "(\w+)"', text)) for text in texts]
     assert books[2] and not books[2] & (books[0] | books[1])
+
+
+def test_what_did_best_on_fresh_samples_is_written() -> None:
+    """The second of the found ones; what is known of the first stays with it."""
+    plain = closed_form_factors(RopeMethod.none, GEOMETRY, 256)
+    found = [
+        Found(replace(plain, factors=(*plain.factors[:-1], last)), value)
+        for last, value in ((20.0, 1.1), (21.0, 1.2))
+    ]
+    contestant = Contestant("found 2", Kind.found, found[1].factors)
+    confirmation = Confirmation(
+        standings=(Standing(contestant, (0.7,), (0.5,)),),
+        winner=contestant,
+        found=contestant,
+        closed_form=Contestant("yarn", Kind.closed_form, plain),
+        difference=-0.5,
+        interval=(-0.7, -0.3),
+        num_losses=2,
+    )
+    config = SimpleNamespace(search=SearchConfig(), model=SimpleNamespace(name="tiny"))
+    losses = SimpleNamespace(samples=[])
+    prepared: Any = SimpleNamespace(config=config, losses=losses, long_factors=None)
+    chosen = chosen_factors(prepared, found, confirmation, None)
+    assert chosen.factors == found[1].factors.factors
+    assert chosen.provenance["needle_ppl"] == "1.2"
+    assert float(chosen.provenance["fresh_needle_ppl"]) == pytest.approx(math.exp(0.5))
+    assert chosen.provenance["verdict"].startswith("confirmed: ")
+    assert chosen_factors(prepared, found, None, None).factors == found[0].factors.factors
 
 
 def test_search_by_halving(search: SearchRun, capsys: pytest.CaptureFixture[str]) -> None:
