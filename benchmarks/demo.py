@@ -1,9 +1,9 @@
 """``python -m benchmarks.demo RUN [RUN ...]``: the demo's table over several seeds, with intervals.
 
 The runs are those of ``make demo BASELINE=1``, ``... SEED=1`` and so on (``runs/demo``,
-``runs/demo_1``, ...). Needles are pooled; perplexities are of all tokens of all seeds. Every subject
-has the paired difference of the result's mean loss (nats per token) from its own on the same
-needles and texts, with its 95 % bootstrap interval over them: below 0 the result is better.
+``runs/demo_1``, ...). Needles are pooled; perplexities are of all tokens of all seeds. Every
+subject has the paired difference of the result's mean loss (nats per token) from its own on the
+same needles and texts, with its 95 % bootstrap interval over them: below 0 the result is better.
 """
 
 import argparse
