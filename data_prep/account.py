@@ -196,8 +196,10 @@ def _print_mixture(config: PackConfig) -> None:
         print(f"  scaled to {mixture.total_tokens:,} tokens in all")
 
 
-def print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
-    """What was packed, what was left out and why, and what is missing."""
+def print_result(
+    counts: dict[str, Any], notices: Sequence[str], folder: Path, seconds: float
+) -> None:
+    """What was packed, what was left out and why, what is missing, and what to know of it."""
     tokens = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
     padding = counts["padding_tokens"]
     print(
@@ -223,6 +225,13 @@ def print_result(counts: dict[str, Any], folder: Path, seconds: float) -> None:
             print(f"  {title}: {number:,} {unit}, {reason}")
     for shortfall in counts["shortfalls"]:
         print(f"  shortfall: {shortfall}")
+    print_notices(notices)
+
+
+def print_notices(notices: Sequence[str]) -> None:
+    """What to know of the segments before going on, the last lines of a run."""
+    for notice in notices:
+        print(f"note: {notice}")
 
 
 def write_report(path: Path, manifest: Manifest) -> None:
@@ -235,6 +244,7 @@ def write_report(path: Path, manifest: Manifest) -> None:
         _reasons("Tokens left out", "tokens", counts["left_out_tokens"]),
         _reasons("Documents read but not tokenized", "documents", untokenized),
         _reasons("Records that could not be read", "records", counts["num_records_skipped"]),
+        *(f"<p><b>Note:</b> {escape(notice)}</p>" for notice in details["notices"]),
         "<h2>Shortfalls</h2><ul>",
         *(f"<li>{escape(shortfall)}</li>" for shortfall in shortfalls),
         "</ul>",

@@ -17,11 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.account import print_result, print_wanted
+from data_prep.account import print_notices, print_result, print_wanted
 from data_prep.config import QUOTA_BUCKETS, PackConfig
 from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
 from longrope2.command import run_command
-from longrope2.config import compose, differences, dump, remake, target_faults, to_plain
+from longrope2.config import (
+    compose,
+    differences,
+    dump,
+    remake,
+    target_faults,
+    to_plain,
+    with_later_keys,
+)
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
@@ -139,8 +147,10 @@ def pack(config: PackConfig) -> Path:
         "exclude": {name: _identity_of(Path(name)) for name in config.documents.exclude},
     }
     if (folder / "manifest.json").exists():
-        _require_same(artifacts.read_manifest(folder, "segments"), config, inputs, folder)
+        manifest = artifacts.read_manifest(folder, "segments")
+        _require_same(manifest, config, inputs, folder)
         print(f"already complete: {folder}")
+        print_notices(manifest.details.get("notices", ()))
         return folder
     from data_prep.stages import locked
 
@@ -202,7 +212,7 @@ def _build(
     artifacts.write_manifest(folder, manifest)
     if not config.keep_work:
         shutil.rmtree(folder / "work", ignore_errors=True)
-    print_result(counts, folder, time.monotonic() - started)
+    print_result(counts, details["notices"], folder, time.monotonic() - started)
 
 
 def _identity_of(path: Path) -> str:
@@ -218,7 +228,7 @@ def _require_same(
     manifest: artifacts.Manifest, config: PackConfig, inputs: dict[str, Any], folder: Path
 ) -> None:
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
-    made = {**manifest.config, "inputs": manifest.inputs}
+    made = {**with_later_keys(manifest.config, PackConfig), "inputs": manifest.inputs}
     changes = differences(made, {**to_plain(config), "inputs": inputs}, free=LOCATION_KEYS)
     if changes:
         shown = "; ".join(changes[:8])

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import read_exclusions
 from data_prep.engine import run_stage
+from data_prep.notices import HeldOut, Kinds, held_out_of, kinds_of, notices
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
 from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
 from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
 from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
 from longrope2.corpora import tokenizer
+from longrope2.corpora.build import ignored_files
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import write_text
@@ -228,6 +231,7 @@ def build_segments(
     lengths = length_buckets(config)
     details = {
         **summary["rules"],
+        "notices": _notices(config, summary, packed),
         "document_start": "none" if summary["rules"]["bos_id"] is None else "bos",
         "model_name": config.model.name,
         "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
@@ -236,6 +240,14 @@ def build_segments(
         "documents": write_document_list(folder, pack_list),
     }
     return files, segment_counts(summary["counts"], packed), details
+
+
+def _notices(config: PackConfig, summary: dict[str, Any], packed: list[PackedUnit]) -> list[str]:
+    """What to know of the segments before going on."""
+    kinds = kinds_of(segment_counts(summary["counts"], packed))
+    held_out = summary["held_out"]
+    held_out = None if held_out is None else HeldOut(**held_out)
+    return notices(config, kinds, ignored_files(config.corpus), held_out)
 
 
 @contextmanager
@@ -277,8 +289,10 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         eos_id=encoder.eos_id,
         control_ids=encoder.control_ids,
     )
+    held_out = held_out_of(choice.table, len(stage.corpus.units()))
     summary = {
         "rules": vars(rules),
+        "held_out": None if held_out is None else vars(held_out),
         "counts": choice.counts(),
         "length_histogram": histogram(choice),
         "chosen_tokens": int(choice.selection.parts.tokens_P.sum()),
@@ -332,6 +346,9 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
             tokenized += own.num_units * per_unit
     for shortfall in fitted.shortfalls:
         print(f"  expected shortfall: {shortfall}")
+    expected = _expected_kinds(config, fitted.demand, scans)
+    for notice in notices(config, expected, ignored_files(config.corpus), None):
+        print(f"  expected: {notice}")
     width, packed = encoder.dtype().itemsize, _wanted_tokens(fitted.demand, scans)
     print(
         f"  disk: about {tokenized * width / GIB:.2f} GiB of intermediate ids (removed at the end) "
@@ -344,6 +361,26 @@ def _there(scan: SourceScan, bucket: str) -> float | None:
     """Tokens of a source in one bucket; None if unknown."""
     supply = scan.supply()
     return None if supply is None else sum(cells.get(bucket, 0.0) for cells in supply.values())
+
+
+def _expected_kinds(config: PackConfig, demand: Demand, scans: dict[str, SourceScan]) -> Kinds:
+    """Segments of each kind by the estimate; None where a source's lengths are unknown."""
+    generated = config.retrieval_tokens
+    names = length_buckets(config).names
+    tokens: dict[str, float | None] = {}
+    for kind, buckets in (("short", names[:1]), ("long", names[1:])):
+        expected = float(sum(generated.get(bucket, 0) for bucket in buckets))
+        for (source, scan), bucket in product(scans.items(), buckets):
+            there, wanted = _there(scan, bucket), demand.of(source, bucket)
+            if there is None and wanted != 0:
+                expected = math.nan
+            elif there is not None:
+                expected += there if wanted is None else min(there, wanted)
+        tokens[kind] = None if math.isnan(expected) else expected
+    if config.short_overlong is ShortOverlong.split:  # the longer documents are shared out
+        tokens = {"short": None, "long": None}
+    num = {k: None if n is None else int(n // config.target_len) for k, n in tokens.items()}
+    return Kinds(tokens["short"], tokens["long"], num_short=num["short"], num_long=num["long"])
 
 
 def _cell(scan: SourceScan, wanted: int | None, bucket: str) -> str:

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from longrope2.corpora.corpus import TEXT_HASH_BYTES
 from longrope2.files.artifacts import atomic_path, write_text
 
-HASH_BYTES = 16
+HASH_BYTES = TEXT_HASH_BYTES
 ROWS_PER_BATCH = 16_384
 # Columns of the index that become arrays, with their types there.
 ARRAYS = {"start": np.int64, "num_tokens": np.int64, "num_characters": np.int64, "order": np.uint64}
@@ -77,6 +78,7 @@ class UnitAccount:
     left_out_characters: Counter[str] = field(default_factory=Counter)
     # Reason -> records that the corpus could not use.
     skipped: Counter[str] = field(default_factory=Counter)
+    longest_heldout_characters: int = 0
 
     def leave_out(self, reason: str, num_characters: int) -> None:
         """Count a document that is not tokenized."""

@@ -10,7 +10,6 @@ haystack is text of the train split, so the units it is taken from are read once
 retrieval documents read everything once.
 """
 
-import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -169,9 +168,7 @@ class TokenizeJob:
             order = order_of(self.seed, document.doc_id)
             reason, text_hash = self._reason_against(task, document, order / 2**64), b""
             if reason is None:
-                text_hash = hashlib.sha256(document.text.encode()).digest()[
-                    : token_files.HASH_BYTES
-                ]
+                text_hash = corpora.text_hash(document.text)
                 reason = EXCLUDED if self.exclusions.match(document.doc_id, text_hash) else None
             if reason is None:
                 row = IndexRow(
@@ -186,6 +183,9 @@ class TokenizeJob:
                 yield document, row
             elif task.is_first or reason == NOT_NEEDED:
                 account.leave_out(reason, len(document.text))
+                if reason == HELD_OUT:
+                    longest = max(account.longest_heldout_characters, len(document.text))
+                    account.longest_heldout_characters = longest
         if not task.is_first:
             account.skipped.clear()
 

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_prep.account import DOCUMENTS_FILE
-from data_prep.token_files import HASH_BYTES
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction, text_hash
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
-from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+from longrope2.files.artifacts import sha256_of_file
 from longrope2.segments.format import SegmentStore, check_segment
 
 QUOTA_TOLERANCE = 0.01
@@ -212,7 +211,7 @@ def _texts(
 def _compare(
     row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path
 ) -> None:
-    if bytes.fromhex(sha256_of_bytes(text.encode()))[:HASH_BYTES] != row.text_hash:
+    if text_hash(text) != row.text_hash:
         other = f"the text of {row.doc_id} is not the one that was packed"
         raise _wrong(folder, f"{other}; was the corpus changed?")
     end = row.offset + row.num_tokens - encoder.num_boundary_tokens

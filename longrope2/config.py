@@ -409,10 +409,19 @@ def load(root: type[Root], path: Path) -> Root:
         raise ConfigError(
             [f"--config {path}: no such file; run the stage once without --config to write it"]
         )
+    return from_plain(root, OmegaConf.load(path), str(path))
+
+
+def from_plain(root: type[Root], plain: Any, where: str) -> Root:
+    """An object of ``root`` from plain values, as ``to_plain`` makes them.
+
+    Raises:
+        ConfigError: they do not fit the schema; messages begin with ``where``.
+    """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(root), OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(root), plain)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {_explain(error)}"]) from None
+        raise ConfigError([f"{where}: {_explain(error)}"]) from None
     if faults := _value_faults(merged):
         raise ConfigError(faults)
     return _to_object(merged)
@@ -435,14 +444,17 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     """
     path = folder / "config.yaml"
     if path.is_file():
-        found = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
-        wanted, defaults = _flatten(to_plain(config)), _flatten(to_plain(type(config)))
-        made = {key: found.get(key, defaults.get(key)) for key in found | wanted}
-        changes = differences(made, wanted, free=("run.root", *changeable))
+        made = with_later_keys(OmegaConf.to_container(OmegaConf.load(path)), type(config))
+        changes = differences(made, to_plain(config), free=("run.root", *changeable))
         if changes:
             way_out = f"{path} was made with other settings; {remake(folder)}"
             raise ConfigError([*changes, way_out])
     dump(config, path)
+
+
+def with_later_keys(found: Any, root: type) -> dict[str, Any]:
+    """Dotted keys of an older configuration, with the defaults of those that came later."""
+    return _flatten(to_plain(root)) | _flatten(found)
 
 
 def differences(

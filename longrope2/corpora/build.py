@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from longrope2.corpora.config import CorpusConfig, CorpusKind
@@ -65,6 +66,15 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
     return documents
 
 
+def ignored_files(config: CorpusConfig) -> dict[str, int]:
+    """Ending -> files of the corpus' folder that are not read because of it."""
+    if config.folder is None or CorpusKind.folder not in (config.kind, *config.members):
+        return {}
+    from longrope2.corpora.folder import count_ignored
+
+    return count_ignored(Path(config.folder), config.more_text_endings)
+
+
 def heldout_texts(config: CorpusConfig) -> list[str]:
     """Texts of ``heldout_documents``."""
     return [document.text for document in heldout_documents(config)]
@@ -82,6 +92,9 @@ def _faults(config: CorpusConfig) -> Iterator[str]:
         names = [kind.value for kind in config.members]
         if not names or len(set(names)) < len(names) or CorpusKind.mix in config.members:
             yield f"corpus.members={names}: name different ones of {allowed}"
+    wrong = [end for end in config.more_text_endings if not end.startswith(".") or len(end) < 2]
+    if wrong:
+        yield f"corpus.more_text_endings={wrong}: an ending starts with a dot, like .md"
     if config.folder is None and CorpusKind.folder in (config.kind, *config.members):
         yield "corpus.folder is not set; corpus=folder needs corpus.folder=PATH"
 
@@ -102,6 +115,7 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
                 config.folder,
                 text_field=config.text_field,
                 title_field=config.title_field,
+                more_text_endings=config.more_text_endings,
                 heldout_fraction=heldout,
             )
         case CorpusKind.redpajama_v1 | CorpusKind.redpajama_v2:

@@ -120,9 +120,12 @@ class CorpusConfig:
     """Adapters that kind ``mix`` puts together."""
     folder: str | None = None
     """Folder of .txt, .jsonl or .parquet files, packed or not (.gz, .zst); needed by kind
-    ``folder``."""
+    ``folder``. Files with other endings are not read, and counted."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
+    more_text_endings: list[str] = field(default_factory=list)
+    """Endings of further files of kind ``folder`` that are plain text, a document each, beside
+    .txt: ``[.md,.rst]``."""
     title_field: str | None = None
     """Field whose value is added to the document ids of .jsonl and .parquet records, for readable
     records."""

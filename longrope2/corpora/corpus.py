@@ -6,7 +6,7 @@ depends on its id alone, so text used to evaluate or to search is never trained 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from longrope2.corpora.config import HELDOUT_FRACTION
 
 RETRIEVAL_SOURCE = "retrieval"
+TEXT_HASH_BYTES = 16
+# The way out where held-out text is too small; what was packed must not be held out afterwards.
+HOLD_OUT_MORE = "pack again with a larger corpus.heldout_fraction"
 # Held-out text taken from one unit before the next one is opened, so that a few megabytes come from
 # many files.
 HELDOUT_CHARACTERS_PER_UNIT = 2_000_000
@@ -103,6 +106,16 @@ def stable_hash(*parts: str | int) -> int:
 def stable_fraction(*parts: str | int) -> float:
     """``stable_hash`` as a number in [0, 1)."""
     return stable_hash(*parts) / 2**64
+
+
+def text_hash(text: str) -> bytes:
+    """First half of the SHA-256 of a text in UTF-8: by it equal texts are found."""
+    return hashlib.sha256(text.encode()).digest()[:TEXT_HASH_BYTES]
+
+
+def text_hashes(documents: Iterable[Document]) -> list[str]:
+    """The texts of documents by their hashes, for manifests; sorted, hexadecimal."""
+    return sorted({text_hash(document.text).hex() for document in documents})
 
 
 def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:

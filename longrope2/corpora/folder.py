@@ -11,8 +11,32 @@ from longrope2.corpora.corpus import Document, Split, Unit, split_documents
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import sha256_of_file
 
-SUFFIXES = (*records.TEXT_SUFFIXES, *records.JSON_SUFFIXES, *records.PARQUET_SUFFIXES)
 SOURCE = "folder"
+
+
+def count_ignored(folder: Path, more_text_endings: Sequence[str] = ()) -> dict[str, int]:
+    """Ending -> files below a folder that are not read because of it; hidden ones do not count."""
+    suffixes = _suffixes(more_text_endings)
+    counts: Counter[str] = Counter()
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and not path.name.endswith(suffixes) and path.is_file():
+            packed = path.suffix in records.PACKED
+            ending = "".join(path.suffixes[-2:] if packed else path.suffixes[-1:])
+            counts[ending or "without ending"] += 1
+    return dict(sorted(counts.items()))
+
+
+def _suffixes(more_text_endings: Sequence[str]) -> tuple[str, ...]:
+    """Endings of all files that are read."""
+    texts = _text_suffixes(more_text_endings)
+    return (*texts, *records.JSON_SUFFIXES, *records.PARQUET_SUFFIXES)
+
+
+def _text_suffixes(more_text_endings: Sequence[str]) -> tuple[str, ...]:
+    """Endings of files that are one document each, packed ones too."""
+    more = [f"{end}{packed}" for end in more_text_endings for packed in ("", *records.PACKED)]
+    return (*records.TEXT_SUFFIXES, *more)
 
 
 class FolderCorpus:
@@ -35,6 +59,7 @@ class FolderCorpus:
         *,
         text_field: str,
         title_field: str | None = None,
+        more_text_endings: Sequence[str] = (),
         heldout_fraction: float = HELDOUT_FRACTION,
     ) -> None:
         self.heldout_fraction = heldout_fraction
@@ -42,11 +67,16 @@ class FolderCorpus:
         self._text_field, self._title_field = text_field, title_field
         if not self._folder.is_dir():
             raise ConfigError([f"corpus.folder={folder} is not a folder"])
-        found = (path for path in self._folder.rglob("*") if path.name.endswith(SUFFIXES))
+        self._text_suffixes = _text_suffixes(more_text_endings)
+        suffixes = _suffixes(more_text_endings)
+        found = (path for path in self._folder.rglob("*") if path.name.endswith(suffixes))
         self._files = sorted(path for path in found if path.is_file())
         if not self._files:
-            allowed = ", ".join(SUFFIXES)
-            raise ConfigError([f"corpus.folder={folder} holds no file ending in {allowed}"])
+            fault = f"corpus.folder={folder} holds no file ending in {', '.join(suffixes)}"
+            if ignored := count_ignored(self._folder, more_text_endings):
+                there = ", ".join(f"{number} {ending}" for ending, number in ignored.items())
+                fault += f"; it holds {there} (corpus.more_text_endings names those that are text)"
+            raise ConfigError([fault])
         if faults := list(self._field_faults()):
             raise ConfigError(faults)
 
@@ -58,7 +88,7 @@ class FolderCorpus:
         """Documents of one file."""
         domain = unit.name.split("/")[0] if "/" in unit.name else "files"
         path = self._folder / unit.name
-        if path.name.endswith(records.TEXT_SUFFIXES):
+        if path.name.endswith(self._text_suffixes):
             text = records.whole_text(str(path), skipped)
             if text is not None:
                 yield Document(f"{SOURCE}/{unit.name}", text, SOURCE, domain)
@@ -91,7 +121,7 @@ class FolderCorpus:
     def _field_faults(self) -> Iterator[str]:
         """Files whose first record lacks text or title: a wrong key, not a faulty record."""
         for path in self._files:
-            if path.name.endswith(records.TEXT_SUFFIXES):
+            if path.name.endswith(self._text_suffixes):
                 continue
             skipped: Counter[str] = Counter()
             _, record = next(iter(self._records(path, skipped)), (0, None))
