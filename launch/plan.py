@@ -8,14 +8,16 @@ why, what other targets and machines cost, and what search and evaluation cost.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
+from longrope2.files.artifacts import MANIFEST_NAME, product_folder, read_manifest
 from longrope2.model.folder import given_config_file, merged_config_file
 from longrope2.model.norms import NormKernel
-from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
+from longrope2.model.shape import ASSUMED_LONG_SHARE, CONFIG_FILE, ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
@@ -57,11 +59,12 @@ def plan_run(config: PlanRoot) -> Plan:
         copied = find_shipped(elsewhere) / CONFIG_FILE
         file = merged_config_file(copied, model, config.target_len)
     shape = ModelShape.from_file(file)
+    share, mix_origin = _long_share(config)
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
         total_tokens=training.tokens or 0,
-        long_share=config.plan.long_share if training.mixed else 1.0,
+        long_share=share if training.mixed else 1.0,
         short_document_tokens=config.plan.short_document_tokens or model.original_len / 2,
     )
     zero = zero_buffers(config.zero)
@@ -76,6 +79,7 @@ def plan_run(config: PlanRoot) -> Plan:
     return Plan(
         name=model.name,
         options=config.plan,
+        mix_origin=mix_origin if training.mixed else "",
         hardware=config.hardware,
         shape=shape,
         workload=workload,
@@ -86,6 +90,18 @@ def plan_run(config: PlanRoot) -> Plan:
         evaluation_samples=_evaluation_samples(config),
         num_subjects=len(config.evaluation.subjects),
     )
+
+
+def _long_share(config: PlanRoot) -> tuple[float, str]:
+    """Share of long segments, and where it comes from: given, the run's segments, or assumed."""
+    if (given := config.plan.long_share) is not None:
+        return given, " (plan.long_share)"
+    folder = Path(config.segments or product_folder(config.run.folder, "segments"))
+    if not (folder / MANIFEST_NAME).is_file():
+        return ASSUMED_LONG_SHARE, f" (assumed: {folder} holds no segments yet)"
+    counts = read_manifest(folder, "segments").counts
+    num_long, num_short = counts["num_long_segments"], counts["num_short_segments"]
+    return num_long / (num_long + num_short), f" (as in {folder})"
 
 
 def _search_forwards(config: PlanRoot) -> int:
@@ -129,7 +145,7 @@ def _faults(config: PlanRoot) -> list[str]:
     if parallel.zero_stage != 3:
         given = f"parallel.zero_stage={parallel.zero_stage}"
         faults.append(f"{given}: the planner knows stage 3 only; set it to 3 to plan")
-    if not 0 <= plan.long_share <= 1:
+    if plan.long_share is not None and not 0 <= plan.long_share <= 1:
         faults.append(f"plan.long_share={plan.long_share} must be from 0 to 1")
     if (documents := plan.short_document_tokens) is not None and not 1 <= documents <= target:
         given = f"plan.short_document_tokens={documents}"

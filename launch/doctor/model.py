@@ -12,7 +12,7 @@ from longrope2.export.hugging_face import check_exportable
 from longrope2.model.folder import NO_WINDOW, merged_config_file
 from longrope2.model.given import GivenModel, active_window, look_at
 from longrope2.model.loading import check_model, rope_geometry
-from longrope2.model.shape import ModelShape, Workload
+from longrope2.model.shape import ASSUMED_LONG_SHARE, ModelShape, Workload
 from longrope2.planning.choice import choose_layout
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
@@ -83,7 +83,7 @@ def _cost(shape: ModelShape, geometry: RopeGeometry, target_len: int) -> str:
         target_len=target_len,
         step_tokens=target_len * max(1, _STEP_TOKENS // target_len),
         total_tokens=_PLANNED_TOKENS,
-        long_share=0.7,
+        long_share=ASSUMED_LONG_SHARE,
         short_document_tokens=geometry.original_len / 2,
     )
     machine = make_machine(HardwareConfig(gpu=_PLANNED_GPU, num_gpus=_PLANNED_GPUS))

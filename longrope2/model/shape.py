@@ -215,6 +215,10 @@ class ModelShape:
         return self.training_flops(1, 2 * attended_len if whole_square else attended_len)
 
 
+# Of the segments, where there are none yet to tell; whoever shows a figure of it says so.
+ASSUMED_LONG_SHARE = 0.7
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is trained: how many tokens, in segments of which kind."""

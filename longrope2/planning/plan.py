@@ -33,8 +33,9 @@ _TIME_PARTS = ("products", "attention", "elementwise", "exchange", "offload", "e
 class PlanConfig:
     """What is assumed of the segments, and how far the tables go."""
 
-    long_share: float = 0.7
-    """Share of long segments, 0 to 1; the rest is short."""
+    long_share: float | None = None
+    """Share of long segments, 0 to 1; the rest is short. null is that of the run's segments, or
+    0.7 where there are none yet."""
     short_document_tokens: float | None = None
     """Mean length of the documents in short segments, weighted by length; null is half of
     ``model.original_len``."""
@@ -58,6 +59,8 @@ class Plan:
 
     name: str
     options: PlanConfig
+    mix_origin: str
+    """Where the share of long segments comes from, in words behind it."""
     hardware: HardwareConfig
     shape: ModelShape
     workload: Workload
@@ -137,7 +140,7 @@ def _model_lines(plan: Plan) -> list[str]:
         f"{shape.matrix_parameters / 1e9:.3f} B of them in matrices that every token meets",
         f"training   {work.total_tokens / 1e9:g} B tokens in {work.total_steps:,} steps of "
         f"{work.segments_per_step} segments of {work.target_len:,}; {100 * work.long_share:.0f} % "
-        f"long, short documents of {work.short_document_tokens:,.0f} tokens",
+        f"long{plan.mix_origin}, short documents of {work.short_document_tokens:,.0f} tokens",
     ]
     for window in (Window.LONG, Window.SHORT):
         reach = work.attended_len(window)

@@ -40,7 +40,22 @@ class StepSchedule:
     @property
     def groups_per_epoch(self) -> int:
         """Groups in one pass over the data."""
-        return len(self.short_ids) // self.group_size + len(self.long_ids) // self.group_size
+        return sum(map(self.num_groups, Window))
+
+    def num_groups(self, window: Window) -> int:
+        """Groups of one kind in one pass over the data."""
+        return len(self._ids(window)) // self.group_size
+
+    @property
+    def trained_windows(self) -> tuple[Window, ...]:
+        """The kinds that fill a group: only their windows are trained."""
+        return tuple(window for window in Window if self.num_groups(window))
+
+    @property
+    def long_share(self) -> float | None:
+        """Share of the tokens of a pass that stand in long segments; None without any group."""
+        groups = self.groups_per_epoch
+        return self.num_groups(Window.LONG) / groups if groups else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,7 +81,7 @@ class StepSchedule:
     def _group(self, index: int) -> tuple[Window, tuple[int, ...]]:
         """Kind and segments of one group of the endless sequence of groups."""
         epoch, place = divmod(index, self.groups_per_epoch)
-        num_long = len(self.long_ids) // self.group_size
+        num_long = self.num_groups(Window.LONG)
         # Exact error diffusion in integers: the long groups are spread evenly over the epoch.
         long_before = place * num_long // self.groups_per_epoch
         is_long = (place + 1) * num_long // self.groups_per_epoch > long_before

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longrope2.model.norms import NormKernel
-from longrope2.model.shape import ModelShape, Workload
+from longrope2.model.shape import ASSUMED_LONG_SHARE, ModelShape, Workload
 from longrope2.planning import hardware
 from longrope2.planning.hardware import HardwareConfig, Machine
 from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
@@ -26,7 +26,6 @@ _TOLERANCE = 0.15
 # The first steps of a process allocate, compile and fill caches.
 _WARM_UP_STEPS = 3
 _FP32_BYTES, _BF16_BYTES = 4, 2
-_ASSUMED_LONG_SHARE = 0.7
 _MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
 _HINTS = {
     "step time": "; its rates are assumptions (python -m launch.plan), "
@@ -46,6 +45,8 @@ class Forecast:
     """None without ZeRO-3, whose memory is the one that is modelled."""
     machine: Machine | None
     """None on hardware without known rates."""
+    assumes_mix: bool = False
+    """Whether there are no segments yet whose mix it would be of."""
 
     def line(self) -> str:
         """One line for the start of a run."""
@@ -53,7 +54,8 @@ class Forecast:
         flops = work.step_tokens * work.mean_model_flops(self.shape)
         words = [
             f"{self.shape.parameters / 1e6:,.1f} M parameters",
-            f"{flops:.3g} FLOPs a step with {100 * work.long_share:.0f} % long",
+            f"{flops:.3g} FLOPs a step with {100 * work.long_share:.0f} % long"
+            f"{' (assumed: there are no segments yet)' if self.assumes_mix else ''}",
         ]
         if self.memory is not None:
             number_format, most = "bf16" if self.layout.bf16 else "fp32", self.memory.peak_moment
@@ -121,7 +123,7 @@ class ForecastCheck:
 
 
 def make_forecast(run: ResolvedRun) -> Forecast:
-    """What to expect of a run; ``_ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
+    """What to expect of a run; ``ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
     config, training, parallel = run.config, run.config.training, run.config.parallel
     layout = Layout(
         data=run.world_size // parallel.sequence,
@@ -132,19 +134,20 @@ def make_forecast(run: ResolvedRun) -> Forecast:
         zero=zero_buffers(config.zero),
         fused_norms=run.machine.norm.kernel is not NormKernel.model,
     )
-    num_long, num_short = len(run.schedule.long_ids), len(run.schedule.short_ids)
-    share = num_long / (num_long + num_short) if num_long + num_short else _ASSUMED_LONG_SHARE
+    share = run.schedule.long_share if training.mixed else 1.0
     workload = Workload(
         target_len=config.target_len,
         step_tokens=training.global_batch_tokens,
         total_tokens=run.total_steps * training.global_batch_tokens,
-        long_share=share if training.mixed else 1.0,
+        long_share=ASSUMED_LONG_SHARE if share is None else share,
         short_document_tokens=config.model.original_len / 2,
     )
     shape = ModelShape.from_folder(run.model_folder)
     memory = predict_memory(shape, workload, layout) if parallel.zero_stage == 3 else None
     machine = _machine(run.machine.device, run.world_size) if layout.bf16 else None
-    return Forecast(shape, workload, layout, memory=memory, machine=machine)
+    return Forecast(
+        shape, workload, layout, memory=memory, machine=machine, assumes_mix=share is None
+    )
 
 
 def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:

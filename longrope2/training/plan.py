@@ -32,6 +32,7 @@ from longrope2.model.norms import NormKernel, choose_norm
 from longrope2.model.shape import CONFIG_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.methods import RopeMethod
+from longrope2.rope.window import Window
 from longrope2.segments.format import SegmentStore, check_at_start
 from longrope2.segments.schedule import StepSchedule
 from longrope2.training.config import Precision, TrainRoot, check, compute_dtype
@@ -44,6 +45,10 @@ CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpo
                             "prefetch_steps", "async_checkpoints", "final_dtype", "selftest",
                             "hang_timeout_s", "norm")  # fmt: skip
 
+_PACK_MORE = {
+    Window.SHORT: "pack with short_overlong=split or more texts of at most {original_len:,} tokens",
+    Window.LONG: "pack with more texts of above {original_len:,} tokens",
+}
 # What is missing where there are no weights that could be checked.
 _WITHOUT_WEIGHTS = ("model", "weights")
 
@@ -137,6 +142,8 @@ class ResolvedRun:
             unused = sum(schedule.unused_per_epoch.values())
             segments = f"{len(schedule.short_ids)} short, {len(schedule.long_ids)} long; "
             segments += f"a pass leaves out {unused} that fill no group"
+            if (share := schedule.long_share) is not None:
+                segments += f", {100 * share:.0f} % of it are long"
         method = self.found_factors.method if self.found_factors else config.rope.method.value
         method += " at every length" if config.rope.both_windows else ""
         batch, total_steps = training.global_batch_tokens, self.total_steps
@@ -148,7 +155,7 @@ class ResolvedRun:
                 f"model      {config.model.name}: {model}, "
                 f"window {config.model.original_len} -> {config.target_len}",
                 f"segments   {self.segments_folder}: {segments}",
-                f"rope       {method}, mixed windows {'on' if training.mixed else 'off'}",
+                f"rope       {method}, {self._mix_in_words()}",
                 f"processes  {self.world_size}: {self.world_size // sequence} data x {sequence} "
                 f"sequence, ZeRO stage {config.parallel.zero_stage}",
                 f"machine    {machine.device.type} in {_name(machine.dtype)}, "
@@ -156,8 +163,41 @@ class ResolvedRun:
                 f"attention  {_kernel_words(config.attention.kernel, machine.attention)}",
                 f"norms      {_kernel_words(training.norm, machine.norm)}",
                 f"steps      {steps}, {self.micro_steps} micro-steps each",
+                *(f"note: {fault}" for fault in self.untrained_windows()),
             ]
         )
+
+    def _mix_in_words(self) -> str:
+        """Whether windows are mixed; only segments of both kinds make it so."""
+        if not self.config.training.mixed:
+            return "mixed windows off"
+        trained = self.schedule.trained_windows
+        if not self.schedule.short_ids and not self.schedule.long_ids:
+            return "mixed windows if the segments will be of both kinds"
+        if len(trained) == len(Window):
+            return "mixed windows on"
+        return f"{' and '.join(trained) or 'no'} window only, as the segments have it"
+
+    def untrained_windows(self) -> list[str]:
+        """Windows that this run will not train for lack of segments, with the remedy."""
+        config, schedule = self.config, self.schedule
+        original_len, target_len = config.model.original_len, config.target_len
+        if not config.training.mixed or target_len <= original_len or not schedule.trained_windows:
+            return []
+        ids = {Window.SHORT: schedule.short_ids, Window.LONG: schedule.long_ids}
+        reach = {Window.SHORT: original_len, Window.LONG: target_len}
+        found = []
+        for window in (window for window in Window if window not in schedule.trained_windows):
+            if num := len(ids[window]):
+                alike = f"training.same_kind_segments={schedule.group_size}"
+                why = f"{num} {window} segments fill no group of {alike}"
+                way_out = f"use at most {num} there, or pack more"
+            else:
+                why = f"{self.segments_folder} holds no {window} segments"
+                way_out = _PACK_MORE[window].format(original_len=original_len)
+            untrained = f"the {window} window, up to {reach[window]:,} tokens, is not trained"
+            found.append(f"{why}: {untrained}; {way_out}")
+        return found
 
     def describe_missing(self) -> list[str]:
         """Lines of what a run on this machine would be refused for; none when it can start."""

@@ -56,7 +56,9 @@ def test_planned_without_gpus_weights_segments_or_factors(
     printed = dry_run(monkeypatch, capsys, f"experiment={name}", f"run.root={tmp_path}")
     assert f"window {BASES[base]} -> 131072" in printed
     everywhere = " at every length" if baseline in SINGLE else ""
-    assert f"rope       {BASELINES[baseline]}{everywhere}, mixed windows on" in printed
+    mixed = "mixed windows if the segments will be of both kinds"
+    assert f"rope       {BASELINES[baseline]}{everywhere}, {mixed}" in printed
+    assert "with 70 % long (assumed: there are no segments yet)" in printed
     assert "processes  64: 8 data x 8 sequence, ZeRO stage 3" in printed
     assert f"steps      {10_000_000_000 // 8_388_608} of 8388608 tokens" in printed
     missing = printed.split("missing on this machine")[1]
@@ -97,7 +99,7 @@ def test_any_method_is_one_override(method: RopeMethod, tmp_path, monkeypatch, c
         f"run.root={tmp_path}",
         f"rope={method.value}",
     )
-    assert f"rope       {method.value}, mixed windows on" in printed
+    assert f"rope       {method.value}, mixed windows if the segments will be" in printed
 
 
 def test_without_mixed_windows_is_one_override(tmp_path, monkeypatch, capsys) -> None:

@@ -18,6 +18,7 @@ from longrope2.attention.layout import build_layout
 from longrope2.command import run_command
 from longrope2.config import compose
 from longrope2.errors import ArtifactError, ConfigError
+from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.model.windowed import WindowedModel
 from longrope2.planning.choice import choose_layout, find_refusal
@@ -30,6 +31,7 @@ from longrope2.planning.memory import (
     predict_memory,
     saved_layer_bytes_per_token,
 )
+from longrope2.planning.plan import _model_lines
 from longrope2.planning.timing import exchange_bytes, forward_hours, gather_bytes, predict_time
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -406,3 +408,20 @@ def test_command_refuses_what_is_no_run(monkeypatch, capsys) -> None:
         "plan.gpu_counts=[] must hold numbers of at least 1",
     ):
         assert words in message
+
+
+def test_the_share_of_long_segments_is_that_of_the_run(tmp_path: Path) -> None:
+    """Given, or that of the packed segments, or assumed: said in each case."""
+    words = ["experiment=llama3_8b_128k", f"run.root={tmp_path}", "run.name=r"]
+
+    def line(*more: str) -> str:
+        plan = plan_run(compose(PlanRoot, "plan", [*words, *more]))
+        return next(line for line in _model_lines(plan) if line.startswith("training"))
+
+    folder = tmp_path / "r" / "1_segments"
+    assert f"; 70 % long (assumed: {folder} holds no segments yet), short documents of" in line()
+    counts = {"num_long_segments": 3, "num_short_segments": 5}
+    write_manifest(folder, Manifest("segments", counts=counts))
+    assert f"; 38 % long (as in {folder}), short documents of" in line()
+    assert "; 20 % long (plan.long_share), short documents of" in line("plan.long_share=0.2")
+    assert "; 100 % long, short documents of" in line("training.mixed=false")
