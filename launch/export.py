@@ -9,7 +9,7 @@ import sys
 
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
-from longrope2.export.run import find_export, is_complete, publish
+from longrope2.export.run import cost_in_words, find_export, is_complete, publish
 from longrope2.export.variants import ExportRoot, check
 from longrope2.rope.factors import VERDICT
 
@@ -29,12 +29,13 @@ def main() -> None:
         print(f"export     {final}, {config.export.dtype.value}, rope {factors.method}")
     if not config.export.trained and VERDICT in factors.provenance:
         print(f"factors    {' '.join(factors.provenance[VERDICT].split())}")
+    print(f"cost       {cost_in_words(export)}")
     if config.dry_run:
         return
     if is_complete(export):
         print(f"already complete: {places}")
         return
-    claim_folder(export.folder, config, changeable=("dry_run", "export"))
+    claim_folder(export.folder, config, changeable=("dry_run", "export", "corpus"))
     for name, by_length in publish(export).items():
         for length, difference in by_length.items():
             differs = f"{name} differs by at most {difference:.1e} of the largest logit"

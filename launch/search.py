@@ -140,8 +140,9 @@ def _fresh_table(history: dict[str, Any]) -> Table:
     fresh, length = history["fresh"], history["sample_len"]
     table = Table(
         title=f"untrained, fresh samples of {length} tokens",
-        caption="*: in factors.json. Above the line the half of the samples that nobody chose by; "
-        "below it those who were not carried so far, on the first of the other half.",
+        caption=f"{history.get('text', '')} *: in factors.json. Above the line the half of the "
+        "samples that nobody chose by; below it those who were not carried so far, on the first "
+        "of the other half.",
         title_justify="left",
         caption_justify="left",
     )

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from longrope2.config import DocumentStart
-from longrope2.corpora.corpus import Document
+from longrope2.corpora.corpus import HOLD_OUT_MORE, Document
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
 from longrope2.files.artifacts import sha256_of_bytes
@@ -172,7 +172,8 @@ def build_needle_sample(
         raise DataError(f"{short}; at least {length - num_haystack}{way_out}")
     if len(haystack_ids) < num_haystack:
         given = f"only {len(haystack_ids)} were given"
-        raise DataError(f"length={length} needs {num_haystack} haystack tokens, {given}")
+        fault = f"length={length} needs {num_haystack} haystack tokens, {given}"
+        raise DataError(f"{fault}; use a larger corpus, or {HOLD_OUT_MORE}")
     used = np.asarray(haystack_ids[:num_haystack])
     cut = round(depth * num_haystack)
     if places is not None:
@@ -337,7 +338,8 @@ def build_texts(
         text = np.concatenate([encoder.start_ids, ids])[:length].astype(np.int64)
         if len(text) < length:
             given = f"the held-out text has {len(text)} in all"
-            raise DataError(f"samples of {length} tokens are wanted, {given}; use a larger corpus")
+            wanted = f"samples of {length} tokens are wanted, {given}"
+            raise DataError(f"{wanted}; use a larger corpus, or {HOLD_OUT_MORE}")
         texts.append(text)
     return texts
 
@@ -382,7 +384,7 @@ def halve_documents(
     total = sum(len(document.text) for document in documents)
     if total < 2:
         given = f"{len(documents)} documents of {total} characters in all"
-        raise DataError(f"{given} cannot be halved; the corpus must hold out more text")
+        raise DataError(f"{given} cannot be halved; use a larger corpus, or {HOLD_OUT_MORE}")
     drawn = list(documents)
     random.Random(f"halves/{seed}").shuffle(drawn)
     first: list[Document] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.needles import Wording
+from longrope2.corpora.run_corpus import corpus_of_run
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks import config as long
@@ -283,8 +284,21 @@ class EvaluateRoot(StageConfig):
     """Folder of a finished checkpoint, or of an export, to evaluate beside the base model, instead
     of ``evaluation.subjects``."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """Where the held-out text comes from."""
+    corpus: CorpusConfig | None = None
+    """Where the held-out text comes from; null: the corpus of the run's own segments, so a run
+    without segments must be given one."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything that is asked is made of held-out text; long and short tasks are not."""
+        suite = self.suite
+        return suite.measures or suite.ruler is not None or suite.needle_map is not None
+
+    @property
+    def text(self) -> CorpusConfig:
+        """The corpus, once ``check`` has settled it."""
+        assert self.corpus is not None
+        return self.corpus
 
 
 def evaluated_lengths(config: EvaluateRoot) -> list[int]:
@@ -316,6 +330,8 @@ def use_checkpoint(config: EvaluateRoot) -> None:
 def check(config: EvaluateRoot) -> Path:
     """Every rule that crosses fields of an evaluation, before anything is read or written.
 
+    Takes the corpus of the run's segments where none is given.
+
     Returns:
         The base model's local folder.
 
@@ -331,6 +347,11 @@ def check(config: EvaluateRoot) -> Path:
         *_suite_faults(config.suite, suite_lengths(config), config.target_len),
         *calibration_faults(config.calibration),
     ]
+    if config.reads_text:
+        try:
+            config.corpus = corpus_of_run(config.corpus, config.run.folder)
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
     base_folder = given_folder(config.model, config.target_len)

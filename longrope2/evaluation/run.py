@@ -7,7 +7,8 @@ models are evaluated only after its calibration.
 
 import os
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from rich.console import Console
 
 from longrope2.config import claim_folder, to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
+from longrope2.corpora.corpus import Document, text_hashes
 from longrope2.corpora.needles import build_needle_set, choose_wording
+from longrope2.corpora.run_corpus import HeldoutText, corpus_label, heldout_text
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation import answering, scoring, summary
@@ -81,8 +84,10 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         lines += [
             f"lengths    {', '.join(map(str, evaluated_lengths(config)))}",
             f"needles    {num_samples} samples per length at depths {depths}, {wording} wording",
-            f"text       {windows}; held out of corpus {config.corpus.name}",
+            f"text       {windows}",
         ]
+    if config.reads_text:
+        lines.append(f"corpus     held out of {corpus_label(config.text)}")
     if suite.ruler is not None:
         tasks = f"{len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples"
         lines.append(f"ruler      {tasks}, {suite.ruler.mode.value}, at {lengths}")
@@ -115,9 +120,11 @@ def run_evaluation(
     shard = own_shard(config)
     folder = artifacts.product_folder(config.run.folder, "evaluations")
     asks = config.suite.generates or bool(config.suite.short_tasks.tasks)
+    texts = _Texts(config) if config.reads_text else None
     measures, needle_sets = [], []
     if config.suite.measures and shard.index == 0:
-        measures, needle_sets = _build_measures(config, base_folder)
+        assert texts is not None
+        measures, needle_sets = _build_measures(config, base_folder, texts.documents)
     # Later shards leave the folder's configuration and the metrics to the first.
     own_folder = folder if shard.index == 0 else folder / f"shard_{shard.index + 1}"
     claim_folder(own_folder, config, changeable=_CHANGEABLE)
@@ -134,19 +141,43 @@ def run_evaluation(
     ) as tracking:
         if measures:
             measurements = _measure(subjects, measures, models, folder=folder, tracking=tracking)
-            found = summary.summarize(subjects, measurements, config.evaluation.reference)
+            reference, text = config.evaluation.reference, texts.text if texts else None
+            found = summary.summarize(subjects, measurements, reference, text)
             write_summary(folder, found)
             Console().print(summary.comparison_table(found))
         if asks:
             tokenizer = load_tokenizer(base_folder)
-            suite = _run_suite(config, subjects, tokenizer, models, folder=folder, shard=shard)
+            where = {"folder": folder, "shard": shard, "texts": texts}
+            suite = _run_suite(config, subjects, tokenizer, models, **where)
             if suite is not None:
                 tracking.log(summary.suite_metrics(suite))
     is_finished = suite is not None or bool(measures and not asks)
     if is_finished:
-        num_measured = len(measurements)
-        _write_manifest(folder, config, base_folder, subjects, num_measured=num_measured)
+        counts = {"num_subjects": len(subjects), "num_measurements": len(measurements)}
+        _write_manifest(folder, config, base_folder, subjects, counts=counts, texts=texts)
     return is_finished, suite
+
+
+class _Texts:
+    """The held-out text, read once, when something asks for it."""
+
+    def __init__(self, config: EvaluateRoot) -> None:
+        self._config = config
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """All documents there are, or as many as ``corpus.heldout_characters`` allows."""
+        return heldout_documents(self._config.text)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """For the manifest."""
+        return build_corpus(self._config.text).describe()
+
+    @property
+    def text(self) -> HeldoutText:
+        """Which text it is."""
+        return heldout_text(self._config.text, self.description, self._config.run.folder)
 
 
 def _own_models() -> SubjectModels:
@@ -158,11 +189,11 @@ def _own_models() -> SubjectModels:
 
 
 def _build_measures(
-    config: EvaluateRoot, base_folder: Path
+    config: EvaluateRoot, base_folder: Path, books: Sequence[Document]
 ) -> tuple[list[scoring.Measure], list[NeedleSet]]:
     """Measures on needles and text windows, and the needle samples themselves."""
     evaluation, original_len = config.evaluation, config.model.original_len
-    books, tokenizer = heldout_documents(config.corpus), load_tokenizer(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     encoder = DocumentTokenizer(tokenizer, config.model.document_start)
     documents = encoder.encode_documents([book.text for book in books])
     lengths, fitting = evaluated_lengths(config), (original_len, evaluation.batch_tokens)
@@ -217,10 +248,11 @@ def _run_suite(
     models: SubjectModels,
     folder: Path,
     shard: Shard,
+    texts: _Texts | None,
 ) -> SuiteSummary | None:
     """Answer this shard's requests; sum up once everything asked for is done or given up."""
     reference = config.evaluation.reference
-    tasks = _tasks(config, tokenizer) if config.suite.generates else []
+    tasks = _tasks(config, tokenizer, texts) if config.suite.generates else []
     asked = {subject.name: _asked_of(config, subject, tasks) for subject in subjects}
     asks_short = bool(config.suite.short_tasks.tasks)
     # Short tasks are not split: the first shard asks them all.
@@ -251,7 +283,8 @@ def _run_suite(
         way_on = "The same command without evaluation.shard sums up when they have ended"
         print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. {way_on}")
         return None
-    found = summary.summarize_suite(config, subjects, cells + short_cells)
+    text = texts.text if texts else None
+    found = summary.summarize_suite(config, subjects, cells + short_cells, text)
     write_summary(folder, found)
     return found
 
@@ -277,10 +310,10 @@ def _lacking(
     return "the short tasks, which shard 1 asks, may be" if short_elsewhere else ""
 
 
-def _tasks(config: EvaluateRoot, tokenizer: Any) -> list[GenerationTask]:
+def _tasks(config: EvaluateRoot, tokenizer: Any, read: _Texts | None) -> list[GenerationTask]:
     """RULER, the needle map and the long tasks, with a line of progress while samples are made."""
     suite, lengths = config.suite, suite_lengths(config)
-    texts = [document.text for document in heldout_documents(config.corpus)]
+    texts = [document.text for document in read.documents] if read else []
     columns = map(progress.TextColumn, ("samples", "{task.description}"))
     with progress.Progress(*columns, progress.TimeElapsedColumn()) as shown:
         bar, made = shown.add_task("", total=None), 0
@@ -349,15 +382,22 @@ def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
 
 
 def _write_manifest(
-    folder: Path, config: EvaluateRoot, base: Path, subjects: Sequence[Subject], num_measured: int
+    folder: Path,
+    config: EvaluateRoot,
+    base: Path,
+    subjects: Sequence[Subject],
+    *,
+    counts: dict[str, int],
+    texts: _Texts | None,
 ) -> None:
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": model_identity(base),
-        "corpus": build_corpus(config.corpus).describe(),
         "subjects": {subject.name: subject.source for subject in subjects},
     }
     seeds = {"seed": config.seed, "needle": config.evaluation.needle.seed}
-    counts = {"num_subjects": len(subjects), "num_measurements": num_measured}
     facts = {"config": to_plain(config), "seeds": seeds, "counts": counts}
+    if texts is not None:
+        inputs["corpus"] = {"name": config.text.name, **texts.description}
+        facts["details"] = {"text": asdict(texts.text), "text_hashes": text_hashes(texts.documents)}
     manifest = artifacts.Manifest("evaluations", inputs=inputs, **facts)
     artifacts.write_manifest(folder, manifest)

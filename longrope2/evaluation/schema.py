@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from longrope2.corpora.run_corpus import HeldoutText
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import write_text
 
@@ -120,6 +121,8 @@ class EvaluationSummary:
     needle: tuple[NeedleRow, ...]
     perplexity: tuple[ContextRow, ...]
     retention: tuple[RetentionRow, ...]
+    text: HeldoutText | None = None
+    """Which text needles and windows are of; null in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,9 @@ class SuiteSummary:
     the shortest does not, or nothing was measured."""
     retention: tuple[KeptRow, ...]
     paired: tuple[PairedRow, ...]
+    text: HeldoutText | None = None
+    """Which text needles stand in; null where none was asked for, and in files of earlier
+    versions."""
 
 
 Summary = TypeVar("Summary", EvaluationSummary, SuiteSummary)

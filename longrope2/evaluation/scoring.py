@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from longrope2.corpora.corpus import HOLD_OUT_MORE
 from longrope2.errors import DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.subjects import Subject, SubjectModels
@@ -249,7 +250,7 @@ def context_windows(
             f"evaluation.perplexity.num_windows={num_windows}: the held-out documents of at least "
             f"{longest - 1} tokens have room for {len(in_turn)} windows (the longest has "
             f"{max(map(len, documents), default=0)} tokens); use fewer windows, shorter "
-            "evaluation.lengths, or a corpus with longer documents"
+            f"evaluation.lengths, or a corpus with longer documents, or {HOLD_OUT_MORE}"
         )
     windows: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
     for length, found in windows.items():
@@ -284,6 +285,6 @@ def short_windows(
     if len(pieces) < num_windows:
         raise DataError(
             f"evaluation.retention.num_windows={num_windows}: the held-out text has {len(pieces)} "
-            f"windows of {original_len} tokens; use fewer, or a larger corpus"
+            f"windows of {original_len} tokens; use fewer, or a larger corpus, or {HOLD_OUT_MORE}"
         )
     return random.Random(f"short windows/{seed}").sample(pieces, num_windows)

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from longrope2 import statistics
+from longrope2.corpora.run_corpus import HeldoutText
 from longrope2.evaluation import schema
 from longrope2.evaluation.answering import NotMeasured, sample_key
 from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
@@ -30,7 +31,10 @@ EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4k
 
 
 def summarize(
-    subjects: Sequence[Subject], measurements: Sequence[Measurement], reference: str
+    subjects: Sequence[Subject],
+    measurements: Sequence[Measurement],
+    reference: str,
+    text: HeldoutText | None = None,
 ) -> schema.EvaluationSummary:
     """Content of ``evaluations.json``; all subjects are for the same L0 and L."""
     by_suite: dict[str, list[Measurement]] = defaultdict(list)
@@ -50,6 +54,7 @@ def summarize(
         needle=tuple(_needle_row(m, original_len) for m in by_suite["needle"]),
         perplexity=tuple(schema.ContextRow(**vars(r), window=window) for r, window in in_context),
         retention=tuple(schema.RetentionRow(**vars(r), ratio=r.perplexity / base) for r in kept),
+        text=text,
     )
 
 
@@ -137,7 +142,7 @@ def comparison_table(summary: schema.EvaluationSummary) -> Table:
         f"in % of {summary.needle[0].num_samples}; the 95 % interval is that at {longest}. Needle "
         f"ppl, text ppl: perplexity of needle values and of held-out text at {longest} tokens. "
         f"Short: change of the perplexity inside {summary.original_len} tokens against "
-        f"{summary.reference}.",
+        f"{summary.reference}." + (f" {summary.text}" if summary.text else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -293,7 +298,10 @@ def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[sch
 
 
 def summarize_suite(
-    config: EvaluateRoot, subjects: Sequence[Subject], cells: Sequence[Cell]
+    config: EvaluateRoot,
+    subjects: Sequence[Subject],
+    cells: Sequence[Cell],
+    text: HeldoutText | None = None,
 ) -> schema.SuiteSummary:
     """Content of ``suite.json``.
 
@@ -321,6 +329,7 @@ def summarize_suite(
         effective_length={s.name: effective_length(averages, s.name) for s in subjects},
         retention=tuple(_kept_rows(cells, reference, config.model.original_len)),
         paired=tuple(paired_rows(cells, reference)),
+        text=text,
     )
 
 

@@ -7,7 +7,7 @@ a folder of its own (``untrained``) for the product, so that the one is never ta
 
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 
 from longrope2.config import to_plain
 from longrope2.corpora.build import heldout_documents
-from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.run_corpus import corpus_label, corpus_of_run, segments_of
 from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import ArtifactError, ConfigError
+from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
@@ -32,7 +33,8 @@ from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
 
-_COST_TEXT = "held-out Python documentation and sources"
+# Read for the cost of a static choice at most; a large corpus holds out terabytes.
+_MOST_COST_CHARACTERS = 4_000_000
 # Enough for a token of so many characters on average: a long text is not tokenized to its end.
 _CHARACTERS_PER_TOKEN = 16
 _UNTRAINED_FOLDER = "untrained"
@@ -48,6 +50,8 @@ class Export:
     """Folder of the weights: a finished checkpoint's, or the base model's."""
     factors: RescaleFactors
     inputs: dict[str, dict[str, str]]
+    corpus: CorpusConfig | None = None
+    """Whose held-out text the cost of a static choice is measured on; None leaves it unmeasured."""
 
     @property
     def folder(self) -> Path:
@@ -70,6 +74,7 @@ def find_export(config: ExportRoot) -> Export:
     """Find the weights and their factors, and check that they can be exported as configured.
 
     Raises:
+        ConfigError: the run's corpus is not where it was.
         ArtifactError: they are missing, unfinished, or belong to another model or other lengths.
         FactorsError: the factors cannot be written into a Hugging Face config.
     """
@@ -86,7 +91,7 @@ def find_export(config: ExportRoot) -> Export:
         check_gguf(
             checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
         )
-    return Export(config, checkpoint, factors, inputs)
+    return Export(config, checkpoint, factors, inputs, corpus=_cost_corpus(config))
 
 
 def is_complete(export: Export) -> bool:
@@ -98,7 +103,9 @@ def is_complete(export: Export) -> bool:
     # The checkpoint is compared by its content, wherever it stood; a key that an older manifest
     # does not have came later, and its default was in force.
     found, wanted = (
-        to_plain(ExportConfig()) | plain.get("export", {}) | {"checkpoint": None}
+        to_plain(ExportConfig())
+        | plain.get("export", {})
+        | {"checkpoint": None, "corpus": plain.get("corpus")}
         for plain in (manifest.config, to_plain(export.config))
     )
     there = all(final.is_dir() for final in export.finals)
@@ -136,19 +143,25 @@ def publish(export: Export) -> _Differences:
 
 
 def static_cost(export: Export) -> StaticCost | None:
-    """What a static choice costs this model on short texts that every machine has.
+    """What a static choice costs this model on short held-out texts of the run's corpus.
+
+    Where the corpus holds out fewer texts than asked for, all of them are taken, which is printed.
 
     Raises:
-        ConfigError: more texts are asked for than there are.
+        DataError: the corpus holds out no text at all.
     """
-    num_windows = export.config.export.cost_windows
-    if num_windows == 0:
+    num_windows, corpus = export.config.export.cost_windows, export.corpus
+    if num_windows == 0 or corpus is None:
         return None
-    corpus = CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=0.2)
-    documents = heldout_documents(corpus)
+    limit = min(corpus.heldout_characters or _MOST_COST_CHARACTERS, _MOST_COST_CHARACTERS)
+    try:
+        documents = heldout_documents(replace(corpus, heldout_characters=limit))
+    except DataError as error:
+        raise DataError(f"{error}; export.cost_windows=0 exports without such text") from None
     if num_windows > len(documents):
-        fault = f"export.cost_windows={num_windows} must be at most {len(documents)}"
-        raise ConfigError([f"{fault}, all texts there are"])
+        few = f"on {len(documents)} texts, all that corpus {corpus.name} holds out"
+        print(f"cost       measured {few} (export.cost_windows={num_windows} asks for more)")
+        num_windows = len(documents)
     tokenizer = load_tokenizer(export.checkpoint)
     encoder = DocumentTokenizer(tokenizer, export.config.model.document_start)
     original_len, windows = export.factors.geometry.original_len, []
@@ -156,7 +169,32 @@ def static_cost(export: Export) -> StaticCost | None:
         ids = encoder.encode(document.text[: _CHARACTERS_PER_TOKEN * original_len])
         windows.append(torch.tensor((encoder.start_ids + ids)[: original_len - 1]))
     model = load_to_run(export.checkpoint, export.factors)
-    return measure_static_cost(model, windows, _COST_TEXT)
+    return measure_static_cost(model, windows, f"held out of the corpus `{corpus.name}`")
+
+
+def cost_in_words(export: Export) -> str:
+    """For the plan: what the cost of a static choice is measured on, or why it is not."""
+    num_windows = export.config.export.cost_windows
+    if num_windows == 0:
+        return "of a static choice: not measured (export.cost_windows=0)"
+    if export.corpus is not None:
+        label = corpus_label(export.corpus)
+        return f"of a static choice: on {num_windows} texts held out of corpus {label}"
+    where = artifacts.product_folder(export.config.run.folder, "segments")
+    lacking = f"{where} holds no segments whose corpus could give the texts"
+    return f"of a static choice: not measured, {lacking}; corpus=NAME names one"
+
+
+def _cost_corpus(config: ExportRoot) -> CorpusConfig | None:
+    """The corpus given, or that of the run's segments; None without either."""
+    needs_none = config.export.cost_windows == 0
+    if needs_none or (config.corpus is None and segments_of(config.run.folder) is None):
+        return None
+    try:
+        return corpus_of_run(config.corpus, config.run.folder)
+    except ConfigError as error:
+        way_out = "or export.cost_windows=0, which measures nothing on it"
+        raise ConfigError([f"{fault}, {way_out}" for fault in error.faults]) from None
 
 
 def _write(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from longrope2.config import StageConfig, target_faults
+from longrope2.corpora.config import CorpusConfig
 from longrope2.errors import ConfigError, FactorsError
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.given import active_window, class_config
@@ -76,8 +77,8 @@ class ExportConfig:
     a SentencePiece tokenizer needs none."""
     cost_windows: int = 8
     """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for
-    the model cards (perplexity of held-out Python documentation and sources under either RoPE);
-    0 leaves it unmeasured, and the cards say so."""
+    the model cards (perplexity of held-out text of the run's corpus, or ``corpus=``, under either
+    RoPE); 0 leaves it unmeasured, and the cards say so."""
 
 
 @dataclass
@@ -88,6 +89,9 @@ class ExportRoot(StageConfig):
     rope: RopeConfig | None = None
     """Factors of an export without training; null is ``searched``, the run's own search. A
     trained model has its own."""
+    corpus: CorpusConfig | None = None
+    """Held-out text that ``export.cost_windows`` are taken from; null: the corpus of the run's own
+    segments. Without either the cost is not measured."""
 
 
 def check(config: ExportRoot) -> None:

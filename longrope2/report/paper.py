@@ -100,7 +100,7 @@ def paper_tables(summary: SuiteSummary) -> list[PaperTable]:
 
 def paper_text(summary: SuiteSummary) -> str:
     """All tables, effective lengths, retention, scores by RoPE side and what is missing."""
-    parts = []
+    parts = [] if summary.text is None else [str(summary.text)]
     for table in paper_tables(summary):
         width = max(len(label) for label, _ in table.rows)
         lines = [table.title]

@@ -4,6 +4,7 @@ from longrope2.evaluation.schema import EvaluationSummary
 from longrope2.report.data import RunRecord
 from longrope2.report.html import image
 from longrope2.report.plots import Scale, mix_figure, series_figure
+from longrope2.report.text import text_statements
 
 RETRIEVAL_SOURCE = "retrieval"
 # Metrics with their names, vertical axis and its scale, text for who cannot see it.
@@ -34,7 +35,8 @@ def limits(record: RunRecord) -> list[str]:
     return [
         *measured,
         *_retrieval_in_training(record),
-        *_shared_text(record),
+        *text_statements(record),
+        *_missing_halves(record),
         "Every training was run once, with one seed: differences between trained models include "
         "its luck.",
         "The figures hold for this model, this text and these lengths; a larger model may order "
@@ -87,15 +89,17 @@ def _retrieval_in_training(record: RunRecord) -> list[str]:
     ]
 
 
-def _shared_text(record: RunRecord) -> list[str]:
-    factors, evaluations = record.stages["factors"].manifest, record.stages["evaluations"].manifest
-    if factors is None or evaluations is None:
+def _missing_halves(record: RunRecord) -> list[str]:
+    """A window that no segment was packed for is not trained."""
+    manifest = record.stages["segments"].manifest
+    if manifest is None or manifest.details.get("target_len") == manifest.details.get(
+        "original_len", ""
+    ):  # pre-training has one window
         return []
     return [
-        "The factors were searched on needles hidden in the same held-out documents that "
-        "evaluation uses, with keys, values and places drawn separately (seeds "
-        f"{factors.seeds.get('seed')} and {evaluations.seeds.get('needle')}). None of these "
-        "documents is in the training segments."
+        f"The run's segments hold no {window} ones: its {window} window was not trained."
+        for window in ("short", "long")
+        if manifest.counts.get(f"num_{window}_segments") == 0
     ]
 
 

@@ -144,8 +144,15 @@ class SearchRoot(StageConfig):
     """Processes that share the candidates; ``parallel.sequence`` of them share every sample."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """Whose held-out text the samples are made of."""
+    corpus: CorpusConfig | None = None
+    """Whose held-out text the samples are made of; null: the corpus of the run's own segments, so
+    a run without segments must be given one."""
+
+    @property
+    def text(self) -> CorpusConfig:
+        """The corpus, once ``check`` has settled it."""
+        assert self.corpus is not None
+        return self.corpus
 
 
 def most_candidates(search: SearchConfig) -> int:

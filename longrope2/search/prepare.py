@@ -12,13 +12,16 @@ import torch
 
 from longrope2.config import require_same, target_faults
 from longrope2.corpora.build import build_corpus, heldout_documents
+from longrope2.corpora.corpus import text_hashes
 from longrope2.corpora.needles import (
+    Haystack,
     build_needle_set,
     build_texts,
     choose_wording,
     guess_perplexity,
     halve_documents,
 )
+from longrope2.corpora.run_corpus import HeldoutText, corpus_label, corpus_of_run, heldout_text
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
@@ -81,10 +84,16 @@ class PreparedSearch:
     needles: dict[str, NeedleSet]
     """What is to be kept of the samples, by file name."""
     inputs: dict[str, dict[str, Any]]
+    text: HeldoutText
+    """Which text the samples are of."""
+    text_hashes: list[str]
+    """Of the documents that the samples are made of; none where needles stand in noise."""
 
 
 def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     """The model's folder and the search space, once all that needs no forward pass is checked.
+
+    Takes the corpus of the run's segments where none is given.
 
     Raises:
         ConfigError: every fault found, together.
@@ -92,6 +101,7 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     faults = settings.search_faults(config.search)
     faults += target_faults(config.model, config.target_len, extends=True)
     try:
+        config.corpus = corpus_of_run(config.corpus, config.run.folder)
         build_corpus(config.corpus)
     except ConfigError as error:
         faults += error.faults
@@ -137,7 +147,7 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"{config.target_len}\n"
         f"space      {_space_in_words(config, space)}\n"
         f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
-        f"tokens, held out of corpus {config.corpus.name}\n"
+        f"tokens, held out of corpus {corpus_label(config.text)}\n"
         f"workers    {parallel.processes // parallel.sequence}, each of {parallel.sequence} "
         "processes\n"
         f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
@@ -220,6 +230,7 @@ def prepare(
     search = config.search
     makers = _SampleMaker(config, model_folder, folder)
     samples, fresh = makers.samples(), makers.fresh() if compares_fresh(search) else None
+    corpus = build_corpus(config.text).describe()
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
     model = load_to_run(model_folder, unscaled)
     shape = ModelShape.from_folder(model_folder)
@@ -250,7 +261,9 @@ def prepare(
         guidance=guidance,
         control=control,
         needles=makers.needles,
-        inputs={"model": _identity(model_folder), "corpus": build_corpus(config.corpus).describe()},
+        inputs={"model": _identity(model_folder), "corpus": {"name": config.text.name, **corpus}},
+        text=heldout_text(config.text, corpus, config.run.folder),
+        text_hashes=makers.text_hashes,
     )
 
 
@@ -279,7 +292,10 @@ class _SampleMaker:
         self._tokenizer = load_tokenizer(model_folder)
         self._encoder = DocumentTokenizer(self._tokenizer, config.model.document_start)
         # Always: what is chosen by does not depend on whether it is compared afterwards.
-        halves = halve_documents(heldout_documents(config.corpus), config.seed)
+        documents = heldout_documents(config.text)
+        in_noise = self._is_needle and self._search.haystack is Haystack.noise
+        self.text_hashes = [] if in_noise else text_hashes(documents)
+        halves = halve_documents(documents, config.seed)
         self._chosen_by, self._unseen = halves
         self.needles: dict[str, NeedleSet] = {}
 

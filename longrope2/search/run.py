@@ -377,6 +377,7 @@ def search_history(
         "original_len": geometry.original_len,
         "target_len": prepared.space.target_len,
         "sample_len": prepared.sample_len,
+        "text": str(prepared.text),
         "budget": asdict(budget),
         "fresh": as_plain(confirmation) if confirmation else None,
         "needle_ppl_at_original": guidance.needle_ppl if guidance else None,
@@ -414,5 +415,6 @@ def _write_product(
         seeds={"seed": config.seed},
         counts=asdict(budget),
         files={name: sha256_of_file(folder / name) for name in files},
+        details={"text": asdict(prepared.text), "text_hashes": prepared.text_hashes},
     )
     write_manifest(folder, manifest)

@@ -33,7 +33,7 @@ UNTRAINED = ("export", "export.trained=false", "export.cost_windows=0")
 SMALL = (
     "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]",
     "evaluation.needle.samples_per_depth=2", "evaluation.perplexity.num_windows=2",
-    "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
+    "evaluation.retention.num_windows=3", "tracking.wandb=disabled", "corpus=sample",
 )  # fmt: skip
 
 

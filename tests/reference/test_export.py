@@ -2,8 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from longrope2.config import compose, to_plain
-from longrope2.errors import ArtifactError, ConfigError, FactorsError
-from longrope2.export import run as export_run
+from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.errors import ArtifactError, DataError, FactorsError
 from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
 from longrope2.export.run import Export, is_complete, static_cost
 from longrope2.export.variants import ExportRoot
@@ -243,15 +243,24 @@ def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp
     assert not is_complete(exported("export.cost_windows=0", "export.dtype=bf16"))
 
 
-def test_more_texts_than_there_are_are_refused(tmp_path, monkeypatch):
-    model = Path(__file__).parents[2] / "models" / "tiny"
-    only = [SimpleNamespace(text="some")]
-    monkeypatch.setattr(export_run, "heldout_documents", lambda corpus: only)
-    config = composed(tmp_path, "export.cost_windows=2")
+def test_the_cost_is_measured_on_the_texts_there_are(tmp_path, capsys):
+    """Fewer than asked for: it says so. None held out: refused, with the way out."""
+    texts, model = tmp_path / "texts", Path(__file__).parents[2] / "models" / "tiny"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some words of a text")
+    held_out = CorpusConfig("mine", CorpusKind.folder, folder=str(texts), heldout_fraction=1.0)
+    config, factors = composed(tmp_path, "export.cost_windows=2"), factors_with()
+    cost = static_cost(Export(config, model, factors, {}, held_out))
+    assert cost is not None and cost.num_windows == 1
+    assert cost.text == "held out of the corpus `mine`"
+    said = "cost       measured on 1 texts, all that corpus mine holds out"
+    assert f"{said} (export.cost_windows=2 asks for more)\n" in capsys.readouterr().out
+    packed = replace(held_out, heldout_fraction=0.0)
     with pytest.raises(
-        ConfigError, match=r"export\.cost_windows=2 must be at most 1, all texts there are"
+        DataError, match=r"no document fell into .*; export\.cost_windows=0 exports"
     ):
-        static_cost(Export(config, model, factors_with(), {}))
+        static_cost(Export(config, model, factors, {}, packed))
+    assert static_cost(Export(config, model, factors, {})) is None
 
 
 def test_two_attention_scales_cannot_be_exported(checkpoint, tmp_path):

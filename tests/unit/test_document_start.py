@@ -105,12 +105,13 @@ def test_ids_that_the_model_does_not_embed(tmp_path: Path, beyond: Path) -> None
         load_document_tokenizer(beyond)
     words = ["model=tiny", f"model.path={beyond}", "target_len=256", f"run.root={tmp_path}"]
     words += ["run.name=x"]
+    sample = [*words, "corpus=sample"]
     with pytest.raises(DataError, match=fault):
-        pack(compose(PackConfig, "pack", [*words, "corpus=sample"]))
+        pack(compose(PackConfig, "pack", sample))
     with pytest.raises(ConfigError, match=fault):
-        prepare.check(compose(SearchRoot, "search", [*words, "corpus=sample"]))
+        prepare.check(compose(SearchRoot, "search", sample))
     with pytest.raises(DataError, match=fault):
-        evaluation_config.check(compose(evaluation_config.EvaluateRoot, "evaluate", words))
+        evaluation_config.check(compose(evaluation_config.EvaluateRoot, "evaluate", sample))
     train = ["experiment=tiny_extend", "training.tokens=4096", *words, "rope=yarn"]
     with pytest.raises(DataError, match=fault):
         resolve_run(compose(TrainRoot, "train", train), 2)

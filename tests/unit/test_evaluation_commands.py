@@ -36,7 +36,7 @@ SUBJECTS = (
 SMALL = (
     "evaluation.lengths=[128,256]", "evaluation.needle.depths=[0,1]",
     "evaluation.needle.samples_per_depth=2", "evaluation.perplexity.num_windows=2",
-    "evaluation.retention.num_windows=3", "tracking.wandb=disabled",
+    "evaluation.retention.num_windows=3", "tracking.wandb=disabled", "corpus=sample",
 )  # fmt: skip
 
 
@@ -225,8 +225,9 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
     assert command("export", "dry_run=true")[0] == 0
     folder = product_folder(run_folder, "exports")
     assert not folder.exists()
-    code, out, err = command("export")
+    code, out, err = command("export", "corpus=sample")
     assert code == 0, err
+    assert "cost       of a static choice: on 8 texts held out of corpus sample" in out
     assert "verified   at 128 tokens" in out and "verified   at 129 tokens" in out
     manifest = read_manifest(folder, "exports")
     assert manifest.inputs["checkpoint"]["sha256"] == sha256_of_file(checkpoint / "manifest.json")

@@ -28,6 +28,7 @@ def evaluate(tmp_path, monkeypatch, capsys):
             "model=tiny",
             "run.name=r",
             "target_len=1024",
+            "corpus=sample",
             "suite=needle_map",
             "suite.lengths=[512,1024]",
             f"evaluation.sample_cache={tmp_path}/cache",

@@ -60,6 +60,7 @@ def reading(command: str, final: Path, tmp_path: Path) -> list[str]:
     return {
         "evaluate": [
             "model=tiny",
+            "corpus=sample",
             "evaluation.perplexity.scored_tokens=8",
             "evaluation.reference=trained",
             f"evaluation.subjects=[{{name: trained, checkpoint: {final}}}]",

@@ -78,9 +78,9 @@ def _verify(folder: Path, root: Path) -> list[str]:
 COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "data_prep.pack": _pack,
     "data_prep.verify": _verify,
-    "launch.search": _launch,
+    "launch.search corpus=sample": _launch,
     "launch.train": _launch,
-    "launch.evaluate": _launch,
+    "launch.evaluate corpus=sample": _launch,
     "launch.export": _with_checkpoint("export"),
     "launch.generate": _with_checkpoint("generate", f"generate.prompt_file={__file__}"),
     "launch.plan training.tokens=1000000000": _launch,

@@ -264,6 +264,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
     arguments = {
         "search": ["corpus=sample", "search=quick", "search.objective=perplexity"],
         "evaluate": [
+            "corpus=sample",
             "evaluation.perplexity.scored_tokens=8",
             "evaluation.subjects=[{name: base, rope: {method: none}}]",
         ],

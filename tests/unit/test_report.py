@@ -190,7 +190,8 @@ def finish(run, product, **manifest):
 def full_run(tmp_path):
     run = tmp_path / "demo"
     tokens = {"retrieval": {"short": 100, "long": 250}, "books": {"short": 300, "long": 750}}
-    finish(run, "segments", counts={"tokens": tokens, "num_long_segments": 1234}, seeds={"seed": 3})
+    counts = {"tokens": tokens, "num_long_segments": 1234, "num_short_segments": 0}
+    finish(run, "segments", counts=counts, seeds={"seed": 3})
     factors = finish(run, "factors", seeds={"seed": 11})
     (factors / "factors.json").write_text(FACTORS.to_json())
     (factors / "history.json").write_text(json.dumps(search_history()))
@@ -198,7 +199,14 @@ def full_run(tmp_path):
     (checkpoints / "metrics.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in training_records())
     )
-    evaluations = finish(run, "evaluations", seeds={"needle": 7001})
+    text = {"corpus": "books", "own": None, "is_other": False}
+    evaluations = finish(
+        run,
+        "evaluations",
+        seeds={"needle": 7001},
+        inputs={"corpus": {}},
+        details={"text": text, "text_hashes": []},
+    )
     (evaluations / "evaluations.json").write_text(json.dumps(evaluation_summary()))
     finish(run, "exports")
     return run
@@ -286,7 +294,8 @@ def test_report_states_its_limits(full_run):
         in text
     )
     assert "untrained models (pi, yarn<b>) are the base model by construction" in text
-    assert "(seeds 11 and 7001)" in text
+    assert "share text is unknown: searched by an earlier version" in text
+    assert "The run's segments hold no short ones: its short window was not trained." in text
     assert (
         "Trained in other runs, whose configuration stands there: longrope2-trained "
         "(runs/elsewhere/" in text
