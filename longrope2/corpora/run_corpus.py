@@ -54,11 +54,13 @@ def segments_of(run_folder: Path) -> Path | None:
     checkpoints = product_folder(run_folder, "checkpoints")
     is_own = (own / MANIFEST_NAME).is_file()
     if (checkpoints / MANIFEST_NAME).is_file():
-        trained_on = read_manifest(checkpoints, "checkpoints").inputs.get("segments", {})
-        elsewhere = Path(trained_on.get("path", own))
+        trained_on = read_manifest(checkpoints, "checkpoints").inputs.get("segments")
+        own_sha256 = sha256_of_file(own / MANIFEST_NAME) if is_own else None
+        if trained_on is None or trained_on["sha256"] == own_sha256:
+            return own if is_own else None
+        elsewhere = Path(trained_on["path"])
         if (elsewhere / MANIFEST_NAME).is_file():
-            is_same = is_own and trained_on["sha256"] == sha256_of_file(own / MANIFEST_NAME)
-            return own if is_same else elsewhere
+            return elsewhere
     return own if is_own else None
 
 

@@ -122,7 +122,12 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     assert not run_folder.exists()
     code, out, err = command("evaluate", SUBJECTS, *SMALL)
     assert code == 0, err
+    assert "Text: held out of corpus sample; the run has no segments." in " ".join(out.split())
     folder = product_folder(run_folder, "evaluations")
+    text = {"corpus": "sample", "own": None, "is_other": False}
+    assert json.loads((folder / "evaluations.json").read_text())["text"] == text
+    details = read_manifest(folder, "evaluations").details
+    assert details["text"] == text and len(details["text_hashes"]) > 10
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     expected = [
         (s, suite, n)
