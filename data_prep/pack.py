@@ -49,7 +49,7 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     Raises:
         ConfigError: all faults together, each naming its key and what is allowed.
     """
-    faults = [*_length_faults(config), *_document_faults(config)]
+    faults = [*_run_and_length_faults(config), *_document_faults(config)]
     faults += [*config.retrieval.faults(), *config.cluster.faults()]
     model_folder, corpus = None, None
     try:
@@ -67,8 +67,11 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     return model_folder, corpus
 
 
-def _length_faults(config: PackConfig) -> Iterator[str]:
+def _run_and_length_faults(config: PackConfig) -> Iterator[str]:
     original, target, align = config.model.original_len, config.target_len, config.align
+    if config.run.from_run is not None:
+        taken = f"run.from_run={config.run.from_run}: the run takes that one's segments"
+        yield f"{taken}; pack under another run.name"
     yield from target_faults(config.model, target)
     if original < 1:
         return

@@ -6,10 +6,10 @@ torchrun or Slurm, first give ``--prepare FILE`` (it stops after writing), then 
 ``--config RUN/3_checkpoints/config.yaml``: ranks never compose.
 
 Exit codes (``longrope2.command``): 0 done (or stopped at ``training.stop_after_step``), 2 a fault
-of the user's, 75 stopped by SIGTERM or SIGUSR1 with everything saved, 76 no progress for
-``training.hang_timeout_s``; after both the same command goes on. A torchrun of your own ends with 1
-instead of 75 and kills its ranks 30 seconds after SIGTERM; ``launch.cluster.node_agent`` is a
-torchrun that does neither (``slurm/`` uses it).
+of the user's, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C with everything saved (a second Ctrl-C ends
+at once), 76 no progress for ``training.hang_timeout_s``; after both the same command goes on. A
+torchrun of your own ends with 1 instead of 75 and kills its ranks 30 seconds after SIGTERM;
+``launch.cluster.node_agent`` is a torchrun that does neither (``slurm/`` uses it).
 """
 
 import os

@@ -19,6 +19,8 @@ REQUEUE_EXIT_CODE = 75
 """Saved and stopped because of a signal: the same command goes on from there."""
 HANG_EXIT_CODE = 76
 """A rank saw no progress for ``training.hang_timeout_s``."""
+LAUNCHER_VARIABLE = "LONGROPE2_LAUNCHER"
+"""In the environment of ranks: the process id of the ``launch`` command that starts them."""
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 

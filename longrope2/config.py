@@ -27,7 +27,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.files.artifacts import write_text
+from longrope2.files.artifacts import SOURCE_FILE, product_folder, run_with, source_of, write_text
 from longrope2.help import (
     UNSET,
     UnknownKeyError,
@@ -51,6 +51,7 @@ MOVED = {
     "corpus.plan": "mixture",
     "corpus.quotas": "quotas",
     "corpus.short_overlong": "short_overlong",
+    "run.from": "run.from_run",
 }
 Root = TypeVar("Root")
 
@@ -63,19 +64,62 @@ class RunConfig:
     """Folder name under ``root``, may contain slashes; every stage of one extension shares it."""
     root: str = "runs"
     """Folder of all runs."""
+    from_run: str | None = None
+    """Name of another run under ``root``: its segments and its factors count where this run has
+    none of its own. The run remembers it; later commands need not give it again."""
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.root) / self.name
 
+    def folder_with(self, product: str) -> Path:
+        """The run folder whose segments or factors a stage reads: this one or ``from_run``'s."""
+        own = product_folder(self.folder, product).exists() or self.from_run is None
+        return self.folder if own else run_with(Path(self.root) / str(self.from_run), product)
+
+    def describe_source(self) -> str:
+        """What is taken from another run, in words; "" where nothing is."""
+        runs = {product: self.folder_with(product) for product in ("segments", "factors")}
+        return ", ".join(
+            f"{product} of {run}"
+            for product, run in runs.items()
+            if run != self.folder and product_folder(run, product).exists()
+        )
+
+    def remembered(self) -> str | None:
+        """``from_run`` as the run was begun with."""
+        source = source_of(self.folder)
+        return None if source is None else os.path.relpath(source, self.root)
+
+    def remember(self) -> None:
+        """Note ``from_run`` in the run folder, as a path from there."""
+        if self.from_run is not None and source_of(self.folder) is None:
+            source = os.path.relpath(Path(self.root) / self.from_run, self.folder)
+            write_text(self.folder / SOURCE_FILE, f"{source}\n")
+
     def faults(self) -> list[str]:
-        """A name that is no folder of its own below ``root``."""
-        path = Path(self.name)
-        if path.parts and not path.is_absolute() and ".." not in path.parts:
-            return []
-        fault = f"run.name={self.name} must name a folder below run.root={self.root}"
-        return [f"{fault}; set run.root to have it elsewhere"]
+        """Names that are no folders of their own below ``root``, or a source that cannot be one."""
+        faults = []
+        if not _is_below(self.name):
+            fault = f"run.name={self.name} must name a folder below run.root={self.root}"
+            faults.append(f"{fault}; set run.root to have it elsewhere")
+        return faults if self.from_run is None else faults + self._source_faults(self.from_run)
+
+    def _source_faults(self, name: str) -> list[str]:
+        given, remembered = f"run.from_run={name}", self.remembered()
+        if not _is_below(name):
+            return [f"{given} must name a run below run.root={self.root}"]
+        if remembered not in (None, name):
+            return [f"{given}, but {self.folder} takes from {remembered}; use another run.name"]
+        source: Path | None = Path(self.root) / name
+        if not source.is_dir():
+            return [f"{given}: {source} does not exist; give the name of a run in {self.root}"]
+        while source is not None:
+            if source == self.folder:
+                return [f"{given} takes from {self.name} itself; name another run"]
+            source = source_of(source)
+        return []
 
 
 class SlidingWindow(Enum):
@@ -157,6 +201,11 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
         f"{'and at least twice that' if extends else 'and not below it'}; "
         f"use for example {max(least, round(target_len / original_len)) * original_len}"
     ]
+
+
+def _is_below(name: str) -> bool:
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def find_shipped(path: str) -> Path:
@@ -431,7 +480,8 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     """Write ``config.yaml`` into a product folder that no other configuration has made.
 
     A key that the file does not have came later: its default was in force. Where the runs stand
-    (``run.root``) is no part of what was made: a run may be moved.
+    (``run.root``) is no part of what was made: a run may be moved. The other run that it takes from
+    (``run.from_run``) is remembered.
 
     Args:
         folder: Product folder.
@@ -445,10 +495,16 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
     path = folder / "config.yaml"
     if path.is_file():
         made = with_later_keys(OmegaConf.to_container(OmegaConf.load(path)), type(config))
-        changes = differences(made, to_plain(config), free=("run.root", *changeable))
+        changes = differences(
+            made, to_plain(config), free=("run.root", "run.from_run", *changeable)
+        )
         if changes:
-            way_out = f"{path} was made with other settings; {remake(folder)}"
-            raise ConfigError([*changes, way_out])
+            fault = f"{path} was made with other settings; {remake(folder)}"
+            if not any(change.startswith(("model.", "target_len")) for change in changes):
+                source = f"run.from_run={config.run.name}"
+                fault += f"; {source} lets the new run take this one's segments and factors"
+            raise ConfigError([*changes, fault])
+    config.run.remember()
     dump(config, path)
 
 
@@ -515,8 +571,10 @@ def _to_object(config: Any) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError([_explain(error)]) from None
     run = getattr(made, "run", None)
-    if isinstance(run, RunConfig) and (faults := run.faults()):
-        raise ConfigError(faults)
+    if isinstance(run, RunConfig):
+        if faults := run.faults():
+            raise ConfigError(faults)
+        run.from_run = run.from_run or run.remembered()
     return made
 
 

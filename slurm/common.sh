@@ -30,8 +30,8 @@ elif [ -n "${LONGROPE2_SITE:-}" ]; then
 fi
 
 NODES=$SLURM_JOB_NUM_NODES
-RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-1}
 ON_STOP=end
+SIGNAL_LEAD=900 # seconds: --signal of the scripts that train
 START=${SLURM_RESTART_COUNT:-0}
 LOGS=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID/start-$START
 # The first name in plain order: the agent of every node numbers the ranks by it.
@@ -43,6 +43,7 @@ mkdir -p "$LOGS"
 # train KEY=VALUE...: over all GPUs of the job.
 train() {
     last_wins "$@"
+    count_ranks
     begin "$NODES nodes x $RANKS_PER_NODE ranks: training ${WORDS[*]}"
     ON_STOP=save
     check_nodes
@@ -54,6 +55,7 @@ train() {
 # search KEY=VALUE...: over all GPUs of the job. Every finished loss is in a journal: to be ended costs next to nothing.
 search() {
     last_wins "$@"
+    count_ranks
     begin "$NODES nodes x $RANKS_PER_NODE ranks: search ${WORDS[*]}"
     check_nodes
     check_network
@@ -131,6 +133,15 @@ refuse() {
 
 # --- running
 
+# RANKS_PER_NODE: one for each GPU that Slurm gave, or what slurm/site.env says.
+count_ranks() {
+    trap note_failure EXIT
+    RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    [ -n "$RANKS_PER_NODE" ] || [ "$DEVICE" = cpu ] || fail "Slurm gave this job no GPUs (SLURM_GPUS_ON_NODE is not set):" \
+        "submit it with --gpus-per-node=N, or set RANKS_PER_NODE=N in slurm/site.env, or DEVICE=cpu there to compute on cores"
+    RANKS_PER_NODE=${RANKS_PER_NODE:-1}
+}
+
 # over_all_ranks MODULE ARGUMENTS...: compose once, then the ranks of all nodes on the configuration that was written.
 over_all_ranks() {
     local module=$1 config
@@ -159,6 +170,7 @@ attempt() {
     PRODUCT=$1
     shift
     "${PYTHON[@]}" -m launch.cluster.attempts begin "$PRODUCT"
+    stop_in_time
     trap asked_to_stop USR1
     trap terminated TERM
     trap out_of_time ALRM
@@ -173,11 +185,24 @@ attempt() {
     conclude "$code"
 }
 
+# Where stopping was seen to take longer than Slurm's signal leaves, this script is told earlier, by itself.
+stop_in_time() {
+    local lead left
+    [ "$ON_STOP" = save ] || return 0
+    lead=$("${PYTHON[@]}" -m launch.cluster.attempts lead "$PRODUCT")
+    left=$(($(end_of_job) - $(date +%s)))
+    if [ "$lead" -le "$SIGNAL_LEAD" ] || [ "$left" -le $((2 * lead)) ]; then return 0; fi
+    say "a stop may take $lead s, as measured: it is asked for that long before the time limit"
+    (sleep $((left - lead)) && kill -USR1 $$) &
+    EARLY=$!
+}
+
 # conclude CODE: what comes after the ranks.
 conclude() {
     local verdict
     trap '' USR1
     [ -z "${TIMER:-}" ] || kill "$TIMER" 2>/dev/null || true
+    [ -z "${EARLY:-}" ] || kill "$EARLY" 2>/dev/null || true
     [ -z "${TERMINATED:-}" ] || finish 143 # Slurm itself decides what comes next
     verdict=$("${PYTHON[@]}" -m launch.cluster.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
         --nodes "$(node_names)" ${STOPPED:+--stopped})
@@ -195,7 +220,7 @@ asked_to_stop() {
     [ -z "${STOPPED:-}" ] || return 0
     STOPPED=1
     say "asked to stop"
-    end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null || echo 0)
+    end=$(end_of_job)
     if [ "$end" -gt 0 ]; then # Slurm ends the job then; a quarter of a minute earlier this script still can requeue it
         (sleep $((end - $(date +%s) > 20 ? end - $(date +%s) - 15 : 5)) && kill -ALRM $$) &
         TIMER=$!
@@ -275,6 +300,9 @@ third_in_a_row() {
     local start
     for start in "$START" $((START - 1)) $((START - 2)); do [ -e "${LOGS%-*}-$start/$1" ] || return 1; done
 }
+
+# When Slurm ends this job, in seconds since 1970; 0 if it never does.
+end_of_job() { date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null || echo 0; }
 
 node_names() { scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,; }
 

@@ -1,4 +1,4 @@
-"""``python -m launch.cluster.attempts begin|end|terminated ...``: what a job does after its ranks.
+"""``python -m launch.cluster.attempts begin|end|terminated|lead ...``: what a job does about ranks.
 
 For ``slurm/common.sh``. Each attempt of a stage leaves a line in ``attempts.jsonl`` of its product
 folder when it begins and one when it ends. Slurm starts some again by itself (preemption, a dead
@@ -11,10 +11,13 @@ node); for the others ``end`` decides, on what is written down and never on hope
 
 ``end`` prints one line for the job script: ``done``, ``stop`` or ``requeue [node,...]``; what a
 person should read goes to stderr, the failing rank's last lines at the very end.
+
+``lead`` prints how many seconds before its time limit a training must be told to stop.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -27,12 +30,14 @@ from pathlib import Path
 from launch.cluster.node_agent import ENDED_PREFIX
 from longrope2.command import HANG_EXIT_CODE, REQUEUE_EXIT_CODE, USER_FAULT_EXIT_CODE, run_command
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
-from longrope2.files.artifacts import PRODUCT_FOLDERS
-from longrope2.tracking.metrics import METRICS_FILE
+from longrope2.files.artifacts import MANIFEST_NAME, PRODUCT_FOLDERS
+from longrope2.tracking.metrics import METRICS_FILE, read_metrics
 
 _ATTEMPTS_FILE = "attempts.jsonl"
 _MOST_ATTEMPTS_WITHOUT_PROGRESS = 3
 TRACEBACK_LINES, READ_LINES = 40, 1000
+UNKNOWN_LEAD_SECONDS = 900
+_LATEST_STEPS = 100
 # What a rank says whose peer went away: the consequence, not the cause.
 _PEER_IS_GONE = re.compile(
     r"Connection (closed|reset|refused)|DistNetworkError|DistBackendError|DistStoreError|"
@@ -99,7 +104,7 @@ def main() -> None:
     raw, prog = argparse.RawDescriptionHelpFormatter, "python -m launch.cluster.attempts"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("event", choices=("begin", "end", "terminated"))
+    add("event", choices=("begin", "end", "terminated", "lead"))
     add("product", type=Path, help="product folder of the stage, e.g. runs/NAME/3_checkpoints")
     add("--logs", type=Path, help="folder of this attempt's rank files")
     add("--nodes", type=lambda text: text.split(","), default=[], help="nodes of the job")
@@ -107,6 +112,9 @@ def main() -> None:
     add("--stopped", action="store_true", help="the ranks had been asked to stop")
     given = parser.parse_args()
     product, logs = given.product, given.logs
+    if given.event == "lead":
+        print(stop_lead(product))
+        return
     known = read_attempts(product, job=os.environ["SLURM_JOB_ID"])
     if given.event == "begin":
         begin(product, known)
@@ -115,6 +123,28 @@ def main() -> None:
     else:
         silent = nodes_without_end(logs, given.nodes) if logs is not None else []
         end(product, known, given.code, stopped=given.stopped, logs=logs, silent=silent)
+
+
+def stop_lead(product: Path) -> int:
+    """Seconds that a stop takes at most: the micro-step that runs, writing the state, and a margin.
+
+    Twice what was measured (the longest micro-step of the latest steps, the newest checkpoint), and
+    a minute; ``UNKNOWN_LEAD_SECONDS`` where nothing was.
+    """
+    latest = product / "latest"
+    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
+    manifest = product / tag / MANIFEST_NAME
+    details = json.loads(manifest.read_text(encoding="utf-8"))["details"] if tag != "none" else {}
+    saving = details.get("write_seconds")
+    micro_steps = [
+        seconds
+        for record in read_metrics(product)[-_LATEST_STEPS:]
+        for key, seconds in record.items()
+        if key.startswith("perf/micro_step_seconds_")
+    ]
+    if saving is None or not micro_steps:
+        return UNKNOWN_LEAD_SECONDS
+    return math.ceil(2 * (max(micro_steps) + saving)) + 60
 
 
 def begin(product: Path, known: list[Attempt]) -> None:

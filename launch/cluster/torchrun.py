@@ -1,6 +1,7 @@
 """Start a command's processes here with torchrun's agent, and read what each of them is given."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Generic
+from typing import Any, Generic
 
-from longrope2.command import rank_exit_code
+from longrope2.command import LAUNCHER_VARIABLE, rank_exit_code
 from longrope2.config import Root, compose, load
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import write_text
@@ -20,7 +21,8 @@ CONFIG_FLAG = "--config"
 _PREPARE_FLAG = "--prepare"
 # The ranks decide about a stop (they may save first); torchrun's agent kills after 30 seconds.
 _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_AGENT_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+_AGENT_SIGNALS = "SIGHUP,SIGQUIT"
+_CTRL_C = "Ctrl-C: the ranks save and end; once more ends them at once, without saving"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,14 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
     """Run ``python -m <module> --config <path>`` in processes of an agent that lives here.
 
     SIGTERM and SIGUSR1 are passed on to the ranks; when one rank ends with an error the agent stops
-    the others.
+    the others, and when this process ends, however it does, they end too. Ctrl-C asks ranks that
+    can save to do so; a second one, or one that comes while they cannot, kills them.
 
     Returns:
         0, or the exit code of the rank that failed first; 1 when a signal ended it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, and nothing was saved.
     """
     # torch loads for seconds.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -90,22 +96,38 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
         max_restarts=0,
         signals_to_handle=_AGENT_SIGNALS,
     )
+    ctrl_c = _CtrlC()
     try:
-        with _signals_go_to_ranks():
+        with _signals_go_to_ranks(ctrl_c), _ranks_know_this_process():
             elastic_launch(agent, sys.executable)("-u", "-m", module, CONFIG_FLAG, str(config_path))
     except ChildFailedError as error:
-        return rank_exit_code({rank: end.exitcode for rank, end in error.failures.items()})
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
+        if ctrl_c.killed:
             raise KeyboardInterrupt from None
+        return rank_exit_code({rank: end.exitcode for rank, end in error.failures.items()})
+    except SignalException:
         return 1
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 
 @contextlib.contextmanager
-def _signals_go_to_ranks() -> Iterator[None]:
+def _ranks_know_this_process() -> Iterator[None]:
+    """While open, processes that are started can tell whether this one is still there."""
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER_VARIABLE]
+
+
+@contextlib.contextmanager
+def _signals_go_to_ranks(ctrl_c: "_CtrlC") -> Iterator[None]:
     """While open, a stop signal to this process goes on to the ranks, which decide when to end."""
-    before = {number: signal.signal(number, _send_on) for number in _FORWARDED_SIGNALS}
+    handlers: dict[int, Any] = dict.fromkeys(_FORWARDED_SIGNALS, _send_on)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background job
+        handlers[signal.SIGINT] = ctrl_c
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -115,13 +137,63 @@ def _signals_go_to_ranks() -> Iterator[None]:
 
 def _send_on(number: int, frame: FrameType | None) -> None:
     """Signal handler; before there are ranks, the command ends as it would without a handler."""
+    ranks = _ranks()
+    _tell(ranks, number)
+    if not ranks:
+        sys.exit(128 + number)
+
+
+class _CtrlC:
+    """Handler of SIGINT, which the terminal sends to this process and not to the ranks.
+
+    torchrun starts them in sessions of their own.
+    """
+
+    def __init__(self) -> None:
+        self.killed = False
+        """Whether the ranks were killed."""
+        self._asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        ranks = _ranks()
+        if not ranks:
+            raise KeyboardInterrupt
+        saves = not self._asked and all(map(_remembers_stop_signals, ranks))
+        self._asked, self.killed = True, self.killed or not saves
+        if saves:
+            os.write(2, f"{_CTRL_C}\n".encode())  # print may be what was interrupted
+        _tell(ranks, signal.SIGINT if saves else signal.SIGKILL)
+
+
+def _ranks() -> list[Any]:
+    """The ranks that torchrun's agent has started in this process."""
     import psutil
 
-    ranks = 0
+    found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if CONFIG_FLAG in child.cmdline():
-                child.send_signal(number)
-                ranks += 1
-    if ranks == 0:
-        sys.exit(128 + number)
+                found.append(child)
+    return found
+
+
+def _tell(ranks: list[Any], number: int) -> None:
+    import psutil
+
+    # The agent would report as a failure that they end as asked.
+    logging.disable(logging.ERROR)
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)
+
+
+def _remembers_stop_signals(rank: Any) -> bool:
+    """Whether a rank has come to where it catches stop signals (``StopSignals``); others would die.
+
+    Python catches SIGINT in every process; SIGUSR1 only who asked for it.
+    """
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{rank.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+    return False

@@ -139,7 +139,7 @@ def _read_columns(
 ) -> dict[str, RescaleFactors]:
     """Factors that are read: of the run's search, of the files given, the model's own scaling."""
     columns: dict[str, RescaleFactors] = {}
-    searched = product_folder(config.run.folder, "factors") / FACTORS_FILE
+    searched = product_folder(config.run.folder_with("factors"), "factors") / FACTORS_FILE
     sources = [(SEARCHED, str(searched), "run.name")] if searched.is_file() else []
     sources += [(_column_name(given), given, "doctor.factors") for given in config.doctor.factors]
     for name, given, key in sources:

@@ -55,7 +55,7 @@ def check_seed(config: EvaluateRoot) -> None:
     """
     seed, folder = (
         config.evaluation.needle.seed,
-        artifacts.product_folder(config.run.folder, "factors"),
+        artifacts.product_folder(config.run.folder_with("factors"), "factors"),
     )
     is_there = (folder / artifacts.MANIFEST_NAME).is_file()
     if is_there and artifacts.read_manifest(folder, "factors").seeds.get("seed") == seed:

@@ -254,8 +254,9 @@ def _base_factors(
     rope: RopeConfig, config: StageConfig, base_folder: Path, geometry: RopeGeometry
 ) -> tuple[RescaleFactors, dict[str, Any]]:
     """Factors for the base weights, if searched then on this model; and their input record."""
-    factors = resolve_factors(rope, geometry, config.target_len, config.run.folder)
-    path = factors_path(rope, config.run.folder)
+    run_folder = config.run.folder_with("factors")
+    factors = resolve_factors(rope, geometry, config.target_len, run_folder)
+    path = factors_path(rope, run_folder)
     if path is None:
         return factors, {"method": rope.method.value}
     if rope.factors is None:

@@ -4,13 +4,14 @@ A record is one line, written together with its line end and flushed at once, so
 keeps what it has logged. A crash can tear only the last line: one that has no line end, or is no
 JSON, was never recorded. Readers leave it out (another process may still be writing it); the log's
 writer cuts it off when it opens the file, before it appends anything, or the next record would be
-glued to it and lost as well. A line before the last that is no JSON is damage that no crash
-explains, and is refused.
+glued to it and lost as well. A writer that will repeat its last records may cut them off too. A
+line before the last that is no JSON is damage that no crash explains, and is refused.
 """
 
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class AppendLog:
             ArtifactError: the log is in use, or a line before the last is damaged.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._durable = durable
+        self._durable, self._path = durable, path
         self._file = path.open("ab")
         try:
             if in_use is not None:
@@ -49,6 +50,15 @@ class AppendLog:
         self._file.flush()
         if self._durable:
             os.fsync(self._file.fileno())
+
+    def cut_from(self, is_lost: Callable[[Any], bool]) -> int:
+        """Remove the first record for which ``is_lost`` and all behind it; returns how many."""
+        data = self._path.read_bytes()
+        records, _ = _parse(self._path, data)
+        kept = next((n for n, record in enumerate(records) if is_lost(record)), len(records))
+        if kept < len(records):
+            self._file.truncate(sum(map(len, data.splitlines(keepends=True)[:kept])))
+        return len(records) - kept
 
     def close(self) -> None:
         """Close the file and let another process have it."""

@@ -29,6 +29,8 @@ PRODUCT_FOLDERS = {
     "evaluations": "4_evaluations",
     "exports": "5_exports",
 }
+SOURCE_FILE = "from_run"
+"""In a run folder: the path from there to the run that it takes segments and factors from."""
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 
 
@@ -63,6 +65,24 @@ class Manifest:
 def product_folder(run_folder: Path, product: str) -> Path:
     """Folder of one product inside a run folder, e.g. ``runs/demo/1_segments``."""
     return run_folder / PRODUCT_FOLDERS[product]
+
+
+def source_of(run_folder: Path) -> Path | None:
+    """The run folder that a run takes segments and factors from (``run.from_run``), if any."""
+    note = run_folder / SOURCE_FILE
+    if not note.is_file():
+        return None
+    return Path(os.path.normpath(run_folder / note.read_text(encoding="utf-8").strip()))
+
+
+def run_with(run_folder: Path, product: str) -> Path:
+    """The run folder whose product counts for a run: its own, or one that it takes from."""
+    source: Path | None = run_folder
+    while source is not None:
+        if product_folder(source, product).exists():
+            return source
+        source = source_of(source)
+    return run_folder
 
 
 @contextlib.contextmanager

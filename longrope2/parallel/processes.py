@@ -1,21 +1,39 @@
-"""Start and end of one process among others: device, process group, grid."""
+"""Start and end of one process among others: device, process group, grid.
 
+A rank does not outlive the process that started it: without its agent nobody would stop it, and the
+next start of the run would meet it in the run's folder.
+"""
+
+import contextlib
+import ctypes
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from longrope2.command import LAUNCHER_VARIABLE
 from longrope2.errors import ArtifactError
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 
-# A build of DeepSpeed's extension for CPU processes takes less than a minute.
+# A build of DeepSpeed's extension for CPU processes takes less than a minute, where cores are free.
 _STALE_LOCK_MINUTES = 15
+_SUSPECT_LOCK_SECONDS = 60.0
+_SECONDS_BETWEEN_LOOKS = 30.0
+_MEETING_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,9 @@ def join_processes(parallel: ParallelConfig) -> Processes:
             would wait for it without a word.
     """
     _refuse_stale_locks()
-    if world_size_from_environment() is None:
+    if world_size_from_environment() is not None:
+        end_with_parent(os.environ.get(LAUNCHER_VARIABLE))
+    else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -58,28 +78,93 @@ def join_processes(parallel: ParallelConfig) -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=parallel.timeout_seconds),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    with _naming_locks(speaks=local_rank == 0):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=parallel.timeout_seconds),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
     dims = ParallelDims.from_world(dist.get_world_size(), parallel.sequence, dist.get_rank())
     sequence_group, mpu = make_groups(dims)
     return Processes(dims, device, sequence_group, mpu)
 
 
-def _refuse_stale_locks() -> None:
-    """A build of extensions is locked by a file, which a killed process leaves behind."""
+def end_with_parent(parent: str | None) -> None:
+    """Have the system kill this process when the one that started it has ended, however it ended.
+
+    ``parent`` is its process id as this process was told, if it was: it may be gone already.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if parent is not None and os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def done_by_main(work: Callable[[], Result], mark: Callable[[str], None]) -> Result:
+    """What ``work`` returns on the main rank, on all ranks; every rank calls this.
+
+    However long it takes: ranks meet every second, so that no collective comes to its time limit.
+    ``mark`` is told what the rank does; the main rank is behind the others until it is done.
+    """
+    answer: list[tuple[Result] | None] = [None]
+    if dist.get_rank() != 0:
+        mark("waiting for rank 0")
+        while answer[0] is None:
+            dist.broadcast_object_list(answer)
+        return answer[0][0]
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="main-rank-only") as pool:
+        future = pool.submit(work)
+        while answer[0] is None:
+            if wait([future], timeout=_MEETING_SECONDS).done:
+                answer = [(future.result(),)]
+                mark("telling the other ranks")
+            dist.broadcast_object_list(answer)
+    return answer[0][0]
+
+
+def _locks() -> Iterator[tuple[Path, float]]:
+    """Builds of extensions are locked by files, which killed processes leave behind: age in s."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(given) if given else Path.home() / ".cache" / "torch_extensions"
     for lock in root.glob("**/lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        if minutes > _STALE_LOCK_MINUTES:
+        with contextlib.suppress(FileNotFoundError):  # a build that has just ended
+            yield lock, time.time() - lock.stat().st_mtime
+
+
+def _refuse_stale_locks() -> None:
+    for lock, seconds in _locks():
+        if seconds > 60 * _STALE_LOCK_MINUTES:
             raise ArtifactError(
-                f"{lock} is {minutes:.0f} minutes old: the build of an extension was killed; each "
-                "process waits for it since: remove this file, and the extension is built again"
+                f"{lock} is {seconds / 60:.0f} minutes old: the build of an extension was killed; "
+                "each process waits for it since: remove this file, and the extension is built "
+                "again"
             )
+
+
+@contextlib.contextmanager
+def _naming_locks(*, speaks: bool) -> Iterator[None]:
+    """While open, a lock that this process may be waiting for is named, again and again."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            for lock, seconds in _locks():
+                if seconds > _SUSPECT_LOCK_SECONDS:
+                    print(
+                        "waiting for the build of an extension, usually less than a minute: "
+                        f"{lock} is {seconds:.0f} s old. If no process builds it (one was killed), "
+                        "remove this file: it is built again",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            done.wait(_SECONDS_BETWEEN_LOOKS)
+
+    if speaks:
+        threading.Thread(target=look, name="lock-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def leave_processes(*, failed: bool = False) -> None:

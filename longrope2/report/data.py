@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ArtifactError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
 from longrope2.files import artifacts
-from longrope2.files.artifacts import PRODUCT_FOLDERS, Manifest, product_folder
+from longrope2.files.artifacts import PRODUCT_FOLDERS, Manifest, product_folder, run_with
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.tracking.metrics import read_metrics
@@ -45,6 +45,8 @@ class RunRecord:
     evaluation: EvaluationSummary | None
     suite: SuiteSummary | None
     """RULER, needle map, long and short tasks."""
+    taken_from: dict[str, Path] = field(default_factory=dict)
+    """Products that another run made (``run.from_run``) -> its folder."""
 
     @property
     def mix_tokens(self) -> dict[str, dict[str, int]]:
@@ -65,11 +67,13 @@ def load_run(folder: Path) -> RunRecord:
         fault = "is a file" if folder.is_file() else "does not exist"
         way_out = "give the run folder, or run.name=NAME of a run in run.root"
         raise ArtifactError(f"{folder} {fault}; {way_out}")
-    stages = {product: _stage(folder, product) for product in PRODUCT_FOLDERS}
+    runs = {product: run_with(folder, product) for product in ("segments", "factors")}
+    stages = {product: _stage(runs.get(product, folder), product) for product in PRODUCT_FOLDERS}
     if not any(stage.started for stage in stages.values()):
         known = ", ".join(PRODUCT_FOLDERS.values())
         raise ArtifactError(f"{folder} holds no product of a run ({known})")
-    searched, checkpoints = product_folder(folder, "factors"), product_folder(folder, "checkpoints")
+    searched = product_folder(runs["factors"], "factors")
+    checkpoints = product_folder(folder, "checkpoints")
     factors_files = [searched / FACTORS_FILE, checkpoints / "final" / FACTORS_FILE]
     found = [path.read_text(encoding="utf-8") for path in factors_files if path.is_file()]
     evaluations = product_folder(folder, "evaluations")
@@ -81,6 +85,7 @@ def load_run(folder: Path) -> RunRecord:
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
         evaluation=read_summary(EvaluationSummary, evaluations),
         suite=read_summary(SuiteSummary, evaluations),
+        taken_from={product: run for product, run in runs.items() if run != folder},
     )
 
 

@@ -34,6 +34,7 @@ def limits(record: RunRecord) -> list[str]:
     measured = [] if record.evaluation is None else _of_evaluation(record.evaluation, record)
     return [
         *measured,
+        *(f"The {p} were made in another run: {run}." for p, run in record.taken_from.items()),
         *_retrieval_in_training(record),
         *text_statements(record),
         *_missing_halves(record),

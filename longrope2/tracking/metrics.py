@@ -71,6 +71,10 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=position.get("step"))
 
+    def forget_after(self, step: int) -> int:
+        """Remove what the file holds of later steps, which are to be repeated; how many records."""
+        return self._log.cut_from(lambda record: record.get("step", 0) > step)
+
     def log_files(self, kind: str, paths: Sequence[Path]) -> None:
         """Keep small files, of different names, with the W&B run as its artifact ``kind``."""
         if self._wandb is None:

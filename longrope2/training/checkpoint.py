@@ -21,9 +21,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ import torch.distributed as dist
 from longrope2.errors import ArtifactError
 from longrope2.files import artifacts
 from longrope2.files.artifacts import Manifest
+from longrope2.parallel.processes import done_by_main
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
 
@@ -144,6 +146,7 @@ class CheckpointWriter:
             ArtifactError: a file of this or the checkpoint before could not be written.
         """
         self._join()
+        began = time.monotonic()
         tag, is_main = _tag(steps_done), dist.get_rank() == 0
         working = self._folder / f".{tag}.writing"
         files = _RankFiles(working, dist.get_rank(), in_memory=self._in_background)
@@ -164,7 +167,7 @@ class CheckpointWriter:
             counts = {"steps": steps_done, "skipped_steps": skipped.total}
             counts["skipped_in_a_row"] = skipped.in_a_row
             manifest = Manifest(_STEP_KIND, inputs=self._identity, counts=counts, details=details)
-        given, name = (files, working, tag, manifest), "checkpoint-writer"
+        given, name = (files, working, tag, manifest, began), "checkpoint-writer"
         self._thread = threading.Thread(target=self._write, args=given, name=name, daemon=True)
         self._thread.start()
         if not self._in_background:
@@ -199,12 +202,16 @@ class CheckpointWriter:
             self._thread = None
         self.raise_if_failed()
 
-    def _write(self, files: _RankFiles, working: Path, tag: str, manifest: Manifest | None) -> None:
+    def _write(
+        self, files: _RankFiles, working: Path, tag: str, manifest: Manifest | None, began: float
+    ) -> None:
         """The thread: this rank's files; on rank 0 then everything that makes them a checkpoint."""
         try:
             files.write()
             if manifest is not None:
                 manifest.files = _collect_hashes(working, dist.get_world_size())
+                # What a stop signal must leave time for (launch/cluster/attempts.py).
+                manifest.details["write_seconds"] = round(time.monotonic() - began, 1)
                 self._publish(working, tag, manifest)
         except Exception as error:  # told to the training thread
             self._failure = error
@@ -224,10 +231,16 @@ class CheckpointWriter:
             shutil.rmtree(path)
 
 
-def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[int, SkippedSteps]:
+def load_newest(
+    engine: Any,
+    folder: Path,
+    identity: dict[str, Any],
+    mark: Callable[..., None] = lambda phase, moves_bytes=False: None,
+) -> tuple[int, SkippedSteps]:
     """Load the newest undamaged checkpoint; a damaged one is skipped with a warning.
 
-    One that another number of ranks wrote is converted first.
+    One that another number of ranks wrote is converted first. ``mark`` is told what the rank does
+    (``Heartbeat.mark``): all of it may take long, and moves bytes meanwhile.
 
     Returns:
         Finished optimizer steps, and how many of them were skipped; zeros when there is no
@@ -237,26 +250,33 @@ def load_newest(engine: Any, folder: Path, identity: dict[str, Any]) -> tuple[in
         ArtifactError: there are checkpoints and all are damaged, they belong to another run, or the
             newest cannot be converted.
     """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        for unfinished in folder.glob(".step_*"):
-            shutil.rmtree(unfinished)
-        found = [_newest_intact(folder, identity)]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], ArtifactError):
-        raise found[0]
-    if found[0] is None:
+    mark("verifying checkpoints", moves_bytes=True)
+    found = done_by_main(partial(_clean_and_verify, folder, identity), mark)
+    if isinstance(found, ArtifactError):
+        raise found
+    if found is None:
         return 0, SkippedSteps()
-    tag, manifest = found[0]
+    tag, manifest = found
     counts, written_as = manifest.counts, manifest.details.get("shards")
     skipped = SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
     if written_as and not ShardLayout(**written_as).fits(ShardLayout.of(engine)):
         optimizer = manifest.details["optimizer"]
-        load_converted(engine, folder / tag, ShardLayout(**written_as), optimizer)
-    elif engine.load_checkpoint(str(folder), tag=tag)[0] is None:
+        load_converted(engine, folder / tag, ShardLayout(**written_as), optimizer, mark)
+        return counts["steps"], skipped
+    mark("loading a checkpoint", moves_bytes=True)
+    if engine.load_checkpoint(str(folder), tag=tag)[0] is None:
         text = f"DeepSpeed could not load {folder / tag}"
         raise ArtifactError(f"{text}; remove it to go on from the one before")
     return counts["steps"], skipped
+
+
+def _clean_and_verify(
+    folder: Path, identity: dict[str, Any]
+) -> tuple[str, Manifest] | ArtifactError | None:
+    """As ``_newest_intact``, when what a killed run left unfinished is gone."""
+    for unfinished in folder.glob(".step_*"):
+        shutil.rmtree(unfinished)
+    return _newest_intact(folder, identity)
 
 
 def _newest_intact(
@@ -278,7 +298,8 @@ def _newest_intact(
         if changed:
             return ArtifactError(
                 f"{candidate} was written by another run: {', '.join(changed)} differ; "
-                "use another run.name, or remove the checkpoints to start over"
+                "use another run.name (run.from_run lets it take this run's segments and factors), "
+                "or remove the checkpoints to start over"
             )
         return candidate.name, manifest
     text = f"no checkpoint in {folder} is intact ({len(candidates)} damaged)"

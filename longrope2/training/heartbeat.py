@@ -3,15 +3,21 @@
 The training thread marks its progress in memory. A thread beside it writes the latest mark to
 ``heartbeats/rank_00003.json`` every few seconds: a rank that is stopped or dead can be told from
 one that waits. Ranks make the same marks in the same order, so the others wait for the one with the
-fewest. When a rank has made none for ``training.hang_timeout_s``, another thread, which a stalled
-file system cannot hold, prints which ranks are behind, where, and the stacks of its own threads
-(also to ``rank_00003.stacks``), and ends the process with ``HANG_EXIT_CODE``.
+fewest.
 
-Stop signals, SIGTERM (cancelled, preempted) and SIGUSR1 (``#SBATCH --signal=USR1@300``: the time
-limit is near), are remembered. Between two optimizer steps all ranks agree whether any of them was
-asked to stop: none stops alone while others wait in a collective, and a whole step is saved.
+A mark is progress. So are bytes in a phase that moves them (hashing, converting and loading a
+checkpoint, writing one: hours for a slow disk), as the system counts them for this process and its
+children. When no rank has made progress for ``training.hang_timeout_s``, another thread, which a
+stalled file system cannot hold, prints which ranks are behind, where, and the stacks of its own
+threads (also to ``rank_00003.stacks``), and ends the process with ``HANG_EXIT_CODE``.
+
+Stop signals, SIGTERM (cancelled, preempted), SIGUSR1 (``#SBATCH --signal=USR1@900``: the time limit
+is near) and SIGINT (Ctrl-C), are remembered. Between two micro-steps all ranks agree whether any of
+them was asked to stop: none stops alone while others wait in a collective. A second SIGINT ends the
+process at once.
 """
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -25,7 +31,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -37,7 +45,10 @@ REPORT_SECONDS = 60.0
 """Time to say who hangs: a stalled file system must not keep the process for ever."""
 _MARKS_TO_LIVE = 4
 """A rank whose file is older than this many intervals gives no sign of life."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LEAST_BYTES = 2**20
+"""Less than this is the watch's own reading and writing."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CTRL_C = "Ctrl-C: saves and ends; once more ends at once, without saving"
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,15 @@ class Beat:
     """When the phase began."""
     written: float
     """When this was written."""
+    progress: float = 0.0
+    """When the latest mark was made, or bytes were last seen to move."""
 
     def describe(self, now: float, sign_of_life_seconds: float) -> str:
         """One line."""
         line = f"rank {self.rank} (host {self.host}, process {self.pid}): step {self.step}, "
         line += f"{self.phase}, for {now - self.since:.0f} s"
+        if self.progress > self.since:
+            line += f" (bytes last moved {now - self.progress:.0f} s ago)"
         silent = now - self.written
         if silent <= sign_of_life_seconds:
             return line
@@ -89,6 +104,7 @@ class Heartbeat:
         self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._now, self._stop = (0, 0, "start", time.time()), threading.Event()
+        self._progress, self._moves_bytes, self._bytes = time.time(), False, 0
         work = {"heartbeat": self._write_often, "hang watch": self._watch}
         self._threads = [threading.Thread(target=work[n], name=n, daemon=True) for n in work]
 
@@ -106,10 +122,17 @@ class Heartbeat:
             thread.join()
         self._write()
 
-    def mark(self, phase: str, step: int | None = None) -> None:
-        """Note what comes next, at which step (None: the latest); all ranks make the same marks."""
+    def mark(self, phase: str, step: int | None = None, *, moves_bytes: bool = False) -> None:
+        """Note what comes next, at which step (None: the latest); all ranks make the same marks.
+
+        ``moves_bytes``: while the phase lasts, bytes that this process and its children read and
+        write are progress too.
+        """
         marks, latest_step, _, _ = self._now
-        self._now = (marks + 1, latest_step if step is None else step, phase, time.time())
+        now = time.time()
+        self._now = (marks + 1, latest_step if step is None else step, phase, now)
+        self._bytes = bytes_moved() if moves_bytes else 0
+        self._progress, self._moves_bytes = now, moves_bytes
 
     def _write_often(self) -> None:
         while not self._stop.wait(self._interval):
@@ -117,9 +140,33 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
-            if self._timeout_s is not None and time.time() - self._now[3] > self._timeout_s:
+            if self._moves_bytes:
+                self._look_at_bytes()
+            if self._timeout_s is not None and self._nobody_moves(self._timeout_s):
                 self._end_hung_process(self._timeout_s)
                 return
+
+    def _look_at_bytes(self) -> None:
+        moved = bytes_moved()
+        # Not only more: the count of a child may go with it.
+        if abs(moved - self._bytes) >= _LEAST_BYTES:
+            self._bytes, self._progress = moved, time.time()
+
+    def _nobody_moves(self, timeout_s: float) -> bool:
+        """Whether neither this rank nor, as far as their files tell, another has made progress.
+
+        A file system that stalls must not keep this thread: the others are asked in a thread.
+        """
+        if time.time() - self._progress <= timeout_s:
+            return False
+        latest: list[float] = []
+        ask = threading.Thread(target=lambda: latest.append(self._latest_progress()), daemon=True)
+        ask.start()
+        ask.join(REPORT_SECONDS)
+        return not latest or time.time() - latest[0] > timeout_s
+
+    def _latest_progress(self) -> float:
+        return max(beat.progress for beat in self._read() if beat is not None)
 
     def _beat(self) -> Beat:
         marks, step, phase, since = self._now
@@ -132,6 +179,7 @@ class Heartbeat:
             phase=phase,
             since=since,
             written=time.time(),
+            progress=self._progress,
         )
 
     def _write(self) -> None:
@@ -208,15 +256,35 @@ def describe_hang(
     return "\n".join(lines)
 
 
+def bytes_moved() -> int:
+    """Bytes that this process and its living children have read and written; 0 if nobody counts.
+
+    Reads that the page cache answers count (``rchar``), and those of mapped files that it does not
+    (``read_bytes``).
+    """
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        this = psutil.Process()
+        for process in [this, *this.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error, OSError, AttributeError):
+                count: Any = process.io_counters()
+                total += count.read_chars + count.write_chars + count.read_bytes
+    return total
+
+
 class StopSignals:
     """Remembers that a stop was asked for, from ``with`` to the end of it; main thread only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, says_so: bool = True) -> None:
+        """``says_so``: whether this process answers Ctrl-C; of ranks, their launcher does."""
         self.received: signal.Signals | None = None
         """The first stop signal this process got."""
+        self._says_so = says_so
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        # A shell's background job ignores SIGINT, and goes on doing so.
+        heard = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._remember) for number in heard}
         # A launcher may start ranks with these blocked, so that one which comes while they import
         # is kept until here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -237,5 +305,10 @@ class StopSignals:
         return bool(asked.item())
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler; the first signal names the stop."""
+        """Signal handler; the first signal names the stop, a second SIGINT is the system's."""
         self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            # Not by this handler: Python runs none while the main thread waits in a collective.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self._says_so:
+                os.write(2, f"{_CTRL_C}\n".encode())  # print may be what was interrupted

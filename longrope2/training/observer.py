@@ -58,6 +58,14 @@ def step_metrics(
     return metrics
 
 
+def _going_on(first: int, total: int, repeated: int) -> str:
+    """What a resumed run says: from where, and what has to be done again."""
+    text = f"going on after step {first} of {total}"
+    if repeated:
+        text += f"; {repeated} later metric records are removed: their steps are trained again"
+    return text
+
+
 def memory_peak_gib(device: torch.device) -> float:
     """Peak memory of this process so far: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
@@ -77,6 +85,7 @@ class TrainingObserver:
         self._metrics = MetricsLog(
             folder, tracking=config.tracking, run_name=config.run.name, stage="train", config=facts
         )
+        repeated = self._metrics.forget_after(first)
         write_text(folder / FACTORS_FILE, run.factors.to_json())
         self._metrics.log_files("config", [folder / "config.yaml"])
         self._metrics.log_files("factors", [folder / FACTORS_FILE])
@@ -86,6 +95,8 @@ class TrainingObserver:
         self._last_line = time.monotonic()
         self._task = self._progress.add_task("", total=run.total_steps, completed=first)
         self._check = ForecastCheck(make_forecast(run), self._progress.console.print)
+        if first or repeated:
+            self._progress.console.print(_going_on(first, run.total_steps, repeated))
 
     def __enter__(self) -> "TrainingObserver":
         self._progress.start()

@@ -156,6 +156,7 @@ class ResolvedRun:
                 f"window {config.model.original_len} -> {config.target_len}",
                 f"segments   {self.segments_folder}: {segments}",
                 f"rope       {method}, {self._mix_in_words()}",
+                *([f"taken from {source}"] if (source := config.run.describe_source()) else []),
                 f"processes  {self.world_size}: {self.world_size // sequence} data x {sequence} "
                 f"sequence, ZeRO stage {config.parallel.zero_stage}",
                 f"machine    {machine.device.type} in {_name(machine.dtype)}, "
@@ -214,7 +215,7 @@ class ResolvedRun:
         settings = to_plain(config.training)
         for changeable in CHANGEABLE_TRAINING_KEYS:
             del settings[changeable]
-        path = factors_path(config.rope, config.run.folder)
+        path = factors_path(config.rope, config.run.folder_with("factors"))
         factors: dict[str, Any] = describe_input(path) if path else {"method": self.factors.method}
         if config.rope.both_windows:
             factors["both_windows"] = True
@@ -244,7 +245,9 @@ def resolve_run(
     model_folder = _find_model(config, missing)
     check(config, model_folder, world_size)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segments = Path(config.segments or product_folder(config.run.folder, "segments"))
+    segments = Path(
+        config.segments or product_folder(config.run.folder_with("segments"), "segments")
+    )
     store = _open_segments(segments, config, model_folder, missing)
     schedule = StepSchedule(
         short_ids=tuple(store.short_ids) if store else (),
@@ -374,7 +377,7 @@ def _open_segments(
 def _find_factors(
     config: TrainRoot, model_folder: Path, missing: list[Missing]
 ) -> RescaleFactors | None:
-    rope, run_folder = config.rope, config.run.folder
+    rope, run_folder = config.rope, config.run.folder_with("factors")
     geometry = rope_geometry(model_folder, config.model.original_len)
     given = rope.factors if rope.method is RopeMethod.from_hf else None
     if config.dry_run and given and not Path(given).exists():

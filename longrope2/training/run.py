@@ -4,11 +4,17 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from longrope2.config import to_plain
 from longrope2.files.artifacts import Manifest, write_manifest
-from longrope2.parallel.processes import Processes, join_processes, leave_processes
+from longrope2.parallel.processes import (
+    Processes,
+    join_processes,
+    leave_processes,
+    world_size_from_environment,
+)
 from longrope2.segments.format import SegmentStore
 from longrope2.training.batch import RankBatch, load_rank_batch, step_batches
 from longrope2.training.checkpoint import CheckpointWriter, load_newest
@@ -20,7 +26,7 @@ from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import ResolvedRun, resolve_run
 from longrope2.training.selftest import check_parity
-from longrope2.training.step import StepGuard, run_step
+from longrope2.training.step import StepAbandoned, StepGuard, run_step
 
 
 class RunEnd(Enum):
@@ -43,7 +49,8 @@ def train(config: TrainRoot) -> RunEnd:
             something else.
         UserError: ``training.max_skipped_steps`` steps in a row could not be applied.
     """
-    with StopSignals() as signals:
+    alone = world_size_from_environment() is None
+    with StopSignals(says_so=alone) as signals:
         processes = join_processes(config.parallel)
         failed = True
         try:
@@ -80,11 +87,10 @@ def _train(
     if training.selftest:
         heartbeat.mark("self-test")
         check_parity(run, processes)
-    heartbeat.mark("loading the model")
+    heartbeat.mark("loading the model", moves_bytes=True)
     engine = make_engine(run, processes)
-    heartbeat.mark("loading a checkpoint")
     identity = run.identity()
-    first, skipped = load_newest(engine, run.folder, identity)
+    first, skipped = load_newest(engine, run.folder, identity, mark=heartbeat.mark)
     keep, in_background = training.keep_checkpoints, training.async_checkpoints
     writer = CheckpointWriter(engine, run.folder, identity, keep=keep, in_background=in_background)
     guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)
@@ -105,7 +111,7 @@ def _train(
         if processes.is_main:
             name = signals.received.name if signals.received else "a stop signal to another rank"
             text = f"stopped by {name} after step {done}, all of it saved"
-            print(f"{text}; the same command goes on from there")
+            print(f"{text}; the same command goes on from there", flush=True)
         return RunEnd.interrupted
     return RunEnd.complete if done == run.total_steps else RunEnd.stopped
 
@@ -113,21 +119,26 @@ def _train(
 def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> int:
     """Train from ``first`` finished steps to ``last`` or a stop signal; returns those saved."""
     training, device = rank.run.config.training, rank.processes.device
+    stop_asked = partial(signals.any_rank_asked, device)
     skipped, writer, mark = rank.guard.skipped, rank.writer, rank.heartbeat.mark
     load, ahead = _batch_loader(rank), training.prefetch_steps
     batches = step_batches(load, range(first, last), ahead=ahead, device=device)
     done = saved = first
     with closing(batches):
-        while done < last and not signals.any_rank_asked(device):
+        while done < last and not stop_asked():
             mark("reading segments", done + 1)
-            report = run_step(
-                rank.guard,
-                next(batches),
-                rank.processes.dims,
-                learning_rate=learning_rate(done, rank.run.total_steps, training),
-                step=done + 1,
-                mark=mark,
-            )
+            try:
+                report = run_step(
+                    rank.guard,
+                    next(batches),
+                    rank.processes.dims,
+                    learning_rate=learning_rate(done, rank.run.total_steps, training),
+                    step=done + 1,
+                    mark=mark,
+                    stop_asked=stop_asked,
+                )
+            except StepAbandoned:
+                break
             done += 1
             if rank.observer is not None:
                 rank.observer.record(report)
@@ -135,11 +146,11 @@ def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> in
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
             if done % training.checkpoint_steps == 0 or done == last:
-                mark("writing a checkpoint")
+                mark("writing a checkpoint", moves_bytes=True)
                 writer.save(done, skipped)
                 saved = done
             writer.raise_if_failed()
-    mark("writing the last checkpoint")
+    mark("writing the last checkpoint", moves_bytes=True)
     if saved < done:
         writer.save(done, skipped)
     writer.finish()
@@ -163,7 +174,7 @@ def _batch_loader(rank: _Rank) -> Callable[[int], list[RankBatch]]:
 
 def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
     """Write ``final/`` and, last, the manifest that marks the product as complete."""
-    rank.heartbeat.mark("writing final/")
+    rank.heartbeat.mark("writing final/", moves_bytes=True)
     run, config, steps = rank.run, rank.run.config, rank.run.total_steps
     counts = {"steps": steps, "tokens": steps * config.training.global_batch_tokens}
     counts["skipped_steps"] = rank.guard.skipped.total

@@ -16,6 +16,10 @@ inside its optimizer step, just before it calls the optimizer it wraps, once per
 parameters. Hooks of that optimizer take the gradients away before the step and put them back after
 it (DeepSpeed keeps some of these buffers). An Adam without gradients does nothing, save that apex's
 counts the step all the same: the counters of groups are put back too.
+
+*A stop does not wait for the update*: a step of many micro-steps takes minutes, more than may be
+left when a stop signal comes. Between micro-steps nothing but gradients has changed; a step
+that ends there is as if it had not begun, and what is saved is the state after the one before.
 """
 
 import math
@@ -93,6 +97,10 @@ def _content(batches: Sequence[RankBatch]) -> tuple[str, str]:
 def _with_square(text: str) -> tuple[float, float]:
     value = zlib.crc32(text.encode()) >> (32 - _FINGERPRINT_BITS)
     return float(value), float(value * value)
+
+
+class StepAbandoned(Exception):
+    """A step ended between two micro-steps because a stop was asked for; nothing was updated."""
 
 
 @dataclass
@@ -239,13 +247,17 @@ def run_step(
     learning_rate: float,
     step: int = 0,
     mark: Callable[[str], None] = lambda phase: None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepReport:
     """Forward and backward over the rank's micro-steps, then the update at ``learning_rate``.
 
-    ``step`` is 1-based; ``mark`` is told what the rank does next.
+    ``step`` is 1-based; ``mark`` is told what the rank does next; ``stop_asked`` is called between
+    micro-steps and must answer the same on all ranks. After ``StepAbandoned`` the engine holds
+    gradients of half a step: save, but do not train on.
 
     Raises:
         DataError: the ranks do not work on the same micro-steps; on every rank.
+        StepAbandoned: ``stop_asked`` said so.
     """
     began, engine = time.perf_counter(), guard.engine
     for group in engine.optimizer.param_groups:
@@ -262,6 +274,8 @@ def run_step(
     loss_sums = dict.fromkeys(Window, 0.0)
     seconds: dict[Window, list[float]] = {window: [] for window in Window}
     for number, batch in enumerate(batches, start=1):
+        if number > 1 and stop_asked():
+            raise StepAbandoned(f"step {step}, before micro-step {number} of {len(batches)}")
         mark(f"micro-step {number} of {len(batches)}, {batch.window.value}")
         micro_began = time.perf_counter()
         loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)

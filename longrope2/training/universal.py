@@ -21,8 +21,9 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
+from longrope2.parallel.processes import done_by_main
 
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _SAME_SUM = 1e-9
@@ -78,11 +80,16 @@ def optimizer_record(engine: Any) -> dict[str, Any]:
 
 
 def load_converted(
-    engine: Any, checkpoint: Path, written_as: ShardLayout, record: dict[str, Any]
+    engine: Any,
+    checkpoint: Path,
+    written_as: ShardLayout,
+    record: dict[str, Any],
+    mark: Callable[..., None] = lambda phase, moves_bytes=False: None,
 ) -> None:
     """Convert a checkpoint of another layout, load it, and compare that with what was saved.
 
-    Every rank calls this. The copy stands beside the checkpoint meanwhile: as much disk again.
+    Every rank calls this, and ``mark`` is told what it does. The copy stands beside the checkpoint
+    meanwhile: as much disk again.
 
     Raises:
         ArtifactError: the layouts do not convert, the conversion failed, or it lost something.
@@ -90,16 +97,16 @@ def load_converted(
     wanted = ShardLayout.of(engine)
     _refuse_inconvertible(checkpoint, written_as, wanted)
     universal = checkpoint.with_name(f".{checkpoint.name}.universal")
-    failure: list[str | None] = [None]
     is_main = dist.get_rank() == 0
+    mark("converting a checkpoint", moves_bytes=True)
     if is_main:
         origin = f"{written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
         goal = f"{wanted.world_size} ranks at stage {wanted.zero_stage}"
         print(f"{checkpoint.name} was written by {origin}; converting it for {goal}", flush=True)
-        failure = [_convert(checkpoint, universal)]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise ArtifactError(f"{checkpoint} could not be converted: {failure[0]}")
+    failure = done_by_main(partial(_convert, checkpoint, universal), mark)
+    if failure is not None:
+        raise ArtifactError(f"{checkpoint} could not be converted: {failure}")
+    mark("loading a converted checkpoint", moves_bytes=True)
     groups = [dict(group) for group in engine.basic_optimizer.param_groups]
     with _reading_universal(engine):
         engine.load_checkpoint(str(universal.parent), tag=universal.name)

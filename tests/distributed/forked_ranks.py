@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,7 +67,13 @@ class ForkedRanks:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def run(self, config: Path, ranks: int, kill: dict[str, Any] | None = None) -> list[int]:
+    def run(
+        self,
+        config: Path,
+        ranks: int,
+        kill: dict[str, Any] | None = None,
+        before: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Exit codes (negative: signals) of ``ranks`` ranks of ``train`` on a written config.
 
         Args:
@@ -75,11 +82,12 @@ class ForkedRanks:
             kill: ``{"rank": r, "after_steps": n, "writing": bool, "delay": seconds}``: SIGKILL rank
                 r that long after n more metric records are there and, with ``writing``, a
                 checkpoint is being written; then all others.
+            before: ``{"name": function of rank_faults.py, ...: its arguments}``, called in every
+                rank before it trains.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(
-            json.dumps({"config": str(config), "ranks": ranks, "kill": kill}) + "\n"
-        )
+        request = {"config": str(config), "ranks": ranks, "kill": kill, "before": before}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, f"the process that forks ended: {self.printed()[-3000:]}"
@@ -100,24 +108,25 @@ def serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(
-            json.dumps(run_ranks(Path(request["config"]), request["ranks"], request["kill"])) + "\n"
-        )
+        request["config"] = Path(request["config"])
+        answers.write(json.dumps(run_ranks(**request)) + "\n")
         answers.flush()
 
 
-def run_ranks(config: Path, ranks: int, kill: dict[str, Any] | None) -> list[int]:
+def run_ranks(
+    config: Path, ranks: int, kill: dict[str, Any] | None, before: dict[str, Any] | None
+) -> list[int]:
     """Fork, watch, kill when it is time, collect."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = [fork_rank(config, rank, ranks, port) for rank in range(ranks)]
-    codes: dict[int, int] = {}
     folder = config.parent
-    records_before = num_records(folder)
+    start = Start.of(folder)
+    pids = [fork_rank(config, rank, ranks, port, before) for rank in range(ranks)]
+    codes: dict[int, int] = {}
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while len(codes) < ranks:
-        if kill is not None and is_time(kill, folder, records_before):
+        if kill is not None and is_time(kill, folder, start):
             time.sleep(kill["delay"])
             kill_process(pids[kill["rank"]])
             time.sleep(random.uniform(0, 0.3))  # as long as an agent may need to notice
@@ -136,17 +145,37 @@ def run_ranks(config: Path, ranks: int, kill: dict[str, Any] | None) -> list[int
     return [codes[rank] for rank in range(ranks)]
 
 
-def is_time(kill: dict[str, Any], folder: Path, records_before: int) -> bool:
+@dataclass(frozen=True)
+class Start:
+    """Where a run stood before its ranks began: they remove the records of steps to be repeated."""
+
+    steps: int
+    """Of the newest checkpoint."""
+    changed: int
+    """When the metrics were last written."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Start":
+        """Of the run whose checkpoints stand in ``folder``."""
+        steps = [int(path.name.removeprefix("step_")) for path in folder.glob("step_*")]
+        return cls(max(steps, default=0), last_change(folder))
+
+
+def is_time(kill: dict[str, Any], folder: Path, start: Start) -> bool:
     """Whether the moment of a kill has come."""
-    if num_records(folder) < records_before + kill["after_steps"]:
-        return False
+    if kill["after_steps"]:
+        if last_change(folder) == start.changed:
+            return False
+        lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        if lines < start.steps + kill["after_steps"]:
+            return False
     return not kill["writing"] or any(folder.glob(".step_*.writing"))
 
 
-def num_records(folder: Path) -> int:
-    """Lines of the metrics file."""
+def last_change(folder: Path) -> int:
+    """Of the metrics file, in ns; 0 where there is none."""
     file = folder / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
+    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def kill_process(pid: int) -> None:
@@ -155,7 +184,7 @@ def kill_process(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def fork_rank(config: Path, rank: int, ranks: int, port: int) -> int:
+def fork_rank(config: Path, rank: int, ranks: int, port: int, before: dict[str, Any] | None) -> int:
     """One rank; returns its process id."""
     pid = os.fork()
     if pid:
@@ -169,6 +198,9 @@ def fork_rank(config: Path, rank: int, ranks: int, port: int) -> int:
         MASTER_PORT=str(port),
     )
     try:
+        if before is not None:
+            faults = importlib.import_module("rank_faults")
+            getattr(faults, before["name"])(**{k: v for k, v in before.items() if k != "name"})
         from longrope2.config import load
         from longrope2.training.config import TrainRoot
         from longrope2.training.run import RunEnd, train

@@ -63,3 +63,14 @@ def test_a_second_writer_is_told_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=r"log\.jsonl is taken$"):
             AppendLog(path, in_use="is taken")
     AppendLog(path, in_use="is taken").close()
+
+
+def test_records_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
+    """From the first of them: a log in which steps were repeated before is in order again."""
+    path = tmp_path / "log.jsonl"
+    with AppendLog(path) as log:
+        log.append(*({"step": step} for step in (1, 2, 3, 2, 3, 4)))
+        assert log.cut_from(lambda record: record["step"] > 4) == 0
+        assert log.cut_from(lambda record: record["step"] > 2) == 4
+        log.append({"step": 3})
+        assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3}]

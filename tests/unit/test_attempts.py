@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.attempts import (
+    UNKNOWN_LEAD_SECONDS,
     Attempt,
     FirstFailure,
     begin,
@@ -19,9 +20,11 @@ from launch.cluster.attempts import (
     nodes_without_end,
     progress_of,
     read_attempts,
+    stop_lead,
 )
 from longrope2.command import rank_exit_code
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.training.heartbeat import Beat
 
 GONE = "torch.distributed.DistBackendError: Connection closed by peer [127.0.0.1]:4711"
@@ -58,6 +61,24 @@ def rank_failed(
 )
 def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
     assert rank_exit_code(codes) == expected
+
+
+def test_how_early_a_training_must_be_told(tmp_path: Path) -> None:
+    """Twice the longest micro-step of late and the newest save, and a minute; 900 s unmeasured."""
+    assert stop_lead(tmp_path) == UNKNOWN_LEAD_SECONDS == 900
+    records = [{"step": 1, "perf/micro_step_seconds_long": 99.0}] + [
+        {"step": step, "perf/micro_step_seconds_short": 2.0, "perf/micro_step_seconds_long": 12.5}
+        for step in range(2, 102)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert stop_lead(tmp_path) == 900
+    manifest = Manifest("training_state", details={"write_seconds": 640.2})
+    write_manifest(tmp_path / "step_00000101", manifest)
+    (tmp_path / "latest").write_text("step_00000101\n")
+    assert stop_lead(tmp_path) == 60 + 1306
+    write_manifest(tmp_path / "step_00000101", Manifest("training_state"))  # of an older version
+    assert stop_lead(tmp_path) == 900
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ What is on disk at every moment, and what a failure leaves.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import read_manifest
 from longrope2.training import checkpoint, universal
 from longrope2.training.checkpoint import CheckpointWriter, _newest_intact, load_newest
 from longrope2.training.step import SkippedSteps
@@ -94,6 +96,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     monkeypatch.setattr(checkpoint.artifacts, "sha256_of_file", slow_disk)
     engine.weights.fill_(2.0)
     writer.save(2, SkippedSteps(total=1))
+    time.sleep(0.2)
     engine.weights.fill_(3.0)  # the next step; what was saved must not change
     assert visible(folder) == [".step_00000002.writing", "latest", "step_00000001"]
     assert (
@@ -104,9 +107,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert (
         newest(folder) == "step_00000002" and (folder / "latest").read_text() == "step_00000002\n"
     )
+    written = read_manifest(folder / "step_00000002", "training_state")
+    assert 0.2 <= written.details["write_seconds"] < 20  # what a stop must leave time for
     saved = torch.load(folder / "step_00000002" / "model.pt")
     assert saved["model.pt"].tolist() == [2.0] * 4
-    assert load_newest(engine, folder, IDENTITY) == (2, SkippedSteps(total=1))
+    marks: list[tuple[str, bool]] = []
+    found = load_newest(
+        engine,
+        folder,
+        IDENTITY,
+        lambda phase, moves_bytes=False: marks.append((phase, moves_bytes)),
+    )
+    assert found == (2, SkippedSteps(total=1))
+    assert marks == [
+        ("verifying checkpoints", True),
+        ("telling the other ranks", False),
+        ("loading a checkpoint", True),
+    ]
 
 
 @pytest.mark.parametrize("in_background", [True, False])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -81,6 +82,62 @@ def test_a_hang_ends_the_process_and_leaves_the_stacks(
     assert "stacks of rank 0:" in printed and "test_a_hang_ends_the_process" in printed
     stacks = (folder / "rank_00000.stacks").read_text()
     assert "1 of 2 ranks are behind" in stacks and "test_heartbeat.py" in stacks
+
+
+@pytest.fixture
+def watched(tmp_path: Path):
+    """A heartbeat of rank 0 of 2 with a limit of 1 s, and the event of its end."""
+    left = threading.Event()
+    heartbeat = Heartbeat(
+        tmp_path, rank=0, world_size=2, timeout_s=1.0, leave=lambda code: left.set()
+    )
+    with heartbeat:
+        yield heartbeat, left
+
+
+def read_slowly(file: Path, seconds: float) -> None:
+    """Three MiB every tenth of a second."""
+    with file.open("rb", buffering=0) as data:
+        for _ in range(round(10 * seconds)):
+            data.seek(0)
+            data.read(3 * 2**20)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("moves_bytes", [True, False])
+def test_bytes_are_progress_where_they_are_to_move(
+    watched, tmp_path: Path, moves_bytes: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heartbeat, left = watched
+    (tmp_path / "data").write_bytes(bytes(3 * 2**20))
+    heartbeat.mark("verifying checkpoints", moves_bytes=moves_bytes)
+    read_slowly(tmp_path / "data", 2.5)
+    assert left.is_set() is not moves_bytes
+    assert left.wait(10)  # nothing moves any more
+    printed = capfd.readouterr().err
+    assert ("bytes last moved" in printed) is moves_bytes
+
+
+def test_bytes_of_children_count(watched) -> None:
+    """As of DeepSpeed's converter of checkpoints."""
+    heartbeat, left = watched
+    heartbeat.mark("converting a checkpoint", moves_bytes=True)
+    slow_copy = "for i in 1 2 3 4 5 6 7 8; do head -c 3000000 /dev/zero; sleep 0.3; done"
+    subprocess.run(["bash", "-c", f"({slow_copy}) > /dev/null; true"], check=True)
+    assert not left.is_set()
+
+
+def test_a_rank_waits_for_another_that_moves(watched, tmp_path: Path) -> None:
+    """Rank 0 waits in a collective, and makes no marks, while rank 1 loads."""
+    _, left = watched
+    file = tmp_path / "heartbeats" / "rank_00001.json"
+    for _ in range(25):
+        beat = replace(BEHIND, written=time.time(), progress=time.time())
+        file.with_suffix(".new").write_text(json.dumps(beat.__dict__))
+        file.with_suffix(".new").replace(file)
+        time.sleep(0.1)
+    assert not left.is_set()
+    assert left.wait(10)  # that one has stopped too
 
 
 def test_a_file_system_that_stalls_does_not_keep_a_hung_process(

@@ -1,6 +1,7 @@
 """Joining and leaving the process group: nothing that would wait for ever."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -27,6 +28,68 @@ def test_the_lock_of_a_killed_build(
         return
     with pytest.raises(ArtifactError, match=r"lock is 40 minutes old: .*: remove this file"):
         processes._refuse_stale_locks()
+
+
+def test_a_lock_that_is_waited_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    locks = {name: tmp_path / name / "lock" for name in ("old", "young")}
+    for lock in locks.values():
+        lock.parent.mkdir()
+        lock.touch()
+    left = time.time() - 200
+    os.utime(locks["old"], (left, left))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(processes, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    for speaks in (False, True):
+        with processes._naming_locks(speaks=speaks):
+            time.sleep(0.3)
+        printed = capfd.readouterr().err
+        assert (f"{locks['old']} is 200 s old. If no process builds it" in printed) is speaks
+        assert str(locks["young"]) not in printed
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_rank_ends_with_the_process_that_started_it() -> None:
+    """Also when that one is killed; and when it has gone before the rank could ask."""
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            processes.end_with_parent(str(os.getppid()))
+            os.write(writing, b"ready")
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 5) == b"ready"
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert os.read(reading, 1) == b""  # nobody is left who could write
+    os.close(reading)
+    orphan = os.fork()
+    if orphan == 0:
+        processes.end_with_parent(str(os.getpid()))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(orphan, 0)[1]) == -signal.SIGKILL
+
+
+def test_work_of_the_main_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_MEETING_SECONDS", 0.01)
+    store = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    marks: list[str] = []
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    try:
+        assert processes.done_by_main(lambda: time.sleep(0.1), marks.append) is None
+        with pytest.raises(OSError, match="the disk is gone"):
+            processes.done_by_main(fail, marks.append)
+    finally:
+        dist.destroy_process_group()
+    assert marks == ["telling the other ranks"]
 
 
 def test_no_extensions_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster.attempts import UNKNOWN_LEAD_SECONDS
 from longrope2.config import compose
 from longrope2.training.config import TrainRoot
 
@@ -14,6 +15,9 @@ ROOT = Path(__file__).parent.parent.parent
 MODELS = ("llama3_128k", "phi3_mini_128k")
 STAGES = ("pack", "search", "train", "evaluate", "export")
 SCRIPTS = [ROOT / "slurm" / f"{stage}_{model}.sh" for model in MODELS for stage in STAGES]
+
+COMMON = (ROOT / "slurm" / "common.sh").read_text()
+SIGNAL_LEAD = int(re.search(r"^SIGNAL_LEAD=(\d+)", COMMON, re.MULTILINE)[1])  # pyright: ignore
 
 
 def header(script: Path) -> dict[str, str]:
@@ -35,7 +39,9 @@ def test_header(script: Path) -> None:
     options = header(script)
     assert options["job-name"] == script.stem
     assert options["output"] == "slurm/logs/%x-%j.log" and options["open-mode"] == "append"
-    assert "requeue" in options and options["signal"] == "B:USR1@300"
+    # Only training has a state to save.
+    lead = SIGNAL_LEAD if script.stem.startswith("train_") else 300
+    assert "requeue" in options and options["signal"] == f"B:USR1@{lead}"
     assert script.stat().st_mode & 0o111
 
 
@@ -97,6 +103,61 @@ def test_of_two_words_with_one_key_the_last_counts() -> None:
     quoted = " ".join(f"'{word}'" for word in words)
     ended = bash(f"{function('last_wins')}\nlast_wins {quoted}; printf '%s\\n' \"${{WORDS[@]}}\"")
     assert ended.stdout.splitlines() == ["--target", "model=b", "x=2", "mixture={a: 1, b: 2}"]
+
+
+COUNT = f"note_failure() {{ :; }}; fail() {{ echo error: $*; exit 2; }}\n{function('count_ranks')}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ("DEVICE=gpu SLURM_GPUS_ON_NODE=8", "8"),
+        ("DEVICE=cpu", "1"),
+        ("DEVICE=cpu SLURM_GPUS_ON_NODE=2", "2"),
+        ("DEVICE=gpu RANKS_PER_NODE=4", "4"),
+    ],
+)
+def test_ranks_of_a_node(settings: str, ranks: str) -> None:
+    unset = "unset SLURM_GPUS_ON_NODE RANKS_PER_NODE"
+    ended = bash(f"{unset}; {COUNT}\n{settings}; count_ranks; echo $RANKS_PER_NODE")
+    assert ended.stdout.strip() == ranks, ended.stderr
+
+
+def test_a_job_without_gpus_is_refused() -> None:
+    unset = "unset SLURM_GPUS_ON_NODE RANKS_PER_NODE"
+    ended = bash(f"{unset}; {COUNT}\nDEVICE=gpu; count_ranks; echo started")
+    assert ended.returncode == 2 and "started" not in ended.stdout
+    assert "SLURM_GPUS_ON_NODE is not set" in ended.stdout
+    assert "--gpus-per-node=N, or set RANKS_PER_NODE=N in slurm/site.env" in ended.stdout
+    for stage in ("train", "search"):
+        assert "\n    count_ranks\n" in function(stage)
+
+
+@pytest.mark.parametrize(
+    ("lead", "left", "told"),
+    [
+        (SIGNAL_LEAD, 90_000, False),  # Slurm's own signal comes early enough
+        (SIGNAL_LEAD + 1, 90_000, True),
+        (SIGNAL_LEAD + 1, 1_500, False),  # it would be told before it has done anything
+        (SIGNAL_LEAD + 1, -1, False),  # no time limit
+    ],
+)
+def test_a_job_whose_stops_take_long_tells_itself(lead: int, left: int, told: bool) -> None:
+    parts = [
+        f"ON_STOP=save SIGNAL_LEAD={SIGNAL_LEAD} PYTHON=(lead)",
+        f"lead() {{ echo {lead}; }}; say() {{ echo $*; }}; sleep() {{ echo slept $1; false; }}",
+        f"end_of_job() {{ echo $(($(date +%s) + {left})); }}",
+        function("stop_in_time"),
+        "stop_in_time; wait",
+    ]
+    printed = bash("\n".join(parts)).stdout
+    words = f"a stop may take {lead} s, as measured"
+    assert (words in printed) is told, printed
+    assert (f"slept {left - lead}" in printed or f"slept {left - lead - 1}" in printed) is told
+
+
+def test_the_lead_that_scripts_ask_slurm_for() -> None:
+    assert SIGNAL_LEAD == UNKNOWN_LEAD_SECONDS
 
 
 def test_scripts_refuse_to_run_outside_a_job() -> None:

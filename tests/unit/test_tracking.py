@@ -45,6 +45,16 @@ def test_a_torn_line_does_not_swallow_the_first_record_after_a_resume(tmp_path: 
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_steps_that_are_repeated_are_forgotten_first(tmp_path: Path) -> None:
+    write(tmp_path, WandbMode.disabled, [{"train/loss": float(step)} for step in range(1, 6)])
+    with MetricsLog(tmp_path, TrackingConfig(wandb=WandbMode.disabled), "demo", "train", {}) as log:
+        assert log.forget_after(5) == 0 and log.forget_after(3) == 2
+        log.log({"train/loss": 40.0}, step=4)
+    assert [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path)] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0),
+    ]  # fmt: skip
+
+
 def test_no_file_is_no_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
