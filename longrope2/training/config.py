@@ -123,9 +123,10 @@ class TrainingConfig:
     """Before the model is loaded, compare a tiny one in this layout of processes with one process
     alone (seconds)."""
     hang_timeout_s: float | None = 1200.0
-    """Seconds without progress after which a rank says which ranks are behind, and ends the run;
-    null waits for ever. Above the longest step, checkpoint or model load, and below
-    ``parallel.timeout_seconds``, or that comes first."""
+    """Seconds without progress of any rank after which one says which ranks are behind, and ends
+    the run; null waits for ever. Above the longest micro-step, and below
+    ``parallel.timeout_seconds``, or that comes first. Where models and checkpoints are read or
+    written, bytes are progress."""
     prefetch_steps: int = 1
     """Steps whose segments are read ahead in a thread; 0 reads each step when it begins."""
     checkpoint_steps: int = 200
