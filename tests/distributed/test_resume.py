@@ -129,22 +129,53 @@ def ranks_of(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children() if "--config" in child.cmdline()]
 
 
-def test_stop_signal_to_the_command(runs: Path, undisturbed: tuple) -> None:
-    """SIGTERM to the command reaches both ranks, which stop after the same step; 75 comes back."""
-    process = subprocess.Popen(command(runs, "signal"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    metrics = runs / "signal" / "3_checkpoints" / "metrics.jsonl"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signal_to_the_command(number: signal.Signals, runs: Path, undisturbed: tuple) -> None:
+    """It reaches both ranks, which stop after the same step; 75 comes back.
+
+    SIGINT goes to the whole group of processes, as from a terminal.
+    """
+    name = number.name
+    process = subprocess.Popen(
+        command(runs, name),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = runs / name / "3_checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
         assert process.poll() is None and time.monotonic() < deadline, (
             "the run ended before the signal"
         )
         time.sleep(0.005)
-    process.terminate()
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == REQUEUE_EXIT_CODE
-    assert "stopped by SIGTERM after step" in output
-    run(command(runs, "signal"))
-    assert (losses(runs, "signal"), weights_hash(runs, "signal")) == undisturbed
+    os.killpg(process.pid, number) if number is signal.SIGINT else process.terminate()
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == REQUEUE_EXIT_CODE, errors[-3000:]
+    assert f"stopped by {name} after step" in output
+    assert errors.count("Ctrl-C: ") == (number is signal.SIGINT)
+    assert "Traceback" not in errors and "exitcode" not in errors
+    assert "going on after step" in run(command(runs, name)).stdout
+    assert (losses(runs, name), weights_hash(runs, name)) == undisturbed
+
+
+def test_ranks_do_not_outlive_their_launcher(runs: Path) -> None:
+    process = subprocess.Popen(
+        command(runs, "orphans"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = runs / "orphans" / "3_checkpoints" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    ranks = [psutil.Process(pid) for pid in ranks_of(process.pid)]
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(runs: Path, undisturbed: tuple) -> None:
