@@ -65,7 +65,7 @@ class ForkedRanks:
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=300)
 
     def run(
         self,

@@ -129,7 +129,7 @@ def ranks_of(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children() if "--config" in child.cmdline()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "ctrl_c"])
 def test_stop_signal_to_the_command(number: signal.Signals, runs: Path, undisturbed: tuple) -> None:
     """It reaches both ranks, which stop after the same step; 75 comes back.
 
