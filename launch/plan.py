@@ -96,7 +96,7 @@ def _long_share(config: PlanRoot) -> tuple[float, str]:
     """Share of long segments, and where it comes from: given, the run's segments, or assumed."""
     if (given := config.plan.long_share) is not None:
         return given, " (plan.long_share)"
-    folder = Path(config.segments or product_folder(config.run.folder, "segments"))
+    folder = Path(config.segments or product_folder(config.run.folder_with("segments"), "segments"))
     if not (folder / MANIFEST_NAME).is_file():
         return ASSUMED_LONG_SHARE, f" (assumed: {folder} holds no segments yet)"
     counts = read_manifest(folder, "segments").counts
