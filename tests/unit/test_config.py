@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PackConfig
-from longrope2.config import CONF_FOLDER, claim_folder, compose, dump, find_shipped, load, to_plain
+from longrope2.config import claim_folder, compose, dump, find_shipped, load, to_plain
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
+from longrope2.presets import CONF_FOLDER
 from longrope2.search.config import SearchRoot
 from longrope2.training.config import TrainRoot, check
 
