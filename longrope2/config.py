@@ -28,7 +28,6 @@ from longrope2.presets import (
     CONF_FOLDER,
     SHIPPED,
     choose_member,
-    experiment_fault,
     list_members,
     merge_presets,
     no_member,
@@ -183,10 +182,10 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
                 settings.append(read_setting(root, key, text, adds))
         except ConfigError as error:
             faults += error.faults
-    if fault := experiment_fault(config_name, chosen.get("experiment")):
-        raise ConfigError([*faults, fault])
     try:
         config = merge_presets(root, config_name, chosen)
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.faults]) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*faults, _explain(error)]) from None
     for setting in settings:
