@@ -31,7 +31,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache
 
-from longrope2.config import CONF_FOLDER, ModelConfig, SlidingWindow
+from longrope2.config import ModelConfig, SlidingWindow
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.needles import build_needle_set
@@ -40,6 +40,7 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry
 from longrope2.model.windowed import WindowedModel
+from longrope2.presets import CONF_FOLDER
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.segments.needle_set import NeedleSample

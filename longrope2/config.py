@@ -1,14 +1,13 @@
-"""Configuration glue: typed schemas in, one checked object out. Only this module knows Hydra.
+"""Configuration glue: typed schemas in, one checked object out.
 
 A root schema (``PackConfig``, ``TrainRoot``, ...) stands beside the code it configures. ``compose``
 merges the YAML of ``conf/`` and the user's settings into it, and turns every fault into a
 ``ConfigError`` that names the key. The resolved configuration is written into the run folder; ranks
-read that file and never compose.
+read that file and never compose. Only this module, ``presets.py`` and ``command_line.py`` know
+Hydra.
 """
 
 import dataclasses
-import itertools
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,42 +16,26 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longrope2.command_line import Setting, read_setting, split_argument, unknown_key
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import SOURCE_FILE, product_folder, run_with, source_of, write_text
-from longrope2.help import (
-    UNSET,
-    UnknownKeyError,
-    accepts,
-    as_whole_numbers,
-    command_help,
-    find_key,
-    help_topic,
-    list_keys,
-    topic_help,
+from longrope2.help import UNSET, command_help, help_topic, list_keys, topic_help
+from longrope2.presets import (
+    CONF_FOLDER,
+    SHIPPED,
+    choose_member,
+    list_members,
+    merge_presets,
+    no_member,
+    read_groups,
+    read_header,
 )
 
-_PACKAGED = Path(__file__).parent / "_data"
-# conf/ and models/: in a wheel inside the package (setup.py), in a checkout at its top.
-SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent
-CONF_FOLDER = SHIPPED / "conf"
 SHORTEST_WINDOW = 8
-# Keys that have another name now.
-MOVED = {
-    "cluster": "hardware",
-    "corpus.plan": "mixture",
-    "corpus.quotas": "quotas",
-    "corpus.short_overlong": "short_overlong",
-    "run.from": "run.from_run",
-}
 Root = TypeVar("Root")
 
 
@@ -234,23 +217,23 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
             of the command line together, each naming its key and the way out.
     """
     topic = help_topic(arguments)
-    groups = _groups(config_name)
+    groups = read_groups(config_name)
     chosen: dict[str, str | None] = {}
-    settings: list[_Setting] = []
+    settings: list[Setting] = []
     faults: list[str] = []
     for argument in arguments if topic is None else [a for a in arguments if "=" in a]:
         try:
-            key, text, adds = _split(argument)
+            key, text, adds = split_argument(argument)
             if key in groups:
-                _choose(chosen, key, text, adds)
+                choose_member(chosen, key, text, adds)
             else:
-                settings.append(_read_setting(root, key, text, adds))
+                settings.append(read_setting(root, key, text, adds))
         except ConfigError as error:
             faults += error.faults
-    if fault := _experiment_fault(config_name, chosen.get("experiment")):
-        raise ConfigError([*faults, fault])
     try:
-        config = _merge(root, config_name, chosen)
+        config = merge_presets(root, config_name, chosen)
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.faults]) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*faults, _explain(error)]) from None
     for setting in settings:
@@ -269,167 +252,17 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
     return _to_object(config)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One key of a command line and its value."""
-
-    key: str
-    value: Any
-    adds: bool
-    """Whether it is an entry of a dictionary that may not be there yet."""
-
-
-def _groups(config_name: str) -> dict[str, str | None]:
-    """Groups of a root YAML, each with its member by default; None where there is none."""
-    plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"{config_name}.yaml"))
-    pairs = [next(iter(entry.items())) for entry in plain["defaults"] if isinstance(entry, dict)]
-    return {group.removeprefix("optional "): member for group, member in pairs}
-
-
-def _experiment_fault(config_name: str, experiment: str | None) -> str | None:
-    """Why an experiment cannot be chosen here: it overrides groups that the command does not have.
-
-    Hydra names one of the groups and none of the commands that have them.
-    """
-    if not experiment:
-        return None
-    wanted: dict[str, None] = {}
-    files = [experiment]
-    for name in files:
-        plain: Any = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / f"experiment/{name}.yaml"))
-        for entry in plain.get("defaults", ()):
-            if isinstance(entry, dict):
-                wanted |= dict.fromkeys(key.removeprefix("override /") for key in entry)
-            elif entry != "_self_":
-                files.append(entry)  # the experiment it is a variation of
-    foreign = [group for group in wanted if group not in _groups(config_name)]
-    if not foreign:
-        return None
-    commands = {}
-    for root in sorted(CONF_FOLDER.glob("*.yaml")):
-        groups = _groups(root.stem)
-        if "experiment" in groups and wanted.keys() <= groups.keys():
-            commands[_header(root).split()[3]] = None
-    sets = f"experiment={experiment} chooses {', '.join(foreign)}, which this command does not have"
-    return f"{sets}; it is for {', '.join(commands)}. Give model= and target_len= here instead"
-
-
-def _members(group: str) -> dict[str, str]:
-    """Presets of a group, each with the comment at its top."""
-    return {path.stem: _header(path) for path in sorted((CONF_FOLDER / group).glob("*.yaml"))}
-
-
-def _header(path: Path) -> str:
-    """Comment lines at the top of a YAML file, without directives."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    return "\n".join(line for line in lines if not line.startswith("# @"))
-
-
 def _help(
     root: type, config_name: str, config: DictConfig, groups: dict[str, str | None], topic: str
 ) -> str:
     """Text of ``--help [TOPIC]``."""
     keys = list(list_keys(root, OmegaConf.to_container(config, enum_to_str=True)))
     if topic:
-        members = _members(topic) if topic in groups else {}
+        members = list_members(topic) if topic in groups else {}
         plain = {name: text.replace("# ", "").replace("\n", " ") for name, text in members.items()}
         return topic_help(topic, plain, keys)
-    header = _header(CONF_FOLDER / f"{config_name}.yaml")
-    return command_help(header, groups, {group: _members(group) for group in groups}, keys)
-
-
-def _split(argument: str) -> tuple[str, str, bool]:
-    """``+key=text`` -> key, text, whether it adds an entry.
-
-    Raises:
-        ConfigError: it is no setting.
-    """
-    key, equals, text = argument.partition("=")
-    if key in ("--multirun", "-m"):
-        raise ConfigError([f"{argument}: sweeps are not supported; run once for each value"])
-    if argument.startswith("-"):
-        raise ConfigError([f"unknown flag {argument}; settings are key=value, --help lists them"])
-    if argument.startswith("~"):
-        fault = f"{argument}: keys cannot be removed; give {key[1:]}=VALUE, null for none"
-        raise ConfigError([fault])
-    adds, key = key.startswith("+"), key.lstrip("+")
-    if not equals or not key:
-        fault = f"{argument!r} is no setting; settings are key=value, --help lists them"
-        raise ConfigError([fault])
-    if key.startswith(("hydra.", "hydra/")):
-        fault = f"{argument}: Hydra's own settings do nothing here; run.root and run.name say where"
-        raise ConfigError([f"{fault} products stand"])
-    return key, text, adds
-
-
-def _choose(chosen: dict[str, str | None], group: str, member: str, adds: bool) -> None:
-    """Note the member of a group that the user chose; None for one that does not exist.
-
-    Raises:
-        ConfigError: there is no such member, or another was chosen before.
-    """
-    if adds:
-        raise ConfigError([f"+{group}={member}: leave the + out"])
-    if group in chosen:
-        raise ConfigError([f"{group} is given twice: {chosen[group]} and {member}"])
-    chosen[group] = member
-    if member not in _members(group):
-        chosen[group] = None
-        raise ConfigError([_no_member(group, member)])
-
-
-def _no_member(group: str, member: str) -> str:
-    """The fault of a preset that does not exist."""
-    why = "names several; run once for each" if "," in member else "does not exist"
-    return f"{group}={member} {why}; choose {group}= one of {', '.join(_members(group))}"
-
-
-def _read_setting(root: type, key: str, text: str, adds: bool) -> _Setting:
-    """The value in ``key=text``.
-
-    Text is taken as it stands (paths hold = and commas; a leading ~ is the home folder) unless it
-    is quoted; everything else is read by Hydra's grammar, and 1e9 is the integer where one is due.
-
-    Raises:
-        ConfigError: there is no such key, or the value cannot be read.
-    """
-    try:
-        hint, in_dictionary = find_key(root, key)
-    except UnknownKeyError as error:
-        moved = [
-            new + key[len(old) :] for old, new in MOVED.items() if f"{key}.".startswith(f"{old}.")
-        ]
-        fault = (
-            f"unknown key {key}; it is {moved[0]} now"
-            if moved
-            else _unknown_key(key, error.neighbours)
-        )
-        raise ConfigError([fault]) from None
-    if adds and not in_dictionary:
-        raise ConfigError([f"+{key}={text}: leave the + out; the key exists"])
-    if accepts(hint, str) and text[:1] not in ("'", '"') and "\\" not in text:
-        is_null = text == "null" and accepts(hint, type(None))
-        return _Setting(key, None if is_null else os.path.expanduser(text), adds)
-    try:
-        parsed = OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException:
-        fault = f"{key}={text} cannot be read; put text in quotes inside the shell's own: '{key}="
-        raise ConfigError([f'{fault}"TEXT"\'']) from None
-    if parsed.is_sweep_override():
-        fault = f"{key}={text}: takes one value, sweeps are not supported; run once for each value"
-        raise ConfigError([f"{fault} (a list stands in brackets: [1,2])"])
-    # A dictionary of whatever another program reads (model.config): its keys are no keys of ours.
-    is_open = isinstance(parsed.value(), dict) and hint == dict[str, Any]
-    return _Setting(key, as_whole_numbers(parsed.value(), hint), adds or is_open)
-
-
-def _merge(root: type, config_name: str, chosen: dict[str, str | None]) -> DictConfig:
-    """The schema under the root YAML and the chosen group members."""
-    ConfigStore.instance().store(name=f"{config_name}_schema", node=root)
-    GlobalHydra.instance().clear()
-    choices = [f"{group}={member}" for group, member in chosen.items() if member]
-    with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base="1.3"):
-        return hydra_compose(config_name=config_name, overrides=choices)
+    header = read_header(CONF_FOLDER / f"{config_name}.yaml")
+    return command_help(header, groups, {group: list_members(group) for group in groups}, keys)
 
 
 def _open_parents(config: Any, key: str) -> Any:
@@ -593,7 +426,9 @@ def _value_faults(config: Any, open_groups: Mapping[str, str | None] | None = No
         keys = [key for key in missing if key.startswith(f"{group}.") and not member]
         missing = [key for key in missing if key not in keys]
         if keys and member is not None:
-            fault = f"{group} is not chosen; give {group}=NAME, one of {', '.join(_members(group))}"
+            fault = (
+                f"{group} is not chosen; give {group}=NAME, one of {', '.join(list_members(group))}"
+            )
             faults.append(f"{fault} (or set {', '.join(keys)})")
     faults += [f"{key} is not set; give it as {key}=VALUE" for key in missing]
     return faults + (RunConfig(**plain["run"]).faults() if "run" in plain else [])
@@ -613,7 +448,7 @@ def _explain(error: Exception) -> str:
     """One line for a user from a Hydra or OmegaConf error: key, what was given, what is allowed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, member = error.missing_cfg_file.rpartition("/")
-        return _no_member(group, member)  # a default made of another choice: mixture=${corpus}
+        return no_member(group, member)  # a default made of another choice: mixture=${corpus}
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -626,15 +461,8 @@ def _explain(error: Exception) -> str:
         if schema is dict:
             return f"unknown key {full_key}; to add it, put + in front: +{full_key}=VALUE"
         if isinstance(schema, type) and dataclasses.is_dataclass(schema):
-            return _unknown_key(full_key, [f.name for f in dataclasses.fields(schema)])
-        return _unknown_key(full_key, [])
+            return unknown_key(full_key, [f.name for f in dataclasses.fields(schema)])
+        return unknown_key(full_key, [])
     dropped = ("object_type", "reference_type", "full_key", "In '", "You may be able")
     kept = dict.fromkeys(line for line in lines if not line.startswith(dropped))
     return ": ".join([*dict.fromkeys(named), " ".join(kept)])
-
-
-def _unknown_key(key: str, neighbours: Sequence[str]) -> str:
-    """The fault of a key that no schema has."""
-    return f"unknown key {key}" + (
-        f"; keys beside it: {', '.join(neighbours)}" if neighbours else ""
-    )

@@ -276,16 +276,18 @@ last_wins() {
     done
 }
 
-# The run folder that WORDS name.
+# The run folder that WORDS name; without run.name= it is called like the experiment.
 run_folder() {
-    local word root=runs name=
+    local word root=runs name='' experiment=
     for word in "${WORDS[@]}"; do
         case $word in
             run.root=*) root=${word#*=} ;;
             run.name=*) name=${word#*=} ;;
+            experiment=*) experiment=${word##*/} experiment=${experiment#experiment=} ;;
         esac
     done
-    echo "$root/$name"
+    experiment=${experiment%.yaml}
+    echo "$root/${name:-$experiment}"
 }
 
 # outside_this_job COMMAND...: without this job's own variables, which would be taken for those of the jobs it submits.

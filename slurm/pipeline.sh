@@ -20,11 +20,12 @@ shift
 # shellcheck source=slurm/models/llama3_128k.sh
 . "slurm/models/$model.sh"
 
-root=runs name=$EXPERIMENT
+root=runs name='' experiment=$EXPERIMENT
 for word; do
     case $word in
         run.root=*) root=${word#*=} ;;
         run.name=*) name=${word#*=} ;;
+        experiment=*) experiment=${word##*/} experiment=${experiment#experiment=} experiment=${experiment%.yaml} ;;
         *:run.root=* | *:run.name=*) fail "$word: all stages share one run folder; give run.root and run.name without a stage" ;;
         --*=* | [a-z]*:--*=*) ;;
         --* | [a-z]*:--*) fail "$word: give sbatch's options as --option=value" ;;
@@ -33,7 +34,7 @@ for word; do
         *) fail "$word: neither [STAGE:]key=value nor [STAGE:]--option=value, STAGE one of ${STAGES[*]}" ;;
     esac
 done
-run=$root/$name
+run=$root/${name:-$experiment}
 queued=$(squeue -h -o '%i %k' | awk -v run="$run" '$2 == run { print $1 }' | paste -sd' ')
 [ -z "$queued" ] || fail "$run is in the queue already: jobs $queued; wait, or scancel $queued"
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from longrope2.config import SHIPPED
 from longrope2.errors import FactorsError
+from longrope2.presets import SHIPPED
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import (
     RopeGeometry,

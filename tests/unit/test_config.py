@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PackConfig
-from longrope2.config import CONF_FOLDER, claim_folder, compose, dump, find_shipped, load, to_plain
+from longrope2.config import claim_folder, compose, dump, find_shipped, load, to_plain
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot
-from longrope2.export.variants import ExportRoot
-from longrope2.search.config import SearchRoot
+from longrope2.presets import CONF_FOLDER
 from longrope2.training.config import TrainRoot, check
 
 TINY = ["model=tiny", "target_len=2048", "training=miniature"]
@@ -215,25 +214,6 @@ def test_missing_choices_and_values_come_together() -> None:
     by_keys = ["model.name=x", "model.path=/x", "model.original_len=8", "target_len=64"]
     assert given(*by_keys).run.name == "x_64"
     assert given("experiment=tiny").model.name == "tiny"
-
-
-@pytest.mark.parametrize(
-    ("command", "root", "experiment", "foreign"),
-    [
-        ("search", SearchRoot, "llama3_8b_128k", "training"),
-        ("search", SearchRoot, "llama3_8b_128k_yarn", "rope, training"),
-        ("export", ExportRoot, "tiny_extend", "training, parallel"),
-    ],
-)
-def test_an_experiment_of_another_command(
-    command: str, root: type, experiment: str, foreign: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(root, command, [f"experiment={experiment}"])
-    assert caught.value.faults == (
-        f"experiment={experiment} chooses {foreign}, which this command does not have; it is for "
-        "launch.plan, launch.train. Give model= and target_len= here instead",
-    )
 
 
 @pytest.mark.parametrize("name", ["search", "train", "evaluate", "export", "generate", "plan"])

@@ -8,8 +8,9 @@ import pytest
 
 from launch.train import main
 from longrope2.command import run_command
-from longrope2.config import CONF_FOLDER, compose
+from longrope2.config import compose
 from longrope2.errors import ConfigError
+from longrope2.presets import CONF_FOLDER
 from longrope2.rope.methods import RopeMethod
 from longrope2.training.config import TrainRoot
 

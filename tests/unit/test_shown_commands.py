@@ -12,6 +12,7 @@ import pytest
 from data_prep.config import PackConfig
 from data_prep.pack import FLAGS
 from launch.doctor.rope import DoctorRoot
+from launch.init.survey import InitRoot
 from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.config import compose
@@ -32,6 +33,7 @@ ROOTS = {
     "launch.plan": (PlanRoot, "plan"),
     "launch.doctor": (DoctorRoot, "doctor"),
     "launch.report": (ReportRoot, "report"),
+    "launch.init": (InitRoot, "init"),
 }
 STAGES = ("pack", "search", "train", "evaluate", "export")
 PAGES = [
@@ -123,6 +125,21 @@ def compose_shown(command: str) -> list[object]:
 
 def module_of(stage: str) -> str:
     return "data_prep.pack" if stage == "pack" else f"launch.{stage}"
+
+
+@pytest.fixture(autouse=True)
+def own_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``launch.init`` would have written before the commands of docs/your_own.md."""
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    text = "defaults: [{override /model: tiny}]\ntarget_len: 2048\nrun: {name: mine}\n"
+    for name in ("mine", "mine_two", "mine_cluster", "NAME"):
+        (folder / f"{name}.yaml").write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.yaml").write_text(text)
+    model = "name: mine\npath: /models/mine\noriginal_len: 8192\n"
+    (tmp_path / "elsewhere" / "my_model.yaml").write_text(model)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(("page", "command"), SHOWN)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 MODELS = ("llama3_128k", "phi3_mini_128k")
 STAGES = ("pack", "search", "train", "evaluate", "export")
 SCRIPTS = [ROOT / "slurm" / f"{stage}_{model}.sh" for model in MODELS for stage in STAGES]
+OWN = [ROOT / "slurm" / f"{stage}_own.sh" for stage in STAGES]
 
 COMMON = (ROOT / "slurm" / "common.sh").read_text()
 SIGNAL_LEAD = int(re.search(r"^SIGNAL_LEAD=(\d+)", COMMON, re.MULTILINE)[1])  # pyright: ignore
@@ -33,7 +34,7 @@ def bash(text: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS, *OWN], ids=lambda script: script.stem)
 def test_header(script: Path) -> None:
     """Every job can be requeued, appends to its log, and is told before its time limit."""
     options = header(script)
@@ -160,6 +161,21 @@ def test_the_lead_that_scripts_ask_slurm_for() -> None:
     assert SIGNAL_LEAD == UNKNOWN_LEAD_SECONDS
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("experiment=mine", "runs/mine"),
+        ("experiment=/data/my.yaml run.root=/r", "/r/my"),
+        ("run.name=x experiment=mine", "x"),
+        ("model=tiny run.name=y run.root=/r", "/r/y"),
+    ],
+)
+def test_the_run_folder_of_some_words(words: str, folder: str) -> None:
+    """Also the pipeline's, which looks there for what is complete."""
+    ended = bash(f"{function('run_folder')}\nWORDS=({words}); run_folder")
+    assert ended.stdout.strip() == (folder if "/" in folder else f"runs/{folder}")
+
+
 def test_scripts_refuse_to_run_outside_a_job() -> None:
     ended = bash("unset SLURM_JOB_ID; bash slurm/train_llama3_128k.sh")
     assert (
@@ -171,8 +187,8 @@ def test_scripts_refuse_to_run_outside_a_job() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "which model\\? .* one of llama3_128k phi3_mini_128k"),
-        ("llama4", "no slurm/models/llama4.sh; one of llama3_128k phi3_mini_128k"),
+        ("", "which model\\? .* one of llama3_128k own phi3_mini_128k"),
+        ("llama4", "no slurm/models/llama4.sh; one of llama3_128k own phi3_mini_128k"),
         ("llama3_128k train:run.name=x", "train:run.name=x: all stages share one run folder"),
         ("llama3_128k --nodes", "--nodes: give sbatch's options as --option=value"),
         (

@@ -1,0 +1,161 @@
+"""What there is: the model's window, heads and tokenizer, and the lengths of the documents."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from longrope2.config import SHORTEST_WINDOW, ModelConfig, StageConfig, target_faults
+from longrope2.corpora.build import build_corpus
+from longrope2.corpora.config import CorpusConfig
+from longrope2.corpora.corpus import Corpus, Document, Unit, stable_fraction, stable_hash
+from longrope2.corpora.folder import count_ignored
+from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
+from longrope2.errors import ConfigError, DataError
+from longrope2.model.folder import find_config_file, given_folder
+from longrope2.model.loading import check_model
+from longrope2.model.shape import ModelShape, read_raw_config
+from longrope2.planning.hardware import HardwareConfig
+
+# Endings of files that are plain text whatever they are called; others are for the user to say.
+_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
+# Texts that are tokenized together.
+_BATCH = 64
+
+
+@dataclass
+class InitRoot(StageConfig):
+    """Configuration of the command."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Your documents."""
+    hardware: HardwareConfig | None = None
+    """Machine that will train; null is the one that this command runs on."""
+    processes: int | None = None
+    """Processes that will train; null is one for each GPU, or one on a machine without."""
+    file: str | None = None
+    """Where the experiment is written; null is ``conf/experiment/NAME.yaml`` in the current folder,
+    where every command finds it by its name."""
+    most_characters: int = 50_000_000
+    """Of the documents no more characters than these are read; of the others, files drawn by their
+    names stand for all."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's own files say of it."""
+
+    folder: Path
+    shape: ModelShape
+    encoder: DocumentTokenizer
+    window: int
+    """Tokens."""
+    window_source: str
+
+
+@dataclass(frozen=True)
+class DocumentFacts:
+    """Lengths of the documents that were read; D of them."""
+
+    tokens_D: np.ndarray
+    """Tokens with what starts and ends a document, int64."""
+    split_D: np.ndarray
+    """Where in [0, 1) a document stands: held out where it is below ``corpus.heldout_fraction``."""
+    endings: Counter[str]
+    """Files by what their names end in."""
+    scale: float
+    """All bytes over those that were read: 1 where everything was."""
+    ignored: dict[str, int]
+    """Files that no stage reads, by their endings."""
+
+    def train(self, heldout_fraction: float) -> np.ndarray:
+        """Tokens of the documents that are packed."""
+        return self.tokens_D[self.split_D >= heldout_fraction]
+
+    def heldout(self, heldout_fraction: float) -> np.ndarray:
+        """Tokens of the others."""
+        return self.tokens_D[self.split_D < heldout_fraction]
+
+
+def look_at_model(config: InitRoot) -> ModelFacts:
+    """The model; sets ``config.model.original_len`` where it was not given.
+
+    Raises:
+        ConfigError: its window is stated nowhere.
+        UserError: the model cannot be found, read, or extended by this project.
+    """
+    given, source = config.model.original_len, "as given"
+    if not given:
+        given, source = _stated_window(config.model)
+    config.model.original_len = given
+    if faults := target_faults(config.model, config.target_len, extends=True):
+        raise ConfigError(faults)
+    folder = given_folder(config.model, config.target_len)
+    check_model(folder, given)
+    encoder = load_document_tokenizer(folder, config.model.document_start)
+    shape = ModelShape.from_folder(folder)
+    return ModelFacts(folder, shape, encoder, window=given, window_source=source)
+
+
+def _stated_window(model: ModelConfig) -> tuple[int, str]:
+    """The pre-trained window that the model's config.json states, and the key that does."""
+    file, key = find_config_file(model.path, "model.path"), "max_position_embeddings"
+    stated = {**read_raw_config(file), **model.config}.get(key)
+    if isinstance(stated, int) and stated >= SHORTEST_WINDOW:
+        return stated, f"{key} of its config.json"
+    fault = f"{file} states no window ({key}={stated})"
+    raise ConfigError([f"{fault}; give model.original_len=TOKENS, what it was trained with"])
+
+
+def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentFacts:
+    """Read the corpus, or as much of it as ``most_characters`` allows.
+
+    Sets ``config.corpus.more_text_endings`` by what there is.
+
+    Raises:
+        ConfigError: the corpus cannot be read.
+        DataError: it holds no document.
+    """
+    folder, asked = Path(config.corpus.folder or ""), config.corpus.more_text_endings
+    found = [e for e in count_ignored(folder, asked) if e in _TEXT_ENDINGS]
+    config.corpus.more_text_endings = [*asked, *found]
+    corpus, room = build_corpus(config.corpus), config.most_characters
+    units = list(corpus.units())
+    drawn = sorted(units, key=lambda unit: stable_hash("init", unit.name))
+    tokens: list[int] = []
+    splits: list[float] = []
+    read: list[Unit] = []
+    for unit in drawn:
+        if room <= 0:
+            break
+        documents = _documents(corpus, unit)
+        room -= sum(len(document.text) for document in documents)
+        tokens += _tokens_of(documents, encoder)
+        splits += [stable_fraction("split", document.doc_id) for document in documents]
+        read.append(unit)
+    if not tokens:
+        given = f"corpus.folder={config.corpus.folder}"
+        raise DataError(f"{given}: none of its {len(units)} files holds a document with text")
+    sizes = [sum(unit.size_bytes or 1 for unit in those) for those in (units, read)]
+    endings = Counter(PurePosixPath(unit.name).suffix or unit.source for unit in units)
+    return DocumentFacts(
+        tokens_D=np.asarray(tokens, dtype=np.int64),
+        split_D=np.asarray(splits),
+        endings=endings,
+        scale=sizes[0] / sizes[1],
+        ignored=count_ignored(folder, config.corpus.more_text_endings),
+    )
+
+
+def _documents(corpus: Corpus, unit: Unit) -> list[Document]:
+    return list(corpus.read(unit, Counter()))
+
+
+def _tokens_of(documents: list[Document], encoder: DocumentTokenizer) -> list[int]:
+    """Tokens of each, with what stands before and behind it."""
+    counts: list[int] = []
+    for first in range(0, len(documents), _BATCH):
+        texts = [document.text for document in documents[first : first + _BATCH]]
+        counts += encoder.count_tokens(texts)
+    return [count + encoder.num_boundary_tokens for count in counts]

@@ -1,0 +1,17 @@
+#!/bin/bash
+# sbatch slurm/search_own.sh experiment=NAME [key=value ...]      factors of your model.
+# NAME is an experiment of conf/experiment/, as launch.init writes it (docs/your_own.md).
+#SBATCH --job-name=search_own
+#SBATCH --output=slurm/logs/%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+. "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
+. slurm/models/own.sh
+search "$@"
