@@ -8,6 +8,7 @@ Hydra.
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
