@@ -11,7 +11,7 @@
 #SBATCH --mem=0
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@900
 . "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
 . slurm/models/own.sh
 train "$@"
