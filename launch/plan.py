@@ -6,25 +6,34 @@ layout of the processes by enumeration, its memory by part and time by part, wha
 why, what other targets and machines cost, and what search and evaluation cost.
 """
 
+import json
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
-from longrope2.files.artifacts import MANIFEST_NAME, product_folder, read_manifest
+from longrope2.files.artifacts import (
+    MANIFEST_NAME,
+    library_versions,
+    product_folder,
+    read_manifest,
+    write_text,
+)
 from longrope2.model.folder import given_config_file, merged_config_file
-from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ASSUMED_LONG_SHARE, CONFIG_FILE, ModelShape, Workload
-from longrope2.planning.hardware import HardwareConfig
+from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
 from longrope2.search.config import Algorithm, SearchConfig, most_candidates
 from longrope2.search.halving import most_halving_forwards
-from longrope2.training.config import TrainRoot
-from longrope2.training.forecast import zero_buffers
+from longrope2.training.config import Precision, TrainRoot, recompute_faults
+from longrope2.training.plan import configured_layout, recomputed_layers, resolve_run
+from longrope2.training.rehearsal import rehearse
+from longrope2.training.verify import Verification, print_verification, verify
 
 
 @dataclass
@@ -35,11 +44,50 @@ class PlanRoot(TrainRoot):
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    verify: bool = False
+    """Execute one rank of the configured run without memory or time, and set what it counts beside
+    the planner's figures (minutes)."""
+    verify_file: str | None = None
+    """JSON file that ``verify=true`` writes its figures to, whole; null prints them only."""
 
 
 def main() -> None:
     """Compose, plan, print."""
-    print_plan(plan_run(compose(PlanRoot, "plan", sys.argv[1:])))
+    config = compose(PlanRoot, "plan", sys.argv[1:])
+    if not config.verify:
+        print_plan(plan_run(config))
+        return
+    found = verify_run(config)
+    print_verification(found)
+    if config.verify_file is not None:
+        content = {"command": shlex.join(["python", "-m", "launch.plan", *sys.argv[1:]])}
+        content |= {"versions": library_versions(), **found.to_json()}
+        write_text(Path(config.verify_file), json.dumps(content, indent=1) + "\n")
+
+
+def verify_run(config: PlanRoot) -> Verification:
+    """The planner's figures of the configured layout beside those of its rehearsal.
+
+    Call it once a process (``rehearse``).
+
+    Raises:
+        ConfigError, ArtifactError: as ``plan_run`` and a dry run of the training; or the run keeps
+            something in CPU memory.
+    """
+    plan = plan_run(config)
+    if faults := _verify_faults(config):
+        raise ConfigError(faults)
+    num_processes = config.parallel.processes
+    run = resolve_run(replace(config, dry_run=True), num_processes)
+    layout = _configured_layout(config, plan.shape)
+    layout = replace(layout, bf16=config.training.precision is not Precision.fp32)
+    rehearsal = rehearse(
+        replace(run, recompute_layers=layout.recompute_layers),
+        short_document_tokens=round(plan.workload.short_document_tokens),
+    )
+    workload = replace(plan.workload, short_document_tokens=rehearsal.short_document_tokens)
+    mixed = config.training.mixed
+    return verify(plan.shape, workload, layout, rehearsal.phases, mixed=mixed)
 
 
 def plan_run(config: PlanRoot) -> Plan:
@@ -67,15 +115,7 @@ def plan_run(config: PlanRoot) -> Plan:
         long_share=share if training.mixed else 1.0,
         short_document_tokens=config.plan.short_document_tokens or model.original_len / 2,
     )
-    zero = zero_buffers(config.zero)
-    configured = Layout(
-        data=parallel.processes // parallel.sequence,
-        sequence=parallel.sequence,
-        recompute=training.recompute,
-        offload=training.offload_activations,
-        zero=zero,
-        fused_norms=training.norm is not NormKernel.model,
-    )
+    configured = _configured_layout(config, shape)
     return Plan(
         name=model.name,
         options=config.plan,
@@ -84,7 +124,7 @@ def plan_run(config: PlanRoot) -> Plan:
         shape=shape,
         workload=workload,
         norm=training.norm,
-        zero=zero,
+        zero=configured.zero,
         configured=configured if parallel.processes > 1 else None,
         search_forwards=_search_forwards(config),
         evaluation_samples=_evaluation_samples(config),
@@ -102,6 +142,17 @@ def _long_share(config: PlanRoot) -> tuple[float, str]:
     counts = read_manifest(folder, "segments").counts
     num_long, num_short = counts["num_long_segments"], counts["num_short_segments"]
     return num_long / (num_long + num_short), f" (as in {folder})"
+
+
+def _configured_layout(config: PlanRoot, shape: ModelShape) -> Layout:
+    """The layout that the configuration asks for, on its hardware."""
+    processes, norm = config.parallel.processes, config.training.norm
+    if faults := recompute_faults(config.training, shape.num_layers):
+        raise ConfigError(faults)
+    layout = configured_layout(config, processes, bf16=True, norm=norm)
+    usable = make_machine(config.hardware).usable_bytes
+    layers = recomputed_layers(config, shape, layout, usable_bytes=usable)
+    return replace(layout, recompute_layers=layers)
 
 
 def _search_forwards(config: PlanRoot) -> int:
@@ -127,12 +178,27 @@ def _evaluation_samples(config: PlanRoot) -> list[tuple[int, float]]:
     return [*samples, (config.model.original_len, evaluation.retention.num_windows * subjects)]
 
 
+def _verify_faults(config: PlanRoot) -> list[str]:
+    """What a rehearsal on fake tensors of one device cannot tell apart."""
+    in_cpu_memory = {
+        "training.offload_activations": config.training.offload_activations,
+        "zero.offload_optimizer": config.zero.offload_optimizer,
+    }
+    return [
+        f"{key}=true: verify=true cannot tell CPU memory from the GPU's; set it to false to verify"
+        for key, is_set in in_cpu_memory.items()
+        if is_set
+    ]
+
+
 def _faults(config: PlanRoot) -> list[str]:
     """Values that describe no run, beside those the hardware checks itself."""
     training, parallel, plan = config.training, config.parallel, config.plan
     tokens, batch, target = training.tokens, training.global_batch_tokens, config.target_len
     sequence, processes = parallel.sequence, parallel.processes
     faults = target_faults(config.model, target)
+    if config.verify_file is not None and not config.verify:
+        faults.append(f"verify_file={config.verify_file} is written by verify=true only")
     if tokens is None or tokens < batch:
         step = f"one step of training.global_batch_tokens={batch} tokens"
         faults.append(f"training.tokens={tokens}: a plan needs a budget of at least {step}")

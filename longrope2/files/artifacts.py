@@ -59,7 +59,7 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     commit: str = field(default_factory=lambda: _code_commit())
-    versions: dict[str, str] = field(default_factory=lambda: _library_versions())
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
 
 def product_folder(run_folder: Path, product: str) -> Path:
@@ -169,7 +169,7 @@ def _code_commit() -> str:
     return commit + ("+dirty" if changed else "")
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that shape results."""
     versions = {}
     for package in RECORDED_PACKAGES:

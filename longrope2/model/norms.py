@@ -10,6 +10,7 @@ its kernel is what ``use_norm`` applies.
 Shape legend: T = tokens, H = hidden size.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from enum import Enum
@@ -98,14 +99,12 @@ def use_norm(model: nn.Module, kernel: NormKernel) -> int:
     """
     if kernel is NormKernel.model:
         return 0
-    function, is_plain, replaced = _function(kernel), {}, 0
+    function, replaced = _function(kernel), 0
     for module in model.modules():
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
             continue
-        if kind not in is_plain:
-            is_plain[kind] = _is_plain(kind)
-        if is_plain[kind]:
+        if _is_plain(kind):
             # On the instance: DeepSpeed's hooks around the call gather the weight before it.
             module.forward = partial(_forward, function, module)
             replaced += 1
@@ -119,6 +118,7 @@ def _forward(function: _NormFunction, module: nn.Module, hidden: Tensor) -> Tens
     return function(hidden, weight_H, epsilon)
 
 
+@functools.cache
 def _is_plain(kind: type[nn.Module]) -> bool:
     """Whether a module class computes the formula above, found out with random numbers."""
     hidden_size, epsilon = 8, 1e-5

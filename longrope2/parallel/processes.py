@@ -122,6 +122,20 @@ def done_by_main(work: Callable[[], Result], mark: Callable[[str], None]) -> Res
     return answer[0][0]
 
 
+def smallest_gpu_bytes(device: torch.device) -> int | None:
+    """Memory of the smallest GPU among all ranks, the same on each; None on a CPU.
+
+    Every rank calls this; outside a process group it is this GPU's.
+    """
+    if device.type != "cuda":
+        return None
+    own = torch.cuda.get_device_properties(device).total_memory
+    smallest = torch.tensor(own, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def _locks() -> Iterator[tuple[Path, float]]:
     """Builds of extensions are locked by files, which killed processes leave behind: age in s."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -1,5 +1,6 @@
 """The best layout of a training by enumeration, and why the other layouts do not do."""
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,10 +77,32 @@ def choose_layout(
         if refusal is not None:
             refused.append(refusal)
             continue
-        time = predict_time(shape, workload, layout, machine)
-        fitting.append(FittingLayout(layout, predict_memory(shape, workload, layout), time))
+        fewest = fewest_recomputed_layers(shape, workload, layout, machine.usable_bytes)
+        for layers in {None, fewest or None}:  # none of them: another policy
+            chosen = replace(layout, recompute_layers=layers)
+            time = predict_time(shape, workload, chosen, machine)
+            fitting.append(FittingLayout(chosen, predict_memory(shape, workload, chosen), time))
     fitting.sort(key=lambda fit: (round(fit.time.hours, 3), fit.memory.peak))
     return Choice(tuple(fitting), tuple(refused))
+
+
+def fewest_recomputed_layers(
+    shape: ModelShape, workload: Workload, layout: Layout, usable_bytes: float
+) -> int | None:
+    """How few layers must be recomputed for a layout to fit; None when it must be all.
+
+    Without recompute it is None too: no layer is.
+    """
+    if layout.recompute is Recompute.none:
+        return None
+
+    def fits(layers: int) -> bool:
+        some = replace(layout, recompute_layers=layers)
+        return predict_memory(shape, workload, some).peak <= usable_bytes
+
+    candidates = range(shape.num_layers)
+    fewest = bisect.bisect_left(candidates, True, key=fits)
+    return fewest if fewest < shape.num_layers else None
 
 
 def find_refusal(

@@ -4,7 +4,7 @@ The kernel-efficiency model: matrix products run at ``gemm_tflops``, attention k
 ``attention_tflops`` (of the FLOPs they really execute), everything elementwise at
 ``memory_efficiency`` of the memory bandwidth, messages at ``link_efficiency`` of the links. A100:
 220 and 180 TFLOP/s with FlashAttention-2, assumptions of this project that put the paper's recipe
-at a floor of 32.4 to 38.3 h (the paper took 54 h). H100 and H200: the A100's share of the peak for
+at a floor of 32.2 to 38.1 h (the paper took 54 h). H100 and H200: the A100's share of the peak for
 matrix products, and one third of it for FlashAttention-2, which was made for the A100. None of
 these rates has been measured by this project; replace them by measurements of your machine with
 ``hardware.gemm_tflops`` and its siblings.

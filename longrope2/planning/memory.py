@@ -7,9 +7,13 @@ the prediction is the highest of them:
 
 - *loss*: all checkpoints (or activations) are there, the LM head is gathered, its gradient is
   summed up in float32;
-- *layer*: the backward pass of the last layer's MLP, all checkpoints still there, the layer's own
-  activations on top (the buffers of the exchange come later, when the MLP's are gone);
+- *layer*: the backward pass of a layer's MLP, the layer's own activations on top of what is kept
+  (the buffers of the exchange come later, when the MLP's are gone): of the last layer, all
+  checkpoints still there, or of the one in which the bucket of gradients is first full, and copied
+  to be reduced;
 - *update*: the optimizer, when no activation is left.
+
+Each is compared with what a rehearsal of the run counts: ``launch.plan verify=true``.
 
 Not in it: the CUDA context, NCCL and fragmentation (``hardware.usable_memory`` leaves room for
 them), loading, and float32 tables of cosines.
@@ -17,26 +21,27 @@ them), loading, and float32 tables of cosines.
 Symbols: H hidden size, b bytes of a number in the compute format.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.model.shape import ModelShape, Workload
 
 _BYTES_FP32, _BYTES_BF16 = 4, 2
-# Logits, their softmax in place of the gradient, and the product of one chunk.
+# Of one chunk: logits and their softmax, which becomes the gradient, in float32.
 _LOGITS_COPIES = 2
 _SUB_GROUP_ELEMENTS = 1_000_000_000
 PART_WORDS = {
     "states": "weights, gradients, master weights, two moments, sharded",
     "checkpoints": "inputs of the layers",
-    "activations": "what all layers keep without recompute",
+    "activations": "what layers keep without recompute",
     "attention": "what dense recompute keeps of attention",
     "layer": "one layer in the backward pass",
     "head": "LM head, its float32 gradient, hidden states",
     "logits": "tiles of logits",
-    "gathered": "parameters gathered, largest gradient",
-    "communication": "buckets of gradients",
+    "gathered": "other parameters gathered",
+    "bucket": "gradients that wait to be reduced",
+    "reduced": "those being reduced, largest gradient",
     "update": "copies of the optimizer",
 }
 
@@ -70,6 +75,8 @@ class Layout:
     sequence: int
     """Processes that share a segment."""
     recompute: Recompute
+    recompute_layers: int | None = None
+    """The first layers, to which ``recompute`` applies; the others keep everything. None is all."""
     micro_batch: int = 1
     """Segments that a group works on at once."""
     offload: bool = False
@@ -94,6 +101,13 @@ class Layout:
     def gradient_bytes(self) -> int:
         """Bytes of a gradient on its way."""
         return self.zero.gradient_bytes if self.sequence > 1 else self.compute_bytes
+
+    def recomputed(self, shape: ModelShape) -> int:
+        """Layers that the backward pass computes again."""
+        if self.recompute is Recompute.none:
+            return 0
+        num_layers = shape.num_layers
+        return num_layers if self.recompute_layers is None else self.recompute_layers
 
     def local_tokens(self, workload: Workload) -> int:
         """Tokens a process holds in one micro-step."""
@@ -124,17 +138,21 @@ class MemoryUse:
     head: float
     logits: float
     gathered: float
-    communication: float
+    bucket: float
+    reduced: float
     update: float
+    left_when_reduced: float = field(default=1.0, repr=False)
+    """Share of what layers keep that is still there when the bucket is full for the first time."""
 
     @property
     def moments(self) -> dict[str, float]:
         """Bytes at each moment that can be the highest."""
-        always = self.states + self.communication
-        kept = always + self.checkpoints + self.activations + self.attention
+        always = self.states + self.bucket
+        kept = self.checkpoints + self.activations + self.attention
+        in_layer = max(kept, self.left_when_reduced * kept + self.reduced)
         return {
-            "loss": kept + self.head + self.logits,
-            "layer": kept + self.layer + self.gathered,
+            "loss": always + kept + self.head + self.logits + self.gathered,
+            "layer": always + in_layer + self.layer + self.gathered,
             "update": always + self.update,
         }
 
@@ -163,24 +181,32 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     kept_attention = attention if recompute is Recompute.dense else 0.0
     # At the MLP's product: gradients of both branches, of the layer's output, of the residual.
     layer = b * (2 * shape.mlp + 2 * shape.hidden) * tokens
-    keeps_inputs = recompute is not Recompute.none
-    if keeps_inputs:
+    recomputed = layout.recomputed(shape)
+    whole = shape.num_layers - recomputed
+    # Layers kept whole are the last, and gone when the backward pass comes to one that is not.
+    if whole == 0:
         layer += saved_layer - on_gpu * kept_attention
-    # Gathered, its float32 gradient, that one's copy in the compute format.
+    # Gathered, its float32 gradient, that one's copy in the compute format; hidden states before
+    # and after the last norm, and their gradient.
     head_weights = (b + _BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
+    per_logit = _LOGITS_COPIES * _BYTES_FP32 + (b if layout.bf16 else 0)
+    logits = per_logit * min(CHUNK_TOKENS, tokens) * shape.vocabulary
     bucket = zero.reduce_bucket * layout.gradient_bytes
+    layers_in_bucket = zero.reduce_bucket // shape.layer_parameters
     filled = min(zero.reduce_bucket, shape.parameters) * layout.gradient_bytes
     return MemoryUse(
         states=state_bytes * shard + second_copy,
-        checkpoints=on_gpu * shape.num_layers * shape.hidden * b * tokens if keeps_inputs else 0.0,
-        activations=0.0 if keeps_inputs else shape.num_layers * saved_layer,
-        attention=on_gpu * shape.num_layers * kept_attention,
+        checkpoints=on_gpu * recomputed * shape.hidden * b * tokens,
+        activations=whole * saved_layer,
+        attention=on_gpu * recomputed * kept_attention,
         layer=layer,
-        head=head_weights + 2 * b * shape.hidden * tokens,
-        logits=_LOGITS_COPIES * min(CHUNK_TOKENS, tokens) * shape.vocabulary * _BYTES_FP32,
-        gathered=b * min(shape.parameters, zero.max_live) + b * shape.hidden * shape.mlp,
-        communication=bucket + (filled if world > 1 else 0.0),
+        head=head_weights + 3 * b * shape.hidden * tokens,
+        logits=logits,
+        gathered=b * min(shape.parameters - shape.head_parameters, zero.max_live),
+        bucket=bucket,
+        reduced=(filled if world > 1 else 0.0) + b * shape.hidden * shape.mlp,
         update=_BYTES_FP32 * min(shard, _SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
+        left_when_reduced=max(0.0, 1 - layers_in_bucket / shape.num_layers),
     )
 
 

@@ -129,6 +129,7 @@ def print_plan(plan: Plan) -> None:
 
 def _layout_words(layout: Layout) -> str:
     words = f"{layout.sequence} sequence x {layout.data} data, recompute {layout.recompute.value}"
+    words += "" if layout.recompute_layers is None else f" in {layout.recompute_layers} layers"
     words += ", offloaded" if layout.offload else ""
     return words + (f", {layout.micro_batch} segments at once" if layout.micro_batch > 1 else "")
 
@@ -172,7 +173,7 @@ def _layouts_table(plan: Plan) -> Table:
     for fit in shown:
         layout, time = fit.layout, fit.time
         row = [str(layout.sequence), str(layout.data)]
-        row += [layout.recompute.value + (" +cpu" if layout.offload else "")]
+        row += [_short_recompute(layout)]
         row += [str(layout.micro_batch), f"{fit.memory.peak / GIB:.1f}", f"{time.hours:.1f}"]
         row += [f"{time.tokens_per_second_per_gpu:,.0f}", f"{100 * time.mfu:.1f}"]
         rows.append([*row, "<- best" if fit is best else ""])
@@ -182,13 +183,20 @@ def _layouts_table(plan: Plan) -> Table:
     return _table(f"layouts that fit: {len(fitting)}, the fastest first", head, rows)
 
 
+def _short_recompute(layout: Layout) -> str:
+    """Policy and number of layers, as tables have them."""
+    layers = "" if layout.recompute_layers is None else f" {layout.recompute_layers}"
+    return f"{layout.recompute.value}{layers}{' +cpu' if layout.offload else ''}"
+
+
 def _choice_lines(plan: Plan) -> list[str]:
     best, refusal, configured = plan.choice.best, plan.refusal, plan.configured
     assert best is not None
-    layout = best.layout
+    layout, layers = best.layout, best.layout.recompute_layers
     settings = (
         f"parallel.processes={layout.num_processes} parallel.sequence={layout.sequence} "
         f"training.recompute={layout.recompute.value} training.same_kind_segments={layout.data}"
+        f"{'' if layers is None else f' training.recompute_layers={layers}'}"
         f"{' training.offload_activations=true' if layout.offload else ''}"
     )
     lines = [
@@ -280,9 +288,9 @@ def _cost_table(plan: Plan) -> Table:
 def _cost_cell(choice: Choice) -> str:
     best, closest = choice.best, choice.closest
     if best is not None:
-        layout, cpu = best.layout, "+cpu" if best.layout.offload else ""
-        short = f"{layout.sequence}x{layout.data} {layout.recompute.value}{cpu}"
-        return f"{best.time.hours:,.1f}  {short:>12}"
+        layout = best.layout
+        short = f"{layout.sequence}x{layout.data} {_short_recompute(layout)}"
+        return f"{best.time.hours:,.1f}  {short:>15}"
     if closest is not None and closest.memory is not None:
         return f"no: {closest.memory.peak / GIB:.0f} GiB"
     return "impossible"
@@ -306,8 +314,8 @@ def _closing_lines(plan: Plan) -> list[str]:
     own = plan.norm is NormKernel.model
     return [
         "",
-        "Memory is counted from what the training keeps; tests/distributed/test_memory.py compares "
-        "it with measured peaks.",
+        "Memory, FLOPs and traffic follow from what the training keeps and does; verify=true "
+        "executes one rank of the configured run without memory or time and compares.",
         f"Norms are counted {'as transformers computes them' if own else 'in one kernel'} "
         f"(training.norm={plan.norm.value}).",
         "Hours follow from the rates above, which are assumptions: longrope2/planning/timing.py "

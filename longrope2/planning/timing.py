@@ -5,11 +5,11 @@ A micro-step of one window kind takes
     products + attention + elementwise + exchange + offload + max(0, gathers - (products + attention
     + elementwise))
 
-- *products*: 2 N forward, 4 N backward, 2 N again with any recompute (N: layers and LM head; the LM
-  head's share is an upper bound where the loss keeps its gradient instead of its logits), at
-  ``gemm_flops``;
+- *products*: 2 N forward, 4 N backward (N: layers and LM head), 2 again of the recomputed layers,
+  at ``gemm_flops``;
 - *attention*: the forward kernel once, the backward kernel 2.5 times it (it computes five products
-  instead of two), the forward kernel again with ``full`` recompute, at ``attention_flops``;
+  instead of two), the forward kernel again in layers of ``full`` recompute, at
+  ``attention_flops``;
 - *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the
   bytes they read and write;
 - *exchange*: queries, keys, values and outputs between the processes of a long segment, hidden
@@ -111,22 +111,47 @@ def predict_micro_step(
     shape: ModelShape, workload: Workload, layout: Layout, machine: Machine, *, window: Window
 ) -> MicroStepTime:
     """Time of one micro-step of a window kind."""
-    tokens, recompute = layout.local_tokens(workload), layout.recompute
-    passes = 3 if recompute is Recompute.none else 4
-    attention_passes = 1 + _ATTENTION_BACKWARD + (1 if recompute is Recompute.full else 0)
-    forward_attention = shape.attention_flops(workload.attended_len(window))
-    elementwise = _elementwise_bytes_per_token(shape, layout) * passes
+    tokens, repeated = layout.local_tokens(workload), layout.recomputed(shape) / shape.num_layers
+    attention = attention_flops(shape, layout, shape.attention_flops(workload.attended_len(window)))
+    elementwise = _elementwise_bytes_per_token(shape, layout) * (3 + repeated)
     exchange = _exchange_seconds(shape, workload, layout, machine)
     kept = predict_memory(shape, workload, replace(layout, offload=False))
     offloaded = kept.checkpoints + kept.attention if layout.offload else 0.0
     return MicroStepTime(
-        products=passes * 2.0 * shape.matrix_parameters * tokens / machine.gemm_flops,
-        attention=attention_passes * forward_attention * tokens / machine.attention_flops,
+        products=product_flops(shape, layout) * tokens / machine.gemm_flops,
+        attention=attention * tokens / machine.attention_flops,
         elementwise=elementwise * tokens / machine.memory_bytes,
         exchange=exchange if window is Window.LONG else 0.0,
         offload=2 * offloaded / machine.host_link_bytes,
-        gathers=_gather_seconds(shape, layout, machine),
+        gathers=_gather_seconds(shape, layout, machine, layout.micro_steps(workload)),
     )
+
+
+def product_flops(shape: ModelShape, layout: Layout) -> float:
+    """FLOPs of matrix products of a token: forward, backward, and what is computed again.
+
+    A recomputed layer is repeated to its end: DeepSpeed's linear function keeps the input of the
+    MLP's down projection only after multiplying it, where torch's own would let the checkpoint stop
+    before. The LM head is never repeated; its gradients are made with the loss.
+    """
+    repeated = layout.recomputed(shape) * shape.layer_parameters
+    return 2.0 * (3 * shape.matrix_parameters + repeated)
+
+
+def attention_flops(shape: ModelShape, layout: Layout, forward: float) -> float:
+    """FLOPs that attention kernels execute in a micro-step, given those of a forward pass."""
+    return (1 + _ATTENTION_BACKWARD + _attention_repeated(shape, layout)) * forward
+
+
+def _attention_repeated(shape: ModelShape, layout: Layout) -> float:
+    """Share of the layers whose attention, and exchange, the backward pass repeats."""
+    is_full = layout.recompute is Recompute.full
+    return layout.recomputed(shape) / shape.num_layers if is_full else 0.0
+
+
+def exchange_passes(shape: ModelShape, layout: Layout) -> float:
+    """How often a long segment is exchanged: forward, backward, where attention is repeated."""
+    return 2 + _attention_repeated(shape, layout)
 
 
 def exchange_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
@@ -143,7 +168,9 @@ def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
     if layout.num_processes == 1:
         return 0.0, 0.0
     gradients = float(layout.gradient_bytes * shape.parameters)
-    return 2.0 * layout.compute_bytes * shape.parameters, gradients
+    # The backward pass finds what the forward pass used last.
+    still_there = min(shape.parameters, layout.zero.max_live)
+    return float(layout.compute_bytes * (2 * shape.parameters - still_there)), gradients
 
 
 def _exchange_seconds(
@@ -156,14 +183,31 @@ def _exchange_seconds(
     """
     if layout.sequence == 1:
         return 0.0
-    passes = 3 if layout.recompute is Recompute.full else 2
-    to_each = passes * exchange_bytes(shape, workload, layout) / (layout.sequence - 1)
+    to_each = (
+        exchange_passes(shape, layout)
+        * exchange_bytes(shape, workload, layout)
+        / (layout.sequence - 1)
+    )
     on_node = min(layout.sequence, machine.gpus_per_node)
     inside, outside = to_each * (on_node - 1), to_each * (layout.sequence - on_node)
     return max(inside / machine.node_link_bytes, outside / machine.network_bytes)
 
 
-def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> float:
+def gathered_from_all(shape: ModelShape, layout: Layout, micro_steps: float) -> float:
+    """Share of the gathered weights that come from all processes, not from an hpZ group.
+
+    The update makes the groups' copies worthless; the first forward pass after it fills them anew,
+    and all others of the step's micro-steps, forward and backward, gather from them.
+    """
+    if layout.zero.hpz_size in (1, layout.num_processes):
+        return 1.0
+    of_a_micro_step, _ = gather_bytes(shape, layout)
+    return layout.compute_bytes * shape.parameters / (micro_steps * of_a_micro_step)
+
+
+def _gather_seconds(
+    shape: ModelShape, layout: Layout, machine: Machine, micro_steps: float
+) -> float:
     """Inside a node over its links; a node gets what it lacks over all its adapters at once."""
     weights, gradients = gather_bytes(shape, layout)
     processes, in_node = layout.num_processes, min(layout.num_processes, machine.gpus_per_node)
@@ -172,8 +216,9 @@ def _gather_seconds(shape: ModelShape, layout: Layout, machine: Machine) -> floa
     if num_nodes == 1:
         return (weights + gradients) * inside
     between = (num_nodes - 1) / num_nodes / (in_node * machine.network_bytes)
-    stays_in_node = 1 < layout.zero.hpz_size <= machine.gpus_per_node
-    slow = weights / 2 + gradients if stays_in_node else weights + gradients
+    in_groups = layout.zero.hpz_size <= machine.gpus_per_node
+    share = gathered_from_all(shape, layout, micro_steps) if in_groups else 1.0
+    slow = share * weights + gradients
     return slow * max(between, inside) + (weights + gradients - slow) * inside
 
 

@@ -26,6 +26,11 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+# Values of ``training.recompute_layers`` beside numbers.
+AUTO_LAYERS = "auto"
+LAYER_WORDS = ("all", AUTO_LAYERS)
+
+
 class OptimizerKind(Enum):
     """Implementations of AdamW: the same update, rounded and fused differently."""
 
@@ -114,6 +119,10 @@ class TrainingConfig:
     recompute: Recompute = Recompute.none
     """``full`` keeps only layer inputs and recomputes the rest; ``dense`` keeps attention too and
     recomputes the rest."""
+    recompute_layers: str = "all"
+    """Layers, from the first on, that ``recompute`` applies to; the others keep everything.
+    ``all``, a number, or ``auto``: as few as fit into the GPU by the planner's count (on a CPU
+    all)."""
     norm: NormKernel = NormKernel.auto
     """Kernel of the RMS norms: on a GPU ``auto`` takes the first of liger, apex and torch (its
     fused operator) that runs here, and says so; ``model`` is transformers' own."""
@@ -174,7 +183,9 @@ def check(config: TrainRoot, model_folder: Path, world_size: int) -> None:
     Raises:
         ConfigError: all faults together, each naming its key.
     """
+    num_layers = ModelShape.from_folder(model_folder).num_layers
     faults = _range_faults(config.training) + _window_faults(config)
+    faults += recompute_faults(config.training, num_layers)
     faults += _parallel_faults(config, model_folder, world_size)
     stage, optimizer = config.parallel.zero_stage, config.training.optimizer.value
     faults += zero_faults(config.zero, stage=stage, world_size=world_size, optimizer=optimizer)
@@ -219,6 +230,20 @@ def _range_faults(training: TrainingConfig) -> list[str]:
         needs = "training.offload_activations=true needs training.recompute=full or dense"
         faults.append(f"{needs}; with none all stays")
     return faults
+
+
+def recompute_faults(training: TrainingConfig, num_layers: int) -> list[str]:
+    """A number of layers that is none, or that has no policy."""
+    given = training.recompute_layers
+    if given in LAYER_WORDS:
+        return []
+    fault = f"training.recompute_layers={given}"
+    if not (given.isdecimal() and 1 <= int(given) <= num_layers):
+        allowed = f"all, auto or a number from 1 to {num_layers} (the model's layers)"
+        return [f"{fault} must be {allowed}"]
+    if training.recompute is Recompute.none:
+        return [f"{fault} needs training.recompute=full or dense; with none no layer is recomputed"]
+    return []
 
 
 def _window_faults(config: TrainRoot) -> list[str]:

@@ -7,6 +7,7 @@ DeepSpeed JSON is kept.
 of remembering: ``none``; ``full``, whole decoder layers, of which only the input is kept;
 ``dense``, all of a layer but attention, whose input is kept too. At 131,072 tokens attention is
 most of the work: ``dense`` is nearly as fast as ``none`` (memory: attention/windowed.py).
+``training.recompute_layers`` keeps the last layers whole, as far as memory goes.
 
 Under ZeRO-3 each rank keeps its share of a parameter as soon as it exists; without this DeepSpeed
 shards a model that every rank has loaded whole. The sharding itself is DeepSpeed's own
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longrope2.attention.windowed import kept_attention_contexts
 from longrope2.errors import ConfigError
@@ -103,13 +105,20 @@ def _zero_section(parallel: ParallelConfig, zero: ZeroConfig) -> dict[str, Any]:
     }
 
 
-def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> None:
-    """Checkpoint every decoder layer of a transformers model; it acts in training mode only.
+def apply_recompute(
+    hf: Any, policy: Recompute, *, layers: int | None = None, offload: bool = False
+) -> None:
+    """Checkpoint decoder layers of a transformers model; it acts in training mode only.
 
-    With ``offload`` what stays between layers stays in CPU memory.
+    Args:
+        hf: The model.
+        policy: What is computed again.
+        layers: How many, from the first; None is all. The backward pass begins with the last, which
+            are kept whole: their memory is free again when the first are computed again.
+        offload: What stays between layers stays in CPU memory.
 
     Raises:
-        ConfigError: the model class has no layers that can be checkpointed.
+        ConfigError: the model class has no layers that can be checkpointed, or not one by one.
     """
     if policy is Recompute.none:
         return
@@ -119,6 +128,18 @@ def apply_recompute(hf: Any, policy: Recompute, *, offload: bool = False) -> Non
     except ValueError:
         text = f"{type(hf).__name__} has no layers that can be recomputed; use none"
         raise ConfigError([f"training.recompute={policy.value}: {text}"]) from None
+    if layers is not None:
+        _recompute_first(hf, layers)
+
+
+def _recompute_first(hf: Any, layers: int) -> None:
+    """Leave the checkpoints of the first layers only."""
+    own = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(own) != hf.config.num_hidden_layers:
+        text = f"{type(hf).__name__} does not checkpoint its layers one by one; use all"
+        raise ConfigError([f"training.recompute_layers={layers}: {text}"])
+    for number, layer in enumerate(own):
+        layer.gradient_checkpointing = number < layers
 
 
 def _checkpointed(layer: Callable[..., Any], *inputs: Tensor, dense: bool, offload: bool) -> Any:
@@ -188,17 +209,30 @@ def wrap_model(model: WindowedModel, run: ResolvedRun, processes: Processes) -> 
     """The engine around a model that is on the device, or in shares; every rank calls this."""
     import deepspeed  # by now loaded with DS_ACCELERATOR set (processes.py)
 
-    training, offloaded = run.config.training, run.config.zero.offload_optimizer
+    training = run.config.training
+    fused = run.machine.fused_update or run.config.zero.offload_optimizer
     use_norm(model.hf, run.machine.norm.kernel)
-    apply_recompute(model.hf, training.recompute, offload=training.offload_activations)
+    apply_recompute(
+        model.hf,
+        training.recompute,
+        layers=_layers_of(model, run),
+        offload=training.offload_activations,
+    )
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, training, offloaded=offloaded),  # type: ignore[arg-type]
+        optimizer=make_optimizer(model, training, fused=fused),  # type: ignore[arg-type]
         config=_settings(run),
         mpu=processes.mpu,
     )
     return engine
+
+
+def _layers_of(model: WindowedModel, run: ResolvedRun) -> int | None:
+    """Recomputed layers; the self-test's tiny model has fewer, and keeps one if the run's does."""
+    if run.recompute_layers is None:
+        return None
+    return min(run.recompute_layers, model.hf.config.num_hidden_layers - 1)
 
 
 def _shares(run: ResolvedRun, processes: Processes) -> RankShares | None:

@@ -10,22 +10,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ASSUMED_LONG_SHARE, ModelShape, Workload
 from longrope2.planning import hardware
 from longrope2.planning.hardware import HardwareConfig, Machine
-from longrope2.planning.memory import Layout, MemoryUse, ZeroBuffers, predict_memory
+from longrope2.planning.memory import Layout, MemoryUse, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
-from longrope2.training.config import Precision, ZeroConfig
-from longrope2.training.plan import ResolvedRun
+from longrope2.training.plan import ResolvedRun, configured_layout
 from longrope2.training.step import StepReport
 
 GIB = 2**30
 _TOLERANCE = 0.15
 # The first steps of a process allocate, compile and fill caches.
 _WARM_UP_STEPS = 3
-_FP32_BYTES, _BF16_BYTES = 4, 2
 _MOMENTS = {"loss": "the loss", "layer": "the backward pass", "update": "the update"}
 _HINTS = {
     "step time": "; its rates are assumptions (python -m launch.plan), "
@@ -125,14 +122,11 @@ class ForecastCheck:
 def make_forecast(run: ResolvedRun) -> Forecast:
     """What to expect of a run; ``ASSUMED_LONG_SHARE`` where there are no segments yet to tell."""
     config, training, parallel = run.config, run.config.training, run.config.parallel
-    layout = Layout(
-        data=run.world_size // parallel.sequence,
-        sequence=parallel.sequence,
-        recompute=training.recompute,
-        offload=training.offload_activations,
-        bf16=run.machine.bf16,
-        zero=zero_buffers(config.zero),
-        fused_norms=run.machine.norm.kernel is not NormKernel.model,
+    layout = replace(
+        configured_layout(
+            config, run.world_size, bf16=run.machine.bf16, norm=run.machine.norm.kernel
+        ),
+        recompute_layers=run.recompute_layers,
     )
     share = run.schedule.long_share if training.mixed else 1.0
     workload = Workload(
@@ -147,17 +141,6 @@ def make_forecast(run: ResolvedRun) -> Forecast:
     machine = _machine(run.machine.device, run.world_size) if layout.bf16 else None
     return Forecast(
         shape, workload, layout, memory=memory, machine=machine, assumes_mix=share is None
-    )
-
-
-def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
-    """The sizes that ZeRO is given."""
-    in_fp32 = zero.sequence_gradient_dtype is Precision.fp32
-    return ZeroBuffers(
-        reduce_bucket=zero.reduce_bucket_elements,
-        max_live=zero.max_live_elements,
-        hpz_size=zero.hpz_size,
-        gradient_bytes=_FP32_BYTES if in_fp32 else _BF16_BYTES,
     )
 
 

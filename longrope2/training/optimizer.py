@@ -47,11 +47,12 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
 
 
 def make_optimizer(
-    model: nn.Module, training: TrainingConfig, *, offloaded: bool = False
+    model: nn.Module, training: TrainingConfig, *, fused: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay, as ``training.optimizer`` asks.
 
-    ``offloaded``: DeepSpeed keeps parameters and state on the CPU (``zero.offload_optimizer``).
+    ``fused``: torch's update in one kernel on a CPU too, as for parameters and state that DeepSpeed
+    keeps there (``zero.offload_optimizer``).
     """
     groups, betas = parameter_groups(model, training), (training.beta1, training.beta2)
     settings: dict[str, Any] = {"lr": training.learning_rate, "betas": betas}
@@ -63,8 +64,8 @@ def make_optimizer(
         from apex.optimizers import FusedAdam as ApexFusedAdam  # pyright: ignore[reportMissingImports]
 
         return ApexFusedAdam(groups, adam_w_mode=True, **settings)
-    fused = True if offloaded or groups[0]["params"][0].is_cuda else None
-    return torch.optim.AdamW(groups, fused=fused, **settings)
+    in_one_kernel = True if fused or groups[0]["params"][0].is_cuda else None
+    return torch.optim.AdamW(groups, fused=in_one_kernel, **settings)
 
 
 def optimizer_fault(kind: OptimizerKind, device: torch.device) -> str | None:

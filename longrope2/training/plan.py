@@ -29,22 +29,36 @@ from longrope2.model.folder import (
 )
 from longrope2.model.loading import check_model, find_weights, rope_geometry
 from longrope2.model.norms import NormKernel, choose_norm
-from longrope2.model.shape import CONFIG_FILE
+from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
+from longrope2.parallel.processes import smallest_gpu_bytes
+from longrope2.planning.choice import fewest_recomputed_layers
+from longrope2.planning.hardware import HardwareConfig
+from longrope2.planning.memory import Layout, Recompute, ZeroBuffers
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.methods import RopeMethod
 from longrope2.rope.window import Window
 from longrope2.segments.format import SegmentStore, check_at_start
 from longrope2.segments.schedule import StepSchedule
-from longrope2.training.config import Precision, TrainRoot, check, compute_dtype
+from longrope2.training.config import (
+    AUTO_LAYERS,
+    LAYER_WORDS,
+    Precision,
+    TrainRoot,
+    ZeroConfig,
+    check,
+    compute_dtype,
+)
 from longrope2.training.optimizer import optimizer_fault
 
 # Fields of ``training`` that may change between the parts of one run: they change nothing that is
 # computed but its rounding.
 CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps",
-                            "recompute", "offload_activations", "max_skipped_steps", "peak_tflops",
-                            "prefetch_steps", "async_checkpoints", "final_dtype", "selftest",
+                            "recompute", "recompute_layers", "offload_activations",
+                            "max_skipped_steps", "peak_tflops", "prefetch_steps",
+                            "async_checkpoints", "final_dtype", "selftest",
                             "hang_timeout_s", "norm")  # fmt: skip
 
+_FP32_BYTES, _BF16_BYTES = 4, 2
 _PACK_MORE = {
     Window.SHORT: "pack with short_overlong=split or more texts of at most {original_len:,} tokens",
     Window.LONG: "pack with more texts of above {original_len:,} tokens",
@@ -66,6 +80,8 @@ class MachineSetup:
     norm: KernelChoice[NormKernel]
     faults: tuple[str, ...]
     """What was asked for by name and cannot run here."""
+    fused_update: bool = False
+    """Whether torch's AdamW is one kernel on a CPU too, as it is on a GPU."""
 
     @property
     def bf16(self) -> bool:
@@ -105,6 +121,8 @@ class ResolvedRun:
     """Of one rank in one step."""
     found_factors: RescaleFactors | None
     missing: tuple[Missing, ...] = ()
+    recompute_layers: int | None = None
+    """Layers that are recomputed, from the first on; None is all."""
 
     @property
     def factors(self) -> RescaleFactors:
@@ -163,6 +181,7 @@ class ResolvedRun:
                 f"final/ in {_name(machine.final_dtype)}, {training.optimizer.value}",
                 f"attention  {_kernel_words(config.attention.kernel, machine.attention)}",
                 f"norms      {_kernel_words(training.norm, machine.norm)}",
+                f"recompute  {self._recompute_words()}",
                 f"steps      {steps}, {self.micro_steps} micro-steps each",
                 *(f"note: {fault}" for fault in self.untrained_windows()),
             ]
@@ -199,6 +218,14 @@ class ResolvedRun:
             untrained = f"the {window} window, up to {reach[window]:,} tokens, is not trained"
             found.append(f"{why}: {untrained}; {way_out}")
         return found
+
+    def _recompute_words(self) -> str:
+        training, layers = self.config.training, self.recompute_layers
+        if training.recompute is Recompute.none:
+            return "none"
+        words = "all layers" if layers is None else f"the first {layers} layers"
+        chosen = ", auto" if training.recompute_layers == AUTO_LAYERS else ""
+        return f"{training.recompute.value} of {words}{chosen}"
 
     def describe_missing(self) -> list[str]:
         """Lines of what a run on this machine would be refused for; none when it can start."""
@@ -269,10 +296,13 @@ def resolve_run(
         step = f"one step of training.global_batch_tokens={training.global_batch_tokens}"
         alike = f"training.same_kind_segments={training.same_kind_segments}"
         raise ConfigError([f"{segments} holds {there}: too few for {step} with {alike}"])
+    machine = machine_setup(config, place, run=device is not None)
+    shape = ModelShape.from_folder(model_folder)
+    layout = configured_layout(config, world_size, bf16=machine.bf16, norm=machine.norm.kernel)
     return ResolvedRun(
         config=config,
         world_size=world_size,
-        machine=machine_setup(config, place, run=device is not None),
+        machine=machine,
         model_folder=model_folder,
         segments_folder=segments,
         schedule=schedule,
@@ -280,7 +310,64 @@ def resolve_run(
         micro_steps=schedule.segments_per_step * config.parallel.sequence // world_size,
         found_factors=factors,
         missing=tuple(missing),
+        recompute_layers=recomputed_layers(
+            config, shape, layout, usable_bytes=_usable_bytes(place)
+        ),
     )
+
+
+def configured_layout(
+    config: TrainRoot, num_processes: int, *, bf16: bool, norm: NormKernel
+) -> Layout:
+    """The layout of a run as the planner sees it, every layer under its policy of recompute."""
+    training, sequence = config.training, config.parallel.sequence
+    return Layout(
+        data=num_processes // sequence,
+        sequence=sequence,
+        recompute=training.recompute,
+        offload=training.offload_activations,
+        bf16=bf16,
+        zero=zero_buffers(config.zero),
+        fused_norms=norm is not NormKernel.model,
+    )
+
+
+def zero_buffers(zero: ZeroConfig) -> ZeroBuffers:
+    """The sizes that ZeRO is given."""
+    in_fp32 = zero.sequence_gradient_dtype is Precision.fp32
+    return ZeroBuffers(
+        reduce_bucket=zero.reduce_bucket_elements,
+        max_live=zero.max_live_elements,
+        hpz_size=zero.hpz_size,
+        gradient_bytes=_FP32_BYTES if in_fp32 else _BF16_BYTES,
+    )
+
+
+def recomputed_layers(
+    config: TrainRoot, shape: ModelShape, layout: Layout, *, usable_bytes: float | None
+) -> int | None:
+    """What ``training.recompute_layers`` means for a model; None is all layers.
+
+    Args:
+        config: Checked.
+        shape: The model's.
+        layout: The run's.
+        usable_bytes: Of each GPU; None where there is none.
+    """
+    given = config.training.recompute_layers
+    if given == AUTO_LAYERS and usable_bytes is not None:
+        # The kind of window does not matter: a micro-step has as many tokens in each.
+        work = Workload(config.target_len, config.target_len, 0, 1.0, config.target_len)
+        return fewest_recomputed_layers(shape, work, layout, usable_bytes)
+    if given in LAYER_WORDS or int(given) == shape.num_layers:
+        return None
+    return int(given)
+
+
+def _usable_bytes(device: torch.device) -> float | None:
+    """What the smallest GPU of the run can hold, the planner's usual share of it."""
+    smallest = smallest_gpu_bytes(device)
+    return None if smallest is None else HardwareConfig.usable_memory * smallest
 
 
 def machine_setup(config: TrainRoot, device: torch.device, *, run: bool) -> MachineSetup:

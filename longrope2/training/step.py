@@ -266,27 +266,31 @@ def run_step(
     own = dict.fromkeys(Window, 0.0)
     for batch in batches:
         own[batch.window] += batch.num_targets
-    totals = _sum_over_ranks([*own.values(), *fingerprints(batches, dims)], engine.device)
+    zero = torch.zeros((), dtype=torch.float64, device=engine.device)
+    totals = _sum_over_ranks(zero.new_tensor([*own.values(), *fingerprints(batches, dims)]))
     targets, agreement = totals[: len(Window)], totals[len(Window) :]
     check_agreement(agreement, batches, dims, step)
     stage = engine.zero_optimization_stage()
     scale = gradient_scale(dims, stage, len(batches), int(sum(targets)))
-    loss_sums = dict.fromkeys(Window, 0.0)
-    seconds: dict[Window, list[float]] = {window: [] for window in Window}
+    loss_sums, moments = dict.fromkeys(Window, zero), list[tuple[Window, Any, Any]]()
     for number, batch in enumerate(batches, start=1):
         if number > 1 and stop_asked():
             raise StepAbandoned(f"step {step}, before micro-step {number} of {len(batches)}")
         mark(f"micro-step {number} of {len(batches)}, {batch.window.value}")
-        micro_began = time.perf_counter()
+        micro_began = _moment(engine.device)
         loss_sum = engine(batch.tokens_BT, batch.labels_BT, batch.window, batch.layout)
         engine.backward(loss_sum * scale)
-        loss_sums[batch.window] += loss_sum.detach().double().item()
-        seconds[batch.window].append(time.perf_counter() - micro_began)
+        # Not read here: the host would wait for the device, and the device then for the host.
+        loss_sums[batch.window] = loss_sums[batch.window] + loss_sum.detach().double()
+        moments.append((batch.window, micro_began, _moment(engine.device)))
         if number < len(batches):
             engine.step()
     mark("update")
     squares = sum(batch.squared_lengths for batch in batches) / dims.sequence
-    *sums, squared_lengths = _sum_over_ranks([*loss_sums.values(), squares], engine.device)
+    *sums, squared_lengths = _sum_over_ranks(torch.stack([*loss_sums.values(), zero + squares]))
+    seconds: dict[Window, list[float]] = {window: [] for window in Window}
+    for window, *of_micro_step in moments:
+        seconds[window].append(_seconds_between(*of_micro_step))
     norm, loss = guard.clipped_norm(), _ratio(sum(sums), sum(targets))
     update_began = time.perf_counter()
     applied = guard.step(loss, norm)
@@ -306,10 +310,26 @@ def run_step(
     )
 
 
-def _sum_over_ranks(values: Sequence[float], device: torch.device | str) -> list[float]:
-    totals = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    return totals.tolist()
+def _sum_over_ranks(values_N: torch.Tensor) -> list[float]:
+    """Every rank's numbers added up; the host waits for the device here."""
+    dist.all_reduce(values_N)
+    return values_N.tolist()
+
+
+def _moment(device: torch.device | str) -> Any:
+    """Now, on the device, which nothing waits for."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(began: Any, ended: Any) -> float:
+    """Of two moments that have passed on the device too."""
+    if isinstance(began, float):
+        return ended - began
+    return began.elapsed_time(ended) / 1000
 
 
 def _ratio(total: float, count: float) -> float:

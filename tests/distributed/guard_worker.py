@@ -63,7 +63,7 @@ def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
     micro = [MicroStep(store.segment(i).window, (i,)) for i in range(len(KINDS))]
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, training, offloaded=zero.offload_optimizer),
+        optimizer=make_optimizer(model, training, fused=zero.offload_optimizer),
         config=deepspeed_settings(training, parallel, zero, micro_steps=len(micro), bf16=bf16),
     )
     guard = StepGuard(engine, MAX_NORM, clip=0.5)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from live_storages import LiveStorages
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.model.norms import NormKernel, use_norm
@@ -31,6 +30,7 @@ from longrope2.segments.schedule import MicroStep
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import TrainingConfig, ZeroConfig
 from longrope2.training.engine import apply_recompute, deepspeed_settings
+from longrope2.training.meter import LiveStorages
 from longrope2.training.optimizer import make_optimizer
 from longrope2.training.step import StepGuard, run_step
 

@@ -74,7 +74,7 @@ def test_torch_adamw_is_built_from_the_fields() -> None:
         (3e-4, (0.8, 0.99), None)
     }
     assert all(
-        g["fused"] for g in make_optimizer(llama(tied=True), training, offloaded=True).param_groups
+        g["fused"] for g in make_optimizer(llama(tied=True), training, fused=True).param_groups
     )
 
 

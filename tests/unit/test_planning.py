@@ -32,7 +32,16 @@ from longrope2.planning.memory import (
     saved_layer_bytes_per_token,
 )
 from longrope2.planning.plan import _model_lines
-from longrope2.planning.timing import exchange_bytes, forward_hours, gather_bytes, predict_time
+from longrope2.planning.timing import (
+    attention_flops,
+    exchange_bytes,
+    exchange_passes,
+    forward_hours,
+    gather_bytes,
+    gathered_from_all,
+    predict_time,
+    product_flops,
+)
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -85,10 +94,10 @@ def test_utilisation_of_the_papers_runs(shape, hours, share, short, gflops, caus
 @pytest.mark.parametrize(
     ("recompute", "share", "hours"),
     [
-        ("full", 0.7, 38.3),
-        ("full", 0.9, 45.5),
-        ("dense", 0.7, 32.4),
-        ("dense", 0.9, 38.0),
+        ("full", 0.7, 38.1),
+        ("full", 0.9, 45.3),
+        ("dense", 0.7, 32.2),
+        ("dense", 0.9, 37.8),
         ("none", 0.7, 29.5),
         ("none", 0.9, 35.1),
     ],
@@ -111,7 +120,7 @@ def test_memory_of_llama_on_64_gpus_by_part() -> None:
     assert LLAMA.head_parameters * 4 / GIB == pytest.approx(2.0, abs=0.05)
     assert (
         131_072 // 8 * LLAMA.vocabulary * 4 / GIB == pytest.approx(7.8, abs=0.05)
-        and memory.logits / GIB < 1
+        and memory.logits / GIB < 1.3
     )
     assert 2 * LLAMA.layer_parameters / GIB == pytest.approx(0.4, abs=0.01)
     outputs = 32 * 16_384 * (4096 * 2 + 32 * 4) / GIB
@@ -142,13 +151,57 @@ def test_without_recompute_nothing_fits_at_eight_ranks() -> None:
 def test_traffic_of_llama_on_64_gpus() -> None:
     assert exchange_bytes(LLAMA, MIX, layout()) / 32 / 1e6 == pytest.approx(294, abs=0.5)
     assert exchange_bytes(LLAMA, MIX, layout()) / 1e9 == pytest.approx(9.4, abs=0.05)
-    assert sum(gather_bytes(LLAMA, layout())) / 1e9 == pytest.approx(64, abs=0.3)
+    assert sum(gather_bytes(LLAMA, layout())) / 1e9 == pytest.approx(62.2, abs=0.1)
     assert sum(
         gather_bytes(LLAMA, layout(zero=ZeroBuffers(gradient_bytes=2)))
-    ) / 1e9 == pytest.approx(48, abs=0.3)
+    ) / 1e9 == pytest.approx(46.2, abs=0.1)
     assert exchange_bytes(LLAMA, MIX, layout(sequence=1)) == 0
     assert gather_bytes(LLAMA, Layout(1, 1, Recompute.full)) == (0, 0)
     assert load_bytes(LLAMA, layout()) == 2 * LLAMA.parameters
+
+
+def test_some_layers_recomputed_keep_and_repeat_their_share() -> None:
+    """By hand: 12 layers under the policy, 20 that keep everything and repeat nothing."""
+    some, all_of_them = layout("dense", recompute_layers=12), layout("dense")
+    memory, whole = predict_memory(LLAMA, MIX, some), predict_memory(LLAMA, MIX, layout("none"))
+    dense = predict_memory(LLAMA, MIX, all_of_them)
+    assert memory.activations == whole.activations * 20 / 32
+    assert memory.attention == dense.attention * 12 / 32
+    assert memory.checkpoints == 12 * 16_384 * 4096 * 2
+    assert memory.layer == whole.layer  # the last layer is kept
+    assert product_flops(LLAMA, layout("none")) == 6 * LLAMA.matrix_parameters
+    repeated = product_flops(LLAMA, some) - product_flops(LLAMA, layout("none"))
+    assert repeated == 2 * 12 * LLAMA.layer_parameters
+    assert exchange_passes(LLAMA, layout("full", recompute_layers=8)) == 2 + 8 / 32
+    forward, twelve = 1e12, layout("full", recompute_layers=12)
+    assert attention_flops(LLAMA, twelve, forward) == (3.5 + 12 / 32) * forward
+    assert attention_flops(LLAMA, some, forward) == 3.5 * forward
+
+
+def test_layouts_recompute_no_more_than_they_must() -> None:
+    choice = choose_layout(LLAMA, MIX, A100, ZeroBuffers(), (1,), fused_norms=True)
+    best = next(
+        fit
+        for fit in choice.fitting
+        if fit.layout.recompute is Recompute.dense and fit.layout.recompute_layers is not None
+    )
+    number = best.layout.recompute_layers
+    assert number is not None and 0 < number < LLAMA.num_layers
+    fewer = dataclasses.replace(best.layout, recompute_layers=number - 1)
+    assert predict_memory(LLAMA, MIX, fewer).peak > A100.usable_bytes >= best.memory.peak
+    every = dataclasses.replace(best.layout, recompute_layers=None)
+    assert best.time.hours < predict_time(LLAMA, MIX, every, A100).hours
+    assert any(fit.layout == every for fit in choice.fitting)
+
+
+def test_hpz_gathers_from_all_ranks_once_a_step() -> None:
+    eight = ZeroBuffers(hpz_size=8)
+    assert gathered_from_all(LLAMA, layout(), 8) == 1
+    weights, _ = gather_bytes(LLAMA, layout(zero=eight))
+    everywhere = 8 * weights * gathered_from_all(LLAMA, layout(zero=eight), 8)
+    assert everywhere == pytest.approx(2 * LLAMA.parameters)  # one forward pass in bf16
+    one_group = Layout(1, 8, Recompute.full, zero=eight)
+    assert gathered_from_all(LLAMA, one_group, 8) == 1
 
 
 def test_a_thin_network_shows_in_short_windows_only() -> None:
@@ -190,7 +243,8 @@ def test_fused_norms_keep_and_move_less() -> None:
 
 def test_offloading_costs_time_and_frees_checkpoints() -> None:
     kept, away = (layout("full", offload=offload) for offload in (False, True))
-    freed = predict_memory(LLAMA, MIX, kept).peak - predict_memory(LLAMA, MIX, away).peak
+    moments = [predict_memory(LLAMA, MIX, x).moments["loss"] for x in (kept, away)]
+    freed = moments[0] - moments[1]
     assert freed == predict_memory(LLAMA, MIX, kept).checkpoints
     seconds = [
         predict_time(LLAMA, MIX, x, A100).micro_steps[Window.LONG].total for x in (kept, away)
@@ -333,7 +387,7 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
         "8.030 B parameters, 7.505 B",
         "118.1 G a token",
         "64 A100, 8 a node",
-        "floor of products and attention 32.4 h",
+        "floor of products and attention 32.2 h",
         "configured 8 sequence x 8 data, recompute dense",
         "does not fit (one segment at a time):",
         "8 sequence x 8 data, recompute none: 97 GiB of 74; "
@@ -363,7 +417,7 @@ def test_command_says_that_the_configured_layout_cannot_run(monkeypatch, capsys)
     text = capsys.readouterr().out
     reason = "64 processes need more than the 8 GPUs there are"
     assert f"configured 8 sequence x 8 data, recompute dense: cannot run: {reason}" in text
-    assert "part             best  " in text and "configured long" not in text
+    assert "part           best  " in text and "configured long" not in text
 
 
 def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
