@@ -35,7 +35,7 @@ from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
 from longrope2.help import help_topic
-from longrope2.model.folder import given_folder, model_identity
+from longrope2.model.folder import given_folder, look_before, model_identity
 
 # Keys that say where, how fast or whether to write, not what: runs that differ in them only give
 # the same segments.
@@ -49,13 +49,12 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
     Raises:
         ConfigError: all faults together, each naming its key and what is allowed.
     """
-    faults = [*_run_and_length_faults(config), *_document_faults(config)]
+    look, given = look_before(config.model), config
+    config = look.with_its_window(given)
+    faults = [*look.faults, *_run_and_length_faults(config), *_document_faults(config)]
     faults += [*config.retrieval.faults(), *config.cluster.faults()]
-    model_folder, corpus = None, None
-    try:
-        model_folder = given_folder(config.model, config.target_len)
-    except UserError as error:
-        faults.append(str(error))
+    faults += look.missing_files(weights=False)
+    corpus = None
     try:
         corpus = build_corpus(config.corpus)
         faults += _wanted_faults(config, corpus.sources)
@@ -63,8 +62,12 @@ def check(config: PackConfig) -> tuple[Path, Corpus]:
         faults += error.faults
     if faults:
         raise ConfigError(faults)
-    assert model_folder is not None and corpus is not None
-    return model_folder, corpus
+    assert corpus is not None
+    look.print_notes()
+    try:  # what asks the model's class, which loads for seconds
+        return given_folder(given.model, given.target_len), corpus
+    except UserError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def _run_and_length_faults(config: PackConfig) -> Iterator[str]:

@@ -13,17 +13,26 @@ from rich.console import Console
 
 from longrope2.command import run_command
 from longrope2.config import compose
+from longrope2.errors import ConfigError
+from longrope2.evaluation.before import known_faults
 from longrope2.evaluation.config import EvaluateRoot, check, use_checkpoint
-from longrope2.evaluation.run import check_seed, describe, own_shard, run_evaluation
-from longrope2.evaluation.subjects import resolve_subjects
 from longrope2.files.artifacts import product_folder
-from longrope2.report.paper import paper_text
+from longrope2.model.folder import look_before
 
 
 def main() -> None:
     """Compose, check, print the plan, run, print what was found."""
     config = compose(EvaluateRoot, "evaluate", sys.argv[1:])
     use_checkpoint(config)
+    look = look_before(config.model)
+    if faults := known_faults(config, look):
+        raise ConfigError(faults)
+    look.print_notes()
+    # Only now: torch and transformers load for seconds.
+    from longrope2.evaluation.run import check_seed, describe, own_shard, run_evaluation
+    from longrope2.evaluation.subjects import resolve_subjects
+    from longrope2.report.paper import paper_text
+
     base_folder = check(config)
     check_seed(config)
     is_first_shard = own_shard(config).index == 0

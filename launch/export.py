@@ -9,15 +9,22 @@ import sys
 
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
-from longrope2.export.run import cost_in_words, find_export, is_complete, publish
-from longrope2.export.variants import ExportRoot, check
+from longrope2.errors import ConfigError
+from longrope2.export.variants import ExportRoot, known_faults
+from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT
 
 
 def main() -> None:
     """Compose, check, find the checkpoint, then write, verify and publish."""
     config = compose(ExportRoot, "export", sys.argv[1:])
-    check(config)
+    look = look_before(config.model)
+    if faults := known_faults(config, look):
+        raise ConfigError(faults)
+    look.print_notes()
+    # Only now: torch and transformers load for seconds.
+    from longrope2.export.run import cost_in_words, find_export, is_complete, publish
+
     export = find_export(config)
     factors, places = export.factors, ", ".join(map(str, export.finals))
     window = f"window {factors.geometry.original_len} -> {factors.target_len}"

@@ -6,20 +6,20 @@ error. The prompt comes from a file, or with ``generate.prompt_file=-`` from sta
 
 import sys
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from longrope2.command import run_command
 from longrope2.config import compose
-from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import DataError
-from longrope2.evaluation.subjects import find_extended
-from longrope2.inference import generation
-from longrope2.inference.cache import KvPolicy
-from longrope2.inference.generation import GenerateRoot, TextStream
-from longrope2.model.loading import load_to_run, load_tokenizer
-from longrope2.model.windowed import WindowedModel
+from longrope2.errors import ConfigError, DataError
+from longrope2.evaluation.before import trained_faults
+from longrope2.inference.config import GenerateRoot, KvPolicy, settings_faults
+from longrope2.model.folder import ModelLook, look_before
 from longrope2.rope.factors import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrope2.model.windowed import WindowedModel
 
 _STANDARD_INPUT = "-"
 _SWITCHED = {
@@ -31,8 +31,13 @@ _SWITCHED = {
 def main() -> None:
     """Compose, check, load, generate."""
     config = compose(GenerateRoot, "generate", sys.argv[1:])
-    generation.check(config)
-    prompt = _read_prompt(config.generate.prompt_file)
+    look = look_before(config.model)
+    prompt = _read_prompt(config.generate.prompt_file, _known_faults(config, look))
+    look.print_notes()
+    # Only now: torch and transformers load for seconds.
+    from longrope2.evaluation.subjects import find_extended
+    from longrope2.model.loading import load_to_run, load_tokenizer
+
     given = config.generate.checkpoint
     checkpoint, factors = find_extended(config, "generate.checkpoint", given)
     if config.dry_run:
@@ -43,10 +48,21 @@ def main() -> None:
     _stream_text(load_to_run(checkpoint, factors), load_tokenizer(checkpoint), prompt, config)
 
 
+def _known_faults(config: GenerateRoot, look: ModelLook) -> list[str]:
+    """All faults of a generation that are known without loading anything, but for its prompt's."""
+    config = look.with_its_window(config)
+    faults, given = [*look.faults, *settings_faults(config)], config.generate.checkpoint
+    return faults + trained_faults(config, "generate.checkpoint", given, takes_exports=True)
+
+
 def _stream_text(
-    model: WindowedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, config: GenerateRoot
+    model: "WindowedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, config: GenerateRoot
 ) -> None:
     """Print the continuation as it comes; say on standard error where the rescaled RoPE begins."""
+    from longrope2.corpora.tokenizer import DocumentTokenizer
+    from longrope2.inference import generation
+    from longrope2.inference.generation import TextStream
+
     generate, original_len = config.generate, model.factors.geometry.original_len
     encoder = DocumentTokenizer(tokenizer, config.model.document_start)
     prompt_ids = encoder.start_ids + encoder.encode(prompt)
@@ -77,18 +93,28 @@ def _say(message: str) -> None:
     print(f"\n[{message}]", file=sys.stderr, flush=True)
 
 
-def _read_prompt(path: str) -> str:
-    """Text of the prompt file, or of standard input for ``-``."""
+def _read_prompt(path: str, faults: list[str]) -> str:
+    """Text of the prompt file, or of standard input for ``-``.
+
+    Raises:
+        ConfigError: the ``faults`` found before, and the prompt's.
+        DataError: the prompt alone cannot be used.
+    """
     name = _prompt_name(path)
+    text, fault = "", f"{name} is empty; write the text to continue into it"
     try:
-        content = sys.stdin.buffer.read() if path == _STANDARD_INPUT else Path(path).read_bytes()
-        text = content.decode("utf-8")
+        if not (faults and path == _STANDARD_INPUT):  # nobody need type for a refusal
+            is_input = path == _STANDARD_INPUT
+            content = sys.stdin.buffer.read() if is_input else Path(path).read_bytes()
+            text = content.decode("utf-8")
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}") from None
+        fault = f"{name} cannot be read: {error.strerror}"
     except UnicodeDecodeError:
-        raise DataError(f"{name} is not UTF-8 text") from None
+        fault = f"{name} is not UTF-8 text"
+    if faults:
+        raise ConfigError(faults if text or path == _STANDARD_INPUT else [*faults, fault])
     if not text:
-        raise DataError(f"{name} is empty; write the text to continue into it")
+        raise DataError(fault)
     return text
 
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
@@ -23,17 +24,16 @@ from longrope2.files.artifacts import (
     read_manifest,
     write_text,
 )
-from longrope2.model.folder import given_config_file, merged_config_file
+from longrope2.model.folder import given_config_file, look_before, merged_config_file
 from longrope2.model.shape import ASSUMED_LONG_SHARE, CONFIG_FILE, ModelShape, Workload
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
 from longrope2.search.config import Algorithm, SearchConfig, most_candidates
-from longrope2.search.halving import most_halving_forwards
 from longrope2.training.config import Precision, TrainRoot, recompute_faults
-from longrope2.training.plan import configured_layout, recomputed_layers, resolve_run
-from longrope2.training.rehearsal import rehearse
-from longrope2.training.verify import Verification, print_verification, verify
+
+if TYPE_CHECKING:
+    from longrope2.training.verify import Verification
 
 
 @dataclass
@@ -58,6 +58,8 @@ def main() -> None:
         print_plan(plan_run(config))
         return
     found = verify_run(config)
+    from longrope2.training.verify import print_verification
+
     print_verification(found)
     if config.verify_file is not None:
         content = {"command": shlex.join(["python", "-m", "launch.plan", *sys.argv[1:]])}
@@ -65,7 +67,7 @@ def main() -> None:
         write_text(Path(config.verify_file), json.dumps(content, indent=1) + "\n")
 
 
-def verify_run(config: PlanRoot) -> Verification:
+def verify_run(config: PlanRoot) -> "Verification":
     """The planner's figures of the configured layout beside those of its rehearsal.
 
     Call it once a process (``rehearse``).
@@ -77,6 +79,11 @@ def verify_run(config: PlanRoot) -> Verification:
     plan = plan_run(config)
     if faults := _verify_faults(config):
         raise ConfigError(faults)
+    # Only now: torch and DeepSpeed load for seconds.
+    from longrope2.training.plan import resolve_run
+    from longrope2.training.rehearsal import rehearse
+    from longrope2.training.verify import verify
+
     num_processes = config.parallel.processes
     run = resolve_run(replace(config, dry_run=True), num_processes)
     layout = _configured_layout(config, plan.shape)
@@ -97,8 +104,10 @@ def plan_run(config: PlanRoot) -> Plan:
         ConfigError: values that describe no run; all faults together.
         ArtifactError: the model's config.json cannot be found or read.
     """
-    if faults := _faults(config):
+    look = look_before(config.model, takes_file=True, takes_copy=True)
+    if faults := [*look.faults, *_faults(look.with_its_window(config))]:
         raise ConfigError(faults)
+    look.print_notes()
     training, parallel, model = config.training, config.parallel, config.model
     elsewhere = None if find_shipped(model.path).is_dir() else model.config_folder
     if elsewhere is None:
@@ -146,6 +155,8 @@ def _long_share(config: PlanRoot) -> tuple[float, str]:
 
 def _configured_layout(config: PlanRoot, shape: ModelShape) -> Layout:
     """The layout that the configuration asks for, on its hardware."""
+    from longrope2.training.plan import configured_layout, recomputed_layers  # loads for seconds
+
     processes, norm = config.parallel.processes, config.training.norm
     if faults := recompute_faults(config.training, shape.num_layers):
         raise ConfigError(faults)
@@ -157,6 +168,8 @@ def _configured_layout(config: PlanRoot, shape: ModelShape) -> Layout:
 
 def _search_forwards(config: PlanRoot) -> int:
     """Forward passes of a search, as so many of the target length."""
+    from longrope2.search.halving import most_halving_forwards
+
     search, target_len = config.search, config.target_len
     lengths = [round(share * target_len) for share in search.lengths]
     forwards = dict.fromkeys(lengths, most_candidates(search) * search.num_samples)

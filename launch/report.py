@@ -16,7 +16,6 @@ from longrope2.command import run_command
 from longrope2.config import RunConfig, compose
 from longrope2.errors import ConfigError
 from longrope2.help import help_topic
-from longrope2.report.page import REPORT_FILE, write_report
 from longrope2.tracking.metrics import TrackingConfig
 
 WATCH_FLAG, WORKSPACE_WORD = "--watch", "workspace"
@@ -47,6 +46,8 @@ def main() -> None:
     if watch:
         watch_run(folder)
     else:
+        from longrope2.report.page import write_report  # loads for seconds
+
         print(f"report: {write_report(folder)}")
 
 
@@ -70,6 +71,8 @@ def watch_run(folder: Path, pause: Callable[[float], None] = time.sleep) -> None
     Raises:
         ArtifactError: the folder is no run folder, or one of its files is damaged.
     """
+    from longrope2.report.page import REPORT_FILE, write_report  # loads for seconds
+
     seen: dict[Path, int] | None = None
     print(f"report: {folder / REPORT_FILE}, written again when the run moves on; Ctrl-C ends it")
     try:

@@ -17,16 +17,13 @@ from rich.table import Table
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import run_command
 from longrope2.config import claim_folder, dump
-from longrope2.export.hugging_face import check_exportable
+from longrope2.errors import ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.model.factors_source import FACTORS_FILE
-from longrope2.parallel import processes
-from longrope2.report.plots import factors_figure, fresh_figure, search_figure
+from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT, RescaleFactors
+from longrope2.search.before import known_faults
 from longrope2.search.config import SearchRoot
-from longrope2.search.prepare import check, describe, prepare, refuse_other_model
-from longrope2.search.run import HISTORY_FILE, SearchBudget, run_search, shares_in_words
-from longrope2.search.workers import Workers
 
 _RANKS_CONFIG = "ranks.yaml"
 _PROJECTION = ("search.projected_gpus", "search.projected_tflops")
@@ -41,6 +38,14 @@ def main() -> None:
     if given.is_rank:
         _search(config)
         return
+    look = look_before(config.model)
+    if faults := known_faults(config, look):
+        raise ConfigError(faults)
+    look.print_notes()
+    # Only now: torch and transformers load for seconds.
+    from longrope2.export.hugging_face import check_exportable
+    from longrope2.search.prepare import check, describe, refuse_other_model
+
     model_folder, space = check(config)
     check_exportable(model_folder, config.model.original_len, config.target_len)
     print(describe(config, model_folder, space))
@@ -69,6 +74,11 @@ def main() -> None:
 
 def _search(config: SearchRoot) -> None:
     """One process of a search: prepare, test the samples, and take part to the end."""
+    from longrope2.parallel import processes
+    from longrope2.search.prepare import check, prepare
+    from longrope2.search.run import run_search
+    from longrope2.search.workers import Workers
+
     model_folder, space = check(config)
     is_rank = processes.world_size_from_environment() is not None
     workers = Workers(processes.join_processes(config.parallel) if is_rank else None)
@@ -100,6 +110,9 @@ def _search_in_processes(config: SearchRoot) -> None:
 
 def _write_plots(folder: Path) -> None:
     """``factors.svg``, ``search.svg`` and ``fresh.svg`` beside the product."""
+    from longrope2.report.plots import factors_figure, fresh_figure, search_figure
+    from longrope2.search.run import HISTORY_FILE
+
     factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
     figures = {"factors": factors_figure(factors), "search": search_figure(history)}
@@ -112,6 +125,8 @@ def _write_plots(folder: Path) -> None:
 
 def _print_report(folder: Path) -> None:
     """What was found beside everything else on fresh samples, what it cost, and the verdict."""
+    from longrope2.search.run import HISTORY_FILE, SearchBudget, shares_in_words
+
     history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
     budget = SearchBudget(**history["budget"])
     if history["fresh"] is not None:

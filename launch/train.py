@@ -15,17 +15,19 @@ torchrun of your own ends with 1 instead of 75 and kills its ranks 30 seconds af
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
-from longrope2.training.config import TrainRoot
-from longrope2.training.forecast import make_forecast
-from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
-from longrope2.training.run import RunEnd, train
+from longrope2.model.folder import look_before
+from longrope2.training.before import known_faults
+from longrope2.training.config import CHANGEABLE_TRAINING_KEYS, TrainRoot
+
+if TYPE_CHECKING:
+    from longrope2.training.run import RunEnd
 
 # What may change between the parts of one run without making it another run.
 CHANGEABLE = ("dry_run", "tracking", "parallel", "zero", "attention")
@@ -37,6 +39,14 @@ def main() -> None:
     file = "RUN/3_checkpoints/config.yaml"
     given = read_arguments(TrainRoot, "train", sys.argv[1:], file=file)
     config = given.config
+    if not given.is_rank:
+        _refuse_what_is_known(config)
+    # Only now: torch and DeepSpeed load for seconds.
+    from longrope2.export.hugging_face import check_exportable
+    from longrope2.training.forecast import make_forecast
+    from longrope2.training.plan import resolve_run
+    from longrope2.training.run import train
+
     if given.is_rank:
         _exit_unless_done(train(config))
         return
@@ -63,8 +73,22 @@ def main() -> None:
     print(f"checkpoints in {run.folder}")
 
 
-def _exit_unless_done(end: RunEnd) -> None:
+def _refuse_what_is_known(config: TrainRoot) -> None:
+    """Look before anything is loaded.
+
+    Raises:
+        ConfigError: all faults together.
+    """
+    look = look_before(config.model, takes_copy=config.dry_run)
+    if faults := known_faults(config, look):
+        raise ConfigError(faults)
+    look.print_notes()
+
+
+def _exit_unless_done(end: "RunEnd") -> None:
     """End with the requeue code when a signal stopped the run."""
+    from longrope2.training.run import RunEnd  # is loaded by now
+
     if end is not RunEnd.interrupted:
         return
     if os.environ.get("RANK", "0") != "0":

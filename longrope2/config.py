@@ -11,10 +11,11 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hydra.errors import HydraException, MissingConfigException
@@ -150,6 +151,10 @@ class ModelConfig:
     """What starts a document, in segments, samples and prompts: ``auto``, BOS where the tokenizer
     itself adds one to a text, else nothing (Qwen has no BOS); ``bos``; ``none``. EOS ends it."""
 
+    # No annotation, so that it is no key: what a preset says of the model at its own path, which is
+    # not the one given (``model/facts.py``). Field -> value, the preset's path among them.
+    foreign = MappingProxyType[str, Any]({})
+
 
 @dataclass
 class StageConfig:
@@ -174,7 +179,7 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
         extends: Whether rescaling is the purpose (at least 2 L0), or L0 itself will do, as in
             pre-training a base at its own window.
     """
-    original_len, least = model.original_len, 2 if extends else 1
+    original_len, least = model.original_len, _least_scale(extends)
     if original_len < SHORTEST_WINDOW:
         window = f"model.original_len={original_len} is not a window"
         return [f"{window}; give the pre-trained window in tokens"]
@@ -183,8 +188,18 @@ def target_faults(model: ModelConfig, target_len: int, *, extends: bool = False)
     return [
         f"target_len={target_len} must be a multiple of model.original_len={original_len}, "
         f"{'and at least twice that' if extends else 'and not below it'}; "
-        f"use for example {max(least, round(target_len / original_len)) * original_len}"
+        f"use for example {nearest_target(model, target_len, extends=extends)}"
     ]
+
+
+def nearest_target(model: ModelConfig, target_len: int, *, extends: bool = False) -> int:
+    """The window nearest to ``target_len`` that ``target_faults`` takes."""
+    original_len = max(model.original_len, SHORTEST_WINDOW)
+    return max(_least_scale(extends), round(target_len / original_len)) * original_len
+
+
+def _least_scale(extends: bool) -> int:
+    return 2 if extends else 1
 
 
 def _is_below(name: str) -> bool:
@@ -237,6 +252,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
         raise ConfigError([*faults, *error.faults]) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*faults, _explain(error)]) from None
+    preset = str(OmegaConf.select(config, "model.name", throw_on_missing=False))
     for setting in settings:
         try:
             config = _open_parents(config, setting.key)
@@ -250,7 +266,22 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
     faults += _value_faults(config, open_groups)
     if faults:
         raise ConfigError(faults)
-    return _to_object(config)
+    made = _to_object(config)
+    if isinstance(model := getattr(made, "model", None), ModelConfig):
+        given = {setting.key for setting in settings}
+        model.foreign = MappingProxyType(_foreign_facts(preset, model, given))
+    return made
+
+
+def _foreign_facts(name: str, model: ModelConfig, given: Collection[str]) -> dict[str, Any]:
+    """What stands in ``model`` because the preset ``name`` says it of the model at another path."""
+    preset = CONF_FOLDER / "model" / f"{name}.yaml"
+    stated: Any = OmegaConf.to_container(OmegaConf.load(preset)) if preset.is_file() else {}
+    if stated.get("path", model.path) == model.path:
+        return {}
+    plain = to_plain(model)
+    kept = [key for key in stated if f"model.{key}" not in given and plain[key] == stated[key]]
+    return {"path": stated["path"], **{key: stated[key] for key in kept}}
 
 
 def _help(

@@ -10,13 +10,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Generic, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from longrope2.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 _Kernel = TypeVar("_Kernel", bound=Enum)
+
+
+class AttentionKernel(Enum):
+    """Kernels of attention, and ``auto`` for the first that can run, in this order."""
+
+    auto = "auto"
+    flash_attn = "flash_attn"
+    torch_varlen = "torch_varlen"
+    sdpa = "sdpa"
+
+
+class NormKernel(Enum):
+    """Kernels of RMS norms; ``auto`` is the first fused one that runs on a GPU, else ``model``."""
+
+    auto = "auto"
+    liger = "liger"
+    apex = "apex"
+    torch = "torch"
+    model = "model"
 
 
 def apex_fault() -> str | None:
@@ -84,11 +104,13 @@ def first_that_runs(
     return KernelChoice(otherwise, "; ".join(["auto", *faults]))
 
 
-def why_it_fails(attempt: Callable[[], None], device: torch.device) -> str | None:
+def why_it_fails(attempt: Callable[[], None], device: "torch.device") -> str | None:
     """Run something on a device to its end; what it raised, in a line, or None."""
     try:
         attempt()
         if device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(device)
     # Whatever a binary that does not fit throws is the reason it cannot run.
     except Exception as error:

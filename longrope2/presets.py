@@ -42,6 +42,12 @@ SECTIONS = frozenset(
 )
 # An export has the RoPE of its training; its own ``rope`` is for one without, and given by hand.
 _NOT_FROM_AN_EXPERIMENT = {"export": ("rope",)}
+# What to write instead of a folder where a group takes the name of a preset.
+_PATH_KEYS = {
+    "model": "model=custom model.path={path} model.original_len=TOKENS (the window that it was "
+    "trained with)",
+    "corpus": "corpus=folder corpus.folder={path}",
+}
 _OVERRIDE = "override /"
 # Hydra's words for what is in a ``defaults`` list and names no member.
 _SELF = "_self_"
@@ -115,6 +121,10 @@ def find_member(group: str, member: str) -> Path:
 
 def no_member(group: str, member: str) -> str:
     """The fault of a preset that does not exist."""
+    if group in _PATH_KEYS and ("/" in member or Path(member).is_dir()):
+        path = Path(os.path.expanduser(member))
+        there = "is a path" if path.exists() else "is a path, where there is nothing"
+        return f"{group}={member} {there}; give {_PATH_KEYS[group].format(path=path)}"
     why = "names several; run once for each" if "," in member else "does not exist"
     return f"{group}={member} {why}; choose {group}= {_allowed(group)}"
 

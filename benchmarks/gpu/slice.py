@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import windowed
-from longrope2.attention.kernels import AttentionKernel, choose_kernel
+from longrope2.attention.kernels import choose_kernel
 from longrope2.attention.layout import build_layout
-from longrope2.model.norms import NormKernel, choose_norm, use_norm
+from longrope2.kernel_choice import AttentionKernel, NormKernel
+from longrope2.model.norms import choose_norm, use_norm
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.planning.memory import Recompute

@@ -12,6 +12,7 @@ each other, and between them; for the job scripts of ``slurm/``. ``--help`` afte
 import sys
 
 from longrope2.command import run_command
+from longrope2.config import compose
 from longrope2.errors import ConfigError
 from longrope2.help import HELP_FLAGS
 
@@ -27,9 +28,12 @@ def main() -> None:
     # Each word loads its own imports only.
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if not word or "=" in word or word in HELP_FLAGS:
-        from launch.doctor.machine import machine_command
+        from launch.doctor.rope import DoctorRoot
 
-        machine_command(sys.argv[1:])
+        config = compose(DoctorRoot, "doctor", sys.argv[1:])
+        from launch.doctor.machine import machine_command  # only now: torch loads for seconds
+
+        machine_command(config)
         return
     if word == "rope":
         from launch.doctor.rope import rope_command as command

@@ -26,13 +26,14 @@ from rich.table import Table
 
 from launch.doctor.model import TOKENIZER_FILES, examine
 from launch.doctor.rope import DoctorRoot
-from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
+from longrope2.attention.kernels import choose_kernel, kernel_fault
 from longrope2.command import USER_FAULT_EXIT_CODE
-from longrope2.config import compose, find_shipped, target_faults
+from longrope2.config import find_shipped, target_faults
 from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.kernel_choice import AttentionKernel, NormKernel
 from longrope2.model.folder import find_config_file, local_model_folder
 from longrope2.model.loading import find_weights
-from longrope2.model.norms import NormKernel, choose_norm, norm_fault
+from longrope2.model.norms import choose_norm, norm_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape
 from longrope2.tracking.metrics import WandbMode, resolve_mode
 from longrope2.training.config import OptimizerKind, Precision, compute_dtype
@@ -85,14 +86,13 @@ class Finding:
     """Every command refuses such a model."""
 
 
-def machine_command(arguments: list[str]) -> None:
-    """Compose, look, print; exits with 2 when the model is refused, 1 for other blockers.
+def machine_command(config: DoctorRoot) -> None:
+    """Look, print; exits with 2 when the model is refused, 1 for other blockers.
 
     Raises:
         ArtifactError: of a model of the user's own (``model=custom``), its folder is damaged or the
             model not supported.
     """
-    config = compose(DoctorRoot, "doctor", arguments)
     findings = find_all(config)
     if config.model.name == CUSTOM:
         findings = only_model(findings)

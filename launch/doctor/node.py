@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.files.artifacts import write_text
+from longrope2.kernel_choice import AttentionKernel
 
 COMPARED_PACKAGES = ("torch", "transformers", "deepspeed", "flash-attn", "apex", "tokenizers",
                      "numpy", "pyarrow")  # fmt: skip
@@ -159,7 +160,7 @@ def _flash_attention_faults() -> list[str]:
         return []
     import torch
 
-    from longrope2.attention.kernels import AttentionKernel, kernel_fault
+    from longrope2.attention.kernels import kernel_fault
 
     fault = kernel_fault(AttentionKernel.flash_attn, torch.device("cuda"), torch.bfloat16)
     return [f"flash-attn is installed and cannot run: {fault}"] if fault else []

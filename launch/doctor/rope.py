@@ -6,22 +6,23 @@ bound holds, and writes a figure.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.doctor import rope_view
-from launch.doctor.rope_view import RopeComparison
 from longrope2.config import MISSING, ModelConfig, RunConfig, compose, target_faults
 from longrope2.errors import ConfigError, FactorsError, UserError
 from longrope2.files.artifacts import product_folder
 from longrope2.help import help_topic
 from longrope2.model.factors_source import FACTORS_FILE, read_factors
-from longrope2.model.folder import given_config_file
-from longrope2.model.given import published_rotary
+from longrope2.model.folder import given_config_file, look_before
 from longrope2.model.shape import ModelShape, read_model_config
 from longrope2.rope import hf_config
 from longrope2.rope import methods as rescaling
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod
+
+if TYPE_CHECKING:
+    from launch.doctor.rope_view import RopeComparison
 
 PLOT_FORMATS = (".svg", ".png")
 SEARCHED, PUBLISHED = "searched", "published"
@@ -55,6 +56,8 @@ def rope_command(arguments: list[str]) -> None:
     """Compose, compare, print the table, write the figure."""
     config = compose(DoctorRoot, "doctor", overrides(arguments))
     comparison = compare(config)
+    from launch.doctor import rope_view  # only now: figures load for seconds
+
     print(rope_view.describe(comparison, config.model.name))
     rope_view.print_table(rope_view.comparison_table(comparison))
     path = Path(config.doctor.plot) if config.doctor.plot else config.run.folder / "rope.svg"
@@ -80,13 +83,20 @@ def overrides(arguments: list[str]) -> list[str]:
     return [*settings, f"doctor.methods=[{','.join(words)}]"]
 
 
-def compare(config: DoctorRoot) -> RopeComparison:
+def compare(config: DoctorRoot) -> "RopeComparison":
     """Read the model's config.json and every factors file, and compute the methods.
 
     Raises:
         ConfigError: every fault found, together.
     """
-    faults = _setting_faults(config)
+    look = look_before(config.model, takes_file=True)
+    if faults := [*look.faults, *_setting_faults(look.with_its_window(config))]:
+        raise ConfigError(faults)
+    look.print_notes()
+    # Only now: torch and transformers load for seconds.
+    from launch.doctor.rope_view import RopeComparison
+    from longrope2.model.given import published_rotary
+
     try:
         config_file = given_config_file(config.model, config.target_len)
         model_config = read_model_config(config_file)
@@ -97,9 +107,7 @@ def compare(config: DoctorRoot) -> RopeComparison:
         else:
             geometry = RopeGeometry(*rotary, original_len)
     except UserError as error:
-        raise ConfigError([*faults, _named(config.model.path, error)]) from None
-    if faults:
-        raise ConfigError(faults)
+        raise ConfigError([_named(config.model.path, error)]) from None
     columns = _read_columns(config, model_config, geometry, faults)
     stated = (name for name, column in columns.items() if column.critical_index is not None)
     source = next(stated, "")

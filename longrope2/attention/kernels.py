@@ -17,25 +17,21 @@ import importlib.util
 import inspect
 import math
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longrope2.kernel_choice import KernelChoice, first_that_runs, forced_kernel, why_it_fails
+from longrope2.kernel_choice import (
+    AttentionKernel,
+    KernelChoice,
+    first_that_runs,
+    forced_kernel,
+    why_it_fails,
+)
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
-
-
-class AttentionKernel(Enum):
-    """Kernels, and ``auto`` for the first that can run, in this order."""
-
-    auto = "auto"
-    flash_attn = "flash_attn"
-    torch_varlen = "torch_varlen"
-    sdpa = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,6 @@ class Varlen:
     """Cumulative document ends with a leading 0, int32."""
     max_len: int
     """Tokens of the longest document."""
-
-
-@dataclass
-class AttentionConfig:
-    """How attention is computed."""
-
-    kernel: AttentionKernel = AttentionKernel.auto
-    """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value
-    is used or refused."""
 
 
 def choose_kernel(

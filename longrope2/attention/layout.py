@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longrope2.attention.kernels import AttentionKernel, Varlen
+from longrope2.attention.kernels import Varlen
+from longrope2.kernel_choice import AttentionKernel
 from longrope2.rope.factors import Window
 
 # Measured on a CPU (benchmarks/attention.py): below about 100 tokens one call per document is

@@ -34,8 +34,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longrope2.attention.kernels import AttentionKernel, Varlen, dense_attention, varlen_attention
+from longrope2.attention.kernels import Varlen, dense_attention, varlen_attention
 from longrope2.attention.layout import CausalRows, Dense, DocumentBucket, Padded, SegmentLayout
+from longrope2.kernel_choice import AttentionKernel
 
 TOKEN_DIM, HEAD_DIM = 1, 2
 ATTENTION_NAME = "longrope2_windowed"

@@ -340,6 +340,17 @@ def check(config: EvaluateRoot) -> Path:
         ArtifactError: the base model cannot be found.
         DataError: its tokenizer cannot be used.
     """
+    if faults := settings_faults(config):
+        raise ConfigError(faults)
+    if config.reads_text:
+        config.corpus = corpus_of_run(config.corpus, config.run.folder)
+    base_folder = given_folder(config.model, config.target_len)
+    load_document_tokenizer(base_folder, config.model.document_start)
+    return base_folder
+
+
+def settings_faults(config: EvaluateRoot) -> list[str]:
+    """Faults of the settings by themselves, and of the corpus that the run has or is given."""
     faults = [
         *_subject_faults(config.evaluation),
         *_range_faults(config.evaluation),
@@ -349,14 +360,10 @@ def check(config: EvaluateRoot) -> Path:
     ]
     if config.reads_text:
         try:
-            config.corpus = corpus_of_run(config.corpus, config.run.folder)
+            corpus_of_run(config.corpus, config.run.folder)
         except ConfigError as error:
             faults += error.faults
-    if faults:
-        raise ConfigError(faults)
-    base_folder = given_folder(config.model, config.target_len)
-    load_document_tokenizer(base_folder, config.model.document_start)
-    return base_folder
+    return faults
 
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from longrope2.config import DocumentStart, ModelConfig, SlidingWindow
 from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import DataError
-from longrope2.evaluation.subjects import read_checkpoint_factors
+from longrope2.evaluation.before import read_factors_beside
 from longrope2.inference.generation import TextStream, generate_tokens, window_for_length
 from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
@@ -77,7 +77,7 @@ class LongRope2LM(TemplateLM):
         given = ModelConfig("", model, original_len, sliding_window=window)
         folder = Path(checkpoint) if checkpoint else given_folder(given, target_len)
         if checkpoint:
-            found = read_checkpoint_factors(folder, original_len, target_len)
+            found = read_factors_beside(folder, original_len, target_len)
         elif factors:
             found = RescaleFactors.from_json(Path(factors).read_text(encoding="utf-8"))
         else:

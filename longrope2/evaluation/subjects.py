@@ -10,16 +10,11 @@ import torch
 from longrope2.config import DocumentStart, StageConfig
 from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
+from longrope2.evaluation.before import read_factors_beside, require_subject, trained_folder
 from longrope2.evaluation.config import EvaluateRoot
-from longrope2.files.artifacts import (
-    Manifest,
-    describe_input,
-    product_folder,
-    read_manifest,
-    sha256_of_bytes,
-)
+from longrope2.files.artifacts import Manifest, describe_input, read_manifest, sha256_of_bytes
 from longrope2.model.exported import before_export, describe_export, export_manifest
-from longrope2.model.factors_source import FACTORS_FILE, RopeConfig, factors_path, resolve_factors
+from longrope2.model.factors_source import RopeConfig, factors_path, resolve_factors
 from longrope2.model.folder import given_folder, model_identity, weights_sha256
 from longrope2.model.loading import (
     check_model,
@@ -111,10 +106,8 @@ def find_checkpoint(
         ArtifactError: it is missing, unfinished, belongs to another model or other lengths, or its
             weights are not those of its class.
     """
-    checkpoint = Path(given or product_folder(config.run.folder, "checkpoints") / "final")
-    if not checkpoint.is_dir():
-        raise ArtifactError(f"{key}={checkpoint} does not exist; run launch.train first")
-    factors = read_checkpoint_factors(checkpoint, config.model.original_len, config.target_len)
+    checkpoint = trained_folder(config, key, given)
+    factors = read_factors_beside(checkpoint, config.model.original_len, config.target_len)
     base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
     check_model(checkpoint, config.model.original_len)
@@ -162,33 +155,6 @@ def find_base_model(
     return folder, factors, inputs
 
 
-def read_checkpoint_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
-    """The factors that stand beside a checkpoint's weights.
-
-    Raises:
-        ArtifactError: the checkpoint is unfinished, has no factors, or was trained for other
-            lengths.
-    """
-    read_manifest(folder, "checkpoint")
-    return _read_factors(folder, original_len, target_len)
-
-
-def _read_factors(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
-    """The factors beside weights, which must be for these lengths."""
-    path = folder / FACTORS_FILE
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; a checkpoint of launch.train has one")
-    factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
-    for key, found, wanted in (
-        ("model.original_len", factors.geometry.original_len, original_len),
-        ("target_len", factors.target_len, target_len),
-    ):
-        if found != wanted:
-            fault = f"{path} is for {key}={found}, but {key}={wanted} is set"
-            raise ArtifactError(f"{fault}; set {key}={found}")
-    return factors
-
-
 def check_same_model(key: str, found: dict[str, str], base_folder: Path) -> None:
     """Refuse an artifact, called ``key``, whose ``model_identity`` is not that of ``model.path``.
 
@@ -220,16 +186,14 @@ def _own_factors(
     folder: Path, base_folder: Path, config: EvaluateRoot
 ) -> tuple[Path, RescaleFactors, bool, dict[str, Any]]:
     """Where a checkpoint or export is read, its factors, whether trained, and its input record."""
-    if not folder.is_dir():
-        way_out = "run launch.train first, or leave the subject out"
-        raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
+    require_subject(folder)
     named = f"checkpoint={folder}"
     if (manifest := export_manifest(folder)) is not None:
         opened, factors = _open_export(named, folder, manifest, config)
         # Before there were others, every export was of a trained model.
         trained = bool(manifest.details.get("trained", True))
         return opened, factors, trained, {"checkpoint": describe_export(folder)}
-    factors = read_checkpoint_factors(folder, config.model.original_len, config.target_len)
+    factors = read_factors_beside(folder, config.model.original_len, config.target_len)
     check_same_model(named, model_identity(folder), base_folder)
     find_weights(folder)
     start, manifest = config.model.document_start, read_manifest(folder, "checkpoint")
@@ -241,7 +205,7 @@ def _open_export(
     named: str, folder: Path, manifest: Manifest, config: StageConfig
 ) -> tuple[Path, RescaleFactors]:
     """An exported folder as the model before its export, and the factors that it applies."""
-    factors = _read_factors(folder, config.model.original_len, config.target_len)
+    factors = read_factors_beside(folder, config.model.original_len, config.target_len)
     base_folder = given_folder(config.model, config.target_len)
     opened = before_export(folder, base_folder)
     check_same_model(named, model_identity(opened), base_folder)

@@ -27,6 +27,7 @@ from longrope2.export.tokenizer import start_as_trained
 from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
+from longrope2.model.exported import UNTRAINED_FOLDER
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
@@ -37,7 +38,6 @@ from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
 _MOST_COST_CHARACTERS = 4_000_000
 # Enough for a token of so many characters on average: a long text is not tokenized to its end.
 _CHARACTERS_PER_TOKEN = 16
-_UNTRAINED_FOLDER = "untrained"
 _Differences = dict[str, dict[str, float]]
 
 
@@ -57,7 +57,7 @@ class Export:
     def folder(self) -> Path:
         """The product folder; that of untrained weights lies inside, with a manifest of its own."""
         exports = artifacts.product_folder(self.config.run.folder, "exports")
-        return exports if self.config.export.trained else exports / _UNTRAINED_FOLDER
+        return exports if self.config.export.trained else exports / UNTRAINED_FOLDER
 
     @property
     def origin(self) -> str | None:

@@ -8,17 +8,19 @@ transformers warns about the two and ignores them. So all three are written and 
 import importlib.util
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from longrope2.config import StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
 from longrope2.errors import ConfigError, FactorsError
-from longrope2.model.factors_source import RopeConfig
-from longrope2.model.given import active_window, class_config
+from longrope2.evaluation.before import trained_faults
+from longrope2.model.factors_source import RopeConfig, factors_faults
+from longrope2.model.folder import ModelLook
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import UNSCALED_TYPE, to_hf_config
+
+if TYPE_CHECKING:
+    import torch
 
 _RESCALING_KEYS = ("rope_scaling", "original_max_position_embeddings")
 _UNSCALED_KEYS = ("rope_theta", "partial_rotary_factor")
@@ -47,8 +49,10 @@ class ExportDtype(Enum):
     bf16 = "bf16"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The format in torch."""
+        import torch  # loads for seconds; a configuration is checked without it
+
         return torch.float32 if self is ExportDtype.fp32 else torch.bfloat16
 
 
@@ -94,12 +98,33 @@ class ExportRoot(StageConfig):
     segments. Without either the cost is not measured."""
 
 
+def known_faults(config: ExportRoot, look: ModelLook) -> list[str]:
+    """All faults of an export that are known without loading anything.
+
+    Args:
+        config: What was given.
+        look: At the base model, by ``look_before``.
+    """
+    config, export = look.with_its_window(config), config.export
+    faults = [*look.faults, *settings_faults(config)]
+    if export.trained:
+        return faults + trained_faults(config, "export.checkpoint", export.checkpoint)
+    rope, run_folder = config.rope or RopeConfig(), config.run.folder_with("factors")
+    return faults + factors_faults(rope, run_folder, config.target_len) + look.missing_files()
+
+
 def check(config: ExportRoot) -> None:
     """Refuse values outside their range.
 
     Raises:
         ConfigError: all faults together, each naming its key.
     """
+    if faults := settings_faults(config):
+        raise ConfigError(faults)
+
+
+def settings_faults(config: ExportRoot) -> list[str]:
+    """Faults of the settings by themselves."""
     given = [variant.value for variant in config.export.variants]
     no_gguf = config.export.gguf and importlib.util.find_spec("gguf") is None
     cost_windows = config.export.cost_windows
@@ -110,8 +135,7 @@ def check(config: ExportRoot) -> None:
         f"export.cost_windows={cost_windows} must be 0 or more": cost_windows < 0,
     }
     found = [fault for fault, is_there in faults.items() if is_there]
-    if found := found + _source_faults(config):
-        raise ConfigError(found)
+    return found + _source_faults(config)
 
 
 def _source_faults(config: ExportRoot) -> list[str]:
@@ -170,6 +194,8 @@ def variant_keys(
     config: dict[str, Any], factors: RescaleFactors, variant: ExportVariant
 ) -> dict[str, Any]:
     """A base model's config.json with the RoPE of ``variant_factors``; the rest as it is."""
+    from longrope2.model.given import class_config  # loads for seconds
+
     kept = {key: value for key, value in config.items() if key not in _RESCALING_KEYS}
     own = class_config(config)
     head_dim = config.get("head_dim") or getattr(own, "head_dim", None)
@@ -201,5 +227,7 @@ def full_attention_keys(config: dict[str, Any], target_len: int) -> dict[str, An
     windowed layers only. Asked of the model class, whose default may be a window that config.json
     does not mention (Mistral).
     """
+    from longrope2.model.given import active_window, class_config  # loads for seconds
+
     own = class_config(config)
     return {} if own is None or active_window(own) is None else {"sliding_window": target_len}

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from longrope2.errors import DataError
 from longrope2.inference import generation
-from longrope2.inference.cache import KvPolicy, join_caches, next_logits, single_row
+from longrope2.inference.cache import join_caches, next_logits, single_row
+from longrope2.inference.config import KvPolicy
 from longrope2.inference.generation import GeneratedToken
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window

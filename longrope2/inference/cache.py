@@ -7,7 +7,6 @@ dim / 2, V = vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from typing import Protocol, cast
 
 import torch
@@ -26,17 +25,6 @@ class _FilledLayer(Protocol):
 
     keys: Tensor
     values: Tensor
-
-
-class KvPolicy(Enum):
-    """What becomes of the cached keys and values when a sequence outgrows the original window."""
-
-    reprefill = "reprefill"
-    """The sequence is read again with the rescaled RoPE: exact, the model that was trained."""
-    rerotate = "rerotate"
-    """The cached keys are turned to the rescaled RoPE in place: cheap, and inexact beyond layer
-    0, because deeper keys and values were computed from hidden states under the original
-    RoPE."""
 
 
 @torch.inference_mode()

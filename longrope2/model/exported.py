@@ -9,7 +9,13 @@ before. What an export changes there is put back as the base model has it, in a 
 from pathlib import Path
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import MANIFEST_NAME, Manifest, read_manifest, sha256_of_file
+from longrope2.files.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    product_folder,
+    read_manifest,
+    sha256_of_file,
+)
 from longrope2.model.folder import config_view
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 
@@ -19,6 +25,21 @@ CHANGED_KEYS = (
     "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "head_dim",
     "auto_map",
 )  # fmt: skip
+
+
+# Folder inside the product: of base weights with factors that nobody trained.
+UNTRAINED_FOLDER = "untrained"
+
+
+def untrained_exports(run_folder: Path) -> list[Path]:
+    """Finished exports of a run that were made without a training."""
+    folder = product_folder(run_folder, "exports") / UNTRAINED_FOLDER
+    try:
+        manifest = read_manifest(folder, "exports")
+    except ArtifactError:
+        return []
+    names = (Path(file) for file in manifest.files)
+    return [folder / name.parent for name in names if name.name == CONFIG_FILE]
 
 
 def export_manifest(folder: Path) -> Manifest | None:

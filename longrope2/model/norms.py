@@ -13,7 +13,6 @@ Shape legend: T = tokens, H = hidden size.
 import functools
 import importlib.util
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from longrope2.kernel_choice import (
     KernelChoice,
+    NormKernel,
     apex_fault,
     first_that_runs,
     forced_kernel,
@@ -30,16 +30,6 @@ from longrope2.kernel_choice import (
 
 _NormFunction = Callable[[Tensor, Tensor, float], Tensor]
 """Input [..., H], weight [H] and epsilon to the normed input."""
-
-
-class NormKernel(Enum):
-    """Kernels of RMS norms; ``auto`` is the first fused one that runs on a GPU, else ``model``."""
-
-    auto = "auto"
-    liger = "liger"
-    apex = "apex"
-    torch = "torch"
-    model = "model"
 
 
 def choose_norm(

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from longrope2.errors import ArtifactError
 from longrope2.rope.window import Window
@@ -39,14 +39,14 @@ _CLASS_DEFAULTS = ("rope_theta", "partial_rotary_factor")
 _FORWARD_AND_BACKWARD = 3
 
 
-def _is_size(value: Any) -> bool:
-    """A bool is an int to Python, not to us."""
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number above 0; a bool is an int to Python, not to us."""
     return type(value) is int and value > 0
 
 
 # Key -> what it may be, in words and as a check. Each may also be left out or null.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys((*_SIZE_KEYS, "num_key_value_heads", "head_dim"), (_SIZE, _is_size)),
+    **dict.fromkeys((*_SIZE_KEYS, "num_key_value_heads", "head_dim"), (_SIZE, is_size)),
     "model_type": ("a text", lambda value: isinstance(value, str)),
     "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
     **dict.fromkeys(
@@ -138,7 +138,11 @@ class ModelShape:
         Raises:
             ArtifactError: see ``read_raw_config``; or a size is missing.
         """
-        config = read_raw_config(path)
+        return cls.from_config(read_raw_config(path), path)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], path: Path) -> "ModelShape":
+        """The same of a config.json that is read, and stands at ``path``."""
         missing = [key for key in _SIZE_KEYS if config.get(key) is None]
         if missing:
             raise ArtifactError(

@@ -7,11 +7,12 @@ reduces gradients with every other.
 
 from dataclasses import dataclass
 from types import ModuleType
-
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from longrope2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -86,8 +87,10 @@ def head_faults(sequence: int, num_query_heads: int, num_kv_heads: int) -> list[
     return [f"parallel.sequence={sequence} cannot share {heads}; use one of {allowed}"]
 
 
-def make_groups(dims: ParallelDims) -> tuple[ProcessGroup | None, ModuleType | None]:
+def make_groups(dims: ParallelDims) -> "tuple[ProcessGroup | None, ModuleType | None]":
     """This rank's sequence-parallel group and DeepSpeed's ``mpu``; None where there is no group."""
+    import torch.distributed as dist  # loads for seconds; a configuration is checked without it
+
     assert dist.get_world_size() == dims.world_size
     if dims.sequence == 1:
         return None, None
@@ -95,5 +98,5 @@ def make_groups(dims: ParallelDims) -> tuple[ProcessGroup | None, ModuleType | N
 
     parallel_state_sp.initialize_sequence_parallel(dims.sequence)
     group = parallel_state_sp.get_sequence_parallel_group()
-    assert isinstance(group, ProcessGroup)
+    assert isinstance(group, dist.ProcessGroup)
     return group, parallel_state_sp

@@ -24,7 +24,6 @@ Symbols: H hidden size, b bytes of a number in the compute format.
 from dataclasses import dataclass, field
 from enum import Enum
 
-from longrope2.model.loss import CHUNK_TOKENS
 from longrope2.model.shape import ModelShape, Workload
 
 _BYTES_FP32, _BYTES_BF16 = 4, 2
@@ -169,6 +168,8 @@ class MemoryUse:
 
 def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> MemoryUse:
     """Memory of one process under ZeRO-3."""
+    from longrope2.model.loss import CHUNK_TOKENS  # loads for seconds
+
     b, tokens, world = layout.compute_bytes, layout.local_tokens(workload), layout.num_processes
     zero, recompute, on_gpu = layout.zero, layout.recompute, 0 if layout.offload else 1
     shard = shape.parameters / world

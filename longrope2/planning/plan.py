@@ -7,7 +7,7 @@ from functools import cached_property
 from rich.console import Console
 from rich.table import Table
 
-from longrope2.model.norms import NormKernel
+from longrope2.kernel_choice import NormKernel
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning import memory as of_memory
 from longrope2.planning import timing

@@ -15,14 +15,14 @@ Shape letters: I = cosine indices.
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from longrope2.errors import FactorsError
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.window import Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Provenance entry of searched factors: how they did against closed forms on fresh samples.
 VERDICT = "verdict"
@@ -82,7 +82,7 @@ class RescaleFactors:
             return self.factors
         return self.short_factors or (1.0,) * self.geometry.num_frequencies
 
-    def inverse_frequencies(self, window: Window) -> Tensor:
+    def inverse_frequencies(self, window: Window) -> "Tensor":
         """theta_i / lambda_i of one window, shape [I], float32, radians per token, on the CPU.
 
         Rounded in float32 in the order transformers rounds its ``longrope`` (and, with factors 1,
@@ -90,6 +90,8 @@ class RescaleFactors:
         export is bit for bit ours. Float64 followed by a cast would be closer to the formula and
         differ from both by up to one unit in the last place.
         """
+        import torch  # loads for seconds; a configuration is checked without it
+
         factors_I = torch.tensor(self.window_factors(window), dtype=torch.float32)
         rotary_dim = self.geometry.rotary_dim
         exponents_I = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim

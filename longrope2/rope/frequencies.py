@@ -15,11 +15,12 @@ Shape letters: I = cosine indices.
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longrope2.errors import FactorsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The smallest window beyond one radian-period, 2 pi tokens; below it logarithms change sign.
 SHORTEST_ORIGINAL_LEN = 7
@@ -74,8 +75,10 @@ class RopeGeometry:
             raise FactorsError(f"critical_index={index}: must be a cosine index, 0 .. {last}")
 
 
-def periods(geometry: RopeGeometry) -> Tensor:
+def periods(geometry: RopeGeometry) -> "Tensor":
     """T_i = 2 pi b^(2i/d): tokens for one full turn, unscaled, shape [I], float64."""
+    import torch  # loads for seconds; a configuration is checked without it
+
     exponents_I = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
     return 2 * math.pi / geometry.rope_base ** (-exponents_I)
 

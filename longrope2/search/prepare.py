@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longrope2.config import require_same, target_faults
+from longrope2.config import require_same
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import text_hashes
 from longrope2.corpora.needles import (
@@ -26,7 +26,7 @@ from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokeniz
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
 from longrope2.model.factors_source import RopeConfig, resolve_factors
-from longrope2.model.folder import given_folder, model_identity, weights_sha256
+from longrope2.model.folder import given_folder, look_before, model_identity, weights_sha256
 from longrope2.model.loading import (
     check_model,
     find_weights,
@@ -36,13 +36,13 @@ from longrope2.model.loading import (
 )
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
-from longrope2.parallel.dims import head_faults
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search import config as settings
 from longrope2.search import selftests
+from longrope2.search.before import known_faults, parallel_faults
 from longrope2.search.config import Algorithm, Objective, SearchConfig, SearchRoot
 from longrope2.search.confirm import MOST_FOUND
 from longrope2.search.family import Limits
@@ -98,13 +98,9 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     Raises:
         ConfigError: every fault found, together.
     """
-    faults = settings.search_faults(config.search)
-    faults += target_faults(config.model, config.target_len, extends=True)
-    try:
-        config.corpus = corpus_of_run(config.corpus, config.run.folder)
-        build_corpus(config.corpus)
-    except ConfigError as error:
-        faults += error.faults
+    if faults := known_faults(config, look_before(config.model)):
+        raise ConfigError(faults)
+    config.corpus = corpus_of_run(config.corpus, config.run.folder)
     try:
         model_folder = given_folder(config.model, config.target_len)
         geometry = rope_geometry(model_folder, config.model.original_len)
@@ -112,17 +108,15 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
         if world_size_from_environment() is None:  # ranks compare what they load
             check_model(model_folder, config.model.original_len)
             find_weights(model_folder)
-        shape, parallel = ModelShape.from_folder(model_folder), config.parallel
-        faults += head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
-        if parallel.processes < 1 or parallel.processes % max(1, parallel.sequence):
-            given = f"parallel.processes={parallel.processes}"
-            faults.append(f"{given}: must be a multiple of parallel.sequence={parallel.sequence}")
-        if not faults:
-            _long_factors(config, geometry)
-            return model_folder, SearchSpace.from_config(config.search, geometry, config.target_len)
+        # Of a model that had to be fetched or converted it was not known before.
+        if faults := parallel_faults(config.parallel, ModelShape.from_folder(model_folder)):
+            raise ConfigError(faults)
+        _long_factors(config, geometry)
+        return model_folder, SearchSpace.from_config(config.search, geometry, config.target_len)
+    except ConfigError:
+        raise
     except UserError as error:
-        faults.append(str(error))
-    raise ConfigError(faults)
+        raise ConfigError([str(error)]) from None
 
 
 def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:

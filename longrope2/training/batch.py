@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longrope2.attention.kernels import AttentionKernel
 from longrope2.attention.layout import SegmentLayout, build_layout, chunk_bounds
+from longrope2.kernel_choice import AttentionKernel
 from longrope2.model.loss import IGNORED_LABEL
 from longrope2.parallel.dims import ParallelDims
 from longrope2.rope.factors import Window

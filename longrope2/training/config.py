@@ -4,18 +4,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from longrope2.attention.kernels import AttentionConfig
 from longrope2.config import StageConfig, target_faults
 from longrope2.errors import ConfigError
+from longrope2.kernel_choice import AttentionKernel, NormKernel
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape
 from longrope2.parallel.dims import ParallelConfig, head_faults
 from longrope2.planning.memory import Recompute
 from longrope2.tracking.metrics import TrackingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# Fields of ``training`` that may change between the parts of one run: they change nothing that is
+# computed but its rounding.
+CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps",
+                            "recompute", "recompute_layers", "offload_activations",
+                            "max_skipped_steps", "peak_tflops", "prefetch_steps",
+                            "async_checkpoints", "final_dtype", "selftest",
+                            "hang_timeout_s", "norm")  # fmt: skip
 
 
 class Precision(Enum):
@@ -158,6 +167,15 @@ class TrainingConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """How attention is computed."""
+
+    kernel: AttentionKernel = AttentionKernel.auto
+    """``auto`` takes the first of flash_attn, torch_varlen and sdpa that runs here; any other value
+    is used or refused."""
+
+
+@dataclass
 class TrainRoot(StageConfig):
     """Configuration of ``launch.train``."""
 
@@ -171,8 +189,10 @@ class TrainRoot(StageConfig):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     """Number format of forward and backward; ``auto`` is bf16 where the hardware is made for it."""
+    import torch  # loads for seconds; a configuration is checked without it
+
     bf16 = precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
@@ -183,14 +203,20 @@ def check(config: TrainRoot, model_folder: Path, world_size: int) -> None:
     Raises:
         ConfigError: all faults together, each naming its key.
     """
-    num_layers = ModelShape.from_folder(model_folder).num_layers
-    faults = _range_faults(config.training) + _window_faults(config)
-    faults += recompute_faults(config.training, num_layers)
-    faults += _parallel_faults(config, model_folder, world_size)
-    stage, optimizer = config.parallel.zero_stage, config.training.optimizer.value
-    faults += zero_faults(config.zero, stage=stage, world_size=world_size, optimizer=optimizer)
-    if faults:
+    if faults := settings_faults(config, ModelShape.from_folder(model_folder), world_size):
         raise ConfigError(faults)
+
+
+def settings_faults(config: TrainRoot, shape: ModelShape | None, world_size: int) -> list[str]:
+    """All that ``check`` refuses; without ``shape`` what the model does not decide."""
+    faults = _range_faults(config.training) + _window_faults(config)
+    if shape is not None:
+        faults += recompute_faults(config.training, shape.num_layers)
+    faults += _parallel_faults(config, shape, world_size)
+    stage, optimizer = config.parallel.zero_stage, config.training.optimizer.value
+    return faults + zero_faults(
+        config.zero, stage=stage, world_size=world_size, optimizer=optimizer
+    )
 
 
 def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str) -> list[str]:
@@ -254,12 +280,12 @@ def _window_faults(config: TrainRoot) -> list[str]:
     if batch % group_tokens:
         group = f"target_len * training.same_kind_segments = {group_tokens}"
         faults.append(f"{given} must be a multiple of {group}")
-    elif tokens is not None and 0 < tokens < batch:
+    if tokens is not None and 0 < tokens < batch:
         faults.append(f"training.tokens={tokens} is less than one step of {given}")
     return faults
 
 
-def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> list[str]:
+def _parallel_faults(config: TrainRoot, shape: ModelShape | None, world_size: int) -> list[str]:
     parallel, sequence = config.parallel, config.parallel.sequence
     faults = []
     if parallel.zero_stage not in (0, 1, 2, 3):
@@ -273,14 +299,15 @@ def _parallel_faults(config: TrainRoot, model_folder: Path, world_size: int) -> 
         text = f"parallel.sequence={sequence} does not divide {world_size} processes"
         return [*faults, f"{text}; use {divisors}"]
     data, alike = world_size // sequence, config.training.same_kind_segments
-    shape = ModelShape.from_folder(model_folder)
     if config.target_len % sequence:
         given = f"target_len={config.target_len} must be a multiple of parallel.sequence={sequence}"
         faults.append(f"{given}, so that every rank holds an equal share of a segment")
     if alike > 0 and alike % data:
         given = f"training.same_kind_segments={alike} must be a multiple of the data-parallel size"
         faults.append(f"{given} {data} ({world_size} processes / parallel.sequence={sequence})")
-    return faults + head_faults(sequence, shape.num_heads, shape.num_kv_heads)
+    if shape is not None:
+        faults += head_faults(sequence, shape.num_heads, shape.num_kv_heads)
+    return faults
 
 
 def _not_above_zero(group: str, settings: object, names: Iterable[str]) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from longrope2.attention.kernels import AttentionKernel, choose_kernel
+from longrope2.attention.kernels import choose_kernel
 from longrope2.config import find_shipped, to_plain
 from longrope2.corpora.tokenizer import load_document_tokenizer, require_packed_alike
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.files.artifacts import MANIFEST_NAME, describe_input, product_folder
-from longrope2.kernel_choice import KernelChoice, KernelError
+from longrope2.files.artifacts import describe_input, product_folder
+from longrope2.kernel_choice import AttentionKernel, KernelChoice, KernelError, NormKernel
 from longrope2.model.factors_source import factors_path, resolve_factors
 from longrope2.model.folder import (
     given_folder,
@@ -28,7 +28,7 @@ from longrope2.model.folder import (
     weight_files,
 )
 from longrope2.model.loading import check_model, find_weights, rope_geometry
-from longrope2.model.norms import NormKernel, choose_norm
+from longrope2.model.norms import choose_norm
 from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
 from longrope2.parallel.processes import smallest_gpu_bytes
 from longrope2.planning.choice import fewest_recomputed_layers
@@ -39,8 +39,10 @@ from longrope2.rope.methods import RopeMethod
 from longrope2.rope.window import Window
 from longrope2.segments.format import SegmentStore, check_at_start
 from longrope2.segments.schedule import StepSchedule
+from longrope2.training.before import is_missing, open_segments, segments_folder, too_few_faults
 from longrope2.training.config import (
     AUTO_LAYERS,
+    CHANGEABLE_TRAINING_KEYS,
     LAYER_WORDS,
     Precision,
     TrainRoot,
@@ -49,14 +51,6 @@ from longrope2.training.config import (
     compute_dtype,
 )
 from longrope2.training.optimizer import optimizer_fault
-
-# Fields of ``training`` that may change between the parts of one run: they change nothing that is
-# computed but its rounding.
-CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpoints", "log_steps",
-                            "recompute", "recompute_layers", "offload_activations",
-                            "max_skipped_steps", "peak_tflops", "prefetch_steps",
-                            "async_checkpoints", "final_dtype", "selftest",
-                            "hang_timeout_s", "norm")  # fmt: skip
 
 _FP32_BYTES, _BF16_BYTES = 4, 2
 _PACK_MORE = {
@@ -139,13 +133,12 @@ class ResolvedRun:
         """Let a run end here that cannot start.
 
         Raises:
-            ArtifactError: the model's weights, the segments or the factors are missing.
-            ConfigError: a kernel or optimizer was asked for that cannot run here.
+            ConfigError: the model's weights, the segments or the factors are missing, or a kernel
+                or optimizer was asked for that cannot run here; all of it together.
         """
-        if self.missing:
-            raise self.missing[0].error
-        if self.machine.faults:
-            raise ConfigError(self.machine.faults)
+        absent = [str(missing.error) for missing in self.missing]
+        if faults := [*absent, *self.machine.faults]:
+            raise ConfigError(faults)
 
     def describe(self) -> str:
         """The run in a few lines."""
@@ -272,9 +265,7 @@ def resolve_run(
     model_folder = _find_model(config, missing)
     check(config, model_folder, world_size)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segments = Path(
-        config.segments or product_folder(config.run.folder_with("segments"), "segments")
-    )
+    segments = segments_folder(config)
     store = _open_segments(segments, config, model_folder, missing)
     schedule = StepSchedule(
         short_ids=tuple(store.short_ids) if store else (),
@@ -291,11 +282,9 @@ def resolve_run(
         check_model(model_folder, config.model.original_len)
         if not config.model.from_scratch and not any(m.what in _WITHOUT_WEIGHTS for m in missing):
             find_weights(model_folder)
-    if store is not None and not (schedule.groups_per_epoch and total_steps):
-        there = f"{len(schedule.short_ids)} short and {len(schedule.long_ids)} long segments"
-        step = f"one step of training.global_batch_tokens={training.global_batch_tokens}"
-        alike = f"training.same_kind_segments={training.same_kind_segments}"
-        raise ConfigError([f"{segments} holds {there}: too few for {step} with {alike}"])
+    counts = len(schedule.short_ids), len(schedule.long_ids)
+    if store is not None and (faults := too_few_faults(config, *counts)):
+        raise ConfigError(faults)
     machine = machine_setup(config, place, run=device is not None)
     shape = ModelShape.from_folder(model_folder)
     layout = configured_layout(config, world_size, bf16=machine.bf16, norm=machine.norm.kernel)
@@ -440,17 +429,13 @@ def _open_segments(
     start = config.model.document_start
     encoder = load_document_tokenizer(model_folder, start) if model_is_here else None
     try:
-        store = SegmentStore(folder)
+        store = open_segments(config)
     except ArtifactError as error:
-        if (folder / MANIFEST_NAME).is_file():
+        if not is_missing(folder):
             raise
         way_out = f"{folder}: run data_prep.pack first, or give segments=FOLDER"
         missing.append(Missing("segments", way_out, error))
         return None
-    wanted = {"target_len": config.target_len, "original_len": config.model.original_len}
-    for name, value in wanted.items():
-        if (packed := getattr(store, name)) != value:
-            raise ArtifactError(f"{folder}: {name} is {packed}, this run has {value}; pack again")
     packed = store.manifest.inputs["model"]["tokenizer_sha256"]
     if encoder is not None and packed != model_identity(model_folder)["tokenizer_sha256"]:
         fault = f"{folder} was packed with another model's tokenizer than"

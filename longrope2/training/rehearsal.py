@@ -28,13 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longrope2.attention.kernels import AttentionKernel
 from longrope2.attention.layout import chunk_bounds
-from longrope2.kernel_choice import KernelChoice
+from longrope2.kernel_choice import AttentionKernel, KernelChoice, NormKernel
 from longrope2.model import windowed as of_windowed
 from longrope2.model.given import build_without_memory, look_at, read_config
 from longrope2.model.loading import check_model, rope_geometry
-from longrope2.model.norms import NormKernel, use_norm
+from longrope2.model.norms import use_norm
 from longrope2.parallel.dims import ParallelDims, make_groups
 from longrope2.parallel.processes import Processes
 from longrope2.rope.factors import Window

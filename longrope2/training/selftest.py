@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.attention.kernels import AttentionKernel, kernel_fault
+from longrope2.attention.kernels import kernel_fault
 from longrope2.errors import UserError
+from longrope2.kernel_choice import AttentionKernel
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelDims

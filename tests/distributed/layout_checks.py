@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import windowed
 from longrope2.errors import UserError
+from longrope2.kernel_choice import NormKernel
 from longrope2.model.loading import load_windowed_model, rope_geometry
-from longrope2.model.norms import NormKernel
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.parallel.processes import Processes

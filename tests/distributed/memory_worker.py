@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.model.norms import NormKernel, use_norm
+from longrope2.kernel_choice import NormKernel
+from longrope2.model.norms import use_norm
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 from longrope2.parallel.processes import join_processes, leave_processes

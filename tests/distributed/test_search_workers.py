@@ -55,6 +55,7 @@ def command_of(folder: Path, run_name: str, *overrides: str) -> list[str]:
         "launch.search",
         "model=tiny",
         f"model.path={folder / 'model'}",
+        "model.name=tiny",
         "target_len=256",
         "corpus=folder",
         f"corpus.folder={folder / 'corpus'}",

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention.kernels import AttentionKernel, choose_kernel, kernel_fault
+from longrope2.attention.kernels import choose_kernel, kernel_fault
 from longrope2.attention.layout import build_layout
 from longrope2.attention.windowed import windowed_attention
+from longrope2.kernel_choice import AttentionKernel
 from longrope2.rope.factors import Window
 
 pytestmark = [

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from longrope2.model.norms import NormKernel, choose_norm, norm_fault, use_norm
+from longrope2.kernel_choice import NormKernel
+from longrope2.model.norms import choose_norm, norm_fault, use_norm
 
 pytestmark = [
     pytest.mark.gpu,

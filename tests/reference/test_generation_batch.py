@@ -8,7 +8,8 @@ from test_generation import FACTORS, ORIGINAL_LEN, generate_without_cache, rando
 from transformers import DynamicCache
 
 from longrope2.inference.batch import generate_batch
-from longrope2.inference.cache import KvPolicy, join_caches, next_logits, prefill, rerotate_keys
+from longrope2.inference.cache import join_caches, next_logits, prefill, rerotate_keys
+from longrope2.inference.config import KvPolicy
 from longrope2.inference.generation import GeneratedToken, generate_tokens
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window

@@ -471,7 +471,8 @@ def test_doctor_refuses_a_model(tmp_path: Path, name: str, reason: str) -> None:
     """In one line, as every command ends; ``run_command`` makes it exit code 2."""
     model = make_model(name, tmp_path / "m")
     with pytest.raises(ArtifactError, match=re.escape(reason)):
-        machine_command([*commands(model, tmp_path)[:3], "model.sliding_window=drop"])
+        words = [*commands(model, tmp_path)[:3], "model.sliding_window=drop"]
+        machine_command(compose(DoctorRoot, "doctor", words))
 
 
 def test_one_function_resolves_a_models_folder() -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention.kernels import AttentionKernel, Varlen, choose_kernel, varlen_attention
+from longrope2.attention.kernels import Varlen, choose_kernel, varlen_attention
 from longrope2.attention.layout import build_layout
 from longrope2.attention.windowed import windowed_attention
 from longrope2.errors import ConfigError
+from longrope2.kernel_choice import AttentionKernel
 from longrope2.rope.factors import Window
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 64

@@ -36,6 +36,7 @@ def settings(tmp_path: Path) -> list[str]:
     return [
         "model=llama3_8b",
         f"model.path={tmp_path / 'model'}",
+        "model.name=llama3_8b",
         "target_len=131072",
         f"run.root={tmp_path / 'runs'}",
     ]

@@ -27,7 +27,7 @@ from longrope2.evaluation.ruler.config import RulerConfig
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.scoring import context_windows, short_windows
 from longrope2.inference import generation
-from longrope2.inference.generation import GenerateRoot
+from longrope2.inference.config import GenerateRoot
 from longrope2.model.loading import load_tokenizer
 from longrope2.search import prepare
 from longrope2.search.config import SearchRoot

@@ -59,7 +59,7 @@ def command(tmp_path, model_folder, monkeypatch, capsys):
     """Run ``python -m launch.<verb> ...`` in this process; returns exit code, output, errors."""
 
     def run(verb, *arguments):
-        model = ("model=tiny", f"model.path={model_folder}", "target_len=2048")
+        model = ("model=tiny", f"model.path={model_folder}", "model.name=tiny", "target_len=2048")
         places = (*model, f"run.root={tmp_path}", "run.name=r")
         given = arguments if verb == "report" else (*places, *arguments)
         monkeypatch.setattr(sys, "argv", [verb, *given])

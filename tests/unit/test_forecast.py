@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longrope2.config import ModelConfig
-from longrope2.model.norms import NormKernel
+from longrope2.kernel_choice import NormKernel
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Recompute

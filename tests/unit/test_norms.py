@@ -20,7 +20,8 @@ from transformers import (
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from longrope2.errors import ConfigError
-from longrope2.model.norms import NormKernel, choose_norm, norm_fault, use_norm
+from longrope2.kernel_choice import NormKernel
+from longrope2.model.norms import choose_norm, norm_fault, use_norm
 from longrope2.training.config import OptimizerKind, TrainRoot
 from longrope2.training.plan import machine_setup
 

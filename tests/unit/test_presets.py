@@ -15,7 +15,7 @@ from longrope2.corpora.config import CorpusKind
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
-from longrope2.inference.generation import GenerateRoot
+from longrope2.inference.config import GenerateRoot
 from longrope2.presets import CONF_FOLDER, SECTIONS, read_groups
 from longrope2.rope.methods import RopeMethod
 from longrope2.search.config import Algorithm, SearchRoot

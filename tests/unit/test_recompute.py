@@ -14,8 +14,8 @@ from longrope2.attention import windowed
 from longrope2.attention.layout import build_layout
 from longrope2.config import ModelConfig
 from longrope2.errors import ConfigError
+from longrope2.kernel_choice import NormKernel
 from longrope2.model.loss import IGNORED_LABEL
-from longrope2.model.norms import NormKernel
 from longrope2.model.shape import ModelShape, Workload
 from longrope2.model.windowed import WindowedModel
 from longrope2.parallel.dims import ParallelConfig

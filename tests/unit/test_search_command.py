@@ -85,6 +85,7 @@ def search(
         settings = [
             "model=tiny",
             f"model.path={model_folder}",
+            "model.name=tiny",
             "target_len=256",
             "corpus=folder",
             f"corpus.folder={corpus_folder}",
@@ -310,7 +311,7 @@ def test_finished_search_is_not_repeated(
     search: SearchRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(search())
-    monkeypatch.setattr(command, "run_search", None)
+    monkeypatch.setattr("longrope2.search.run.run_search", None)
     capsys.readouterr()
     assert contents(search("tracking.project=other")) == before
     text = capsys.readouterr().out

@@ -18,7 +18,7 @@ from launch.report import ReportRoot
 from longrope2.config import compose
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.export.variants import ExportRoot
-from longrope2.inference.generation import GenerateRoot
+from longrope2.inference.config import GenerateRoot
 from longrope2.search.config import SearchRoot
 from longrope2.training.config import TrainRoot
 

@@ -206,7 +206,7 @@ def test_no_processes(tmp_path, monkeypatch, capsys, processes: int) -> None:
         "parallel.timeout_seconds=0",
         "parallel.replicate_below=-1",
     )
-    assert "3 fault(s)" in message
+    assert "5 fault(s)" in message  # segments and factors are missing too
     assert f"parallel.processes={processes} must be above 0" in message
     assert "parallel.timeout_seconds=0 must be above 0" in message
     assert "parallel.replicate_below=-1 must not be negative" in message
@@ -249,7 +249,7 @@ def test_faults_of_zero_beside_others(tmp_path, monkeypatch, capsys) -> None:
         "parallel=single",
         "training.max_skipped_steps=0",
     )
-    assert "2 fault(s)" in message
+    assert "4 fault(s)" in message  # segments and factors are missing too
     assert "zero.hpz_size=2 does not divide 1 processes; use one of [1]" in message
     assert "training.max_skipped_steps=0 must be above 0" in message
 

@@ -1,0 +1,126 @@
+"""What evaluating, exporting or generating would be refused for and can be known at once.
+
+Before torch is imported: files that are missing, and those that are of other lengths. Whether they
+belong to the model is asked later (``subjects.py``).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from longrope2.config import StageConfig
+from longrope2.corpora.build import build_corpus
+from longrope2.corpora.config import CorpusKind
+from longrope2.errors import ArtifactError, ConfigError, UserError
+from longrope2.evaluation.config import EvaluateRoot, settings_faults
+from longrope2.files.artifacts import product_folder, read_manifest
+from longrope2.model.exported import export_manifest, untrained_exports
+from longrope2.model.factors_source import FACTORS_FILE, factors_faults
+from longrope2.model.folder import ModelLook
+from longrope2.rope.factors import RescaleFactors
+
+
+def known_faults(config: EvaluateRoot, look: ModelLook) -> list[str]:
+    """All faults of an evaluation that are known without loading anything.
+
+    Args:
+        config: What was given.
+        look: At the base model, by ``look_before``.
+    """
+    config = look.with_its_window(config)
+    faults = [*look.faults, *settings_faults(config), *look.missing_files()]
+    # Places elsewhere are tried when they are read.
+    if config.corpus is not None and config.corpus.kind is CorpusKind.folder:
+        try:
+            build_corpus(config.corpus)
+        except ConfigError as error:
+            faults += error.faults
+    for index, subject in enumerate(config.evaluation.subjects):
+        found = []
+        if subject.rope is not None:
+            found = factors_faults(
+                subject.rope, config.run.folder_with("factors"), config.target_len
+            )
+        elif subject.checkpoint is not None:
+            found = _checkpoint_faults(config, Path(subject.checkpoint))
+        faults += [f"evaluation.subjects[{index}] ({subject.name}): {fault}" for fault in found]
+    return faults
+
+
+def _checkpoint_faults(config: StageConfig, folder: Path) -> list[str]:
+    """Why a subject's checkpoint or export cannot be read."""
+    try:
+        require_subject(folder)
+        read_factors_beside(folder, config.model.original_len, config.target_len)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def require_subject(folder: Path) -> None:
+    """Raise ArtifactError unless the checkpoint or export of a subject is there."""
+    if not folder.is_dir():
+        way_out = "run launch.train first, or leave the subject out"
+        raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
+
+
+def trained_folder(
+    config: StageConfig, key: str, given: str | None, *, or_exports: Sequence[Path] = ()
+) -> Path:
+    """The checkpoint of a stage: ``given`` at ``key``, else what the run trained.
+
+    Args:
+        config: Of the stage.
+        key: Where a checkpoint is given.
+        given: What is.
+        or_exports: Exports that would do too, where the run has not trained.
+
+    Raises:
+        ArtifactError: it is missing.
+    """
+    folder = Path(given or product_folder(config.run.folder, "checkpoints") / "final")
+    if folder.is_dir():
+        return folder
+    way_out = "run launch.train first"
+    if given is None and or_exports:
+        ways = " or ".join(f"{key}={export}" for export in or_exports)
+        way_out += f", or give {ways}, which this run exported without training"
+    raise ArtifactError(f"{key}={folder} does not exist; {way_out}")
+
+
+def trained_faults(
+    config: StageConfig, key: str, given: str | None, *, takes_exports: bool = False
+) -> list[str]:
+    """Why the checkpoint (or export) of a stage cannot be used, as far as its files say."""
+    exports = untrained_exports(config.run.folder) if takes_exports else ()
+    try:
+        folder = trained_folder(config, key, given, or_exports=exports)
+        read_factors_beside(folder, config.model.original_len, config.target_len)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def read_factors_beside(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
+    """The factors that stand beside the weights of a checkpoint or an export.
+
+    Raises:
+        ArtifactError: the checkpoint is unfinished, has no factors, or was trained for other
+            lengths.
+    """
+    if export_manifest(folder) is None:
+        read_manifest(folder, "checkpoint")
+    path = folder / FACTORS_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; a checkpoint of launch.train has one")
+    factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
+    faults = []
+    for key, found, wanted in (
+        ("model.original_len", factors.geometry.original_len, original_len),
+        ("target_len", factors.target_len, target_len),
+    ):
+        if found != wanted:
+            fault = f"{path} is for {key}={found}, but {key}={wanted} is set"
+            faults.append(f"{fault}; set {key}={found}")
+    if faults:
+        raise ArtifactError("; ".join(faults))
+    return factors
