@@ -16,15 +16,18 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.heldout import heldout_corpus, pack_heldout
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder
+from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.export.hugging_face import check_exportable
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
+from longrope2.files.guide import write_guide
 from longrope2.training.config import TrainRoot
 from longrope2.training.forecast import make_forecast
-from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, resolve_run
+from longrope2.training.plan import CHANGEABLE_TRAINING_KEYS, ResolvedRun, resolve_run
 from longrope2.training.run import RunEnd, train
 
 # What may change between the parts of one run without making it another run.
@@ -44,16 +47,21 @@ def main() -> None:
     check_exportable(run.model_folder, config.model.original_len, config.target_len)
     if not config.dry_run:
         run.refuse_what_is_missing()
+    if config.training.heldout_every and not run.misses("segments"):
+        heldout_corpus(run.segments_folder)
     print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")
     if config.dry_run:
         return
     complete = _is_complete(run.folder, config)
     claim_folder(run.folder, config, changeable=CHANGEABLE)
+    write_guide(config.run.folder)
     config_file = run.folder / "config.yaml"
     if given.note is not None:
         note_config_of_ranks(given.note, None if complete else config_file)
     if complete:
         print(f"already complete: {run.folder / 'final'}")
+    if not complete and config.training.heldout_every:
+        print(_write_heldout(run))
     if complete or given.note is not None:
         return
     if run.world_size == 1:
@@ -61,6 +69,13 @@ def main() -> None:
     elif ended := run_under_torchrun("launch.train", config_file, run.world_size):
         sys.exit(ended)
     print(f"checkpoints in {run.folder}")
+
+
+def _write_heldout(run: ResolvedRun) -> str:
+    """Held-out segments, once, before any rank starts; how many, in a line."""
+    encoder = load_document_tokenizer(run.model_folder, run.config.model.document_start)
+    number = run.config.training.heldout_segments
+    return pack_heldout(run.heldout_folder, run.segments_folder, encoder, number)
 
 
 def _exit_unless_done(end: RunEnd) -> None:

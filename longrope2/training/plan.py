@@ -56,7 +56,8 @@ CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpo
                             "recompute", "recompute_layers", "offload_activations",
                             "max_skipped_steps", "peak_tflops", "prefetch_steps",
                             "async_checkpoints", "final_dtype", "selftest",
-                            "hang_timeout_s", "norm")  # fmt: skip
+                            "hang_timeout_s", "norm", "heldout_every",
+                            "heldout_segments")  # fmt: skip
 
 _FP32_BYTES, _BF16_BYTES = 4, 2
 _PACK_MORE = {
@@ -135,6 +136,15 @@ class ResolvedRun:
         """``3_checkpoints`` of the run."""
         return product_folder(self.config.run.folder, "checkpoints")
 
+    @property
+    def heldout_folder(self) -> Path:
+        """Segments of held-out text that the training is measured on."""
+        return self.folder / "heldout"
+
+    def misses(self, what: str) -> bool:
+        """Whether something is missing: ``model``, ``weights``, ``segments`` or ``factors``."""
+        return any(missing.what == what for missing in self.missing)
+
     def refuse_what_is_missing(self) -> None:
         """Let a run end here that cannot start.
 
@@ -184,6 +194,7 @@ class ResolvedRun:
                 f"recompute  {self._recompute_words()}",
                 f"steps      {steps}, {self.micro_steps} micro-steps each",
                 *(f"note: {fault}" for fault in self.untrained_windows()),
+                *self._describe_heldout(),
             ]
         )
 
@@ -226,6 +237,12 @@ class ResolvedRun:
         words = "all layers" if layers is None else f"the first {layers} layers"
         chosen = ", auto" if training.recompute_layers == AUTO_LAYERS else ""
         return f"{training.recompute.value} of {words}{chosen}"
+
+    def _describe_heldout(self) -> list[str]:
+        every, number = self.config.training.heldout_every, self.config.training.heldout_segments
+        if not every:
+            return []
+        return [f"held out   loss every {every} steps on up to {number} segments of each window"]
 
     def describe_missing(self) -> list[str]:
         """Lines of what a run on this machine would be refused for; none when it can start."""
