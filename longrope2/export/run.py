@@ -37,7 +37,6 @@ from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
 _MOST_COST_CHARACTERS = 4_000_000
 # Enough for a token of so many characters on average: a long text is not tokenized to its end.
 _CHARACTERS_PER_TOKEN = 16
-_UNTRAINED_FOLDER = "untrained"
 _Differences = dict[str, dict[str, float]]
 
 
@@ -57,7 +56,7 @@ class Export:
     def folder(self) -> Path:
         """The product folder; that of untrained weights lies inside, with a manifest of its own."""
         exports = artifacts.product_folder(self.config.run.folder, "exports")
-        return exports if self.config.export.trained else exports / _UNTRAINED_FOLDER
+        return exports if self.config.export.trained else exports / artifacts.UNTRAINED_FOLDER
 
     @property
     def origin(self) -> str | None:
