@@ -4,6 +4,7 @@ It changes no weight, equals plain transformers on the weights that were saved, 
 has every measurement once.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from forked_ranks import ForkedRanks
 from small_runs import losses, pack_segments, records, weights, write_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.heldout import pack_heldout
 from longrope2.config import find_shipped
@@ -24,8 +25,7 @@ from longrope2.segments.format import Segment, SegmentStore
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 RANKS, STEPS, NUM_SEGMENTS = 4, 6, 3  # three segments do not go round two groups of ranks
-# NTK has no attention scale, of which transformers' ``longrope`` knows one for both windows only.
-TRAINING = ("rope.method=ntk", "training.global_batch_tokens=1024",
+TRAINING = ("training.global_batch_tokens=1024",
             f"training.tokens={1024 * STEPS}",
             "training.same_kind_segments=2", "training.final_dtype=fp32",
             f"parallel.processes={RANKS}", "parallel.sequence=2")  # fmt: skip
@@ -77,14 +77,11 @@ def test_measured_before_while_and_after_once(runs: Path) -> None:
 def test_it_is_the_loss_of_plain_transformers(runs: Path) -> None:
     """Each document of a short segment, and each long segment, by itself under eager attention."""
     folder = runs / "measured" / "3_checkpoints"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "final", dtype=torch.float32, attn_implementation="eager"
-    )
     store = SegmentStore(folder / "heldout")
     assert len(store.short_ids) == len(store.long_ids) == NUM_SEGMENTS
     last = records(runs, "measured")[-1]
     for window, ids in ((Window.SHORT, store.short_ids), (Window.LONG, store.long_ids)):
-        total, targets = 0.0, 0
+        model, total, targets = plain_model(folder / "final", window), 0.0, 0
         for segment in map(store.segment, ids):
             for start, end in spans(segment):
                 tokens = torch.from_numpy(segment.tokens[start:end].astype("int64"))
@@ -95,6 +92,25 @@ def test_it_is_the_loss_of_plain_transformers(runs: Path) -> None:
         assert last[f"train/heldout_loss_{window.value}"] == pytest.approx(
             total / targets, rel=1e-5
         )
+
+
+def plain_model(final: Path, window: Window) -> torch.nn.Module:
+    """``final/`` as transformers loads it; for long segments under its ``longrope``."""
+    config = AutoConfig.from_pretrained(final)
+    if window is Window.LONG:
+        factors = json.loads((final / "factors.json").read_text())
+        config.rope_parameters = {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+            "short_factor": [1.0] * len(factors["factors"]),
+            "long_factor": factors["factors"],
+            "attention_factor": factors["long_attention_scale"],
+        }
+        config.max_position_embeddings = 256
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(final, config=config, **options)
 
 
 def spans(segment: Segment) -> list[tuple[int, int]]:
