@@ -33,6 +33,8 @@ from longrope2.files.artifacts import (
 from longrope2.rope.window import Window
 from longrope2.segments.format import RULE_DETAILS, SegmentRules, SegmentStore
 
+# No text has more on average: what is longer need not be tokenized to be known as long.
+_CHARACTERS_PER_TOKEN = 16
 _KEPT_DETAILS = (*RULE_DETAILS, "control_ids", "model_name", "made_for", "num_asked")
 
 
@@ -72,7 +74,8 @@ def pack_heldout(
     A folder that was made for the same segments, and as many, stays as it is.
 
     Raises:
-        ConfigError: the corpus cannot be read, or its held-out text fills no segment.
+        ConfigError: the corpus cannot be read.
+        DataError: it holds nothing out.
     """
     store, made_for = SegmentStore(segments_folder), describe_input(segments_folder)
     details = {**store.manifest.details, "made_for": made_for, "num_asked": num_segments}
@@ -87,10 +90,6 @@ def pack_heldout(
     ).segments
     packed_long = pack_long(long, target_len=rules.target_len, seed=0).segments
     drafts = [*packed_short[:num_segments], *packed_long[:num_segments]]
-    if not drafts:
-        text = f"training.heldout_every: the held-out text of corpus {corpus.name} fills no segment"
-        share = f"corpus.heldout_fraction={corpus.heldout_fraction}"
-        raise ConfigError([f"{text}; pack with more than {share}, or use null"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     files = write_shards(folder, drafts, rules, tokens_per_shard=num_segments * 2 * tokens)
@@ -114,22 +113,23 @@ def _documents(
     tokens of longer ones, with BOS and EOS as the packer cuts them.
     """
     room = rules.original_len - len(rules.boundary_ids)
-    short, windows, long = [], [], []
+    short, long, contents = [], [], []
     for document in heldout_documents(corpus):
-        if min(map(_num_tokens, (short + windows, long))) >= tokens:
-            break
+        if _num_tokens(long) >= tokens:
+            if _num_tokens(short) >= tokens:
+                break
+            if len(document.text) > _CHARACTERS_PER_TOKEN * room:
+                continue  # too long to be a short one
         (content,) = encoder.encode_contents([document.text])
         if len(content) <= room:
             short.append(_document(document, content, rules))
-            continue
-        if _num_tokens(long) < tokens:
+        elif _num_tokens(long) < tokens:
             long.append(_document(document, content, rules))
-        if _num_tokens(short + windows) >= tokens:
-            continue
+            contents.append((document, content))
+    for document, content in contents:
         for first in range(0, len(content), room):
-            windows.append(_document(document, content[first : first + room], rules))
-    while windows and _num_tokens(short) < tokens:
-        short.append(windows.pop())
+            if _num_tokens(short) < tokens:
+                short.append(_document(document, content[first : first + room], rules))
     return short, long
 
 

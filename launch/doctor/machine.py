@@ -173,7 +173,7 @@ def _lines(findings: list[Finding]) -> Iterator[str]:
     width = max((len(finding.what) for finding in findings), default=0)
     for finding in findings:
         remedy = f" -> {finding.remedy}" if finding.remedy else ""
-        yield f"{finding.state.value:<8}{finding.what:<{width}}  {finding.found}{remedy}"
+        yield f"{finding.state.value:<9}{finding.what:<{width}}  {finding.found}{remedy}"
 
 
 def _packages() -> list[Finding]:

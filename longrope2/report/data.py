@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longrope2.corpora.run_corpus import segments_of
 from longrope2.errors import ArtifactError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
 from longrope2.files import artifacts
@@ -135,7 +136,7 @@ def load_run(folder: Path) -> RunRecord:
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
         evaluation=read_summary(EvaluationSummary, evaluations),
         suite=read_summary(SuiteSummary, evaluations),
-        segments=_segments_of_training(stages),
+        segments=_segments_of_training(folder),
         untrained_exports=untrained,
         taken_from={product: run for product, run in runs.items() if run != folder},
     )
@@ -149,15 +150,10 @@ def _stage(run_folder: Path, product: str) -> StageState:
     return StageState(product, manifest, started)
 
 
-def _segments_of_training(stages: Mapping[str, StageState]) -> Manifest | None:
-    """The manifest of the run's own segments, or else of those that its training names."""
-    trained = stages["checkpoints"].manifest
-    if stages["segments"].manifest is not None or trained is None:
-        return stages["segments"].manifest
-    elsewhere = Path(trained.inputs.get("segments", {}).get("path", ""))
-    if not (elsewhere / artifacts.MANIFEST_NAME).is_file():
-        return None
-    return artifacts.read_manifest(elsewhere, "segments")
+def _segments_of_training(run_folder: Path) -> Manifest | None:
+    """The manifest of the segments that the run was trained on, or else has."""
+    segments = segments_of(run_folder)
+    return None if segments is None else artifacts.read_manifest(segments, "segments")
 
 
 def _untrained_exports(run_folder: Path) -> Manifest | None:

@@ -28,6 +28,7 @@ from longrope2.report.html import (
 )
 from longrope2.report.plots import factors_figure, fresh_figure, lengths_figure, search_figure
 from longrope2.report.suite import suite_html
+from longrope2.report.text import evaluated_text
 from longrope2.report.training import limits, mix_html, training_html
 
 REPORT_FILE = "report.html"
@@ -104,7 +105,9 @@ def _headline(record: RunRecord) -> str:
 
 def _evaluated_corpus(record: RunRecord) -> str:
     """Where the text of what was evaluated comes from, HTML."""
-    corpus = record.corpus_of("evaluations")
+    if said := evaluated_text(record):
+        return html.escape(said)
+    corpus = record.corpus_of("evaluations")  # of an earlier version's evaluation
     return "" if corpus is None else f"Text: held out of corpus {html.escape(corpus)}."
 
 

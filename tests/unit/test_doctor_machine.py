@@ -190,8 +190,8 @@ def test_a_line_a_finding_in_a_pipe_a_table_on_a_terminal() -> None:
     pipe, terminal = io.StringIO(), io.StringIO()
     print_findings(findings, Console(file=pipe))
     assert pipe.getvalue().splitlines() == [
-        "ok      torch         2.13.0",
-        f"blocker some package  missing -> {remedy}",
+        "ok       torch         2.13.0",
+        f"blocker  some package  missing -> {remedy}",
         "1 blocker(s)",
     ]
     print_findings(findings, Console(file=terminal, width=80, force_terminal=True))

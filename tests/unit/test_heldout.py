@@ -97,22 +97,6 @@ def test_less_text_than_asked_for_is_said(mixed, encoder, tmp_path) -> None:
     assert line.endswith("; its held-out text fills no more (training.heldout_segments=1000)")
 
 
-def test_too_little_held_out_text_is_refused(encoder, tmp_path) -> None:
-    """Long documents and few of them: one is held out, and fills no segment by itself."""
-    segments = pack_texts(tmp_path, [400] * 12)
-    (tmp_path / "texts").rename(tmp_path / "aside")
-    (tmp_path / "texts").mkdir()
-    held_out = next(path for path in sorted((tmp_path / "aside").iterdir()) if split_of_file(path))
-    (tmp_path / "texts" / held_out.name).write_text(words(60, 0))
-    with pytest.raises(ConfigError, match=r"the held-out text of corpus folder fills no segment"):
-        pack_heldout(tmp_path / "heldout", segments, encoder, 2)
-    assert not (tmp_path / "heldout").exists()
-
-
-def split_of_file(path: Path) -> bool:
-    return split_of(path.name, 0.5) is Split.heldout
-
-
 def test_a_corpus_that_is_gone_is_named(mixed, encoder, tmp_path) -> None:
     copy = tmp_path / "segments"
     shutil.copytree(mixed, copy)

@@ -586,10 +586,11 @@ def test_segments_packed_before_lengths_were_counted_have_no_figure(full_run):
 def test_segments_of_another_run_are_shown_where_they_were_trained_on(full_run):
     own, other = product_folder(full_run, "segments"), full_run.parent / "other"
     own.rename(other)
-    finish(full_run, "checkpoints", inputs={"segments": {"path": str(other)}})
+    finish(full_run, "checkpoints", inputs={"segments": {"path": str(other), "sha256": "1"}})
     text = read_page(write_report(full_run)).text
     assert "Packed from corpus mine" in text and "1_segments: missing" in text
-    finish(full_run, "checkpoints", inputs={"segments": {"path": str(other) + "_gone"}})
+    gone = {"path": f"{other}_gone", "sha256": "1"}
+    finish(full_run, "checkpoints", inputs={"segments": gone})
     assert "Packed from corpus" not in read_page(write_report(full_run)).text
 
 
