@@ -34,6 +34,7 @@ from longrope2.corpora.build import build_corpus
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
+from longrope2.files.guide import write_guide
 from longrope2.help import help_topic
 from longrope2.model.folder import given_folder, look_before, model_identity
 
@@ -201,6 +202,7 @@ def _build(
     identity = json.dumps([content, inputs], sort_keys=True).encode()
     fingerprint = artifacts.sha256_of_bytes(identity)[:12]
     dump(config, folder / "config.yaml")
+    write_guide(config.run.folder)
     files, counts, details = build_segments(
         config, model_folder, corpus, folder=folder, fingerprint=fingerprint
     )

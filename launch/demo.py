@@ -26,6 +26,7 @@ _TARGET_LEN = 2048
 _BASELINES = {"yarn": "yarn", "llama3": "llama3", "ntk": "ntk", "longrope2": "searched"}
 _PROMPT_FILE = "prompt.txt"
 _TWO = "parallel.processes=2"
+_HELDOUT = ("training.heldout_every=36", "training.heldout_segments=4")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def stages(root: Path, with_baselines: bool, seed: int = 0) -> list[Stage]:
         ),
         Stage(
             "train with mixed windows: two processes, ZeRO-3, sequence parallelism 2",
-            ("launch.train", "experiment=tiny_extend", *run),
+            ("launch.train", "experiment=tiny_extend", *_HELDOUT, *run),
         ),
         *(_baseline_stages(name, every, run_folder) if with_baselines else []),
         Stage(

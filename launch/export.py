@@ -11,6 +11,7 @@ from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
 from longrope2.errors import ConfigError
 from longrope2.export.variants import ExportRoot, known_faults
+from longrope2.files.guide import write_guide
 from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT
 
@@ -43,6 +44,7 @@ def main() -> None:
         print(f"already complete: {places}")
         return
     claim_folder(export.folder, config, changeable=("dry_run", "export", "corpus"))
+    write_guide(config.run.folder)
     for name, by_length in publish(export).items():
         for length, difference in by_length.items():
             differs = f"{name} differs by at most {difference:.1e} of the largest logit"

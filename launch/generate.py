@@ -1,10 +1,12 @@
 """``python -m launch.generate``: continue a text with a trained model, beyond its first window.
 
-The text goes to standard output as it comes; where the RoPE switched is said once, on standard
-error. The prompt comes from a file, or with ``generate.prompt_file=-`` from standard input.
+The text goes to standard output as it comes; standard error says where the RoPE switched and, at
+the end, tokens, window and speed. The prompt comes from a file, or with ``generate.prompt_file=-``
+from standard input.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation.before import trained_faults
 from longrope2.inference.config import GenerateRoot, KvPolicy, settings_faults
 from longrope2.model.folder import ModelLook, look_before
-from longrope2.rope.factors import Window
+from longrope2.rope.factors import RescaleFactors, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,12 +83,33 @@ def _stream_text(
     if window is Window.LONG:
         is_long = f"the prompt has {len(prompt_ids)} tokens, more than {original_len}"
         _say(f"{is_long}: rescaled RoPE from the start")
+    began, times = time.monotonic(), list[float]()
     for length, token in enumerate(tokens, start=len(prompt_ids)):
+        times.append(time.monotonic())
         if token.window is not window:
             window, how = token.window, _SWITCHED[generate.kv_policy]
             _say(f"switched to the rescaled RoPE at {length} tokens: {how}")
         print(text.push(token.token_id), end="", flush=True)
     print(text.finish())
+    if times:
+        _say(_summary(len(prompt_ids), model.factors, began, times))
+
+
+def _summary(num_prompt: int, factors: RescaleFactors, began: float, times: list[float]) -> str:
+    """Tokens, window and speed; ``times`` are when each new token was there.
+
+    The first one waits for the whole prompt, which is no speed of generation.
+    """
+    from longrope2.inference.generation import window_for_length
+
+    length, original_len = num_prompt + len(times), factors.geometry.original_len
+    window = window_for_length(length - 1, original_len)
+    rope = "original" if window is Window.SHORT else "rescaled"
+    read = f"{num_prompt} tokens read in {times[0] - began:.1f} s"
+    written = f"{len(times)} written"
+    if len(times) > 1:
+        written += f" at {(len(times) - 1) / max(times[-1] - times[0], 1e-9):.1f} tokens/s"
+    return f"{read}, {written}; {length} of {factors.target_len} tokens, {rope} RoPE at the end"
 
 
 def _say(message: str) -> None:

@@ -19,6 +19,7 @@ from longrope2.command import run_command
 from longrope2.config import claim_folder, dump
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
+from longrope2.files.guide import write_guide
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT, RescaleFactors
@@ -86,6 +87,7 @@ def _search(config: SearchRoot) -> None:
     prepared = prepare(config, model_folder, space, folder=folder, workers=workers)
     if workers.is_main:
         claim_folder(folder, config, CHANGEABLE)
+        write_guide(config.run.folder)
     workers.wait_for_all("the folder is claimed")
     run_search(prepared, folder, workers)
     if workers.is_main:

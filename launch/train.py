@@ -22,11 +22,13 @@ from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
+from longrope2.files.guide import write_guide
 from longrope2.model.folder import look_before
 from longrope2.training.before import known_faults
 from longrope2.training.config import CHANGEABLE_TRAINING_KEYS, TrainRoot
 
 if TYPE_CHECKING:
+    from longrope2.training.plan import ResolvedRun
     from longrope2.training.run import RunEnd
 
 # What may change between the parts of one run without making it another run.
@@ -42,6 +44,7 @@ def main() -> None:
     if not given.is_rank:
         _refuse_what_is_known(config)
     # Only now: torch and DeepSpeed load for seconds.
+    from data_prep.heldout import heldout_corpus
     from longrope2.export.hugging_face import check_exportable
     from longrope2.training.forecast import make_forecast
     from longrope2.training.plan import resolve_run
@@ -54,16 +57,21 @@ def main() -> None:
     check_exportable(run.model_folder, config.model.original_len, config.target_len)
     if not config.dry_run:
         run.refuse_what_is_missing()
+    if config.training.heldout_every and not run.misses("segments"):
+        heldout_corpus(run.segments_folder)
     print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")
     if config.dry_run:
         return
     complete = _is_complete(run.folder, config)
     claim_folder(run.folder, config, changeable=CHANGEABLE)
+    write_guide(config.run.folder)
     config_file = run.folder / "config.yaml"
     if given.note is not None:
         note_config_of_ranks(given.note, None if complete else config_file)
     if complete:
         print(f"already complete: {run.folder / 'final'}")
+    if not complete and config.training.heldout_every:
+        print(_write_heldout(run))
     if complete or given.note is not None:
         return
     if run.world_size == 1:
@@ -83,6 +91,16 @@ def _refuse_what_is_known(config: TrainRoot) -> None:
     if faults := known_faults(config, look):
         raise ConfigError(faults)
     look.print_notes()
+
+
+def _write_heldout(run: "ResolvedRun") -> str:
+    """Held-out segments, once, before any rank starts; how many, in a line."""
+    from data_prep.heldout import pack_heldout
+    from longrope2.corpora.tokenizer import load_document_tokenizer
+
+    encoder = load_document_tokenizer(run.model_folder, run.config.model.document_start)
+    number = run.config.training.heldout_segments
+    return pack_heldout(run.heldout_folder, run.segments_folder, encoder, number)
 
 
 def _exit_unless_done(end: "RunEnd") -> None:

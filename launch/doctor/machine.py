@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -139,25 +140,40 @@ def only_model(findings: list[Finding]) -> list[Finding]:
 
 
 def print_findings(findings: list[Finding], console: Console | None = None) -> None:
-    """The table, and a last line with the verdict."""
+    """A table on a terminal, lines elsewhere, and a last line with the verdict."""
     out = console or Console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", "what", "found", "what to do"):
-        table.add_column(name, overflow="fold")
-    colors = {State.ok: "green", State.fix: "yellow", State.blocker: "bold red"}
     of_model = [finding for finding in findings if finding.of_model]
-    for finding in findings:
-        if finding.of_model:
-            continue
-        state = f"[{colors[finding.state]}]{finding.state.value}[/]"
-        table.add_row(state, finding.what, escape(finding.found), escape(finding.remedy))
-    out.print(table)
+    others = [finding for finding in findings if not finding.of_model]
+    if out.is_terminal:
+        out.print(_table(others))
+    else:
+        # Into a file or a pipe: a line a finding, whole, whatever the width.
+        for line in _lines(others):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
     for finding in of_model:
         line = f"{finding.what:<20} {finding.found}"
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     blockers = sum(finding.state is State.blocker for finding in findings)
     verdict = f"{blockers} blocker(s)" if blockers else "ready: nothing stops a run"
     out.print(verdict, highlight=False)
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "what", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    colors = {State.ok: "green", State.fix: "yellow", State.blocker: "bold red"}
+    for finding in findings:
+        state = f"[{colors[finding.state]}]{finding.state.value}[/]"
+        table.add_row(state, finding.what, escape(finding.found), escape(finding.remedy))
+    return table
+
+
+def _lines(findings: list[Finding]) -> Iterator[str]:
+    width = max((len(finding.what) for finding in findings), default=0)
+    for finding in findings:
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        yield f"{finding.state.value:<9}{finding.what:<{width}}  {finding.found}{remedy}"
 
 
 def _packages() -> list[Finding]:

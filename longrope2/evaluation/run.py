@@ -35,6 +35,7 @@ from longrope2.evaluation.schema import Cell, SuiteSummary, write_summary
 from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.files import artifacts
+from longrope2.files.guide import write_guide
 from longrope2.model.folder import model_identity
 from longrope2.model.loading import device_and_dtype, load_tokenizer
 from longrope2.parallel.processes import world_size_from_environment
@@ -128,6 +129,7 @@ def run_evaluation(
     # Later shards leave the folder's configuration and the metrics to the first.
     own_folder = folder if shard.index == 0 else folder / f"shard_{shard.index + 1}"
     claim_folder(own_folder, config, changeable=_CHANGEABLE)
+    write_guide(config.run.folder)
     for needle_set in needle_sets:
         needle_set.save(folder / "needles" / f"{needle_set.length}.arrow")
     models, plain = _own_models(), to_plain(config)

@@ -27,7 +27,6 @@ from longrope2.export.tokenizer import start_as_trained
 from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
-from longrope2.model.exported import UNTRAINED_FOLDER
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import given_folder
 from longrope2.model.loading import load_to_run, load_tokenizer
@@ -57,7 +56,7 @@ class Export:
     def folder(self) -> Path:
         """The product folder; that of untrained weights lies inside, with a manifest of its own."""
         exports = artifacts.product_folder(self.config.run.folder, "exports")
-        return exports if self.config.export.trained else exports / UNTRAINED_FOLDER
+        return exports if self.config.export.trained else exports / artifacts.UNTRAINED_FOLDER
 
     @property
     def origin(self) -> str | None:

@@ -31,6 +31,8 @@ PRODUCT_FOLDERS = {
 }
 SOURCE_FILE = "from_run"
 """In a run folder: the path from there to the run that it takes segments and factors from."""
+# Inside that of exports: those of untrained weights, a product with a manifest of its own.
+UNTRAINED_FOLDER = "untrained"
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
+    UNTRAINED_FOLDER,
     Manifest,
     product_folder,
     read_manifest,
@@ -25,10 +26,6 @@ CHANGED_KEYS = (
     "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "head_dim",
     "auto_map",
 )  # fmt: skip
-
-
-# Folder inside the product: of base weights with factors that nobody trained.
-UNTRAINED_FOLDER = "untrained"
 
 
 def untrained_exports(run_folder: Path) -> list[Path]:

@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longrope2.corpora.run_corpus import segments_of
 from longrope2.errors import ArtifactError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
 from longrope2.files import artifacts
-from longrope2.files.artifacts import PRODUCT_FOLDERS, Manifest, product_folder, run_with
+from longrope2.files.artifacts import (
+    PRODUCT_FOLDERS,
+    UNTRAINED_FOLDER,
+    Manifest,
+    product_folder,
+    run_with,
+)
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
 from longrope2.tracking.metrics import read_metrics
@@ -30,6 +37,18 @@ class StageState:
 
 
 @dataclass(frozen=True)
+class DocumentLengths:
+    """Documents between every two edges, BOS and EOS included."""
+
+    edges_tokens: tuple[int, ...]
+    tokenized: tuple[int, ...]
+    chosen: tuple[int, ...]
+    """Those that were packed, cut ones by their parts."""
+    original_len: int
+    target_len: int
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything the report shows."""
 
@@ -45,15 +64,46 @@ class RunRecord:
     evaluation: EvaluationSummary | None
     suite: SuiteSummary | None
     """RULER, needle map, long and short tasks."""
+    segments: Manifest | None
+    """Of the segments that were trained on: the run's own, or those that it took from elsewhere."""
+    untrained_exports: Manifest | None
     taken_from: dict[str, Path] = field(default_factory=dict)
     """Products that another run made (``run.from_run``) -> its folder."""
 
     @property
     def mix_tokens(self) -> dict[str, dict[str, int]]:
         """Source -> window -> tokens of the packed segments; empty before packing."""
-        manifest = self.stages["segments"].manifest
-        tokens = manifest.counts.get("tokens", {}) if manifest else {}
+        tokens = self.segments.counts.get("tokens", {}) if self.segments else {}
         return {k: dict(v) for k, v in tokens.items() if isinstance(v, Mapping)}
+
+    @property
+    def document_lengths(self) -> DocumentLengths | None:
+        """Documents by length, summed over sources; None where packing did not count them."""
+        details = self.segments.details if self.segments else {}
+        if (histogram := details.get("length_histogram")) is None:
+            return None
+        rows = list(histogram["num_documents"].values())
+        sums = {
+            kind: tuple(map(sum, zip(*(row[kind] for row in rows), strict=True)))
+            for kind in ("tokenized", "chosen")
+        }
+        windows = {name: details[name] for name in ("original_len", "target_len")}
+        return DocumentLengths(tuple(histogram["edges_tokens"]), **sums, **windows)
+
+    @property
+    def resumed_after_steps(self) -> list[int]:
+        """Steps after which the training was interrupted and went on."""
+        marks = (record.get("train/resumed_after_step") for record in self.training_metrics)
+        return [step for step in marks if step is not None]
+
+    def corpus_of(self, product: str) -> str | None:
+        """Name and folder of the corpus that a product's text came from; None where not known."""
+        of_training = product in ("segments", "checkpoints")
+        manifest = self.segments if of_training else self.stages[product].manifest
+        corpus = manifest.config.get("corpus") if manifest else None
+        if not corpus:
+            return None
+        return f"{corpus['name']} ({corpus['folder']})" if corpus.get("folder") else corpus["name"]
 
 
 def load_run(folder: Path) -> RunRecord:
@@ -69,7 +119,8 @@ def load_run(folder: Path) -> RunRecord:
         raise ArtifactError(f"{folder} {fault}; {way_out}")
     runs = {product: run_with(folder, product) for product in ("segments", "factors")}
     stages = {product: _stage(runs.get(product, folder), product) for product in PRODUCT_FOLDERS}
-    if not any(stage.started for stage in stages.values()):
+    untrained = _untrained_exports(folder)
+    if untrained is None and not any(stage.started for stage in stages.values()):
         known = ", ".join(PRODUCT_FOLDERS.values())
         raise ArtifactError(f"{folder} holds no product of a run ({known})")
     searched = product_folder(runs["factors"], "factors")
@@ -85,6 +136,8 @@ def load_run(folder: Path) -> RunRecord:
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
         evaluation=read_summary(EvaluationSummary, evaluations),
         suite=read_summary(SuiteSummary, evaluations),
+        segments=_segments_of_training(folder),
+        untrained_exports=untrained,
         taken_from={product: run for product, run in runs.items() if run != folder},
     )
 
@@ -92,9 +145,21 @@ def load_run(folder: Path) -> RunRecord:
 def _stage(run_folder: Path, product: str) -> StageState:
     folder = product_folder(run_folder, product)
     finished = (folder / artifacts.MANIFEST_NAME).is_file()
-    started = folder.is_dir() and any(folder.iterdir())
+    started = folder.is_dir() and any(p.name != UNTRAINED_FOLDER for p in folder.iterdir())
     manifest = artifacts.read_manifest(folder, product) if finished else None
     return StageState(product, manifest, started)
+
+
+def _segments_of_training(run_folder: Path) -> Manifest | None:
+    """The manifest of the segments that the run was trained on, or else has."""
+    segments = segments_of(run_folder)
+    return None if segments is None else artifacts.read_manifest(segments, "segments")
+
+
+def _untrained_exports(run_folder: Path) -> Manifest | None:
+    folder = product_folder(run_folder, "exports") / UNTRAINED_FOLDER
+    finished = (folder / artifacts.MANIFEST_NAME).is_file()
+    return artifacts.read_manifest(folder, "exports") if finished else None
 
 
 def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -106,6 +106,30 @@ def _heat(share: float, title: str) -> str:
     return f"<td style='{style}' title='{title}'>{100 * share:.0f}</td>"
 
 
+def blind_note(lengths_of: Mapping[str, Sequence[int]], original_len: int) -> str:
+    """Of models that retrieved no needle at all: that their maps say nothing of their windows.
+
+    ``lengths_of`` names them (plain text), with the lengths at which they were asked. Empty for
+    none.
+    """
+    blind = [name for name, lengths in lengths_of.items() if min(lengths) <= original_len]
+    unknown = [name for name in lengths_of if name not in blind]
+    sentences = []
+    if blind:
+        sentences.append(
+            f"{', '.join(blind)}: this model cannot do needles. None was retrieved at any length, "
+            f"inside the original window of {original_len:,} tokens either, so that the test says "
+            "nothing of how far it reads; compare the perplexities."
+        )
+    if unknown:
+        sentences.append(
+            f"{', '.join(unknown)}: no needle was retrieved at any length. None was asked for "
+            f"inside the original window of {original_len:,} tokens: whether the model can do "
+            "needles at all is not known."
+        )
+    return "".join(f"<p class=missing>{html.escape(sentence)}</p>" for sentence in sentences)
+
+
 def percent(share: float) -> str:
     """A share in percent, e.g. ``38 %``."""
     return f"{100 * share:.0f} %"

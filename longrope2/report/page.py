@@ -13,14 +13,26 @@ from typing import Any
 
 from longrope2.evaluation.schema import EvaluationSummary
 from longrope2.evaluation.summary import comparison_lines
-from longrope2.files.artifacts import PRODUCT_FOLDERS, write_text
+from longrope2.files.artifacts import PRODUCT_FOLDERS, UNTRAINED_FOLDER, Manifest, write_text
 from longrope2.report.data import RunRecord, StageState, load_run
-from longrope2.report.html import PAGE, bullets, change, heat_map, image, interval, percent, table
+from longrope2.report.html import (
+    PAGE,
+    blind_note,
+    bullets,
+    change,
+    heat_map,
+    image,
+    interval,
+    percent,
+    table,
+)
 from longrope2.report.plots import factors_figure, fresh_figure, lengths_figure, search_figure
 from longrope2.report.suite import suite_html
-from longrope2.report.training import limits, mix_images, training_images
+from longrope2.report.text import evaluated_text
+from longrope2.report.training import limits, mix_html, training_html
 
 REPORT_FILE = "report.html"
+_UNTRAINED_TITLE = f"{PRODUCT_FOLDERS['exports']}/{UNTRAINED_FOLDER}"
 COMMANDS = {
     "segments": "python -m data_prep.pack",
     "factors": "python -m launch.search",
@@ -46,18 +58,22 @@ def write_report(run_folder: Path, reload_seconds: int | None = None) -> Path:
 def _render_report(record: RunRecord, reload_seconds: int | None) -> str:
     name = html.escape(record.folder.name)
     stages = "".join(_stage(stage, record.folder.name) for stage in record.stages.values())
-    suite = [] if record.suite is None else [("Benchmarks", suite_html(record.suite))]
-    mix = mix_images(record)
+    if record.untrained_exports is not None:
+        stages += _finished(_UNTRAINED_TITLE, record.untrained_exports)
+    corpus, mix = _evaluated_corpus(record), mix_html(record)
+    suite = []
+    if record.suite is not None:
+        suite = [("Benchmarks", f"{suite_html(record.suite)}<p class=note>{corpus}</p>")]
     unknown, summary = _missing(record, "evaluations"), record.evaluation
     sections = [
         *suite,
-        ("Comparison", _comparison(summary) if summary else unknown),
-        ("Needles by depth and length", _needle_maps(summary) if summary else unknown),
-        ("Short window kept", _retention(summary) if summary else unknown),
+        ("Comparison", _comparison(summary, corpus) if summary else unknown),
+        ("Needles by depth and length", _needle_maps(summary, corpus) if summary else unknown),
+        ("Short window kept", _retention(summary, corpus) if summary else unknown),
         ("Rescale factors", _factors(record)),
         ("Search", _search(record)),
         ("Training", _training(record)),
-        ("Mix", f"<div class=figures>{mix}</div>" if mix else _missing(record, "segments")),
+        ("Mix", mix or _missing(record, "segments")),
         ("Limits of these figures", bullets(limits(record))),
         ("What was run", stages),
     ]
@@ -87,7 +103,15 @@ def _headline(record: RunRecord) -> str:
     )
 
 
-def _comparison(summary: EvaluationSummary) -> str:
+def _evaluated_corpus(record: RunRecord) -> str:
+    """Where the text of what was evaluated comes from, HTML."""
+    if said := evaluated_text(record):
+        return html.escape(said)
+    corpus = record.corpus_of("evaluations")  # of an earlier version's evaluation
+    return "" if corpus is None else f"Text: held out of corpus {html.escape(corpus)}."
+
+
+def _comparison(summary: EvaluationSummary, corpus: str) -> str:
     lengths, lines = comparison_lines(summary)
     longest, original = f"{lengths[-1]:,}", f"{summary.original_len:,}"
     rows = [list(map(html.escape, line)) for line in lines]
@@ -101,7 +125,7 @@ def _comparison(summary: EvaluationSummary) -> str:
         f"values and of held-out text at {longest} tokens. Short window: change of the perplexity "
         f"of held-out text inside {original} tokens against {html.escape(summary.reference)}. "
         f"Up to {original} tokens every model runs on its short-window RoPE, beyond on its "
-        "long-window RoPE."
+        f"long-window RoPE. {corpus}"
     )
     return f"{table(head, rows)}<p class=note>{note}</p>{_length_figures(summary)}"
 
@@ -122,7 +146,7 @@ def _length_figures(summary: EvaluationSummary) -> str:
     return f"<div class=figures>{images}</div>"
 
 
-def _needle_maps(summary: EvaluationSummary) -> str:
+def _needle_maps(summary: EvaluationSummary, corpus: str) -> str:
     maps = []
     for name in (subject.name for subject in summary.subjects):
         own = (row for row in summary.needle if row.subject == name)
@@ -135,12 +159,24 @@ def _needle_maps(summary: EvaluationSummary) -> str:
         maps.append(heat_map(name, [row.length for row in rows], lines))
     note = (
         f"Needles retrieved exactly, in %, {summary.needle[0].depths[0].num_samples} per cell. "
-        "Across: length in tokens. Down: depth of the needle; 0 % is the start of the text."
+        "Across: length in tokens. Down: depth of the needle; 0 % is the start of the text. "
+        f"{corpus}"
     )
-    return f"<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
+    blind = blind_note(_lengths_without_needle(summary), summary.original_len)
+    return f"{blind}<div class=maps>{''.join(maps)}</div><p class=note>{note}</p>"
 
 
-def _retention(summary: EvaluationSummary) -> str:
+def _lengths_without_needle(summary: EvaluationSummary) -> dict[str, list[int]]:
+    """Models that retrieved no needle at any length -> the lengths."""
+    found: dict[str, list[int]] = {}
+    for subject in summary.subjects:
+        rows = [row for row in summary.needle if row.subject == subject.name]
+        if not any(row.accuracy for row in rows):
+            found[subject.name] = [row.length for row in rows]
+    return found
+
+
+def _retention(summary: EvaluationSummary, corpus: str) -> str:
     rows, first = [], summary.retention[0]
     for row in summary.retention:
         numbers = f"{row.perplexity:.4f}", f"{row.ratio:.4f}", change(row.ratio)
@@ -148,7 +184,7 @@ def _retention(summary: EvaluationSummary) -> str:
     note = (
         f"{first.num_windows} windows of held-out text, closing token included at most "
         f"{first.length:,} tokens, {first.num_tokens:,} tokens scored, read with each model's "
-        "short-window RoPE."
+        f"short-window RoPE. {corpus}"
     )
     head = ["model", "perplexity", f"against {html.escape(summary.reference)}", "change"]
     return table(head, rows) + f"<p class=note>{note}</p>"
@@ -185,6 +221,8 @@ def _search(record: RunRecord) -> str:
         f"{num_candidates} candidates has {history['best_value']:.4g}. {critical}; theory says "
         f"{history['theoretical_critical_index']}."
     )
+    if corpus := record.corpus_of("factors"):
+        note += f" Text: held out of corpus {html.escape(corpus)}."
     return f"{_fresh(history)}<div class=figures>{image_of_search}</div><p class=note>{note}</p>"
 
 
@@ -218,10 +256,7 @@ def _fresh(history: dict[str, Any]) -> str:
 def _training(record: RunRecord) -> str:
     if not record.training_metrics:
         return _missing(record, "checkpoints")
-    last = record.training_metrics[-1]
-    state = "" if record.stages["checkpoints"].manifest else " The training is not finished."
-    note = f"{len(record.training_metrics)} records, {last['train/tokens']:,} tokens.{state}"
-    return f"<div class=figures>{training_images(record)}</div><p class=note>{note}</p>"
+    return training_html(record)
 
 
 def _stage(stage: StageState, run_name: str) -> str:
@@ -230,13 +265,29 @@ def _stage(stage: StageState, run_name: str) -> str:
         state = "unfinished" if stage.started else "missing"
         command = f"<code>{_command(stage.product, run_name)}</code>"
         return f"<h3>{title}: {state}</h3><p class=note>{command}</p>"
+    return _finished(title, manifest)
+
+
+def _finished(title: str, manifest: Manifest) -> str:
+    """What stands in the manifest of a product."""
     facts = {"code commit": manifest.commit, "seeds": _flat(manifest.seeds)}
     facts |= {"counts": _flat(manifest.counts), "libraries": _flat(manifest.versions)}
+    facts |= {"exported": _exported(manifest)}
     rows = [[name, html.escape(value)] for name, value in facts.items() if value]
     plain = json.dumps({"config": manifest.config, "inputs": manifest.inputs}, indent=2)
     config = f"<pre>{html.escape(plain)}</pre>"
     details = f"<details><summary>configuration and inputs</summary>{config}</details>"
     return f"<h3>{title}</h3>{table([], rows, css_class='facts')}{details}"
+
+
+def _exported(manifest: Manifest) -> str:
+    """Folders of an export, its factors and whether they were trained; empty for others."""
+    if "trained" not in manifest.details:
+        return ""
+    folders = dict.fromkeys(name.split("/")[0] for name in manifest.files)
+    weights = "trained" if manifest.details["trained"] else "untrained (the base model's)"
+    factors = manifest.details["factors"]["method"]
+    return f"{', '.join(folders)}; weights {weights}, factors {factors}"
 
 
 def _flat(values: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context, ticker
@@ -11,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from longrope2.evaluation.schema import NeedleRow
+from longrope2.report.data import DocumentLengths
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import theoretical_critical_index
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -27,6 +30,7 @@ SUBJECT_COLORS = (
     "#7a7a7a", "#c8622d", "#8a5fb0", "#b8952b", "#3f7fbf", "#a04668", "#5b8c3a", "#2b3a67",
 )  # fmt: skip
 _PERPLEXITY_TICKS = (*(1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70), *(100, 200, 500, 1000, 2000))
+LEAST_TO_SMOOTH = 20
 # Those further behind are in the table only.
 _MOST_CONTESTANTS = 14
 
@@ -37,6 +41,7 @@ class Scale(Enum):
     linear = "linear"
     from_zero = "from zero"
     log = "log"
+    by_range = "log where values differ more than threefold, else linear"
 
 
 @rc_context(STYLE)
@@ -111,35 +116,121 @@ def _objective(history: dict[str, Any]) -> str:
     return "needle perplexity" if history["value_name"] == "needle_ppl" else "perplexity"
 
 
+@dataclass(frozen=True)
+class Series:
+    """A figure of metrics by tokens trained."""
+
+    lines: Mapping[str, str]
+    """Metrics with their names in the legend, the last one drawn strongest."""
+    label: str
+    """Of the vertical axis."""
+    scale: Scale
+    alternative: str
+    """For who cannot see it."""
+    is_noisy: bool = False
+    """Long lines are drawn thin, with their running mean over them."""
+    points: Mapping[str, str] = field(default_factory=dict)
+    """Metrics of a few steps, drawn as points in the colours of ``lines``, in order."""
+
+
 @rc_context(STYLE)
 def series_figure(
-    records: Sequence[dict[str, Any]], keys: Mapping[str, str], label: str, scale: Scale
+    records: Sequence[dict[str, Any]], series: Series, resumed_at: Sequence[int] = ()
 ) -> Figure | None:
     """Metrics by tokens trained; None when no record has any of them.
 
-    ``keys`` are metrics with their names in the legend, the last one drawn strongest; ``label`` and
-    ``scale`` are those of the vertical axis.
+    ``resumed_at``, in tokens, are marked: there the training was interrupted.
     """
-    lines = {}
-    for key, name in keys.items():
-        recorded = (record for record in records if record.get(key) is not None)
-        points = [(record["train/tokens"], record[key]) for record in recorded]
-        lines |= {name: points} if points else {}
-    if not lines:
+    metrics = (*series.lines, *series.points)
+    if not any(record.get(key) is not None for record in records for key in metrics):
         return None
     figure, axes = _figure()
-    colors = [*SUBJECT_COLORS[: len(keys) - 1], OURS_COLOR]
-    for name, color in zip(keys.values(), colors, strict=True):
-        if name in lines:
-            axes.plot(*zip(*lines[name], strict=True), color=color, linewidth=1.4, label=name)
-    axes.set(xlabel="tokens trained", ylabel=label)
+    colors = [*SUBJECT_COLORS[: len(series.lines) - 1], OURS_COLOR]
+    for (key, name), color in zip(series.lines.items(), colors, strict=True):
+        _draw_line(axes, *_points(records, key), color, name, series.is_noisy)
+    for (key, name), color in zip(series.points.items(), colors, strict=False):
+        tokens, values = _points(records, key)
+        if values:
+            axes.plot(tokens, values, "o--", color=color, markersize=4, linewidth=0.8, label=name)
+    for number, tokens in enumerate(resumed_at):
+        label = "_" if number else "resumed"
+        axes.axvline(tokens, color="#444444", linewidth=1, linestyle=":", label=label)
+    axes.set(xlabel="tokens trained", ylabel=series.label)
     _count_tokens(axes, 5)
-    if scale is Scale.log:
+    low, high = _range(records, metrics)
+    if series.scale is Scale.log:
         axes.set_yscale("log")
-    elif scale is Scale.from_zero:
+    elif series.scale is Scale.by_range and 0 < 3 * low < high:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes, "y", _PERPLEXITY_TICKS)
+    elif series.scale is Scale.from_zero:
         axes.set_ylim(bottom=0)
-    if len(keys) > 1:
+    if len(metrics) > 1 or resumed_at:
         _legend_below(axes)
+    return figure
+
+
+def _range(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[float, float]:
+    """Lowest and highest value of some metrics, of which there is one."""
+    values = [record[key] for record in records for key in keys if record.get(key) is not None]
+    return min(values), max(values)
+
+
+def _points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Tokens and values of the records that have a metric."""
+    having = [record for record in records if record.get(key) is not None]
+    return [r["train/tokens"] for r in having], [r[key] for r in having]
+
+
+def _draw_line(
+    axes: Axes, tokens: list[int], values: list[float], color: str, name: str, is_noisy: bool
+) -> None:
+    """A metric; a long noisy one as its running mean, over a thin line of its values."""
+    strong: dict[str, Any] = {"color": color, "linewidth": 1.4, "label": name}
+    if is_noisy and len(values) >= LEAST_TO_SMOOTH:
+        axes.plot(tokens, values, color=color, linewidth=0.7, alpha=0.35, label="_")
+        strong["linewidth"], values = 1.8, running_mean(values)
+    if values:
+        axes.plot(tokens, values, **strong)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean of every value and its neighbours, a twentieth of all; fewer at the ends.
+
+    Both sides have the same number of neighbours everywhere, so that no slope is shifted.
+    """
+    reach = max(1, len(values) // 40)
+    means = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        means.append(fmean(values[place - near : place + near + 1]))
+    return means
+
+
+@rc_context(STYLE)
+def document_lengths_figure(lengths: DocumentLengths) -> Figure:
+    """Documents by length, those that were read and those that were packed, and both windows."""
+    figure, axes = _figure()
+    edges = list(lengths.edges_tokens)
+    edges[0] = edges[1] // 2  # a logarithm has no 0
+    bottom = 0.7
+    for counts, color, label in (
+        (lengths.tokenized, "#c9c9c9", "read"),
+        (lengths.chosen, OURS_COLOR, "packed"),
+    ):
+        seen = [max(count, bottom) for count in counts]
+        alpha = 0.6 if label == "packed" else 1.0
+        axes.stairs(seen, edges, baseline=bottom, fill=True, color=color, alpha=alpha, label=label)
+    for tokens, name, style in (
+        (lengths.original_len, "original window", "--"),
+        (lengths.target_len, "target window", "-"),
+    ):
+        label = f"{name} {tokens:,}"
+        axes.axvline(tokens, color="#444444", linewidth=1, linestyle=style, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a document", ylabel="documents")
+    axes.set_ylim(bottom=bottom)
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    _legend_below(axes)
     return figure
 
 

@@ -4,7 +4,7 @@ import html
 
 from longrope2.evaluation.schema import Cell, SuiteSummary
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
-from longrope2.report.html import heat_map, interval, table
+from longrope2.report.html import blind_note, heat_map, interval, table
 from longrope2.report.paper import TableCell, paper_tables
 from longrope2.statistics import score_interval
 
@@ -38,11 +38,13 @@ def _cell(cell: TableCell) -> str:
 
 
 def _needle_maps(summary: SuiteSummary) -> str:
-    maps = []
+    maps, blind = [], dict[str, list[int]]()
     for subject in summary.subjects:
         own = (c for c in summary.cells if (c.subject, c.suite) == (subject.name, "needle_map"))
         finished = sorted((c for c in own if c.score is not None), key=lambda cell: cell.length)
         if finished:
+            if not any(cell.score for cell in finished):
+                blind[subject.name] = [cell.length for cell in finished]
             depths = {facts["requested_depth"] for cell in finished for facts in cell.facts}
             lines = {}
             for depth in sorted(depths):
@@ -52,7 +54,8 @@ def _needle_maps(summary: SuiteSummary) -> str:
         return ""
     axes = "Across: tokens. Down: depth of the needle, 0 % is the start."
     note = f"<p class=note>Needle map, answered by generation, in %. {axes}</p>"
-    return f"<h3>Needle map</h3><div class=maps>{''.join(maps)}</div>{note}"
+    said = blind_note(blind, summary.original_len)
+    return f"<h3>Needle map</h3>{said}<div class=maps>{''.join(maps)}</div>{note}"
 
 
 def _heat(cell: Cell, depth: float) -> tuple[float, str]:

@@ -1,31 +1,45 @@
 """A run's figures of its training, and what its figures do not show, worked out from the run."""
 
+import html
+from typing import Any
+
 from longrope2.evaluation.schema import EvaluationSummary
 from longrope2.report.data import RunRecord
 from longrope2.report.html import image
-from longrope2.report.plots import Scale, mix_figure, series_figure
+from longrope2.report.plots import (
+    LEAST_TO_SMOOTH,
+    Scale,
+    Series,
+    document_lengths_figure,
+    mix_figure,
+    series_figure,
+)
 from longrope2.report.text import text_statements
 
 RETRIEVAL_SOURCE = "retrieval"
-# Metrics with their names, vertical axis and its scale, text for who cannot see it.
-SERIES: tuple[tuple[dict[str, str], str, Scale, str], ...] = (
-    ({"train/loss_short": "short window", "train/loss_long": "long window"},
-     "loss, nats per token", Scale.linear,
-     "Training loss of the short and the long window by tokens"),
-    ({"train/learning_rate": "learning rate"},
-     "learning rate", Scale.from_zero, "Learning rate by tokens"),
-    ({"train/grad_norm": "gradient norm"},
-     "gradient norm before clipping", Scale.log, "Gradient norm by tokens"),
-    ({"perf/tokens_per_second_per_gpu": "speed"},
-     "tokens/s per process", Scale.from_zero, "Tokens per second and process by tokens"),
-    ({"perf/mfu": "MFU"},
-     "model FLOPs utilisation", Scale.from_zero, "Model FLOPs utilisation by tokens"),
-    ({"perf/micro_step_seconds_short": "short window",
-      "perf/micro_step_seconds_long": "long window"},
-     "seconds of a micro-step", Scale.from_zero,
-     "Seconds of a micro-step of each window by tokens"),
-    ({"perf/memory_peak_gib": "memory"},
-     "peak memory, GiB", Scale.from_zero, "Peak memory of the first process by tokens"),
+SERIES = (
+    Series({"train/loss_short": "short window", "train/loss_long": "long window"},
+           "loss, nats per token", Scale.by_range,
+           "Training and held-out loss of the short and the long window by tokens",
+           is_noisy=True,
+           points={"train/heldout_loss_short": "short, held out",
+                   "train/heldout_loss_long": "long, held out"}),
+    Series({"train/learning_rate": "learning rate"},
+           "learning rate", Scale.from_zero, "Learning rate by tokens"),
+    Series({"train/grad_norm": "gradient norm"},
+           "gradient norm before clipping", Scale.log, "Gradient norm by tokens", is_noisy=True),
+    Series({"perf/tokens_per_second_per_gpu": "speed"},
+           "tokens/s per process", Scale.from_zero, "Tokens per second and process by tokens",
+           is_noisy=True),
+    Series({"perf/mfu": "MFU"},
+           "model FLOPs utilisation", Scale.from_zero, "Model FLOPs utilisation by tokens",
+           is_noisy=True),
+    Series({"perf/micro_step_seconds_short": "short window",
+            "perf/micro_step_seconds_long": "long window"},
+           "seconds of a micro-step", Scale.from_zero,
+           "Seconds of a micro-step of each window by tokens", is_noisy=True),
+    Series({"perf/memory_peak_gib": "memory"},
+           "peak memory, GiB", Scale.from_zero, "Peak memory of the first process by tokens"),
 )  # fmt: skip
 
 
@@ -104,16 +118,68 @@ def _missing_halves(record: RunRecord) -> list[str]:
     ]
 
 
-def training_images(record: RunRecord) -> str:
-    """The figures of ``SERIES``; what was not recorded has none."""
-    images = ""
-    for keys, label, scale, alternative in SERIES:
-        figure = series_figure(record.training_metrics, keys, label, scale)
-        images += "" if figure is None else image(figure, alternative)
-    return images
+def training_html(record: RunRecord) -> str:
+    """The figures of ``SERIES`` (what was not recorded has none) and what is to be known of them.
+
+    For a training that has records.
+    """
+    records, images = record.training_metrics, ""
+    resumed_at = _resumed_at_tokens(record)
+    for series in SERIES:
+        figure = series_figure(records, series, resumed_at)
+        images += "" if figure is None else image(figure, series.alternative)
+    num_steps = sum(found["step"] > 0 for found in records)
+    notes = [f"{num_steps} records, {records[-1]['train/tokens']:,} tokens."]
+    if corpus := record.corpus_of("checkpoints"):
+        notes.append(f"Text: corpus {corpus}.")
+    if not record.stages["checkpoints"].manifest:
+        notes.append("The training is not finished.")
+    if steps := record.resumed_after_steps:
+        after = "step" if len(steps) == 1 else "steps"
+        counted = ", ".join(f"{step:,}" for step in steps)
+        notes.append(f"Interrupted and resumed after {after} {counted} (dotted).")
+    if num_steps >= LEAST_TO_SMOOTH:
+        notes.append("Thick lines are running means over a twentieth of the run.")
+    notes += _heldout_sentences(records)
+    note = html.escape(" ".join(notes))
+    return f"<div class=figures>{images}</div><p class=note>{note}</p>"
 
 
-def mix_images(record: RunRecord) -> str:
-    """Tokens by source and window; empty before packing."""
+def _resumed_at_tokens(record: RunRecord) -> list[int]:
+    """Where the training went on after an interruption; all steps have as many tokens."""
+    last = record.training_metrics[-1]
+    tokens_per_step = last["train/tokens"] // max(1, last["step"])
+    return [step * tokens_per_step for step in record.resumed_after_steps]
+
+
+def _heldout_sentences(records: list[dict[str, Any]]) -> list[str]:
+    """Loss on held-out text: at first, at its lowest, at last."""
+    sentences = []
+    for window in ("short", "long"):
+        key = f"train/heldout_loss_{window}"
+        if measured := [found for found in records if key in found]:
+            first, last = measured[0], measured[-1]
+            lowest = min(measured, key=lambda found: found[key])
+            sentences.append(
+                f"Loss on held-out text, {window} window: {first[key]:.3f} after step "
+                f"{first['step']:,}, lowest {lowest[key]:.3f} after step {lowest['step']:,}, "
+                f"{last[key]:.3f} after step {last['step']:,}."
+            )
+    if sentences:
+        sentences.append("Held-out text is of documents of that corpus that are in no segment.")
+    return sentences
+
+
+def mix_html(record: RunRecord) -> str:
+    """What was packed: tokens by source and window, documents by length; empty before packing."""
+    if not record.mix_tokens:
+        return ""
     alternative = "Tokens of the training mix by source and window"
-    return image(mix_figure(record.mix_tokens), alternative) if record.mix_tokens else ""
+    images = image(mix_figure(record.mix_tokens), alternative)
+    if (lengths := record.document_lengths) is not None:
+        alternative = "Documents read and packed by their length in tokens"
+        images += image(document_lengths_figure(lengths), alternative)
+    shown = f"<div class=figures>{images}</div>"
+    if (corpus := record.corpus_of("segments")) is None:
+        return shown
+    return f"{shown}<p class=note>Packed from corpus {html.escape(corpus)}.</p>"

@@ -97,7 +97,7 @@ class SegmentRules:
         return token_dtype(self.vocab_size)
 
 
-_RULE_DETAILS = ("target_len", "original_len", "alignment", "vocab_size", "bos_id", "eos_id")
+RULE_DETAILS = ("target_len", "original_len", "alignment", "vocab_size", "bos_id", "eos_id")
 
 
 class SegmentStore:
@@ -112,12 +112,12 @@ class SegmentStore:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, "segments")
         details = self.manifest.details
-        missing = [name for name in (*_RULE_DETAILS, "model_name") if name not in details]
+        missing = [name for name in (*RULE_DETAILS, "model_name") if name not in details]
         if missing:
             fault = f"{self.folder}/manifest.json: details lack {', '.join(missing)}; pack again"
             raise ArtifactError(fault)
         self.rules = SegmentRules(
-            **{name: details[name] for name in _RULE_DETAILS},
+            **{name: details[name] for name in RULE_DETAILS},
             control_ids=tuple(details.get("control_ids", ())),
         )
         self.target_len, self.original_len = self.rules.target_len, self.rules.original_len

@@ -24,7 +24,8 @@ CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpo
                             "recompute", "recompute_layers", "offload_activations",
                             "max_skipped_steps", "peak_tflops", "prefetch_steps",
                             "async_checkpoints", "final_dtype", "selftest",
-                            "hang_timeout_s", "norm")  # fmt: skip
+                            "hang_timeout_s", "norm", "heldout_every",
+                            "heldout_segments")  # fmt: skip
 
 
 class Precision(Enum):
@@ -159,6 +160,12 @@ class TrainingConfig:
     master weights."""
     log_steps: int = 1
     """Steps between metric records."""
+    heldout_every: int | None = None
+    """Steps between measurements of the loss on held-out text of the segments' corpus, in both
+    windows (also before the first step and after the last one); null measures none. Changes nothing
+    of the training."""
+    heldout_segments: int = 8
+    """Held-out segments of each window, at most, that are measured."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device for ``perf/mfu``; null takes the bf16 peak of a known GPU, and
     leaves it out otherwise."""
@@ -240,8 +247,9 @@ def zero_faults(zero: ZeroConfig, *, stage: int, world_size: int, optimizer: str
 
 def _range_faults(training: TrainingConfig) -> list[str]:
     above_zero = "global_batch_tokens same_kind_segments learning_rate gradient_clip"
-    above_zero += " checkpoint_steps keep_checkpoints log_steps max_skipped_steps"
+    above_zero += " checkpoint_steps keep_checkpoints log_steps max_skipped_steps heldout_segments"
     or_null = ("tokens", "stop_after_step", "skip_grad_norm", "peak_tflops", "hang_timeout_s")
+    or_null += ("heldout_every",)
     faults = _not_above_zero("training", training, above_zero.split())
     for name in ("beta1", "beta2"):
         if not 0 <= (value := getattr(training, name)) < 1:

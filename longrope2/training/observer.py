@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -13,7 +14,7 @@ from longrope2.files.artifacts import MANIFEST_NAME, write_text
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import ModelShape
 from longrope2.rope.factors import Window
-from longrope2.tracking.metrics import MetricsLog, progress_line
+from longrope2.tracking.metrics import MetricsLog, progress_line, read_metrics
 from longrope2.training.forecast import ForecastCheck, make_forecast, peak_tflops
 from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
@@ -79,6 +80,8 @@ class TrainingObserver:
     def __init__(self, run: ResolvedRun, first: int) -> None:
         config, machine, folder = run.config, run.machine, run.folder
         self._run, self._shape = run, ModelShape.from_folder(run.model_folder)
+        # The first record after a resume carries where it began.
+        self._resumed_after = {"train/resumed_after_step": first} if first else {}
         peak = config.training.peak_tflops
         self._peak = peak_tflops(machine.device, peak, bf16=machine.bf16)
         facts = to_plain(config) | machine.kernels()
@@ -110,13 +113,21 @@ class TrainingObserver:
         """The product is complete: keep its manifest with the metrics."""
         self._metrics.log_files("manifest", [self._run.folder / MANIFEST_NAME])
 
-    def record(self, report: StepReport) -> None:
-        """One metrics record and the progress line; a skipped step is always recorded."""
+    def record_before(self, heldout: Mapping[str, float]) -> None:
+        """A record of the held-out losses before the first step; once, whoever starts again."""
+        if all(record.get("step") != 0 for record in read_metrics(self._run.folder)):
+            self._metrics.log({"train/tokens": 0, **heldout}, step=0)
+
+    def record(self, report: StepReport, heldout: Mapping[str, float]) -> None:
+        """One metrics record and the progress line.
+
+        A skipped step, and one after which held-out text was measured, is always recorded.
+        """
         device, training = self._run.machine.device, self._run.config.training
         memory = memory_peak_gib(device)
         self._check.see(report.step, report, memory if device.type == "cuda" else None)
         self._show(report)
-        if report.step % training.log_steps == 0 or not report.applied:
+        if report.step % training.log_steps == 0 or not report.applied or heldout:
             values = step_metrics(
                 report,
                 self._shape,
@@ -125,7 +136,8 @@ class TrainingObserver:
                 memory_gib=memory,
                 peak=self._peak,
             )
-            self._metrics.log(values, step=report.step)
+            self._metrics.log({**values, **heldout, **self._resumed_after}, step=report.step)
+            self._resumed_after = {}
 
     def _show(self, report: StepReport) -> None:
         """The progress line; now and then a line of its own where that cannot be redrawn."""

@@ -129,6 +129,15 @@ class ResolvedRun:
         """``3_checkpoints`` of the run."""
         return product_folder(self.config.run.folder, "checkpoints")
 
+    @property
+    def heldout_folder(self) -> Path:
+        """Segments of held-out text that the training is measured on."""
+        return self.folder / "heldout"
+
+    def misses(self, what: str) -> bool:
+        """Whether something is missing: ``model``, ``weights``, ``segments`` or ``factors``."""
+        return any(missing.what == what for missing in self.missing)
+
     def refuse_what_is_missing(self) -> None:
         """Let a run end here that cannot start.
 
@@ -177,6 +186,7 @@ class ResolvedRun:
                 f"recompute  {self._recompute_words()}",
                 f"steps      {steps}, {self.micro_steps} micro-steps each",
                 *(f"note: {fault}" for fault in self.untrained_windows()),
+                *self._describe_heldout(),
             ]
         )
 
@@ -219,6 +229,12 @@ class ResolvedRun:
         words = "all layers" if layers is None else f"the first {layers} layers"
         chosen = ", auto" if training.recompute_layers == AUTO_LAYERS else ""
         return f"{training.recompute.value} of {words}{chosen}"
+
+    def _describe_heldout(self) -> list[str]:
+        every, number = self.config.training.heldout_every, self.config.training.heldout_segments
+        if not every:
+            return []
+        return [f"held out   loss every {every} steps on up to {number} segments of each window"]
 
     def describe_missing(self) -> list[str]:
         """Lines of what a run on this machine would be refused for; none when it can start."""

@@ -22,6 +22,7 @@ from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
 from longrope2.training.final import save_final
 from longrope2.training.heartbeat import Heartbeat, StopSignals
+from longrope2.training.heldout import HeldoutLoss
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import ResolvedRun, resolve_run
@@ -78,6 +79,8 @@ class _Rank:
     heartbeat: Heartbeat
     observer: TrainingObserver | None
     """On the main rank."""
+    heldout: HeldoutLoss | None
+    """Where the loss on held-out text is measured."""
 
 
 def _train(
@@ -103,6 +106,7 @@ def _train(
             writer=writer,
             heartbeat=heartbeat,
             observer=observer,
+            heldout=HeldoutLoss(run) if training.heldout_every else None,
         )
         done = _train_steps(rank, first, last, signals)
         if done == run.total_steps:
@@ -124,6 +128,8 @@ def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> in
     load, ahead = _batch_loader(rank), training.prefetch_steps
     batches = step_batches(load, range(first, last), ahead=ahead, device=device)
     done = saved = first
+    if first == 0 and (heldout := _heldout_losses(rank, 0)) and rank.observer is not None:
+        rank.observer.record_before(heldout)
     with closing(batches):
         while done < last and not stop_asked():
             mark("reading segments", done + 1)
@@ -140,8 +146,9 @@ def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> in
             except StepAbandoned:
                 break
             done += 1
+            heldout = _heldout_losses(rank, done)
             if rank.observer is not None:
-                rank.observer.record(report)
+                rank.observer.record(report, heldout)
             skipped.stop_if_too_many(
                 training.max_skipped_steps, step=done, loss=report.loss, norm=report.gradient_norm
             )
@@ -155,6 +162,14 @@ def _train_steps(rank: _Rank, first: int, last: int, signals: StopSignals) -> in
         writer.save(done, skipped)
     writer.finish()
     return done
+
+
+def _heldout_losses(rank: _Rank, done: int) -> dict[str, float]:
+    """Held-out losses where they are due after ``done`` steps; every rank calls this."""
+    every, total_steps = rank.run.config.training.heldout_every, rank.run.total_steps
+    if rank.heldout is None or not every or (done % every and done != total_steps):
+        return {}
+    return rank.heldout.losses(rank.guard.engine, rank.processes, rank.heartbeat.mark)
 
 
 def _batch_loader(rank: _Rank) -> Callable[[int], list[RankBatch]]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from launch.doctor import machine
 from launch.doctor.__main__ import main
-from launch.doctor.machine import NEEDED, State, find_all, print_findings
+from launch.doctor.machine import NEEDED, Finding, State, find_all, print_findings
 from launch.doctor.rope import DoctorRoot
 from longrope2.command import run_command
 from longrope2.config import ModelConfig, RunConfig, compose
@@ -179,6 +179,23 @@ def test_a_blocker_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:
     print_findings(find_all(config), Console(file=out, width=200))
     lines = out.getvalue().splitlines()
     assert lines[-1] == "2 blocker(s)" and sum(line.startswith("blocker") for line in lines) == 2
+
+
+def test_a_line_a_finding_in_a_pipe_a_table_on_a_terminal() -> None:
+    remedy = "a remedy with [brackets] that is far longer than any column of 80 would ever hold"
+    findings = [
+        Finding("torch", "2.13.0"),
+        Finding("some package", "missing", State.blocker, remedy),
+    ]
+    pipe, terminal = io.StringIO(), io.StringIO()
+    print_findings(findings, Console(file=pipe))
+    assert pipe.getvalue().splitlines() == [
+        "ok       torch         2.13.0",
+        f"blocker  some package  missing -> {remedy}",
+        "1 blocker(s)",
+    ]
+    print_findings(findings, Console(file=terminal, width=80, force_terminal=True))
+    assert "what to do" in terminal.getvalue() and remedy not in terminal.getvalue()
 
 
 def custom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[int, str, str]:

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from launch import generate
 from longrope2.config import compose
 from longrope2.errors import DataError
 from longrope2.inference.batch import generate_batch
@@ -169,3 +170,18 @@ def test_an_unfinished_character_is_shown_at_the_end_only(byte_tokenizer):
     stream = TextStream(byte_tokenizer, prompt_ids=[0])
     assert [stream.push(2 + byte) for byte in "é".encode()[:1]] == [""]
     assert set(stream.finish()) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_generation_ends_with_tokens_window_and_speed() -> None:
+    factors = closed_form_factors(RopeMethod.pi, RopeGeometry(32, 1e4, original_len=128), 256)
+    # The first token waits two seconds for the prompt, the next four come half a second apart.
+    times = [12.0, 12.5, 13.0, 13.5, 14.0]
+    assert generate._summary(124, factors, 10.0, times) == (
+        "124 tokens read in 2.0 s, 5 written at 2.0 tokens/s; 129 of 256 tokens, original RoPE at "
+        "the end"
+    )
+    assert generate._summary(128, factors, 10.0, times[:2]) == (
+        "128 tokens read in 2.0 s, 2 written at 2.0 tokens/s; 130 of 256 tokens, rescaled RoPE at "
+        "the end"
+    )
+    assert "read in 2.0 s, 1 written; 4 of 256" in generate._summary(3, factors, 10.0, times[:1])

@@ -15,14 +15,18 @@ from launch.report import run_folder, watch_run
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import Manifest, product_folder, write_manifest
 from longrope2.report import page as report_module
+from longrope2.report import training as training_module
 from longrope2.report.data import load_run
 from longrope2.report.page import write_report
 from longrope2.report.plots import (
     Scale,
+    Series,
+    document_lengths_figure,
     factors_figure,
     fresh_figure,
     lengths_figure,
     mix_figure,
+    running_mean,
     search_figure,
     series_figure,
 )
@@ -179,19 +183,40 @@ def training_records():
     ]
 
 
+HISTOGRAM = {
+    "edges_tokens": [0, 16, 32, 64, 128, 256, 4096],
+    "num_documents": {
+        "books": {"tokenized": [0, 0, 1, 5, 40, 7], "chosen": [0, 0, 1, 4, 30, 7]},
+        "retrieval": {"tokenized": [0, 0, 0, 10, 0, 0], "chosen": [0, 0, 0, 10, 0, 0]},
+    },
+}
+
+
 def finish(run, product, **manifest):
     folder = product_folder(run, product)
     folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, Manifest(product, config={"note": "a<b"}, commit="abc123", **manifest))
+    facts = {"config": {"note": "a<b"}, "commit": "abc123", **manifest}
+    write_manifest(folder, Manifest(product, **facts))
     return folder
+
+
+def write_records(run, records):
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (product_folder(run, "checkpoints") / "metrics.jsonl").write_text(lines)
 
 
 @pytest.fixture
 def full_run(tmp_path):
     run = tmp_path / "demo"
     tokens = {"retrieval": {"short": 100, "long": 250}, "books": {"short": 300, "long": 750}}
-    counts = {"tokens": tokens, "num_long_segments": 1234, "num_short_segments": 0}
-    finish(run, "segments", counts=counts, seeds={"seed": 3})
+    finish(
+        run,
+        "segments",
+        counts={"tokens": tokens, "num_long_segments": 1234, "num_short_segments": 0},
+        seeds={"seed": 3},
+        config={"corpus": {"name": "mine", "folder": "/my <texts>"}, "note": "a<b"},
+        details={"original_len": 128, "target_len": 2048, "length_histogram": HISTOGRAM},
+    )
     factors = finish(run, "factors", seeds={"seed": 11})
     (factors / "factors.json").write_text(FACTORS.to_json())
     (factors / "history.json").write_text(json.dumps(search_history()))
@@ -310,7 +335,7 @@ def test_no_claim_of_retrieval_documents_where_there_are_none(full_run):
 def test_report_is_self_contained_and_its_figures_are_whole(full_run):
     path = write_report(full_run)
     page = read_page(path)
-    assert len(page.images) == 8
+    assert len(page.images) == 9
     for image in page.images:
         assert image["alt"]
         svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
@@ -337,7 +362,7 @@ def test_a_training_in_progress_is_shown_as_unfinished(full_run):
     (product_folder(full_run, "checkpoints") / "manifest.json").unlink()
     page = read_page(write_report(full_run))
     assert "The training is not finished." in page.text and "3_checkpoints: unfinished" in page.text
-    assert len(page.images) == 8
+    assert len(page.images) == 9
 
 
 def test_a_step_repeated_after_a_resume_counts_once(full_run):
@@ -410,10 +435,10 @@ def test_factors_figure_shows_methods_bound_and_both_critical_dimensions():
 
 def test_a_search_without_a_critical_dimension_says_so():
     history = {**search_history(), "critical_index": None}
-    record = SimpleNamespace(search_history=history)
+    record = SimpleNamespace(search_history=history, corpus_of=lambda product: None)
     assert "No critical dimension; theory says 6." in report_module._search(record)
     assert "Found critical dimension 5; theory says 6." in report_module._search(
-        SimpleNamespace(search_history=search_history())
+        SimpleNamespace(search_history=search_history(), corpus_of=lambda product: None)
     )
 
 
@@ -432,23 +457,192 @@ def test_fresh_scores_are_drawn_and_listed():
     ]
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[1::2]]
     assert drawn == [(6.5, 0), (30.0, 1), (50.0, 2), (7700.0, 3)]
-    page = report_module._search(SimpleNamespace(search_history=search_history()))
+    page = report_module._search(
+        SimpleNamespace(search_history=search_history(), corpus_of=lambda product: None)
+    )
     assert "<p>confirmed: &lt;better&gt; than every closed form</p>" in page
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in page.split("<tr>")]
     assert ["ntk", "1.25", "30", "15 to 60", "32"] in rows
     assert ["pi", "1.25", "50", "25 to 100", "stopped after 4"] in rows
     history = search_history() | {"fresh": None}
-    page = report_module._search(SimpleNamespace(search_history=history))
+    page = report_module._search(
+        SimpleNamespace(search_history=history, corpus_of=lambda product: None)
+    )
     assert "The result was not compared on fresh samples (search.fresh_samples=0)" in page
 
 
 def test_losses_have_a_line_per_window():
-    keys, label, scale, _ = SERIES[0]
-    lines = lines_of(series_figure(training_records(), keys, label, scale))
+    lines = lines_of(series_figure(training_records(), SERIES[0]))
     assert lines["short window"] == pytest.approx([3.9, 3.7, 3.5, 3.3])
     assert lines["long window"] == pytest.approx([3.8, 3.6, 3.4, 3.2])
-    first = series_figure(training_records()[:1], keys, label, scale)
+    first = series_figure(training_records()[:1], SERIES[0])
     assert set(lines_of(first)) == {"short window"}
+
+
+def test_held_out_losses_are_points_beside_the_training_losses():
+    records = [
+        {"step": 0, "train/tokens": 0, "train/heldout_loss_long": 5.0},
+        *training_records(),
+        {"step": 9, "train/tokens": 36_864, "train/heldout_loss_long": 3.5},
+    ]
+    axes = series_figure(records, SERIES[0]).axes[0]
+    (drawn,) = [line for line in axes.lines if line.get_label() == "long, held out"]
+    assert list(drawn.get_xdata()) == [0, 36_864] and list(drawn.get_ydata()) == [5.0, 3.5]
+    (long,) = [line for line in axes.lines if line.get_label() == "long window"]
+    assert drawn.get_color() == long.get_color()
+
+
+def test_held_out_losses_are_told_at_first_at_their_lowest_and_at_last(full_run):
+    measured = {0: 5.0, 4: 3.25, 8: 3.5}
+    records = [{"step": 0, "train/tokens": 0}, *training_records()]
+    for record in records:
+        if record["step"] in measured:
+            record["train/heldout_loss_long"] = measured[record["step"]]
+    write_records(full_run, records)
+    text = read_page(write_report(full_run)).text
+    assert "8 records, 32,768 tokens. Text: corpus mine (/my <texts>)." in text
+    assert (
+        "Loss on held-out text, long window: 5.000 after step 0, lowest 3.250 after step 4, 3.500 "
+        "after step 8." in text
+    )
+    assert "held-out text, short window" not in text
+
+
+def test_a_resume_is_marked_and_told(full_run):
+    records = training_records()
+    records[3]["train/resumed_after_step"] = 3
+    records[6]["train/resumed_after_step"] = 6
+    write_records(full_run, records)
+    record = load_run(full_run)
+    assert record.resumed_after_steps == [3, 6]
+    axes = series_figure(records, SERIES[0], [12_288, 24_576]).axes[0]
+    marks = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [set(line.get_xdata()) for line in marks] == [{12_288}, {24_576}]
+    assert [line.get_label() for line in marks][0] == "resumed"
+    text = read_page(write_report(full_run)).text
+    assert "Interrupted and resumed after steps 3, 6 (dotted)." in text
+    write_records(full_run, training_records())
+    assert "resumed" not in read_page(write_report(full_run)).text
+
+
+def test_the_marks_stand_where_the_step_ended(full_run):
+    records = training_records()
+    records[3]["train/resumed_after_step"] = 3
+    write_records(full_run, records)
+    assert training_module._resumed_at_tokens(load_run(full_run)) == [3 * 4096]
+
+
+def test_long_noisy_curves_are_smoothed_without_a_shift():
+    ramp = [float(step) for step in range(100)]
+    assert running_mean(ramp) == pytest.approx(ramp)
+    # Of 100 values two neighbours on either side, one beside the ends, none at them.
+    spike = [0.0] * 100
+    spike[50] = spike[1] = spike[99] = 30.0
+    means = running_mean(spike)
+    assert means[48:53] == [6.0] * 5 and means[47] == means[53] == 0.0
+    assert means[0] == 0.0 and means[1] == 10.0 and means[99] == 30.0
+    records = [{"train/tokens": n, "a": value} for n, value in enumerate(spike)]
+    raw, mean = series_figure(records, a_series(is_noisy=True)).axes[0].lines
+    assert list(raw.get_ydata()) == spike and list(mean.get_ydata()) == means
+    assert raw.get_label().startswith("_") and mean.get_label() == "first"
+    assert raw.get_linewidth() < mean.get_linewidth()
+    (only,) = series_figure(records, a_series(is_noisy=False)).axes[0].lines
+    assert list(only.get_ydata()) == spike
+    (few,) = series_figure(records[:19], a_series(is_noisy=True)).axes[0].lines
+    assert list(few.get_ydata()) == spike[:19]
+
+
+def test_the_loss_axis_is_logarithmic_where_losses_differ_much():
+    records = [{"train/tokens": n, "train/loss_long": 9.0 / n} for n in (1, 2)]
+    assert series_figure(records, SERIES[0]).axes[0].get_yscale() == "linear"
+    records.append({"train/tokens": 3, "train/loss_long": 2.9})
+    axes = series_figure(records, SERIES[0]).axes[0]
+    assert axes.get_yscale() == "log"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["3", "5", "7"]
+
+
+def a_series(**options):
+    return Series({"a": "first"}, "things", Scale.linear, "", **options)
+
+
+def test_document_lengths_are_summed_over_sources(full_run):
+    lengths = load_run(full_run).document_lengths
+    assert lengths.tokenized == (0, 0, 1, 15, 40, 7) and lengths.chosen == (0, 0, 1, 14, 30, 7)
+    axes = document_lengths_figure(lengths).axes[0]
+    read, packed = axes.patches
+    assert (read.get_label(), packed.get_label()) == ("read", "packed")
+    assert list(read.get_data().values[2:]) == [1, 15, 40, 7]
+    assert list(packed.get_data().edges) == [8, 16, 32, 64, 128, 256, 4096]
+    assert {tuple(set(line.get_xdata())) for line in axes.lines} == {(128,), (2048,)}
+    assert "Packed from corpus mine (/my <texts>)." in read_page(write_report(full_run)).text
+
+
+def test_segments_packed_before_lengths_were_counted_have_no_figure(full_run):
+    finish(full_run, "segments", counts={"tokens": {"books": {"short": 300, "long": 750}}})
+    page = read_page(write_report(full_run))
+    assert len(page.images) == 8 and "Packed from corpus" not in page.text
+
+
+def test_segments_of_another_run_are_shown_where_they_were_trained_on(full_run):
+    own, other = product_folder(full_run, "segments"), full_run.parent / "other"
+    own.rename(other)
+    finish(full_run, "checkpoints", inputs={"segments": {"path": str(other), "sha256": "1"}})
+    text = read_page(write_report(full_run)).text
+    assert "Packed from corpus mine" in text and "1_segments: missing" in text
+    gone = {"path": f"{other}_gone", "sha256": "1"}
+    finish(full_run, "checkpoints", inputs={"segments": gone})
+    assert "Packed from corpus" not in read_page(write_report(full_run)).text
+
+
+def test_every_figure_names_its_corpus(full_run):
+    finish(full_run, "factors", config={"corpus": {"name": "of the search", "folder": None}})
+    finish(full_run, "evaluations", config={"corpus": {"name": "asked", "folder": "b"}})
+    text = read_page(write_report(full_run)).text
+    assert text.count("Text: held out of corpus asked (b).") == 3
+    assert text.count("Text: held out of corpus of the search.") == 1
+    assert "Text: corpus mine (/my <texts>)." in text
+
+
+def test_models_without_any_needle_are_said_to_do_none(full_run):
+    summary = evaluation_summary()
+    place = product_folder(full_run, "evaluations") / "evaluations.json"
+    assert "do needles" not in read_page(write_report(full_run)).text
+    for row in summary["needle"]:
+        if row["subject"] in ("pi", "yarn<b>"):
+            row["accuracy"] = 0.0
+    place.write_text(json.dumps(summary))
+    text = read_page(write_report(full_run)).text
+    assert (
+        "pi, yarn<b>: this model cannot do needles. None was retrieved at any length, inside the "
+        "original window of 128 tokens either" in text
+    )
+    summary["needle"] = [row for row in summary["needle"] if row["length"] > 128]
+    place.write_text(json.dumps(summary))
+    text = read_page(write_report(full_run)).text
+    assert "pi, yarn<b>: no needle was retrieved at any length. None was asked for inside" in text
+    assert "cannot do needles" not in text
+
+
+def test_exports_are_listed_untrained_ones_too(full_run):
+    details = {"trained": True, "factors": {"method": "longrope2"}}
+    files = {"hugging_face/config.json": "1", "hugging_face/x.safetensors": "2"}
+    finish(full_run, "exports", details=details, files={**files, "hugging_face_long_only/x": "3"})
+    text = read_page(write_report(full_run)).text
+    assert "hugging_face, hugging_face_long_only; weights trained, factors longrope2" in text
+    exports = product_folder(full_run, "exports")
+    (exports / "manifest.json").unlink()
+    details = {"trained": False, "factors": {"method": "yarn"}}
+    manifest = Manifest("exports", details=details, files={"hugging_face_long_only/x": "3"})
+    write_manifest(exports / "untrained", manifest)
+    text = read_page(write_report(full_run)).text
+    assert "5_exports: missing" in text and "5_exports/untrained" in text
+    assert "hugging_face_long_only; weights untrained (the base model's), factors yarn" in text
+
+
+def test_a_run_of_an_untrained_export_alone_has_a_report(tmp_path):
+    exports = product_folder(tmp_path / "run", "exports")
+    write_manifest(exports / "untrained", Manifest("exports"))
+    assert "5_exports/untrained" in read_page(write_report(tmp_path / "run")).text
 
 
 def test_lengths_figure_has_a_line_per_subject():
@@ -477,9 +671,9 @@ def test_series_figure_draws_what_was_recorded():
         {"train/tokens": 10 * step, "a": step, **({"b": 2 * step} if step > 1 else {})}
         for step in (1, 2, 3)
     ]
-    lines = lines_of(series_figure(records, {"a": "first", "b": "second"}, "things", Scale.log))
-    assert lines == {"first": [1, 2, 3], "second": [4, 6]}
-    assert series_figure(records, {"c": "none"}, "things", Scale.log) is None
+    both = Series({"a": "first", "b": "second"}, "things", Scale.log, "")
+    assert lines_of(series_figure(records, both)) == {"first": [1, 2, 3], "second": [4, 6]}
+    assert series_figure(records, Series({"c": "none"}, "things", Scale.log, "")) is None
 
 
 def test_mix_figure_shows_tokens_by_source_and_window():

@@ -66,6 +66,9 @@ def test_offline_wandb_run_holds_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path, WandbMode.auto, STEPS)
     wandb.teardown()  # what the end of the process does: the service flushes its file
     (file,) = offline_files(tmp_path)
+    assert list(tmp_path.glob("wandb/offline-run-*")) == [
+        file.parent
+    ]  # what users are told to sync
     records = read_offline(file)
     logged = history(records)
     assert [{k: h[k] for k in STEPS[0]} for h in logged] == STEPS

@@ -79,6 +79,40 @@ def test_windows_that_do_not_fit(tmp_path, monkeypatch, capsys) -> None:
     assert "target_len=300 must be a multiple of model.original_len=128" in message
 
 
+def test_held_out_measurements_out_of_range(tmp_path, monkeypatch, capsys) -> None:
+    words = ("rope=yarn", "training.heldout_every=0", "training.heldout_segments=0")
+    message = refused(tmp_path, monkeypatch, capsys, *words)
+    assert "training.heldout_every=0 must be above 0, or null" in message
+    assert "training.heldout_segments=0 must be above 0" in message
+
+
+def test_a_corpus_that_is_gone_is_missed_by_a_dry_run(
+    tmp_path, monkeypatch, capsys, packed
+) -> None:
+    shutil.copytree(packed, tmp_path / "segments")
+    config = (packed / "config.yaml").read_text()
+    gone = config.replace("kind: sample", "kind: folder").replace(
+        "folder: null", f"folder: {tmp_path / 'gone'}"
+    )
+    (tmp_path / "segments" / "config.yaml").write_text(gone)
+    words = ("rope=yarn", f"segments={tmp_path / 'segments'}", "dry_run=true")
+    message = refused(tmp_path, monkeypatch, capsys, *words, "training.heldout_every=5")
+    assert f"held-out text is read from the corpus of {tmp_path / 'segments'}: " in message
+    assert "train with training.heldout_every=null" in message
+
+
+def test_the_plan_says_what_is_measured(tmp_path, monkeypatch, capsys, packed) -> None:
+    words = ["experiment=tiny_extend", "target_len=256", "training.global_batch_tokens=512"]
+    words += ["rope=yarn", f"segments={packed}", "dry_run=true", f"run.root={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["launch.train", *words, "training.heldout_every=5"])
+    main()
+    line = "held out   loss every 5 steps on up to 8 segments of each window"
+    assert line in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys, "argv", ["launch.train", *words])
+    main()
+    assert "held out" not in capsys.readouterr().out
+
+
 def test_activations_that_cannot_be_offloaded(tmp_path, monkeypatch, capsys) -> None:
     faults = (
         "training.recompute=none",
