@@ -36,7 +36,7 @@ from longrope2.model.loading import (
 )
 from longrope2.model.shape import ModelShape
 from longrope2.model.windowed import WindowedModel
-from longrope2.parallel.dims import head_faults
+from longrope2.parallel.dims import grid_faults, head_faults
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -114,9 +114,10 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
             find_weights(model_folder)
         shape, parallel = ModelShape.from_folder(model_folder), config.parallel
         faults += head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
-        if parallel.processes < 1 or parallel.processes % max(1, parallel.sequence):
-            given = f"parallel.processes={parallel.processes}"
-            faults.append(f"{given}: must be a multiple of parallel.sequence={parallel.sequence}")
+        if parallel.processes < 1:
+            faults.append(f"parallel.processes={parallel.processes} must be above 0")
+        else:
+            faults += grid_faults(parallel.processes, parallel.sequence, parallel.context)
         if not faults:
             _long_factors(config, geometry)
             return model_folder, SearchSpace.from_config(config.search, geometry, config.target_len)
@@ -148,8 +149,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"space      {_space_in_words(config, space)}\n"
         f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
         f"tokens, held out of corpus {corpus_label(config.text)}\n"
-        f"workers    {parallel.processes // parallel.sequence}, each of {parallel.sequence} "
-        "processes\n"
+        f"workers    {parallel.processes // parallel.segment_ranks}, each of "
+        f"{parallel.segment_ranks} processes\n"
         f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
         f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each"
         f"\nend        {fresh}"
@@ -239,8 +240,8 @@ def prepare(
     clip = math.log(guess) if search.clip_losses and guess is not None else math.inf
 
     def losses(chosen: Sequence[ScoredSample], highest: float = math.inf) -> SampleLosses:
-        group = workers.sequence_group
-        return SampleLosses(model, chosen, size, sequence_group=group, highest_loss=highest)
+        shared_by = workers.processes
+        return SampleLosses(model, chosen, size, processes=shared_by, highest_loss=highest)
 
     guidance = control = None
     if workers.worker == 0:
