@@ -348,7 +348,8 @@ def test_best_layout_is_the_fastest_that_fits() -> None:
     )
     runnable = [c for c in choice.fitting if c.layout.micro_batch == 1]
     assert best.time.hours <= 1.01 * min(c.time.hours for c in runnable)
-    assert [c.time.hours for c in choice.fitting] == sorted(c.time.hours for c in choice.fitting)
+    keys = [(round(c.time.hours, 3), c.memory.peak) for c in choice.fitting]
+    assert keys == sorted(keys)  # of equal hours the one that takes less memory
     reasons = {r.layout.sequence: r.reason for r in choice.refused if r.memory is None}
     assert reasons[64] == "64 processes cannot share 32 query and 8 key/value heads"
     too_large = next(r for r in choice.refused if r.memory and r.layout == layout("none"))
