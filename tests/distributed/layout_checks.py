@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from parity_worker import (
     SegmentsInMemory,
     factors,
     processes_of,
+    rank_batch,
     release,
     tiny_llama,
     whole_weights,
@@ -197,28 +199,28 @@ def check_disagreement() -> dict[str, str | None]:
     return found
 
 
-def check_recompute() -> dict[str, Any]:
-    """One step under ZeRO-3 with heads exchanged, per policy.
+def check_recompute(axis: str = "sequence") -> dict[str, Any]:
+    """One step under ZeRO-3 with heads exchanged, or keys gathered, per policy.
 
     Numbers, weights, and how often what ran on this rank.
     """
     found: dict[str, Any] = {}
+    sent = {"sequence": "tokens_to_heads", "context": "gather_keys"}[axis]
     for policy in Recompute:
-        processes = processes_of(2)
+        processes = processes_of(**{"sequence": 1, axis: 2})
         store = SegmentsInMemory("UL")
         micro = store.micro_steps(processes.dims)
-        config = root(sequence=2, recompute=policy)
+        dims = processes.dims
+        config = root(sequence=dims.sequence, context=dims.context, recompute=policy)
         model = WindowedModel(tiny_llama("2"), factors())
         run = resolved(config, processes, micro_steps=len(micro))
         engine = wrap_model(model, run, processes)
-        batches = [
-            load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
-        ]
+        batches = [rank_batch(store, m, processes) for m in micro]
         with (
             patch.object(
                 windowed, "document_attention", wraps=windowed.document_attention
             ) as attention,
-            patch.object(windowed, "tokens_to_heads", wraps=windowed.tokens_to_heads) as exchange,
+            patch.object(windowed, sent, wraps=getattr(windowed, sent)) as exchange,
         ):
             guard = StepGuard(engine, clip=0.5)
             report = run_step(guard, batches, processes.dims, learning_rate=1e-2)
@@ -313,5 +315,6 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "grids": check_grids,
     "disagreement": check_disagreement,
     "recompute": check_recompute,
+    "recompute_context": partial(check_recompute, "context"),
     "shares": check_shares,
 }

@@ -169,6 +169,19 @@ def test_recompute_policies_under_zero_3(double: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.slow
+def test_recompute_policies_with_gathered_keys() -> None:
+    """Equal to the last bit; under ``dense`` nothing is gathered again."""
+    found = run_cases(2, ["recompute_context"])["recompute_context"]
+    none, layers_and_micro_steps = found["none"], 2 * 2
+    for name, runs in (("none", 1), ("dense", 1), ("full", 2)):
+        assert found[name]["exchange"] == runs * layers_and_micro_steps
+        assert found[name]["attention"] == runs * none["attention"]
+        assert (found[name]["loss"], found[name]["norm"]) == (none["loss"], none["norm"])
+        for parameter, value in found[name]["weights"].items():
+            assert torch.equal(value, none["weights"][parameter])
+
+
 def test_no_rank_holds_the_whole_model(double: dict[str, Any]) -> None:
     found = double["shares"]
     assert found["bytes"] > 80e6
