@@ -26,6 +26,7 @@ from longrope2.files.artifacts import (
 )
 from longrope2.model.folder import given_config_file, look_before, merged_config_file
 from longrope2.model.shape import ASSUMED_LONG_SHARE, CONFIG_FILE, ModelShape, Workload
+from longrope2.parallel.dims import grid_faults
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
@@ -208,7 +209,6 @@ def _faults(config: PlanRoot) -> list[str]:
     """Values that describe no run, beside those the hardware checks itself."""
     training, parallel, plan = config.training, config.parallel, config.plan
     tokens, batch, target = training.tokens, training.global_batch_tokens, config.target_len
-    sequence, processes = parallel.sequence, parallel.processes
     faults = target_faults(config.model, target)
     if config.verify_file is not None and not config.verify:
         faults.append(f"verify_file={config.verify_file} is written by verify=true only")
@@ -218,9 +218,10 @@ def _faults(config: PlanRoot) -> list[str]:
     if batch < 1 or batch % max(1, target):
         given = f"training.global_batch_tokens={batch}"
         faults.append(f"{given} must be a multiple of target_len={target}")
-    if processes < 1 or sequence < 1 or processes % sequence:
-        given = f"parallel.sequence={sequence}"
-        faults.append(f"{given} must divide parallel.processes={processes}, both above 0")
+    if parallel.processes < 1:
+        faults.append(f"parallel.processes={parallel.processes} must be above 0")
+    else:
+        faults += grid_faults(parallel.processes, parallel.sequence, parallel.context)
     if parallel.zero_stage != 3:
         given = f"parallel.zero_stage={parallel.zero_stage}"
         faults.append(f"{given}: the planner knows stage 3 only; set it to 3 to plan")

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrope2.attention import windowed
 from longrope2.attention.kernels import choose_kernel
-from longrope2.attention.layout import build_layout
+from longrope2.attention.layout import Axis, build_layout
 from longrope2.kernel_choice import AttentionKernel, NormKernel
 from longrope2.model.norms import choose_norm, use_norm
 from longrope2.model.shape import ModelShape
@@ -141,12 +141,7 @@ def _passes(
     ends = list(range(size.document_tokens, size.segment_tokens + 1, size.document_tokens))
     everyone: Any = _NoGroup(size.sequence)
     layout = build_layout(
-        window,
-        ends,
-        sequence_rank=size.sequence - 1,
-        sequence_group=everyone,
-        sequence_size=size.sequence,
-        kernel=kernel,
+        window, ends, sequence=Axis(size.sequence - 1, size.sequence, everyone), kernel=kernel
     ).to(device)
     tokens_BT = torch.randint(size.vocabulary, (1, size.local_tokens), device=device)
     labels_BT = torch.randint(size.vocabulary, (1, size.local_tokens), device=device)

@@ -94,5 +94,5 @@ def _cost(shape: ModelShape, geometry: RopeGeometry, target_len: int) -> str:
     gpu_hours, gib = best.time.gpu_hours, best.memory.peak / 2**30
     return (
         f"{where}: {best.time.hours:.2g} h = {gpu_hours:,.0f} GPU-hours, {gib:.0f} GiB each "
-        f"({best.layout.sequence} sequence x {best.layout.data} data); launch.plan says more"
+        f"({best.layout.describe()}); launch.plan says more"
     )

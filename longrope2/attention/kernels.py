@@ -44,6 +44,9 @@ class Varlen:
     """Cumulative document ends with a leading 0, int32."""
     max_len: int
     """Tokens of the longest document."""
+    cu_keys_N: Tensor | None = None
+    """The same of the keys, where documents have fewer queries than keys: they are the last."""
+    max_keys: int | None = None
 
 
 def choose_kernel(
@@ -83,9 +86,13 @@ def kernel_fault(
 def varlen_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, documents: Varlen, scaling: float
 ) -> Tensor:
-    """Causal attention inside each document by a varlen kernel, [T, H, D]."""
+    """Causal attention inside each document by a varlen kernel, [T, H, D].
+
+    Both kernels let the last query of a document read its last key (flash-attn since 2.1).
+    """
     ends_N, longest = documents.cu_lens_N, documents.max_len
-    lens = (ends_N, ends_N, longest, longest)
+    keys_N = ends_N if documents.cu_keys_N is None else documents.cu_keys_N
+    lens = (ends_N, keys_N, longest, documents.max_keys or longest)
     if documents.kernel is AttentionKernel.flash_attn:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
@@ -117,7 +124,10 @@ def varlen_attention(
 
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scaling: float) -> Tensor:
-    """Causal attention over whole rows by flash-attn's dense kernel, [B, T, H, D]."""
+    """Causal attention over whole rows by flash-attn's dense kernel, [B, T, H, D].
+
+    Of fewer queries than keys, they are the last (flash-attn since 2.1).
+    """
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_func(q_BTHD, k_BTKD, v_BTKD, softmax_scale=scaling, causal=True)

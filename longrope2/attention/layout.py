@@ -1,9 +1,15 @@
 """What attention must know about one segment, worked out once per micro-step for all layers.
 
 A short window confines attention to each document; a long window is causal over the whole segment
-(paper, section 3.3). Under sequence parallelism a rank holds one contiguous chunk of the segment.
-When no document of a short segment crosses a chunk border (the packer's ``align``), the rank
-attends locally and nothing is exchanged.
+(paper, section 3.3). Two axes share a segment. Ranks of the *sequence* axis exchange heads for
+tokens, so that each attends over all tokens of its place on the *context* axis. Ranks of the
+context axis keep their queries and gather the keys and values of the whole segment.
+
+A long segment is cut into twice as many chunks as the context axis has ranks, of which rank r of n
+holds chunks r and 2n - 1 - r: a late query reads many keys, an early one few, and every rank reads
+as many (zigzag, as in Llama 3, arXiv 2407.21783, section 3.3.2). Documents of a short segment are
+short, so that contiguous chunks are even enough. When none of them crosses a rank's border (the
+packer's ``align``), the rank attends locally and nothing is exchanged or gathered.
 
 Shape legend: B = rows, T = tokens this rank attends over, N = documents (of a bucket), S = padded
 length of a bucket.
@@ -28,8 +34,18 @@ BATCHED_BELOW_TOKENS = 96
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A rank's place on one axis of the process grid."""
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+    """The ranks along it; None where there is one, or where nothing is sent."""
+
+
+@dataclass(frozen=True)
 class Dense:
-    """One document from the first token to the last: a long window, by ``sdpa`` or flash-attn."""
+    """One document by ``sdpa`` or flash-attn; of fewer queries than keys, they are the last."""
 
     kernel: AttentionKernel
 
@@ -60,15 +76,42 @@ class Padded:
     are in it."""
 
 
+Documents = Dense | Varlen | Padded
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive queries of a context rank, and the keys they read; both end at one token."""
+
+    queries: tuple[int, int]
+    """First and one-past-last, of the tokens this rank attends over."""
+    keys: tuple[int, int]
+    """First and one-past-last, of the segment."""
+    documents: Documents
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What attends by itself where a rank has queries of some tokens and keys of all."""
+
+    context: Axis
+    zigzag: bool
+    """Whether ranks hold an early and a late chunk, or a contiguous one."""
+    parts: tuple[Part, ...]
+    """Their queries, laid end to end, are those of this rank."""
+
+
 @dataclass(frozen=True)
 class SegmentLayout:
     """Attention structure of one micro-step on one rank."""
 
+    own_spans: tuple[tuple[int, int], ...]
+    """First and one-past-last token of the segment of each stretch that this rank holds."""
     positions_BT: Tensor
     """RoPE positions of the rank's own tokens, int64, [1, local tokens]: restart per document in a
     short window."""
-    documents: Dense | Varlen | Padded
-    """What attends by itself, over the whole segment where heads are exchanged."""
+    documents: Documents | Gathered
+    """What attends by itself, over more than the rank's own tokens where heads are exchanged."""
     exchange_group: ProcessGroup | None
     """Sequence-parallel group when heads must be exchanged for tokens, else None."""
 
@@ -88,7 +131,7 @@ class CausalRows:
 
 
 def chunk_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
-    """First and one-past-last token of a sequence rank's contiguous chunk."""
+    """First and one-past-last token of a rank's contiguous chunk."""
     assert length % size == 0, f"{size} ranks cannot share {length} tokens evenly"
     return rank * (length // size), (rank + 1) * (length // size)
 
@@ -97,35 +140,127 @@ def build_layout(
     window: Window,
     doc_ends: Sequence[int],
     *,
-    sequence_rank: int = 0,
-    sequence_group: ProcessGroup | None = None,
-    sequence_size: int = 1,
+    sequence: Axis = Axis(),
+    context: Axis = Axis(),
     device: torch.device | str = "cpu",
     kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> SegmentLayout:
-    """Work out positions, documents and the need for an exchange.
+    """Work out own tokens, positions, documents and the need for an exchange.
 
     ``window`` is the segment's tag: it decides, positions never do. ``doc_ends`` are cumulative
-    over the whole segment, of which this rank holds the contiguous chunk ``sequence_rank``.
+    over the whole segment, of which this rank holds a share.
     """
-    length = doc_ends[-1]
-    start, stop = chunk_bounds(length, sequence_rank, sequence_size)
-    if window is Window.LONG:
-        positions_T = torch.arange(start, stop, device=device)
-        has_dense = kernel is not AttentionKernel.torch_varlen
-        whole = Dense(kernel) if has_dense else _varlen(kernel, [(0, length)], device)
-        exchange = sequence_group if sequence_size > 1 else None
-        return SegmentLayout(positions_T[None], whole, exchange)
-    bounds = [0, *doc_ends]
-    chunk = length // sequence_size
-    aligned = all(border in set(bounds) for border in range(chunk, length, chunk))
-    spans = list(pairwise(bounds))
-    positions_T = torch.cat([torch.arange(b - a, device=device) for a, b in spans])[start:stop]
-    if aligned and sequence_size > 1:
-        spans = [(a - start, b - start) for a, b in spans if start <= a < stop]
-    is_varlen = kernel is not AttentionKernel.sdpa
-    documents = _varlen(kernel, spans, device) if is_varlen else _padded(spans, device)
-    return SegmentLayout(positions_T[None], documents, None if aligned else sequence_group)
+    length, is_long = doc_ends[-1], window is Window.LONG
+    spans = [(0, length)] if is_long else list(pairwise([0, *doc_ends]))
+    is_local = _none_crosses(spans, length, sequence.size * context.size)
+    gathers = not is_local and not _none_crosses(spans, length, context.size)
+    zigzag = gathers and len(spans) == 1
+    own_spans = _own_spans(length, sequence, context, zigzag=zigzag)
+    if gathers:
+        parts = _zigzag_parts if zigzag else _contiguous_parts
+        documents = Gathered(context, zigzag, parts(spans, context, kernel, device))
+    else:
+        start, stop = own_spans[0] if is_local else chunk_bounds(length, context.rank, context.size)
+        inside = [(a - start, b - start) for a, b in spans if start <= a < stop]
+        documents = (
+            _dense(kernel, length, length, device) if is_long else _packed(kernel, inside, device)
+        )
+    positions_L = torch.cat([torch.arange(b - a, device=device) for a, b in spans])
+    positions_T = torch.cat([positions_L[a:b] for a, b in own_spans])
+    exchange_group = None if is_local else sequence.group
+    return SegmentLayout(own_spans, positions_T[None], documents, exchange_group)
+
+
+def _none_crosses(spans: Sequence[tuple[int, int]], length: int, size: int) -> bool:
+    """Whether no document crosses a border between the contiguous chunks of ``size`` ranks."""
+    starts = {a for a, _ in spans}
+    return all(border in starts for border in range(length // size, length, length // size))
+
+
+def _own_spans(
+    length: int, sequence: Axis, context: Axis, *, zigzag: bool
+) -> tuple[tuple[int, int], ...]:
+    """What one rank holds: its share, along the sequence axis, of what its context rank holds."""
+    if not zigzag:
+        rank = context.rank * sequence.size + sequence.rank
+        return (chunk_bounds(length, rank, context.size * sequence.size),)
+    half = length // (2 * context.size)
+    start, stop = chunk_bounds(2 * half, sequence.rank, sequence.size)
+    spans = []
+    for place, chunk in enumerate(zigzag_chunks(context)):
+        first, last = (min(max(token - place * half, 0), half) for token in (start, stop))
+        if first < last:
+            spans.append((chunk * half + first, chunk * half + last))
+    return tuple(spans)
+
+
+def zigzag_chunks(context: Axis) -> tuple[int, int]:
+    """The two of ``2 * context.size`` chunks that a rank holds."""
+    return context.rank, 2 * context.size - 1 - context.rank
+
+
+def _zigzag_parts(
+    spans: Sequence[tuple[int, int]],
+    context: Axis,
+    kernel: AttentionKernel,
+    device: torch.device | str,
+) -> tuple[Part, ...]:
+    """Of one document: each of a rank's two chunks reads all keys up to its own end."""
+    ((_, length),) = spans
+    half = length // (2 * context.size)
+    return tuple(
+        Part(
+            (place * half, (place + 1) * half),
+            (0, (chunk + 1) * half),
+            _dense(kernel, half, (chunk + 1) * half, device),
+        )
+        for place, chunk in enumerate(zigzag_chunks(context))
+    )
+
+
+def _contiguous_parts(
+    spans: Sequence[tuple[int, int]],
+    context: Axis,
+    kernel: AttentionKernel,
+    device: torch.device | str,
+) -> tuple[Part, ...]:
+    """Of many documents: only the chunk's first one can have begun before it."""
+    start, stop = chunk_bounds(spans[-1][1], context.rank, context.size)
+    inside = [(a, min(b, stop)) for a, b in spans if b > start and a < stop]
+    parts = []
+    first_start, first_stop = inside[0]
+    if first_start < start:
+        queries, keys = first_stop - start, first_stop - first_start
+        dense = _dense(kernel, queries, keys, device)
+        parts.append(Part((0, queries), (first_start, first_stop), dense))
+        inside = inside[1:]
+    if inside:
+        begin = inside[0][0]
+        packed = _packed(kernel, [(a - begin, b - begin) for a, b in inside], device)
+        parts.append(Part((begin - start, stop - start), (begin, stop), packed))
+    return tuple(parts)
+
+
+def _dense(
+    kernel: AttentionKernel, num_queries: int, num_keys: int, device: torch.device | str
+) -> Dense | Varlen:
+    """One document, of which the queries are the last tokens."""
+    if kernel is not AttentionKernel.torch_varlen:
+        return Dense(kernel)
+    varlen = _varlen(kernel, [(0, num_queries)], device)
+    if num_queries == num_keys:
+        return varlen
+    keys = _varlen(kernel, [(0, num_keys)], device)
+    return replace(varlen, cu_keys_N=keys.cu_lens_N, max_keys=keys.max_len)
+
+
+def _packed(
+    kernel: AttentionKernel, spans: Sequence[tuple[int, int]], device: torch.device | str
+) -> Varlen | Padded:
+    """Documents laid end to end, each with all its queries and keys."""
+    if kernel is AttentionKernel.sdpa:
+        return _padded(spans, device)
+    return _varlen(kernel, spans, device)
 
 
 def _varlen(

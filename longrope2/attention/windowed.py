@@ -7,21 +7,25 @@ the rows are plain causal, which also serves cached decoding.
 Ulysses exchange: where sequence-parallel ranks share a segment, "my tokens, all heads" is swapped
 for "all tokens, my heads", once in and once out per layer. q, k and v travel in one all-to-all.
 Each rank needs a contiguous share of the query heads and the key/value heads they read; when there
-are fewer of the latter than ranks, each is sent to all ranks that need it.
+are fewer of the latter than ranks, each is sent to all ranks that need it. The context axis lies
+outside: once the heads are exchanged, each rank gathers its heads' keys and values of the whole
+segment (``context``) and attends with its own queries, so that heads do not limit how many ranks
+share a segment.
 
 Recomputed layers need not run attention again: in the forward pass its output is put aside, and
 what its own backward pass reads (queries, keys, values, output) is kept although the layer around
 it forgets everything. When the layer is recomputed, neither the kernel nor the exchange is
 repeated. Kept per layer and rank, in elements: local tokens * (2 * query heads + 2 * key/value
 heads) * head dim, and once more local tokens * query heads * head dim where heads are exchanged
-(the output before and after the way back).
+(the output before and after the way back). Where keys and values are gathered, those of the whole
+segment are kept.
 
 Shape legend: B = rows, H = query heads, K = key/value heads, T = query tokens, C = key tokens, D =
 head dim, N = documents of a bucket, S = padded length of a bucket.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -34,8 +38,17 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longrope2.attention.kernels import Varlen, dense_attention, varlen_attention
-from longrope2.attention.layout import CausalRows, Dense, DocumentBucket, Padded, SegmentLayout
+from longrope2.attention.context import gather_keys
+from longrope2.attention.kernels import dense_attention, varlen_attention
+from longrope2.attention.layout import (
+    CausalRows,
+    Dense,
+    DocumentBucket,
+    Documents,
+    Gathered,
+    Padded,
+    SegmentLayout,
+)
 from longrope2.kernel_choice import AttentionKernel
 
 TOKEN_DIM, HEAD_DIM = 1, 2
@@ -109,11 +122,7 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
 
 
 def document_attention(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    documents: Dense | Varlen | Padded,
-    scaling: float,
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, documents: Documents, scaling: float
 ) -> Tensor:
     """Causal attention inside each document of a single row (B = 1), [B, T, H, D]."""
     assert q_BHTD.shape[0] == 1, "packed segments have one row"
@@ -228,16 +237,43 @@ def _refuse_options(
 def _segment_attention(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: SegmentLayout, scaling: float
 ) -> Tensor:
-    """Attention over a segment that sequence-parallel ranks may share, [B, T, H, D]."""
-    group = layout.exchange_group
+    """Attention over a segment that ranks of both axes may share, [B, T, H, D]."""
+    group, documents = layout.exchange_group, layout.documents
     if group is not None:
         q_BHTD, k_BKTD, v_BKTD = tokens_to_heads(q_BHTD, k_BKTD, v_BKTD, group)
-    out_BTHD = document_attention(
-        q_BHTD, k_BKTD=k_BKTD, v_BKTD=v_BKTD, documents=layout.documents, scaling=scaling
-    )
+    if isinstance(documents, Gathered):
+        keys_of_parts = gather_keys(k_BKTD, v_BKTD, documents)
+        out_BTHD = attend_parts(q_BHTD, keys_of_parts, documents, scaling)
+    else:
+        out_BTHD = document_attention(
+            q_BHTD, k_BKTD=k_BKTD, v_BKTD=v_BKTD, documents=documents, scaling=scaling
+        )
     if group is None:
         return out_BTHD
     return heads_to_tokens(out_BTHD, group)
+
+
+def attend_parts(
+    q_BHTD: Tensor,
+    keys_of_parts: Sequence[tuple[Tensor, Tensor]],
+    gathered: Gathered,
+    scaling: float,
+) -> Tensor:
+    """Attention of a context rank's queries, part by part, [B, T, H, D].
+
+    ``keys_of_parts`` are keys and values, each [B, K, C, D].
+    """
+    outputs_BTHD = [
+        document_attention(
+            q_BHTD[:, :, slice(*part.queries)],
+            k_BKTD=k_BKCD,
+            v_BKTD=v_BKCD,
+            documents=part.documents,
+            scaling=scaling,
+        )
+        for part, (k_BKCD, v_BKCD) in zip(gathered.parts, keys_of_parts, strict=True)
+    ]
+    return torch.cat(outputs_BTHD, dim=TOKEN_DIM)
 
 
 def tokens_to_heads(

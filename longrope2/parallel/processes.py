@@ -44,6 +44,9 @@ class Processes:
     device: torch.device
     sequence_group: ProcessGroup | None
     mpu: ModuleType | None
+    context_group: ProcessGroup | None = None
+    segment_group: ProcessGroup | None = None
+    """All processes that share this one's segment."""
 
     @property
     def is_main(self) -> bool:
@@ -85,9 +88,10 @@ def join_processes(parallel: ParallelConfig) -> Processes:
             auto_mpi_discovery=False,
             verbose=False,
         )
-    dims = ParallelDims.from_world(dist.get_world_size(), parallel.sequence, dist.get_rank())
-    sequence_group, mpu = make_groups(dims)
-    return Processes(dims, device, sequence_group, mpu)
+    dims = ParallelDims.from_world(
+        dist.get_world_size(), parallel.sequence, dist.get_rank(), parallel.context
+    )
+    return Processes(dims, device, *make_groups(dims))
 
 
 def end_with_parent(parent: str | None) -> None:

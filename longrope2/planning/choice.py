@@ -3,9 +3,10 @@
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from longrope2.model.shape import ModelShape, Workload
-from longrope2.parallel.dims import head_faults
+from longrope2.parallel.dims import head_faults, token_multiple
 from longrope2.planning.hardware import Machine
 from longrope2.planning.memory import Layout, MemoryUse, Recompute, ZeroBuffers, predict_memory
 from longrope2.planning.timing import RunTime, predict_time
@@ -68,7 +69,7 @@ def choose_layout(
     *,
     fused_norms: bool = False,
 ) -> Choice:
-    """Try every sequence and data size, recompute policy and micro-batch on all GPUs."""
+    """Try every sequence, context and data size, recompute policy and micro-batch on all GPUs."""
     fitting: list[FittingLayout] = []
     refused: list[Refusal] = []
     for layout in _layouts(machine.num_gpus, micro_batches):
@@ -125,12 +126,12 @@ def find_refusal(
 
 def _layouts(num_gpus: int, micro_batches: Sequence[int]) -> Iterator[Layout]:
     """Every layout on ``num_gpus`` GPUs; only what recompute leaves can be offloaded."""
-    for sequence in (n for n in range(1, num_gpus + 1) if num_gpus % n == 0):
-        for micro_batch in micro_batches:
-            for recompute in Recompute:
-                for offload in (False,) if recompute is Recompute.none else (False, True):
-                    layout = Layout(num_gpus // sequence, sequence, recompute)
-                    yield replace(layout, micro_batch=micro_batch, offload=offload)
+    divisors = [n for n in range(1, num_gpus + 1) if num_gpus % n == 0]
+    grids = [(s, c) for s, c in product(divisors, divisors) if num_gpus % (s * c) == 0]
+    for (sequence, context), micro_batch, recompute in product(grids, micro_batches, Recompute):
+        for offload in (False,) if recompute is Recompute.none else (False, True):
+            layout = Layout(num_gpus // (sequence * context), sequence, recompute, context=context)
+            yield replace(layout, micro_batch=micro_batch, offload=offload)
 
 
 def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | None:
@@ -142,8 +143,8 @@ def _impossible(shape: ModelShape, workload: Workload, layout: Layout) -> str | 
         return f"{sequence} processes cannot share {heads}"
     if step % target:
         return f"a step of {step} tokens is no whole number of segments of {target}"
-    if target % sequence:
-        return f"{sequence} processes cannot share {target} tokens evenly"
+    if target % token_multiple(sequence, layout.context):
+        return f"{layout.segment_ranks} processes cannot share {target} tokens evenly"
     if segments % at_once or not segments:
         return f"the {segments} segments of a step cannot be worked on {at_once} at a time"
     return None

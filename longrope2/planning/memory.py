@@ -10,7 +10,8 @@ the prediction is the highest of them:
 - *layer*: the backward pass of a layer's MLP, the layer's own activations on top of what is kept
   (the buffers of the exchange come later, when the MLP's are gone): of the last layer, all
   checkpoints still there, or of the one in which the bucket of gradients is first full, and copied
-  to be reduced;
+  to be reduced; or of a layer's attention, where gradients of a whole segment's keys and values
+  take more than the MLP's;
 - *update*: the optimizer, when no activation is left.
 
 Each is compared with what a rehearsal of the run counts: ``launch.plan verify=true``.
@@ -72,7 +73,7 @@ class Layout:
     data: int
     """Groups that work on different segments."""
     sequence: int
-    """Processes that share a segment."""
+    """Processes that exchange heads for tokens of a segment."""
     recompute: Recompute
     recompute_layers: int | None = None
     """The first layers, to which ``recompute`` applies; the others keep everything. None is all."""
@@ -85,11 +86,23 @@ class Layout:
     zero: ZeroBuffers = ZeroBuffers()
     fused_norms: bool = False
     """Norms in one kernel (``training.norm``), which keeps no float32 copy of its input."""
+    context: int = 1
+    """Processes over which a segment's keys and values are gathered."""
+
+    @property
+    def segment_ranks(self) -> int:
+        """Processes that share a segment."""
+        return self.sequence * self.context
+
+    def describe(self) -> str:
+        """The grid in words, the innermost axis first."""
+        context = f"{self.context} context x " if self.context > 1 else ""
+        return f"{self.sequence} sequence x {context}{self.data} data"
 
     @property
     def num_processes(self) -> int:
         """All processes."""
-        return self.data * self.sequence
+        return self.data * self.segment_ranks
 
     @property
     def compute_bytes(self) -> int:
@@ -99,7 +112,7 @@ class Layout:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of a gradient on its way."""
-        return self.zero.gradient_bytes if self.sequence > 1 else self.compute_bytes
+        return self.zero.gradient_bytes if self.segment_ranks > 1 else self.compute_bytes
 
     def recomputed(self, shape: ModelShape) -> int:
         """Layers that the backward pass computes again."""
@@ -110,7 +123,7 @@ class Layout:
 
     def local_tokens(self, workload: Workload) -> int:
         """Tokens a process holds in one micro-step."""
-        return self.micro_batch * workload.target_len // self.sequence
+        return self.micro_batch * workload.target_len // self.segment_ranks
 
     def kv_width(self, shape: ModelShape) -> int:
         """Width of the exchanged keys: repeated where there are fewer heads than processes."""
@@ -180,8 +193,7 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
     attention = _attention_bytes_per_token(shape, layout) * tokens
     kept_attention = attention if recompute is Recompute.dense else 0.0
-    # At the MLP's product: gradients of both branches, of the layer's output, of the residual.
-    layer = b * (2 * shape.mlp + 2 * shape.hidden) * tokens
+    layer = _layer_gradients_per_token(shape, layout) * tokens
     recomputed = layout.recomputed(shape)
     whole = shape.num_layers - recomputed
     # Layers kept whole are the last, and gone when the backward pass comes to one that is not.
@@ -223,10 +235,29 @@ def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     return 2 * norm * shape.hidden + _attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
 
 
+def _layer_gradients_per_token(shape: ModelShape, layout: Layout) -> float:
+    """What the backward pass of a layer holds beside what it reads.
+
+    At the MLP's product: gradients of both branches, of the layer's output, of the residual. At
+    gathered keys and values, when what the MLP read is gone: their gradients by part, added up, on
+    the way to other processes and from them; of queries and output.
+    """
+    mlp = 2 * shape.mlp + 2 * shape.hidden
+    if layout.context == 1:
+        return layout.compute_bytes * mlp
+    keys = 2 * layout.kv_width(shape) * layout.context
+    attention = 4 * keys + 2 * shape.query_width + 2 * shape.hidden - 4 * shape.mlp
+    return layout.compute_bytes * max(mlp, attention)
+
+
 def _attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Queries, keys, values, the log-sum of every head, and the output: twice if exchanged."""
+    """Queries, keys, values, the log-sum of every head, and the output: twice if exchanged.
+
+    Keys and values are those of all context ranks: gathered ones are kept.
+    """
     outputs = 2 if layout.sequence > 1 else 1
-    widths = (1 + outputs) * shape.query_width + 2 * layout.kv_width(shape)
+    keys = 2 * layout.kv_width(shape) * layout.context
+    widths = (1 + outputs) * shape.query_width + keys
     return layout.compute_bytes * widths + _BYTES_FP32 * shape.num_heads
 
 

@@ -1,5 +1,6 @@
 """The planner's result: what a training takes, put together and printed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,7 +129,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def _layout_words(layout: Layout) -> str:
-    words = f"{layout.sequence} sequence x {layout.data} data, recompute {layout.recompute.value}"
+    words = f"{layout.describe()}, recompute {layout.recompute.value}"
     words += "" if layout.recompute_layers is None else f" in {layout.recompute_layers} layers"
     words += ", offloaded" if layout.offload else ""
     return words + (f", {layout.micro_batch} segments at once" if layout.micro_batch > 1 else "")
@@ -172,14 +173,15 @@ def _layouts_table(plan: Plan) -> Table:
     rows = []
     for fit in shown:
         layout, time = fit.layout, fit.time
-        row = [str(layout.sequence), str(layout.data)]
+        row = [str(layout.sequence), str(layout.context), str(layout.data)]
         row += [_short_recompute(layout)]
         row += [str(layout.micro_batch), f"{fit.memory.peak / GIB:.1f}", f"{time.hours:.1f}"]
         row += [f"{time.tokens_per_second_per_gpu:,.0f}", f"{100 * time.mfu:.1f}"]
         rows.append([*row, "<- best" if fit is best else ""])
     if best is not None and best not in shown:
-        rows.append(["...", *[""] * 8])
-    head = ["sequence", "data", "recompute", "segments", "GiB", "hours", "tok/s/GPU", "MFU %", ""]
+        rows.append(["...", *[""] * 9])
+    head = ["sequence", "context", "data", "recompute", "segments", "GiB", "hours", "tok/s/GPU"]
+    head += ["MFU %", ""]
     return _table(f"layouts that fit: {len(fitting)}, the fastest first", head, rows)
 
 
@@ -195,13 +197,14 @@ def _choice_lines(plan: Plan) -> list[str]:
     layout, layers = best.layout, best.layout.recompute_layers
     settings = (
         f"parallel.processes={layout.num_processes} parallel.sequence={layout.sequence} "
+        f"{f'parallel.context={layout.context} ' if layout.context > 1 else ''}"
         f"training.recompute={layout.recompute.value} training.same_kind_segments={layout.data}"
         f"{'' if layers is None else f' training.recompute_layers={layers}'}"
         f"{' training.offload_activations=true' if layout.offload else ''}"
     )
     lines = [
         f"best       {_layout_words(layout)}: {_takes(best.time, best.memory)}",
-        f"settings   {settings}  (pack with --align {layout.sequence})",
+        f"settings   {settings}  (pack with --align {layout.segment_ranks})",
     ]
     if refusal is not None:
         lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")
@@ -256,19 +259,36 @@ def _time_table(plan: Plan, shown: dict[str, Layout]) -> Table:
 def _traffic_table(plan: Plan, shown: dict[str, Layout]) -> Table:
     rows = []
     for name, layout in shown.items():
-        exchanged = timing.exchange_bytes(plan.shape, plan.workload, layout)
-        sizes = (exchanged, *timing.gather_bytes(plan.shape, layout))
+        run = (plan.shape, plan.workload, layout)
+        exchanged, keys = timing.exchange_bytes(*run), timing.key_bytes(*run)
+        sizes = (exchanged, keys, *timing.gather_bytes(plan.shape, layout))
         rows.append([name, *(f"{size / GB:.1f}" for size in sizes)])
-    head = ["", "exchange, one long forward", "weights gathered", "gradients reduced"]
+    head = [
+        "",
+        "exchange, one long forward",
+        "keys gathered",
+        "weights gathered",
+        "gradients reduced",
+    ]
     return _table("communication of a micro-step, GB a GPU", head, rows)
 
 
 def _refused_lines(choice: Choice) -> list[str]:
-    """What does not fit and why; the impossible ones together."""
+    """What does not fit and why; the impossible ones together.
+
+    Of layouts with as many processes a segment, the one that comes closest.
+    """
     one_segment = [r for r in choice.refused if r.layout.micro_batch == 1]
-    too_large = [r for r in one_segment if r.memory is not None]
+    closest: dict[tuple[object, ...], tuple[float, Refusal]] = {}
+    for refusal in one_segment:
+        layout, peak = refusal.layout, refusal.memory.peak if refusal.memory else None
+        kind = (layout.segment_ranks, layout.recompute, layout.offload)
+        if peak is not None and peak < closest.get(kind, (math.inf,))[0]:
+            closest[kind] = (peak, refusal)
     lines = ["", "does not fit (one segment at a time):"]
-    lines += [f"  {_layout_words(r.layout)}: {r.reason}" for r in too_large] or ["  nothing"]
+    lines += [f"  {_layout_words(r.layout)}: {r.reason}" for _, r in closest.values()] or [
+        "  nothing"
+    ]
     reasons = dict.fromkeys(r.reason for r in one_segment if r.memory is None)
     return [*lines, *(["impossible:"] if reasons else []), *(f"  {reason}" for reason in reasons)]
 
@@ -281,7 +301,7 @@ def _cost_table(plan: Plan) -> Table:
         cells = [_cost_cell(plan.choice_at(length, count)) for length in lengths]
         rows.append([str(count), *cells])
     title = f"hours of {plan.workload.total_tokens / 1e9:g} B tokens with the best layout, sequence"
-    title += f" x data and recompute; steps of {plan.workload.step_tokens:,} tokens"
+    title += f" x context x data and recompute; steps of {plan.workload.step_tokens:,} tokens"
     return _table(title, ["GPUs", *(f"{length:,}" for length in lengths)], rows)
 
 
@@ -289,8 +309,8 @@ def _cost_cell(choice: Choice) -> str:
     best, closest = choice.best, choice.closest
     if best is not None:
         layout = best.layout
-        short = f"{layout.sequence}x{layout.data} {_short_recompute(layout)}"
-        return f"{best.time.hours:,.1f}  {short:>15}"
+        short = f"{layout.sequence}x{layout.context}x{layout.data} {_short_recompute(layout)}"
+        return f"{best.time.hours:,.1f}  {short:>17}"
     if closest is not None and closest.memory is not None:
         return f"no: {closest.memory.peak / GIB:.0f} GiB"
     return "impossible"

@@ -12,9 +12,10 @@ A micro-step of one window kind takes
   ``attention_flops``;
 - *elementwise*: rotary, activations and residuals as unfused kernels, norms fused or not, by the
   bytes they read and write;
-- *exchange*: queries, keys, values and outputs between the processes of a long segment, hidden
-  behind nothing; to other nodes and inside one at the same time, and the slower counts; short
-  segments are packed with ``--align`` and exchange nothing;
+- *exchange*: queries, keys, values and outputs between the processes of a long segment's sequence
+  axis, keys and values over its context axis, hidden behind nothing; to other nodes and inside one
+  at the same time, and the slower counts; short segments are packed with ``--align`` and exchange
+  nothing;
 - *offload*: what ``training.offload_activations`` sends to CPU memory and back, hidden likewise;
 - *gathers*: ZeRO-3's weights, forward and backward, and reduced gradients, hidden behind the
   computing as far as that lasts.
@@ -163,6 +164,12 @@ def exchange_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> flo
     return shape.num_layers * layout.local_tokens(workload) * widths * layout.compute_bytes * sent
 
 
+def key_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
+    """Bytes of others' keys and values that a process gathers in a long segment's forward pass."""
+    width = 2 * layout.kv_width(shape) * (layout.context - 1)
+    return shape.num_layers * layout.local_tokens(workload) * width * layout.compute_bytes
+
+
 def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
     """Bytes of a micro-step's gathers (forward and backward), and of its reduced gradients."""
     if layout.num_processes == 1:
@@ -176,20 +183,24 @@ def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
 def _exchange_seconds(
     shape: ModelShape, workload: Workload, layout: Layout, machine: Machine
 ) -> float:
-    """Forward, backward, and again where attention is recomputed.
-
-    Every process sends as much to each of the others; those on its node are reached over its links,
-    the rest over the network, both at once.
-    """
-    if layout.sequence == 1:
-        return 0.0
-    to_each = (
-        exchange_passes(shape, layout)
-        * exchange_bytes(shape, workload, layout)
-        / (layout.sequence - 1)
+    """Forward, backward, and again where attention is recomputed: one axis after the other."""
+    heads, keys = (of(shape, workload, layout) for of in (exchange_bytes, key_bytes))
+    neighbours = max(1, machine.gpus_per_node // layout.sequence)
+    return exchange_passes(shape, layout) * (
+        _among_ranks(heads, layout.sequence, machine.gpus_per_node, machine)
+        + _among_ranks(keys, layout.context, neighbours, machine)
     )
-    on_node = min(layout.sequence, machine.gpus_per_node)
-    inside, outside = to_each * (on_node - 1), to_each * (layout.sequence - on_node)
+
+
+def _among_ranks(num_bytes: float, ranks: int, most_on_node: int, machine: Machine) -> float:
+    """Seconds to send as much to each of the other ranks of an axis, ``num_bytes`` in all.
+
+    Those on the node are reached over its links, the rest over the network, both at once.
+    """
+    if ranks == 1:
+        return 0.0
+    to_each, on_node = num_bytes / (ranks - 1), min(ranks, most_on_node)
+    inside, outside = to_each * (on_node - 1), to_each * (ranks - on_node)
     return max(inside / machine.node_link_bytes, outside / machine.network_bytes)
 
 

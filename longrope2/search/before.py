@@ -7,7 +7,7 @@ from longrope2.errors import ConfigError
 from longrope2.model.factors_source import RopeConfig, factors_faults
 from longrope2.model.folder import ModelLook
 from longrope2.model.shape import ModelShape
-from longrope2.parallel.dims import ParallelConfig, head_faults
+from longrope2.parallel.dims import ParallelConfig, grid_faults, head_faults
 from longrope2.rope.methods import RopeMethod
 from longrope2.search.config import SearchRoot, search_faults
 
@@ -37,16 +37,7 @@ def known_faults(config: SearchRoot, look: ModelLook) -> list[str]:
 
 def parallel_faults(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     """Processes that cannot share the candidates or a sample, with numbers that can."""
-    num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
-    faults = head_faults(parallel.sequence, num_heads, num_kv_heads)
-    if parallel.processes >= 1 and parallel.processes % max(1, parallel.sequence) == 0:
-        return faults
-    fits = [
-        n
-        for n in range(1, parallel.processes + 1)
-        if parallel.processes % n == 0 and not head_faults(n, num_heads, num_kv_heads)
-    ]
-    way_out = f"; use parallel.sequence={' or '.join(map(str, fits))}" if fits else ""
-    given = f"parallel.processes={parallel.processes}"
-    fault = f"{given}: must be a multiple of parallel.sequence={parallel.sequence}{way_out}"
-    return [*faults, fault]
+    faults = head_faults(parallel.sequence, shape.num_heads, shape.num_kv_heads)
+    if parallel.processes < 1:
+        return [*faults, f"parallel.processes={parallel.processes} must be above 0"]
+    return faults + grid_faults(parallel.processes, parallel.sequence, parallel.context)

@@ -141,7 +141,8 @@ class SearchRoot(StageConfig):
     search: SearchConfig = field(default_factory=SearchConfig)
     """The evolutionary search."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Processes that share the candidates; ``parallel.sequence`` of them share every sample."""
+    """Processes that share the candidates; ``parallel.sequence`` times ``parallel.context`` of them
+    share every sample."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
     corpus: CorpusConfig | None = None

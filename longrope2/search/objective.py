@@ -4,7 +4,7 @@ Needle-driven perplexity [LongRoPE2, arXiv 2502.20082, sec. 3.2] scores the toke
 only; plain perplexity scores every token. Both are exp(mean negative log-likelihood over the scored
 tokens of all samples).
 
-Shape legend: B = samples of a batch, T = tokens of a sample (of this process's chunk), H = hidden
+Shape legend: B = samples of a batch, T = tokens of a sample (of this process's share), H = hidden
 size, S = scored tokens.
 """
 
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
-from longrope2.attention.layout import build_layout, chunk_bounds
+from longrope2.attention.layout import Axis, build_layout
 from longrope2.model.scoring import head_nll, token_nll
 from longrope2.model.windowed import WindowedModel
+from longrope2.parallel.dims import token_multiple
+from longrope2.parallel.processes import Processes
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.segments.needle_set import NeedleSet
 
@@ -73,9 +74,9 @@ def _batches(lengths: Sequence[int], size: int) -> list[range]:
 class SampleLosses:
     """The loss of every sample under given factors, in fixed batches of samples of one length.
 
-    With a ``sequence_group`` its processes share every sample: each computes a contiguous chunk of
-    the tokens, heads are exchanged for tokens in every layer, and the losses are summed over the
-    group. The loss of a single token counts as ``highest_loss`` nats at most.
+    Processes of a grid share every sample where the grid has ranks that share segments: each
+    computes its share of the tokens, every layer exchanges what attention needs, and the losses are
+    summed over them. The loss of a single token counts as ``highest_loss`` nats at most.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SampleLosses:
         samples: Sequence[ScoredSample],
         batch_size: int = 1,
         window: Window = Window.LONG,
-        sequence_group: ProcessGroup | None = None,
+        processes: Processes | None = None,
         *,
         highest_loss: float = math.inf,
     ) -> None:
@@ -93,7 +94,9 @@ class SampleLosses:
         self.num_samples, self.num_batches = len(samples), len(self.batches)
         self.num_scored_tokens = sum(sample.num_scored for sample in samples)
         self.batch_size = batch_size
-        self._window, self._group, self.highest_loss = window, sequence_group, highest_loss
+        self._window, self.highest_loss = window, highest_loss
+        shares = processes is not None and processes.dims.segment_ranks > 1
+        self._sharing = processes if shares else None
 
     def __call__(self, factors: RescaleFactors, batch: int) -> list[float]:
         """Summed loss of each sample of one batch, nats."""
@@ -104,8 +107,8 @@ class SampleLosses:
 
         The samples have one length.
         """
-        if self._group is not None:
-            return [self._shared_loss(factors, number, self._group) for factors, number in pairs]
+        if self._sharing is not None:
+            return [self._shared_loss(factors, number, self._sharing) for factors, number in pairs]
         samples = [self.samples[number] for _, number in pairs]
         is_same = all(factors is pairs[0][0] for factors, _ in pairs)
         self.model.set_factors(*[factors for factors, _ in (pairs[:1] if is_same else pairs)])
@@ -118,29 +121,26 @@ class SampleLosses:
         return [row[n:].sum().item() for row, n in zip(losses_BS, starts, strict=True)]
 
     @torch.no_grad()
-    def _shared_loss(self, factors: RescaleFactors, number: int, group: ProcessGroup) -> float:
-        """Loss of one sample spread over a group; the same number in all its processes."""
+    def _shared_loss(self, factors: RescaleFactors, number: int, sharing: Processes) -> float:
+        """Loss of one sample spread over ``sharing``; the same number in all its processes."""
         self.model.set_factors(factors)
-        sample = self.samples[number]
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        sample, dims = self.samples[number], sharing.dims
         num_inputs, device = len(sample.tokens) - 1, self.model.hf.device
-        # Padded on the right to a multiple of the group's size, which no scored token sees.
-        padded = np.pad(sample.tokens, (0, -num_inputs % size), mode="edge")
-        start, stop = chunk_bounds(len(padded) - 1, rank, size)
+        # Padded on the right to what can be shared, which no scored token sees.
+        padding = -num_inputs % token_multiple(dims.sequence, dims.context)
+        tokens_L = torch.from_numpy(np.pad(sample.tokens, (0, padding), mode="edge")).to(device)
         layout = build_layout(
             self._window,
-            [len(padded) - 1],
-            sequence_rank=rank,
-            sequence_group=group,
-            sequence_size=size,
+            [len(tokens_L) - 1],
+            sequence=Axis(dims.sequence_rank, dims.sequence, sharing.sequence_group),
+            context=Axis(dims.context_rank, dims.context, sharing.context_group),
             device=device,
         )
-        tokens_T = torch.from_numpy(padded).to(device)
-        hidden_BTH = self.model.hidden_states(tokens_T[None, start:stop], self._window, layout)
-        first, last = (min(max(p, start), stop) for p in (sample.first_scored - 1, num_inputs))
-        scored_BSH = hidden_BTH[:, first - start : last - start]
-        targets_BS = tokens_T[None, first + 1 : last + 1]
-        nll_BS = head_nll(self.model, scored_BSH, targets_BS)
+        own_T = torch.cat([torch.arange(*span, device=device) for span in layout.own_spans])
+        hidden_BTH = self.model.hidden_states(tokens_L[None, own_T], self._window, layout)
+        is_scored_T = (own_T >= sample.first_scored - 1) & (own_T < num_inputs)
+        targets_BS = tokens_L[None, own_T[is_scored_T] + 1]
+        nll_BS = head_nll(self.model, hidden_BTH[:, is_scored_T], targets_BS)
         loss = nll_BS.double().clamp(max=self.highest_loss).sum()
-        dist.all_reduce(loss, group=group)
+        dist.all_reduce(loss, group=sharing.segment_group)
         return loss.item()

@@ -142,8 +142,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"space      {_space_in_words(config, space)}\n"
         f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
         f"tokens, held out of corpus {corpus_label(config.text)}\n"
-        f"workers    {parallel.processes // parallel.sequence}, each of {parallel.sequence} "
-        "processes\n"
+        f"workers    {parallel.processes // parallel.segment_ranks}, each of "
+        f"{parallel.segment_ranks} processes\n"
         f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
         f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each"
         f"\nend        {fresh}"
@@ -233,8 +233,8 @@ def prepare(
     clip = math.log(guess) if search.clip_losses and guess is not None else math.inf
 
     def losses(chosen: Sequence[ScoredSample], highest: float = math.inf) -> SampleLosses:
-        group = workers.sequence_group
-        return SampleLosses(model, chosen, size, sequence_group=group, highest_loss=highest)
+        shared_by = workers.processes
+        return SampleLosses(model, chosen, size, processes=shared_by, highest_loss=highest)
 
     guidance = control = None
     if workers.worker == 0:

@@ -1,6 +1,6 @@
 """Candidates spread over workers by work-stealing, without a coordinator.
 
-A worker is one process, or one sequence-parallel group that holds every sample together. All run
+A worker is one process, or a group of processes that hold every sample together. All run
 the same deterministic search; within a round each takes the next open task from a counter in
 torch's key-value store, and publishes its result in a log there: nothing depends on who computed
 what. A worker that dies ends the others through torchrun; the same command goes on from the
@@ -29,14 +29,14 @@ class Workers:
         worker: Its number.
         is_leader: Whether this process speaks for its worker: the only one of it that writes.
         processes: The process grid; None for a search in one process.
-        sequence_group: The processes that hold every sample together; None: each holds whole ones.
+        segment_group: The processes that hold every sample together; None: each holds whole ones.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.processes = processes
         self.worker = processes.dims.data_rank if processes else 0
-        self.is_leader = processes is None or processes.dims.sequence_rank == 0
-        self.sequence_group = processes.sequence_group if processes else None
+        self.is_leader = processes is None or processes.dims.segment_rank == 0
+        self.segment_group = processes.segment_group if processes else None
         # The store behind the default process group has no public accessor.
         default_store = dist.distributed_c10d._get_default_store
         self._store: Store = default_store() if processes else HashStore()
@@ -53,14 +53,14 @@ class Workers:
 
     def agreed(self, value: list[float]) -> list[float]:
         """The leader's numbers, on every process of the worker."""
-        if self.sequence_group is None:
+        if self.segment_group is None:
             return value
         device = self.processes.device if self.processes else torch.device("cpu")
         length = torch.tensor([len(value)], device=device)
-        dist.broadcast(length, group=self.sequence_group, group_src=0)
+        dist.broadcast(length, group=self.segment_group, group_src=0)
         value = value if self.is_leader else [0.0] * int(length)
         numbers = torch.tensor(value, dtype=torch.float64, device=device)
-        dist.broadcast(numbers, group=self.sequence_group, group_src=0)
+        dist.broadcast(numbers, group=self.segment_group, group_src=0)
         return numbers.tolist()
 
     def wait_for_all(self, label: str) -> None:

@@ -1,10 +1,10 @@
 """One rank's share of a micro-step: tokens, labels, window and layout, read ahead of their step.
 
-One thread reads while the present step computes: only this rank's slice of each segment, with its
+One thread reads while the present step computes: only this rank's share of each segment, with its
 labels and layouts, on the CPU; the training thread moves a batch to the device just before the
 step. What is read is a pure function of the step.
 
-Shape legend: L = tokens of the segment, T = tokens of this rank's chunk.
+Shape legend: L = tokens of the segment, T = tokens of this rank's share.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longrope2.attention.layout import SegmentLayout, build_layout, chunk_bounds
+from longrope2.attention.layout import Axis, SegmentLayout, build_layout
 from longrope2.kernel_choice import AttentionKernel
 from longrope2.model.loss import IGNORED_LABEL
 from longrope2.parallel.dims import ParallelDims
@@ -89,10 +89,11 @@ def load_rank_batch(
     dims: ParallelDims,
     sequence_group: ProcessGroup | None,
     *,
+    context_group: ProcessGroup | None = None,
     mixed: bool = True,
     kernel: AttentionKernel = AttentionKernel.sdpa,
 ) -> RankBatch:
-    """Read this rank's chunk of its data-parallel group's segment, and no other tokens of it.
+    """Read this rank's share of its data-parallel group's segment, and no other tokens of it.
 
     ``mixed`` False treats every segment as long (the paper's ablation without mixed windows);
     ``kernel`` will compute the attention.
@@ -102,19 +103,19 @@ def load_rank_batch(
         f"segment {segment.index} is {segment.window}, not {micro_step.window}"
     )
     window = segment.window if mixed else Window.LONG
-    start, stop = chunk_bounds(len(segment.tokens), dims.sequence_rank, dims.sequence)
-    labels_T = next_token_labels(segment, window, start, stop)
     attended_ends = segment.doc_ends[-1:] if window is Window.LONG else segment.doc_ends
     layout = build_layout(
         window,
         segment.doc_ends.tolist(),
-        sequence_rank=dims.sequence_rank,
-        sequence_group=sequence_group,
-        sequence_size=dims.sequence,
+        sequence=Axis(dims.sequence_rank, dims.sequence, sequence_group),
+        context=Axis(dims.context_rank, dims.context, context_group),
         kernel=kernel,
     )
+    spans = layout.own_spans
+    tokens_T = np.concatenate([segment.tokens[start:stop] for start, stop in spans])
+    labels_T = np.concatenate([next_token_labels(segment, window, *span) for span in spans])
     return RankBatch(
-        tokens_BT=torch.from_numpy(segment.tokens[start:stop].astype(np.int64))[None],
+        tokens_BT=torch.from_numpy(tokens_T.astype(np.int64))[None],
         labels_BT=torch.from_numpy(labels_T)[None],
         window=window,
         layout=layout,

@@ -11,7 +11,7 @@ from longrope2.errors import ConfigError
 from longrope2.kernel_choice import AttentionKernel, NormKernel
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.shape import ModelShape
-from longrope2.parallel.dims import ParallelConfig, head_faults
+from longrope2.parallel.dims import ParallelConfig, grid_faults, head_faults, token_multiple
 from longrope2.planning.memory import Recompute
 from longrope2.tracking.metrics import TrackingConfig
 
@@ -72,11 +72,11 @@ class ZeroConfig:
     overlap_communication: bool | None = None
     """Reduce gradients while the backward pass goes on; null is on for stage 3 and off below."""
     gradient_dtype: Precision = Precision.auto
-    """Number format in which gradients travel between ranks without sequence parallelism; ``auto``
-    is that of the forward pass."""
+    """Number format in which gradients travel where no segment is shared; ``auto`` is that of the
+    forward pass."""
     sequence_gradient_dtype: Precision = Precision.fp32
-    """The same with ``parallel.sequence`` > 1; bf16 halves the traffic, fp32 sums the chunks of a
-    segment exactly."""
+    """The same where processes share segments (``parallel.sequence``, ``parallel.context``); bf16
+    halves the traffic, fp32 sums the chunks of a segment exactly."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in CPU memory and update there. Stages 1 to 3,
     ``training.optimizer=torch_adamw``."""
@@ -294,7 +294,7 @@ def _window_faults(config: TrainRoot) -> list[str]:
 
 
 def _parallel_faults(config: TrainRoot, shape: ModelShape | None, world_size: int) -> list[str]:
-    parallel, sequence = config.parallel, config.parallel.sequence
+    parallel, sequence, context = config.parallel, config.parallel.sequence, config.parallel.context
     faults = []
     if parallel.zero_stage not in (0, 1, 2, 3):
         faults.append(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3")
@@ -302,17 +302,18 @@ def _parallel_faults(config: TrainRoot, shape: ModelShape | None, world_size: in
     faults += _not_above_zero("parallel", parallel, ("timeout_seconds",))
     if world_size < 1:
         return [*faults, f"parallel.processes={world_size} must be above 0"]
-    divisors = _divisors(world_size)
-    if sequence not in divisors:
-        text = f"parallel.sequence={sequence} does not divide {world_size} processes"
-        return [*faults, f"{text}; use {divisors}"]
-    data, alike = world_size // sequence, config.training.same_kind_segments
-    if config.target_len % sequence:
-        given = f"target_len={config.target_len} must be a multiple of parallel.sequence={sequence}"
+    if uneven := grid_faults(world_size, sequence, context):
+        return faults + uneven
+    data, alike = world_size // parallel.segment_ranks, config.training.same_kind_segments
+    together = f"parallel.sequence={sequence}"
+    together += f" x parallel.context={context}" if context > 1 else ""
+    if config.target_len % (multiple := token_multiple(sequence, context)):
+        needs = together if multiple == parallel.segment_ranks else f"{multiple} with {together}"
+        given = f"target_len={config.target_len} must be a multiple of {needs}"
         faults.append(f"{given}, so that every rank holds an equal share of a segment")
     if alike > 0 and alike % data:
         given = f"training.same_kind_segments={alike} must be a multiple of the data-parallel size"
-        faults.append(f"{given} {data} ({world_size} processes / parallel.sequence={sequence})")
+        faults.append(f"{given} {data} ({world_size} processes / {together})")
     if shape is not None:
         faults += head_faults(sequence, shape.num_heads, shape.num_kv_heads)
     return faults

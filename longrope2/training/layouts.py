@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from longrope2.config import nearest_target, target_faults
 from longrope2.model.shape import ModelShape
-from longrope2.parallel.dims import head_faults
+from longrope2.parallel.dims import head_faults, token_multiple
 from longrope2.training.config import TrainRoot
 
 SHOWN = 2
@@ -70,6 +70,7 @@ def _given(config: TrainRoot, world_size: int) -> dict[str, int | None]:
     return {
         "parallel.processes": world_size,
         "parallel.sequence": config.parallel.sequence,
+        "parallel.context": config.parallel.context,
         "target_len": config.target_len,
         "training.same_kind_segments": training.same_kind_segments,
         "training.global_batch_tokens": training.global_batch_tokens,
@@ -81,20 +82,23 @@ def _options(
     config: TrainRoot, processes: int, shape: ModelShape | None, counts: tuple[int, int] | None
 ) -> Iterator[Settings]:
     """The settings nearest to those given, for each way to share these processes."""
-    hpz = config.zero.hpz_size
+    hpz, context = config.zero.hpz_size, config.parallel.context
+    if context < 1 or processes % context:
+        context = 1
     if hpz > 1 and processes % hpz:
         return
     target = config.target_len
     if target_faults(config.model, target):
         target = nearest_target(config.model, target)
     for sequence in range(1, processes + 1):
-        if processes % sequence or target % sequence:
+        if processes % (sequence * context) or target % token_multiple(sequence, context):
             continue
         if shape and head_faults(sequence, shape.num_heads, shape.num_kv_heads):
             continue
-        layout = _fill(config, target, processes // sequence, counts)
+        layout = _fill(config, target, processes // (sequence * context), counts)
         if layout is not None:
-            yield {"parallel.processes": processes, "parallel.sequence": sequence, **layout}
+            grid = {"parallel.sequence": sequence, "parallel.context": context}
+            yield {"parallel.processes": processes, **grid, **layout}
 
 
 def _fill(

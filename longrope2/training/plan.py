@@ -30,6 +30,7 @@ from longrope2.model.folder import (
 from longrope2.model.loading import check_model, find_weights, rope_geometry
 from longrope2.model.norms import choose_norm
 from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload
+from longrope2.parallel.dims import ParallelDims
 from longrope2.parallel.processes import smallest_gpu_bytes
 from longrope2.planning.choice import fewest_recomputed_layers
 from longrope2.planning.hardware import HardwareConfig
@@ -152,7 +153,8 @@ class ResolvedRun:
     def describe(self) -> str:
         """The run in a few lines."""
         config, machine, schedule = self.config, self.machine, self.schedule
-        training, sequence = config.training, config.parallel.sequence
+        training, parallel = config.training, config.parallel
+        grid = ParallelDims.from_world(self.world_size, parallel.sequence, context=parallel.context)
         absent = {missing.what for missing in self.missing}
         model = str(self.model_folder)
         if "model" in absent:
@@ -177,8 +179,8 @@ class ResolvedRun:
                 f"segments   {self.segments_folder}: {segments}",
                 f"rope       {method}, {self._mix_in_words()}",
                 *([f"taken from {source}"] if (source := config.run.describe_source()) else []),
-                f"processes  {self.world_size}: {self.world_size // sequence} data x {sequence} "
-                f"sequence, ZeRO stage {config.parallel.zero_stage}",
+                f"processes  {self.world_size}: {grid.describe()}, "
+                f"ZeRO stage {parallel.zero_stage}",
                 f"machine    {machine.device.type} in {_name(machine.dtype)}, "
                 f"final/ in {_name(machine.final_dtype)}, {training.optimizer.value}",
                 f"attention  {_kernel_words(config.attention.kernel, machine.attention)}",
@@ -312,7 +314,7 @@ def resolve_run(
         segments_folder=segments,
         schedule=schedule,
         total_steps=total_steps,
-        micro_steps=schedule.segments_per_step * config.parallel.sequence // world_size,
+        micro_steps=schedule.segments_per_step * config.parallel.segment_ranks // world_size,
         found_factors=factors,
         missing=tuple(missing),
         recompute_layers=recomputed_layers(
@@ -325,10 +327,11 @@ def configured_layout(
     config: TrainRoot, num_processes: int, *, bf16: bool, norm: NormKernel
 ) -> Layout:
     """The layout of a run as the planner sees it, every layer under its policy of recompute."""
-    training, sequence = config.training, config.parallel.sequence
+    training, parallel = config.training, config.parallel
     return Layout(
-        data=num_processes // sequence,
-        sequence=sequence,
+        data=num_processes // parallel.segment_ranks,
+        sequence=parallel.sequence,
+        context=parallel.context,
         recompute=training.recompute,
         offload=training.offload_activations,
         bf16=bf16,

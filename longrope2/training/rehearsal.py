@@ -153,9 +153,9 @@ def _join_as_one_of(run: ResolvedRun) -> Processes:
     # CPU ranks of one machine share memory by an extension that is compiled; GPUs do not.
     with mock.patch.object(of_backend, "build_shm_op", lambda: None):
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    dims = ParallelDims.from_world(world, run.config.parallel.sequence, _RANK)
-    group, mpu = make_groups(dims)
-    return Processes(dims, torch.device("cpu"), group, mpu)
+    parallel = run.config.parallel
+    dims = ParallelDims.from_world(world, parallel.sequence, _RANK, parallel.context)
+    return Processes(dims, torch.device("cpu"), *make_groups(dims))
 
 
 class _OneSegment:
@@ -187,8 +187,8 @@ def _batch(
     dims, length = processes.dims, run.config.target_len
     ends = {length}
     if window is Window.SHORT:
-        for rank in range(dims.sequence):
-            start, stop = chunk_bounds(length, rank, dims.sequence)
+        for rank in range(dims.segment_ranks):
+            start, stop = chunk_bounds(length, rank, dims.segment_ranks)
             ends |= {*range(start + short_document_tokens, stop, short_document_tokens), stop}
     store = _OneSegment(window, np.array(sorted(ends), np.int32))
     return load_rank_batch(
@@ -196,6 +196,7 @@ def _batch(
         MicroStep(window, tuple(range(dims.data))),
         dims,
         processes.sequence_group,
+        context_group=processes.context_group,
         mixed=run.config.training.mixed,
         kernel=run.machine.attention.kernel,
     )

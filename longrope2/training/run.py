@@ -174,14 +174,22 @@ def _heldout_losses(rank: _Rank, done: int) -> dict[str, float]:
 
 def _batch_loader(rank: _Rank) -> Callable[[int], list[RankBatch]]:
     """A function from an optimizer step to this rank's micro-steps of it."""
-    run, dims, group = rank.run, rank.processes.dims, rank.processes.sequence_group
+    run, processes = rank.run, rank.processes
     store = SegmentStore(run.segments_folder)
     mixed, kernel = run.config.training.mixed, run.machine.attention.kernel
 
     def load(step: int) -> list[RankBatch]:
         return [
-            load_rank_batch(store, micro, dims, group, mixed=mixed, kernel=kernel)
-            for micro in run.schedule.micro_steps(step, dims.data)
+            load_rank_batch(
+                store,
+                micro,
+                processes.dims,
+                processes.sequence_group,
+                context_group=processes.context_group,
+                mixed=mixed,
+                kernel=kernel,
+            )
+            for micro in run.schedule.micro_steps(step, processes.dims.data)
         ]
 
     return load

@@ -39,7 +39,8 @@ from longrope2.training.step import StepGuard, run_step
 
 _RELATIVE = 1e-4
 _VOCABULARY, _HEAD_DIM, _LAYERS = 61, 16, 2
-_CHUNK_TOKENS = 24  # per sequence rank
+_LEAST_HIDDEN = 32
+_CHUNK_TOKENS = 24  # per rank
 _BUCKET_ELEMENTS = 10_000
 _KINDS = {Window.SHORT: ("aligned", "crossing"), Window.LONG: ("crossing", "aligned")}
 _Sums = dict[str, float]
@@ -67,12 +68,13 @@ def check_parity(run: ResolvedRun, processes: Processes) -> None:
                 both = f"{value:.7g} in this layout, {alone:.7g} in one process"
                 faults.append(f"{window.value} window: {name} {both}")
     if faults:
-        layout = f"{dims.data} data x {dims.sequence} sequence, ZeRO stage {stage}"
+        layout = f"{dims.describe()}, ZeRO stage {stage}"
         raise UserError(
             f"the self-test before training failed: {'; '.join(faults)} (layout: {layout}; {heads} "
             f"query and {kv_heads} key/value heads). Training would not compute what it should. "
             "Compare the installed versions of deepspeed, torch and transformers with "
-            "constraints.txt, or use another parallel.sequence or parallel.zero_stage"
+            "constraints.txt, or use another parallel.sequence, parallel.context or "
+            "parallel.zero_stage"
         )
 
 
@@ -111,17 +113,20 @@ def _steps_in_layout(
     run: ResolvedRun, heads: int, kv_heads: int, processes: Processes
 ) -> dict[Window, _Sums]:
     """One step per window through DeepSpeed at a learning rate of 0."""
-    dims, group = processes.dims, processes.sequence_group
-    kernel, clip = run.machine.attention.kernel, run.config.training.gradient_clip
-    model = _tiny_model(heads, kv_heads, processes)
+    dims, kernel = processes.dims, run.machine.attention.kernel
+    group, context_group = processes.sequence_group, processes.context_group
+    model = tiny_model(heads, kv_heads, dims.segment_ranks).to(processes.device)
     take_in_shares(model, run, processes)
     engine = wrap_model(model, run, processes)
-    guard = StepGuard(engine, clip=clip)
+    guard = StepGuard(engine, clip=run.config.training.gradient_clip)
     sums = {}
     for window in Window:
-        store = _TinySegments(window, dims)
+        store = TinySegments(window, dims)
         micro_steps = [store.micro_step(number) for number in range(run.micro_steps)]
-        batches = [load_rank_batch(store, m, dims, group, kernel=kernel) for m in micro_steps]
+        batches = [
+            load_rank_batch(store, m, dims, group, context_group=context_group, kernel=kernel)
+            for m in micro_steps
+        ]
         batches = [batch.to(processes.device) for batch in batches]
         report = run_step(guard, batches, dims, learning_rate=0.0)
         sums[window] = {"loss": report.loss, "gradient norm": report.gradient_norm}
@@ -131,8 +136,8 @@ def _steps_in_layout(
 
 def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes) -> _Sums:
     """The same step on all segments of all ranks, in this process."""
-    model = _tiny_model(heads, kv_heads, processes)
-    store = _TinySegments(window, processes.dims)
+    model = tiny_model(heads, kv_heads, processes.dims.segment_ranks).to(processes.device)
+    store = TinySegments(window, processes.dims)
     one = ParallelDims.from_world(1, 1)
     total, targets = torch.zeros((), device=processes.device), 0
     for index in range(store.num_segments):
@@ -144,13 +149,13 @@ def _step_alone(window: Window, heads: int, kv_heads: int, processes: Processes)
     return {"loss": total.item() / targets, "gradient norm": torch.stack(norms).norm().item()}
 
 
-def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedModel:
-    """The tiny model, the same on every rank."""
+def tiny_model(heads: int, kv_heads: int, segment_ranks: int) -> WindowedModel:
+    """The tiny model for so many ranks that share a segment, the same on every rank."""
     torch.manual_seed(0)
     original_len = _CHUNK_TOKENS // 2
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=32,
+        hidden_size=-(-_LEAST_HIDDEN // heads) * heads,  # transformers wants a multiple
         intermediate_size=48,
         num_hidden_layers=_LAYERS,
         num_attention_heads=heads,
@@ -161,26 +166,26 @@ def _tiny_model(heads: int, kv_heads: int, processes: Processes) -> WindowedMode
         max_position_embeddings=original_len,
     )
     geometry = RopeGeometry(rotary_dim=_HEAD_DIM, rope_base=10_000.0, original_len=original_len)
-    target_len = _CHUNK_TOKENS * max(2, processes.dims.sequence)
+    target_len = _CHUNK_TOKENS * max(2, segment_ranks)
     factors = closed_form_factors(RopeMethod.yarn, geometry, target_len)
-    return WindowedModel(LlamaForCausalLM(config), factors).to(processes.device)
+    return WindowedModel(LlamaForCausalLM(config), factors)
 
 
-class _TinySegments:
+class TinySegments:
     """Two segments per data-parallel group; in one of them documents cross the ranks' borders."""
 
     def __init__(self, window: Window, dims: ParallelDims) -> None:
         self.window = window
         self.num_segments = 2 * dims.data
-        self._data, self._length = dims.data, _CHUNK_TOKENS * dims.sequence
+        self._data, self._length = dims.data, _CHUNK_TOKENS * dims.segment_ranks
 
     def micro_step(self, number: int) -> MicroStep:
         """One of the two micro-steps."""
         return MicroStep(self.window, tuple(range(number * self._data, (number + 1) * self._data)))
 
     def segment(self, index: int) -> Segment:
-        """Random tokens; documents of 7 and 17 tokens in a rank's chunk, or of 10 across them."""
-        ends = np.array([*range(10, self._length, 10), self._length], np.int32)
+        """Random tokens; documents of 7 and 17 tokens in a rank's chunk, or of 11 across them."""
+        ends = np.array([*range(11, self._length, 11), self._length], np.int32)
         if _KINDS[self.window][index // self._data] == "aligned":
             chunks = np.arange(0, self._length, _CHUNK_TOKENS, dtype=np.int32)
             ends = np.stack([chunks + 7, chunks + _CHUNK_TOKENS], axis=1).flatten()

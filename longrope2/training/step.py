@@ -58,7 +58,7 @@ def check_agreement(
     Raises:
         DataError: on every rank, naming the ranks that differ from the others and the step.
     """
-    sizes = [dims.world_size] + [dims.sequence] * dims.data
+    sizes = [dims.world_size] + [dims.segment_ranks] * dims.data
     pairs = zip(sizes, sums[::2], sums[1::2], strict=True)
     if all(size * int(squares) == int(total) ** 2 for size, total, squares in pairs):
         return
@@ -75,13 +75,13 @@ def _who_differs(everyone: Sequence[tuple[str, str]], dims: ParallelDims) -> str
     if odd:
         works_on = f"rank {odd[0]} works on windows {everyone[odd[0]][0]}"
         return f"{works_on}, the others on {most_common}{_more(odd)}"
-    for first in range(0, dims.world_size, dims.sequence):
-        group = range(first, first + dims.sequence)
+    for first in range(0, dims.world_size, dims.segment_ranks):
+        group = range(first, first + dims.segment_ranks)
         most_common = Counter(everyone[rank][1] for rank in group).most_common(1)[0][0]
         odd = [rank for rank in group if everyone[rank][1] != most_common]
         if odd:
             works_on = f"rank {odd[0]} works on segments {everyone[odd[0]][1]}"
-            return f"{works_on}, its sequence-parallel group on {most_common}{_more(odd)}"
+            return f"{works_on}, the others of its segment on {most_common}{_more(odd)}"
     return "ranks disagree about windows or segments, but no longer when asked"
 
 
@@ -233,7 +233,7 @@ def gradient_scale(
 
     The gradient wanted is that of (sum of all token losses of the step) / ``num_targets``.
     DeepSpeed divides by the micro-steps, and then by the whole world under ZeRO-3's reduce-scatter,
-    but by world / sequence under stages 0 to 2.
+    but under stages 0 to 2 by the groups that work on different segments.
     """
     averaged_over = dims.world_size if zero_stage == 3 else dims.data
     return averaged_over * micro_steps / max(1, num_targets)
@@ -286,7 +286,7 @@ def run_step(
         if number < len(batches):
             engine.step()
     mark("update")
-    squares = sum(batch.squared_lengths for batch in batches) / dims.sequence
+    squares = sum(batch.squared_lengths for batch in batches) / dims.segment_ranks
     *sums, squared_lengths = _sum_over_ranks(torch.stack([*loss_sums.values(), zero + squares]))
     seconds: dict[Window, list[float]] = {window: [] for window in Window}
     for window, *of_micro_step in moments:

@@ -20,6 +20,7 @@ from longrope2.planning.timing import (
     exchange_passes,
     gather_bytes,
     gathered_from_all,
+    key_bytes,
     product_flops,
 )
 from longrope2.rope.factors import Window
@@ -172,20 +173,29 @@ def _micro_step_figures(
 ) -> list[Figure]:
     tokens = layout.local_tokens(workload)
     forward = 2 * shape.attention_flops(workload.attended_len(window)) * tokens
-    sent = (layout.sequence - 1) / layout.sequence
-    exchanged = exchange_bytes(shape, workload, layout) if window is Window.LONG else 0.0
+    is_long, context, passes = window is Window.LONG, layout.context, exchange_passes(shape, layout)
+    exchanged = exchange_bytes(shape, workload, layout) if is_long else 0.0
+    keys = key_bytes(shape, workload, layout) if is_long else 0.0
+    if is_long and context > 1:  # two chunks of 2n, which read r and 2n + 1 - r of as many
+        forward *= (2 * context + 1) / (4 * context)
     weights, gradients = gather_bytes(shape, layout)
+    # Keys are gathered forward, with a rank's own; their gradients sent back all to all.
+    all_keys = (passes - 1) * keys * context / max(1, context - 1)
     planned = {
         ("products", "TFLOP"): product_flops(shape, layout) * tokens,
         ("attention, whole squares", "TFLOP"): attention_flops(shape, layout, forward),
-        ("exchanged, sent", "GB"): exchange_passes(shape, layout) * exchanged,
-        ("weights gathered", "GB"): weights,
+        ("exchanged, sent", "GB"): passes * exchanged + keys,
+        ("weights gathered" if context == 1 else "weights and keys gathered", "GB"): weights
+        + all_keys,
         ("gradients reduced", "GB"): gradients,
     }
     found = (
         counted.products,
         counted.attention,
-        counted.moved("all_to_all_single") * sent,
+        sum(
+            counted.moved("all_to_all_single", ranks) * (ranks - 1) / ranks
+            for ranks in {layout.sequence, context}
+        ),
         counted.moved("all_gather_into_tensor"),
         counted.moved("reduce_scatter_tensor"),
     )

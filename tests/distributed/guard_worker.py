@@ -56,9 +56,7 @@ def run(zero_stage: int, precision: str, losses: list[Any]) -> dict:
     parallel = ParallelConfig(zero_stage=zero_stage, replicate_below=0)
     training = TrainingConfig(learning_rate=1e-2, gradient_clip=0.5)
     dims = ParallelDims.from_world(1, 1)
-    model = WindowedModel(
-        tiny_llama(kv_heads=2).to(torch.bfloat16 if bf16 else torch.float32), factors()
-    )
+    model = WindowedModel(tiny_llama("2").to(torch.bfloat16 if bf16 else torch.float32), factors())
     store = SegmentsInMemory(KINDS)
     micro = [MicroStep(store.segment(i).window, (i,)) for i in range(len(KINDS))]
     engine, *_ = deepspeed.initialize(

@@ -1,7 +1,8 @@
 """Run under torchrun: peak bytes of the tensors that are alive while a tiny random Llama trains.
 
-Arguments: OUTPUT.json, then one ``recompute:sequence:tokens:kind:norm`` per case; kind L is one
-long segment, S a short one of documents of 512 tokens. Every storage that an operator returns
+Arguments: OUTPUT.json, then one ``recompute:ranks:tokens:kind:norm`` per case; ``ranks`` is the
+sequence-parallel size, or ``context x sequence`` as in ``2x1``; kind L is one long segment, S a
+short one of documents of 512 tokens. Every storage that an operator returns
 counts from then until it is freed, on whichever thread, DeepSpeed's buffers and what autograd saves
 included; scratch space inside one operator, the interpreter and libraries do not. (Resident memory
 is too noisy for sizes like these, and torch's profiler does not see what gloo's threads free.)
@@ -64,15 +65,16 @@ class OneSegment:
         )
 
 
-def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
+def train(recompute: str, ranks: str, norm: str, store: OneSegment) -> None:
     """Two steps as ``launch.train`` makes them."""
     import deepspeed
 
-    parallel = ParallelConfig(sequence=sequence, zero_stage=3, replicate_below=0)
+    context, sequence = map(int, ranks.split("x") if "x" in ranks else (1, ranks))
+    parallel = ParallelConfig(sequence=sequence, context=context, zero_stage=3, replicate_below=0)
     dims = ParallelDims.from_world(
-        torch.distributed.get_world_size(), sequence, torch.distributed.get_rank()
+        torch.distributed.get_world_size(), sequence, torch.distributed.get_rank(), context
     )
-    group, mpu = make_groups(dims)
+    group, mpu, context_group, _ = make_groups(dims)
     factors = closed_form_factors(
         RopeMethod.pi, RopeGeometry(32, 10_000.0, ORIGINAL_LEN), store.tokens
     )
@@ -91,7 +93,7 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
     guard = StepGuard(engine, clip=1.0)
     for step in range(NUM_STEPS):
         micro = MicroStep(store.window, tuple(range(step, step + dims.data)))
-        batches = [load_rank_batch(store, micro, dims, group)]
+        batches = [load_rank_batch(store, micro, dims, group, context_group=context_group)]
         run_step(guard, batches, dims, learning_rate=1e-4)
     if mpu is not None:
         mpu._release_sequence_parallel_groups()
@@ -100,11 +102,11 @@ def train(recompute: str, sequence: int, norm: str, store: OneSegment) -> None:
 
 def measured_peak(case: str) -> int:
     """Highest sum of live storages, bytes."""
-    recompute, sequence, tokens, kind, norm = case.split(":")
+    recompute, ranks, tokens, kind, norm = case.split(":")
     store = OneSegment(int(tokens), Window.LONG if kind == "L" else Window.SHORT)
     gc.collect()
     with LiveStorages() as storages:
-        train(recompute, int(sequence), norm, store)
+        train(recompute, ranks, norm, store)
     return storages.peak
 
 

@@ -1,8 +1,10 @@
 """Run under torchrun: three steps of a tiny random Llama in each requested layout, written out.
 
-Arguments: OUTPUT.pt, then one ``zero_stage:sequence:kv_heads:segments`` per case, where
-``segments`` is a word over S (short, aligned), U (short, unaligned) and L (long), or the name of a
-check in ``layout_checks.py``. Weights, data and batch are the same for every layout.
+Arguments: OUTPUT.pt, then one ``zero_stage:ranks:heads:segments`` per case, where ``ranks`` is the
+sequence-parallel size, or ``context x sequence`` as in ``2x4``, ``heads`` the key/value heads of
+four query heads, or both as in ``9/3``, and ``segments`` a word over S (short, aligned for four
+ranks), U (short, unaligned) and L (long); or the name of a check in ``layout_checks.py``. Weights,
+data and batch are the same for every layout.
 """
 
 import os
@@ -25,7 +27,7 @@ from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.segments.format import Segment
 from longrope2.segments.schedule import MicroStep
-from longrope2.training.batch import load_rank_batch
+from longrope2.training.batch import RankBatch, load_rank_batch
 from longrope2.training.config import TrainingConfig, ZeroConfig
 from longrope2.training.engine import deepspeed_settings
 from longrope2.training.optimizer import make_optimizer
@@ -69,14 +71,16 @@ class SegmentsInMemory:
         return [MicroStep(self.segment(i).window, tuple(range(i, i + dims.data))) for i in starts]
 
 
-def tiny_llama(kv_heads: int) -> nn.Module:
+def tiny_llama(heads: str) -> nn.Module:
+    """A Llama with the heads of a case."""
     torch.manual_seed(0)
+    query_heads, kv_heads = map(int, heads.split("/") if "/" in heads else (4, heads))
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=64,
+        hidden_size=-(-64 // query_heads) * query_heads,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=query_heads,
         num_key_value_heads=kv_heads,
         head_dim=16,
         tie_word_embeddings=kv_heads == 4,
@@ -90,10 +94,10 @@ def factors() -> RescaleFactors:
     return closed_form_factors(RopeMethod.yarn, geometry, LENGTH)
 
 
-def processes_of(sequence: int) -> Processes:
-    """This process in a grid with ``sequence`` ranks per segment."""
+def processes_of(sequence: int, context: int = 1) -> Processes:
+    """This process in a grid with ``context * sequence`` ranks per segment."""
     dims = ParallelDims.from_world(
-        int(os.environ.get("WORLD_SIZE", "1")), sequence, torch.distributed.get_rank()
+        int(os.environ.get("WORLD_SIZE", "1")), sequence, torch.distributed.get_rank(), context
     )
     return Processes(dims, torch.device("cpu"), *make_groups(dims))
 
@@ -117,13 +121,22 @@ def whole_weights(model: WindowedModel) -> dict[str, torch.Tensor]:
     return weights
 
 
+def rank_batch(store: SegmentsInMemory, micro: MicroStep, processes: Processes) -> RankBatch:
+    """This rank's share of a micro-step."""
+    group, context_group = processes.sequence_group, processes.context_group
+    return load_rank_batch(store, micro, processes.dims, group, context_group=context_group)
+
+
 def train_case(case: str) -> dict[str, Any]:
     import deepspeed
 
-    zero_stage, sequence, kv_heads, kinds = case.split(":")
-    parallel = ParallelConfig(sequence=int(sequence), zero_stage=int(zero_stage), replicate_below=0)
-    processes = processes_of(parallel.sequence)
-    model = WindowedModel(tiny_llama(int(kv_heads)), factors())
+    zero_stage, ranks, heads, kinds = case.split(":")
+    context, sequence = map(int, ranks.split("x") if "x" in ranks else (1, ranks))
+    parallel = ParallelConfig(
+        sequence=sequence, context=context, zero_stage=int(zero_stage), replicate_below=0
+    )
+    processes = processes_of(sequence, context)
+    model = WindowedModel(tiny_llama(heads), factors())
     store = SegmentsInMemory(kinds)
     micro = store.micro_steps(processes.dims)
     engine, *_ = deepspeed.initialize(
@@ -137,9 +150,7 @@ def train_case(case: str) -> dict[str, Any]:
     guard = StepGuard(engine, clip=TRAINING.gradient_clip)
     steps = []
     for step in range(1, NUM_STEPS + 1):
-        batches = [
-            load_rank_batch(store, m, processes.dims, processes.sequence_group) for m in micro
-        ]
+        batches = [rank_batch(store, m, processes) for m in micro]
         rate = TRAINING.learning_rate
         report = run_step(guard, batches, processes.dims, learning_rate=rate, step=step)
         steps.append(

@@ -58,9 +58,9 @@ def losses_of(
     return total, targets
 
 
-def train(kv_heads: int, kinds: str) -> dict[str, Any]:
+def train(heads: str, kinds: str) -> dict[str, Any]:
     """Loss and gradient norm of every step, and the weights after the last."""
-    short = tiny_llama(kv_heads)
+    short = tiny_llama(heads)
     short.set_attn_implementation("eager")
     long = long_model(short)
     matrices = [p for n, p in short.named_parameters() if p.dim() > 1 and "embed" not in n]

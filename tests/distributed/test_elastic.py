@@ -1,4 +1,4 @@
-"""A run that goes on with other numbers of ranks and sequence ranks is the same run."""
+"""A run that goes on with other numbers of ranks on every axis is the same run."""
 
 import math
 from collections.abc import Iterator
@@ -38,10 +38,17 @@ def ranks(runs: Path) -> Iterator[ForkedRanks]:
 
 
 def train(
-    ranks: ForkedRanks, runs: Path, name: str, data: int, sequence: int, *overrides: str
+    ranks: ForkedRanks,
+    runs: Path,
+    name: str,
+    data: int,
+    sequence: int,
+    *overrides: str,
+    context: int = 1,
 ) -> None:
-    world = data * sequence
-    parallel = (f"parallel.processes={world}", f"parallel.sequence={sequence}")
+    world = data * context * sequence
+    parallel = (f"parallel.processes={world}", f"parallel.sequence={sequence}",
+                f"parallel.context={context}")  # fmt: skip
     config = write_config(runs, name, *TRAINING, *parallel, *overrides)
     assert ranks.run(config, world) == [0] * world, ranks.printed()[-4000:]
 
@@ -90,6 +97,14 @@ def test_four_ranks_two_ranks_four_ranks(
         if p.name.startswith((".step", "latest_"))
     ]
     assert left == []
+
+
+def test_context_ranks_come_and_go(ranks: ForkedRanks, runs: Path, undisturbed: Outcome) -> None:
+    """Packed for two ranks a segment: with four, short segments gather keys too."""
+    train(ranks, runs, "context", 1, 2, "training.stop_after_step=3", context=2)
+    train(ranks, runs, "context", 2, 1, "training.stop_after_step=5")
+    train(ranks, runs, "context", 1, 1, context=4)
+    check_same(runs, "context", undisturbed)
 
 
 def test_stages_1_and_2(ranks: ForkedRanks, runs: Path, undisturbed: Outcome) -> None:

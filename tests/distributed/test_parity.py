@@ -21,7 +21,16 @@ ALL_LAYOUTS = [
     f"{z}:{s}:{kv}:{kinds}" for z, s, kv, kinds in product((0, 3), (1, 2, 4), KV_HEADS, STREAMS)
 ]
 # The part of them that two ranks show, and two query heads per key/value head.
-FEW_LAYOUTS = ["3:2:4:SSLL", "3:1:4:SSLL", "0:2:4:SSLL", "3:2:2:UULL", "3:2:1:LLUU"]
+FEW_LAYOUTS = ["3:2:4:SSLL", "3:1:4:SSLL", "0:2:4:SSLL", "3:2:2:UULL", "3:2:1:LLUU",
+               "3:2x1:9/3:UULL"]  # fmt: skip
+# The context axis with every ZeRO stage and each kind of segment, ``context x sequence`` ranks a
+# segment; 9 query heads cannot be shared by 2, 4 or 8 ranks.
+CONTEXT_LAYOUTS = {
+    4: ["3:4x1:9/3", "3:2x1:9/3", "3:2x2:32/8", "0:2x2:32/8", "1:2x2:40/10", "2:4x1:40/10"],
+    8: ["3:8x1:9/3", "3:4x1:9/3", "3:2x1:9/3", "3:4x2:32/8", "3:2x4:32/8", "3:2x2:40/10",
+        "0:8x1:32/8", "1:4x2:40/10", "2:2x2:32/8"],
+}  # fmt: skip
+CONTEXT_STREAM = "SSSSUUUULLLL"
 CHECKS = ["selftest", "disagreement", "recompute", "shares"]
 
 
@@ -43,18 +52,18 @@ def run_cases(processes: int, cases: list[str]) -> dict[str, Any]:
 
 
 @cache
-def plain(kv_heads: int, kinds: str) -> dict[str, Any]:
+def plain(heads: str, kinds: str) -> dict[str, Any]:
     """The case in one process, without this project's model code."""
     if str(WORKER.parent) not in sys.path:
         sys.path.insert(0, str(WORKER.parent))
     import plain_reference
 
-    return plain_reference.train(kv_heads, kinds)
+    return plain_reference.train(heads, kinds)
 
 
 def assert_equal_to_plain(found: dict[str, Any], case: str) -> None:
-    _, _, kv_heads, kinds = case.split(":")
-    expected = plain(int(kv_heads), kinds)
+    _, _, heads, kinds = case.split(":")
+    expected = plain(heads, kinds)
     for step_expected, step_found in zip(expected["steps"], found["steps"], strict=True):
         assert step_found["targets"] == step_expected["targets"]
         assert step_found["loss"] == pytest.approx(step_expected["loss"], rel=RELATIVE)
@@ -91,6 +100,28 @@ def test_four_processes_equal_one(fourfold: dict[str, Any], case: str) -> None:
     assert_equal_to_plain(fourfold[case], case)
 
 
+@pytest.fixture(scope="module", params=CONTEXT_LAYOUTS)
+def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
+    cases = [f"{layout}:{CONTEXT_STREAM}" for layout in CONTEXT_LAYOUTS[request.param]]
+    return request.param, run_cases(request.param, cases)
+
+
+@pytest.mark.slow
+def test_context_ranks_equal_one(shared: tuple[int, dict[str, Any]]) -> None:
+    ranks, found = shared
+    for layout in CONTEXT_LAYOUTS[ranks]:
+        case = f"{layout}:{CONTEXT_STREAM}"
+        assert_equal_to_plain(found[case], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 6])
+def test_selftest_in_every_grid_of_three_and_six(ranks: int) -> None:
+    found = run_cases(ranks, ["grids"])["grids"]
+    assert len(found) == {3: 2, 6: 5}[ranks] * 2
+    assert set(found.values()) == {None}
+
+
 @pytest.mark.slow
 def test_one_process_with_deepspeed_equals_plain_torch() -> None:
     cases = [f"{zero}:1:{kv}:SSSSLLLL" for zero in (0, 3) for kv in KV_HEADS]
@@ -121,8 +152,7 @@ def test_ranks_that_work_on_different_things(double: dict[str, Any]) -> None:
     found = double["disagreement"]
     assert found["same"] is None
     assert (
-        "step 7: rank 1 works on segments 1 0, its sequence-parallel group on 0 1"
-        in found["segment"]
+        "step 7: rank 1 works on segments 1 0, the others of its segment on 0 1" in found["segment"]
     )
     assert "step 7: rank 1 works on windows long short, the others on long long" in found["window"]
 
@@ -137,6 +167,19 @@ def test_recompute_policies_under_zero_3(double: dict[str, Any]) -> None:
         assert all(
             torch.equal(value, none["weights"][name]) for name, value in found["weights"].items()
         )
+
+
+@pytest.mark.slow
+def test_recompute_policies_with_gathered_keys() -> None:
+    """Equal to the last bit; under ``dense`` nothing is gathered again."""
+    found = run_cases(2, ["recompute_context"])["recompute_context"]
+    none, layers_and_micro_steps = found["none"], 2 * 2
+    for name, runs in (("none", 1), ("dense", 1), ("full", 2)):
+        assert found[name]["exchange"] == runs * layers_and_micro_steps
+        assert found[name]["attention"] == runs * none["attention"]
+        assert (found[name]["loss"], found[name]["norm"]) == (none["loss"], none["norm"])
+        for parameter, value in found[name]["weights"].items():
+            assert torch.equal(value, none["weights"][parameter])
 
 
 def test_no_rank_holds_the_whole_model(double: dict[str, Any]) -> None:

@@ -151,11 +151,12 @@ def test_four_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axis", ["sequence", "context"])
 def test_processes_that_share_samples_find_the_same_within_rounding(
-    folder: Path, alone: Path
+    folder: Path, alone: Path, axis: str
 ) -> None:
     """Two workers of two processes each; sums are rounded elsewhere, so values agree to 1e-5."""
-    product = searched(folder, "shared", "parallel.processes=4", "parallel.sequence=2")
+    product = searched(folder, f"shared_{axis}", "parallel.processes=4", f"parallel.{axis}=2")
     ours, theirs = (json.loads((p / "history.json").read_text()) for p in (product, alone))
     assert ours["critical_index"] == theirs["critical_index"]
     assert ours["kept"][0]["factors"] == theirs["kept"][0]["factors"]

@@ -33,6 +33,7 @@ def settings(layout: Layout) -> list[str]:
     given = [
         f"parallel.processes={layout.num_processes}",
         f"parallel.sequence={layout.sequence}",
+        f"parallel.context={layout.context}",
         f"training.recompute={layout.recompute.value}",
         f"training.same_kind_segments={layout.data}",
     ]

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
-from longrope2.attention.layout import build_layout
+from longrope2.attention.layout import Axis, build_layout
 from longrope2.errors import UserError, first_line
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.variants import ExportVariant, variant_factors
@@ -257,7 +257,7 @@ def _rank_difference(
     labels_BT = tokens_BT.roll(-1)
     rank, group = processes.dims.sequence_rank, processes.sequence_group
     mine = slice(100 * rank, 100 * (rank + 1))
-    parts = build_layout(window, ends, sequence_rank=rank, sequence_group=group, sequence_size=2)
+    parts = build_layout(window, ends, sequence=Axis(rank, 2, group))
     whole = build_layout(window, ends)
     with torch.no_grad():
         one_BTV = model.logits(tokens_BT, window, whole)

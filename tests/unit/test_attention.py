@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longrope2.attention.layout import Padded, build_layout, chunk_bounds
+from longrope2.attention.layout import Axis, Padded, build_layout, chunk_bounds
 from longrope2.attention.windowed import windowed_attention
 from longrope2.rope.factors import Window
 
@@ -88,7 +88,7 @@ def test_rank_chunks_cover_the_segment() -> None:
     ends = (3, 8, 10, 12)
     whole = build_layout(Window.SHORT, ends).positions_BT[0].tolist()
     parts = [
-        build_layout(Window.SHORT, ends, sequence_rank=r, sequence_size=3).positions_BT[0].tolist()
+        build_layout(Window.SHORT, ends, sequence=Axis(r, 3)).positions_BT[0].tolist()
         for r in range(3)
     ]
     assert [p for part in parts for p in part] == whole

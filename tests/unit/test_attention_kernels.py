@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from longrope2.attention.kernels import Varlen, choose_kernel, varlen_attention
-from longrope2.attention.layout import build_layout
-from longrope2.attention.windowed import windowed_attention
+from longrope2.attention.layout import Axis, Gathered, build_layout
+from longrope2.attention.windowed import attend_parts, windowed_attention
 from longrope2.errors import ConfigError
 from longrope2.kernel_choice import AttentionKernel
 from longrope2.rope.factors import Window
@@ -28,19 +28,27 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def fake_varlen(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_lens: Tensor, scale: float
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lens: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Brute force over the documents between the cumulative lengths."""
+    """Brute force over the documents between the cumulative lengths of queries and keys.
+
+    The last query of a document reads its last key, as both kernels have it.
+    """
     k_TKD, v_TKD = (
         x.repeat_interleave(q_THD.shape[1] // x.shape[1], dim=1) for x in (k_TKD, v_TKD)
     )
-    document_T = torch.bucketize(torch.arange(len(q_THD)), cu_lens[1:], right=True)
-    allowed_TC = torch.ones(len(q_THD), len(q_THD), dtype=torch.bool).tril() & (
-        document_T[:, None] == document_T
-    )
+    (document_T, left_T), (document_C, left_C) = map(places, lens)
+    allowed_TC = (document_T[:, None] == document_C) & (left_C >= left_T[:, None])
     scores_HTC = torch.einsum("thd,chd->htc", q_THD, k_TKD) * scale
     weights_HTC = scores_HTC.masked_fill(~allowed_TC, float("-inf")).softmax(-1)
     return torch.einsum("htc,chd->thd", weights_HTC, v_TKD)
+
+
+def places(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every token its document, and how many tokens of that are left."""
+    token_T = torch.arange(int(ends[-1]))
+    document_T = torch.bucketize(token_T, ends[1:], right=True)
+    return document_T, ends[1:][document_T] - token_T
 
 
 class FakeFlashAttention(ModuleType):
@@ -75,7 +83,7 @@ class FakeFlashAttention(ModuleType):
         assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
         self.calls.append(f"varlen {cu_seqlens_q.tolist()}")
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        return fake_varlen(q, k, v, cu_seqlens_q, softmax_scale)
+        return fake_varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k), softmax_scale)
 
     def flash_attn_func(
         self,
@@ -92,15 +100,17 @@ class FakeFlashAttention(ModuleType):
         return_attn_probs=False,
     ) -> Tensor:
         assert causal and dropout_p == 0 and q.shape[0] == 1
-        self.calls.append(f"dense {q.shape[1]}")
-        return fake_varlen(q[0], k[0], v[0], torch.tensor([0, q.shape[1]]), softmax_scale)[None]
+        self.calls.append(f"dense {q.shape[1]} of {k.shape[1]}")
+        lens = (torch.tensor([0, q.shape[1]]), torch.tensor([0, k.shape[1]]))
+        return fake_varlen(q[0], k[0], v[0], lens, softmax_scale)[None]
 
 
 def fake_varlen_attn_of_torch_2_10(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
 ):
     assert is_causal and query.shape[1] == key.shape[1], "2.10 has no grouped heads"
-    return fake_varlen(query, key, value, cu_seq_q, query.shape[-1] ** -0.5)
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    return fake_varlen(query, key, value, (cu_seq_q, cu_seq_k), query.shape[-1] ** -0.5)
 
 
 def fake_varlen_attn_of_torch_2_13(
@@ -121,7 +131,8 @@ def fake_varlen_attn_of_torch_2_13(
     num_splits=None,
 ):
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
-    return fake_varlen(query, key, value, cu_seq_q, scale)
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    return fake_varlen(query, key, value, (cu_seq_q, cu_seq_k), scale)
 
 
 def random_qkv(kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +167,7 @@ def test_arguments_of_flash_attn(
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     assert_same_as_sdpa(AttentionKernel.flash_attn, window, kv_heads)
     assert fake.calls == [
-        f"varlen {[0, *DOC_ENDS]}" if window is Window.SHORT else f"dense {LENGTH}"
+        f"varlen {[0, *DOC_ENDS]}" if window is Window.SHORT else f"dense {LENGTH} of {LENGTH}"
     ]
 
 
@@ -174,6 +185,32 @@ def test_arguments_of_torch_varlen(
     assert_same_as_sdpa(AttentionKernel.torch_varlen, window, kv_heads)
 
 
+@pytest.mark.parametrize("window", list(Window))
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("kernel", [AttentionKernel.flash_attn, AttentionKernel.torch_varlen])
+def test_fewer_queries_than_keys(
+    monkeypatch: pytest.MonkeyPatch, kernel: AttentionKernel, rank: int, window: Window
+) -> None:
+    """Parts of a context rank: every kernel lets the last query read the last key."""
+    fake = FakeFlashAttention()
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    new = SimpleNamespace(varlen_attn=fake_varlen_attn_of_torch_2_13)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", new)
+    q, k, v = random_qkv(KV_HEADS)
+    outputs = []
+    for chosen in (kernel, AttentionKernel.sdpa):
+        layout = build_layout(window, DOC_ENDS, context=Axis(rank, 2), kernel=chosen)
+        assert isinstance(layout.documents, Gathered)
+        own = torch.cat([q[:, :, a:b] for a, b in layout.own_spans], dim=2)
+        keys = [tuple(x[:, :, slice(*p.keys)] for x in (k, v)) for p in layout.documents.parts]
+        outputs.append(attend_parts(own, keys, layout.documents, SCALING))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    if kernel is AttentionKernel.flash_attn:
+        long = ["dense 16 of 16", "dense 16 of 64"], ["dense 16 of 32", "dense 16 of 48"]
+        short = ["varlen [0, 5, 21, 22, 32]"], ["dense 8 of 18", "varlen [0, 24]"]
+        assert fake.calls == (long if window is Window.LONG else short)[rank]
+
+
 def test_a_scale_that_an_old_torch_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(varlen_attn=fake_varlen_attn_of_torch_2_10)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
@@ -186,11 +223,7 @@ def test_a_scale_that_an_old_torch_cannot_take(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("rank", range(2))
 def test_a_rank_of_an_aligned_segment_gets_its_own_documents(rank: int) -> None:
     layout = build_layout(
-        Window.SHORT,
-        (10, 32, 50, 64),
-        sequence_rank=rank,
-        sequence_size=2,
-        kernel=AttentionKernel.flash_attn,
+        Window.SHORT, (10, 32, 50, 64), sequence=Axis(rank, 2), kernel=AttentionKernel.flash_attn
     )
     documents = layout.documents
     assert isinstance(documents, Varlen) and layout.exchange_group is None

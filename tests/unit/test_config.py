@@ -280,8 +280,29 @@ def test_sequence_size_that_does_not_divide_the_target_or_the_heads() -> None:
     found = check_faults(3, "parallel.sequence=3", "training.same_kind_segments=1")
     assert found[0].startswith("target_len=2048 must be a multiple of parallel.sequence=3")
     assert found[1].startswith(
-        "parallel.sequence=3 cannot share 4 query and 4 key/value heads; use one of [1, 2, 4]"
+        "parallel.sequence=3 cannot share 4 query and 4 key/value heads; use one of [1, 2, 4]; "
+        "parallel.context shares a segment without sharing heads"
     )
+
+
+def test_context_size_that_does_not_divide_the_processes() -> None:
+    assert check_faults(4, "parallel.sequence=2", "parallel.context=4") == [
+        "parallel.sequence=2 x parallel.context=4 = 8 does not divide 4 processes; "
+        "their product may be [1, 2, 4]"
+    ]
+    assert check_faults(4, "parallel.context=0") == [
+        "parallel.sequence=1 and parallel.context=0 must both be at least 1"
+    ]
+
+
+def test_context_size_that_does_not_divide_the_target_but_may_the_heads() -> None:
+    found = check_faults(5, "parallel.context=5", "training.same_kind_segments=1")
+    assert found == [
+        "target_len=2048 must be a multiple of 10 with parallel.sequence=1 x parallel.context=5, "
+        "so that every rank holds an equal share of a segment"
+    ]
+    for fitting in (["parallel.context=8"], ["parallel.context=2", "parallel.sequence=4"]):
+        check(compose(TrainRoot, "train", [*TINY, *fitting]), Path("models/tiny"), 8)
 
 
 def test_data_parallel_size_must_divide_the_group() -> None:

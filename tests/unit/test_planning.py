@@ -39,6 +39,7 @@ from longrope2.planning.timing import (
     forward_hours,
     gather_bytes,
     gathered_from_all,
+    key_bytes,
     predict_time,
     product_flops,
 )
@@ -226,6 +227,61 @@ def test_a_segment_over_two_nodes_exchanges_over_links_and_network_at_once() -> 
     assert time.exchange == pytest.approx(7 * to_each / (0.7 * 300e9))
 
 
+def test_context_ranks_gather_keys_and_values() -> None:
+    """By hand: 8 key/value heads of 128 channels in bf16, 16,384 tokens a rank and axis."""
+    alone = Layout(8, 1, Recompute.dense, context=8)
+    assert exchange_bytes(LLAMA, MIX, alone) == 0
+    assert key_bytes(LLAMA, MIX, layout()) == 0
+    others = 32 * 7 * 16_384 * 2 * 8 * 128 * 2
+    assert key_bytes(LLAMA, MIX, alone) == others
+    inside = predict_time(LLAMA, MIX, alone, A100).micro_steps[Window.LONG]
+    assert inside.exchange == pytest.approx(2 * others / (0.7 * 300e9))
+    # Eight ranks exchange heads on a node; each gathers one head's keys from the other node.
+    over_nodes = Layout(4, 8, Recompute.full, context=2)
+    assert over_nodes.num_processes == 64 and over_nodes.local_tokens(MIX) == 8192
+    heads, keys = (of(LLAMA, MIX, over_nodes) for of in (exchange_bytes, key_bytes))
+    assert keys == 32 * 65_536 * 2 * 128 * 2
+    found = predict_time(LLAMA, MIX, over_nodes, A100).micro_steps
+    assert found[Window.LONG].exchange == pytest.approx(
+        3 * (heads / (0.7 * 300e9) + keys / (0.7 * 25e9))
+    )
+    assert found[Window.SHORT].exchange == 0
+
+
+def test_memory_of_context_ranks() -> None:
+    """Gathered keys and values are kept, and their gradients may outgrow those of the MLP."""
+    alone = Layout(8, 1, Recompute.dense, context=8)
+    kept = 2 * (2 * 4096 + 2 * 8 * 1024) + 4 * 32  # no second output: no heads are exchanged
+    assert predict_memory(LLAMA, MIX, alone).attention == 32 * 16_384 * kept
+    full = Layout(8, 1, Recompute.full, context=8)
+    saved = saved_layer_bytes_per_token(LLAMA, full)
+    mlp = 2 * (2 * 14_336 + 2 * 4096)
+    assert predict_memory(LLAMA, MIX, full).layer == 16_384 * (saved + mlp)
+    wide = Layout(1, 1, Recompute.full, context=64)
+    keys = 2 * (8 * 1024 * 64 + 2 * 4096 + 2 * 4096 - 4 * 14_336)
+    saved = saved_layer_bytes_per_token(LLAMA, wide)
+    assert predict_memory(LLAMA, MIX, wide).layer == 2048 * (saved + keys)
+
+
+def test_layouts_with_a_context_axis() -> None:
+    """Heads no longer limit how many GPUs share a segment: 512 train at a million tokens."""
+    many = dataclasses.replace(A100, num_gpus=512)
+    million = dataclasses.replace(MIX, target_len=1_048_576)
+    best = choose_layout(LLAMA, million, many, ZeroBuffers(), (1,)).best
+    assert best is not None and best.layout.segment_ranks == 64 and best.layout.data == 8
+    assert best.layout.sequence <= 32
+    odd_heads = ModelShape(576, 30, 9, 3, 64, 1536, 49_152, tied=True)
+    eight = dataclasses.replace(A100, num_gpus=8)
+    one_segment = dataclasses.replace(MIX, step_tokens=131_072)
+    best = choose_layout(odd_heads, one_segment, eight, ZeroBuffers(), (1,)).best
+    assert best is not None and (best.layout.sequence, best.layout.context) == (1, 8)
+    odd_target = dataclasses.replace(MIX, target_len=131_080, step_tokens=131_080 * 64)
+    wide = Layout(4, 1, Recompute.full, context=16)
+    refusal = find_refusal(LLAMA, odd_target, A100, wide)
+    assert refusal is not None
+    assert refusal.reason == "16 processes cannot share 131080 tokens evenly"
+
+
 def test_fused_norms_keep_and_move_less() -> None:
     """Two norms a layer: no float32 copy of 4096 channels, and 4 bytes a channel for 36."""
     fused, plain = (layout("none", fused_norms=value) for value in (True, False))
@@ -292,7 +348,8 @@ def test_best_layout_is_the_fastest_that_fits() -> None:
     )
     runnable = [c for c in choice.fitting if c.layout.micro_batch == 1]
     assert best.time.hours <= 1.01 * min(c.time.hours for c in runnable)
-    assert [c.time.hours for c in choice.fitting] == sorted(c.time.hours for c in choice.fitting)
+    keys = [(round(c.time.hours, 3), c.memory.peak) for c in choice.fitting]
+    assert keys == sorted(keys)  # of equal hours the one that takes less memory
     reasons = {r.layout.sequence: r.reason for r in choice.refused if r.memory is None}
     assert reasons[64] == "64 processes cannot share 32 query and 8 key/value heads"
     too_large = next(r for r in choice.refused if r.memory and r.layout == layout("none"))
@@ -434,7 +491,7 @@ def test_a_run_of_no_tokens_or_processes_is_refused() -> None:
         "target_len=4096 must be a multiple of model.original_len=8192, and not below it; "
         "use for example 8192",
         "training.global_batch_tokens=0 must be a multiple of target_len=4096",
-        "parallel.sequence=0 must divide parallel.processes=64, both above 0",
+        "parallel.sequence=0 and parallel.context=1 must both be at least 1",
         "parallel.zero_stage=2: the planner knows stage 3 only; set it to 3 to plan",
     )
 

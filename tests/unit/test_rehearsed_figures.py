@@ -53,6 +53,30 @@ def verified(of_phases: list[Phase]) -> Verification:
     return verify(SHAPE, WORK, LAYOUT, of_phases, mixed=True)
 
 
+def test_figures_of_a_context_axis_by_hand() -> None:
+    """Two context ranks: a long query reads five eighths of the segment on average.
+
+    Keys are gathered with the rank's own, their gradients sent half; heads by 8 ranks as before.
+    """
+    found = phases()
+    layout, tokens = replace(LAYOUT, data=4, context=2), 8192
+    long = next(phase for phase in found if phase.name == "long: backward")
+    heads = 2 * 32 * tokens * (2 * 4096 + 2 * 1024) * 2
+    keys = 32 * tokens * 2 * 2 * 1024 * 2
+    long.attention_flops = 14 * 32 * 4096 * (131_072 * 5 // 8) * tokens
+    long.collective_bytes[EXCHANGE, 8], long.collective_bytes[EXCHANGE, 2] = heads, keys
+    long.collective_bytes[GATHER, 2] = keys
+    figures = {
+        figure.what: figure for figure in verify(SHAPE, WORK, layout, found, mixed=True).figures
+    }
+    assert figures["long: attention, whole squares"].difference == pytest.approx(0)
+    assert figures["long: exchanged, sent"].difference == pytest.approx(0)
+    of_weights = figures["short: weights and keys gathered"]
+    of_both = figures["long: weights and keys gathered"]
+    assert of_both.planned - of_weights.planned == pytest.approx(keys / 1e9)
+    assert of_both.counted - of_weights.counted == pytest.approx(keys / 1e9)
+
+
 def test_flops_and_traffic_by_hand() -> None:
     figures = {figure.what: figure for figure in verified(phases()).figures}
     for kind in ("short", "long"):

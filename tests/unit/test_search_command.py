@@ -518,7 +518,16 @@ def test_all_faults_at_once(search: SearchRun, tmp_path: Path) -> None:
             "use for example 256",
         ),
         ("model.original_len=0", "model.original_len=0 is not a window"),
-        ("parallel.processes=0", "parallel.processes=0: must be a multiple of parallel.sequence=1"),
+        ("parallel.processes=0", "parallel.processes=0 must be above 0"),
+        (
+            "parallel.context=0",
+            "parallel.sequence=1 and parallel.context=0 must both be at least 1",
+        ),
+        (
+            "parallel.context=2",
+            "parallel.sequence=1 x parallel.context=2 = 2 does not divide 1 processes; their "
+            r"product may be \[1\]",
+        ),
         ("parallel.sequence=3", "parallel.sequence=3 cannot share 2 query and 2 key/value heads"),
         ("search.critical=8", "search.critical=8: must be null or a cosine index, 0 .. 7"),
         ("search.objectve=needle", "search.objectve"),
