@@ -159,42 +159,107 @@ def build_needle_sample(
         DataError: ``depth`` outside [0, 1], ``length`` too small for the fixed parts, too little
             haystack, or a value that is no token of its own (wording ``paper``).
     """
-    if not 0.0 <= depth <= 1.0:
-        raise DataError(f"depth={depth} is outside [0, 1]")
-    texts = needle_wording(key, value, wording)
-    head = [*encoder.start_ids, *encoder.encode(texts.instruction)]
-    needle = encoder.encode(texts.needle) if with_needle else []
-    tail, answer = _tail_and_answer(encoder, texts, wording)
-    num_haystack = length - len(head) - len(needle) - len(tail) - len(answer) - 1
-    if num_haystack < 0:
-        short = f"length={length} tokens is too short for a needle sample"
-        way_out = "" if wording is Wording.short else ", or less with wording=short"
-        raise DataError(f"{short}; at least {length - num_haystack}{way_out}")
-    if len(haystack_ids) < num_haystack:
+    needle = Needle(key, value, depth)
+    return build_haystack_samples(
+        encoder,
+        haystack_ids,
+        length=length,
+        needles=[needle],
+        with_needles=with_needle,
+        wording=wording,
+        places=places,
+    )[0]
+
+
+class Needle(NamedTuple):
+    """A key, its value, and where it stands in a haystack, 0 to 1."""
+
+    key: str
+    value: str
+    depth: float
+
+
+def build_haystack_samples(
+    encoder: DocumentTokenizer,
+    haystack_ids: np.ndarray,
+    *,
+    length: int,
+    needles: Sequence[Needle],
+    with_needles: bool = True,
+    wording: Wording = Wording.short,
+    places: np.ndarray | None = None,
+) -> list[NeedleSample]:
+    """A sample for every needle of one haystack, which holds them all; each asks for its own.
+
+    The samples begin alike, up to the questions: where a question is shorter than another, a few
+    more tokens of haystack stand before it, so that every sample has exactly ``length`` tokens.
+    Arguments and errors are those of ``build_needle_sample``; needles of one depth stand one behind
+    the other. The instruction is that of a single needle.
+    """
+    for needle in needles:
+        if not 0.0 <= needle.depth <= 1.0:
+            raise DataError(f"depth={needle.depth} is outside [0, 1]")
+    texts = [needle_wording(needle.key, needle.value, wording) for needle in needles]
+    head = [*encoder.start_ids, *encoder.encode(texts[0].instruction)]
+    hidden = [encoder.encode(text.needle) if with_needles else [] for text in texts]
+    ends = [_tail_and_answer(encoder, text, wording) for text in texts]
+    fixed = len(head) + sum(map(len, hidden)) + 1
+    room = [length - fixed - len(tail) - len(answer) for tail, answer in ends]
+    _refuse_room(room, haystack_ids, length=length, num_needles=len(needles), wording=wording)
+    cuts = [_cut(needle.depth, min(room), places) for needle in needles]
+    order = sorted(range(len(needles)), key=lambda number: (cuts[number], number))
+    parts, starts, done = [head], {}, 0
+    for number in order:
+        parts += [haystack_ids[done : cuts[number]], hidden[number]]
+        starts[number] = sum(map(len, parts)) - len(hidden[number])
+        done = cuts[number]
+    samples = []
+    for number, (needle, (tail, answer)) in enumerate(zip(needles, ends, strict=True)):
+        used = np.asarray(haystack_ids[: room[number]])
+        tokens = np.concatenate([*parts, used[done:], tail, answer, [encoder.eos_id]])
+        record = {
+            "wording": wording.value,
+            "instruction": texts[number].instruction,
+            "needle": texts[number].needle if with_needles else "",
+            "question": texts[number].question,
+            "answer_prefix": texts[number].answer_prefix,
+            "answer": texts[number].answer,
+            "needle_start": starts[number],
+            "num_needle_tokens": len(hidden[number]),
+            "num_haystack_tokens": room[number],
+            "haystack_sha256": hashlib.sha256(used.astype("<u4").tobytes()).hexdigest(),
+        }
+        sample = NeedleSample(
+            tokens.astype(np.int64), length - len(answer) - 1, **needle._asdict(), record=record
+        )
+        samples.append(sample)
+    return samples
+
+
+def _refuse_room(
+    room: Sequence[int], haystack_ids: np.ndarray, *, length: int, num_needles: int, wording: Wording
+) -> None:
+    """DataError where the fixed parts do not fit, or the haystack does not fill the room."""
+    if min(room) < 0:
+        what = "a needle sample" if num_needles == 1 else f"{num_needles} needles in one haystack"
+        ways_out = [] if wording is Wording.short else ["wording=short"]
+        ways_out += [] if num_needles == 1 else ["fewer needles per haystack"]
+        way_out = f", or less with {' or '.join(ways_out)}" if ways_out else ""
+        short = f"length={length} tokens is too short for {what}"
+        raise DataError(f"{short}; at least {length - min(room)}{way_out}")
+    if len(haystack_ids) < max(room):
         given = f"only {len(haystack_ids)} were given"
-        fault = f"length={length} needs {num_haystack} haystack tokens, {given}"
+        fault = f"length={length} needs {max(room)} haystack tokens, {given}"
         raise DataError(f"{fault}; use a larger corpus, or {HOLD_OUT_MORE}")
-    used = np.asarray(haystack_ids[:num_haystack])
+
+
+def _cut(depth: float, num_haystack: int, places: np.ndarray | None) -> int:
+    """Haystack tokens in front of a needle."""
     cut = round(depth * num_haystack)
-    if places is not None:
-        inside = places[places <= num_haystack]
-        cut = int(inside[np.abs(inside - cut).argmin()])
-    parts = [head, used[:cut], needle, used[cut:], tail, answer, [encoder.eos_id]]
-    tokens = np.concatenate(parts).astype(np.int64)
-    record = {
-        "wording": wording.value,
-        "instruction": texts.instruction,
-        "needle": texts.needle if with_needle else "",
-        "question": texts.question,
-        "answer_prefix": texts.answer_prefix,
-        "answer": texts.answer,
-        "needle_start": len(head) + cut,
-        "num_needle_tokens": len(needle),
-        "num_haystack_tokens": num_haystack,
-        "haystack_sha256": hashlib.sha256(used.astype("<u4").tobytes()).hexdigest(),
-    }
-    start = length - len(answer) - 1
-    return NeedleSample(tokens, start, key=key, value=value, depth=depth, record=record)
+    if places is None:
+        return cut
+    inside = places[places <= num_haystack]
+    return int(inside[np.abs(inside - cut).argmin()])
 
 
 def _tail_and_answer(
@@ -244,6 +309,7 @@ def build_needle_set(
     num_samples: int,
     seed: int,
     num_keys: int | None = None,
+    needles_per_haystack: int = 1,
     with_needle: bool = True,
     document_start: DocumentStart = DocumentStart.auto,
     wording: Wording = Wording.short,
@@ -259,6 +325,10 @@ def build_needle_set(
     and haystacks. In noise, which needs no books, a needle stands between two sentences; keys and
     values are those that it would have in books.
 
+    With several ``needles_per_haystack`` (our own: the paper hides one), so many samples in a row
+    share one haystack, which holds the needles of all of them and can be read once; keys are
+    distinct within it. Samples of a haystack are not independent of each other.
+
     Args:
         tokenizer: Tokenizer of the model.
         books: Documents to hide needles in; a plain text is recorded under its index. Noise takes
@@ -268,6 +338,7 @@ def build_needle_set(
         num_samples: Number of samples.
         seed: Seed of everything drawn.
         num_keys: Distinct keys in the set, used in turn; None gives every sample a key of its own.
+        needles_per_haystack: Samples that share a haystack; must divide ``num_samples``.
         with_needle: False builds the control set.
         document_start: The model's.
         wording: ``paper`` or ``short``; ``choose_wording`` decides what ``auto`` is.
@@ -277,7 +348,8 @@ def build_needle_set(
 
     Raises:
         DataError: no depths, no books, books too short in all, a length that cannot hold a sample,
-            more keys than there are, or a tokenizer that cannot tell a sentence of noise from the
+            samples that do not fill their haystacks, more keys than there are, fewer than needles
+            in a haystack, or a tokenizer that cannot tell a sentence of noise from the
             next, or (wording ``paper``) the value from what stands before it.
     """
     is_noise = haystack is Haystack.noise
@@ -286,31 +358,39 @@ def build_needle_set(
         raise DataError(f"a needle set needs depths, books and samples; got {got}")
     encoder = DocumentTokenizer(tokenizer, document_start)
     keys = _draw_keys(seed, num_samples if num_keys is None else num_keys, set(excluded_keys))
+    per_haystack = needles_per_haystack
+    if per_haystack < 1 or num_samples % per_haystack or len(keys) < per_haystack:
+        raise DataError(
+            f"needles_per_haystack={per_haystack} must be at least 1, divide num_samples="
+            f"{num_samples}, and be at most num_keys={len(keys)}"
+        )
     hay_of = (
         _noise_haystack(encoder, length)
         if is_noise
         else _book_haystack(encoder, books, length, seed)
     )
-    samples = []
-    for number in range(num_samples):
-        value, start = _draws(seed, number)
-        ids, places, pieces = hay_of(number, start)
-        sample = build_needle_sample(
+    samples: list[NeedleSample] = []
+    for first in range(0, num_samples, per_haystack):
+        ids, places, pieces = hay_of(first // per_haystack, _draws(seed, first)[1])
+        hidden = [
+            Needle(keys[n % len(keys)], _draws(seed, n)[0], depths[n % len(depths)])
+            for n in range(first, first + per_haystack)
+        ]
+        found = build_haystack_samples(
             encoder,
             ids,
             length=length,
-            depth=depths[number % len(depths)],
-            key=keys[number % len(keys)],
-            value=value,
-            with_needle=with_needle,
+            needles=hidden,
+            with_needles=with_needle,
             wording=wording,
             places=places,
         )
-        sample.record["haystack"] = haystack.value
-        num_haystack = int(sample.record["num_haystack_tokens"])
-        sample.record["books"] = _used_books(books, pieces, num_haystack)
-        samples.append(sample)
-    return NeedleSet(samples=samples, length=length)
+        for sample in found:
+            sample.record["haystack"] = haystack.value
+            num_haystack = int(sample.record["num_haystack_tokens"])
+            sample.record["books"] = _used_books(books, pieces, num_haystack)
+        samples += found
+    return NeedleSet(samples, length, per_haystack)
 
 
 def build_texts(

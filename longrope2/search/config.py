@@ -94,6 +94,9 @@ class SearchConfig:
     depths: list[float] = field(default_factory=lambda: [0.0])
     """Where the needle stands, used in turn, one or more: 0 the start of the document (the paper),
     1 its end."""
+    needles_per_haystack: int = 1
+    """Needles hidden in every sample and asked for one by one, >= 1. 1 is the paper. More cost
+    little, as their haystack is read once for all; losses of one haystack count as one sample."""
     haystack: Haystack = Haystack.books
     """``books`` (held-out text, the paper) or ``noise`` (RULER's repeated sentences)."""
     wording: Wording = Wording.auto
@@ -164,7 +167,7 @@ def most_candidates(search: SearchConfig) -> int:
 
 def search_faults(search: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
-    positive = ("population", "parents", "num_samples", "projected_gpus")
+    positive = ("population", "parents", "num_samples", "needles_per_haystack", "projected_gpus")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
     least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
     num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
@@ -228,6 +231,13 @@ def _contradictions(search: SearchConfig) -> list[str]:
         given = "search.critical and search.dims=all belong to search.algorithm=longrope2"
         faults.append(f"{given}; search.algorithm=halving has neither")
     faults += _unused(search)
+    if search.needles_per_haystack > 1:
+        given = f"search.needles_per_haystack={search.needles_per_haystack}"
+        if search.objective is Objective.perplexity:
+            faults.append(f"{given}: search.objective=perplexity hides none; leave it 1")
+        if (search.num_keys or search.needles_per_haystack) < search.needles_per_haystack:
+            fault = f"{given}: needs as many keys, search.num_keys is {search.num_keys}"
+            faults.append(f"{fault}; set it to null or raise it")
     if search.clip_losses and search.objective is Objective.perplexity:
         fault = "search.clip_losses=true: the level of guessing is known for needle values only"
         faults.append(f"{fault}; set search.clip_losses=false or search.objective=needle")

@@ -129,6 +129,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     hours = projected_hours(ModelShape.from_folder(model_folder), forwards, search)
     tokens = sum(length * count for length, count in forwards.items())
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
+    if search.needles_per_haystack > 1:
+        scored = f"the values of {search.needles_per_haystack} needles in a haystack"
     listed = ", ".join(map(str, lengths))
     fresh = "not compared on fresh samples (search.fresh_samples=0)"
     if compares_fresh(search):
@@ -320,7 +322,7 @@ class _SampleMaker:
             self._draw,
             length,
             unseen=True,
-            num_samples=2 * num,
+            num_samples=2 * num * self._search.needles_per_haystack,
             num_keys=None,
             depths=depths,
             excluded_keys=taken,
@@ -363,7 +365,8 @@ class _SampleMaker:
             "length": length,
             "depths": search.depths,
             "num_keys": search.num_keys,
-            "num_samples": search.num_samples,
+            "num_samples": search.num_samples * search.needles_per_haystack,
+            "needles_per_haystack": search.needles_per_haystack,
             "seed": self._seed(length, unseen),
             "document_start": config.model.document_start,
             "wording": choose_wording(search.wording, config.model.original_len),

@@ -21,12 +21,14 @@ from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.search.config import Algorithm, SearchConfig
-from longrope2.search.objective import SampleLosses, perplexity
+from longrope2.search.objective import SampleLosses, ScoredSample, perplexity
 from longrope2.segments.needle_set import NeedleSet
 from longrope2.statistics import paired_lower_bound
 
 # Self-test (d): samples from which on a gain must be beyond noise, and with what confidence.
 _LEAST_PAIRS, _CONFIDENCE = 4, 0.95
+# Self-test (b): tokens that are read.
+_START_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,21 @@ def check_needle_labels(
 
 
 def check_factors_matter(losses: SampleLosses, geometry: RopeGeometry, target_len: int) -> None:
-    """Self-test (b): unscaled and interpolated RoPE give one of the samples different losses.
+    """Self-test (b): unscaled and interpolated RoPE give the start of a sample different losses.
 
     Raises:
         ArtifactError: they do not: the model's RoPE is applied elsewhere, and every candidate would
             score the same.
     """
+    # Of few tokens: all of a long sample would cost as much as two candidates, at every resume.
+    start = SampleLosses(
+        losses.model,
+        [ScoredSample(losses.samples[0].tokens[:_START_TOKENS], first_scored=1)],
+        window=losses.window,
+        processes=losses.sharing,
+    )
     none, pi = (
-        losses.rows([(closed_form_factors(method, geometry, target_len), 0)])[0]
+        start.rows([(closed_form_factors(method, geometry, target_len), 0)])[0]
         for method in (RopeMethod.none, RopeMethod.pi)
     )
     if none == pi:

@@ -47,12 +47,17 @@ class NeedleSample:
 
 @dataclass(frozen=True, eq=False)
 class NeedleSet:
-    """Samples of ``length`` tokens each."""
+    """Samples of ``length`` tokens each; ``needles_per_haystack`` in a row share a haystack."""
 
     samples: list[NeedleSample]
     length: int
+    needles_per_haystack: int = 1
 
     def __post_init__(self) -> None:
+        size = self.needles_per_haystack
+        if size < 1 or len(self.samples) % size:
+            fault = f"{len(self.samples)} needle samples are no whole number of haystacks"
+            raise ArtifactError(f"{fault} of {size}")
         for number, sample in enumerate(self.samples):
             found = len(sample.tokens)
             if found != self.length:
@@ -60,6 +65,12 @@ class NeedleSet:
             if not 0 < sample.value_start < self.length - 1:
                 fault = f"needle sample {number} has its value at {sample.value_start} of"
                 raise ArtifactError(f"{fault} {self.length}")
+
+    @property
+    def haystacks(self) -> list[list[NeedleSample]]:
+        """The samples of each haystack, which begin alike; one each unless they share it."""
+        size = self.needles_per_haystack
+        return [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
 
     def save(self, path: Path) -> None:
         """Write one Arrow file, atomically, and a record for readers beside it (``.json``)."""
@@ -69,7 +80,11 @@ class NeedleSet:
             {**vars(sample), "record": json.dumps(sample.record, sort_keys=True)}
             for sample in self.samples
         ]
-        schema = SCHEMA.with_metadata({"needle_length": str(self.length)})
+        facts = {
+            "needle_length": str(self.length),
+            "needles_per_haystack": str(self.needles_per_haystack),
+        }
+        schema = SCHEMA.with_metadata(facts)
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
             with pa.ipc.new_stream(sink, schema) as writer:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
@@ -88,7 +103,8 @@ class NeedleSet:
             }
             for number, sample in enumerate(self.samples)
         ]
-        return {"length": self.length, "num_samples": len(samples), "samples": samples}
+        shared = {"needles_per_haystack": self.needles_per_haystack}
+        return {"length": self.length, "num_samples": len(samples), **shared, "samples": samples}
 
     @classmethod
     def load(cls, path: Path) -> "NeedleSet":
@@ -109,4 +125,7 @@ class NeedleSet:
         for row in table.to_pylist():
             row |= {"tokens": np.asarray(row["tokens"]), "record": json.loads(row["record"])}
             samples.append(NeedleSample(**row))
-        return cls(samples, int(table.schema.metadata[b"needle_length"]))
+        facts = table.schema.metadata
+        # Files from before needles could share a haystack do not say how many do.
+        per_haystack = int(facts.get(b"needles_per_haystack", b"1"))
+        return cls(samples, int(facts[b"needle_length"]), per_haystack)
