@@ -36,7 +36,7 @@ class PairedTest:
     num_worse: int
 
 
-def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_samples: int) -> tuple[float, float]:
     """95 % score interval of a success probability (Wilson 1927), honest at 0 and 1 too."""
     z2 = NORMAL_95**2
     share = num_correct / num_samples
@@ -78,6 +78,35 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float]:
     if all(score in (0, 1) for score in scores):
         return wilson_interval(round(sum(scores)), len(scores))
     return bootstrap_interval(scores)
+
+
+def grouped_interval(scores: Sequence[float], groups: Sequence[int]) -> tuple[float, float]:
+    """95 % interval of a mean of scores of 0 and 1 that depend on each other inside their group.
+
+    Whole groups are resampled (bootstrap of the ratio of sums). Where all groups score alike, which
+    resampling would take for certainty, each counts as one sample of Wilson's interval. A group for
+    every score is ``wilson_interval``.
+    """
+    sums: dict[int, list[float]] = {}
+    for score, group in zip(scores, groups, strict=True):
+        sums.setdefault(group, []).append(score)
+    means = [fmean(members) for members in sums.values()]
+    if len(sums) == len(scores) or len(set(means)) == 1:
+        return wilson_interval(math.fsum(means), len(means))
+    return ratio_interval(
+        [math.fsum(members) for members in sums.values()], list(map(len, sums.values()))
+    )
+
+
+def ratio_interval(
+    sums: Sequence[float], counts: Sequence[float], seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean over groups: their sums over their counts."""
+    rng, size = np.random.default_rng(seed), len(sums)
+    chosen = rng.integers(0, size, size=(_RESAMPLES, size))
+    ratios = np.asarray(sums)[chosen].sum(1) / np.asarray(counts)[chosen].sum(1)
+    low, high = np.percentile(ratios, _MEAN_95)
+    return float(low), float(high)
 
 
 def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, float]:

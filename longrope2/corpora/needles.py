@@ -237,7 +237,12 @@ def build_haystack_samples(
 
 
 def _refuse_room(
-    room: Sequence[int], haystack_ids: np.ndarray, *, length: int, num_needles: int, wording: Wording
+    room: Sequence[int],
+    haystack_ids: np.ndarray,
+    *,
+    length: int,
+    num_needles: int,
+    wording: Wording,
 ) -> None:
     """DataError where the fixed parts do not fit, or the haystack does not fill the room."""
     if min(room) < 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
-from longrope2.corpora.needles import Wording
+from longrope2.corpora.needles import Haystack, Wording
 from longrope2.corpora.run_corpus import corpus_of_run
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
@@ -215,6 +215,12 @@ class NeedleConfig:
     """Where the needle stands: 0 is the start of the document, 1 its end."""
     samples_per_depth: int = 10
     """Samples of every length and depth (the paper's heat map has 10)."""
+    haystack: Haystack = Haystack.books
+    """``books`` (held-out text) or ``noise`` (RULER's repeated sentences): retrieval alone."""
+    needles_per_haystack: int = 1
+    """Needles hidden in one haystack and asked for one by one; must divide the samples of a length.
+    1 is the paper. More cost little, as the haystack is read once for all; intervals then count
+    haystacks."""
     seed: int = 7001
     """Seed of keys, values and haystacks; must differ from the search's."""
     wording: Wording = Wording.auto
@@ -404,6 +410,11 @@ def _range_faults(evaluation: EvaluationConfig) -> list[str]:
     if not depths or any(not 0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
         allowed = "distinct numbers from 0 to 1, at least one"
         faults.append(f"evaluation.needle.depths={depths} must be {allowed}")
+    num_samples, shared = len(depths) * evaluation.needle.samples_per_depth, evaluation.needle
+    if shared.needles_per_haystack < 1 or num_samples % shared.needles_per_haystack:
+        given = f"evaluation.needle.needles_per_haystack={shared.needles_per_haystack}"
+        fault = f"{given} must be at least 1 and divide the {num_samples} samples of a length"
+        faults.append(f"{fault} (evaluation.needle.depths times samples_per_depth)")
     return faults
 
 

@@ -6,7 +6,7 @@ models are evaluated only after its calibration.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,9 +82,12 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         num_windows, num_short = evaluation.perplexity.num_windows, evaluation.retention.num_windows
         windows = f"{num_windows} windows per length, {num_short} short ones"
         wording = choose_wording(needle.wording, model.original_len).value
+        where = f"depths {depths}, {wording} wording, in {needle.haystack.value}"
+        if needle.needles_per_haystack > 1:
+            where += f", {needle.needles_per_haystack} a haystack"
         lines += [
             f"lengths    {', '.join(map(str, evaluated_lengths(config)))}",
-            f"needles    {num_samples} samples per length at depths {depths}, {wording} wording",
+            f"needles    {num_samples} samples per length at {where}",
             f"text       {windows}",
         ]
     if config.reads_text:
@@ -202,6 +205,7 @@ def _build_measures(
     needle, num_short = evaluation.needle, evaluation.retention.num_windows
     num_samples = len(needle.depths) * needle.samples_per_depth
     drawn: dict[str, Any] = {"depths": needle.depths, "seed": needle.seed}
+    drawn |= {"haystack": needle.haystack, "needles_per_haystack": needle.needles_per_haystack}
     drawn["wording"] = choose_wording(needle.wording, original_len)
     start = config.model.document_start
     hide = partial(build_needle_set, tokenizer, books, document_start=start, **drawn)
@@ -211,8 +215,11 @@ def _build_measures(
     asked = {"num_windows": num_windows, "num_scored": scored, **drawn}
     windows = scoring.context_windows(documents, lengths, **asked)
     short = scoring.short_windows(documents, original_len, num_windows=num_short, **drawn)
-    measures = [scoring.needle_measure(needle_set, *fitting) for needle_set in needle_sets]
-    measures += [scoring.perplexity_measure(windows[n], scored, *fitting) for n in lengths]
+    measures: list[scoring.Measure] = []
+    for needle_set in needle_sets:
+        measures += scoring.needle_measures(needle_set, *fitting)
+    for length in lengths:
+        measures += scoring.perplexity_measures(windows[length], scored, *fitting)
     return [*measures, scoring.retention_measure(short, *fitting)], needle_sets
 
 
@@ -226,11 +233,16 @@ def _measure(
     measurements, results = [], ResultsLog(folder / RESULTS_FILE)
     with _progress("evaluate", "{task.description}") as shown:
         bar = shown.add_task("", total=len(subjects) * len(measures))
-        for measurement in scoring.measure_all(subjects, measures, results, models):
+
+        def parts() -> Iterator[Measurement]:
+            for part in scoring.measure_all(subjects, measures, results, models):
+                done = f"{part.subject} {part.suite} {part.length}"
+                shown.update(bar, advance=1, description=done)
+                yield part
+
+        for measurement in scoring.joined(parts()):
             tracking.log(summary.metric_values(measurement))
             measurements.append(measurement)
-            done = f"{measurement.subject} {measurement.suite} {measurement.length}"
-            shown.update(bar, advance=1, description=done)
     return measurements
 
 

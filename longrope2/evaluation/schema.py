@@ -56,7 +56,7 @@ class DepthRow:
     """Samples whose value greedy decoding would give exactly."""
     accuracy: float
     accuracy_interval: Interval
-    """Wilson's."""
+    """Wilson's; resampled by haystack where needles share one."""
     perplexity: float
     """Over all tokens of the values."""
 

@@ -19,20 +19,22 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, groupby, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from longrope2.corpora.corpus import HOLD_OUT_MORE
 from longrope2.errors import DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.inference.generation import window_for_length
-from longrope2.model.scoring import token_nll
+from longrope2.model.scoring import logits_of_alike, token_nll
 from longrope2.model.windowed import WindowedModel
 from longrope2.rope.factors import Window
 from longrope2.segments.needle_set import NeedleSet
@@ -63,6 +65,8 @@ def score_values(
 ) -> list[ValueScore]:
     """Exact match and likelihood of every sample's value, one teacher-forced forward per batch.
 
+    Of needles that share a haystack, the haystack is read once.
+
     Greedy decoding reproduces the value exactly when the argmax at every teacher-forced position is
     the value's next token, so none is generated (tests/reference compares the two). They agree as
     long as prompt and value are read in the same window, which is checked.
@@ -79,21 +83,34 @@ def score_values(
                 f"across the end of the original window ({original_len} tokens); use {original_len}"
                 " or a length well above it"
             )
+    shares = needle_set.needles_per_haystack > 1
+    batches = (
+        needle_set.haystacks
+        if shares
+        else _batches(needle_set.samples, needle_set.length, batch_tokens)
+    )
     scores = []
-    for batch in _batches(needle_set.samples, needle_set.length, batch_tokens):
+    for batch in batches:
         stacked_BT = np.stack([sample.through_value for sample in batch])
         tokens_BT = torch.from_numpy(stacked_BT).to(model.hf.device)
-        first = min(sample.value_start for sample in batch)
-        logits_BKV = model.logits(tokens_BT, window, keep=slice(first - 1, -1))
-        targets_BK = tokens_BT[:, first:]
-        hits_BK = (logits_BKV.argmax(-1) == targets_BK).cpu()
-        log_probs_BKV = torch.log_softmax(logits_BKV, dim=-1)
-        nll_BK = -log_probs_BKV.gather(-1, targets_BK[..., None]).squeeze(-1).cpu()
-        for row, sample in enumerate(batch):
-            skipped = sample.value_start - first
-            exact, nll = bool(hits_BK[row, skipped:].all()), float(nll_BK[row, skipped:].sum())
-            scores.append(ValueScore(nll, len(sample.through_value) - sample.value_start, exact))
+        starts = [sample.value_start for sample in batch]
+        if shares:
+            logits_by_row = logits_of_alike(model, tokens_BT, window, starts)
+        else:
+            logits_BKV = model.logits(tokens_BT, window, keep=slice(min(starts) - 1, -1))
+            skipped = (start - min(starts) for start in starts)
+            logits_by_row = (
+                logits_KV[n:] for logits_KV, n in zip(logits_BKV, skipped, strict=True)
+            )
+        for row_T, start, logits_KV in zip(tokens_BT, starts, logits_by_row, strict=True):
+            scores.append(_value_score(logits_KV, row_T[start:]))
     return scores
+
+
+def _value_score(logits_KV: Tensor, value_K: Tensor) -> ValueScore:
+    exact = bool((logits_KV.argmax(-1) == value_K).all())
+    nll = F.cross_entropy(logits_KV, value_K, reduction="sum")
+    return ValueScore(float(nll), len(value_K), exact)
 
 
 def score_windows(
@@ -143,12 +160,29 @@ class Measure:
     """Raw numbers of one model; plain JSON values."""
 
 
-def needle_measure(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> Measure:
-    """Retrieval at the length of ``needle_set``; one entry per sample and list."""
+def needle_measures(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> list[Measure]:
+    """Retrieval at the length of ``needle_set``, in parts where a sample goes alone.
+
+    Samples longer than ``batch_tokens`` share no forward pass, and each may take minutes: every
+    haystack is a measure of its own, so that a killed evaluation goes on behind the last one.
+    """
+    if needle_set.length <= batch_tokens:
+        parts = [needle_set]
+    else:
+        size = needle_set.needles_per_haystack
+        parts = [NeedleSet(part, needle_set.length, size) for part in needle_set.haystacks]
+    return [_needle_measure(part, original_len, batch_tokens) for part in parts]
+
+
+def _needle_measure(needle_set: NeedleSet, original_len: int, batch_tokens: int) -> Measure:
+    """One entry per sample and list; needles that share a haystack count as one sample in it."""
+    shared = needle_set.needles_per_haystack
+    sizes = {"needles_per_haystack": [shared] * len(needle_set.samples)} if shared > 1 else {}
 
     def values(model: WindowedModel) -> dict[str, Any]:
         scores = score_values(model, needle_set, batch_tokens)
         return {
+            **sizes,
             "depths": [sample.depth for sample in needle_set.samples],
             "exact": [int(score.exact) for score in scores],
             "nll": [score.nll for score in scores],
@@ -162,10 +196,20 @@ def needle_measure(needle_set: NeedleSet, original_len: int, batch_tokens: int) 
     )
 
 
-def perplexity_measure(
+def perplexity_measures(
+    windows: Sequence[np.ndarray], num_scored: int, original_len: int, batch_tokens: int
+) -> list[Measure]:
+    """Likelihood of the last ``num_scored`` tokens of windows of one length.
+
+    In parts as ``needle_measures``.
+    """
+    parts = [windows] if len(windows[0]) < batch_tokens else [[window] for window in windows]
+    return [_perplexity_measure(part, num_scored, original_len, batch_tokens) for part in parts]
+
+
+def _perplexity_measure(
     windows: Sequence[np.ndarray], num_scored: int, original_len: int, batch_tokens: int
 ) -> Measure:
-    """Likelihood of the last ``num_scored`` tokens of windows of one length."""
     length = len(windows[0]) + 1  # a window leaves the place of a closing EOS empty
     digest = _data_sha256([*windows, np.array([num_scored])])
     values = partial(_text_values, windows, num_scored, batch_tokens)
@@ -204,6 +248,17 @@ def measure_all(
             make = partial(lambda of, subject: of.values(models.of(subject)), measure, subject)
             place = subject.name, measure.suite, measure.length
             yield results.measured(*place, fingerprint=fingerprint, measure=make)
+
+
+def joined(parts: Iterable[Measurement]) -> Iterator[Measurement]:
+    """Consecutive measurements of one subject, suite and length as one: their lists end to end."""
+    for _, same in groupby(parts, key=lambda part: (part.subject, part.suite, part.length)):
+        first, *others = same
+        values = {
+            name: [*chain(numbers, *(other.values[name] for other in others))]
+            for name, numbers in first.values.items()
+        }
+        yield replace(first, values=values)
 
 
 def _data_sha256(arrays: Iterable[np.ndarray]) -> str:

@@ -94,13 +94,18 @@ def _needle_row(measurement: Measurement, original_len: int) -> schema.NeedleRow
 
 
 def _needle_numbers(values: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
-    num_correct = sum(values["exact"][index] for index in indices)
+    # Lines hold whole haystacks; those of needles with a haystack each do not say how many share.
+    shared = values.get("needles_per_haystack", [1])[0]
+    scores = [values["exact"][index] for index in indices]
+    num_correct = sum(scores)
     num_tokens = sum(values["num_tokens"][index] for index in indices)
     return {
         "num_samples": len(indices),
         "num_correct": num_correct,
         "accuracy": num_correct / len(indices),
-        "accuracy_interval": statistics.wilson_interval(num_correct, len(indices)),
+        "accuracy_interval": statistics.grouped_interval(
+            scores, [index // shared for index in indices]
+        ),
         "perplexity": perplexity(sum(values["nll"][index] for index in indices), num_tokens),
     }
 

@@ -108,10 +108,7 @@ def _read(
     """Final hidden states of tokens that follow what is cached; adds them to the cache."""
     model.use_window(window)
     outputs = model.hf.base_model(
-        input_ids=tokens_BT,
-        past_key_values=cache,
-        use_cache=True,
-        layout=CausalRows(first_needed),
+        input_ids=tokens_BT, past_key_values=cache, use_cache=True, layout=CausalRows(first_needed)
     )
     return outputs.last_hidden_state
 

@@ -127,6 +127,24 @@ def test_scores_do_not_depend_on_the_batch(windowed_model):
     assert [s.nll for s in alone] == pytest.approx([s.nll for s in together], rel=1e-4)
 
 
+@pytest.mark.parametrize("length", [ORIGINAL_LEN, TARGET_LEN])
+def test_needles_of_one_haystack_are_scored_as_alone(windowed_model, length):
+    """Rows that begin alike, read once: as in a forward each, and as real greedy answers."""
+    rng = np.random.default_rng(length)
+    start = rng.integers(VOCAB_SIZE, size=length - 10).tolist()
+    samples = []
+    for number in range(6):
+        prompt_ids = [*start, *rng.integers(VOCAB_SIZE, size=6).tolist()]
+        value_ids = greedy(windowed_model, prompt_ids, 3)
+        value_ids[-1] = (value_ids[-1] + number % 2) % VOCAB_SIZE
+        samples.append(sample_of(prompt_ids, value_ids))
+    alone = score_values(windowed_model, NeedleSet(samples, length), batch_tokens=1)
+    shared = score_values(windowed_model, NeedleSet(samples, length, 3), batch_tokens=1)
+    assert [s.exact for s in shared] == [s.exact for s in alone] == [True, False] * 3
+    assert [s.nll for s in shared] == pytest.approx([s.nll for s in alone], rel=1e-5)
+    assert [s.num_tokens for s in shared] == [3] * 6
+
+
 def test_a_value_across_the_window_border_is_refused(windowed_model):
     needle_set = NeedleSet(samples=[sample_of(range(ORIGINAL_LEN), [1])], length=ORIGINAL_LEN + 2)
     with pytest.raises(

@@ -162,6 +162,35 @@ def test_evaluate_writes_its_product_and_measures_nothing_twice(command, run_fol
     } == before
 
 
+def test_needles_that_share_a_haystack_are_measured_haystack_by_haystack(command, run_folder):
+    """Beyond batch_tokens a line is one haystack or window; a cut run measures the rest alone."""
+    one = ("evaluation.subjects=[{name: base, rope: {method: none}}]", *SMALL)
+    one = (*one, "evaluation.needle.needles_per_haystack=2", "evaluation.needle.haystack=noise")
+    one = (*one, "evaluation.batch_tokens=128")
+    out = command("evaluate", *one, "dry_run=true")[1]
+    assert "4 samples per length at depths 0.0, 1.0, short wording, in noise, 2 a haystack" in out
+    assert command("evaluate", *one)[0] == 0
+    path = product_folder(run_folder, "evaluations") / "results.jsonl"
+    whole = path.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    found = [(line["suite"], line["length"], len(line["values"]["nll"])) for line in lines]
+    assert found == [
+        ("needle", 128, 4), ("needle", 256, 2), ("needle", 256, 2),
+        ("perplexity", 128, 2), ("perplexity", 256, 1), ("perplexity", 256, 1),
+        ("retention", 128, found[-1][2]),
+    ]  # fmt: skip
+    summary = (path.parent / "evaluations.json").read_text()
+    row = json.loads(summary)["needle"][1]
+    assert (row["length"], row["num_samples"]) == (256, 4)
+    metrics = [json.loads(x) for x in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [m[k] for m in metrics for k in m if k == "eval/needle_accuracy/base/256"]
+    assert accuracies == [row["accuracy"]]
+    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert command("evaluate", *one)[0] == 0
+    assert path.read_text() == whole
+    assert (path.parent / "evaluations.json").read_text() == summary
+
+
 def test_needles_are_asked_for_in_the_wording_that_is_set(command, run_folder):
     """By default a window of 128 tokens gets the short one."""
     one = ("evaluation.subjects=[{name: base, rope: {method: none}}]", *SMALL)

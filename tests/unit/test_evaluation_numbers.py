@@ -1,5 +1,6 @@
 """Statistics, text windows, the results file and the summary, against independent computations."""
 
+import itertools
 import json
 import math
 import random
@@ -9,13 +10,13 @@ import pytest
 
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.results import Measurement, ResultsLog
-from longrope2.evaluation.scoring import context_windows, short_windows
+from longrope2.evaluation.scoring import context_windows, joined, short_windows
 from longrope2.evaluation.subjects import Subject
 from longrope2.evaluation.summary import metric_values, summarize
 from longrope2.rope.factors import Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.statistics import wilson_interval
+from longrope2.statistics import grouped_interval, ratio_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,39 @@ def test_wilson_interval_inverts_the_score_test(num_correct, num_samples):
     assert wilson_interval(num_correct, num_samples) == pytest.approx(
         (accepted[0], accepted[-1]), abs=2e-5
     )
+
+
+def test_scores_of_a_group_each_have_wilsons_interval():
+    assert grouped_interval([1, 0, 1, 1], [3, 5, 4, 9]) == wilson_interval(3, 4)
+
+
+def test_groups_that_score_alike_count_once_each():
+    """Resampling them would find no spread; one haystack of eight needles is one sample."""
+    groups = [number // 8 for number in range(40)]
+    assert grouped_interval([0] * 40, groups) == wilson_interval(0, 5)
+    assert grouped_interval([1] * 40, groups) == wilson_interval(5, 5)
+    low, high = grouped_interval([1, 0, 1, 1], [0, 0, 0, 0])
+    assert (low, high) == wilson_interval(0.75, 1) and high - low > 0.7
+
+
+def test_groups_are_resampled_whole():
+    """All 27 equally likely resamples of three groups, by hand."""
+    scores, groups = [1, 1, 1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1, 2, 2]
+    sums, counts = [3, 0, 1], [3, 3, 2]
+    every = sorted(
+        sum(sums[g] for g in drawn) / sum(counts[g] for g in drawn)
+        for drawn in itertools.product(range(3), repeat=3)
+    )
+    assert grouped_interval(scores, groups) == (every[0], every[-1]) == (0.0, 1.0)
+    assert ratio_interval(sums, counts) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_ratio_has_the_linearized_width():
+    sums, counts = np.array([10, 12, 9, 11, 30, 8] * 5), np.array([10, 10, 10, 10, 20, 10] * 5)
+    ratio, num = sums.sum() / counts.sum(), len(sums)
+    variance = num / (num - 1) * ((sums - ratio * counts) ** 2).sum() / counts.sum() ** 2
+    low, high = ratio_interval(sums.tolist(), counts.tolist())
+    assert low < ratio < high and high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
 
 
 def test_wilson_interval_reaches_but_never_leaves_the_unit_interval():
@@ -211,6 +245,32 @@ def test_summary_equals_sums_over_samples(subjects):
     for row in summary.retention:
         assert row.perplexity == pytest.approx(retention[row.subject])
         assert row.ratio == pytest.approx(retention[row.subject] / retention["base"])
+
+
+def test_needles_of_a_haystack_are_resampled_together(subjects):
+    """Two haystacks of two needles at two depths; at one depth a haystack has one needle."""
+    measurements = [m for m in random_measurements(0) if m.suite != "needle"]
+    values = {"depths": [0.0, 0.5] * 2, "exact": [1, 1, 0, 0], "nll": [1.0] * 4}
+    shared = {**values, "num_tokens": [2] * 4, "needles_per_haystack": [2] * 4}
+    found = [measurement(s, s, "needle", 64, **shared) for s in ("base", "pi")]
+    row = summarize(subjects, [*found, *measurements], "base").needle[0]
+    assert row.accuracy_interval == (0.0, 1.0) and wilson_interval(2, 4)[0] > 0.1
+    assert [d.accuracy_interval for d in row.depths] == [wilson_interval(1, 2)] * 2
+
+
+def test_parts_of_a_measurement_are_joined():
+    parts = [
+        measurement(suite="needle", exact=[1, 0], nll=[1.0, 2.0]),
+        measurement(suite="needle", fingerprint="b", exact=[0, 1], nll=[3.0, 4.0]),
+        measurement(suite="perplexity", nll=[5.0]),
+        measurement(subject="pi", suite="perplexity", nll=[6.0]),
+    ]
+    whole = list(joined(parts))
+    assert [(m.subject, m.suite, m.values) for m in whole] == [
+        ("base", "needle", {"exact": [1, 0, 0, 1], "nll": [1.0, 2.0, 3.0, 4.0]}),
+        ("base", "perplexity", {"nll": [5.0]}),
+        ("pi", "perplexity", {"nll": [6.0]}),
+    ]
 
 
 def test_metrics_have_the_designed_names():

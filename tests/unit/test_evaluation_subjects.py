@@ -20,7 +20,7 @@ from longrope2.evaluation.config import (
     evaluated_lengths,
 )
 from longrope2.evaluation.results import ResultsLog
-from longrope2.evaluation.scoring import measure_all, perplexity_measure
+from longrope2.evaluation.scoring import measure_all, perplexity_measures
 from longrope2.evaluation.subjects import SubjectModels, resolve_subjects
 from longrope2.files.artifacts import Manifest, product_folder, write_manifest
 from longrope2.model.factors_source import RopeConfig
@@ -107,6 +107,7 @@ def test_all_faults_are_reported_together_with_their_keys(make_config):
     )
     config.evaluation.needle.depths = [0.5, 1.5]
     config.evaluation.needle.samples_per_depth = 0
+    config.evaluation.needle.needles_per_haystack = 0
     config.evaluation.batch_tokens = -1
     with pytest.raises(ConfigError) as caught:
         check(config)
@@ -119,6 +120,8 @@ def test_all_faults_are_reported_together_with_their_keys(make_config):
         "evaluation.needle.samples_per_depth=0 must be at least 1",
         "evaluation.batch_tokens=-1 must be at least 1",
         "evaluation.needle.depths=[0.5, 1.5] must be distinct numbers from 0 to 1, at least one",
+        "evaluation.needle.needles_per_haystack=0 must be at least 1 and divide the 0 samples of a "
+        "length (evaluation.needle.depths times samples_per_depth)",
         "evaluation.lengths=[0, 16, 128] must be distinct lengths from 2 to target_len=64",
     )
 
@@ -288,8 +291,11 @@ def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, 
     rng = np.random.default_rng(0)
     texts = [[rng.integers(61, size=length - 1) for _ in range(3)] for length in (16, 64)]
     measures = [
-        perplexity_measure(windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64)
+        measure
         for windows in texts
+        for measure in perplexity_measures(
+            windows, num_scored=8, original_len=ORIGINAL_LEN, batch_tokens=64
+        )
     ]
     measured = []
     original = scoring.score_windows

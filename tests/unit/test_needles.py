@@ -367,6 +367,81 @@ def test_impossible_sets_are_refused(tokenizer):
         build_needle_set(tokenizer, TEXTS, length=20_000, depths=[0.0], num_samples=1, seed=0)
 
 
+@pytest.mark.parametrize("haystack", list(Haystack))
+@pytest.mark.parametrize("present", [True, False])
+def test_needles_that_share_a_haystack(tokenizer, encoder, haystack, present):
+    """Rebuilt by hand: all needles in order of depth, every sample exact, questions behind."""
+    depths, length = [0.9, 0.1, 0.5], 700
+    needles = build_needle_set(
+        tokenizer,
+        TEXTS,
+        length=length,
+        depths=depths,
+        num_samples=6,
+        seed=4,
+        needles_per_haystack=3,
+        with_needle=present,
+        haystack=haystack,
+    )
+    alone = build_needle_set(tokenizer, TEXTS, length=length, depths=depths, num_samples=6, seed=4)
+    assert [s.value for s in needles.samples] == [s.value for s in alone.samples]
+    assert [len(s.tokens) for s in needles.samples] == [length] * 6
+    for samples in needles.haystacks:
+        texts = [needle_wording(sample.key, sample.value) for sample in samples]
+        tails = [
+            [
+                *encoder.encode(t.question),
+                *encoder.encode(t.answer_prefix),
+                *encoder.encode(t.answer),
+            ]
+            for t in texts
+        ]
+        begin = min(length - len(tail) - 1 for tail in tails)
+        common = samples[0].tokens[:begin].tolist()
+        assert len({sample.key for sample in samples}) == 3
+        for sample, tail in zip(samples, tails, strict=True):
+            assert sample.tokens[:begin].tolist() == common
+            assert sample.tokens.tolist()[-len(tail) - 1 :] == [*tail, encoder.eos_id]
+            start, num = (sample.record[k] for k in ("needle_start", "num_needle_tokens"))
+            hidden = encoder.decode(sample.tokens[start : start + num])
+            assert hidden == (needle_wording(sample.key, sample.value).needle if present else "")
+            assert abs(start / begin - sample.depth) < 0.12
+        read = encoder.decode(common)
+        places = [read.find(f"for {samples[n].key} is: {samples[n].value}.") for n in (1, 2, 0)]
+        assert places == (sorted(places) if present else [-1, -1, -1])
+        assert len(set(places)) == (3 if present else 1)
+
+
+def test_needles_of_one_depth_stand_one_behind_the_other(tokenizer, encoder):
+    options = {"length": 400, "depths": [0.0], "num_samples": 4, "needles_per_haystack": 4}
+    samples = build_needle_set(tokenizer, TEXTS, seed=1, **options).samples
+    start = len([*encoder.start_ids, *encoder.encode(INSTRUCTION)])
+    for sample in samples:
+        assert sample.record["needle_start"] == start
+        start += sample.record["num_needle_tokens"]
+
+
+def test_impossible_haystacks_are_refused(tokenizer):
+    def refusal(**options):
+        given = {"length": 400, "depths": [0.0], "num_samples": 4, "seed": 1, **options}
+        with pytest.raises(DataError) as caught:
+            build_needle_set(tokenizer, TEXTS, **given)
+        return str(caught.value)
+
+    for shared, keys in ((0, 4), (3, 4), (2, 1)):
+        words = f"needles_per_haystack={shared} must be at least 1, divide num_samples=4, and be "
+        words += f"at most num_keys={keys}"
+        assert words in refusal(needles_per_haystack=shared, num_keys=keys)
+    crowded = refusal(length=100, needles_per_haystack=4)
+    assert re.search(
+        r"length=100 tokens is too short for 4 needles in one haystack; at least \d+, or less with "
+        "fewer needles per haystack$",
+        crowded,
+    )
+    crowded = refusal(length=100, needles_per_haystack=4, wording=Wording.paper)
+    assert crowded.endswith("or less with wording=short or fewer needles per haystack")
+
+
 GREEN = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 

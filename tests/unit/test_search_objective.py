@@ -121,6 +121,67 @@ def test_rows_of_one_forward_have_factors_and_scales_of_their_own(model: Windowe
     assert abs(rows[1] - losses.rows([(NTK, 1)])[0]) > 1e-3, "the scale is applied"
 
 
+def alike(num: int, common: int, first: int) -> ScoredSample:
+    """Rows that begin with the same tokens, the later ones scored from further on."""
+    start = tokens(7)[:common]
+    rows = [
+        ScoredSample(np.concatenate([start, tokens(20 + n)[common:]]), first + n)
+        for n in range(num)
+    ]
+    return replace(rows[0], others=tuple(rows[1:]))
+
+
+@pytest.mark.parametrize("window", list(Window))
+@pytest.mark.parametrize(("common", "first"), [(40, 50), (40, 41), (55, 50), (1, 50), (0, 1)])
+def test_rows_that_begin_alike_against_transformers(
+    model: WindowedModel, window: Window, common: int, first: int
+) -> None:
+    """Whatever the common beginning, also one that reaches into what is scored."""
+    sample = alike(3, common, first)
+    losses = SampleLosses(model, [sample, sample], batch_size=2, window=window)
+    applied = NTK if window is Window.LONG else None
+    expected = sum(reference_losses(applied or NONE, row) for row in sample.rows)
+    if window is Window.SHORT:
+        one_by_one = SampleLosses(model, sample.rows, window=window)
+        expected = sum(all_losses(one_by_one, NTK))
+    assert losses(NTK, 0) == pytest.approx([expected, expected], rel=1e-4)
+    assert losses.num_scored_tokens == 2 * sum(len(r.tokens) - r.first_scored for r in sample.rows)
+
+
+def test_what_rows_have_in_common_is_read_once(
+    model: WindowedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, read = alike(3, 40, 50), []
+    forward = type(model.hf.base_model).forward
+
+    def counted(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        read.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model.hf.base_model), "forward", counted)
+    SampleLosses(model, [sample])(NTK, 0)
+    assert read == [40, *[TARGET_LEN - 40 - 1] * 3]
+
+
+def test_a_haystack_is_one_sample_of_all_its_needles() -> None:
+    samples = [NeedleSample(tokens(n, 12), 8, f"k{n}", "v", 0.0) for n in range(4)]
+    first, second = needle_samples(NeedleSet(samples, 12, needles_per_haystack=2))
+    assert [row.tokens.tolist() for row in first.rows] == [
+        tokens(n, 12)[:-1].tolist() for n in (0, 1)
+    ]
+    assert (first.num_scored, len(second.others)) == (6, 1)
+    alone = needle_samples(NeedleSet(samples, 12))
+    assert samples_sha256([first, second]) != samples_sha256(alone)
+
+
+def test_clipped_losses_of_rows_that_begin_alike(model: WindowedModel) -> None:
+    sample = alike(2, 30, 40)
+    by_hand = [SampleLosses(model, [row], highest_loss=2.0) for row in sample.rows]
+    clipped = SampleLosses(model, [sample], highest_loss=2.0).rows([(NTK, 0)])[0]
+    assert clipped == pytest.approx(sum(x.rows([(NTK, 0)])[0] for x in by_hand), rel=1e-5)
+    assert clipped < SampleLosses(model, [sample]).rows([(NTK, 0)])[0] - 1
+
+
 def test_batches_hold_samples_of_one_length(model: WindowedModel) -> None:
     lengths = [20, 20, 20, 30, 30, 20]
     samples = [ScoredSample(tokens(n, length), 1) for n, length in enumerate(lengths)]

@@ -487,6 +487,16 @@ def test_space_errors() -> None:
             SearchConfig(num_keys=0),
             r"search.num_keys=0: must be null \(a key for every sample\) or at least 1",
         ),
+        (SearchConfig(needles_per_haystack=0), "search.needles_per_haystack=0: must be at least 1"),
+        (
+            SearchConfig(needles_per_haystack=4, objective=Objective.perplexity),
+            "search.needles_per_haystack=4: search.objective=perplexity hides none; leave it 1",
+        ),
+        (
+            SearchConfig(needles_per_haystack=4, num_keys=3),
+            "search.needles_per_haystack=4: needs as many keys, search.num_keys is 3; set it to "
+            "null or raise it",
+        ),
         (SearchConfig(racing_samples=0), "search.racing_samples=0: must be at least 1"),
         (SearchConfig(racing_margin=-0.1), "search.racing_margin=-0.1: must be at least 0"),
         (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be at least 1"),
