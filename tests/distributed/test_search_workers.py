@@ -137,9 +137,11 @@ def test_two_workers_halve_as_one_does(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_share_samples_halve_within_rounding(folder: Path) -> None:
-    shared = searched(folder, "halved_shared", *HALVING, "parallel.processes=4",
+    """One process reads a haystack of two needles once, two read it for each of them."""
+    needles = (*HALVING, "search.needles_per_haystack=2")
+    shared = searched(folder, "halved_shared", *needles, "parallel.processes=4",
                       "parallel.sequence=2")  # fmt: skip
-    alone = searched(folder, "halved_by_one", *HALVING)
+    alone = searched(folder, "halved_by_one", *needles)
     ours, theirs = (json.loads((p / "history.json").read_text()) for p in (shared, alone))
     assert ours["kept"][0]["factors"] == theirs["kept"][0]["factors"]
     assert ours["best_value"] == pytest.approx(theirs["best_value"], rel=1e-5)
