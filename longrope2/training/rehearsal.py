@@ -6,9 +6,10 @@ its real size, by torch's fake tensors (shapes without numbers) and its ``fake``
 cannot answer is answered for it (``_without_numbers``).
 
 What differs from the run on its GPUs: tensors are fake ones of a CPU, weights start at random
-instead of being read, attention is torch's varlen kernel and norms are torch's fused ones (every
-fused kernel keeps the same), AdamW is torch's fused one, and collectives end at once, so that
-nothing overlaps. Not seen: scratch space inside one operator, and copies from GPU to CPU.
+instead of being read, attention is torch's varlen kernel, fused norms are one that only keeps and
+makes what every fused kernel does (on a CPU torch's is many operators with float32 copies), AdamW
+is torch's fused one, and collectives end at once, so that nothing overlaps. Not seen: scratch space
+inside one operator, and copies from GPU to CPU.
 
 Two steps are made; the first fills caches (DeepSpeed records the order of its parameters, the
 optimizer makes its state), and the second is what is reported.
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longrope2.attention.layout import chunk_bounds
 from longrope2.kernel_choice import AttentionKernel, KernelChoice, NormKernel
@@ -241,6 +243,33 @@ def _made_fake(batch: RankBatch, fake: Any) -> RankBatch:
     )
 
 
+class _FusedNorm(torch.autograd.Function):
+    """A fused RMS norm without numbers: one operator each way, between which the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor) -> Tensor:
+        """Keeps input, weight and a float32 number a token."""
+        scales = torch.empty(hidden.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight_H, scales)
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    @once_differentiable  # whose type makes ctx positional
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of input and weight."""
+        hidden, weight_H, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight_H)
+
+
+def _fused_norm(hidden: Tensor, shape: Any, weight_H: Tensor, epsilon: float) -> Tensor:
+    """Stands in for ``F.rms_norm``."""
+    normed = _FusedNorm.apply(hidden, weight_H)
+    assert isinstance(normed, Tensor)
+    return normed
+
+
 @contextlib.contextmanager
 def _without_numbers(model_folder: Path) -> Iterator[None]:
     """Answer what a rank that is alone and has no numbers cannot.
@@ -259,6 +288,7 @@ def _without_numbers(model_folder: Path) -> Iterator[None]:
         (partitioned_param_coordinator, same, lambda ints: None),
         (stage3, same, lambda ints: None),
         (of_step, "check_agreement", lambda *of_ranks: None),
+        (torch.nn.functional, "rms_norm", _fused_norm),
     ]
     with contextlib.ExitStack() as patches:
         for module, name, answer in answers:
