@@ -35,6 +35,7 @@ from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
 from longrope2.files.guide import write_guide
+from longrope2.files.lease import only_writer
 from longrope2.help import help_topic
 from longrope2.model.folder import given_folder, look_before, model_identity
 
@@ -159,9 +160,7 @@ def pack(config: PackConfig) -> Path:
         print(f"already complete: {folder}")
         print_notices(manifest.details.get("notices", ()))
         return folder
-    from data_prep.stages import locked
-
-    with locked(folder):
+    with only_writer(config.run.folder, folder.name):
         _build(config, model_folder=model_folder, corpus=corpus, folder=folder, inputs=inputs)
     return folder
 

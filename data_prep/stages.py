@@ -11,11 +11,8 @@ the tokens wanted bound, not the corpus. Measured with everything in one process
 unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 """
 
-import fcntl
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -38,7 +35,7 @@ from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGro
 from longrope2.corpora import tokenizer
 from longrope2.corpora.build import ignored_files
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
-from longrope2.errors import ArtifactError, DataError
+from longrope2.errors import DataError
 from longrope2.files.artifacts import write_text
 from longrope2.segments.format import SegmentRules
 
@@ -248,25 +245,6 @@ def _notices(config: PackConfig, summary: dict[str, Any], packed: list[PackedUni
     held_out = summary["held_out"]
     held_out = None if held_out is None else HeldOut(**held_out)
     return notices(config, kinds, ignored_files(config.corpus), held_out)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of ``folder``.
-
-    Raises:
-        ArtifactError: another process is packing there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            remedy = "wait for it, or use another run.name"
-            raise ArtifactError(f"{folder}: another process is packing here; {remedy}") from None
-        yield
-        path.unlink(missing_ok=True)
 
 
 def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackList) -> None:

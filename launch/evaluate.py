@@ -17,6 +17,7 @@ from longrope2.errors import ConfigError
 from longrope2.evaluation.before import known_faults
 from longrope2.evaluation.config import EvaluateRoot, check, use_checkpoint
 from longrope2.files.artifacts import product_folder
+from longrope2.files.lease import only_writer
 from longrope2.model.folder import look_before
 
 
@@ -35,17 +36,19 @@ def main() -> None:
 
     base_folder = check(config)
     check_seed(config)
-    is_first_shard = own_shard(config).index == 0
+    shard, folder = own_shard(config), product_folder(config.run.folder, "evaluations")
     subjects = resolve_subjects(config, base_folder)
-    if is_first_shard:
+    if shard.index == 0:
         print(describe(config, subjects))
     if config.dry_run:
         return
-    is_finished, suite = run_evaluation(config, base_folder, subjects)
+    part = f".{shard.index + 1}_of_{shard.count}" if shard.count > 1 else ""
+    with only_writer(config.run.folder, f"{folder.name}{part}"):
+        is_finished, suite = run_evaluation(config, base_folder, subjects)
     if suite is not None:
         Console(width=160).print(paper_text(suite), markup=False, highlight=False)
     if is_finished:
-        print(f"evaluations in {product_folder(config.run.folder, 'evaluations')}")
+        print(f"evaluations in {folder}")
 
 
 if __name__ == "__main__":

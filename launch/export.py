@@ -12,6 +12,7 @@ from longrope2.config import claim_folder, compose
 from longrope2.errors import ConfigError
 from longrope2.export.variants import ExportRoot, known_faults
 from longrope2.files.guide import write_guide
+from longrope2.files.lease import only_writer
 from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT
 
@@ -40,12 +41,14 @@ def main() -> None:
     print(f"cost       {cost_in_words(export)}")
     if config.dry_run:
         return
-    if is_complete(export):
-        print(f"already complete: {places}")
-        return
-    claim_folder(export.folder, config, changeable=("dry_run", "export", "corpus"))
-    write_guide(config.run.folder)
-    for name, by_length in publish(export).items():
+    with only_writer(config.run.folder, export.folder.name):
+        if is_complete(export):
+            print(f"already complete: {places}")
+            return
+        claim_folder(export.folder, config, changeable=("dry_run", "export", "corpus"))
+        write_guide(config.run.folder)
+        verified = publish(export)
+    for name, by_length in verified.items():
         for length, difference in by_length.items():
             differs = f"{name} differs by at most {difference:.1e} of the largest logit"
             print(f"verified   at {length} tokens: {differs}")

@@ -8,6 +8,7 @@ and ends with the same result; a finished one is not repeated.
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from longrope2.config import claim_folder, dump
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.files.guide import write_guide
+from longrope2.files.lease import only_writer, refuse_second_writer
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT, RescaleFactors
@@ -53,6 +55,7 @@ def main() -> None:
     if config.dry_run:
         return
     folder = product_folder(config.run.folder, "factors")
+    refuse_second_writer(config.run.folder, folder.name)
     # Refuse the folder of another search before anything is computed.
     if (folder / "config.yaml").is_file():
         claim_folder(folder, config, CHANGEABLE)
@@ -84,14 +87,15 @@ def _search(config: SearchRoot) -> None:
     is_rank = processes.world_size_from_environment() is not None
     workers = Workers(processes.join_processes(config.parallel) if is_rank else None)
     folder = product_folder(config.run.folder, "factors")
-    prepared = prepare(config, model_folder, space, folder=folder, workers=workers)
-    if workers.is_main:
-        claim_folder(folder, config, CHANGEABLE)
-        write_guide(config.run.folder)
-    workers.wait_for_all("the folder is claimed")
-    run_search(prepared, folder, workers)
-    if workers.is_main:
-        _write_plots(folder)
+    with only_writer(config.run.folder, folder.name) if workers.is_main else nullcontext():
+        prepared = prepare(config, model_folder, space, folder=folder, workers=workers)
+        if workers.is_main:
+            claim_folder(folder, config, CHANGEABLE)
+            write_guide(config.run.folder)
+        workers.wait_for_all("the folder is claimed")
+        run_search(prepared, folder, workers)
+        if workers.is_main:
+            _write_plots(folder)
     processes.leave_processes()
 
 

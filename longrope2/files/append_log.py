@@ -8,7 +8,6 @@ glued to it and lost as well. A writer that will repeat its last records may cut
 line before the last that is no JSON is damage that no crash explains, and is refused.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.errors import ArtifactError
+from longrope2.files.lease import take_lock
 
 
 class AppendLog:
@@ -103,8 +103,6 @@ def _parse(path: Path, data: bytes) -> tuple[list[Any], int]:
 
 
 def _lock(descriptor: int, refusal: str) -> None:
-    """Keep a second writer out."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ArtifactError(refusal) from None
+    """Keep a second writer out, where the file system has locks."""
+    if take_lock(descriptor) is False:
+        raise ArtifactError(refusal)

@@ -24,6 +24,7 @@ from longrope2.files.artifacts import (
     sha256_of_file,
     write_manifest,
 )
+from longrope2.files.lease import only_writer
 from longrope2.model.loading import rope_geometry
 from longrope2.rope.hf_config import from_hf_config
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -394,6 +395,23 @@ def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path, make_
         and "(other tokenizer)" in err
     )
     assert not run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "product"),
+    [
+        ("evaluate", (SUBJECTS, *SMALL), "4_evaluations"),
+        ("evaluate", (SUBJECTS, *SMALL, "evaluation.shard=1/4"), "4_evaluations.2_of_4"),
+        ("export", (), "5_exports"),
+    ],
+)
+def test_a_product_that_is_being_written(command, run_folder, checkpoint, verb, arguments, product):
+    """A shard has a lease of its own: the others may run at the same time."""
+    with only_writer(run_folder, product):
+        code, _, errors = command(verb, *arguments)
+    assert code == 2 and f"{run_folder / product} is being written by" in errors
+    assert not (run_folder / "4_evaluations").exists()
+    assert not (run_folder / "5_exports").exists()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from data_prep import pack as pack_module
 from data_prep.config import BucketQuota, BucketTokens, MixtureConfig, PackConfig
 from data_prep.pack import check
-from data_prep.stages import locked
 from data_prep.verification import audit_folder
 from longrope2.config import compose
 from longrope2.corpora.corpus import Split
@@ -21,6 +20,7 @@ from longrope2.corpora.folder import FolderCorpus
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import sha256_of_file
+from longrope2.files.lease import only_writer
 from longrope2.segments.format import SegmentStore
 
 WORDS = "alpha beta gamma </s> <s> delta\tx  \n epsilon 42 é 日本 ".split(" ")
@@ -365,9 +365,9 @@ def test_shortfalls_are_reported(texts_folder, tmp_path, capsys):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(texts_folder, tmp_path, capsys):
-    with locked(tmp_path / "x" / "1_segments"):
+    with only_writer(tmp_path / "x", "1_segments"):
         assert run(*folder_arguments(texts_folder, tmp_path)) == 2
-    assert "another process is packing here" in capsys.readouterr().err
+    assert "1_segments is being written by" in capsys.readouterr().err
     assert run(*folder_arguments(texts_folder, tmp_path)) == 0
 
 

@@ -23,6 +23,7 @@ from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.needles import build_needle_set, halve_documents
 from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.files.artifacts import read_manifest
+from longrope2.files.lease import only_writer
 from longrope2.model.factors_source import RopeConfig, resolve_factors
 from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
 from longrope2.model.shape import ModelShape
@@ -418,6 +419,15 @@ def test_dry_run_writes_nothing(search: SearchRun, capsys: pytest.CaptureFixture
         "space      critical index 1, 2, 3; factors 2 .. 4 from it up; dims=tail"
         in capsys.readouterr().out
     )
+
+
+def test_a_search_that_is_at_work(search: SearchRun, tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path / "test", "2_factors"),
+        pytest.raises(ArtifactError, match="2_factors is being written by .*; wait until it has"),
+    ):
+        search()
+    assert not (tmp_path / "test" / "2_factors").exists()
 
 
 def test_other_configuration_is_refused(search: SearchRun) -> None:
