@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check bench wheel clean
+.PHONY: setup demo test test-all check bench gpu-check wheel clean
 
 setup: .venv/.setup-done
 
@@ -38,6 +38,10 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.search --targets 512 --seeds 0
+
+# What only a GPU can show, on one GPU in ten minutes: gpu_check.json.
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu.check
 
 # dist/*.whl: the commands with conf/ and models/, for any folder.
 wheel: setup
