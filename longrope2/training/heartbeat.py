@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 
 from longrope2.command import HANG_EXIT_CODE
+from longrope2.parallel.flight_record import write_flight_record
 
 FOLDER = "heartbeats"
 _WRITE_SECONDS = 5.0
@@ -226,7 +227,7 @@ class Heartbeat:
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError as error:
             print(f"the stacks could not be written to {self._folder}: {error}", file=sys.stderr)
-        sys.stderr.flush()
+        print(write_flight_record(self._folder, self._rank), file=sys.stderr, flush=True)
         out_of_time.cancel()
         self._leave(HANG_EXIT_CODE)
 
