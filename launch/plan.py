@@ -31,7 +31,7 @@ from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.planning.memory import Layout
 from longrope2.planning.plan import Plan, PlanConfig, print_plan
 from longrope2.search.config import Algorithm, SearchConfig, most_candidates
-from longrope2.training.config import Precision, TrainRoot, recompute_faults
+from longrope2.training.config import Precision, TrainRoot, recompute_faults, with_room_for_largest
 
 if TYPE_CHECKING:
     from longrope2.training.verify import Verification
@@ -161,6 +161,7 @@ def _configured_layout(config: PlanRoot, shape: ModelShape) -> Layout:
     processes, norm = config.parallel.processes, config.training.norm
     if faults := recompute_faults(config.training, shape.num_layers):
         raise ConfigError(faults)
+    config = replace(config, zero=with_room_for_largest(config.zero, shape))
     layout = configured_layout(config, processes, bf16=True, norm=norm)
     usable = make_machine(config.hardware).usable_bytes
     layers = recomputed_layers(config, shape, layout, usable_bytes=usable)

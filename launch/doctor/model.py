@@ -16,7 +16,7 @@ from longrope2.model.shape import ASSUMED_LONG_SHARE, ModelShape, Workload
 from longrope2.planning.choice import choose_layout
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
-from longrope2.training.config import ZeroConfig
+from longrope2.training.config import ZeroConfig, with_room_for_largest
 from longrope2.training.plan import zero_buffers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -87,7 +87,8 @@ def _cost(shape: ModelShape, geometry: RopeGeometry, target_len: int) -> str:
         short_document_tokens=geometry.original_len / 2,
     )
     machine = make_machine(HardwareConfig(gpu=_PLANNED_GPU, num_gpus=_PLANNED_GPUS))
-    best = choose_layout(shape, workload, machine, zero_buffers(ZeroConfig()), (1,)).best
+    zero = zero_buffers(with_room_for_largest(ZeroConfig(), shape))
+    best = choose_layout(shape, workload, machine, zero, (1,)).best
     where = f"{_PLANNED_TOKENS / 1e9:g} B tokens on {_PLANNED_GPUS} {_PLANNED_GPU}"
     if best is None:
         return f"{where}: no layout fits; launch.plan says why"

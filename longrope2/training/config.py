@@ -1,7 +1,7 @@
 """Settings of a training run, and the checks that cross their fields."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,8 @@ class ZeroConfig:
     gathers of the backward pass stay among them; 1 keeps none. Stage 3 only; divides the number
     of processes."""
     reduce_bucket_elements: int = 500_000_000
-    """Gradients reduced in one message. Stages 1 to 3."""
+    """Gradients reduced in one message; raised to the model's largest matrix, which travels whole.
+    Stages 1 to 3."""
     gather_bucket_elements: int = 500_000_000
     """Updated parameters gathered in one message. Stages 1 and 2."""
     prefetch_elements: int = 50_000_000
@@ -212,6 +213,17 @@ def check(config: TrainRoot, model_folder: Path, world_size: int) -> None:
     """
     if faults := settings_faults(config, ModelShape.from_folder(model_folder), world_size):
         raise ConfigError(faults)
+
+
+def with_room_for_largest(zero: ZeroConfig, shape: ModelShape) -> ZeroConfig:
+    """``zero`` with a reduce bucket that the model's largest gradient fits into.
+
+    DeepSpeed reduces one that does not (LLaMA3-8B's embedding has 525 million elements) by itself,
+    beside the bucket: memory that no setting bounds and the planner does not know of.
+    """
+    largest = max(shape.head_parameters, shape.hidden * shape.mlp)
+    bucket = max(zero.reduce_bucket_elements, largest)
+    return replace(zero, reduce_bucket_elements=bucket)
 
 
 def settings_faults(config: TrainRoot, shape: ModelShape | None, world_size: int) -> list[str]:

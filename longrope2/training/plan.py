@@ -6,7 +6,7 @@ something there that does not fit is a fault in both. A dry run downloads nothin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from longrope2.training.config import (
     ZeroConfig,
     check,
     compute_dtype,
+    with_room_for_largest,
 )
 from longrope2.training.optimizer import optimizer_fault
 
@@ -118,6 +119,8 @@ class ResolvedRun:
     missing: tuple[Missing, ...] = ()
     recompute_layers: int | None = None
     """Layers that are recomputed, from the first on; None is all."""
+    notes: tuple[str, ...] = ()
+    """What runs otherwise than it was configured."""
 
     @property
     def factors(self) -> RescaleFactors:
@@ -187,7 +190,7 @@ class ResolvedRun:
                 f"norms      {_kernel_words(training.norm, machine.norm)}",
                 f"recompute  {self._recompute_words()}",
                 f"steps      {steps}, {self.micro_steps} micro-steps each",
-                *(f"note: {fault}" for fault in self.untrained_windows()),
+                *(f"note: {note}" for note in (*self.notes, *self.untrained_windows())),
                 *self._describe_heldout(),
             ]
         )
@@ -282,6 +285,10 @@ def resolve_run(
     training, missing = config.training, list[Missing]()
     model_folder = _find_model(config, missing)
     check(config, model_folder, world_size)
+    shape = ModelShape.from_folder(model_folder)
+    zero = with_room_for_largest(config.zero, shape)
+    notes = _raised_bucket(config, zero)
+    config = replace(config, zero=zero)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segments = segments_folder(config)
     store = _open_segments(segments, config, model_folder, missing)
@@ -304,7 +311,6 @@ def resolve_run(
     if store is not None and (faults := too_few_faults(config, *counts)):
         raise ConfigError(faults)
     machine = machine_setup(config, place, run=device is not None)
-    shape = ModelShape.from_folder(model_folder)
     layout = configured_layout(config, world_size, bf16=machine.bf16, norm=machine.norm.kernel)
     return ResolvedRun(
         config=config,
@@ -320,6 +326,7 @@ def resolve_run(
         recompute_layers=recomputed_layers(
             config, shape, layout, usable_bytes=_usable_bytes(place)
         ),
+        notes=notes,
     )
 
 
@@ -376,6 +383,15 @@ def _usable_bytes(device: torch.device) -> float | None:
     """What the smallest GPU of the run can hold, the planner's usual share of it."""
     smallest = smallest_gpu_bytes(device)
     return None if smallest is None else HardwareConfig.usable_memory * smallest
+
+
+def _raised_bucket(config: TrainRoot, zero: ZeroConfig) -> tuple[str, ...]:
+    """What is said when the reduce bucket is larger than configured."""
+    given, raised = config.zero.reduce_bucket_elements, zero.reduce_bucket_elements
+    if config.parallel.zero_stage == 0 or given == raised:
+        return ()
+    largest = f"less than the model's largest matrix has: raised to {raised}"
+    return (f"zero.reduce_bucket_elements={given} is {largest}",)
 
 
 def machine_setup(config: TrainRoot, device: torch.device, *, run: bool) -> MachineSetup:
