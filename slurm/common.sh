@@ -19,6 +19,7 @@ DEVICE=gpu
 SCRATCH=/tmp
 MIN_FREE_GB=50
 MIN_BANDWIDTH_GBPS=0
+SRUN_OPTIONS=()
 # The one task of a node starts all its ranks: Slurm must not bind it to a core.
 export SLURM_CPU_BIND=none
 SITE=${LONGROPE2_SITE:-slurm/site.env}
@@ -66,10 +67,14 @@ search() {
 # pack KEY=VALUE...: this process hands the work out as job arrays, in the partition of this job.
 pack() {
     DEVICE=cpu
-    last_wins cluster=slurm cluster.partition="$SLURM_JOB_PARTITION" "$@"
+    if in_container; then # in it there is no sbatch: with the cores of this job
+        last_wins cluster=local "$@"
+    else
+        last_wins cluster=slurm cluster.partition="$SLURM_JOB_PARTITION" "$@"
+    fi
     begin "packing ${WORDS[*]}"
     check_nodes
-    attempt "$(run_folder)/1_segments" outside_this_job "${PYTHON[@]}" -m data_prep.pack "${WORDS[@]}"
+    attempt "$(run_folder)/1_segments" pack_from_here "${WORDS[@]}"
     finish
 }
 
@@ -81,7 +86,7 @@ evaluate() {
     product=$(run_folder)/4_evaluations
     check_nodes
     if [ "$count" -gt 1 ]; then
-        attempt "$product" "${PYTHON[@]}" -m launch.evaluate "${WORDS[@]}" "evaluation.shard=$SLURM_ARRAY_TASK_ID/$count"
+        attempt "$product" exec_here -m launch.evaluate "${WORDS[@]}" "evaluation.shard=$SLURM_ARRAY_TASK_ID/$count"
         ended=slurm/logs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/ended
         mkdir -p "$ended/$SLURM_ARRAY_TASK_ID"
         # The last one to come here counts all; of two that come at once, one makes the folder.
@@ -89,7 +94,7 @@ evaluate() {
             finish
         fi
     fi
-    attempt "$product" "${PYTHON[@]}" -m launch.evaluate "${WORDS[@]}"
+    attempt "$product" exec_here -m launch.evaluate "${WORDS[@]}"
     finish
 }
 
@@ -98,7 +103,7 @@ export_model() {
     last_wins "$@"
     begin "export ${WORDS[*]}"
     check_nodes
-    attempt "$(run_folder)/5_exports" "${PYTHON[@]}" -m launch.export "${WORDS[@]}"
+    attempt "$(run_folder)/5_exports" exec_here -m launch.export "${WORDS[@]}"
     finish
 }
 
@@ -107,17 +112,17 @@ export_model() {
 # Every node by itself (GPUs, disk, packages); then all reports side by side.
 check_nodes() {
     local bad
-    srun --ntasks-per-node=1 --kill-on-bad-exit=0 --output="$LOGS/doctor-%N.log" \
+    srun "${SRUN_OPTIONS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --output="$LOGS/doctor-%N.log" \
         "${PYTHON[@]}" -m launch.doctor node "$LOGS" --device "$DEVICE" --scratch "$SCRATCH" \
         --min-free-gb "$MIN_FREE_GB" || true
-    bad=$("${PYTHON[@]}" -m launch.doctor nodes "$LOGS" "$(node_names)") || refuse "$bad"
+    bad=$(here -m launch.doctor nodes "$LOGS" "$(node_names)") || refuse "$bad"
 }
 
 # Between the nodes: clocks, and the bandwidth of an all-reduce.
 check_network() {
     local bad
     (on_every_node network launch.doctor network "$LOGS" --device "$DEVICE") || true
-    bad=$("${PYTHON[@]}" -m launch.doctor links "$LOGS" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
+    bad=$(here -m launch.doctor links "$LOGS" --min-gbps "$MIN_BANDWIDTH_GBPS") || refuse "$bad"
 }
 
 # refuse [NODES]: the doctor has printed why. At its first start a job stops, somebody is watching; a later one begins again
@@ -146,10 +151,27 @@ count_ranks() {
 over_all_ranks() {
     local module=$1 config
     shift
-    "${PYTHON[@]}" -m "$module" --prepare "$LOGS/config-path" "$@" "parallel.processes=$((NODES * RANKS_PER_NODE))"
+    here -m "$module" --prepare "$LOGS/config-path" "$@" "parallel.processes=$((NODES * RANKS_PER_NODE))"
     config=$(cat "$LOGS/config-path")
     [ -n "$config" ] || finish
     attempt "$(dirname "$config")" on_every_node ranks "$module" --config "$config"
+}
+
+# Whether the Python of this job runs where srun puts it, in a container (SRUN_OPTIONS), and not in this shell.
+in_container() { [ ${#SRUN_OPTIONS[@]} -gt 0 ]; }
+
+# exec_here WORDS...: Python with WORDS, in this shell's place, so that a signal reaches it; with SRUN_OPTIONS a step of this node.
+# For a subshell or the background.
+exec_here() {
+    in_container || exec "${PYTHON[@]}" "$@"
+    exec srun "${SRUN_OPTIONS[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${PYTHON[@]}" "$@"
+}
+here() { (exec_here "$@"); }
+
+# pack_from_here WORDS...: packing, which submits jobs of its own where it can.
+pack_from_here() {
+    if in_container; then exec_here -m data_prep.pack "$@"; fi
+    outside_this_job "${PYTHON[@]}" -m data_prep.pack "$@"
 }
 
 # on_every_node FOLDER MODULE ARGUMENTS...: torchrun (launch/cluster/node_agent.py) on every node of the job. For a subshell or the
@@ -158,7 +180,7 @@ on_every_node() {
     local folder=$1
     shift
     mkdir -p "$LOGS/$folder"
-    exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
+    exec srun "${SRUN_OPTIONS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         "${PYTHON[@]}" -m launch.cluster.node_agent --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$FIRST_NODE:$((20000 + (SLURM_JOB_ID + 97 * START) % 12000))" \
         --rdzv-id="$SLURM_JOB_ID.$START.$folder" --log-dir="$LOGS/$folder" -m "$@"
@@ -169,7 +191,7 @@ attempt() {
     local code
     PRODUCT=$1
     shift
-    "${PYTHON[@]}" -m launch.cluster.attempts begin "$PRODUCT"
+    here -m launch.cluster.attempts begin "$PRODUCT"
     stop_in_time
     trap asked_to_stop USR1
     trap terminated TERM
@@ -189,12 +211,23 @@ attempt() {
 stop_in_time() {
     local lead left
     [ "$ON_STOP" = save ] || return 0
-    lead=$("${PYTHON[@]}" -m launch.cluster.attempts lead "$PRODUCT")
+    lead=$(here -m launch.cluster.attempts lead "$PRODUCT")
+    say_what_sigterm_leaves "$lead"
     left=$(($(end_of_job) - $(date +%s)))
     if [ "$lead" -le "$SIGNAL_LEAD" ] || [ "$left" -le $((2 * lead)) ]; then return 0; fi
     say "a stop may take $lead s, as measured: it is asked for that long before the time limit"
     (sleep $((left - lead)) && kill -USR1 $$) &
     EARLY=$!
+}
+
+# say_what_sigterm_leaves LEAD: after SIGTERM (preempted, cancelled) Slurm kills in KillWait; LEAD is what a stop may take.
+say_what_sigterm_leaves() {
+    local wait
+    wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+    if [ "${wait:-0}" -ge "$1" ]; then return 0; fi
+    say "note: Slurm kills a job ${wait:-?} s after SIGTERM (KillWait), and a stop may take $1 s here: after a preemption or scancel" \
+        "the steps since the last checkpoint are trained again (training.checkpoint_steps); what saves them: a GraceTime for" \
+        "preemption, or scancel --batch --signal=USR1 $SLURM_JOB_ID"
 }
 
 # conclude CODE: what comes after the ranks.
@@ -204,7 +237,7 @@ conclude() {
     [ -z "${TIMER:-}" ] || kill "$TIMER" 2>/dev/null || true
     [ -z "${EARLY:-}" ] || kill "$EARLY" 2>/dev/null || true
     [ -z "${TERMINATED:-}" ] || finish 143 # Slurm itself decides what comes next
-    verdict=$("${PYTHON[@]}" -m launch.cluster.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
+    verdict=$(here -m launch.cluster.attempts end "$PRODUCT" --code "$1" --logs "$LOGS/ranks" \
         --nodes "$(node_names)" ${STOPPED:+--stopped})
     case $verdict in
         done) ;;
@@ -242,7 +275,8 @@ terminated() {
     [ -z "${TERMINATED:-}" ] || return 0
     TERMINATED=1
     say "terminated by Slurm"
-    "${PYTHON[@]}" -m launch.cluster.attempts terminated "$PRODUCT"
+    # Slurm may start no further step of a job that it ends: the attempt then stays as begun.
+    here -m launch.cluster.attempts terminated "$PRODUCT" || say "how it ended could not be noted"
 }
 
 # SIGALRM, from asked_to_stop: the ranks did not end in time.

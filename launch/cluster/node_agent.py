@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.cluster.rank_environment import set_rank_environment
 from longrope2.command import rank_exit_code
 from longrope2.files.artifacts import write_text
 from longrope2.help import HELP_FLAGS
@@ -38,8 +39,7 @@ def main() -> None:
         print(__doc__)
         return
     stop = _StopSignals()
-    # DeepSpeed uses torch names that are deprecated.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    set_rank_environment()
     # torch loads for seconds, in which signals must be caught.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic
 
+from launch.cluster.rank_environment import set_rank_environment
 from longrope2.command import LAUNCHER_VARIABLE, rank_exit_code
 from longrope2.config import Root, compose, load
 from longrope2.errors import ConfigError
@@ -84,8 +85,7 @@ def run_under_torchrun(module: str, config_path: Path, processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # DeepSpeed uses torch names that are deprecated.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    set_rank_environment()
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -253,6 +253,41 @@ def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) 
     assert job.result() == undisturbed.result()
 
 
+# Python of a container: it is not there where srun's options have not been.
+INSIDE = """#!/bin/bash
+[ "${{INSIDE:-}}" = yes ] || {{ echo "not there outside of the container: $0" >&2; exit 127; }}
+exec {python} "$@"
+"""
+
+
+def test_all_of_it_in_containers_of_srun(
+    small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job
+) -> None:
+    """Checks, composing, ranks and bookkeeping; requeued, then at its time limit."""
+    python, site = runs.parent / "python_inside", runs.parent / "slurm" / "site.env"
+    python.write_text(INSIDE.format(python=sys.executable))
+    python.chmod(0o755)
+    usual = site.read_text()
+    options = "SRUN_OPTIONS=(--export=ALL,INSIDE=yes --comment='a b')"
+    site.write_text(f"{usual}PYTHON=({python})\n{options}\n")
+    try:
+        job = Job(small_cluster, runs, "in_containers", "--time=60", "--signal=B:USR1@45")
+        job.wait_for_steps(12)
+        small_cluster.command("scontrol", "requeue", job.id)
+        wait_until((job.logs / "start-1" / "ranks").is_dir, 600, "ranks start again")
+        job.wait_for_steps(len(job.records()) + 3)
+        job.end_in_about_two_minutes()
+        wait_until(lambda: job.restarts() == 2, 300, "the job is requeued at its limit")
+        small_cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+        job.wait()
+    finally:
+        site.write_text(usual)
+    assert job.attempts()[-3:] == [("stopped", 75), ("begun", 0), ("done", 0)], job.log
+    assert "not there outside" not in job.log
+    assert "Slurm kills a job 30 s after SIGTERM (KillWait), and a stop may take" in job.log
+    assert job.result() == undisturbed.result()
+
+
 def is_rank(pid: int) -> bool:
     """Whether a process is one of the trainers."""
     return (

@@ -40,6 +40,8 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("slurm/*.sh")),
+    *sorted(ROOT.glob("slurm/*.md")),
+    ROOT / "slurm" / "site.example.env",
     *sorted(ROOT.glob("conf/**/*.yaml")),
 ]
 # Up to the end of a code span, of a remark's bracket or clause, or up to two spaces.

@@ -145,8 +145,8 @@ def test_a_job_without_gpus_is_refused() -> None:
 )
 def test_a_job_whose_stops_take_long_tells_itself(lead: int, left: int, told: bool) -> None:
     parts = [
-        f"ON_STOP=save SIGNAL_LEAD={SIGNAL_LEAD} PYTHON=(lead)",
-        f"lead() {{ echo {lead}; }}; say() {{ echo $*; }}; sleep() {{ echo slept $1; false; }}",
+        f"ON_STOP=save SIGNAL_LEAD={SIGNAL_LEAD}; say_what_sigterm_leaves() {{ :; }}",
+        f"here() {{ echo {lead}; }}; say() {{ echo $*; }}; sleep() {{ echo slept $1; false; }}",
         f"end_of_job() {{ echo $(($(date +%s) + {left})); }}",
         function("stop_in_time"),
         "stop_in_time; wait",
@@ -174,6 +174,61 @@ def test_the_run_folder_of_some_words(words: str, folder: str) -> None:
     """Also the pipeline's, which looks there for what is complete."""
     ended = bash(f"{function('run_folder')}\nWORDS=({words}); run_folder")
     assert ended.stdout.strip() == (folder if "/" in folder else f"runs/{folder}")
+
+
+def line_function(name: str) -> str:
+    """The text of a function of slurm/common.sh that is one line."""
+    found = re.search(
+        rf"^{name}\(\) .*\}}$", (ROOT / "slurm" / "common.sh").read_text(), re.MULTILINE
+    )
+    assert found is not None
+    return found[0]
+
+
+HERE = "\n".join(
+    [
+        "SLURMD_NODENAME=n3 PYTHON=(echo python 'a b'); srun() { echo srun; }",
+        *map(line_function, ("in_container", "here")),
+        function("exec_here").replace("exec srun", "exec echo srun"),
+    ]
+)
+
+
+def test_without_containers_python_runs_in_the_batch_shell() -> None:
+    ended = bash(f"{HERE}\nSRUN_OPTIONS=(); here -m launch.doctor 'c d'; echo after")
+    assert ended.stdout == "python a b -m launch.doctor c d\nafter\n", ended.stderr
+
+
+def test_in_containers_python_runs_in_a_step_of_the_same_node() -> None:
+    ended = bash(
+        f"{HERE}\nSRUN_OPTIONS=(--container-image='x y'); here -m launch.doctor; echo after"
+    )
+    step = "srun --container-image=x y --overlap --nodes=1 --ntasks=1 --nodelist=n3"
+    assert ended.stdout == f"{step} echo python a b -m launch.doctor\nafter\n", ended.stderr
+
+
+def test_every_python_of_a_job_goes_where_the_site_file_says() -> None:
+    """Beside ``exec_here`` and packing without containers, each stands behind srun's options."""
+    text = (ROOT / "slurm" / "common.sh").read_text()
+    for name in ("exec_here", "pack_from_here"):
+        text = text.replace(function(name), "")
+    calls = re.findall(r'.*\n?.*"\$\{PYTHON\[@\]\}"', text)
+    assert len(calls) == 2 and all('srun "${SRUN_OPTIONS[@]}"' in call for call in calls)
+
+
+@pytest.mark.parametrize(("wait", "said"), [("30 sec", True), ("90 sec", False)])
+def test_a_short_grace_after_sigterm_is_said(wait: str, said: bool) -> None:
+    parts = [
+        "SLURM_JOB_ID=7; say() { echo $*; }",
+        f"scontrol() {{ echo 'KillWait                = {wait}'; }}",
+        function("say_what_sigterm_leaves"),
+        "say_what_sigterm_leaves 90",
+    ]
+    printed = bash("\n".join(parts)).stdout
+    words = "Slurm kills a job 30 s after SIGTERM (KillWait), and a stop may take 90 s here"
+    assert (words in printed) is said
+    assert ("scancel --batch --signal=USR1 7" in printed) is said
+    assert '\n    say_what_sigterm_leaves "$lead"\n' in function("stop_in_time")
 
 
 def test_scripts_refuse_to_run_outside_a_job() -> None:
