@@ -23,6 +23,7 @@ from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.files.guide import write_guide
+from longrope2.files.lease import only_writer
 from longrope2.model.folder import look_before
 from longrope2.training.before import known_faults
 from longrope2.training.config import CHANGEABLE_TRAINING_KEYS, TrainRoot
@@ -62,16 +63,17 @@ def main() -> None:
     print(run.describe(), make_forecast(run).line(), *run.describe_missing(), sep="\n")
     if config.dry_run:
         return
-    complete = _is_complete(run.folder, config)
-    claim_folder(run.folder, config, changeable=CHANGEABLE)
-    write_guide(config.run.folder)
+    with only_writer(config.run.folder, run.folder.name):
+        complete = _is_complete(run.folder, config)
+        claim_folder(run.folder, config, changeable=CHANGEABLE)
+        write_guide(config.run.folder)
+        if not complete:
+            _prepare_what_takes_long(run)
     config_file = run.folder / "config.yaml"
     if given.note is not None:
         note_config_of_ranks(given.note, None if complete else config_file)
     if complete:
         print(f"already complete: {run.folder / 'final'}")
-    if not complete and config.training.heldout_every:
-        print(_write_heldout(run))
     if complete or given.note is not None:
         return
     if run.world_size == 1:
@@ -91,6 +93,16 @@ def _refuse_what_is_known(config: TrainRoot) -> None:
     if faults := known_faults(config, look):
         raise ConfigError(faults)
     look.print_notes()
+
+
+def _prepare_what_takes_long(run: "ResolvedRun") -> None:
+    """Before ranks hold GPUs: a checkpoint of another number of ranks, held-out segments."""
+    from longrope2.training.checkpoint import convert_before_ranks
+
+    stage, identity = run.config.parallel.zero_stage, run.identity()
+    convert_before_ranks(run.folder, identity, world_size=run.world_size, zero_stage=stage)
+    if run.config.training.heldout_every:
+        print(_write_heldout(run))
 
 
 def _write_heldout(run: "ResolvedRun") -> str:

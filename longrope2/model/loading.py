@@ -107,7 +107,7 @@ def load_windowed_model(
         dtype: Number format of the weights.
         from_scratch: Random weights from torch's random state, the same with and without ``take``.
         take: Gets each parameter as soon as it is real and may keep a part of it (ZeRO-3).
-        read: With ``take``, False leaves reading the values to another rank.
+        read: False gives memory without values: another rank reads them, or a checkpoint follows.
 
     Raises:
         ArtifactError: the folder has no weights, the factors do not fit the model's rotary
@@ -121,7 +121,7 @@ def load_windowed_model(
     transformers_logging.disable_progress_bar()  # its bars would tear ours
     config = look_at(folder).config
     hf: Any = build_without_memory(config, dtype)
-    if take is None and not from_scratch:
+    if take is None and not from_scratch and read:
         weights = check_weights(hf, folder)
         del hf.base_model.rotary_emb  # which is replaced
         fill_buffers(hf, weights)  # refuses what transformers would leave unset

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -124,6 +124,24 @@ def done_by_main(work: Callable[[], Result], mark: Callable[[str], None]) -> Res
                 mark("telling the other ranks")
             dist.broadcast_object_list(answer)
     return answer[0][0]
+
+
+def done_by_each(work: Callable[[], Result], mark: Callable[[str], None]) -> list[Result]:
+    """What ``work`` returned on every rank, by rank, on all ranks; every rank calls this.
+
+    As ``done_by_main``: however long it takes, and ranks that are not done are behind the others.
+    """
+    answers: list[Any] = [None] * dist.get_world_size()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="own-share") as pool:
+        future, is_done = pool.submit(work), False
+        while not all(answers):
+            if not is_done and wait([future], timeout=_MEETING_SECONDS).done:
+                is_done = True
+                mark("waiting for the other ranks")
+            elif is_done:
+                time.sleep(_MEETING_SECONDS / 10)
+            dist.all_gather_object(answers, (future.result(),) if is_done else None)
+    return [answer[0] for answer in answers]
 
 
 def smallest_gpu_bytes(device: torch.device) -> int | None:

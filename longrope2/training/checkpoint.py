@@ -18,12 +18,13 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,22 @@ import torch.distributed as dist
 from longrope2.errors import ArtifactError
 from longrope2.files import artifacts
 from longrope2.files.artifacts import Manifest
-from longrope2.parallel.processes import done_by_main
+from longrope2.parallel.processes import done_by_each, done_by_main
 from longrope2.training.step import SkippedSteps
-from longrope2.training.universal import ShardLayout, load_converted, optimizer_record
+from longrope2.training.universal import (
+    Mark,
+    ShardLayout,
+    convert,
+    forget_converted_but,
+    load_converted,
+    no_mark,
+    optimizer_record,
+)
 
 _LATEST_FILE = "latest"
 _STEP_KIND = "training_state"
 _POLL_SECONDS = 0.05
+_RANK_IN_NAME = re.compile(r"pp_rank_(\d+)_")  # DeepSpeed's names of a rank's own files
 _log = logging.getLogger(__name__)
 
 
@@ -231,97 +241,168 @@ class CheckpointWriter:
             shutil.rmtree(path)
 
 
-def load_newest(
-    engine: Any,
-    folder: Path,
-    identity: dict[str, Any],
-    mark: Callable[..., None] = lambda phase, moves_bytes=False: None,
-) -> tuple[int, SkippedSteps]:
-    """Load the newest undamaged checkpoint; a damaged one is skipped with a warning.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is intact and of this run."""
 
-    One that another number of ranks wrote is converted first. ``mark`` is told what the rank does
-    (``Heartbeat.mark``): all of it may take long, and moves bytes meanwhile.
+    folder: Path
+    manifest: Manifest
 
-    Returns:
-        Finished optimizer steps, and how many of them were skipped; zeros when there is no
-        checkpoint.
+    @property
+    def steps(self) -> int:
+        """Finished optimizer steps."""
+        return self.manifest.counts["steps"]
+
+    @property
+    def skipped(self) -> SkippedSteps:
+        """How many of them were skipped."""
+        counts = self.manifest.counts
+        return SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
+
+    @property
+    def written_as(self) -> ShardLayout | None:
+        """How it is cut into files, where that is known."""
+        shards = self.manifest.details.get("shards")
+        return ShardLayout(**shards) if shards else None
+
+
+def find_newest(folder: Path, identity: dict[str, Any], mark: Mark = no_mark) -> Found | None:
+    """The newest undamaged checkpoint, or None without any; every rank calls this.
+
+    A damaged one is skipped with a warning. Every rank compares the files of its own shard with
+    their hashes: together they read a checkpoint once.
 
     Raises:
-        ArtifactError: there are checkpoints and all are damaged, they belong to another run, or the
-            newest cannot be converted.
+        ArtifactError: there are checkpoints and all are damaged, or they belong to another run.
     """
     mark("verifying checkpoints", moves_bytes=True)
-    found = done_by_main(partial(_clean_and_verify, folder, identity), mark)
-    if isinstance(found, ArtifactError):
-        raise found
-    if found is None:
-        return 0, SkippedSteps()
-    tag, manifest = found
-    counts, written_as = manifest.counts, manifest.details.get("shards")
-    skipped = SkippedSteps(counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0))
-    if written_as and not ShardLayout(**written_as).fits(ShardLayout.of(engine)):
-        optimizer = manifest.details["optimizer"]
-        load_converted(engine, folder / tag, ShardLayout(**written_as), optimizer, mark)
-        return counts["steps"], skipped
-    mark("loading a checkpoint", moves_bytes=True)
-    if engine.load_checkpoint(str(folder), tag=tag)[0] is None:
-        text = f"DeepSpeed could not load {folder / tag}"
-        raise ArtifactError(f"{text}; remove it to go on from the one before")
-    return counts["steps"], skipped
-
-
-def _clean_and_verify(
-    folder: Path, identity: dict[str, Any]
-) -> tuple[str, Manifest] | ArtifactError | None:
-    """As ``_newest_intact``, when what a killed run left unfinished is gone."""
-    for unfinished in folder.glob(".step_*"):
-        shutil.rmtree(unfinished)
-    return _newest_intact(folder, identity)
-
-
-def _newest_intact(
-    folder: Path, identity: dict[str, Any]
-) -> tuple[str, Manifest] | ArtifactError | None:
-    """Name and manifest of the newest intact checkpoint; an error is returned to be raised."""
-    candidates = _step_folders(folder)
+    candidates = done_by_main(partial(_candidates, folder), mark)
+    for candidate in reversed(candidates):
+        manifest = done_by_main(partial(_read, candidate), mark)
+        if isinstance(manifest, Manifest):
+            mark("verifying checkpoints", moves_bytes=True)
+            faults = done_by_each(partial(_fault_of_own_shard, candidate, manifest), mark)
+            manifest = next((fault for fault in faults if fault is not None), manifest)
+        if isinstance(manifest, Manifest):
+            _refuse_another_run(candidate, manifest, identity)
+            return Found(candidate, manifest)
+        if dist.get_rank() == 0:
+            _log.warning("skipping a damaged checkpoint: %s", manifest)
     if not candidates:
         return None
-    for candidate in reversed(candidates):
-        try:
-            manifest = artifacts.read_manifest(candidate, _STEP_KIND)
-            _verify(candidate, manifest)
-        except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
-            _log.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        inputs = manifest.inputs
-        changed = [k for k in identity if _content(inputs.get(k)) != _content(identity[k])]
-        if changed:
-            return ArtifactError(
-                f"{candidate} was written by another run: {', '.join(changed)} differ; "
-                "use another run.name (run.from_run lets it take this run's segments and factors), "
-                "or remove the checkpoints to start over"
-            )
-        return candidate.name, manifest
     text = f"no checkpoint in {folder} is intact ({len(candidates)} damaged)"
-    return ArtifactError(f"{text}; remove them to start over")
+    raise ArtifactError(f"{text}; remove them to start over")
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
-    """Compare files with their hashes, and the cursor, which no hash covers, with the name."""
-    steps = manifest.counts.get("steps")
-    if not isinstance(steps, int) or folder.name != _tag(steps):
-        text = f"{folder / artifacts.MANIFEST_NAME} says counts.steps={steps}"
-        raise ArtifactError(f"{text}, its folder another number")
-    paths = [folder / name for name in manifest.files]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ArtifactError(f"{missing[0]} is missing")
-    # Hashing leaves Python's lock: 100 GB of an 8B model should not take minutes.
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(artifacts.sha256_of_file, paths))
-    for path, found, expected in zip(paths, hashes, manifest.files.values(), strict=True):
-        if found != expected:
-            raise ArtifactError(f"{path} does not match its SHA-256")
+def load(engine: Any, found: Found, mark: Mark = no_mark) -> None:
+    """Load a checkpoint into an engine; every rank calls this, after ``find_newest``.
+
+    One that another number of ranks wrote is converted first, unless that was done before they
+    started (``convert_before_ranks``). ``mark`` is told what the rank does (``Heartbeat.mark``): it
+    may take long, and moves bytes meanwhile.
+
+    Raises:
+        ArtifactError: it cannot be loaded or converted.
+    """
+    folder, written_as = found.folder, found.written_as
+    if written_as and not written_as.fits(ShardLayout.of(engine)):
+        load_converted(engine, folder, written_as, found.manifest.details["optimizer"], mark)
+        return
+    mark("loading a checkpoint", moves_bytes=True)
+    if engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
+        text = f"DeepSpeed could not load {folder}"
+        raise ArtifactError(f"{text}; remove it to go on from the one before")
+
+
+def convert_before_ranks(
+    folder: Path, identity: dict[str, Any], *, world_size: int, zero_stage: int
+) -> None:
+    """Convert the newest checkpoint where another number of ranks wrote it; one process calls this.
+
+    Nobody waits for it then: ranks hold GPUs, and their collectives have a time limit. What is not
+    as expected here (damage, another run, formats that do not convert) is left to the ranks, which
+    look themselves.
+
+    Raises:
+        ArtifactError: the conversion failed.
+    """
+    candidates = _candidates(folder)
+    if not candidates:
+        return
+    newest = candidates[-1]
+    manifest = _read(newest)
+    if not isinstance(manifest, Manifest) or not (written_as := Found(newest, manifest).written_as):
+        return
+    # The number format shows on the ranks' devices only; it cannot change with their number.
+    wanted = ShardLayout(world_size, zero_stage, written_as.bf16)
+    if written_as.fits(wanted) or not written_as.converts_to(wanted):
+        return
+    _refuse_another_run(newest, manifest, identity)
+    if _fault_of(newest, manifest, list(manifest.files)) is None:
+        convert(newest, written_as, wanted)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, when what a killed run left unfinished is gone."""
+    folders = _step_folders(folder)
+    for unfinished in folder.glob(".step_*"):
+        shutil.rmtree(unfinished)
+    if folders:
+        forget_converted_but(folders[-1])
+    return folders
+
+
+def _read(candidate: Path) -> Manifest | str:
+    """The manifest, or what is wrong with it."""
+    try:
+        manifest = artifacts.read_manifest(candidate, _STEP_KIND)
+    except (ArtifactError, OSError) as error:  # OSError: a disk that cannot read what it holds
+        return str(error)
+    steps = manifest.counts.get("steps")  # the cursor, which no hash covers
+    if not isinstance(steps, int) or candidate.name != _tag(steps):
+        text = f"{candidate / artifacts.MANIFEST_NAME} says counts.steps={steps}"
+        return f"{text}, its folder another number"
+    return manifest
+
+
+def _fault_of_own_shard(candidate: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the files that are this rank's to verify."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = [name for name in manifest.files if owner_of_file(name, world_size) == rank]
+    return _fault_of(candidate, manifest, own)
+
+
+def owner_of_file(name: str, world_size: int) -> int:
+    """The rank that verifies a file: the one that reads it, when as many ranks wrote it."""
+    numbered = _RANK_IN_NAME.search(name)
+    return int(numbered[1]) % world_size if numbered else 0
+
+
+def _fault_of(candidate: Path, manifest: Manifest, names: list[str]) -> str | None:
+    """Compare files with their hashes; what is wrong with the first that differs."""
+    paths = [candidate / name for name in names]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        return f"{missing} is missing"
+    try:
+        # Hashing leaves Python's lock: 100 GB of an 8B model should not take minutes.
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(artifacts.sha256_of_file, paths))
+    except OSError as error:
+        return str(error)
+    wrong = (p for p, found in zip(paths, hashes, strict=True) if found != manifest.files[p.name])
+    return next((f"{path} does not match its SHA-256" for path in wrong), None)
+
+
+def _refuse_another_run(candidate: Path, manifest: Manifest, identity: dict[str, Any]) -> None:
+    """A checkpoint of other segments, factors or settings is not to be gone on with."""
+    inputs = manifest.inputs
+    changed = [k for k in identity if _content(inputs.get(k)) != _content(identity[k])]
+    if changed:
+        raise ArtifactError(
+            f"{candidate} was written by another run: {', '.join(changed)} differ; "
+            "use another run.name (run.from_run lets it take this run's segments and factors), "
+            "or remove the checkpoints to start over"
+        )
 
 
 def _content(described: Any) -> Any:

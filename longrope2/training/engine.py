@@ -182,8 +182,11 @@ class RankShares:
         self._first = parameter
 
 
-def make_engine(run: ResolvedRun, processes: Processes) -> Any:
-    """Load the model and wrap it; every rank calls this. Under ZeRO-3 none ever holds all of it."""
+def make_engine(run: ResolvedRun, processes: Processes, *, values: bool = True) -> Any:
+    """Load the model and wrap it; every rank calls this. Under ZeRO-3 none ever holds all of it.
+
+    Without ``values`` the weights are left unread, because a checkpoint follows.
+    """
     torch.manual_seed(run.config.seed)
     shares = _shares(run, processes)
     model = load_windowed_model(
@@ -193,7 +196,7 @@ def make_engine(run: ResolvedRun, processes: Processes) -> Any:
         dtype=run.machine.dtype,
         from_scratch=run.config.model.from_scratch,
         take=shares.take if shares else None,
-        read=processes.is_main,
+        read=values and (shares is None or processes.is_main),
     )
     return wrap_model(model, run, processes)
 

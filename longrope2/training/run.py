@@ -1,14 +1,19 @@
 """A training run from configuration to final checkpoint, as every rank executes it."""
 
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+
 from longrope2.config import to_plain
-from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.files.lease import only_writer
+from longrope2.parallel.flight_record import keep_flight_record
 from longrope2.parallel.processes import (
     Processes,
     join_processes,
@@ -17,17 +22,18 @@ from longrope2.parallel.processes import (
 )
 from longrope2.segments.format import SegmentStore
 from longrope2.training.batch import RankBatch, load_rank_batch, step_batches
-from longrope2.training.checkpoint import CheckpointWriter, load_newest
+from longrope2.training.checkpoint import CheckpointWriter, find_newest, load
 from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
 from longrope2.training.final import save_final
+from longrope2.training.heartbeat import FOLDER as HEARTBEATS
 from longrope2.training.heartbeat import Heartbeat, StopSignals
 from longrope2.training.heldout import HeldoutLoss
 from longrope2.training.observer import TrainingObserver
 from longrope2.training.optimizer import learning_rate
 from longrope2.training.plan import ResolvedRun, resolve_run
 from longrope2.training.selftest import check_parity
-from longrope2.training.step import StepAbandoned, StepGuard, run_step
+from longrope2.training.step import SkippedSteps, StepAbandoned, StepGuard, run_step
 
 
 class RunEnd(Enum):
@@ -47,9 +53,10 @@ def train(config: TrainRoot) -> RunEnd:
     Raises:
         ConfigError: faults in the configuration, all together.
         ArtifactError: segments, model, factors or checkpoints that are missing or belong to
-            something else.
+            something else; or another process trains this run.
         UserError: ``training.max_skipped_steps`` steps in a row could not be applied.
     """
+    keep_flight_record(product_folder(config.run.folder, "checkpoints") / HEARTBEATS)
     alone = world_size_from_environment() is None
     with StopSignals(says_so=alone) as signals:
         processes = join_processes(config.parallel)
@@ -58,14 +65,29 @@ def train(config: TrainRoot) -> RunEnd:
             run = resolve_run(config, processes.dims.world_size, processes.device)
             run.refuse_what_is_missing()
             rank, timeout_s = processes.dims.rank, config.training.hang_timeout_s
-            with Heartbeat(
-                run.folder, rank=rank, world_size=run.world_size, timeout_s=timeout_s
-            ) as heartbeat:
+            beats = {"rank": rank, "world_size": run.world_size, "timeout_s": timeout_s}
+            with _lease(run, processes), Heartbeat(run.folder, **beats) as heartbeat:
                 end = _train(run, processes, signals, heartbeat)
             failed = False
             return end
         finally:
             leave_processes(failed=failed)
+
+
+@contextmanager
+def _lease(run: ResolvedRun, processes: Processes) -> Iterator[None]:
+    """The main rank holds the run for all; where another process does, all ranks say so."""
+    refused: list[ArtifactError | None] = [None]
+    with ExitStack() as held:
+        if processes.is_main:
+            try:
+                held.enter_context(only_writer(run.config.run.folder, run.folder.name))
+            except ArtifactError as error:
+                refused = [error]
+        dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
 
 
 @dataclass(frozen=True)
@@ -90,10 +112,14 @@ def _train(
     if training.selftest:
         heartbeat.mark("self-test")
         check_parity(run, processes)
-    heartbeat.mark("loading the model", moves_bytes=True)
-    engine = make_engine(run, processes)
     identity = run.identity()
-    first, skipped = load_newest(engine, run.folder, identity, mark=heartbeat.mark)
+    found = find_newest(run.folder, identity, heartbeat.mark)
+    heartbeat.mark("loading the model", moves_bytes=True)
+    engine = make_engine(run, processes, values=found is None)
+    first, skipped = 0, SkippedSteps()
+    if found is not None:
+        load(engine, found, heartbeat.mark)
+        first, skipped = found.steps, found.skipped
     keep, in_background = training.keep_checkpoints, training.async_checkpoints
     writer = CheckpointWriter(engine, run.folder, identity, keep=keep, in_background=in_background)
     guard = StepGuard(engine, training.skip_grad_norm, clip=training.gradient_clip, skipped=skipped)

@@ -31,8 +31,12 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import describe_input, write_text
 from longrope2.parallel.processes import done_by_main
 
+Mark = Callable[..., None]
+"""``Heartbeat.mark``: what a rank does now."""
+_CONVERTED, _SOURCE = "converted_", "source_sha256"
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _SAME_SUM = 1e-9
 """Relative difference allowed between two sums of squares: the order of summation in float64."""
@@ -60,6 +64,11 @@ class ShardLayout:
         whole = self.zero_stage == other.zero_stage == 0 and not (self.bf16 or other.bf16)
         return self == other or whole
 
+    def converts_to(self, other: "ShardLayout") -> bool:
+        """Stages 1 and 2 convert into each other, 3 into itself, and none to another format."""
+        stages = {self.zero_stage, other.zero_stage}
+        return stages in ({3}, {1}, {2}, {1, 2}) and self.bf16 == other.bf16
+
 
 def optimizer_record(engine: Any) -> dict[str, Any]:
     """Step counter, and per parameter the sums of squares of weights and moments over all ranks.
@@ -79,14 +88,18 @@ def optimizer_record(engine: Any) -> dict[str, Any]:
     return record
 
 
+def no_mark(phase: str, *, moves_bytes: bool = False) -> None:
+    """Where nobody watches."""
+
+
 def load_converted(
     engine: Any,
     checkpoint: Path,
     written_as: ShardLayout,
     record: dict[str, Any],
-    mark: Callable[..., None] = lambda phase, moves_bytes=False: None,
+    mark: Mark = no_mark,
 ) -> None:
-    """Convert a checkpoint of another layout, load it, and compare that with what was saved.
+    """Load a checkpoint of another layout, converted, and compare that with what was saved.
 
     Every rank calls this, and ``mark`` is told what it does. The copy stands beside the checkpoint
     meanwhile: as much disk again.
@@ -96,35 +109,70 @@ def load_converted(
     """
     wanted = ShardLayout.of(engine)
     _refuse_inconvertible(checkpoint, written_as, wanted)
-    universal = checkpoint.with_name(f".{checkpoint.name}.universal")
-    is_main = dist.get_rank() == 0
+    converted = _converted(checkpoint)
     mark("converting a checkpoint", moves_bytes=True)
-    if is_main:
-        origin = f"{written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
-        goal = f"{wanted.world_size} ranks at stage {wanted.zero_stage}"
-        print(f"{checkpoint.name} was written by {origin}; converting it for {goal}", flush=True)
-    failure = done_by_main(partial(_convert, checkpoint, universal), mark)
+    failure = done_by_main(partial(_convert_unless_done, checkpoint, written_as, wanted), mark)
     if failure is not None:
-        raise ArtifactError(f"{checkpoint} could not be converted: {failure}")
+        raise ArtifactError(failure)
     mark("loading a converted checkpoint", moves_bytes=True)
     groups = [dict(group) for group in engine.basic_optimizer.param_groups]
     with _reading_universal(engine):
-        engine.load_checkpoint(str(universal.parent), tag=universal.name)
+        engine.load_checkpoint(str(converted.parent), tag=converted.name)
     _put_right(engine.basic_optimizer, groups, record["step"])
     _compare(checkpoint, record, optimizer_record(engine))
     dist.barrier()
-    if is_main:
-        shutil.rmtree(universal)
+    if dist.get_rank() == 0:
+        shutil.rmtree(converted)
         done = f"step {record['step']}, {len(record['sums'])} parameters"
         print(f"{checkpoint.name} converted and verified: {done}", flush=True)
 
 
+def convert(checkpoint: Path, written_as: ShardLayout, wanted: ShardLayout) -> None:
+    """Convert a checkpoint, unless that is done; it appears under its name when it is whole.
+
+    Raises:
+        ArtifactError: the conversion failed.
+    """
+    if (failure := _convert_unless_done(checkpoint, written_as, wanted)) is not None:
+        raise ArtifactError(failure)
+
+
+def forget_converted_but(newest: Path) -> None:
+    """Remove converted copies that nobody loaded, of all checkpoints but one."""
+    for copy in newest.parent.glob(f"{_CONVERTED}*"):
+        if copy != _converted(newest):
+            shutil.rmtree(copy)
+
+
+def _converted(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{_CONVERTED}{checkpoint.name}")
+
+
+def _convert_unless_done(
+    checkpoint: Path, written_as: ShardLayout, wanted: ShardLayout
+) -> str | None:
+    """One process: convert beside the final place, then move; why it failed."""
+    converted, source = _converted(checkpoint), describe_input(checkpoint)["sha256"]
+    if converted.is_dir():
+        if (converted / _SOURCE).read_text(encoding="utf-8") == source:
+            return None
+        shutil.rmtree(converted)
+    origin = f"{written_as.world_size} ranks at ZeRO stage {written_as.zero_stage}"
+    goal = f"{wanted.world_size} ranks at stage {wanted.zero_stage}"
+    print(f"{checkpoint.name} was written by {origin}; converting it for {goal}", flush=True)
+    working = checkpoint.with_name(f".{checkpoint.name}.universal")
+    if (failure := _convert(checkpoint, working)) is not None:
+        return f"{checkpoint} could not be converted: {failure}"
+    write_text(working / _SOURCE, source)
+    working.rename(converted)
+    return None
+
+
 def _refuse_inconvertible(checkpoint: Path, written_as: ShardLayout, wanted: ShardLayout) -> None:
-    """Stages 1 and 2 convert into each other, 3 into itself, and neither into another format."""
-    stage, bf16 = written_as.zero_stage, " in bf16"
-    convertible = {stage, wanted.zero_stage} in ({3}, {1}, {2}, {1, 2})
-    if convertible and written_as.bf16 == wanted.bf16:
+    """Name the stage that has to stay."""
+    if written_as.converts_to(wanted):
         return
+    stage, bf16 = written_as.zero_stage, " in bf16"
     raise ArtifactError(
         f"{checkpoint} was written by {written_as.world_size} ranks at ZeRO stage {stage}"
         f"{bf16 if written_as.bf16 else ''}, which does not convert to stage {wanted.zero_stage}"

@@ -9,6 +9,9 @@ import torch
 from forked_ranks import ForkedRanks
 from small_runs import losses, pack_segments, weights, write_config
 
+from longrope2.files.artifacts import read_manifest
+from longrope2.training.checkpoint import convert_before_ranks
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3600),
@@ -79,6 +82,10 @@ def test_four_ranks_two_ranks_four_ranks(
 ) -> None:
     train(ranks, runs, "elastic", 2, 2, "training.stop_after_step=3")
     train(ranks, runs, "elastic", 2, 1, "training.stop_after_step=5")
+    folder = runs / "elastic" / "3_checkpoints"
+    written_by = read_manifest(folder / "step_00000005", "training_state").inputs
+    convert_before_ranks(folder, written_by, world_size=4, zero_stage=3)  # as launch.train does
+    assert (folder / "converted_step_00000005").is_dir()
     train(ranks, runs, "elastic", 1, 4)
     printed = ranks.printed()
     assert (
@@ -86,15 +93,13 @@ def test_four_ranks_two_ranks_four_ranks(
         in printed
     )
     assert "step_00000003 converted and verified: step 3, 38 parameters" in printed
-    assert (
-        "step_00000005 was written by 2 ranks at ZeRO stage 3; converting it for 4 ranks at stage 3"
-        in printed
-    )
+    assert "step_00000005 converted and verified: step 5, 38 parameters" in printed
+    assert "step_00000005 was written by 2 ranks" not in printed, "it is not converted again"
     check_same(runs, "elastic", undisturbed)
     left = [
         p.name
         for p in (runs / "elastic" / "3_checkpoints").iterdir()
-        if p.name.startswith((".step", "latest_"))
+        if p.name.startswith((".step", "converted_", "latest_"))
     ]
     assert left == []
 

@@ -1,16 +1,27 @@
 """Which checkpoint a resumed run takes, and what stops a run."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from longrope2.errors import ArtifactError, UserError
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest
-from longrope2.training.checkpoint import _newest_intact
+from longrope2.training.checkpoint import find_newest, owner_of_file
 from longrope2.training.step import SkippedSteps
 
+pytestmark = pytest.mark.usefixtures("one_process")
 IDENTITY = {"seed": 1, "model": {"architecture_sha256": "a"}}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def checkpoint(folder: Path, steps: int, identity: dict | None = None) -> Path:
@@ -26,13 +37,13 @@ def checkpoint(folder: Path, steps: int, identity: dict | None = None) -> Path:
 
 
 def found(folder: Path) -> tuple[str, dict]:
-    newest = _newest_intact(folder, IDENTITY)
-    assert isinstance(newest, tuple)
-    return newest[0], newest[1].counts
+    newest = find_newest(folder, IDENTITY)
+    assert newest is not None
+    return newest.folder.name, newest.manifest.counts
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert _newest_intact(tmp_path, IDENTITY) is None
+    assert find_newest(tmp_path, IDENTITY) is None
 
 
 def test_the_newest_is_taken(tmp_path: Path) -> None:
@@ -58,26 +69,32 @@ def test_a_damaged_one_is_skipped_with_a_warning(
 
 def test_all_damaged(tmp_path: Path) -> None:
     (checkpoint(tmp_path, 2) / "state.pt").unlink()
-    error = _newest_intact(tmp_path, IDENTITY)
-    assert isinstance(error, ArtifactError)
-    assert str(error).endswith("is intact (1 damaged); remove them to start over")
+    with pytest.raises(ArtifactError, match=r"is intact \(1 damaged\); remove them to start over$"):
+        find_newest(tmp_path, IDENTITY)
 
 
 def test_another_run(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2, {"seed": 2, "model": IDENTITY["model"]})
-    error = _newest_intact(tmp_path, IDENTITY)
-    assert isinstance(error, ArtifactError)
-    assert "was written by another run: seed differ; use another run.name" in str(error)
+    words = "was written by another run: seed differ; use another run.name"
+    with pytest.raises(ArtifactError, match=words):
+        find_newest(tmp_path, IDENTITY)
 
 
 def test_inputs_may_be_moved_but_not_changed(tmp_path: Path) -> None:
     identity = {"segments": {"path": "/before", "sha256": "a"}}
     checkpoint(tmp_path, 2, identity)
-    assert isinstance(
-        _newest_intact(tmp_path, {"segments": {"path": "/after", "sha256": "a"}}), tuple
-    )
-    error = _newest_intact(tmp_path, {"segments": {"path": "/before", "sha256": "b"}})
-    assert "was written by another run: segments differ" in str(error)
+    assert find_newest(tmp_path, {"segments": {"path": "/after", "sha256": "a"}}) is not None
+    with pytest.raises(ArtifactError, match="was written by another run: segments differ"):
+        find_newest(tmp_path, {"segments": {"path": "/before", "sha256": "b"}})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_every_file_is_verified_by_one_rank_its_own_if_it_is_there(num_ranks: int) -> None:
+    names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(8)]
+    names += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(8)]
+    owners = [owner_of_file(name, num_ranks) for name in names]
+    assert owners == [rank % num_ranks for rank in range(8)] * 2
+    assert owner_of_file("mp_rank_00_model_states.pt", num_ranks) == 0
 
 
 def test_too_many_skipped_steps_stop_the_run() -> None:

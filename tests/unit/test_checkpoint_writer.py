@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import read_manifest
+from longrope2.files.artifacts import Manifest, read_manifest, write_manifest
 from longrope2.training import checkpoint, universal
-from longrope2.training.checkpoint import CheckpointWriter, _newest_intact, load_newest
+from longrope2.training.checkpoint import CheckpointWriter, convert_before_ranks, find_newest, load
 from longrope2.training.step import SkippedSteps
 from longrope2.training.universal import ShardLayout, load_converted
 
@@ -69,9 +69,14 @@ def make_writer(engine: PlainEngine, folder: Path, **settings: Any) -> Checkpoin
 
 
 def newest(folder: Path) -> str:
-    found = _newest_intact(folder, IDENTITY)
-    assert isinstance(found, tuple)
-    return found[0]
+    """The newest that is whole; another one may be written meanwhile."""
+    for candidate in reversed(checkpoint._step_folders(folder)):
+        manifest = checkpoint._read(candidate)
+        if not isinstance(manifest, Manifest):
+            continue
+        if checkpoint._fault_of(candidate, manifest, list(manifest.files)) is None:
+            return candidate.name
+    raise AssertionError("none")
 
 
 def visible(folder: Path) -> list[str]:
@@ -112,16 +117,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     saved = torch.load(folder / "step_00000002" / "model.pt")
     assert saved["model.pt"].tolist() == [2.0] * 4
     marks: list[tuple[str, bool]] = []
-    found = load_newest(
-        engine,
-        folder,
-        IDENTITY,
-        lambda phase, moves_bytes=False: marks.append((phase, moves_bytes)),
-    )
-    assert found == (2, SkippedSteps(total=1))
+
+    def mark(phase: str, *, moves_bytes: bool = False) -> None:
+        marks.append((phase, moves_bytes))
+
+    found = find_newest(folder, IDENTITY, mark)
+    assert found is not None and (found.steps, found.skipped) == (2, SkippedSteps(total=1))
+    load(engine, found, mark)
     assert marks == [
         ("verifying checkpoints", True),
         ("telling the other ranks", False),
+        ("telling the other ranks", False),
+        ("verifying checkpoints", True),
+        ("waiting for the other ranks", False),
         ("loading a checkpoint", True),
     ]
 
@@ -237,7 +245,7 @@ def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     writer.save(1, SkippedSteps())
     with pytest.raises(ArtifactError, match="model.pt reads back otherwise than it was written"):
         writer.finish()
-    assert _newest_intact(tmp_path / "run", IDENTITY) is None
+    assert find_newest(tmp_path / "run", IDENTITY) is None
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
@@ -247,7 +255,9 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
     writer.finish()
     (folder / ".step_00000002.writing").mkdir()
     (folder / ".step_00000002.writing" / "model.pt").write_bytes(b"half")
-    assert load_newest(engine, folder, IDENTITY)[0] == 1
+    found = find_newest(folder, IDENTITY)
+    assert found is not None and found.steps == 1
+    load(engine, found)
     assert engine.loaded == ["step_00000001"] and visible(folder) == ["latest", "step_00000001"]
 
 
@@ -325,8 +335,10 @@ def test_a_conversion_that_fails_or_loses_something(
     monkeypatch.setattr(engine, "zero_optimization_stage", lambda: 3)
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nFileNotFoundError: no files\n")
     monkeypatch.setattr(universal.subprocess, "run", lambda *command, **settings: failed)
+    written = tmp_path / "step_00000004"
+    write_manifest(written, Manifest("training_state", commit="of no use"))
     with pytest.raises(ArtifactError, match="could not be converted: FileNotFoundError: no files"):
-        load_converted(engine, tmp_path / "step_00000004", ShardLayout(4, 3, False), {})
+        load_converted(engine, written, ShardLayout(4, 3, False), {})
     saved = {"step": 7, "sums": {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]}}
     loaded = {"step": 1, "sums": {"a": [1.0, 0.0, 3.0], "b": [1.0, 2.0, 3.0 + 1e-6]}}
     with pytest.raises(ArtifactError) as lost:
@@ -335,3 +347,45 @@ def test_a_conversion_that_fails_or_loses_something(
         "lost something in the conversion: step 1 instead of 7, exp_avg of a, exp_avg_sq of b; "
         "go on" in str(lost.value)
     )
+
+
+def test_a_converted_copy_is_made_once_and_anew_when_its_source_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the ranks start: what is not a whole checkpoint of another layout is left alone."""
+    made: list[str] = []
+
+    def converter(words: list[str], **settings: Any) -> SimpleNamespace:
+        folder = Path(words[words.index("--output_folder") + 1])
+        folder.mkdir()
+        made.append(folder.name)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(universal.subprocess, "run", converter)
+    written, shards = tmp_path / "step_00000004", {"world_size": 4, "zero_stage": 3, "bf16": True}
+    manifest = Manifest("training_state", inputs=IDENTITY, counts={"steps": 4}, commit="one")
+    manifest.details = {"shards": shards, "optimizer": {}}
+    write_manifest(written, manifest)
+
+    def prepare(world_size: int, zero_stage: int = 3) -> int:
+        kept = {"world_size": world_size, "zero_stage": zero_stage}
+        convert_before_ranks(tmp_path, IDENTITY, **kept)
+        return len(made)
+
+    assert prepare(4) == 0 and prepare(2, zero_stage=1) == 0
+    assert prepare(2) == 1 and prepare(2) == 1
+    words = "step_00000004 was written by 4 ranks at ZeRO stage 3; converting it for 2 ranks at"
+    assert words in capsys.readouterr().out
+    assert visible(tmp_path) == ["converted_step_00000004", "step_00000004"]
+    manifest.commit = "two"
+    write_manifest(written, manifest)
+    assert prepare(2) == 2
+    with pytest.raises(ArtifactError, match="was written by another run: seed differ"):
+        convert_before_ranks(tmp_path, {"seed": 2}, world_size=2, zero_stage=3)
+    manifest.files = {"absent.pt": "0"}
+    write_manifest(written, manifest)
+    assert prepare(2) == 2, "a damaged one is for the ranks, which take the one before"
+    write_manifest(
+        tmp_path / "step_00000006", Manifest("training_state", counts={"steps": 6}, commit="x")
+    )
+    assert prepare(2) == 2 and "converted_step_00000004" not in visible(tmp_path)

@@ -3,20 +3,27 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from data_prep.pack import main as pack_main
 from launch.train import _is_complete, main
 from longrope2.command import run_command
 from longrope2.config import compose, to_plain
-from longrope2.errors import ConfigError
+from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.files.lease import only_writer
+from longrope2.model.shape import ModelShape
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
-from longrope2.training.config import TrainRoot, check
+from longrope2.training.config import TrainRoot, ZeroConfig, check, with_room_for_largest
 from longrope2.training.plan import resolve_run
+from longrope2.training.run import _lease
 
 
 @pytest.fixture(scope="module")
@@ -386,3 +393,43 @@ def test_segments_cut_short_since_they_were_packed(tmp_path, monkeypatch, capsys
     shard.write_bytes(shard.read_bytes()[:-64])
     message = refused(tmp_path, monkeypatch, capsys, "rope=yarn", f"segments={copy}")
     assert shard.name in message and "pack again" in message
+
+
+def test_a_run_that_is_being_trained(packed, tmp_path, monkeypatch, capsys) -> None:
+    """The command says so before it writes, and so does every rank."""
+    fixed = [f"run.root={tmp_path}", "run.name=busy", f"segments={packed}", "rope=yarn"]
+    fixed += ["experiment=tiny_extend", "target_len=256", "model.from_scratch=true"]
+    fixed += ["training.global_batch_tokens=512", "training.tokens=2048", "parallel=single"]
+    monkeypatch.setattr(sys, "argv", ["launch.train", *fixed])
+    product = tmp_path / "busy" / "3_checkpoints"
+    with only_writer(tmp_path / "busy", product.name):
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        assert ended.value.code == 2
+        assert f"{product} is being written by" in capsys.readouterr().err
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            run: Any = SimpleNamespace(config=compose(TrainRoot, "train", fixed), folder=product)
+            rank: Any = SimpleNamespace(is_main=True)
+            with pytest.raises(ArtifactError, match="is being written by"), _lease(run, rank):
+                pass
+        finally:
+            dist.destroy_process_group()
+    assert not product.exists()
+
+
+def test_a_reduce_bucket_that_is_too_small_is_raised_and_said(packed, tmp_path) -> None:
+    """LLaMA3-8B's embedding has 525,336,576 elements, DeepSpeed's bucket 500,000,000."""
+    settings = ["experiment=tiny_extend", "target_len=256", "model.from_scratch=true", "rope=yarn"]
+    settings += [f"segments={packed}", f"run.root={tmp_path}", "training.global_batch_tokens=512"]
+    settings += ["training.tokens=2048", "zero.reduce_bucket_elements=1000"]
+    run = resolve_run(compose(TrainRoot, "train", settings), 2)
+    shape = ModelShape.from_folder(run.model_folder)
+    largest = max(shape.vocabulary, shape.mlp) * shape.hidden
+    assert run.config.zero.reduce_bucket_elements == largest
+    words = "zero.reduce_bucket_elements=1000 is less than the model's largest matrix has: raised"
+    assert f"note: {words} to {largest}" in run.describe().splitlines()
+    given = compose(TrainRoot, "train", [*settings[:-1], f"zero.reduce_bucket_elements={largest}"])
+    assert "reduce_bucket" not in resolve_run(given, 2).describe()
+    llama = replace(shape, vocabulary=128_256, hidden=4096, mlp=14_336)
+    assert with_room_for_largest(ZeroConfig(), llama).reduce_bucket_elements == 525_336_576
