@@ -401,7 +401,7 @@ def test_what_cannot_be_exported_is_refused(command, run_folder, tmp_path, make_
     ("verb", "arguments", "product"),
     [
         ("evaluate", (SUBJECTS, *SMALL), "4_evaluations"),
-        ("evaluate", (SUBJECTS, *SMALL, "evaluation.shard=1/4"), "4_evaluations.2_of_4"),
+        ("evaluate", (SUBJECTS, *SMALL, "evaluation.shard=2/4"), "4_evaluations.2_of_4"),
         ("export", (), "5_exports"),
     ],
 )
