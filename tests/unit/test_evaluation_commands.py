@@ -343,7 +343,7 @@ def test_export_writes_the_variants_asked_for_and_no_others(
 
 def test_export_refuses_bad_settings_together(command):
     code, _, err = command("export", "export.variants=[dual,dual]", "export.cost_windows=-1")
-    assert code == 2 and "2 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
+    assert code == 2 and "3 fault(s)" in err and "export.cost_windows=-1 must be 0 or more" in err
     assert (
         "export.variants=['dual', 'dual'] must name one or more of dual, long_only, short_only, "
         "each once" in err
@@ -453,7 +453,7 @@ def test_generate_refuses_what_it_cannot_use(command, tmp_path, prompt):
     code, _, err = command("generate", good, *faulty)
     assert (
         code == 2
-        and "3 fault(s)" in err
+        and "4 fault(s)" in err
         and "generate.prefill_chunk=0 must be at least 1, or null" in err
     )
     assert "generate.max_new_tokens=0 must be at least 1" in err

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longrope2.config import ModelConfig, RunConfig
+from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.evaluation import scoring
 from longrope2.evaluation.config import (
@@ -78,6 +79,7 @@ def make_config(tmp_path, base_folder):
             model=ModelConfig(name="m", path=str(base_folder), original_len=ORIGINAL_LEN),
             target_len=TARGET_LEN,
             evaluation=EvaluationConfig(subjects=list(subjects), **settings),
+            corpus=CorpusConfig(name="sample", kind=CorpusKind.sample),
         )
 
     return make
