@@ -38,7 +38,7 @@ SECTIONS = frozenset(
     """align attention calibration checkpoint cluster corpus doctor documents dry_run evaluation
     export generate hardware keep_work mixture model parallel plan quotas retrieval rope run
     search seed segments short_overlong suite target_len tokens_per_shard tokens_per_unit
-    tracking training workers zero""".split()
+    tracking training verify verify_file workers zero""".split()
 )
 # An export has the RoPE of its training; its own ``rope`` is for one without, and given by hand.
 _NOT_FROM_AN_EXPERIMENT = {"export": ("rope",)}

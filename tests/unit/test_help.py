@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.config import PackConfig
 from launch.doctor.rope import DoctorRoot
+from launch.init.survey import InitRoot
 from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.command import run_command
@@ -34,6 +35,7 @@ ROOTS: dict[str, tuple[type, str]] = {
     "plan": (PlanRoot, "launch.plan"),
     "report": (ReportRoot, "launch.report"),
     "doctor": (DoctorRoot, "launch.doctor.__main__"),
+    "init": (InitRoot, "launch.init.__main__"),
 }
 OTHERS = {
     "launch.demo": [],
