@@ -364,11 +364,11 @@ def claim_folder(folder: Path, config: Any, changeable: Sequence[str] = ()) -> N
             made, to_plain(config), free=("run.root", "run.from_run", *changeable)
         )
         if changes:
-            fault = f"{path} was made with other settings; {remake(folder)}"
+            fault = f"{'; '.join(changes)}: {path} was made with other settings; {remake(folder)}"
             if not any(change.startswith(("model.", "target_len")) for change in changes):
                 source = f"run.from_run={config.run.name}"
                 fault += f"; {source} lets the new run take this one's segments and factors"
-            raise ConfigError([*changes, fault])
+            raise ConfigError([fault])
     config.run.remember()
     dump(config, path)
 

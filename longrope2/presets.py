@@ -10,6 +10,7 @@ commands, and each takes what it has. What no command has is a fault.
 
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -123,8 +124,9 @@ def no_member(group: str, member: str) -> str:
     """The fault of a preset that does not exist."""
     if group in _PATH_KEYS and ("/" in member or Path(member).is_dir()):
         path = Path(os.path.expanduser(member))
+        typed = shlex.quote(str(path))
         there = "is a path" if path.exists() else "is a path, where there is nothing"
-        return f"{group}={member} {there}; give {_PATH_KEYS[group].format(path=path)}"
+        return f"{group}={member} {there}; give {_PATH_KEYS[group].format(path=typed)}"
     why = "names several; run once for each" if "," in member else "does not exist"
     return f"{group}={member} {why}; choose {group}= {_allowed(group)}"
 

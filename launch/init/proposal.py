@@ -380,15 +380,15 @@ def learning_rate(parameters: int) -> float:
 
 
 def _say_search(made: Proposal, config: InitRoot, trial: NeedleTrial) -> None:
-    keys, measured = made.keys, "the base model, closed forms, the result"
+    keys, measured = made.keys, "the base model, closed forms, what was found, the result"
     if config.hardware is not None or torch.cuda.is_available():
         made.choices["search"] = Value("paper", "the paper's own")
-        made.choices["evaluation"] = Value("comparison", measured)
+        made.choices["evaluation"] = Value("own", measured)
     else:
         made.choices["search"] = Value(
             "halving", "this project's own, a tenth of the cost of search=paper: there is no GPU"
         )
-        made.choices["evaluation"] = Value("miniature", measured)
+        made.choices["evaluation"] = Value("own_small", measured)
         keys["export.variants"] = Value(
             ["long_only", "short_only"],
             "what search=halving finds has an attention scale of its own: one window a folder",

@@ -187,9 +187,9 @@ def _naming_locks(*, speaks: bool) -> Iterator[None]:
             for lock, seconds in _locks():
                 if seconds > _SUSPECT_LOCK_SECONDS:
                     print(
-                        "waiting for the build of an extension, usually less than a minute: "
-                        f"{lock} is {seconds:.0f} s old. If no process builds it (one was killed), "
-                        "remove this file: it is built again",
+                        "an extension is built, once for this machine, for minutes where it is "
+                        f"busy: {lock} is {seconds:.0f} s old. If no compiler runs (its build was "
+                        "killed), remove this file: it is built again",
                         file=sys.stderr,
                         flush=True,
                     )

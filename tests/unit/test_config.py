@@ -108,7 +108,7 @@ def test_claimed_folder_refuses_another_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         claim_folder(tmp_path, other, changeable=("training.log_steps",))
     assert caught.value.faults == (
-        "training.learning_rate was 0.001, now it is 0.5",
+        "training.learning_rate was 0.001, now it is 0.5: "
         f"{tmp_path}/config.yaml was made with other settings; "
         f"use another run.name, or remove {tmp_path} to make it again"
         "; run.from_run=tiny_2048 lets the new run take this one's segments and factors",

@@ -45,7 +45,7 @@ def test_a_lock_that_is_waited_for_is_named(
         with processes._naming_locks(speaks=speaks):
             time.sleep(0.3)
         printed = capfd.readouterr().err
-        assert (f"{locks['old']} is 200 s old. If no process builds it" in printed) is speaks
+        assert (f"{locks['old']} is 200 s old. If no compiler runs" in printed) is speaks
         assert str(locks["young"]) not in printed
     time.sleep(0.1)
     assert capfd.readouterr().err == ""

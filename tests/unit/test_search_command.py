@@ -433,7 +433,7 @@ def test_a_search_that_is_at_work(search: SearchRun, tmp_path: Path) -> None:
 def test_other_configuration_is_refused(search: SearchRun) -> None:
     before = contents(folder := search())
     with pytest.raises(
-        ConfigError, match=r"(?s)search.population was 5, now it is 6\n.*use another run.name"
+        ConfigError, match=r"(?s)search.population was 5, now it is 6: .*use another run.name"
     ):
         search("search.population=6")
     assert contents(folder) == before
