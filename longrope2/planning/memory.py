@@ -40,7 +40,7 @@ PART_WORDS = {
     "layer": "one layer in the backward pass",
     "head": "LM head, its float32 gradient, hidden states",
     "logits": "tiles of logits",
-    "head_reduced": "LM head, its gradient that is reduced, hidden states",
+    "head_sent": "LM head, its gradient on its way, hidden states",
     "gathered": "other parameters gathered",
     "bucket": "gradients that wait to be reduced",
     "reduced": "those being reduced, largest gradient",
@@ -153,21 +153,25 @@ class MemoryUse:
     layer: float
     head: float
     logits: float
-    head_reduced: float
+    head_sent: float
     gathered: float
     bucket: float
     reduced: float
     update: float
     left_when_reduced: float = field(default=1.0, repr=False)
     """Share of what layers keep that is still there when the bucket is full for the first time."""
+    fills_in_layer: bool = field(default=True, repr=False)
+    """Whether that is in a layer's backward pass, and not after all of them."""
 
     @property
     def moments(self) -> dict[str, float]:
         """Bytes at each moment that can be the highest."""
         always = self.states + self.bucket
         kept = self.checkpoints + self.activations + self.attention
-        in_layer = max(kept, self.left_when_reduced * kept + self.reduced) + self.layer
-        backward = max(in_layer, kept + self.head_reduced)
+        when_full = self.left_when_reduced * kept + self.reduced
+        if self.fills_in_layer:
+            when_full += self.layer
+        backward = max(kept + self.layer, when_full, kept + self.head_sent)
         return {
             "loss": always + kept + self.head + self.logits + self.gathered,
             "layer": always + backward + self.gathered,
@@ -222,16 +226,17 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
         layer=layer,
         head=head_weights + hidden_states,
         logits=logits,
-        head_reduced=_reduced_head_bytes(shape, layout) + hidden_states,
+        head_sent=_sent_head_bytes(shape, layout) + hidden_states,
         gathered=b * min(shape.parameters - shape.head_parameters, zero.max_live),
         bucket=bucket,
         reduced=(filled if world > 1 else 0.0) + b * shape.hidden * shape.mlp,
         update=_BYTES_FP32 * min(shard, _SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
         left_when_reduced=max(0.0, 1 - layers_in_bucket / shape.num_layers),
+        fills_in_layer=layers_in_bucket < shape.num_layers,
     )
 
 
-def _reduced_head_bytes(shape: ModelShape, layout: Layout) -> float:
+def _sent_head_bytes(shape: ModelShape, layout: Layout) -> float:
     """LM head and its gradient; a copy on its way if too large for the bucket, which has it else.
 
     The head is an embedding too where they are tied, and its gradient waits for that one's.
