@@ -237,14 +237,17 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
 
 
 def _sent_head_bytes(shape: ModelShape, layout: Layout) -> float:
-    """LM head and its gradient; a copy on its way if too large for the bucket, which has it else.
+    """LM head and its gradient, or that one's copy on its way where it fills the bucket alone.
 
-    The head is an embedding too where they are tied, and its gradient waits for that one's.
+    One too large for the bucket is there beside its copy. The head is an embedding too where they
+    are tied, and its gradient waits for that one's.
     """
-    is_copied = layout.gradient_bytes != layout.compute_bytes and layout.num_processes > 1
-    is_alone = shape.head_parameters > layout.zero.reduce_bucket and not shape.tied
-    copy = layout.gradient_bytes if is_copied and is_alone else 0
-    return (2 * layout.compute_bytes + copy) * shape.head_parameters
+    b, bucket = layout.compute_bytes, layout.zero.reduce_bucket
+    is_copied = layout.gradient_bytes != b and layout.num_processes > 1 and not shape.tied
+    sent = b
+    if is_copied and shape.head_parameters + shape.hidden > bucket:
+        sent = layout.gradient_bytes + (b if shape.head_parameters > bucket else 0)
+    return (b + sent) * shape.head_parameters
 
 
 def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
