@@ -47,7 +47,7 @@ class PlanRoot(TrainRoot):
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: bool = False
     """Execute one rank of the configured run without memory or time, and set what it counts beside
-    the planner's figures (minutes)."""
+    the planner's figures (minutes); fails where one differs by more than 5 %."""
     verify_file: str | None = None
     """JSON file that ``verify=true`` writes its figures to, whole; null prints them only."""
 
@@ -66,6 +66,9 @@ def main() -> None:
         content = {"command": shlex.join(["python", "-m", "launch.plan", *sys.argv[1:]])}
         content |= {"versions": library_versions(), **found.to_json()}
         write_text(Path(config.verify_file), json.dumps(content, indent=1) + "\n")
+    if found.wrong:
+        wrong = ", ".join(figure.what for figure in found.wrong)
+        sys.exit(f"the planner is wrong by more than 5 % in: {wrong}")
 
 
 def verify_run(config: PlanRoot) -> "Verification":

@@ -109,11 +109,15 @@ def read_model_config(path: Path) -> dict[str, Any]:
     return {**config, **{key: defaults[key] for key in missing if key in defaults}}
 
 
+# Model types whose queries, keys and values are parts of one product.
+_FUSED_PROJECTIONS = ("phi3",)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a Llama-like model (gated MLP, RMSNorm), and what follows from them.
 
-    Separate and fused projections count alike.
+    Separate and fused projections have as many weights.
     """
 
     hidden: int
@@ -125,6 +129,8 @@ class ModelShape:
     vocabulary: int
     tied: bool
     """Whether the LM head is the input embedding."""
+    fused_projection: bool = False
+    """Whether queries, keys and values are one product."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
@@ -158,6 +164,7 @@ class ModelShape:
             mlp=mlp,
             vocabulary=vocabulary,
             tied=bool(config.get("tie_word_embeddings")),
+            fused_projection=config.get("model_type") in _FUSED_PROJECTIONS,
         )
 
     @property
@@ -191,6 +198,13 @@ class ModelShape:
         embedding = 0 if self.tied else self.head_parameters
         norms = (2 * self.num_layers + 1) * self.hidden
         return self.matrix_parameters + embedding + norms
+
+    def replicated(self, threshold: int) -> int:
+        """Parameters in tensors of at most ``threshold`` numbers, which ZeRO-3 keeps whole."""
+        widths = (self.query_width, self.kv_width, self.kv_width, self.query_width)
+        layer = [width * self.hidden for width in (*widths, *3 * (self.mlp,))] + 2 * [self.hidden]
+        others = [self.hidden] + (1 if self.tied else 2) * [self.head_parameters]
+        return sum(size for size in self.num_layers * layer + others if size <= threshold)
 
     def attention_flops(self, squared_lengths: float) -> float:
         """Forward FLOPs of causal attention in all layers; of one token, given its L_eff.

@@ -11,7 +11,8 @@ the prediction is the highest of them:
   (the buffers of the exchange come later, when the MLP's are gone): of the last layer, all
   checkpoints still there, or of the one in which the bucket of gradients is first full, and copied
   to be reduced; or of a layer's attention, where gradients of a whole segment's keys and values
-  take more than the MLP's;
+  take more than the MLP's; or, before all layers, the LM head's gradient on its way, which is
+  copied and reduced alone where it is larger than the bucket;
 - *update*: the optimizer, when no activation is left.
 
 Each is compared with what a rehearsal of the run counts: ``launch.plan verify=true``.
@@ -39,6 +40,7 @@ PART_WORDS = {
     "layer": "one layer in the backward pass",
     "head": "LM head, its float32 gradient, hidden states",
     "logits": "tiles of logits",
+    "head_sent": "LM head, its gradient on its way, hidden states",
     "gathered": "other parameters gathered",
     "bucket": "gradients that wait to be reduced",
     "reduced": "those being reduced, largest gradient",
@@ -64,6 +66,8 @@ class ZeroBuffers:
     hpz_size: int = 1
     gradient_bytes: int = _BYTES_FP32
     """Of a gradient on its way under sequence parallelism."""
+    replicate_below: int = 0
+    """Parameters in tensors up to this size stay whole (``parallel.replicate_below``)."""
 
 
 @dataclass(frozen=True)
@@ -149,22 +153,28 @@ class MemoryUse:
     layer: float
     head: float
     logits: float
+    head_sent: float
     gathered: float
     bucket: float
     reduced: float
     update: float
     left_when_reduced: float = field(default=1.0, repr=False)
     """Share of what layers keep that is still there when the bucket is full for the first time."""
+    fills_in_layer: bool = field(default=True, repr=False)
+    """Whether that is in a layer's backward pass, and not after all of them."""
 
     @property
     def moments(self) -> dict[str, float]:
         """Bytes at each moment that can be the highest."""
         always = self.states + self.bucket
         kept = self.checkpoints + self.activations + self.attention
-        in_layer = max(kept, self.left_when_reduced * kept + self.reduced)
+        when_full = self.left_when_reduced * kept + self.reduced
+        if self.fills_in_layer:
+            when_full += self.layer
+        backward = max(kept + self.layer, when_full, kept + self.head_sent)
         return {
             "loss": always + kept + self.head + self.logits + self.gathered,
-            "layer": always + in_layer + self.layer + self.gathered,
+            "layer": always + backward + self.gathered,
             "update": always + self.update,
         }
 
@@ -191,7 +201,7 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     # hpZ: the weights once more, sharded inside a group.
     second_copy = b * shape.parameters / zero.hpz_size if zero.hpz_size > 1 else 0.0
     saved_layer = saved_layer_bytes_per_token(shape, layout) * tokens
-    attention = _attention_bytes_per_token(shape, layout) * tokens
+    attention = _attention_bytes_per_token(shape, layout, laid_out=0) * tokens
     kept_attention = attention if recompute is Recompute.dense else 0.0
     layer = _layer_gradients_per_token(shape, layout) * tokens
     recomputed = layout.recomputed(shape)
@@ -202,6 +212,7 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
     # Gathered, its float32 gradient, that one's copy in the compute format; hidden states before
     # and after the last norm, and their gradient.
     head_weights = (b + _BYTES_FP32 + (b if layout.bf16 else 0)) * shape.head_parameters
+    hidden_states = 3 * b * shape.hidden * tokens
     per_logit = _LOGITS_COPIES * _BYTES_FP32 + (b if layout.bf16 else 0)
     logits = per_logit * min(CHUNK_TOKENS, tokens) * shape.vocabulary
     bucket = zero.reduce_bucket * layout.gradient_bytes
@@ -213,14 +224,30 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
         activations=whole * saved_layer,
         attention=on_gpu * recomputed * kept_attention,
         layer=layer,
-        head=head_weights + 3 * b * shape.hidden * tokens,
+        head=head_weights + hidden_states,
         logits=logits,
+        head_sent=_sent_head_bytes(shape, layout) + hidden_states,
         gathered=b * min(shape.parameters - shape.head_parameters, zero.max_live),
         bucket=bucket,
         reduced=(filled if world > 1 else 0.0) + b * shape.hidden * shape.mlp,
         update=_BYTES_FP32 * min(shard, _SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
         left_when_reduced=max(0.0, 1 - layers_in_bucket / shape.num_layers),
+        fills_in_layer=layers_in_bucket < shape.num_layers,
     )
+
+
+def _sent_head_bytes(shape: ModelShape, layout: Layout) -> float:
+    """LM head and its gradient, or that one's copy on its way where it fills the bucket alone.
+
+    One too large for the bucket is there beside its copy. The head is an embedding too where they
+    are tied, and its gradient waits for that one's.
+    """
+    b, bucket = layout.compute_bytes, layout.zero.reduce_bucket
+    is_copied = layout.gradient_bytes != b and layout.num_processes > 1 and not shape.tied
+    sent = b
+    if is_copied and shape.head_parameters + shape.hidden > bucket:
+        sent = layout.gradient_bytes + (b if shape.head_parameters > bucket else 0)
+    return (b + sent) * shape.head_parameters
 
 
 def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
@@ -250,14 +277,19 @@ def _layer_gradients_per_token(shape: ModelShape, layout: Layout) -> float:
     return layout.compute_bytes * max(mlp, attention)
 
 
-def _attention_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
+def _attention_bytes_per_token(shape: ModelShape, layout: Layout, *, laid_out: int = 1) -> float:
     """Queries, keys, values, the log-sum of every head, and the output: twice if exchanged.
 
-    Keys and values are those of all context ranks: gathered ones are kept.
+    Keys and values are those of all context ranks: gathered ones are kept. Values that nothing
+    exchanges, in short segments or for a rank of its own, are kept where they were made: of one
+    product with queries and keys before their rotation; the output is then laid out anew, and
+    ``laid_out=0`` leaves that copy out, which recompute makes again.
     """
+    queries, keys = shape.query_width, 2 * layout.kv_width(shape) * layout.context
     outputs = 2 if layout.sequence > 1 else 1
-    keys = 2 * layout.kv_width(shape) * layout.context
-    widths = (1 + outputs) * shape.query_width + keys
+    widths = (1 + outputs) * queries + keys
+    if shape.fused_projection:
+        widths = max(widths, (3 + laid_out) * queries + 3 * shape.kv_width)
     return layout.compute_bytes * widths + _BYTES_FP32 * shape.num_heads
 
 

@@ -171,13 +171,17 @@ def key_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
 
 
 def gather_bytes(shape: ModelShape, layout: Layout) -> tuple[float, float]:
-    """Bytes of a micro-step's gathers (forward and backward), and of its reduced gradients."""
+    """Bytes of a micro-step's gathers (forward and backward), and of its reduced gradients.
+
+    Not of parameters that stay whole: they are gathered once a step, after the update.
+    """
     if layout.num_processes == 1:
         return 0.0, 0.0
     gradients = float(layout.gradient_bytes * shape.parameters)
+    gathered = shape.parameters - shape.replicated(layout.zero.replicate_below)
     # The backward pass finds what the forward pass used last.
-    still_there = min(shape.parameters, layout.zero.max_live)
-    return float(layout.compute_bytes * (2 * shape.parameters - still_there)), gradients
+    still_there = min(gathered, layout.zero.max_live)
+    return float(layout.compute_bytes * (2 * gathered - still_there)), gradients
 
 
 def _exchange_seconds(
@@ -213,7 +217,8 @@ def gathered_from_all(shape: ModelShape, layout: Layout, micro_steps: float) -> 
     if layout.zero.hpz_size in (1, layout.num_processes):
         return 1.0
     of_a_micro_step, _ = gather_bytes(shape, layout)
-    return layout.compute_bytes * shape.parameters / (micro_steps * of_a_micro_step)
+    gathered = shape.parameters - shape.replicated(layout.zero.replicate_below)
+    return layout.compute_bytes * gathered / (micro_steps * of_a_micro_step) if gathered else 1.0
 
 
 def _gather_seconds(

@@ -342,7 +342,7 @@ def configured_layout(
         recompute=training.recompute,
         offload=training.offload_activations,
         bf16=bf16,
-        zero=zero_buffers(config.zero),
+        zero=replace(zero_buffers(config.zero), replicate_below=parallel.replicate_below),
         fused_norms=norm is not NormKernel.model,
     )
 

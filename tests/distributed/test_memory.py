@@ -16,13 +16,15 @@ from longrope2.model.shape import ModelShape, Workload
 from longrope2.planning.memory import Layout, Recompute, ZeroBuffers, predict_memory
 
 WORKER = Path(__file__).with_name("memory_worker.py")
-# recompute:sequence:tokens:kind:norm, on two processes.
+# recompute:ranks:tokens:kind:norm, on two processes; ranks are sequence or context x sequence.
 CASES = [
     "none:2:4096:L:model",
     "none:2:4096:L:torch",
     "full:2:8192:L:model",
     "dense:2:4096:L:model",
     "full:1:2048:S:model",
+    "none:2x1:4096:L:model",
+    "dense:2x1:4096:L:model",
 ]
 SHAPE = ModelShape(
     hidden=256,
@@ -59,20 +61,22 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 def test_prediction_within_15_percent_of_the_measured_peak(
     peaks: dict[str, int], case: str
 ) -> None:
-    recompute, sequence, tokens, kind, norm = case.split(":")
+    recompute, ranks, tokens, kind, norm = case.split(":")
     if norm == "torch" and torch.__version__ < "2.13":  # compared as versions
         pytest.skip(
             "F.rms_norm on a CPU is several operators in torch 2.11, which keep more; fused "
             "there on a GPU only"
         )
     length = int(tokens)
+    context, sequence = map(int, ranks.split("x") if "x" in ranks else (1, ranks))
     layout = Layout(
-        PROCESSES // int(sequence),
-        int(sequence),
+        PROCESSES // (sequence * context),
+        sequence,
         Recompute(recompute),
         bf16=False,
         zero=ZeroBuffers(BUCKET_ELEMENTS),
         fused_norms=norm == "torch",
+        context=context,
     )
     workload = Workload(length, length, length, 1.0 if kind == "L" else 0.0, 512)
     assert predict_memory(SHAPE, workload, layout).peak == pytest.approx(peaks[case], rel=0.15)
