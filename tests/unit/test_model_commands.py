@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.pack import main as pack_main
 from longrope2.command import run_command
 from longrope2.errors import ArtifactError
 from longrope2.export.gguf_file import write_gguf
@@ -25,6 +26,20 @@ TINY = Path(__file__).parents[2] / "models" / "tiny"
 FACTORS = closed_form_factors(RopeMethod.ntk, RopeGeometry(32, 10_000.0, 128), 256)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Segments: without any, a training is refused for that, before its model is loaded."""
+    folder = tmp_path_factory.mktemp("runs")
+    size = ["--target", "256", "--corpus", "sample", "--model", "tiny"]
+    quotas = [
+        "quotas.stdlib_modules={short: 3000, long: 3000}",
+        "quotas.stdlib_topics={short: 0, long: 0}",
+        "quotas.retrieval={short: 0, long: 0}",
+    ]
+    pack_main([*size, *quotas, "run.name=packed", f"run.root={folder}"])
+    return folder / "packed" / "1_segments"
 
 
 @pytest.fixture
@@ -159,7 +174,13 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("kind", list(UNSUPPORTED))
 @pytest.mark.parametrize("command", ["train", "train dry_run=true", "generate"])
 def test_an_unsupported_model(
-    command: str, kind: str, final: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    command: str,
+    kind: str,
+    final: Path,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
 ) -> None:
     settings, text = UNSUPPORTED[kind]
     config = json.loads((final / "config.json").read_text())
@@ -167,9 +188,11 @@ def test_an_unsupported_model(
     command, *options = command.split()
     if command == "train":
         given = ["experiment=tiny_extend", "training.tokens=2048", "rope=yarn"]
+        given.append(f"segments={packed}")
         words = [*given, "training.global_batch_tokens=512", f"model.path={final}", *options]
     else:
         words = [*reading(command, final, tmp_path), f"model.path={final}"]
+    words.append("model.name=mine")
     message = refusal(command, words, tmp_path, monkeypatch, capsys)
     assert text in message and str(final) in message
 
@@ -177,11 +200,17 @@ def test_an_unsupported_model(
 @pytest.mark.parametrize("damage", list(DAMAGES))
 @pytest.mark.parametrize("options", [[], ["dry_run=true"]])
 def test_training_refuses_damaged_weights(
-    damage: str, options: list[str], final: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    damage: str,
+    options: list[str],
+    final: Path,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
 ) -> None:
     """Before any rank starts, and in a dry run too."""
     change, text = DAMAGES[damage]
     change(final)
     given = ["experiment=tiny_extend", "training.tokens=2048", "rope=yarn", f"model.path={final}"]
-    words = [*given, "training.global_batch_tokens=512", *options]
+    words = [*given, f"segments={packed}", "training.global_batch_tokens=512", *options]
     assert text in refusal("train", words, tmp_path, monkeypatch, capsys)

@@ -270,7 +270,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
         ],
         "export": [f"export.checkpoint={folder}"],
     }[command]
-    given = ["model=tiny", f"model.path={folder}", "model.original_len=128", "target_len=256"]
+    given = ["model=custom", f"model.path={folder}", "model.original_len=128", "target_len=256"]
     ended = subprocess.run(
         [sys.executable, "-m", f"launch.{command}", *given, f"run.root={runs}", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
