@@ -78,7 +78,7 @@ def test_the_facts_are_those_of_the_package_that_is_here(kernel: str) -> None:
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float | None) -> Tensor:
-    return fake_varlen(q, k, v, ends, q.shape[-1] ** -0.5 if scale is None else scale)
+    return fake_varlen(q, k, v, (ends, ends), q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def flash_varlen(*, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest) -> Tensor:
