@@ -253,7 +253,7 @@ def _config_file_here(model: ModelConfig, *, takes_file: bool, takes_copy: bool)
                 f"model.path={path}, which is not on this machine; give model.config_folder=FOLDER "
                 "with a copy of this model's config.json, or null"
             )
-        return find_shipped(copy) / CONFIG_FILE
+        return _config_file(find_shipped(copy), f"model.config_folder={copy}")
     allowed = f"a folder, a {CONFIG_FILE}," if takes_file else "a folder"
     cached = _from_hub(path, "model.path", allowed, _in_hub_cache)
     return Path(cached) if cached else None

@@ -140,7 +140,7 @@ def test_the_command_for_smollm2_runs(tmp_path: Path) -> None:
 def test_job_scripts_exist() -> None:
     scripts = [
         line.split()[-2 if line.startswith("sbatch") else 0]
-        for line in fenced_after("`slurm/site.env`:")
+        for line in fenced_after("On a Slurm cluster, after copying")
     ]
     assert len(scripts) == 5
     for script in scripts:

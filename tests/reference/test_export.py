@@ -249,7 +249,8 @@ def test_the_cost_is_measured_on_the_texts_there_are(tmp_path, capsys):
     texts.mkdir()
     (texts / "a.txt").write_text("some words of a text")
     held_out = CorpusConfig("mine", CorpusKind.folder, folder=str(texts), heldout_fraction=1.0)
-    config, factors = composed(tmp_path, "export.cost_windows=2"), factors_with()
+    config = composed(tmp_path, "export.cost_windows=2")
+    factors = closed_form_factors(RopeMethod.ntk, RopeGeometry(32, 10_000.0, 128), 256)
     cost = static_cost(Export(config, model, factors, {}, held_out))
     assert cost is not None and cost.num_windows == 1
     assert cost.text == "held out of the corpus `mine`"
