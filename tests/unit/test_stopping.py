@@ -76,7 +76,7 @@ def test_a_step_is_left_between_micro_steps(
 ) -> None:
     """Asked during micro-step ``asked_at`` of four; in the last one the step is finished."""
     work: list[str] = []
-    layout = build_layout(Window.LONG, [2], sequence_rank=0, sequence_group=None, sequence_size=1)
+    layout = build_layout(Window.LONG, [2])
     tokens_BT = torch.zeros(1, 2, dtype=torch.int64)
     batch = RankBatch(
         tokens_BT,
