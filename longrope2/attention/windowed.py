@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,8 +109,7 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
         if q_BHTD.is_cuda:
             mask_TC = causal_lower_right(num_queries, num_keys)
         else:
-            all_TC = torch.ones(num_queries, num_keys, dtype=torch.bool)
-            mask_TC = all_TC.tril(diagonal=num_keys - num_queries)
+            mask_TC = _lower_right_mask(num_queries, num_keys, q_BHTD.dtype)
     return F.scaled_dot_product_attention(
         q_BHTD,
         k_BKCD,
@@ -119,6 +119,17 @@ def causal_attention(q_BHTD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, scaling: fl
         scale=scaling,
         enable_gqa=q_BHTD.shape[1] != k_BKCD.shape[1],
     )
+
+
+@lru_cache(maxsize=2)  # of a context rank's early and late chunk
+def _lower_right_mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """What a CPU adds to scores, [T, C]: one for all layers.
+
+    The kernel keeps it for its backward pass, and makes its own of every boolean one.
+    """
+    with torch.inference_mode(False):  # a mask that scoring makes serves training too
+        mask_TC = torch.full((num_queries, num_keys), -torch.inf, dtype=dtype)
+        return mask_TC.triu_(diagonal=num_keys - num_queries + 1)
 
 
 def document_attention(
