@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrope2.corpora.corpus import Split
-from longrope2.corpora.needles import draw_key, draw_value, needle_wording
+from longrope2.corpora.needle_wording import draw_key, draw_value, needle_wording
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import SPACE_MARKER, WORDS
 from longrope2.files.artifacts import atomic_path, write_text

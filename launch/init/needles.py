@@ -6,7 +6,8 @@ import torch
 
 from launch.init.survey import InitRoot, ModelFacts
 from longrope2.corpora.build import heldout_documents
-from longrope2.corpora.needles import build_needle_set, choose_wording
+from longrope2.corpora.needle_wording import choose_wording
+from longrope2.corpora.needles import build_needle_set
 from longrope2.errors import DataError
 from longrope2.model.loading import load_to_run, load_tokenizer, rope_geometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors

@@ -1,16 +1,13 @@
 """Needle samples: a short fact hidden in a long text, then asked for.
 
-They are those of method section 6 (LongRoPE2, arXiv 2502.20082, sec. 3.2), in one of two wordings:
-the paper's prompt (its Appendix C), or a short one whose instruction and question are our own, so
-that a whole sample fits in a window of 128 tokens. The parts are tokenized apart and joined as ids,
-so a sample is exact to the token, holds one BOS (none where documents start without), and nothing
-of the question or the value is ever cut:
+The parts (``needle_wording``) are tokenized apart and joined as ids, so a sample is exact to the
+token, holds one BOS (none where documents start without), and nothing of the question or the value
+is ever cut:
 
     [BOS] instruction | haystack ... needle ... haystack | question | answer prefix | value [EOS]
 
 The closing EOS stands there because a model whose documents all end inside the window has only ever
-seen EOS at its last position. Every sample is drawn from its own seed, so sample 7 is the same
-whether 8 or 800 are asked for. The space in front of the value counts as part of it, as tokenizers
+seen EOS at its last position. The space in front of the value counts as part of it, as tokenizers
 join the two. What every sample was made of is recorded with it.
 
 Differs from the paper: the needle is a line of its own, as the text around it may break anywhere
@@ -19,114 +16,28 @@ Differs from the paper: the needle is a line of its own, as the text around it m
 
 import hashlib
 import math
-import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from longrope2.config import DocumentStart
 from longrope2.corpora.corpus import HOLD_OUT_MORE, Document
+from longrope2.corpora.haystacks import Haystack, book_haystack, noise_haystack, used_books
+from longrope2.corpora.needle_wording import (
+    VALUE_DIGITS,
+    NeedleWording,
+    Wording,
+    draw_keys,
+    draw_value_and_start,
+    needle_wording,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
-from longrope2.files.artifacts import sha256_of_bytes
 from longrope2.segments.needle_set import NeedleSample, NeedleSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Keys are ``adjective-noun``: common words, lower case.
-ADJECTIVES = """
-    amber blue bold brave brief bright broad calm cheap clean clear clever cold cool cosy crisp
-    curly damp dark deep dry dusty eager early fair fast fine firm flat fresh gentle giant glad
-    gold grand green grey happy heavy hollow humble jolly kind lazy light little lively loud
-    lucky mild narrow neat noble odd orange pale plain proud purple quick quiet rapid rare red
-    rich round rusty sharp
-""".split()
-NOUNS = """
-    anchor apple arrow basket beach bell bird boat book bottle bridge brush candle castle chair
-    cherry cloud coat coin corn crown desert door dragon drum eagle engine farm feather field
-    fish flower forest garden glass hammer harbor hat hill horse house island jacket kettle
-    ladder lake lamp lemon lion market mirror moon mountain needle ocean orchid owl paper pepper
-    piano pillow planet pocket river rocket ship shoe spoon
-""".split()
-INSTRUCTION = "Remember the magic numbers in this text.\n"
-PAPER_INSTRUCTION = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. I will "
-    "quiz you about the number afterwards.\n"
-)
-# RULER's haystack without meaning (arXiv 2404.06654), repeated as often as it takes.
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-VALUE_DIGITS = 7
-# Windows that hold the paper's prompt with ease; a model of a shorter one is our miniature.
-PAPER_WORDING_FROM = 2048
-# How far from the middle a document may be cut, in characters.
-_NEAR = 2000
-
-
-class Wording(StrEnum):
-    """How a needle is announced and asked for."""
-
-    auto = "auto"
-    """``paper`` for models with an original window of at least 2,048 tokens, else ``short``."""
-    paper = "paper"
-    """The prompt of the paper's Appendix C."""
-    short = "short"
-    """Short instruction and question; the retrieval documents of the training mix have it too."""
-
-
-class Haystack(StrEnum):
-    """What needles are hidden in."""
-
-    books = "books"
-    """Held-out documents (the paper)."""
-    noise = "noise"
-    """RULER's five sentences, repeated: retrieval alone, with nothing to be mistaken for it."""
-
-
-@dataclass(frozen=True)
-class NeedleWording:
-    """The texts of one needle; joined as they stand, no spaces are added between them."""
-
-    instruction: str
-    needle: str
-    question: str
-    answer_prefix: str
-    answer: str
-
-
-def choose_wording(wording: Wording, original_len: int) -> Wording:
-    """The wording that is meant, ``auto`` decided by the model's original window in tokens."""
-    if wording is not Wording.auto:
-        return wording
-    return Wording.paper if original_len >= PAPER_WORDING_FROM else Wording.short
-
-
-def needle_wording(key: str, value: str, wording: Wording = Wording.short) -> NeedleWording:
-    """Texts for one key and value; ``wording`` is a chosen one, not ``auto``."""
-    assert wording is not Wording.auto, "choose_wording decides what auto is"
-    asked = f"special magic number for {key} mentioned in the provided text"
-    is_short = wording is Wording.short
-    return NeedleWording(
-        instruction=INSTRUCTION if is_short else PAPER_INSTRUCTION,
-        needle=f"\nOne of the special magic numbers for {key} is: {value}.\n",
-        question=f"\nWhich number belongs to {key}?\n" if is_short else f"\nWhat is the {asked}?",
-        answer_prefix=f"The {asked} is" if is_short else f" The {asked} is",
-        answer=f" {value}",
-    )
-
-
-def draw_key(rng: random.Random) -> str:
-    """An adjective-noun key."""
-    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-
-
-def draw_value(rng: random.Random) -> str:
-    """A value of seven digits, the first not zero."""
-    return str(rng.randrange(10 ** (VALUE_DIGITS - 1), 10**VALUE_DIGITS))
 
 
 def build_needle_sample(
@@ -289,22 +200,6 @@ def _tail_and_answer(
     return tail, whole[len(tail) :]
 
 
-class _Piece(NamedTuple):
-    """Consecutive tokens of one book."""
-
-    book: int
-    start: int
-    ids: np.ndarray
-
-
-class _Hay(NamedTuple):
-    """Ids to hide a needle in, where it may stand (None: anywhere), and the books they are of."""
-
-    ids: np.ndarray
-    places: np.ndarray | None
-    pieces: list[_Piece]
-
-
 def build_needle_set(
     tokenizer: "PreTrainedTokenizerBase",
     books: Sequence[Document | str],
@@ -323,12 +218,10 @@ def build_needle_set(
 ) -> NeedleSet:
     """``num_samples`` samples of exactly ``length`` tokens; depths are used in turn.
 
-    Books are taken in an order drawn from ``seed``, each sample starting with another one (the
-    released code drew all its samples from one book). A book that is too short is joined with the
-    following ones; ``record["books"]`` lists those that were used, with id, SHA-256 of the text,
-    and the range of their tokens. The control set (``with_needle=False``) has the same keys, values
-    and haystacks. In noise, which needs no books, a needle stands between two sentences; keys and
-    values are those that it would have in books.
+    A book that is too short is joined with the following ones; ``record["books"]`` lists those
+    that were used, with id, SHA-256 of the text, and the range of their tokens. The control set
+    (``with_needle=False``) has the same keys, values and haystacks. In noise, which needs no books,
+    a needle stands between two sentences; keys and values are those that it would have in books.
 
     With several ``needles_per_haystack`` (our own: the paper hides one), so many samples in a row
     share one haystack, which holds the needles of all of them and can be read once; keys are
@@ -362,7 +255,7 @@ def build_needle_set(
         got = f"{len(depths)}, {len(books)} and num_samples={num_samples}"
         raise DataError(f"a needle set needs depths, books and samples; got {got}")
     encoder = DocumentTokenizer(tokenizer, document_start)
-    keys = _draw_keys(seed, num_samples if num_keys is None else num_keys, set(excluded_keys))
+    keys = draw_keys(seed, num_samples if num_keys is None else num_keys, set(excluded_keys))
     per_haystack = needles_per_haystack
     if per_haystack < 1 or num_samples % per_haystack or len(keys) < per_haystack:
         raise DataError(
@@ -370,15 +263,13 @@ def build_needle_set(
             f"{num_samples}, and be at most num_keys={len(keys)}"
         )
     hay_of = (
-        _noise_haystack(encoder, length)
-        if is_noise
-        else _book_haystack(encoder, books, length, seed)
+        noise_haystack(encoder, length) if is_noise else book_haystack(encoder, books, length, seed)
     )
     samples: list[NeedleSample] = []
     for first in range(0, num_samples, per_haystack):
-        ids, places, pieces = hay_of(first // per_haystack, _draws(seed, first)[1])
+        ids, places, pieces = hay_of(first // per_haystack, draw_value_and_start(seed, first)[1])
         hidden = [
-            Needle(keys[n % len(keys)], _draws(seed, n)[0], depths[n % len(depths)])
+            Needle(keys[n % len(keys)], draw_value_and_start(seed, n)[0], depths[n % len(depths)])
             for n in range(first, first + per_haystack)
         ]
         found = build_haystack_samples(
@@ -393,47 +284,9 @@ def build_needle_set(
         for sample in found:
             sample.record["haystack"] = haystack.value
             num_haystack = int(sample.record["num_haystack_tokens"])
-            sample.record["books"] = _used_books(books, pieces, num_haystack)
+            sample.record["books"] = used_books(books, pieces, num_haystack)
         samples += found
     return NeedleSet(samples, length, per_haystack)
-
-
-def build_texts(
-    tokenizer: "PreTrainedTokenizerBase",
-    books: Sequence[Document | str],
-    *,
-    length: int,
-    num_samples: int,
-    seed: int,
-    document_start: DocumentStart = DocumentStart.auto,
-) -> list[np.ndarray]:
-    """The book texts that the samples of ``build_needle_set`` are made of, without needles.
-
-    The same books from the same places, ``length`` ids each, what starts a document first: the
-    paper's plain-perplexity ablation uses the documents of its needle data [sec. 4.3, Table 6].
-
-    Raises:
-        DataError: too little text.
-    """
-    encoder = DocumentTokenizer(tokenizer, document_start)
-    hay_of = _book_haystack(encoder, books, length, seed)
-    texts = []
-    for number in range(num_samples):
-        ids = hay_of(number, _draws(seed, number)[1]).ids
-        text = np.concatenate([encoder.start_ids, ids])[:length].astype(np.int64)
-        if len(text) < length:
-            given = f"the held-out text has {len(text)} in all"
-            wanted = f"samples of {length} tokens are wanted, {given}"
-            raise DataError(f"{wanted}; use a larger corpus, or {HOLD_OUT_MORE}")
-        texts.append(text)
-    return texts
-
-
-def _draws(seed: int, number: int) -> tuple[str, float]:
-    """Value of a sample, and where in a long book it starts (0 to 1)."""
-    rng = random.Random(f"needle/{seed}/{number}")
-    draw_key(rng)  # the first draw is the key's, see _draw_keys
-    return draw_value(rng), rng.random()
 
 
 def guess_perplexity(needle_set: NeedleSet) -> float:
@@ -452,148 +305,3 @@ def guess_perplexity(needle_set: NeedleSet) -> float:
     num_tokens = sum(len(sample.through_value) - sample.value_start for sample in samples)
     num_values = 9 * 10 ** (VALUE_DIGITS - 1)
     return math.exp(len(samples) * math.log(num_values) / num_tokens)
-
-
-def halve_documents(
-    documents: Sequence[Document], seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Two parts without common text, each of about half the characters, in an order from ``seed``.
-
-    The document in the middle is cut in two (``part 1 of 2``, ``part 2 of 2`` in its id): behind
-    the line break that is nearest to the middle, or else behind the nearest space, or else in the
-    middle. The first two are looked for within 2,000 characters and within a twentieth of the text.
-
-    Raises:
-        DataError: fewer than two characters in all.
-    """
-    total = sum(len(document.text) for document in documents)
-    if total < 2:
-        given = f"{len(documents)} documents of {total} characters in all"
-        raise DataError(f"{given} cannot be halved; use a larger corpus, or {HOLD_OUT_MORE}")
-    drawn = list(documents)
-    random.Random(f"halves/{seed}").shuffle(drawn)
-    first: list[Document] = []
-    room = total // 2
-    while len(drawn[len(first)].text) <= room:
-        room -= len(drawn[len(first)].text)
-        first.append(drawn[len(first)])
-    second = drawn[len(first) :]
-    if room:
-        whole = second[0]
-        cut = _place_near(second[0].text, room, min(_NEAR, total // 20))
-        name = whole.doc_id
-        first.append(replace(whole, doc_id=f"{name} part 1 of 2", text=whole.text[:cut]))
-        second[0] = replace(whole, doc_id=f"{name} part 2 of 2", text=whole.text[cut:])
-    return first, second
-
-
-def _place_near(text: str, middle: int, most: int) -> int:
-    """Where to cut a text: at most ``most`` characters from ``middle``, inside of both ends."""
-    # The break itself goes with what stands before it.
-    low, high = max(0, middle - 1 - most), min(len(text) - 1, middle + most)
-    for mark in ("\n", " "):
-        before, behind = text.rfind(mark, low, middle), text.find(mark, middle, high)
-        found = [place + 1 for place in (before, behind) if place >= 0]
-        if found:
-            return min(found, key=lambda place: abs(place - middle))
-    return middle
-
-
-def _draw_keys(seed: int, num_keys: int, excluded: set[str]) -> list[str]:
-    """``num_keys`` distinct keys; the first n of them are the same for every larger number."""
-    every = {f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS}
-    most = len(every - excluded)
-    if not 1 <= num_keys <= most:
-        given = f"num_keys={num_keys} (by default one per sample)"
-        left = f"the keys there are without {len(every) - most} excluded ones"
-        there = left if most < len(every) else "the keys there are"
-        raise DataError(f"{given} must be from 1 to {most}, {there}")
-    keys: dict[str, None] = {}
-    for number in range(num_keys):
-        rng = random.Random(f"needle/{seed}/{number}")
-        key = draw_key(rng)
-        while key in keys or key in excluded:
-            key = draw_key(rng)
-        keys[key] = None
-    return list(keys)
-
-
-def _book_haystack(
-    encoder: DocumentTokenizer, books: Sequence[Document | str], length: int, seed: int
-) -> Callable[[int, float], _Hay]:
-    """Text of books for a sample, by its number and where in a long book it starts (0 to 1)."""
-    order = list(range(len(books)))
-    random.Random(f"order/{seed}").shuffle(order)
-
-    @lru_cache(maxsize=256)
-    def ids_of(index: int) -> np.ndarray:
-        return np.asarray(encoder.encode(_name_and_text(books, index)[1]), dtype=np.int64)
-
-    def hay_of(number: int, start: float) -> _Hay:
-        pieces = _joined_haystack(ids_of, order=order, first=number, length=length, start=start)
-        return _Hay(np.concatenate([piece.ids for piece in pieces]), None, pieces)
-
-    return hay_of
-
-
-def _noise_haystack(encoder: DocumentTokenizer, length: int) -> Callable[[int, float], _Hay]:
-    """The same noise for every sample; a needle may stand at its start or behind a sentence.
-
-    Raises:
-        DataError: the tokenizer has tokens that reach from one sentence into the next.
-    """
-    text = NOISE
-    while encoder.count_tokens([text])[0] < length:
-        text = f"{text} {text}"
-    ends_N = encoder.token_spans([text])[0][:, 1]
-    sentence_ends = np.flatnonzero(np.frombuffer(text.encode(), dtype=np.uint8) == ord(".")) + 1
-    is_end_N = np.isin(ends_N, sentence_ends)
-    if np.count_nonzero(is_end_N) < len(sentence_ends):
-        raise DataError(
-            "this tokenizer joins the end of a sentence with the start of the next in one token, "
-            "so that no needle can stand between them; use haystack=books"
-        )
-    places = np.concatenate([[0], np.flatnonzero(is_end_N) + 1])
-    hay = _Hay(np.asarray(encoder.encode(text), dtype=np.int64), places, [])
-    return lambda number, start: hay
-
-
-def _joined_haystack(
-    ids_of: Callable[[int], np.ndarray], order: list[int], first: int, length: int, start: float
-) -> list[_Piece]:
-    """At least ``length`` ids: from a random place of one book, or several short books in a row."""
-    pieces: list[_Piece] = []
-    total = 0
-    for step in range(len(order)):
-        book = order[(first + step) % len(order)]
-        ids, begin = ids_of(book), 0
-        if not pieces and len(ids) > length:
-            begin = int(start * (len(ids) - length))
-            ids = ids[begin : begin + length]
-        pieces.append(_Piece(book, begin, ids))
-        total += len(ids)
-        if total >= length:
-            break
-    return pieces
-
-
-def _name_and_text(books: Sequence[Document | str], index: int) -> tuple[str, str]:
-    """A book's id, or its index where it is a plain text, and its text."""
-    book = books[index]
-    return (str(index), book) if isinstance(book, str) else (book.doc_id, book.text)
-
-
-def _used_books(
-    books: Sequence[Document | str], pieces: list[_Piece], num_tokens: int
-) -> list[dict[str, Any]]:
-    """Record of the books that the first ``num_tokens`` tokens of ``pieces`` come from."""
-    records = []
-    for piece in pieces:
-        used = min(len(piece.ids), num_tokens)
-        num_tokens -= used
-        if used:
-            name, text = _name_and_text(books, piece.book)
-            tokens = {"first_token": piece.start, "num_tokens": used}
-            sha256 = sha256_of_bytes(text.encode())
-            records.append({"id": name, "text_sha256": sha256, **tokens})
-    return records

@@ -13,9 +13,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from longrope2.corpora import needles
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Document
-from longrope2.corpora.needles import INSTRUCTION, NeedleWording, needle_wording
+from longrope2.corpora.needle_wording import (
+    INSTRUCTION,
+    NeedleWording,
+    draw_key,
+    draw_value,
+    needle_wording,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters
 from longrope2.errors import DataError
 
@@ -135,10 +140,10 @@ class RetrievalDocuments:
         count = 1 if is_single else rng.randint(2, most)
         keys: list[str] = []
         while len(keys) < count:
-            key = needles.draw_key(rng)
+            key = draw_key(rng)
             if key not in keys:
                 keys.append(key)
-        wordings = [needle_wording(key, needles.draw_value(rng)) for key in keys]
+        wordings = [needle_wording(key, draw_value(rng)) for key in keys]
         depths = sorted(rng.random() for _ in range(count))
         if rng.random() < self._config.start_share:
             depths[0] = min(depths[0], 0.05 * rng.random())

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
-from longrope2.corpora.needles import Haystack, Wording
+from longrope2.corpora.haystacks import Haystack
+from longrope2.corpora.needle_wording import Wording
 from longrope2.corpora.run_corpus import corpus_of_run
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError

@@ -19,7 +19,8 @@ from rich.console import Console
 from longrope2.config import claim_folder, to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import Document, text_hashes
-from longrope2.corpora.needles import build_needle_set, choose_wording
+from longrope2.corpora.needle_wording import choose_wording
+from longrope2.corpora.needles import build_needle_set
 from longrope2.corpora.run_corpus import HeldoutText, corpus_label, heldout_text
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError, DataError

@@ -5,7 +5,8 @@ from enum import StrEnum
 
 from longrope2.config import StageConfig
 from longrope2.corpora.config import CorpusConfig
-from longrope2.corpora.needles import Haystack, Wording
+from longrope2.corpora.haystacks import Haystack
+from longrope2.corpora.needle_wording import Wording
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.tracking.metrics import TrackingConfig
 

@@ -13,14 +13,9 @@ import torch
 from longrope2.config import require_same
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import text_hashes
-from longrope2.corpora.needles import (
-    Haystack,
-    build_needle_set,
-    build_texts,
-    choose_wording,
-    guess_perplexity,
-    halve_documents,
-)
+from longrope2.corpora.haystacks import Haystack, build_texts, halve_documents
+from longrope2.corpora.needle_wording import choose_wording
+from longrope2.corpora.needles import build_needle_set, guess_perplexity
 from longrope2.corpora.run_corpus import HeldoutText, corpus_label, corpus_of_run, heldout_text
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import numpy as np
 
-from longrope2.corpora.needles import Haystack
+from longrope2.corpora.haystacks import Haystack
 from longrope2.errors import ArtifactError, DataError
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.needles import INSTRUCTION, build_needle_set
+from longrope2.corpora.needle_wording import INSTRUCTION
+from longrope2.corpora.needles import build_needle_set
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.loading import load_tokenizer, load_windowed_model, rope_geometry

@@ -5,7 +5,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from longrope2.corpora.corpus import Split
-from longrope2.corpora.needles import ADJECTIVES, NOUNS
+from longrope2.corpora.needle_wording import ADJECTIVES, NOUNS
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError

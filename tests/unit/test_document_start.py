@@ -12,7 +12,8 @@ from data_prep.config import PackConfig
 from data_prep.pack import pack
 from launch import generate
 from longrope2.config import DocumentStart, compose
-from longrope2.corpora.needles import build_needle_set, build_texts
+from longrope2.corpora.haystacks import build_texts
+from longrope2.corpora.needles import build_needle_set
 from longrope2.corpora.tokenizer import (
     DocumentTokenizer,
     load_document_tokenizer,

@@ -14,18 +14,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Document
-from longrope2.corpora.needles import (
+from longrope2.corpora.haystacks import Haystack
+from longrope2.corpora.needle_wording import (
     ADJECTIVES,
     INSTRUCTION,
     NOUNS,
-    Haystack,
     Wording,
-    build_needle_sample,
-    build_needle_set,
     choose_wording,
-    guess_perplexity,
     needle_wording,
 )
+from longrope2.corpora.needles import build_needle_sample, build_needle_set, guess_perplexity
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import DataError
 from longrope2.segments.needle_set import NeedleSample, NeedleSet

@@ -6,13 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from longrope2.corpora.corpus import Document
-from longrope2.corpora.needles import (
-    ADJECTIVES,
-    NOUNS,
-    build_needle_set,
-    build_texts,
-    halve_documents,
-)
+from longrope2.corpora.haystacks import build_texts, halve_documents
+from longrope2.corpora.needle_wording import ADJECTIVES, NOUNS
+from longrope2.corpora.needles import build_needle_set
 from longrope2.errors import DataError
 from longrope2.model.loading import load_tokenizer
 

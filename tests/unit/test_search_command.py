@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from launch import search as command
-from longrope2.corpora import needles as needles_module
+from longrope2.corpora import needle_wording
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.needles import build_needle_set, halve_documents
+from longrope2.corpora.haystacks import halve_documents
+from longrope2.corpora.needles import build_needle_set
 from longrope2.errors import ArtifactError, ConfigError, DataError
 from longrope2.files.artifacts import read_manifest
 from longrope2.files.lease import only_writer
@@ -177,8 +178,8 @@ def test_fresh_samples_share_no_text_and_no_key(
     search: SearchRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With so few keys (30, of which 24 are used) that two sets share some unless they must not."""
-    monkeypatch.setattr(needles_module, "ADJECTIVES", ["red", "big", "old", "wet", "odd"])
-    monkeypatch.setattr(needles_module, "NOUNS", ["cat", "cup", "hat", "pen", "sea", "sun"])
+    monkeypatch.setattr(needle_wording, "ADJECTIVES", ["red", "big", "old", "wet", "odd"])
+    monkeypatch.setattr(needle_wording, "NOUNS", ["cat", "cup", "hat", "pen", "sea", "sun"])
     folder = search("search.num_samples=4", "search.fresh_samples=8", "search.lengths=[0.5,1]")
     names = ("needles.json", "needles_128.json", "fresh_needles.json")
     texts = [(folder / name).read_text() for name in names]
@@ -280,7 +281,7 @@ def test_self_test_runs_inside_the_original_window(
     assert history[name] == pytest.approx(plain_needle_ppl(plain, needles), rel=1e-3)
 
 
-def plain_needle_ppl(plain: LlamaForCausalLM, needles: NeedleSet) -> float:
+def plain_needle_ppl(plain: PreTrainedModel, needles: NeedleSet) -> float:
     """Needle perplexity by transformers' own loss; all values have the same number of tokens."""
     losses = []
     for sample in needles.samples:

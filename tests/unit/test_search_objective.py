@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longrope2.corpora.needles import Haystack
+from longrope2.corpora.haystacks import Haystack
 from longrope2.errors import ArtifactError, DataError
 from longrope2.model import scoring as scoring_module
 from longrope2.model.scoring import token_nll

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope2.corpora.needles import NOISE
+from longrope2.corpora.haystacks import NOISE
 from longrope2.errors import ArtifactError, DataError
 from longrope2.evaluation.ruler.niah import NiahTask
 from longrope2.evaluation.ruler.qa import QuestionSet
