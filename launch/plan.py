@@ -159,7 +159,7 @@ def _long_share(config: PlanRoot) -> tuple[float, str]:
 
 def _configured_layout(config: PlanRoot, shape: ModelShape) -> Layout:
     """The layout that the configuration asks for, on its hardware."""
-    from longrope2.training.plan import configured_layout, recomputed_layers  # loads for seconds
+    from longrope2.training.machine import configured_layout, recomputed_layers  # loads for seconds
 
     processes, norm = config.parallel.processes, config.training.norm
     if faults := recompute_faults(config.training, shape.num_layers):

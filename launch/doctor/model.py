@@ -17,7 +17,7 @@ from longrope2.planning.choice import choose_layout
 from longrope2.planning.hardware import HardwareConfig, make_machine
 from longrope2.rope.frequencies import RopeGeometry, ten_period_index, theoretical_critical_index
 from longrope2.training.config import ZeroConfig, with_room_for_largest
-from longrope2.training.plan import zero_buffers
+from longrope2.training.machine import zero_buffers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PLANNED_TOKENS, _STEP_TOKENS = 10**9, 2**22

@@ -16,7 +16,8 @@ from longrope2.planning.hardware import HardwareConfig, Machine
 from longrope2.planning.memory import Layout, MemoryUse, predict_memory
 from longrope2.planning.timing import predict_time
 from longrope2.rope.factors import Window
-from longrope2.training.plan import ResolvedRun, configured_layout
+from longrope2.training.machine import configured_layout
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
 
 GIB = 2**30

@@ -46,8 +46,9 @@ from longrope2.training import step as of_step
 from longrope2.training.batch import RankBatch, load_rank_batch
 from longrope2.training.config import OptimizerKind
 from longrope2.training.engine import make_engine
+from longrope2.training.machine import machine_setup
 from longrope2.training.meter import Meter, Phase
-from longrope2.training.plan import ResolvedRun, machine_setup
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepGuard, run_step
 
 # The rank that is rehearsed: its shares are the largest, others' are padded.

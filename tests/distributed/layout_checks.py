@@ -43,7 +43,8 @@ from longrope2.training import selftest, step
 from longrope2.training.batch import load_rank_batch
 from longrope2.training.config import Precision, TrainRoot
 from longrope2.training.engine import RankShares, wrap_model
-from longrope2.training.plan import ResolvedRun, machine_setup
+from longrope2.training.machine import machine_setup
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.selftest import check_parity
 from longrope2.training.step import StepGuard, check_agreement, fingerprints, run_step
 

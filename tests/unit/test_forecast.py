@@ -16,7 +16,8 @@ from longrope2.rope.factors import Window
 from longrope2.segments.schedule import StepSchedule
 from longrope2.training.config import Precision, TrainingConfig, TrainRoot
 from longrope2.training.forecast import GIB, Forecast, ForecastCheck, make_forecast
-from longrope2.training.plan import ResolvedRun, machine_setup
+from longrope2.training.machine import machine_setup
+from longrope2.training.plan import ResolvedRun
 from longrope2.training.step import StepReport
 
 LLAMA = Path(__file__).parent.parent.parent / "models" / "llama3_8b"

@@ -23,7 +23,7 @@ from longrope2.errors import ConfigError
 from longrope2.kernel_choice import NormKernel
 from longrope2.model.norms import choose_norm, norm_fault, use_norm
 from longrope2.training.config import OptimizerKind, TrainRoot
-from longrope2.training.plan import machine_setup
+from longrope2.training.machine import machine_setup
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -18,8 +18,8 @@ from longrope2.training.config import (
     zero_faults,
 )
 from longrope2.training.engine import deepspeed_settings
+from longrope2.training.machine import machine_setup
 from longrope2.training.optimizer import make_optimizer, optimizer_fault, parameter_groups
-from longrope2.training.plan import machine_setup
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MATRICES = {f"self_attn.{part}_proj.weight" for part in "qkvo"} | {

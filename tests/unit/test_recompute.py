@@ -27,7 +27,7 @@ from longrope2.rope.methods import RopeMethod, closed_form_factors
 from longrope2.training import engine
 from longrope2.training.config import TrainingConfig, TrainRoot, recompute_faults
 from longrope2.training.engine import apply_recompute
-from longrope2.training.plan import configured_layout, recomputed_layers
+from longrope2.training.machine import configured_layout, recomputed_layers
 
 LENGTH, LAYERS = 160, 3
 DOC_ENDS = [20, 30, 150, LENGTH]

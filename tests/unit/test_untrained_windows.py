@@ -9,7 +9,8 @@ from longrope2.config import ModelConfig
 from longrope2.segments.schedule import StepSchedule
 from longrope2.training.config import TrainingConfig, TrainRoot
 from longrope2.training.forecast import make_forecast
-from longrope2.training.plan import ResolvedRun, machine_setup
+from longrope2.training.machine import machine_setup
+from longrope2.training.plan import ResolvedRun
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 
