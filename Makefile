@@ -24,8 +24,9 @@ setup: .venv/.setup-done
 demo: setup
 	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh) $(if $(BASELINE),--baseline) $(if $(SEED),--seed $(SEED))
 
+# Files side by side on two cores; what shares a fixture stays together.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"

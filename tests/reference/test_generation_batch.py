@@ -56,7 +56,9 @@ def ids_of(rows):
     return [[token.token_id for token in row] for row in rows]
 
 
-@pytest.mark.parametrize("prefill_chunk", [None, 1, 5, ORIGINAL_LEN])
+@pytest.mark.parametrize(
+    "prefill_chunk", [None, pytest.param(1, marks=pytest.mark.slow), 5, ORIGINAL_LEN]
+)
 @pytest.mark.parametrize("max_rows", [1, 3, 8])
 def test_mixed_lengths_equal_generation_without_cache(model, expected, max_rows, prefill_chunk):
     prompts = [random_ids(length) for length in LENGTHS]
@@ -70,7 +72,7 @@ def test_mixed_lengths_equal_generation_without_cache(model, expected, max_rows,
         )
 
 
-@pytest.mark.parametrize("prefill_chunk", [1, 7])
+@pytest.mark.parametrize("prefill_chunk", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_streamed_tokens_in_chunks_equal_generation_without_cache(model, expected, prefill_chunk):
     for length, new, wanted in zip(LENGTHS, NEW_TOKENS, expected, strict=True):
         tokens = list(
@@ -155,6 +157,7 @@ def rerotating_reference(model, prompt_ids, num_tokens):
     return ids[len(prompt_ids) :]
 
 
+@pytest.mark.slow
 def test_rerotation_in_batches_equals_one_by_one_and_differs_from_the_exact_policy(model, expected):
     prompts = [random_ids(length) for length in LENGTHS]
     options = {"max_new_tokens": NEW_TOKENS, "kv_policy": KvPolicy.rerotate}

@@ -38,7 +38,7 @@ SMOLLM2 = pytest.param(
         ),
     ],
 )
-MINIATURE = pytest.param("tiny", 128, 2048, id="miniature")
+MINIATURE = pytest.param("tiny", 128, 2048, id="miniature", marks=pytest.mark.slow)
 
 
 @torch.inference_mode()

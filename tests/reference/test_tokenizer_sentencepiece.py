@@ -32,6 +32,7 @@ def processor():
     return sentencepiece.SentencePieceProcessor(model_file="models/tiny/tokenizer.model")
 
 
+@pytest.mark.slow
 def test_ids_and_round_trip_on_the_sample_corpus(encoder, processor):
     texts = [d.text for split in Split for d in SampleCorpus().documents(split)] + NASTY
     for text, ids in zip(texts, encoder.encode_documents(texts), strict=True):

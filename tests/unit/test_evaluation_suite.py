@@ -76,6 +76,7 @@ def test_shards_answer_their_part_and_the_last_sums_up(evaluate, tmp_path, monke
     assert json.loads((folder / "suite.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(
     evaluate, tmp_path, monkeypatch
 ):
@@ -106,6 +107,7 @@ def test_a_shard_that_gave_a_task_up_waits_for_the_others_all_the_same(
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_base_model_that_breaks_a_rule_stops_the_extended_one(evaluate, tmp_path):
     """The untrained base finds no needle at 8 times its window."""
     rule = "calibration.rules=[{score: needle_map/needle_map/1024, low: 50, high: 100}]"

@@ -321,7 +321,9 @@ def test_finished_search_is_not_repeated(
     assert "found 1" in text
 
 
-@pytest.mark.parametrize(("at", "num_logged"), [(20, 1), (30, 3)])
+@pytest.mark.parametrize(
+    ("at", "num_logged"), [(20, 1), pytest.param(30, 3, marks=pytest.mark.slow)]
+)
 def test_killed_search_is_resumed(
     search: SearchRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, num_logged: int
 ) -> None:
