@@ -18,7 +18,8 @@ from rich.table import Table
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.command import run_command
 from longrope2.config import claim_folder, dump
-from longrope2.errors import ConfigError
+from longrope2.corpora.run_corpus import missing_corpus
+from longrope2.errors import ConfigError, waiting_lines
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer, refuse_second_writer
@@ -53,6 +54,8 @@ def main() -> None:
     check_exportable(model_folder, config.model.original_len, config.target_len)
     print(describe(config, model_folder, space))
     if config.dry_run:
+        if missing := missing_corpus(config.corpus, config.run.folder):
+            print(waiting_lines("search", [missing]))
         return
     folder = product_folder(config.run.folder, "factors")
     refuse_second_writer(config.run.folder, folder.name)

@@ -25,12 +25,23 @@ class ArtifactError(UserError):
     """A file or folder that a stage reads is missing, damaged, or belongs to something else."""
 
 
+class MissingError(ArtifactError):
+    """What another command makes is not there yet: a dry run names it, a real one is refused."""
+
+
 class FactorsError(UserError):
     """Rescale factors that cannot be right; names the index and the value."""
 
 
 class DataError(UserError):
     """Text, tokens or a corpus that cannot be used as asked."""
+
+
+def waiting_lines(stage: str, missing: Sequence[str]) -> str:
+    """The end of a dry run: what the ``stage`` will be refused for until it is made."""
+    return "\n".join(
+        [f"missing; the {stage} will not start without:", *(f"  {m}" for m in missing)]
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,14 @@ from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
 from longrope2.export.tokenizer import start_as_trained
-from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
+from longrope2.export.variants import (
+    ExportConfig,
+    ExportRoot,
+    ExportVariant,
+    export_folder,
+    final_folders,
+    variant_factors,
+)
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
 from longrope2.model.factors_source import RopeConfig
@@ -54,9 +61,8 @@ class Export:
 
     @property
     def folder(self) -> Path:
-        """The product folder; that of untrained weights lies inside, with a manifest of its own."""
-        exports = artifacts.product_folder(self.config.run.folder, "exports")
-        return exports if self.config.export.trained else exports / artifacts.UNTRAINED_FOLDER
+        """The product folder."""
+        return export_folder(self.config)
 
     @property
     def origin(self) -> str | None:
@@ -66,7 +72,7 @@ class Export:
     @property
     def finals(self) -> list[Path]:
         """Where each wanted variant will stand."""
-        return [self.folder / variant.folder_name for variant in self.config.export.variants]
+        return final_folders(self.config)
 
 
 def find_export(config: ExportRoot) -> Export:

@@ -21,7 +21,13 @@ from longrope2.corpora.needles import (
     guess_perplexity,
     halve_documents,
 )
-from longrope2.corpora.run_corpus import HeldoutText, corpus_label, corpus_of_run, heldout_text
+from longrope2.corpora.run_corpus import (
+    HeldoutText,
+    corpus_label,
+    corpus_of_run,
+    heldout_text,
+    missing_corpus,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
@@ -100,7 +106,8 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     """
     if faults := known_faults(config, look_before(config.model)):
         raise ConfigError(faults)
-    config.corpus = corpus_of_run(config.corpus, config.run.folder)
+    if not (config.dry_run and missing_corpus(config.corpus, config.run.folder)):
+        config.corpus = corpus_of_run(config.corpus, config.run.folder)
     try:
         model_folder = given_folder(config.model, config.target_len)
         geometry = rope_geometry(model_folder, config.model.original_len)
@@ -132,6 +139,9 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     if search.needles_per_haystack > 1:
         scored = f"the values of {search.needles_per_haystack} needles in a haystack"
     listed = ", ".join(map(str, lengths))
+    corpus = "the segments' corpus, not packed yet"
+    if config.corpus is not None:
+        corpus = f"corpus {corpus_label(config.corpus)}"
     fresh = "not compared on fresh samples (search.fresh_samples=0)"
     if compares_fresh(search):
         fresh = (
@@ -143,7 +153,7 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"{config.target_len}\n"
         f"space      {_space_in_words(config, space)}\n"
         f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
-        f"tokens, held out of corpus {corpus_label(config.text)}\n"
+        f"tokens, held out of {corpus}\n"
         f"workers    {parallel.processes // parallel.segment_ranks}, each of "
         f"{parallel.segment_ranks} processes\n"
         f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
