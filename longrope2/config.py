@@ -243,7 +243,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
             if key in groups:
                 choose_member(chosen, key, text, adds)
             else:
-                settings.append(read_setting(root, key, text, adds))
+                settings.append(read_setting(root, key, text, adds, groups))
         except ConfigError as error:
             faults += error.faults
     try:

@@ -4,7 +4,11 @@ Every command turns a ``UserError`` into one message on stderr and exit code 2, 
 Anything else is a fault of this project and keeps its traceback.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+# Below this share of common letters a name is another word, not a misspelt one.
+_LEAST_LIKENESS = 0.7
 
 
 class UserError(Exception):
@@ -42,6 +46,16 @@ def waiting_lines(stage: str, missing: Sequence[str]) -> str:
     return "\n".join(
         [f"missing; the {stage} will not start without:", *(f"  {m}" for m in missing)]
     )
+
+
+def closest(given: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is most like; None where none is."""
+    return next(iter(difflib.get_close_matches(given, list(known), 1, _LEAST_LIKENESS)), None)
+
+
+def guess(name: str | None) -> str:
+    """How a message about a name that does not exist asks for another; "" for None."""
+    return "" if name is None else f" (did you mean {name}?)"
 
 
 def first_line(error: BaseException) -> str:
