@@ -463,7 +463,7 @@ def test_model_that_cannot_retrieve_is_refused(search: SearchRun, tmp_path: Path
         DataError, match="needle perplexity at 128 tokens.*use search.objective=perplexity"
     ):
         search("search.max_needle_ppl_at_original=3")
-    assert [path.name for path in (tmp_path / "test").iterdir()] == [".leases"]
+    assert not (tmp_path / "test").exists()
 
 
 def test_a_target_where_nothing_can_be_ranked_is_refused(search: SearchRun, tmp_path: Path) -> None:
