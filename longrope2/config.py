@@ -209,9 +209,15 @@ def _is_below(name: str) -> bool:
 
 def find_shipped(path: str) -> Path:
     """Where a path of a preset (``models/tiny``) stands: here, or else beside the presets."""
+    path = os.path.expanduser(path)
     shipped = SHIPPED / path
     elsewhere = _is_of_preset(path) and not Path(path).exists() and shipped.exists()
     return shipped if elsewhere else Path(path)
+
+
+def is_place(path: str) -> bool:
+    """Whether text can only be a path: absolute, or from here, above or a home folder on."""
+    return path.startswith(("/", "./", "../", "~")) or path in (".", "..")
 
 
 def where_looked(path: str) -> str:
