@@ -10,7 +10,7 @@ from longrope2.config import SHORTEST_WINDOW, ModelConfig, StageConfig, target_f
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.corpus import Corpus, Document, Unit, stable_fraction, stable_hash
-from longrope2.corpora.folder import count_ignored
+from longrope2.corpora.folder import PLAIN_TEXT_ENDINGS, count_ignored
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.model.folder import find_config_file, given_folder
@@ -18,8 +18,6 @@ from longrope2.model.loading import check_model
 from longrope2.model.shape import ModelShape, read_raw_config
 from longrope2.planning.hardware import HardwareConfig
 
-# Endings of files that are plain text whatever they are called; others are for the user to say.
-_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
 # Texts that are tokenized together.
 _BATCH = 64
 
@@ -118,7 +116,7 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
         DataError: it holds no document.
     """
     folder, asked = Path(config.corpus.folder or ""), config.corpus.more_text_endings
-    found = [e for e in count_ignored(folder, asked) if e in _TEXT_ENDINGS]
+    found = [e for e in count_ignored(folder, asked) if e in PLAIN_TEXT_ENDINGS]
     config.corpus.more_text_endings = [*asked, *found]
     corpus, room = build_corpus(config.corpus), config.most_characters
     units = list(corpus.units())
