@@ -16,9 +16,9 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
+    find_segments,
     product_folder,
     read_manifest,
-    run_with,
     sha256_of_file,
 )
 
@@ -51,7 +51,7 @@ class HeldoutText:
 
 def segments_of(run_folder: Path) -> Path | None:
     """The finished segments that a run was trained on, or else has; None without any."""
-    own = product_folder(run_with(run_folder, "segments"), "segments")
+    own = find_segments(run_folder) or product_folder(run_folder, "segments")
     checkpoints = product_folder(run_folder, "checkpoints")
     is_own = (own / MANIFEST_NAME).is_file()
     if (checkpoints / MANIFEST_NAME).is_file():
