@@ -1,13 +1,17 @@
 """Joining and leaving the process group: nothing that would wait for ever."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.utils.file_baton import FileBaton
 
+from longrope2.command import REQUEUE_EXIT_CODE
 from longrope2.errors import ArtifactError
 from longrope2.parallel import processes
 from longrope2.parallel.processes import leave_processes
@@ -49,6 +53,48 @@ def test_a_lock_that_is_waited_for_is_named(
         assert str(locks["young"]) not in printed
     time.sleep(0.1)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_ends_the_build_of_an_extension_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Its compilers too, though they are no children; and no lock stays."""
+    lock, pid_file = tmp_path / "lock", tmp_path / "pid"
+    building = os.fork()
+    if building == 0:
+        code = 1
+        try:
+            with processes._ending_at_once(says_so=True):
+                baton = FileBaton(str(lock))
+                baton.try_acquire()
+                try:
+                    compiler = f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; sleep 60"
+                    subprocess.run(["sh", "-c", f"sh -c '{compiler}; true'; true"], check=True)
+                finally:
+                    baton.release()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        os._exit(code)
+    began = time.monotonic()
+    while not pid_file.exists() and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    assert lock.exists()
+    os.kill(building, number)
+    began = time.monotonic()
+    status = os.waitpid(building, 0)[1]
+    assert time.monotonic() - began < 10
+    assert os.waitstatus_to_exitcode(status) == REQUEUE_EXIT_CODE
+    assert not lock.exists() and _has_ended(int(pid_file.read_text()))
+    said = "stopped before anything was computed; the same command begins again\n"
+    assert capfd.readouterr().err == said
+
+
+def _has_ended(pid: int) -> bool:
+    """Or is a zombie, that whoever adopted it has not looked at yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
 
 
 def test_a_rank_ends_with_the_process_that_started_it() -> None:
