@@ -133,7 +133,7 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     forwards = {length: most * search.num_samples for length in lengths}
     if search.algorithm is Algorithm.halving:
         forwards = most_halving_forwards(search, lengths)
-    hours = projected_hours(ModelShape.from_folder(model_folder), forwards, search)
+    projected = _time_in_words(config, ModelShape.from_folder(model_folder), forwards)
     tokens = sum(length * count for length, count in forwards.items())
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
     if search.needles_per_haystack > 1:
@@ -156,9 +156,8 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"tokens, held out of {corpus}\n"
         f"workers    {parallel.processes // parallel.segment_ranks}, each of "
         f"{parallel.segment_ranks} processes\n"
-        f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
-        f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each"
-        f"\nend        {fresh}"
+        f"budget     at most {most:,} candidates, {tokens:,} forward tokens; {projected}\n"
+        f"end        {fresh}"
     )
 
 
@@ -177,11 +176,28 @@ def _space_in_words(config: SearchRoot, space: SearchSpace) -> str:
     return f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
 
 
-def projected_hours(shape: ModelShape, forwards: Mapping[int, int], config: SearchConfig) -> float:
-    """Hours of so many forwards by length on the hardware of ``search.projected_*``."""
-    rate = config.projected_gpus * config.projected_tflops * 1e12
+def _time_in_words(config: SearchRoot, shape: ModelShape, forwards: Mapping[int, int]) -> str:
+    hours, search = projected_hours(config, shape, forwards), config.search
+    if hours is None:
+        unknown = "how long that takes is unknown without a GPU here"
+        return f"{unknown} (search.projected_gpus=N projects it to some)"
+    gpus = "1 GPU" if (number := projected_gpus(config)) == 1 else f"{number} GPUs"
+    return f"about {hours:.2g} h on {gpus} at {search.projected_tflops:g} TFLOP/s each"
+
+
+def projected_gpus(config: SearchRoot) -> int:
+    """GPUs that the time is projected to: those given, or else those here that the search uses."""
+    here = min(config.parallel.processes, torch.cuda.device_count())
+    return here if config.search.projected_gpus is None else config.search.projected_gpus
+
+
+def projected_hours(
+    config: SearchRoot, shape: ModelShape, forwards: Mapping[int, int]
+) -> float | None:
+    """Hours of so many forwards by length on ``projected_gpus``; None where there are none."""
+    rate = projected_gpus(config) * config.search.projected_tflops * 1e12
     flops = sum(shape.forward_flops(length) * count for length, count in forwards.items())
-    return flops / rate / SECONDS_PER_HOUR
+    return flops / rate / SECONDS_PER_HOUR if rate else None
 
 
 def sample_lengths(config: SearchRoot) -> list[int]:
