@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.utils.file_baton import FileBaton
 
@@ -95,6 +97,28 @@ def _has_ended(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
+
+
+def test_two_warnings_of_deepspeeds_calls_are_hidden_and_no_others(tmp_path: Path) -> None:
+    """As torch gives them, from a process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    one, two = torch.zeros(1), torch.zeros(1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        processes._hush_deepspeed()
+        try:
+            dist.all_gather_into_tensor(one, two)
+            dist.reduce_scatter_tensor(one, two)
+            assert not shown
+            _warn("`torch.distributed.all_gather_into_tensor` is deprecated", "somewhere.else")
+            _warn("`torch.distributed.reduce_op` is deprecated", "torch.distributed.c10d_logger")
+        finally:
+            dist.destroy_process_group()
+    assert [str(warning.message)[19:28] for warning in shown] == ["all_gathe", "reduce_op"]
+
+
+def _warn(text: str, module: str) -> None:
+    warnings.warn_explicit(text, FutureWarning, "file.py", 1, module=module)
 
 
 def test_a_rank_ends_with_the_process_that_started_it() -> None:
