@@ -234,11 +234,6 @@ def find_shipped(path: str) -> Path:
     return shipped if elsewhere else Path(path)
 
 
-def is_place(path: str) -> bool:
-    """Whether text can only be a path: absolute, or from here, above or a home folder on."""
-    return path.startswith(("/", "./", "../", "~")) or path in (".", "..")
-
-
 def where_looked(path: str) -> str:
     """The end of a message about a preset's path that is in neither place; "" for other paths."""
     return f"; looked for in {Path.cwd()} and {SHIPPED}" if _is_of_preset(path) else ""

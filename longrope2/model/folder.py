@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from longrope2.config import ModelConfig, SlidingWindow, find_shipped, is_place, where_looked
+from longrope2.config import ModelConfig, SlidingWindow, find_shipped, where_looked
 from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
 from longrope2.model.facts import architecture, fact_faults, fact_notes, stated_window, window_fault
@@ -373,7 +373,7 @@ def local_model_folder(path: str) -> Path | None:
         return converted_folder(path)
     if (folder := find_shipped(path)).is_dir():
         return folder
-    if is_place(path):
+    if _is_place(path):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -410,6 +410,11 @@ def _config_file(folder: Path, named: str) -> Path:
     raise ArtifactError(f"{named} holds no {CONFIG_FILE}; give a Hugging Face model folder")
 
 
+def _is_place(path: str) -> bool:
+    """Whether text can only be a path: absolute, or from here, above or a home folder on."""
+    return path.startswith(("/", "./", "../", "~")) or path in (".", "..")
+
+
 def _no_model_there(path: str, key: str) -> str:
     """The fault of a path that can be no hub id and where no model stands."""
     place = Path(path).expanduser().absolute()
@@ -420,7 +425,7 @@ def _no_model_there(path: str, key: str) -> str:
 
 def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *what: str) -> str:
     """Download, or say what else could be given."""
-    if is_place(path):
+    if _is_place(path):
         raise ArtifactError(_no_model_there(path, key))
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
