@@ -13,8 +13,8 @@ from rich.console import Console
 
 from longrope2.command import run_command
 from longrope2.config import compose
-from longrope2.errors import ConfigError
-from longrope2.evaluation.before import known_faults
+from longrope2.errors import ConfigError, waiting_lines
+from longrope2.evaluation.before import known_faults, missing_inputs
 from longrope2.evaluation.config import EvaluateRoot, check, use_checkpoint
 from longrope2.files.artifacts import product_folder
 from longrope2.files.lease import only_writer
@@ -36,10 +36,13 @@ def main() -> None:
 
     base_folder = check(config)
     check_seed(config)
+    missing = missing_inputs(config) if config.dry_run else {}
     shard, folder = own_shard(config), product_folder(config.run.folder, "evaluations")
-    subjects = resolve_subjects(config, base_folder)
+    subjects = resolve_subjects(config, base_folder, missing=missing)
     if shard.index == 0:
         print(describe(config, subjects))
+        if missing:
+            print(waiting_lines("evaluation", list(missing.values())))
     if config.dry_run:
         return
     part = f".{shard.index + 1}_of_{shard.count}" if shard.count > 1 else ""

@@ -9,8 +9,8 @@ import sys
 
 from longrope2.command import run_command
 from longrope2.config import claim_folder, compose
-from longrope2.errors import ConfigError
-from longrope2.export.variants import ExportRoot, known_faults
+from longrope2.errors import ConfigError, waiting_lines
+from longrope2.export.variants import ExportRoot, final_folders, known_faults, missing_input
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer
 from longrope2.model.folder import look_before
@@ -24,6 +24,9 @@ def main() -> None:
     if faults := known_faults(config, look):
         raise ConfigError(faults)
     look.print_notes()
+    if config.dry_run and (missing := missing_input(config)):
+        print(_waiting(config, missing))
+        return
     # Only now: torch and transformers load for seconds.
     from longrope2.export.run import cost_in_words, find_export, is_complete, publish
 
@@ -53,6 +56,15 @@ def main() -> None:
             differs = f"{name} differs by at most {difference:.1e} of the largest logit"
             print(f"verified   at {length} tokens: {differs}")
     print(f"export in {places}")
+
+
+def _waiting(config: ExportRoot, missing: str) -> str:
+    """What a dry run says before there is anything to export."""
+    is_from = "checkpoint" if config.export.trained else "base model with factors"
+    lines = [f"{is_from} not there yet: window {config.model.original_len} -> {config.target_len}"]
+    dtype = config.export.dtype.value
+    lines += [f"export     {final}, {dtype}" for final in final_folders(config)]
+    return "\n".join([*lines, waiting_lines("export", [missing])])
 
 
 if __name__ == "__main__":

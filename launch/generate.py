@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from longrope2.command import run_command
 from longrope2.config import compose
-from longrope2.errors import ConfigError, DataError
-from longrope2.evaluation.before import trained_faults
+from longrope2.errors import ConfigError, DataError, waiting_lines
+from longrope2.evaluation.before import missing_checkpoint, trained_faults
 from longrope2.inference.config import GenerateRoot, KvPolicy, settings_faults
 from longrope2.model.folder import ModelLook, look_before
 from longrope2.rope.factors import RescaleFactors, Window
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from longrope2.model.windowed import WindowedModel
 
-_STANDARD_INPUT = "-"
+_CHECKPOINT, _STANDARD_INPUT = "generate.checkpoint", "-"
 _SWITCHED = {
     KvPolicy.reprefill: "the whole text was read again",
     KvPolicy.rerotate: "the cached keys were turned, which is not exact",
@@ -33,15 +33,20 @@ _SWITCHED = {
 def main() -> None:
     """Compose, check, load, generate."""
     config = compose(GenerateRoot, "generate", sys.argv[1:])
-    look = look_before(config.model)
+    look, given = look_before(config.model), config.generate.checkpoint
     prompt = _read_prompt(config.generate.prompt_file, _known_faults(config, look))
     look.print_notes()
+    if config.dry_run and (missing := _missing(config)):
+        print(
+            f"checkpoint not there yet: window {config.model.original_len} -> {config.target_len}"
+        )
+        print(waiting_lines("generation", [missing]))
+        return
     # Only now: torch and transformers load for seconds.
     from longrope2.evaluation.subjects import find_extended
     from longrope2.model.loading import load_to_run, load_tokenizer
 
-    given = config.generate.checkpoint
-    checkpoint, factors = find_extended(config, "generate.checkpoint", given)
+    checkpoint, factors = find_extended(config, _CHECKPOINT, given)
     if config.dry_run:
         window = f"window {factors.geometry.original_len} -> {factors.target_len}"
         print(f"checkpoint {checkpoint}: {window}")
@@ -50,11 +55,16 @@ def main() -> None:
     _stream_text(load_to_run(checkpoint, factors), load_tokenizer(checkpoint), prompt, config)
 
 
+def _missing(config: GenerateRoot) -> str | None:
+    given = config.generate.checkpoint
+    return missing_checkpoint(config, _CHECKPOINT, given, takes_exports=True)
+
+
 def _known_faults(config: GenerateRoot, look: ModelLook) -> list[str]:
     """All faults of a generation that are known without loading anything, but for its prompt's."""
     config = look.with_its_window(config)
     faults, given = [*look.faults, *settings_faults(config)], config.generate.checkpoint
-    return faults + trained_faults(config, "generate.checkpoint", given, takes_exports=True)
+    return faults + trained_faults(config, _CHECKPOINT, given, takes_exports=True)
 
 
 def _stream_text(

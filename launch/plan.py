@@ -17,13 +17,7 @@ from longrope2.command import run_command
 from longrope2.config import compose, find_shipped, target_faults
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot, EvaluationConfig, evaluated_lengths
-from longrope2.files.artifacts import (
-    MANIFEST_NAME,
-    library_versions,
-    product_folder,
-    read_manifest,
-    write_text,
-)
+from longrope2.files.artifacts import MANIFEST_NAME, library_versions, read_manifest, write_text
 from longrope2.model.folder import given_config_file, look_before, merged_config_file
 from longrope2.model.shape import ASSUMED_LONG_SHARE, CONFIG_FILE, ModelShape, Workload
 from longrope2.parallel.dims import grid_faults
@@ -149,7 +143,7 @@ def _long_share(config: PlanRoot) -> tuple[float, str]:
     """Share of long segments, and where it comes from: given, the run's segments, or assumed."""
     if (given := config.plan.long_share) is not None:
         return given, " (plan.long_share)"
-    folder = Path(config.segments or product_folder(config.run.folder_with("segments"), "segments"))
+    folder = Path(config.segments or config.run.segments_folder)
     if not (folder / MANIFEST_NAME).is_file():
         return ASSUMED_LONG_SHARE, f" (assumed: {folder} holds no segments yet)"
     counts = read_manifest(folder, "segments").counts

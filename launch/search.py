@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
-from longrope2.command import run_command
+from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import claim_folder, dump
-from longrope2.errors import ConfigError
+from longrope2.corpora.run_corpus import missing_corpus
+from longrope2.errors import ConfigError, waiting_lines
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer, refuse_second_writer
@@ -53,6 +54,8 @@ def main() -> None:
     check_exportable(model_folder, config.model.original_len, config.target_len)
     print(describe(config, model_folder, space))
     if config.dry_run:
+        if missing := missing_corpus(config.corpus, config.run.folder):
+            print(waiting_lines("search", [missing]))
         return
     folder = product_folder(config.run.folder, "factors")
     refuse_second_writer(config.run.folder, folder.name)
@@ -105,6 +108,8 @@ def _search_in_processes(config: SearchRoot) -> None:
         path = Path(scratch) / "config.yaml"
         dump(config, path)
         ended = run_under_torchrun("launch.search", path, config.parallel.processes)
+    if ended == REQUEUE_EXIT_CODE:  # before anything was computed, and it said so
+        sys.exit(ended)
     if ended != 0:
         early = f"a process of the search ended early (exit code {ended}; its message stands above)"
         kept = (
@@ -143,13 +148,15 @@ def _print_report(folder: Path) -> None:
         shares = shares_in_words(history["critical_index_shares"])
         print(f"best critical index in resamplings of the samples: {shares}")
     rate = f", {budget.sustained_tflops:.3g} TFLOP/s a process" if budget.sustained_tflops else ""
+    projected = ""
+    if budget.projected_hours is not None:
+        projected = f"; all of it on the GPUs of search.projected_*: {budget.projected_hours:.3g} h"
     print(
         f"{budget.num_candidates} candidates, {budget.num_terminated} stopped early; "
         f"{budget.num_forwards:,} forward passes ({budget.forward_tokens:,} tokens), "
         f"{budget.num_forwards_saved:,} saved by stopping; {budget.confirm_tokens:,} tokens of "
         "fresh samples\n"
-        f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}; all of it "
-        f"on the hardware of search.projected_*: {budget.projected_hours:.3g} h\n"
+        f"last run {budget.seconds:g} s, {budget.device_hours:.3g} device hours{rate}{projected}\n"
         f"factors in {folder / FACTORS_FILE}"
     )
     factors = RescaleFactors.from_json((folder / FACTORS_FILE).read_text(encoding="utf-8"))

@@ -1,16 +1,25 @@
 """A command line, read one argument at a time against a schema of keys."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from longrope2.errors import ConfigError
-from longrope2.help import UnknownKeyError, accepts, as_whole_numbers, find_key
+from longrope2.errors import ConfigError, closest, guess
+from longrope2.help import (
+    UnknownKeyError,
+    accepts,
+    as_whole_numbers,
+    find_key,
+    key_parts,
+    list_keys,
+)
 
+# More keys than these are no guess.
+_MOST_MEANT = 3
 # Keys that have another name now.
 MOVED = {
     "cluster": "hardware",
@@ -55,11 +64,14 @@ def split_argument(argument: str) -> tuple[str, str, bool]:
     return key, text, adds
 
 
-def read_setting(root: type, key: str, text: str, adds: bool) -> Setting:
+def read_setting(
+    root: type, key: str, text: str, adds: bool, groups: Collection[str] = ()
+) -> Setting:
     """The value in ``key=text``.
 
     Text is taken as it stands (paths hold = and commas; a leading ~ is the home folder) unless it
     is quoted; everything else is read by Hydra's grammar, and 1e9 is the integer where one is due.
+    ``groups`` are those of presets: a misspelt key may be meant for one.
 
     Raises:
         ConfigError: there is no such key, or the value cannot be read.
@@ -70,10 +82,11 @@ def read_setting(root: type, key: str, text: str, adds: bool) -> Setting:
         moved = [
             new + key[len(old) :] for old, new in MOVED.items() if f"{key}.".startswith(f"{old}.")
         ]
+        beside = dict.fromkeys([*error.neighbours, *(groups if error.position == 0 else ())])
         fault = (
             f"unknown key {key}; it is {moved[0]} now"
             if moved
-            else unknown_key(key, error.neighbours)
+            else unknown_key(key, list(beside), error.position, elsewhere=_ending_in(root, key))
         )
         raise ConfigError([fault]) from None
     if adds and not in_dictionary:
@@ -94,8 +107,27 @@ def read_setting(root: type, key: str, text: str, adds: bool) -> Setting:
     return Setting(key, as_whole_numbers(parsed.value(), hint), adds or is_open)
 
 
-def unknown_key(key: str, neighbours: Sequence[str]) -> str:
-    """The fault of a key that no schema has."""
-    return f"unknown key {key}" + (
-        f"; keys beside it: {', '.join(neighbours)}" if neighbours else ""
-    )
+def unknown_key(
+    key: str, neighbours: Sequence[str], position: int = -1, *, elsewhere: Sequence[str] = ()
+) -> str:
+    """The fault of a key that no schema has.
+
+    Args:
+        key: Dotted.
+        neighbours: Names that could stand at the part of it that is unknown.
+        position: Which part that is.
+        elsewhere: Whole keys that it may be short for.
+    """
+    parts = key_parts(key)
+    close = closest(parts[position], neighbours)
+    if close is not None:
+        parts[position] = close
+    meant = ".".join(parts) if close is not None else " or ".join(elsewhere) or None
+    beside = f"; keys beside it: {', '.join(neighbours)}" if neighbours else ""
+    return f"unknown key {key}{guess(meant)}{beside}"
+
+
+def _ending_in(root: type, name: str) -> list[str]:
+    """Keys that end in a name given without what stands above it; none where there are many."""
+    keys = [key.name for key in list_keys(root, None) if key.name.endswith(f".{name}")]
+    return keys if len(keys) <= _MOST_MEANT else []

@@ -24,7 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longrope2.command_line import Setting, read_setting, split_argument, unknown_key
 from longrope2.errors import ArtifactError, ConfigError
-from longrope2.files.artifacts import SOURCE_FILE, product_folder, run_with, source_of, write_text
+from longrope2.files.artifacts import (
+    SOURCE_FILE,
+    find_segments,
+    product_folder,
+    run_with,
+    source_of,
+    write_text,
+)
 from longrope2.help import UNSET, command_help, help_topic, list_keys, topic_help
 from longrope2.presets import (
     CONF_FOLDER,
@@ -50,8 +57,9 @@ class RunConfig:
     root: str = "runs"
     """Folder of all runs."""
     from_run: str | None = None
-    """Name of another run under ``root``: its segments and its factors count where this run has
-    none of its own. The run remembers it; later commands need not give it again."""
+    """Name of another run under ``root``: its segments (those given to its training, if any were)
+    and its factors count where this run has none of its own. The run remembers it; later commands
+    need not give it again."""
 
     @property
     def folder(self) -> Path:
@@ -63,14 +71,25 @@ class RunConfig:
         own = product_folder(self.folder, product).exists() or self.from_run is None
         return self.folder if own else run_with(Path(self.root) / str(self.from_run), product)
 
+    @property
+    def segments_folder(self) -> Path:
+        """Where the run's segments stand: its own, or what ``from_run`` has or was given."""
+        found = find_segments(self.folder)
+        if found is None and self.from_run is not None:
+            found = find_segments(Path(self.root) / self.from_run)
+        return found or product_folder(self.folder, "segments")
+
     def describe_source(self) -> str:
         """What is taken from another run, in words; "" where nothing is."""
-        runs = {product: self.folder_with(product) for product in ("segments", "factors")}
-        return ", ".join(
-            f"{product} of {run}"
-            for product, run in runs.items()
-            if run != self.folder and product_folder(run, product).exists()
-        )
+        segments, factors = self.segments_folder, self.folder_with("factors")
+        taken = []
+        if self.from_run is not None and segments != product_folder(self.folder, "segments"):
+            run = segments.parent
+            is_of_run = product_folder(run, "segments") == segments
+            taken.append(f"segments {f'of {run}' if is_of_run else f'in {segments}'}")
+        if factors != self.folder and product_folder(factors, "factors").exists():
+            taken.append(f"factors of {factors}")
+        return ", ".join(taken)
 
     def remembered(self) -> str | None:
         """``from_run`` as the run was begun with."""
@@ -209,6 +228,7 @@ def _is_below(name: str) -> bool:
 
 def find_shipped(path: str) -> Path:
     """Where a path of a preset (``models/tiny``) stands: here, or else beside the presets."""
+    path = os.path.expanduser(path)
     shipped = SHIPPED / path
     elsewhere = _is_of_preset(path) and not Path(path).exists() and shipped.exists()
     return shipped if elsewhere else Path(path)
@@ -243,7 +263,7 @@ def compose(root: type[Root], config_name: str, arguments: Sequence[str]) -> Roo
             if key in groups:
                 choose_member(chosen, key, text, adds)
             else:
-                settings.append(read_setting(root, key, text, adds))
+                settings.append(read_setting(root, key, text, adds, groups))
         except ConfigError as error:
             faults += error.faults
     try:

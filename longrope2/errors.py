@@ -4,7 +4,11 @@ Every command turns a ``UserError`` into one message on stderr and exit code 2, 
 Anything else is a fault of this project and keeps its traceback.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+# Below this share of common letters a name is another word, not a misspelt one.
+_LEAST_LIKENESS = 0.7
 
 
 class UserError(Exception):
@@ -25,12 +29,33 @@ class ArtifactError(UserError):
     """A file or folder that a stage reads is missing, damaged, or belongs to something else."""
 
 
+class MissingError(ArtifactError):
+    """What another command makes is not there yet: a dry run names it, a real one is refused."""
+
+
 class FactorsError(UserError):
     """Rescale factors that cannot be right; names the index and the value."""
 
 
 class DataError(UserError):
     """Text, tokens or a corpus that cannot be used as asked."""
+
+
+def waiting_lines(stage: str, missing: Sequence[str]) -> str:
+    """The end of a dry run: what the ``stage`` will be refused for until it is made."""
+    return "\n".join(
+        [f"missing; the {stage} will not start without:", *(f"  {m}" for m in missing)]
+    )
+
+
+def closest(given: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is most like; None where none is."""
+    return next(iter(difflib.get_close_matches(given, list(known), 1, _LEAST_LIKENESS)), None)
+
+
+def guess(name: str | None) -> str:
+    """How a message about a name that does not exist asks for another; "" for None."""
+    return "" if name is None else f" (did you mean {name}?)"
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from longrope2.errors import ConfigError
+from longrope2.errors import ConfigError, closest, guess
 
 HELP_FLAGS = ("--help", "-h")
 UNSET = "???"  # OmegaConf's word for a value that must be given
@@ -29,11 +29,14 @@ NAME_WIDTH, LEAST_VALUE_WIDTH = 40, 8
 
 
 class UnknownKeyError(Exception):
-    """A key that a schema does not have; ``neighbours`` are the keys beside it, if any."""
+    """A key that a schema does not have.
 
-    def __init__(self, neighbours: Sequence[str]) -> None:
+    ``position`` counts the part of it that nobody knows, ``neighbours`` are the names there.
+    """
+
+    def __init__(self, neighbours: Sequence[str], position: int) -> None:
         super().__init__()
-        self.neighbours = tuple(neighbours)
+        self.neighbours, self.position = tuple(neighbours), position
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def find_key(schema: Any, name: str) -> tuple[Any, bool]:
         UnknownKeyError: the schema has no such key.
     """
     hint, in_dictionary = schema, False
-    for part in re.sub(r"\[(\w+)\]", r".\1", name).split("."):
+    for position, part in enumerate(key_parts(name)):
         hint = _without_none(hint)
         if get_origin(hint) in (dict, list):
             in_dictionary |= get_origin(hint) is dict
@@ -97,11 +100,16 @@ def find_key(schema: Any, name: str) -> tuple[Any, bool]:
         elif dataclasses.is_dataclass(hint):
             fields = get_type_hints(hint)
             if part not in fields:
-                raise UnknownKeyError(list(fields))
+                raise UnknownKeyError(list(fields), position)
             hint = fields[part]
         else:
-            raise UnknownKeyError([])
+            raise UnknownKeyError([], position)
     return hint, in_dictionary
+
+
+def key_parts(name: str) -> list[str]:
+    """``a.b[0].c`` -> a, b, 0, c."""
+    return re.sub(r"\[(\w+)\]", r".\1", name).split(".")
 
 
 def list_keys(schema: Any, values: Any, prefix: str = "") -> Iterator[Key]:
@@ -231,7 +239,9 @@ def topic_help(topic: str, members: Mapping[str, str], keys: Sequence[Key]) -> s
     inside = [key for key in keys if f"{key.name}.".replace("[]", "").startswith(f"{topic}.")]
     if not inside and not members:
         tops = dict.fromkeys(re.split(r"[.\[]", key.name)[0] for key in keys)
-        raise ConfigError([f"--help {topic}: no such key or group; there are {', '.join(tops)}"])
+        names = closest(topic, [*tops, *(key.name for key in keys)])
+        fault = f"--help {topic}: no such key or group{guess(names)}"
+        raise ConfigError([f"{fault}; there are {', '.join(tops)}"])
     lines = [f"Presets, chosen by {topic}=NAME:"] if members else []
     for member, text in members.items():
         lines += _wrap(member, text)

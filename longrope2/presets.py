@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from longrope2.errors import ConfigError
+from longrope2.errors import ConfigError, closest, guess
 
 _PACKAGED = Path(__file__).parent / "_data"
 # conf/ and models/: in a wheel inside the package (setup.py), in a checkout at its top.
@@ -127,7 +127,9 @@ def no_member(group: str, member: str) -> str:
         typed = shlex.quote(str(path))
         there = "is a path" if path.exists() else "is a path, where there is nothing"
         return f"{group}={member} {there}; give {_PATH_KEYS[group].format(path=typed)}"
-    why = "names several; run once for each" if "," in member else "does not exist"
+    why = "names several; run once for each"
+    if "," not in member:
+        why = f"does not exist{guess(closest(member, list_members(group)))}"
     return f"{group}={member} {why}; choose {group}= {_allowed(group)}"
 
 
@@ -149,14 +151,16 @@ def read_experiment(member: str, above: Sequence[Path] = ()) -> Experiment:
     path = find_member(EXPERIMENT, member)
     body, varied, choices = _read_own_file(path, f"{EXPERIMENT}={member}", above)
     faults = [
-        f"{path} sets {key}, which no command has; there are {', '.join(sorted(SECTIONS))}"
+        f"{path} sets {key}, which no command has{guess(closest(str(key), SECTIONS))}; there are "
+        f"{', '.join(sorted(SECTIONS))}"
         for key in body
         if key not in SECTIONS
     ]
     known = _all_groups()
     for group, chosen in choices.items():
         if group not in known:
-            faults.append(f"{path} chooses {group}; there are {', '.join(sorted(known))}")
+            fault = f"{path} chooses {group}{guess(closest(group, known))}"
+            faults.append(f"{fault}; there are {', '.join(sorted(known))}")
             continue
         try:
             find_member(group, chosen)

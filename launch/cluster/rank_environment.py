@@ -11,7 +11,5 @@ def set_rank_environment() -> None:
     GPU memory in segments that grow: steps of both window kinds ask for blocks of many sizes, and
     segments of fixed size end in pieces that fit none of them.
     """
-    # DeepSpeed uses torch names that are deprecated.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"

@@ -7,29 +7,27 @@ rate, search and evaluation, each value with its reason. All of it has passed th
 stage when it is written; after it every command is ``python -m launch.train experiment=NAME``.
 """
 
-import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.init.experiment_file import experiment_text, write_new
-from launch.init.proposal import propose
-from launch.init.survey import InitRoot, look_at_documents, look_at_model
+from launch.init.before import InitRoot, prepare
 from longrope2.command import run_command
-from longrope2.config import compose, find_shipped
-from longrope2.corpora.config import CorpusKind
+from longrope2.config import compose
 from longrope2.errors import ConfigError, UserError
-from longrope2.presets import CONF_FOLDER, FILE_SUFFIXES, OWN_EXPERIMENTS
-
-_UNNAMED, _ANY_MODEL = "auto", "custom"
 
 
 def main() -> None:
     """Compose, look, propose, check, write."""
     config = compose(InitRoot, "init", sys.argv[1:])
-    path = _prepare(config)
+    path = prepare(config)
+    # Only now: torch and transformers load for seconds.
+    from launch.init.experiment_file import experiment_text, write_new
+    from launch.init.proposal import propose
+    from launch.init.survey import look_at_documents, look_at_model
+
     model = look_at_model(config)
     proposal = propose(config, model, look_at_documents(config, model.encoder))
     name = path.stem if config.file is None else shlex.quote(str(path))
@@ -43,42 +41,6 @@ def main() -> None:
         return
     write_new(path, text)
     print(f"experiment in {path}; next: python -m data_prep.pack experiment={name}")
-
-
-def _prepare(config: InitRoot) -> Path:
-    """Names and places, absolute where they are folders; the file that will be written.
-
-    Raises:
-        ConfigError: everything that can be said before a file is read, together.
-    """
-    faults = []
-    if config.corpus.kind is not CorpusKind.folder or config.corpus.folder is None:
-        faults.append("launch.init looks at documents of your own: give corpus.folder=FOLDER")
-    elif not Path(config.corpus.folder).is_dir():
-        faults.append(f"corpus.folder={config.corpus.folder} is not a folder")
-    else:
-        config.corpus.folder = str(Path(config.corpus.folder).resolve())
-    if config.processes is not None and config.processes < 1:
-        faults.append(f"processes={config.processes} must be at least 1, or null")
-    if config.most_characters < 1:
-        faults.append(f"most_characters={config.most_characters} must be at least 1")
-    if (folder := find_shipped(config.model.path)).is_dir():
-        config.model.path = str(folder.resolve())
-    if config.model.name == _ANY_MODEL:
-        config.model.name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(config.model.path).name).strip("_")
-    if config.run.name == _UNNAMED:
-        config.run.name = f"{config.model.name}_{config.target_len}"
-    path = Path(config.file or OWN_EXPERIMENTS / f"{config.run.name.replace('/', '_')}.yaml")
-    if path.suffix not in FILE_SUFFIXES:
-        faults.append(f"file={path} must end in {FILE_SUFFIXES[0]}")
-    shipped = CONF_FOLDER / "experiment" / path.name
-    there = path if path.exists() else shipped if config.file is None else path
-    if there.exists() and not config.dry_run:
-        way_out = "give run.name=NAME or file=FILE for another one, or remove it"
-        faults.append(f"{there} is there already: {way_out}")
-    if faults:
-        raise ConfigError(faults)
-    return path
 
 
 def check_text(text: str) -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.init.survey import InitRoot, ModelFacts
+from launch.init.before import InitRoot
+from launch.init.survey import ModelFacts
 from longrope2.corpora.build import heldout_documents
 from longrope2.corpora.needle_wording import choose_wording
 from longrope2.corpora.needles import build_needle_set

@@ -1,45 +1,23 @@
 """What there is: the model's window, heads and tokenizer, and the lengths of the documents."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from longrope2.config import SHORTEST_WINDOW, ModelConfig, StageConfig, target_faults
-from longrope2.corpora.build import build_corpus
-from longrope2.corpora.config import CorpusConfig
+from launch.init.before import InitRoot, stated_window
+from longrope2.config import target_faults
+from longrope2.corpora.build import build_corpus, ignored_files
 from longrope2.corpora.corpus import Corpus, Document, Unit, stable_fraction, stable_hash
-from longrope2.corpora.folder import count_ignored
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.model.folder import find_config_file, given_folder
 from longrope2.model.loading import check_model
-from longrope2.model.shape import ModelShape, read_raw_config
-from longrope2.planning.hardware import HardwareConfig
+from longrope2.model.shape import ModelShape
 
-# Endings of files that are plain text whatever they are called; others are for the user to say.
-_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
 # Texts that are tokenized together.
 _BATCH = 64
-
-
-@dataclass
-class InitRoot(StageConfig):
-    """Configuration of the command."""
-
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """Your documents."""
-    hardware: HardwareConfig | None = None
-    """Machine that will train; null is the one that this command runs on."""
-    processes: int | None = None
-    """Processes that will train; null is one for each GPU, or one on a machine without."""
-    file: str | None = None
-    """Where the experiment is written; null is ``conf/experiment/NAME.yaml`` in the current folder,
-    where every command finds it by its name."""
-    most_characters: int = 50_000_000
-    """Of the documents no more characters than these are read; of the others, files drawn by their
-    names stand for all."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +65,8 @@ def look_at_model(config: InitRoot) -> ModelFacts:
     """
     given, source = config.model.original_len, "as given"
     if not given:
-        given, source = _stated_window(config.model)
+        file = find_config_file(config.model.path, "model.path")
+        given, source = stated_window(file, config.model)
     config.model.original_len = given
     if faults := target_faults(config.model, config.target_len, extends=True):
         raise ConfigError(faults)
@@ -98,28 +77,13 @@ def look_at_model(config: InitRoot) -> ModelFacts:
     return ModelFacts(folder, shape, encoder, window=given, window_source=source)
 
 
-def _stated_window(model: ModelConfig) -> tuple[int, str]:
-    """The pre-trained window that the model's config.json states, and the key that does."""
-    file, key = find_config_file(model.path, "model.path"), "max_position_embeddings"
-    stated = {**read_raw_config(file), **model.config}.get(key)
-    if isinstance(stated, int) and stated >= SHORTEST_WINDOW:
-        return stated, f"{key} of its config.json"
-    fault = f"{file} states no window ({key}={stated})"
-    raise ConfigError([f"{fault}; give model.original_len=TOKENS, what it was trained with"])
-
-
 def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentFacts:
     """Read the corpus, or as much of it as ``most_characters`` allows.
-
-    Sets ``config.corpus.more_text_endings`` by what there is.
 
     Raises:
         ConfigError: the corpus cannot be read.
         DataError: it holds no document.
     """
-    folder, asked = Path(config.corpus.folder or ""), config.corpus.more_text_endings
-    found = [e for e in count_ignored(folder, asked) if e in _TEXT_ENDINGS]
-    config.corpus.more_text_endings = [*asked, *found]
     corpus, room = build_corpus(config.corpus), config.most_characters
     units = list(corpus.units())
     drawn = sorted(units, key=lambda unit: stable_hash("init", unit.name))
@@ -144,7 +108,7 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
         split_D=np.asarray(splits),
         endings=endings,
         scale=sizes[0] / sizes[1],
-        ignored=count_ignored(folder, config.corpus.more_text_endings),
+        ignored=ignored_files(config.corpus),
     )
 
 

@@ -1,4 +1,8 @@
-"""A folder of your own files: .txt (a document each), .jsonl and .parquet (one per record)."""
+"""A folder of your own files: .txt (a document each), .jsonl and .parquet (one per record).
+
+Files of other endings that are plain text are a document each too, where
+``corpus.more_text_endings`` names them.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +16,8 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import sha256_of_file
 
 SOURCE = "folder"
+PLAIN_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
+"""Of files that are plain text whatever they are called; others are for the user to say."""
 
 
 def count_ignored(folder: Path, more_text_endings: Sequence[str] = ()) -> dict[str, int]:
@@ -37,6 +43,23 @@ def _text_suffixes(more_text_endings: Sequence[str]) -> tuple[str, ...]:
     """Endings of files that are one document each, packed ones too."""
     more = [f"{end}{packed}" for end in more_text_endings for packed in ("", *records.PACKED)]
     return (*records.TEXT_SUFFIXES, *more)
+
+
+def _nothing_to_read(folder: Path, suffixes: Sequence[str], more: Sequence[str]) -> str:
+    """The fault of a folder without a file that is read: all endings that are, and those found."""
+    fault = f"corpus.folder={folder} holds no file ending in {', '.join(suffixes)}"
+    if others := [ending for ending in PLAIN_TEXT_ENDINGS if ending not in more]:
+        fault += f"; {', '.join(others)} are read where corpus.more_text_endings names them, as it "
+        fault += "does after launch.init"
+    ignored = count_ignored(folder, more)
+    if not ignored:
+        return f"{fault}; it holds no file at all"
+    texts = [ending for ending in ignored if ending in others]
+    way_out = "corpus.more_text_endings names those that are plain text"
+    if texts:
+        way_out = f"corpus.more_text_endings=[{','.join(texts)}] reads those"
+    there = ", ".join(f"{number} {ending}" for ending, number in ignored.items())
+    return f"{fault}; it holds {there} ({way_out})"
 
 
 class FolderCorpus:
@@ -72,11 +95,7 @@ class FolderCorpus:
         found = (path for path in self._folder.rglob("*") if path.name.endswith(suffixes))
         self._files = sorted(path for path in found if path.is_file())
         if not self._files:
-            fault = f"corpus.folder={folder} holds no file ending in {', '.join(suffixes)}"
-            if ignored := count_ignored(self._folder, more_text_endings):
-                there = ", ".join(f"{number} {ending}" for ending, number in ignored.items())
-                fault += f"; it holds {there} (corpus.more_text_endings names those that are text)"
-            raise ConfigError([fault])
+            raise ConfigError([_nothing_to_read(self._folder, suffixes, more_text_endings)])
         if faults := list(self._field_faults()):
             raise ConfigError(faults)
 

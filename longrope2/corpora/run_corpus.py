@@ -16,9 +16,9 @@ from longrope2.errors import ConfigError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
+    find_segments,
     product_folder,
     read_manifest,
-    run_with,
     sha256_of_file,
 )
 
@@ -51,7 +51,7 @@ class HeldoutText:
 
 def segments_of(run_folder: Path) -> Path | None:
     """The finished segments that a run was trained on, or else has; None without any."""
-    own = product_folder(run_with(run_folder, "segments"), "segments")
+    own = find_segments(run_folder) or product_folder(run_folder, "segments")
     checkpoints = product_folder(run_folder, "checkpoints")
     is_own = (own / MANIFEST_NAME).is_file()
     if (checkpoints / MANIFEST_NAME).is_file():
@@ -82,14 +82,12 @@ def corpus_of_run(given: CorpusConfig | None, run_folder: Path) -> CorpusConfig:
         ConfigError: none is given and there are no segments, or their folder of texts is gone; or
             the one given holds out documents that the segments may hold.
     """
+    if (fault := missing_corpus(given, run_folder)) is not None:
+        raise ConfigError([fault])
     found = _segments_manifest(run_folder)
     if found is None:
-        if given is not None:
-            return given
-        where = product_folder(run_folder, "segments")
-        own = "corpus=sample (the Python standard library) or corpus=folder corpus.folder=DIR"
-        fault = f"corpus is not chosen, and {where} holds no segments to take it from"
-        raise ConfigError([f"{fault}; give corpus=NAME, for example {own}, or pack first"])
+        assert given is not None
+        return given
     if given is None:
         packed = _corpus_in(*found)
         if (fault := _fault_of_place(packed, found[0])) is not None:
@@ -98,6 +96,16 @@ def corpus_of_run(given: CorpusConfig | None, run_folder: Path) -> CorpusConfig:
     if faults := list(_faults_of_share(given, *found)):
         raise ConfigError(faults)
     return given
+
+
+def missing_corpus(given: CorpusConfig | None, run_folder: Path) -> str | None:
+    """The fault of a stage that has no corpus: none is given, and there are no segments yet."""
+    if given is not None or segments_of(run_folder) is not None:
+        return None
+    where = product_folder(run_folder, "segments")
+    own = "corpus=sample (the Python standard library) or corpus=folder corpus.folder=DIR"
+    fault = f"corpus is not chosen, and {where} holds no segments to take it from"
+    return f"{fault}; give corpus=NAME, for example {own}, or run data_prep.pack first"
 
 
 def heldout_text(

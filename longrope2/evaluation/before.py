@@ -10,11 +10,12 @@ from pathlib import Path
 from longrope2.config import StageConfig
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import CorpusKind
-from longrope2.errors import ArtifactError, ConfigError, UserError
-from longrope2.evaluation.config import EvaluateRoot, settings_faults
+from longrope2.corpora.run_corpus import missing_corpus
+from longrope2.errors import ArtifactError, ConfigError, MissingError, UserError
+from longrope2.evaluation.config import EvaluateRoot, SubjectConfig, settings_faults
 from longrope2.files.artifacts import product_folder, read_manifest
 from longrope2.model.exported import export_manifest, untrained_exports
-from longrope2.model.factors_source import FACTORS_FILE, factors_faults
+from longrope2.model.factors_source import FACTORS_FILE, factors_faults, missing_factors
 from longrope2.model.folder import ModelLook
 from longrope2.rope.factors import RescaleFactors
 
@@ -34,16 +35,51 @@ def known_faults(config: EvaluateRoot, look: ModelLook) -> list[str]:
             build_corpus(config.corpus)
         except ConfigError as error:
             faults += error.faults
+    waiting = missing_inputs(config) if config.dry_run else {}
     for index, subject in enumerate(config.evaluation.subjects):
-        found = []
+        found, place = [], subject_place(index, subject)
+        if place in waiting:
+            continue
         if subject.rope is not None:
             found = factors_faults(
                 subject.rope, config.run.folder_with("factors"), config.target_len
             )
         elif subject.checkpoint is not None:
             found = _checkpoint_faults(config, Path(subject.checkpoint))
-        faults += [f"evaluation.subjects[{index}] ({subject.name}): {fault}" for fault in found]
+        faults += [f"{place}: {fault}" for fault in found]
     return faults
+
+
+def missing_inputs(config: EvaluateRoot) -> dict[str, str]:
+    """What an evaluation reads and other commands have not made yet.
+
+    Returns:
+        ``corpus`` or the place of a subject (``subject_place``) -> the fault, which names the
+        command that makes it.
+    """
+    missing = {}
+    if config.reads_text and (fault := missing_corpus(config.corpus, config.run.folder)):
+        missing["corpus"] = fault
+    for index, subject in enumerate(config.evaluation.subjects):
+        if fault := _missing_subject(config, subject):
+            place = subject_place(index, subject)
+            missing[place] = f"{place}: {fault}"
+    return missing
+
+
+def subject_place(index: int, subject: SubjectConfig) -> str:
+    """How messages name a subject."""
+    return f"evaluation.subjects[{index}] ({subject.name})"
+
+
+def _missing_subject(config: EvaluateRoot, subject: SubjectConfig) -> str | None:
+    if subject.rope is not None:
+        return missing_factors(subject.rope, config.run.folder_with("factors"))
+    try:
+        require_subject(Path(subject.checkpoint or "."))
+    except MissingError as error:
+        return str(error)
+    return None
 
 
 def _checkpoint_faults(config: StageConfig, folder: Path) -> list[str]:
@@ -57,10 +93,10 @@ def _checkpoint_faults(config: StageConfig, folder: Path) -> list[str]:
 
 
 def require_subject(folder: Path) -> None:
-    """Raise ArtifactError unless the checkpoint or export of a subject is there."""
+    """Raise MissingError unless the checkpoint or export of a subject is there."""
     if not folder.is_dir():
         way_out = "run launch.train first, or leave the subject out"
-        raise ArtifactError(f"checkpoint={folder} does not exist; {way_out}")
+        raise MissingError(f"checkpoint={folder} does not exist; {way_out}")
 
 
 def trained_folder(
@@ -75,7 +111,7 @@ def trained_folder(
         or_exports: Exports that would do too, where the run has not trained.
 
     Raises:
-        ArtifactError: it is missing.
+        MissingError: it is not there.
     """
     folder = Path(given or product_folder(config.run.folder, "checkpoints") / "final")
     if folder.is_dir():
@@ -84,20 +120,37 @@ def trained_folder(
     if given is None and or_exports:
         ways = " or ".join(f"{key}={export}" for export in or_exports)
         way_out += f", or give {ways}, which this run exported without training"
-    raise ArtifactError(f"{key}={folder} does not exist; {way_out}")
+    raise MissingError(f"{key}={folder} does not exist; {way_out}")
 
 
 def trained_faults(
     config: StageConfig, key: str, given: str | None, *, takes_exports: bool = False
 ) -> list[str]:
-    """Why the checkpoint (or export) of a stage cannot be used, as far as its files say."""
+    """Why the checkpoint (or export) of a stage cannot be used, as far as its files say.
+
+    In a dry run one that is not there is no fault (``missing_checkpoint``).
+    """
     exports = untrained_exports(config.run.folder) if takes_exports else ()
     try:
         folder = trained_folder(config, key, given, or_exports=exports)
         read_factors_beside(folder, config.model.original_len, config.target_len)
+    except MissingError as error:
+        return [] if config.dry_run else [str(error)]
     except UserError as error:
         return [str(error)]
     return []
+
+
+def missing_checkpoint(
+    config: StageConfig, key: str, given: str | None, *, takes_exports: bool = False
+) -> str | None:
+    """The fault of a checkpoint (or export) that is not there yet; None where it is."""
+    exports = untrained_exports(config.run.folder) if takes_exports else ()
+    try:
+        trained_folder(config, key, given, or_exports=exports)
+    except MissingError as error:
+        return str(error)
+    return None
 
 
 def read_factors_beside(folder: Path, original_len: int, target_len: int) -> RescaleFactors:

@@ -13,7 +13,7 @@ from longrope2.config import MISSING, StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.haystacks import Haystack
 from longrope2.corpora.needle_wording import Wording
-from longrope2.corpora.run_corpus import corpus_of_run
+from longrope2.corpora.run_corpus import corpus_of_run, missing_corpus
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ConfigError
 from longrope2.evaluation.long_tasks import config as long
@@ -349,7 +349,7 @@ def check(config: EvaluateRoot) -> Path:
     """
     if faults := settings_faults(config):
         raise ConfigError(faults)
-    if config.reads_text:
+    if config.reads_text and not _may_lack_corpus(config):
         config.corpus = corpus_of_run(config.corpus, config.run.folder)
     base_folder = given_folder(config.model, config.target_len)
     load_document_tokenizer(base_folder, config.model.document_start)
@@ -365,12 +365,17 @@ def settings_faults(config: EvaluateRoot) -> list[str]:
         *_suite_faults(config.suite, suite_lengths(config), config.target_len),
         *calibration_faults(config.calibration),
     ]
-    if config.reads_text:
+    if config.reads_text and not _may_lack_corpus(config):
         try:
             corpus_of_run(config.corpus, config.run.folder)
         except ConfigError as error:
             faults += error.faults
     return faults
+
+
+def _may_lack_corpus(config: EvaluateRoot) -> bool:
+    """A dry run before packing names the corpus among what is missing."""
+    return config.dry_run and missing_corpus(config.corpus, config.run.folder) is not None
 
 
 def _subject_faults(evaluation: EvaluationConfig) -> list[str]:

@@ -92,7 +92,10 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
             f"text       {windows}",
         ]
     if config.reads_text:
-        lines.append(f"corpus     held out of {corpus_label(config.text)}")
+        source = "that of the segments, which are not packed yet"
+        if config.corpus is not None:
+            source = corpus_label(config.corpus)
+        lines.append(f"corpus     held out of {source}")
     if suite.ruler is not None:
         tasks = f"{len(suite.ruler.tasks)} tasks x {suite.ruler.num_samples} samples"
         lines.append(f"ruler      {tasks}, {suite.ruler.mode.value}, at {lengths}")
@@ -103,9 +106,11 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         lines.append(f"long tasks {', '.join(suite.long_task_names)}")
     if suite.short_tasks.tasks:
         lines.append(f"short      {', '.join(task.name for task in suite.short_tasks.tasks)}")
-    for subject in subjects:
-        trained = ", trained" if subject.trained else ""
-        lines.append(f"subject    {subject.name}: {subject.factors.method}{trained}")
+    for subject in config.evaluation.subjects:
+        is_what = "not there yet"
+        if (found := next((s for s in subjects if s.name == subject.name), None)) is not None:
+            is_what = f"{found.factors.method}{', trained' if found.trained else ''}"
+        lines.append(f"subject    {subject.name}: {is_what}")
     return "\n".join(lines)
 
 

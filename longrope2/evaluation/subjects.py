@@ -1,6 +1,7 @@
 """Subjects of an evaluation: weights and rescale factors, checked before anything runs."""
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ import torch
 from longrope2.config import DocumentStart, StageConfig
 from longrope2.corpora.tokenizer import start_ids
 from longrope2.errors import ArtifactError, FactorsError
-from longrope2.evaluation.before import read_factors_beside, require_subject, trained_folder
+from longrope2.evaluation.before import (
+    read_factors_beside,
+    require_subject,
+    subject_place,
+    trained_folder,
+)
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.files.artifacts import Manifest, describe_input, read_manifest, sha256_of_bytes
 from longrope2.model.exported import before_export, describe_export, export_manifest
@@ -68,8 +74,15 @@ class SubjectModels:
         return self._model
 
 
-def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
+def resolve_subjects(
+    config: EvaluateRoot, base_folder: Path, *, missing: Container[str] = ()
+) -> list[Subject]:
     """All subjects of the configuration, in its order.
+
+    Args:
+        config: Checked.
+        base_folder: The base model's.
+        missing: Places of subjects to leave out, in a dry run before they are made.
 
     Raises:
         ArtifactError: a checkpoint or factors file is missing, damaged, or was made for another
@@ -81,6 +94,8 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
     base_weights = weights_sha256(base_folder)
     subjects = []
     for index, subject in enumerate(config.evaluation.subjects):
+        if (place := subject_place(index, subject)) in missing:
+            continue
         try:
             if subject.checkpoint is not None:
                 given = Path(subject.checkpoint)
@@ -93,7 +108,7 @@ def resolve_subjects(config: EvaluateRoot, base_folder: Path) -> list[Subject]:
             of = (subject.name, folder, factors, sha256)
             subjects.append(Subject(*of, trained=trained, source=source))
         except (ArtifactError, FactorsError) as error:
-            raise ArtifactError(f"evaluation.subjects[{index}] ({subject.name}): {error}") from None
+            raise ArtifactError(f"{place}: {error}") from None
     return subjects
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from longrope2.config import to_plain
-from longrope2.corpora.build import heldout_documents
+from longrope2.config import from_plain, to_plain
+from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.run_corpus import corpus_label, corpus_of_run, segments_of
 from longrope2.corpora.tokenizer import DocumentTokenizer
@@ -24,7 +24,14 @@ from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
 from longrope2.export.tokenizer import start_as_trained
-from longrope2.export.variants import ExportConfig, ExportRoot, ExportVariant, variant_factors
+from longrope2.export.variants import (
+    ExportConfig,
+    ExportRoot,
+    ExportVariant,
+    export_folder,
+    final_folders,
+    variant_factors,
+)
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
 from longrope2.model.factors_source import RopeConfig
@@ -51,12 +58,13 @@ class Export:
     inputs: dict[str, dict[str, str]]
     corpus: CorpusConfig | None = None
     """Whose held-out text the cost of a static choice is measured on; None leaves it unmeasured."""
+    is_former: bool = False
+    """Whether that corpus is the one that the export to be replaced was measured on."""
 
     @property
     def folder(self) -> Path:
-        """The product folder; that of untrained weights lies inside, with a manifest of its own."""
-        exports = artifacts.product_folder(self.config.run.folder, "exports")
-        return exports if self.config.export.trained else exports / artifacts.UNTRAINED_FOLDER
+        """The product folder."""
+        return export_folder(self.config)
 
     @property
     def origin(self) -> str | None:
@@ -66,7 +74,7 @@ class Export:
     @property
     def finals(self) -> list[Path]:
         """Where each wanted variant will stand."""
-        return [self.folder / variant.folder_name for variant in self.config.export.variants]
+        return final_folders(self.config)
 
 
 def find_export(config: ExportRoot) -> Export:
@@ -90,7 +98,12 @@ def find_export(config: ExportRoot) -> Export:
         check_gguf(
             checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
         )
-    return Export(config, checkpoint, factors, inputs, corpus=_cost_corpus(config))
+    former, corpus = None, _cost_corpus(config)
+    if corpus is None and export.cost_windows > 0:
+        former = _former_corpus(config)
+    return Export(
+        config, checkpoint, factors, inputs, corpus=corpus or former, is_former=former is not None
+    )
 
 
 def is_complete(export: Export) -> bool:
@@ -105,10 +118,15 @@ def is_complete(export: Export) -> bool:
         to_plain(ExportConfig())
         | plain.get("export", {})
         | {"checkpoint": None, "corpus": plain.get("corpus")}
-        for plain in (manifest.config, to_plain(export.config))
+        for plain in (manifest.config, to_plain(_config_of(export)))
     )
     there = all(final.is_dir() for final in export.finals)
     return there and manifest.inputs == export.inputs and found == wanted
+
+
+def _config_of(export: Export) -> ExportRoot:
+    """The configuration with the corpus that was taken from the export before."""
+    return replace(export.config, corpus=export.corpus) if export.is_former else export.config
 
 
 def publish(export: Export) -> _Differences:
@@ -178,7 +196,10 @@ def cost_in_words(export: Export) -> str:
         return "of a static choice: not measured (export.cost_windows=0)"
     if export.corpus is not None:
         label = corpus_label(export.corpus)
-        return f"of a static choice: on {num_windows} texts held out of corpus {label}"
+        measured = f"of a static choice: on {num_windows} texts held out of corpus {label}"
+        if export.is_former:
+            measured += ", as in the export that stands there; corpus=NAME names another"
+        return measured
     where = artifacts.product_folder(export.config.run.folder, "segments")
     lacking = f"{where} holds no segments whose corpus could give the texts"
     return f"of a static choice: not measured, {lacking}; corpus=NAME names one"
@@ -194,6 +215,29 @@ def _cost_corpus(config: ExportRoot) -> CorpusConfig | None:
     except ConfigError as error:
         way_out = "or export.cost_windows=0, which measures nothing on it"
         raise ConfigError([f"{fault}, {way_out}" for fault in error.faults]) from None
+
+
+def _former_corpus(config: ExportRoot) -> CorpusConfig | None:
+    """The corpus that the export to be replaced was measured on, so that its card keeps a cost.
+
+    Raises:
+        ConfigError: its folder is not there any more.
+    """
+    try:
+        former = artifacts.read_manifest(export_folder(config), "exports")
+    except ArtifactError:
+        return None
+    given = former.config.get("corpus")
+    if given is None or former.details.get("static_cost") is None:
+        return None
+    there = f"{export_folder(config)} has a cost measured on the corpus that it was given"
+    corpus = from_plain(CorpusConfig, given, there)
+    try:
+        build_corpus(corpus)
+    except ConfigError as error:
+        way_out = "give corpus=NAME, or export.cost_windows=0 for an export without a cost"
+        raise ConfigError([f"{there}: {fault}; {way_out}" for fault in error.faults]) from None
+    return corpus
 
 
 def _write(
@@ -267,7 +311,7 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
     manifest = artifacts.Manifest(
         "exports",
         inputs=export.inputs,
-        config=to_plain(export.config),
+        config=to_plain(_config_of(export)),
         files={f"{path.parent.name}/{path.name}": artifacts.sha256_of_file(path) for path in paths},
         details={
             "trained": settings.trained,

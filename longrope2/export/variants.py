@@ -8,13 +8,15 @@ transformers warns about the two and ignores them. So all three are written and 
 import importlib.util
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope2.config import StageConfig, target_faults
 from longrope2.corpora.config import CorpusConfig
 from longrope2.errors import ConfigError, FactorsError
-from longrope2.evaluation.before import trained_faults
-from longrope2.model.factors_source import RopeConfig, factors_faults
+from longrope2.evaluation.before import missing_checkpoint, trained_faults
+from longrope2.files.artifacts import UNTRAINED_FOLDER, product_folder
+from longrope2.model.factors_source import RopeConfig, factors_faults, missing_factors
 from longrope2.model.folder import ModelLook
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import UNSCALED_TYPE, to_hf_config
@@ -98,8 +100,21 @@ class ExportRoot(StageConfig):
     segments. Without either the cost is not measured."""
 
 
+def export_folder(config: ExportRoot) -> Path:
+    """The product folder; that of untrained weights lies inside, with a manifest of its own."""
+    exports = product_folder(config.run.folder, "exports")
+    return exports if config.export.trained else exports / UNTRAINED_FOLDER
+
+
+def final_folders(config: ExportRoot) -> list[Path]:
+    """Where each wanted variant will stand."""
+    return [export_folder(config) / variant.folder_name for variant in config.export.variants]
+
+
 def known_faults(config: ExportRoot, look: ModelLook) -> list[str]:
     """All faults of an export that are known without loading anything.
+
+    What is not there yet is none in a dry run (``missing_input``).
 
     Args:
         config: What was given.
@@ -110,7 +125,17 @@ def known_faults(config: ExportRoot, look: ModelLook) -> list[str]:
     if export.trained:
         return faults + trained_faults(config, "export.checkpoint", export.checkpoint)
     rope, run_folder = config.rope or RopeConfig(), config.run.folder_with("factors")
-    return faults + factors_faults(rope, run_folder, config.target_len) + look.missing_files()
+    found = factors_faults(
+        rope, run_folder, config.target_len, missing_is_a_fault=not config.dry_run
+    )
+    return faults + found + look.missing_files()
+
+
+def missing_input(config: ExportRoot) -> str | None:
+    """The fault of a checkpoint or factors that are not there yet; names who makes them."""
+    if config.export.trained:
+        return missing_checkpoint(config, "export.checkpoint", config.export.checkpoint)
+    return missing_factors(config.rope or RopeConfig(), config.run.folder_with("factors"))
 
 
 def check(config: ExportRoot) -> None:

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from longrope2.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -85,6 +87,31 @@ def run_with(run_folder: Path, product: str) -> Path:
             return source
         source = source_of(source)
     return run_folder
+
+
+def find_segments(run_folder: Path) -> Path | None:
+    """The segments that count for a run: those its training was given, its own, or another run's.
+
+    Theirs in the same order, of the run that it takes from. None where there are none at all.
+    """
+    source: Path | None = run_folder
+    while source is not None:
+        own = product_folder(source, "segments")
+        found = _given_segments(source) or (own if own.exists() else None)
+        if found is not None:
+            return found
+        source = source_of(source)
+    return None
+
+
+def _given_segments(run_folder: Path) -> Path | None:
+    """What the training of a run was given as ``segments``; finished or not."""
+    config = product_folder(run_folder, "checkpoints") / "config.yaml"
+    if not config.is_file():
+        return None
+    made = yaml.safe_load(config.read_text(encoding="utf-8"))
+    given = made.get("segments") if isinstance(made, dict) else None
+    return None if given is None else Path(given)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,9 @@ systems know none, and some keep it to one machine. So
   lives, and what is not touched for ``WATCH_SECONDS`` (by this machine's own clock, so that clocks
   need not agree) was left by a crash.
 
+Both files go when the writer ends in order, and the folders that were made for them if nothing else
+came into them: a refused command leaves nothing.
+
 A writer whose name is replaced by another's, because it was suspended for so long, ends at once: it
 must not write beside the new one.
 """
@@ -26,9 +29,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import write_text
@@ -105,9 +109,9 @@ def only_writer(
         ArtifactError: another process holds it, and is named.
     """
     lock, note = _files(run_folder, product)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:  # closing it gives the lock back
-        locked = take_lock(file.fileno())
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
+    file, locked = _open_locked(lock)
+    with file:  # closing it gives the lock back
         if locked is False:
             raise _refusal(note, _read(note))
         _refuse_who_lives(note, bool(locked), watch_seconds)
@@ -124,6 +128,41 @@ def only_writer(
             beat.join()
             if _read(note) == own:
                 note.unlink(missing_ok=True)
+                # Still locked: whoever opens the name from now on makes another file.
+                lock.unlink(missing_ok=True)
+            _remove_empty([lock.parent, *made])
+
+
+def _open_locked(lock: Path) -> tuple[TextIO, bool | None]:
+    """The lock file, open, and what ``take_lock`` says of it.
+
+    Its former holder may remove it between the opening and the locking: then it is no lock.
+    """
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock.open("a")
+        except FileNotFoundError:  # the folder was just removed
+            continue
+        locked = take_lock(file.fileno())
+        if not locked or _is_at(lock, file.fileno()):
+            return file, locked
+        file.close()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the inner ones first, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in dict.fromkeys(folders):
+            folder.rmdir()
 
 
 def refuse_second_writer(run_folder: Path, product: str) -> None:

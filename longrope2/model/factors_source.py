@@ -85,6 +85,16 @@ def factors_faults(
     return faults
 
 
+def missing_factors(rope: RopeConfig, run_folder: Path) -> str | None:
+    """The fault of a factors file that is not there; None where it is, or where none is read."""
+    if rope.method is RopeMethod.from_hf or (
+        rope.method is RopeMethod.from_file and not rope.factors
+    ):
+        return None  # to be fetched, or a fault of its own
+    path = factors_path(rope, run_folder)
+    return None if path is None or path.is_file() else _missing(rope, path)
+
+
 def _missing(rope: RopeConfig, path: Path) -> str:
     return (
         f"rope.method={rope.method.value} needs a factors file, but {path} does not exist; "

@@ -373,6 +373,8 @@ def local_model_folder(path: str) -> Path | None:
         return converted_folder(path)
     if (folder := find_shipped(path)).is_dir():
         return folder
+    if _is_place(path):
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -408,8 +410,23 @@ def _config_file(folder: Path, named: str) -> Path:
     raise ArtifactError(f"{named} holds no {CONFIG_FILE}; give a Hugging Face model folder")
 
 
+def _is_place(path: str) -> bool:
+    """Whether text can only be a path: absolute, or from here, above or a home folder on."""
+    return path.startswith(("/", "./", "../", "~")) or path in (".", "..")
+
+
+def _no_model_there(path: str, key: str) -> str:
+    """The fault of a path that can be no hub id and where no model stands."""
+    place = Path(path).expanduser().absolute()
+    looked = "" if str(place) == path else f" (looked for {place})"
+    what = "is a file, not a folder" if place.exists() else "does not exist"
+    return f"{key}={path} {what}{looked}; give a local Hugging Face model folder"
+
+
 def _from_hub(path: str, key: str, allowed: str, download: Callable[..., str], *what: str) -> str:
     """Download, or say what else could be given."""
+    if _is_place(path):
+        raise ArtifactError(_no_model_there(path, key))
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:

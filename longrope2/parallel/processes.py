@@ -11,19 +11,21 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from longrope2.command import LAUNCHER_VARIABLE
+from longrope2.command import LAUNCHER_VARIABLE, REQUEUE_EXIT_CODE
 from longrope2.errors import ArtifactError
 from longrope2.parallel.dims import ParallelConfig, ParallelDims, make_groups
 
@@ -33,6 +35,7 @@ _SUSPECT_LOCK_SECONDS = 60.0
 _SECONDS_BETWEEN_LOOKS = 30.0
 _MEETING_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Result = TypeVar("Result")
 
 
@@ -62,6 +65,8 @@ def world_size_from_environment() -> int | None:
 def join_processes(parallel: ParallelConfig) -> Processes:
     """Join torchrun's process group, or make one of this process alone; NCCL or, on CPUs, gloo.
 
+    A stop signal that comes meanwhile ends the process with ``REQUEUE_EXIT_CODE``.
+
     Raises:
         ArtifactError: a build of a DeepSpeed extension that was killed left its lock; every process
             would wait for it without a word.
@@ -79,9 +84,10 @@ def join_processes(parallel: ParallelConfig) -> Processes:
     else:
         # DeepSpeed warns when it has to find out by itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    _hush_deepspeed()
+    with _ending_at_once(says_so=local_rank == 0), _naming_locks(speaks=local_rank == 0):
+        import deepspeed
 
-    with _naming_locks(speaks=local_rank == 0):
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=parallel.timeout_seconds),
@@ -92,6 +98,21 @@ def join_processes(parallel: ParallelConfig) -> Processes:
         dist.get_world_size(), parallel.sequence, dist.get_rank(), parallel.context
     )
     return Processes(dims, device, *make_groups(dims))
+
+
+def _hush_deepspeed() -> None:
+    """No warning for each of DeepSpeed's collectives (0.19.8, torch 2.13).
+
+    It calls two of torch's by names that are deprecated, which warns its authors of a change; users
+    of a training could do nothing about the lines. Every other warning is shown.
+    """
+    names = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings(
+        "ignore",
+        message=rf"`torch\.distributed\.({names})` is deprecated",
+        category=FutureWarning,
+        module=r"torch\.distributed\.c10d_logger",
+    )
 
 
 def end_with_parent(parent: str | None) -> None:
@@ -175,6 +196,33 @@ def _refuse_stale_locks() -> None:
                 "each process waits for it since: remove this file, and the extension is built "
                 "again"
             )
+
+
+@contextlib.contextmanager
+def _ending_at_once(*, says_so: bool) -> Iterator[None]:
+    """While open, a stop signal ends this process and all that it has started: nothing is to save.
+
+    An extension may be built for minutes, by compilers that would go on without this process. Torch
+    removes its lock on the way out, which a kill would leave.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        if says_so:
+            os.write(2, b"stopped before anything was computed; the same command begins again\n")
+        sys.exit(REQUEUE_EXIT_CODE)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # which alone can hear signals
+        heard = [n for n in _STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

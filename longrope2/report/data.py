@@ -14,6 +14,7 @@ from longrope2.files.artifacts import (
     PRODUCT_FOLDERS,
     UNTRAINED_FOLDER,
     Manifest,
+    find_segments,
     product_folder,
     run_with,
 )
@@ -118,6 +119,9 @@ def load_run(folder: Path) -> RunRecord:
         way_out = "give the run folder, or run.name=NAME of a run in run.root"
         raise ArtifactError(f"{folder} {fault}; {way_out}")
     runs = {product: run_with(folder, product) for product in ("segments", "factors")}
+    given = find_segments(folder)
+    if given is not None and given == product_folder(given.parent, "segments"):
+        runs["segments"] = given.parent
     stages = {product: _stage(runs.get(product, folder), product) for product in PRODUCT_FOLDERS}
     untrained = _untrained_exports(folder)
     if untrained is None and not any(stage.started for stage in stages.values()):

@@ -2,7 +2,7 @@
 
 from longrope2.config import target_faults
 from longrope2.corpora.build import build_corpus
-from longrope2.corpora.run_corpus import corpus_of_run
+from longrope2.corpora.run_corpus import corpus_of_run, missing_corpus
 from longrope2.errors import ConfigError
 from longrope2.model.factors_source import RopeConfig, factors_faults
 from longrope2.model.folder import ModelLook
@@ -15,6 +15,8 @@ from longrope2.search.config import SearchRoot, search_faults
 def known_faults(config: SearchRoot, look: ModelLook) -> list[str]:
     """All faults of a search that are known without loading anything.
 
+    A corpus that is not packed yet is none in a dry run.
+
     Args:
         config: What was given.
         look: At the model, by ``look_before``.
@@ -23,7 +25,8 @@ def known_faults(config: SearchRoot, look: ModelLook) -> list[str]:
     faults = [*look.faults, *search_faults(config.search)]
     faults += target_faults(config.model, config.target_len, extends=True)
     try:
-        build_corpus(corpus_of_run(config.corpus, config.run.folder))
+        if not (config.dry_run and missing_corpus(config.corpus, config.run.folder)):
+            build_corpus(corpus_of_run(config.corpus, config.run.folder))
     except ConfigError as error:
         faults += error.faults
     if look.shape is not None:

@@ -127,8 +127,9 @@ class SearchConfig:
     the same samples, by more than this share, >= 0."""
     max_needle_ppl_at_original: float = 3.0
     """A needle search is refused above this perplexity in the original window."""
-    projected_gpus: int = 8
-    """GPUs that the printed cost is projected to."""
+    projected_gpus: int | None = None
+    """GPUs that the printed time is projected to; null is those of this machine that the search
+    uses, and no time is printed where it has none."""
     projected_tflops: float = 125.0
     """Sustained TFLOP/s of one of them; the default is 40 % of an A100's 312 in bf16."""
     min_needle_loss_gain: float = 0.5
@@ -168,7 +169,7 @@ def most_candidates(search: SearchConfig) -> int:
 
 def search_faults(search: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
-    positive = ("population", "parents", "num_samples", "needles_per_haystack", "projected_gpus")
+    positive = ("population", "parents", "num_samples", "needles_per_haystack")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
     least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
     num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
@@ -196,6 +197,11 @@ def search_faults(search: SearchConfig) -> list[str]:
         ),
         ("mutation_probability", 0 < search.mutation_probability <= 1, "above 0 and at most 1"),
         ("critical_move_probability", 0 <= search.critical_move_probability <= 1, "from 0 to 1"),
+        (
+            "projected_gpus",
+            search.projected_gpus is None or search.projected_gpus >= 1,
+            "null (this machine's) or at least 1",
+        ),
         ("projected_tflops", search.projected_tflops > 0, "above 0"),
         ("max_needle_ppl_at_original", search.max_needle_ppl_at_original > 1, "above 1"),
     ]

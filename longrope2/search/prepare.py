@@ -16,7 +16,13 @@ from longrope2.corpora.corpus import text_hashes
 from longrope2.corpora.haystacks import Haystack, build_texts, halve_documents
 from longrope2.corpora.needle_wording import choose_wording
 from longrope2.corpora.needles import build_needle_set, guess_perplexity
-from longrope2.corpora.run_corpus import HeldoutText, corpus_label, corpus_of_run, heldout_text
+from longrope2.corpora.run_corpus import (
+    HeldoutText,
+    corpus_label,
+    corpus_of_run,
+    heldout_text,
+    missing_corpus,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files.artifacts import read_manifest
@@ -95,7 +101,8 @@ def check(config: SearchRoot) -> tuple[Path, SearchSpace]:
     """
     if faults := known_faults(config, look_before(config.model)):
         raise ConfigError(faults)
-    config.corpus = corpus_of_run(config.corpus, config.run.folder)
+    if not (config.dry_run and missing_corpus(config.corpus, config.run.folder)):
+        config.corpus = corpus_of_run(config.corpus, config.run.folder)
     try:
         model_folder = given_folder(config.model, config.target_len)
         geometry = rope_geometry(model_folder, config.model.original_len)
@@ -121,12 +128,15 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
     forwards = {length: most * search.num_samples for length in lengths}
     if search.algorithm is Algorithm.halving:
         forwards = most_halving_forwards(search, lengths)
-    hours = projected_hours(ModelShape.from_folder(model_folder), forwards, search)
+    projected = _time_in_words(config, ModelShape.from_folder(model_folder), forwards)
     tokens = sum(length * count for length, count in forwards.items())
     scored = "the value of a needle" if search.objective is Objective.needle else "every token"
     if search.needles_per_haystack > 1:
         scored = f"the values of {search.needles_per_haystack} needles in a haystack"
     listed = ", ".join(map(str, lengths))
+    corpus = "the segments' corpus, not packed yet"
+    if config.corpus is not None:
+        corpus = f"corpus {corpus_label(config.corpus)}"
     fresh = "not compared on fresh samples (search.fresh_samples=0)"
     if compares_fresh(search):
         fresh = (
@@ -138,12 +148,11 @@ def describe(config: SearchRoot, model_folder: Path, space: SearchSpace) -> str:
         f"{config.target_len}\n"
         f"space      {_space_in_words(config, space)}\n"
         f"objective  {search.objective.value}: {scored}, {search.num_samples} samples of {listed} "
-        f"tokens, held out of corpus {corpus_label(config.text)}\n"
+        f"tokens, held out of {corpus}\n"
         f"workers    {parallel.processes // parallel.segment_ranks}, each of "
         f"{parallel.segment_ranks} processes\n"
-        f"budget     at most {most:,} candidates, {tokens:,} forward tokens; about "
-        f"{hours:.2g} h on {search.projected_gpus} GPUs at {search.projected_tflops:g} TFLOP/s each"
-        f"\nend        {fresh}"
+        f"budget     at most {most:,} candidates, {tokens:,} forward tokens; {projected}\n"
+        f"end        {fresh}"
     )
 
 
@@ -162,11 +171,28 @@ def _space_in_words(config: SearchRoot, space: SearchSpace) -> str:
     return f"{critical}; factors {lowest:g} .. {highest:g} from it up; dims={search.dims.value}"
 
 
-def projected_hours(shape: ModelShape, forwards: Mapping[int, int], config: SearchConfig) -> float:
-    """Hours of so many forwards by length on the hardware of ``search.projected_*``."""
-    rate = config.projected_gpus * config.projected_tflops * 1e12
+def _time_in_words(config: SearchRoot, shape: ModelShape, forwards: Mapping[int, int]) -> str:
+    hours, search = projected_hours(config, shape, forwards), config.search
+    if hours is None:
+        unknown = "how long that takes is unknown without a GPU here"
+        return f"{unknown} (search.projected_gpus=N projects it to some)"
+    gpus = "1 GPU" if (number := projected_gpus(config)) == 1 else f"{number} GPUs"
+    return f"about {hours:.2g} h on {gpus} at {search.projected_tflops:g} TFLOP/s each"
+
+
+def projected_gpus(config: SearchRoot) -> int:
+    """GPUs that the time is projected to: those given, or else those here that the search uses."""
+    here = min(config.parallel.processes, torch.cuda.device_count())
+    return here if config.search.projected_gpus is None else config.search.projected_gpus
+
+
+def projected_hours(
+    config: SearchRoot, shape: ModelShape, forwards: Mapping[int, int]
+) -> float | None:
+    """Hours of so many forwards by length on ``projected_gpus``; None where there are none."""
+    rate = projected_gpus(config) * config.search.projected_tflops * 1e12
     flops = sum(shape.forward_flops(length) * count for length, count in forwards.items())
-    return flops / rate / SECONDS_PER_HOUR
+    return flops / rate / SECONDS_PER_HOUR if rate else None
 
 
 def sample_lengths(config: SearchRoot) -> list[int]:

@@ -54,8 +54,8 @@ class SearchBudget:
         seconds: Wall time of this run of the command, not of those that it resumed.
         device_hours: The same times the number of processes.
         sustained_tflops: TFLOP/s of one process in this run; None when all was known already.
-        projected_hours: All the forward passes on the hardware that ``search.projected_*``
-            describe.
+        projected_hours: All the forward passes on the GPUs that ``search.projected_*`` describe;
+            None without any, given or here.
     """
 
     num_candidates: int
@@ -67,7 +67,7 @@ class SearchBudget:
     seconds: float
     device_hours: float
     sustained_tflops: float | None
-    projected_hours: float
+    projected_hours: float | None
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _budget(
         seconds=round(seconds, 1),
         device_hours=round(processes * seconds / SECONDS_PER_HOUR, 4),
         sustained_tflops=flops / seconds / processes / 1e12 if flops else None,
-        projected_hours=projected_hours(shape, every, prepared.config.search),
+        projected_hours=projected_hours(prepared.config, shape, every),
     )
 
 

@@ -8,7 +8,7 @@ reads. What only the model's class, the tokenizer or the device can tell comes l
 from pathlib import Path
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import MANIFEST_NAME, product_folder
+from longrope2.files.artifacts import MANIFEST_NAME
 from longrope2.model.factors_source import factors_faults
 from longrope2.model.folder import ModelLook
 from longrope2.segments.format import SegmentStore
@@ -50,7 +50,7 @@ def known_faults(config: TrainRoot, look: ModelLook) -> list[str]:
 
 def segments_folder(config: TrainRoot) -> Path:
     """Where the run's segments stand."""
-    return Path(config.segments or product_folder(config.run.folder_with("segments"), "segments"))
+    return Path(config.segments or config.run.segments_folder)
 
 
 def is_missing(folder: Path) -> bool:

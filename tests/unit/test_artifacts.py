@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from longrope2.command import run_command
+from longrope2.config import ModelConfig
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import (
     Manifest,
@@ -19,7 +21,13 @@ from longrope2.files.artifacts import (
     write_manifest,
     write_text,
 )
-from longrope2.model.folder import model_identity, resolve_model_folder
+from longrope2.model.folder import (
+    find_config_file,
+    local_model_folder,
+    look_before,
+    model_identity,
+    resolve_model_folder,
+)
 
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -101,7 +109,40 @@ def test_model_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         resolve_model_folder(str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ArtifactError, match="neither a folder nor a hub id that can be reached"):
-        resolve_model_folder(str(tmp_path / "nowhere" / "at" / "all"))
+        resolve_model_folder("no/where/at/all")
+
+
+@pytest.mark.parametrize("path", ["{}/nowhere", "./nowhere", "../nowhere", "~/nowhere", "~"])
+def test_a_path_is_never_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A folder that is missing is missing: nothing is asked of the hub, in any of the ways in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    path = path.format(tmp_path)
+    looked = "" if path.startswith("/") else r" \(looked for /.*\)"
+    fault = f"={re.escape(path)} does not exist{looked}; give a local Hugging Face model folder$"
+    with pytest.raises(ArtifactError, match=f"model.path{fault}"):
+        resolve_model_folder(path)
+    with pytest.raises(ArtifactError, match=f"rope.factors{fault}"):
+        find_config_file(path, "rope.factors")
+    (found,) = look_before(ModelConfig("m", path, 128)).faults
+    assert re.match(f"model.path{fault}", found)
+    assert local_model_folder(path) is None
+
+
+def test_a_home_folder_is_expanded_and_a_file_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an experiment file too, which no shell reads."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = model_folder(tmp_path / "m")
+    assert find_config_file("~/m", "model.path") == folder / "config.json"
+    with pytest.raises(ArtifactError, match="tokenizer.json is a file, not a folder; give a local"):
+        resolve_model_folder(str(folder / "tokenizer.json"))
 
 
 def test_user_errors_end_in_one_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,30 @@ def test_round_trip_through_the_run_folder(tmp_path: Path) -> None:
 def test_unknown_key_is_named_with_its_neighbours() -> None:
     (fault,) = faults("training.learning_rat=1")
     assert fault.startswith(
-        "unknown key training.learning_rat; keys beside it: tokens, global_batch_tokens"
+        "unknown key training.learning_rat (did you mean training.learning_rate?); keys beside it: "
+        "tokens, global_batch_tokens"
     )
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("trainng.tokens=5", "unknown key trainng.tokens (did you mean training.tokens?); keys"),
+        ("experimnt=tiny", "unknown key experimnt (did you mean experiment?); keys beside it: run"),
+        ("learning_rate=1", "unknown key learning_rate (did you mean training.learning_rate?); "),
+        ("rope=yarn_rdc", "rope=yarn_rdc does not exist (did you mean yarn_rcd?); choose rope= "),
+        ("zero.zzz=1", "unknown key zero.zzz; keys beside it: "),
+    ],
+)
+def test_a_misspelt_name_is_answered_by_the_one_that_is_meant(argument: str, meant: str) -> None:
+    (found,) = faults_of(*TINY, argument)
+    assert found.startswith(meant)
+
+
+def test_a_misspelt_key_of_a_list_is_answered_too() -> None:
+    given = ["model=tiny", "target_len=2048", "run.name=x", "evaluation.subjects[0].chekpoint=x"]
+    with pytest.raises(ConfigError, match=r"did you mean evaluation\.subjects\.0\.checkpoint\?"):
+        compose(EvaluateRoot, "evaluate", given)
 
 
 def test_a_new_entry_of_a_dictionary_needs_a_plus() -> None:
@@ -159,7 +181,7 @@ LEAVE_OUT = "+training.tokens=5: leave the + out; the key exists"
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings do nothing here; run.root and"),
         ("hydra/launcher=x", "hydra/launcher=x: Hydra's own settings do nothing here"),
         ("suite=paper", "unknown key suite; keys beside it: run, model"),
-        ("model@x=tiny", "unknown key model@x; keys beside it: run, model"),
+        ("model@x=tiny", "unknown key model@x (did you mean model?); keys beside it: run, model"),
         ("cluster=a100_64", "unknown key cluster; it is hardware now"),
         ("parallel.zero_stage=[", "parallel.zero_stage=[ cannot be read; put text in quotes"),
         ("training.norm=a=b", "training.norm=a=b cannot be read; put text in quotes"),

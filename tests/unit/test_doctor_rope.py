@@ -220,7 +220,7 @@ def test_all_faults_of_the_settings_at_once(settings: list[str], tmp_path: Path)
         "computed methods are none, pi" in text
     )
     assert (
-        f"model.path={tmp_path / 'nowhere'} is neither a folder, a config.json, nor a hub id"
+        f"model.path={tmp_path / 'nowhere'} does not exist; give a local Hugging Face model folder"
         in text
     )
 

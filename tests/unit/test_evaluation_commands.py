@@ -6,7 +6,6 @@ is not its quality.
 
 import io
 import json
-import os
 import re
 import runpy
 import shutil
@@ -247,8 +246,7 @@ def test_bad_input_to_evaluate_is_one_message_and_writes_nothing(
     code, _, err = command("evaluate", *arguments)
     assert code == 2
     assert err.count("error: ") == 1 and message in err and "Traceback" not in err
-    # What only the texts can tell is found by the writer that holds the lease.
-    assert not run_folder.exists() or os.listdir(run_folder) == [".leases"]
+    assert not run_folder.exists()
 
 
 def test_factors_searched_on_another_model_stop_the_evaluation(command, run_folder, model_folder):
@@ -304,12 +302,34 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
         and f"already complete: {folder / 'hugging_face'}" in out
         and tree(folder) == before
     )
+    # Without a corpus it is the same export; and one that replaces it keeps a measured cost.
+    assert f"already complete: {folder / 'hugging_face'}" in command("export")[1]
     code, out, _ = command("export", "export.dtype=bf16")
+    assert code == 0 and "verified" in out
+    kept = "on 8 texts held out of corpus sample, as in the export that stands there; corpus=NAME"
+    assert f"cost       of a static choice: {kept} names another" in out
+    details = read_manifest(folder, "exports").details
+    assert details["dtype"] == "bf16" and details["static_cost"] == cost
     assert (
-        code == 0
-        and "verified" in out
-        and read_manifest(folder, "exports").details["dtype"] == "bf16"
+        f"already complete: {folder / 'hugging_face'}" in command("export", "export.dtype=bf16")[1]
     )
+    assert command("export", "export.cost_windows=0")[0] == 0
+    assert read_manifest(folder, "exports").details["static_cost"] is None
+
+
+def test_an_export_whose_measured_text_is_gone_is_not_replaced_by_one_without_a_cost(
+    command, run_folder, checkpoint, tmp_path
+):
+    folder, gone = product_folder(run_folder, "exports"), tmp_path / "gone"
+    corpus = {"name": "folder", "kind": "folder", "folder": str(gone)}
+    write_manifest(
+        folder, Manifest("exports", config={"corpus": corpus}, details={"static_cost": {}})
+    )
+    code, _, err = command("export")
+    assert code == 2
+    assert f"{folder} has a cost measured on the corpus that it was given: corpus.folder" in err
+    assert f"={gone} is not a folder; give corpus=NAME, or export.cost_windows=0 for an " in err
+    assert command("export", "export.cost_windows=0", "dry_run=true")[0] == 0
 
 
 def test_export_writes_the_variants_asked_for_and_no_others(

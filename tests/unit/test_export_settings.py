@@ -80,7 +80,7 @@ def test_settings_that_contradict_are_refused_together(words, faults):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("rope.metod=yarn", "unknown key rope.metod; keys beside it: method, factors"),
+        ("rope.metod=yarn", "rope.metod (did you mean rope.method?); keys beside it: method, "),
         ("rope.method=foo", "rope.method: Invalid value 'foo', expected one of [none, pi"),
         ("export.trained=perhaps", "export.trained: Value 'perhaps' is not a valid bool"),
     ],

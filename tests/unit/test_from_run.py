@@ -8,9 +8,10 @@ from data_prep.config import PackConfig
 from data_prep.pack import check as check_pack
 from longrope2.config import RunConfig, claim_folder, compose, load
 from longrope2.errors import ConfigError
-from longrope2.files.artifacts import product_folder, run_with
+from longrope2.files.artifacts import find_segments, product_folder, run_with
 from longrope2.report.data import load_run
 from longrope2.report.training import limits
+from longrope2.training.before import segments_folder
 from longrope2.training.config import TrainRoot
 
 TINY = ("model=tiny", "target_len=256")
@@ -65,6 +66,25 @@ def test_it_is_remembered_and_a_run_of_runs_leads_to_the_first(runs: Path) -> No
     assert claim(runs, "deep/er/third").from_run == "second"
     written = load(TrainRoot, product_folder(third.folder, "checkpoints") / "config.yaml")
     assert written.run.from_run == "second"
+
+
+def test_segments_that_the_other_run_was_given_are_passed_on(runs: Path, tmp_path: Path) -> None:
+    """``segments=`` stands for what a run was trained on; factors are not of that."""
+    elsewhere = tmp_path / "packed" / "elsewhere"
+    claim(runs, "first/base", f"segments={elsewhere}")
+    new = config(runs, "new", "run.from_run=first/base")
+    assert segments_folder(new) == elsewhere
+    taken = f"segments in {elsewhere}, factors of {runs / 'first' / 'base'}"
+    assert new.run.describe_source() == taken
+    claim(runs, "new", "run.from_run=first/base")
+    third = config(runs, "third", "run.from_run=new")
+    assert segments_folder(third) == elsewhere
+    assert find_segments(runs / "new") == elsewhere
+    # Its own come first, and another setting before all.
+    product_folder(runs / "third", "segments").mkdir(parents=True)
+    assert segments_folder(third) == product_folder(runs / "third", "segments")
+    third.segments = "x"
+    assert segments_folder(third) == Path("x")
 
 
 def test_runs_may_be_moved(runs: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.config import PackConfig
 from launch.doctor.rope import DoctorRoot
-from launch.init.survey import InitRoot
+from launch.init.before import InitRoot
 from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.command import run_command
@@ -126,7 +126,10 @@ def test_one_key_in_full_and_none(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         run_command(importlib.import_module("launch.train").main)
     assert ended.value.code == 2
-    assert "--help trainin: no such key or group; there are run, model" in capsys.readouterr().err
+    assert (
+        "--help trainin: no such key or group (did you mean training?); there are run"
+        in capsys.readouterr().err
+    )
 
 
 class Colour(StrEnum):

@@ -24,6 +24,7 @@ from longrope2.training.before import too_few_faults
 from longrope2.training.config import TrainRoot, settings_faults
 from longrope2.training.layouts import in_words, working_settings
 
+TARGET = "target_len=1000"
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "matplotlib")
 TINY = json.loads(Path("models/tiny/config.json").read_text(encoding="utf-8"))
 MINE = TINY | {
@@ -89,6 +90,9 @@ def refusals(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             ["data_prep.pack", *foreign, "--corpus", "sample", "align=7"],
             ["launch.doctor.__main__", "modl=tiny"],
             ["launch.report", "run.nme=x"],
+            ["launch.init.__main__", "corpus.folder=/no/texts"],
+            ["launch.init.__main__", "model.path=/no/model", "corpus.folder=/no/texts", TARGET],
+            ["launch.init.__main__", f"model.path={mine}", "corpus.folder=/no/texts", TARGET],
         ]
     )
 
@@ -107,7 +111,7 @@ OTHERS = (
 
 def test_a_refusal_loads_nothing_heavy(refusals: dict[str, Any]) -> None:
     assert refusals["loaded"] == []
-    assert len(refusals["refusals"]) == len(OTHERS) + 2
+    assert len(refusals["refusals"]) == len(OTHERS) + 5
     assert all(text.startswith("error: ") for text in refusals["refusals"])
 
 
@@ -128,6 +132,17 @@ def test_every_command_questions_a_window_of_another_model(
         "there 4); give model=custom for this one, or model.name=NAME" in message
     )
     assert OTHERS[number] in message
+
+
+def test_init_is_refused_for_model_and_documents_together(refusals: dict[str, Any]) -> None:
+    """For keys that are missing first, for all that they name then."""
+    unset, nothing, window = refusals["refusals"][-3:]
+    assert "model.path is not set" in unset and "target_len is not set" in unset
+    no_texts = "corpus.folder=/no/texts is not a folder"
+    no_model = "model.path=/no/model does not exist; give a local Hugging Face model folder"
+    assert no_texts in nothing and no_model in nothing and "2 fault(s)" in nothing
+    assert no_texts in window and "2 fault(s)" in window
+    assert "target_len=1000 must be a multiple of model.original_len=256, and at least" in window
 
 
 def test_training_is_refused_once(refusals: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from longrope2.errors import ArtifactError
 from longrope2.files import lease
-from longrope2.files.lease import Holder, only_writer, refuse_second_writer
+from longrope2.files.lease import Holder, only_writer, refuse_second_writer, take_lock
 
 ROOT = Path(__file__).parent.parent.parent
 PRODUCT = "3_checkpoints"
@@ -110,7 +110,38 @@ def test_it_ends_with_its_block_and_products_do_not_share_one(tmp_path: Path) ->
             refuse_second_writer(tmp_path, "2_factors")
         assert {path.suffix for path in (tmp_path / ".leases").iterdir()} == {".lock", ".json"}
     refuse_second_writer(tmp_path, PRODUCT)
-    assert {path.suffix for path in (tmp_path / ".leases").iterdir()} == {".lock"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_writer_leaves_no_folder_and_one_that_writes_leaves_its_own(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "runs" / "a" / "b"
+    with pytest.raises(ArtifactError, match="not mine"), only_writer(run, PRODUCT):
+        raise ArtifactError("not mine")
+    assert not list(tmp_path.iterdir())
+    with only_writer(run, PRODUCT):
+        (run / PRODUCT).mkdir()
+    assert [path.name for path in run.iterdir()] == [PRODUCT]
+
+
+def test_a_lock_that_its_former_holder_removed_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a third writer would lock another file of the same name."""
+    lock, removals = tmp_path / ".leases" / f"{PRODUCT}.lock", iter([True])
+
+    def as_if_it_just_ended(descriptor: int) -> bool | None:
+        if next(removals, False):
+            lock.unlink()
+            lock.parent.rmdir()
+        return take_lock(descriptor)
+
+    monkeypatch.setattr(lease, "take_lock", as_if_it_just_ended)
+    with only_writer(tmp_path, PRODUCT):
+        monkeypatch.undo()
+        with pytest.raises(ArtifactError, match="is being written by"):
+            refuse_second_writer(tmp_path, PRODUCT)
 
 
 def test_a_writer_on_another_machine_is_watched(
@@ -142,6 +173,7 @@ def test_a_name_left_long_ago_and_a_torn_one_are_not_watched(tmp_path: Path) -> 
     note, began = leave_note(tmp_path), time.monotonic()
     os.utime(note, (0, 0))
     refuse_second_writer(tmp_path, PRODUCT)
+    leave_note(tmp_path)
     note.write_text('{"host": "fa')
     refuse_second_writer(tmp_path, PRODUCT)
     assert time.monotonic() - began < lease.WATCH_SECONDS / 2

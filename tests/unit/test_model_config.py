@@ -21,7 +21,7 @@ from longrope2.model.folder import resolve_model_folder
 from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload, read_raw_config
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.search.config import SearchConfig
+from longrope2.search.config import SearchConfig, SearchRoot
 from longrope2.search.prepare import projected_hours
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +194,7 @@ def test_figures_stay(
     assert shape.training_flops(131_072, 131_072 * 4096.0) == training
     assert shape.model_flops(4097.5) == model
     assert shape.model_flops(4097.5, whole_square=True) == whole
-    assert projected_hours(shape, {131_072: 13_440}, SearchConfig()) == hours
+    search = SearchRoot(search=SearchConfig(projected_gpus=8))
+    assert projected_hours(search, shape, {131_072: 13_440}) == hours
     work = Workload(131_072, 131_072 * 64, 131_072 * 6400, 0.7, 131_072 / 3)
     assert work.mean_model_flops(shape) == mean

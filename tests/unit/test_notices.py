@@ -204,6 +204,26 @@ def test_a_folder_of_other_endings_only(tmp_path: Path) -> None:
     config = CorpusConfig("mine", CorpusKind.folder, folder=str(tmp_path))
     with pytest.raises(ConfigError) as refused:
         build_corpus(config)
-    assert "holds no file ending in .txt, " in str(refused.value)
-    said = "; it holds 1 .md (corpus.more_text_endings names those that are text)"
+    packed = ".txt, .txt.gz, .txt.zst, .txt.zstd, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zstd, "
+    assert str(refused.value) == (
+        f"corpus.folder={tmp_path} holds no file ending in {packed}.json.gz, .json.zst, "
+        ".json.zstd, .parquet; .md, .markdown, .rst, .text are read where "
+        "corpus.more_text_endings names them, as it does after launch.init; it holds 1 .md "
+        "(corpus.more_text_endings=[.md] reads those)"
+    )
+
+
+def test_a_folder_of_files_that_are_no_text(tmp_path: Path) -> None:
+    """After ``.md`` was asked for, it stands among the endings that are read."""
+    (tmp_path / "a.pdf").write_bytes(b"")
+    config = CorpusConfig("mine", CorpusKind.folder, folder=str(tmp_path))
+    config.more_text_endings = [".md"]
+    with pytest.raises(ConfigError) as refused:
+        build_corpus(config)
+    assert ", .md, .md.gz, .md.zst, .md.zstd, .jsonl, " in str(refused.value)
+    assert "; .markdown, .rst, .text are read where " in str(refused.value)
+    said = "; it holds 1 .pdf (corpus.more_text_endings names those that are plain text)"
     assert str(refused.value).endswith(said)
+    (tmp_path / "a.pdf").unlink()
+    with pytest.raises(ConfigError, match="; it holds no file at all$"):
+        build_corpus(config)

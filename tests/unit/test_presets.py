@@ -154,14 +154,20 @@ def faults_of(root: type, command: str, *words: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("trainning: {beta1: 0.5}", "sets trainning, which no command has; there are align, "),
-        ("defaults:\n- override /modell: tiny", "chooses modell; there are calibration, cluster,"),
+        (
+            "trainning: {beta1: 0.5}",
+            "sets trainning, which no command has (did you mean training?); there are ",
+        ),
+        ("defaults:\n- override /modell: tiny", "chooses modell (did you mean model?); there are "),
         ("defaults:\n- override /model: nope", "x.yaml: model=nope does not exist; choose model="),
         ("defaults:\n- nope", "experiment=nope does not exist; choose experiment= one of "),
         ("defaults: 3", "x.yaml: defaults must be a list of NAME and 'override /GROUP: NAME'"),
         ("- a\n- b", "x.yaml holds no keys; write KEY: VALUE lines"),
         ("a: [", "x.yaml cannot be read as YAML: while parsing a flow"),
-        ("training: {learning_rat: 1}", "unknown key training.learning_rat; keys beside it: "),
+        (
+            "training: {learning_rat: 1}",
+            "training.learning_rat (did you mean training.learning_rate?); ",
+        ),
     ],
 )
 def test_faults_of_an_experiment(tmp_path: Path, text: str, fault: str) -> None:

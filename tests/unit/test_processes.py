@@ -1,13 +1,19 @@
 """Joining and leaving the process group: nothing that would wait for ever."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.utils.file_baton import FileBaton
 
+from longrope2.command import REQUEUE_EXIT_CODE
 from longrope2.errors import ArtifactError
 from longrope2.parallel import processes
 from longrope2.parallel.processes import leave_processes
@@ -49,6 +55,70 @@ def test_a_lock_that_is_waited_for_is_named(
         assert str(locks["young"]) not in printed
     time.sleep(0.1)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_ends_the_build_of_an_extension_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Its compilers too, though they are no children; and no lock stays."""
+    lock, pid_file = tmp_path / "lock", tmp_path / "pid"
+    building = os.fork()
+    if building == 0:
+        code = 1
+        try:
+            with processes._ending_at_once(says_so=True):
+                baton = FileBaton(str(lock))
+                baton.try_acquire()
+                try:
+                    compiler = f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; sleep 60"
+                    subprocess.run(["sh", "-c", f"sh -c '{compiler}; true'; true"], check=True)
+                finally:
+                    baton.release()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        os._exit(code)
+    began = time.monotonic()
+    while not pid_file.exists() and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    assert lock.exists()
+    os.kill(building, number)
+    began = time.monotonic()
+    status = os.waitpid(building, 0)[1]
+    assert time.monotonic() - began < 10
+    assert os.waitstatus_to_exitcode(status) == REQUEUE_EXIT_CODE
+    assert not lock.exists() and _has_ended(int(pid_file.read_text()))
+    said = "stopped before anything was computed; the same command begins again\n"
+    assert capfd.readouterr().err == said
+
+
+def _has_ended(pid: int) -> bool:
+    """Or is a zombie, that whoever adopted it has not looked at yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_two_warnings_of_deepspeeds_calls_are_hidden_and_no_others(tmp_path: Path) -> None:
+    """As torch gives them, from a process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    one, two = torch.zeros(1), torch.zeros(1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        processes._hush_deepspeed()
+        try:
+            dist.all_gather_into_tensor(one, two)
+            dist.reduce_scatter_tensor(one, two)
+            assert not shown
+            _warn("`torch.distributed.all_gather_into_tensor` is deprecated", "somewhere.else")
+            _warn("`torch.distributed.reduce_op` is deprecated", "torch.distributed.c10d_logger")
+        finally:
+            dist.destroy_process_group()
+    assert [str(warning.message)[19:28] for warning in shown] == ["all_gathe", "reduce_op"]
+
+
+def _warn(text: str, module: str) -> None:
+    warnings.warn_explicit(text, FutureWarning, "file.py", 1, module=module)
 
 
 def test_a_rank_ends_with_the_process_that_started_it() -> None:

@@ -62,7 +62,7 @@ def test_a_run_without_segments_must_be_given_one(tmp_path: Path) -> None:
     assert str(refused.value) == (
         f"corpus is not chosen, and {tmp_path}/1_segments holds no segments to take it from; give "
         "corpus=NAME, for example corpus=sample (the Python standard library) or corpus=folder "
-        "corpus.folder=DIR, or pack first"
+        "corpus.folder=DIR, or run data_prep.pack first"
     )
 
 

@@ -499,7 +499,7 @@ def test_space_errors() -> None:
         ),
         (SearchConfig(racing_samples=0), "search.racing_samples=0: must be at least 1"),
         (SearchConfig(racing_margin=-0.1), "search.racing_margin=-0.1: must be at least 0"),
-        (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be at least 1"),
+        (SearchConfig(projected_gpus=0), "search.projected_gpus=0: must be null "),
         (SearchConfig(projected_tflops=0.0), "search.projected_tflops=0.0: must be above 0"),
         (
             SearchConfig(algorithm=Algorithm.longrope),

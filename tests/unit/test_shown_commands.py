@@ -12,7 +12,7 @@ import pytest
 from data_prep.config import PackConfig
 from data_prep.pack import FLAGS
 from launch.doctor.rope import DoctorRoot
-from launch.init.survey import InitRoot
+from launch.init.before import InitRoot
 from launch.plan import PlanRoot
 from launch.report import ReportRoot
 from longrope2.config import compose
