@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_report import FACTORS, evaluation_summary, finish, search_history
+from report_run import FACTORS, evaluation_summary, finish, search_history
 
 from longrope2.files.artifacts import product_folder
 from longrope2.report.page import write_report

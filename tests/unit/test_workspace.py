@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_report import SUBJECTS, evaluation_summary, finish
+from report_run import SUBJECTS, evaluation_summary, finish
 
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import product_folder
