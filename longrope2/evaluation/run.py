@@ -322,8 +322,8 @@ def _lacking(
     cells: Sequence[Cell], given_up: Sequence[answering.NotMeasured], short_elsewhere: bool
 ) -> str:
     """What other shards still owe; empty when it is nothing."""
-    lost = {(row.suite, row.task, row.length) for row in given_up}
-    open_cells = (c for c in cells if (c.suite, c.task, c.length) not in lost)
+    lost = {row.place for row in given_up}
+    open_cells = (c for c in cells if (c.subject, c.suite, c.task, c.length) not in lost)
     num_missing = sum(cell.num_missing or 0 for cell in open_cells)
     if num_missing:
         return f"{num_missing} answers of other shards are"

@@ -170,7 +170,7 @@ def score_cells(
     stop_ids: Collection[int],
 ) -> list[Cell]:
     """One cell per subject and task: the score with its interval, or why there is none."""
-    reasons = {(lost.suite, lost.task, lost.length): lost.reason for lost in given_up}
+    reasons = {lost.place: lost.reason for lost in given_up}
     cells = []
     for subject in subjects:
         for task in tasks:
@@ -181,7 +181,7 @@ def score_cells(
             if answers and not num_missing:
                 cells.append(_scored(place, task, answers))
             else:
-                reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
+                reason = reasons.get(place[:-1], "not answered yet")
                 cells.append(Cell(*place, score=None, num_missing=num_missing, reason=reason))
     return cells
 

@@ -23,6 +23,7 @@ from longrope2.evaluation.answering import (
     shard_requests,
 )
 from longrope2.evaluation.results import AnswersLog, Shard, read_answers
+from longrope2.evaluation.run import _lacking
 from longrope2.evaluation.samples import GenerationTask, Sample
 from longrope2.evaluation.schema import Average
 from longrope2.evaluation.subjects import Subject, SubjectModels
@@ -254,6 +255,17 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(
     assert [(c.subject, c.task) for c in cells if c.score is None] == [("none", "c"), ("ntk", "c")]
     assert cells[2].reason.startswith("out of memory on cpu") and cells[2].num_missing == 4
     assert answer_all(tmp_path, subjects, tasks) and known(tmp_path) == expected
+
+
+def test_what_one_subject_gave_up_another_still_owes(subjects, tasks, tmp_path):
+    """A reason is its subject's own, and a shard does not sum up before the others' answers."""
+    lost = [NotMeasured("none", "ruler", "c", 64, "out of memory on cpu")]
+    with AnswersLog(tmp_path, Shard()) as log:
+        cells = score_cells(subjects, tasks[2:], log, lost, **ASKED)
+    assert [cell.reason for cell in cells] == ["out of memory on cpu", "not answered yet"]
+    assert _lacking(cells, lost, short_elsewhere=False) == "4 answers of other shards are"
+    lost.append(NotMeasured("ntk", "ruler", "c", 64, "out of memory on cpu"))
+    assert _lacking(cells, lost, short_elsewhere=False) == ""
 
 
 def test_another_fault_of_the_model_is_not_taken_for_memory(subjects, tasks, tmp_path):

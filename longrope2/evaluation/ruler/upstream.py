@@ -2,13 +2,13 @@
 
 Departures: where BOS would bring prompt and answer over the length (RULER does not count it), the
 answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever, there is an
-error. The samples of a task are drawn from one stream, so they are made in one go and tokenized
-whole: slow beside ``mode=fixed``.
+error: once its smallest prompt was drawn often and always far from fitting. The samples of a task
+are drawn from one stream, so they are made in one go and tokenized whole: slow beside
+``mode=fixed``.
 """
 
-import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -26,7 +26,10 @@ from longrope2.evaluation.ruler.qa import read_questions
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
 _VERSION = 1
-_TRIES_AT_SMALLEST = 100
+# Draws of the smallest prompt before it is asked whether another could fit, and at most.
+_TRIES_AT_SMALLEST, _MOST_TRIES_AT_SMALLEST = 100, 10_000
+# Standard deviations between the mean prompt and the room, beyond which no draw will fit.
+_OUT_OF_REACH = 8.0
 # Of variable tracking's solved example, in tokens.
 _EXAMPLE_LENGTH = 500
 
@@ -66,7 +69,8 @@ class UpstreamRuler:
             return self._coded_words(streams, length)
         search = self._size_search(task, length, streams)
         size = self._largest(search, length - new_tokens, length)
-        room: dict[str, int] = {"length": length, "new_tokens": new_tokens}
+        room: dict[str, Any] = {"length": length, "new_tokens": new_tokens}
+        room["smallest"] = search.smallest
         draws_of = (partial(search.generate, index) for index in range(self.config.num_samples))
         return [self._sample(draw, size, search.step, **room) for draw in draws_of]
 
@@ -97,7 +101,8 @@ class UpstreamRuler:
             if self.config.num_samples > len(found.questions):
                 raise DataError(f"there are {len(found.questions)} questions; use fewer samples")
             shown = partial(draws.documents, self.prompts["qa"], streams, found)
-            return _SizeSearch(shown, partial(shown, 0), 10)
+            smallest = "smallest prompt (10 documents, those of its question first)"
+            return _SizeSearch(shown, partial(shown, 0), 10, smallest=smallest)
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
         essay = self._essay if kind.haystack == "essay" else []
@@ -140,19 +145,34 @@ class UpstreamRuler:
         return best
 
     def _sample(
-        self, draw: Callable[[int], draws.Text], size: int, step: int, length: int, new_tokens: int
+        self,
+        draw: Callable[[int], draws.Text],
+        size: int,
+        step: int,
+        *,
+        length: int,
+        new_tokens: int,
+        smallest: str = "smallest prompt",
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
-        for _ in range(size // step + _TRIES_AT_SMALLEST):
+        at_smallest: list[int] = []
+        num_failed = 0
+        while True:
             # More needles than places, a repeated name: RULER catches everything.
-            with contextlib.suppress(ValueError, IndexError):
+            try:
                 text, answers = draw(size)
                 used = self._count(text) + new_tokens
-                if used <= length:
-                    return text, answers, used
-            size -= step if size > step else 0
-        fault = "the length is too short: RULER's smallest prompt exceeds it"
-        raise DataError(f"{fault}; use a longer one")
+            except (ValueError, IndexError):
+                used = None
+            if used is not None and used <= length:
+                return text, answers, used
+            if size > step:
+                size -= step
+                continue
+            num_failed += used is None
+            at_smallest += [] if used is None else [used]
+            if _is_hopeless(at_smallest, num_failed, length):
+                raise DataError(_never_ending(smallest, at_smallest, num_failed, length))
 
     def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
@@ -216,6 +236,36 @@ class _SizeSearch:
     """Tokens that ``generate`` adds to ``probe``."""
     probe_size: int | None = None
     """Size from which tokens per unit are estimated; None is ``step``."""
+    smallest: str = "smallest prompt"
+    """What a draw of the smallest size is called where none fits."""
+
+
+def _is_hopeless(tokens: Sequence[int], num_failed: int, length: int) -> bool:
+    """Whether RULER would go on drawing its smallest prompt without an end.
+
+    ``tokens`` are those of the draws so far, all above ``length``; lengths of words differ, so a
+    draw close to it may be followed by one that fits.
+    """
+    num_tries = len(tokens) + num_failed
+    if num_tries < _TRIES_AT_SMALLEST:
+        return False
+    spread = _OUT_OF_REACH * float(np.std(tokens)) if tokens else 0.0
+    out_of_reach = not tokens or float(np.mean(tokens)) - spread > length
+    return out_of_reach or num_tries >= _MOST_TRIES_AT_SMALLEST
+
+
+def _never_ending(smallest: str, tokens: Sequence[int], num_failed: int, length: int) -> str:
+    """Why a sample cannot be made."""
+    num_tries = len(tokens) + num_failed
+    way_out = "use a longer one, or suite.ruler.mode=fixed, whose prompts get smaller"
+    if not tokens:
+        fault = f"RULER's {smallest} cannot be drawn ({num_tries} tries failed)"
+    else:
+        fault = (
+            f"with its answer RULER's {smallest} took {min(tokens)} tokens at least in "
+            f"{num_tries} tries, and {length} are allowed"
+        )
+    return f"the length is too short: {fault}; RULER itself would go on drawing for ever; {way_out}"
 
 
 def _sentences(text: str) -> list[str]:
