@@ -31,6 +31,7 @@ from longrope2.report.page import write_report
 from longrope2.report.paper import mean_cell, paper_tables, paper_text, verdict
 from longrope2.statistics import (
     bootstrap_interval,
+    exact_interval,
     macro_interval,
     paired_test,
     score_interval,
@@ -75,12 +76,12 @@ def test_bootstrap_interval_agrees_with_scipy():
     assert bootstrap_interval(values.tolist()) == pytest.approx(
         (expected.low, expected.high), abs=0.008
     )
-    assert score_interval([1.0, 0.0, 1.0]) == wilson_interval(2, 3)
+    assert score_interval([1.0, 0.0, 1.0]) == exact_interval(2, 3)
 
 
 def test_interval_of_a_mean_of_tasks_adds_half_widths_in_squares():
     one, many = [1.0, 0.0] * 50, [1.0] * 100
-    (low, high), (top, _) = wilson_interval(50, 100), wilson_interval(100, 100)
+    (low, high), (top, _) = exact_interval(50, 100), exact_interval(100, 100)
     found = macro_interval([one, many])
     assert found == pytest.approx(
         (0.75 - math.hypot(0.5 - low, 1 - top) / 2, 0.75 + (high - 0.5) / 2)
