@@ -53,12 +53,11 @@ def wilson_interval(num_correct: float, num_samples: int) -> tuple[float, float]
 
 
 def exact_interval(num_correct: float, num_samples: int) -> tuple[float, float]:
-    """95 % interval of a success probability that covers it at least so often (Clopper and Pearson
-    1934, Biometrika 26).
+    """95 % interval of a success probability that covers it at least so often.
 
-    Of a count that is no whole number, a mean of graded scores whose parts are unknown, the ends
-    are those of the whole numbers around it: no scores with this mean vary more than right and
-    wrong ones.
+    Clopper and Pearson's (1934, Biometrika 26). Of a count that is no whole number, a mean of
+    graded scores whose parts are unknown, the ends are those of the whole numbers around it: no
+    scores with this mean vary more than right and wrong ones.
     """
     below, above = math.floor(num_correct + 1e-9), math.ceil(num_correct - 1e-9)
     low = _exact_lower_bound(below, num_samples) if below > 0 else 0.0

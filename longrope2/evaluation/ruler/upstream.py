@@ -4,9 +4,12 @@ Departures: where BOS would bring prompt and answer over the length (RULER does 
 answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever, there is an
 error: once its smallest prompt was drawn often and always far from fitting. The samples of a task
 are drawn from one stream, so they are made in one go and tokenized whole: slow beside
-``mode=fixed``.
+``mode=fixed``. Inside a chat template the example of variable tracking stands in the user's turn as
+it is for base models, where RULER drops its last word.
 """
 
+import contextlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 from longrope2.evaluation.ruler.niah import NIAH_TASKS
 from longrope2.evaluation.ruler.qa import read_questions
+from longrope2.evaluation.ruler.template import BASE, PromptTemplate
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
 _VERSION = 1
@@ -30,6 +34,7 @@ _VERSION = 1
 _TRIES_AT_SMALLEST, _MOST_TRIES_AT_SMALLEST = 100, 10_000
 # Standard deviations between the mean prompt and the room, beyond which no draw will fit.
 _OUT_OF_REACH = 8.0
+_NO_TEMPLATE = PromptTemplate(BASE)
 # Of variable tracking's solved example, in tokens.
 _EXAMPLE_LENGTH = 500
 
@@ -42,11 +47,13 @@ class UpstreamRuler:
         ArtifactError: its prompts are not RULER's.
     """
 
-    def __init__(self, config: RulerConfig, encoder: PromptEncoder) -> None:
+    def __init__(
+        self, config: RulerConfig, encoder: PromptEncoder, template: PromptTemplate = _NO_TEMPLATE
+    ) -> None:
         assert config.upstream_checkout is not None
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.template = config, encoder, template
         self.checkout = Path(config.upstream_checkout)
-        self.prompts = draws.read_prompts(self.checkout)
+        self.prompts = draws.read_prompts(self.checkout, template.around)
         self._questions = cache(lambda task: read_questions(task, config))
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
@@ -55,6 +62,8 @@ class UpstreamRuler:
         kind = {"suite": "ruler", "mode": "upstream", "version": _VERSION, "task": task}
         hashes = {"tokenizer": self.encoder.fingerprint, "texts": self._texts_sha256(task)}
         identity = {**kind, "length": length, "seed": seed, "num_samples": num_samples, **hashes}
+        if self.template.name != BASE:
+            identity["template"] = [self.template.head, self.template.tail]
         make, place = partial(self._make, task, length), (task, length, num_samples)
         return SampleRecipe(*place, identity=identity, make=make, whole=True)
 
@@ -78,7 +87,10 @@ class UpstreamRuler:
         """All samples; ``first`` is 0."""
         samples = []
         for text, answers, used in self.texts(task, length)[first:stop]:
-            ids = [*self.encoder.bos_ids, *self.encoder.encode_text(text)]
+            ids = self._ids(text)
+            bos_ids = self.encoder.bos_ids
+            # A chat template may start with BOS itself; twice would be no document's start.
+            ids = ids if bos_ids and ids[: len(bos_ids)] == bos_ids else [*bos_ids, *ids]
             over = max(len(ids) + MAX_NEW_TOKENS[task] - length, 0)
             facts: dict[str, Any] = {"num_characters": len(text), "fill": used / length}
             facts |= {"bos_over": over} if over else {}
@@ -115,7 +127,8 @@ class UpstreamRuler:
     def _variables(self, length: int, streams: draws.Streams) -> "_SizeSearch":
         """First the solved example is fitted, then prompts that leave room for it."""
         template = self.prompts["variable_tracking"]
-        small = partial(draws.variables, template, streams, example=True)
+        bare = draws.read_prompts(self.checkout)["variable_tracking"]
+        small = partial(draws.variables, bare, streams, example=True)
         example_search = _SizeSearch(lambda _, size: small(size), small, 5)
         size = self._largest(example_search, _EXAMPLE_LENGTH, _EXAMPLE_LENGTH)
         solved, names, _ = self._sample(small, size, 5, length=_EXAMPLE_LENGTH, new_tokens=0)
@@ -124,7 +137,7 @@ class UpstreamRuler:
 
         def generate(_: int, size: int) -> draws.Text:
             text, answers = large(size)
-            return draws.with_example(text, example, streams), answers
+            return draws.with_example(text, example, streams, self.template.head), answers
 
         step = 10 if length >= 4096 else 5
         return _SizeSearch(generate, large, step, reserved=self._count(example))
@@ -159,18 +172,17 @@ class UpstreamRuler:
         num_failed = 0
         while True:
             # More needles than places, a repeated name: RULER catches everything.
-            try:
-                text, answers = draw(size)
-                used = self._count(text) + new_tokens
-            except (ValueError, IndexError):
-                used = None
-            if used is not None and used <= length:
-                return text, answers, used
+            found: draws.Text | None = None
+            with contextlib.suppress(ValueError, IndexError):
+                found = draw(size)
+            used = length + 1 if found is None else self._count(found[0]) + new_tokens
+            if found is not None and used <= length:
+                return *found, used
             if size > step:
                 size -= step
                 continue
-            num_failed += used is None
-            at_smallest += [] if used is None else [used]
+            num_failed += found is None
+            at_smallest += [] if found is None else [used]
             if _is_hopeless(at_smallest, num_failed, length):
                 raise DataError(_never_ending(smallest, at_smallest, num_failed, length))
 
@@ -219,7 +231,16 @@ class UpstreamRuler:
         return re.sub(r"\s+", " ", text).split(" ")
 
     def _count(self, text: str) -> int:
-        return len(self.encoder.encode_text(text))
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a prompt, control tokens in its template alone."""
+        pieces = self.template.pieces(text)
+        found = (
+            self.encoder.encode_text(piece) if isinstance(piece, str) else [piece]
+            for piece in pieces
+        )
+        return list(itertools.chain.from_iterable(found))
 
 
 @dataclass(frozen=True)
