@@ -58,8 +58,12 @@ class ShortTasksConfig:
     """Tasks to run; none by default."""
     include_path: str | None = None
     """Folder with task files of your own for lm-eval."""
+    data: str | None = None
+    """Folder with the benchmarks' own files, for machines without access to the hub; what it must
+    hold stands in ``short_task_files.py`` and is named where it is missing. Null: the hub, at
+    commits that are named there too."""
     limit: int | None = None
-    """Only the first so many questions of each task; null is all."""
+    """Only the first so many questions of each task; null is all. The gate is not tried then."""
 
 
 def short_task_faults(config: ShortTasksConfig) -> list[str]:
@@ -144,6 +148,14 @@ class SuiteConfig:
         """All long tasks."""
         groups = self.long_tasks
         return [*groups.longbench.tasks, *groups.infinitebench.tasks, *groups.loft.tasks]
+
+    @property
+    def limited(self) -> frozenset[str]:
+        """Suites of which only a part of the samples is asked, but for RULER and the needle map."""
+        parts = {LM_EVAL_SUITE} if self.short_tasks.limit is not None else set()
+        if self.long_tasks.num_samples is not None:
+            parts |= {"longbench", "infinitebench", "loft"}
+        return frozenset(parts)
 
     @property
     def generates(self) -> bool:

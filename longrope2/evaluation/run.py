@@ -29,6 +29,7 @@ from longrope2.evaluation.config import EvaluateRoot, evaluated_lengths, suite_l
 from longrope2.evaluation.long_tasks.tasks import long_tasks
 from longrope2.evaluation.needle_map import needle_map_tasks
 from longrope2.evaluation.prompts import PromptEncoder
+from longrope2.evaluation.protocol import basis_of, protocols
 from longrope2.evaluation.results import RESULTS_FILE, AnswersLog, Measurement, ResultsLog, Shard
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
@@ -72,8 +73,12 @@ def own_shard(config: EvaluateRoot) -> Shard:
     return shard if world_size is None else shard.within(int(os.environ["RANK"]), world_size)
 
 
-def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
-    """The plan in a few lines."""
+def describe(config: EvaluateRoot, subjects: Sequence[Subject], base_folder: Path) -> str:
+    """The plan in a few lines.
+
+    Raises:
+        UserError: as ``protocols``.
+    """
     model, evaluation, suite = config.model, config.evaluation, config.suite
     needle, lengths = evaluation.needle, ", ".join(map(str, suite_lengths(config)))
     lines = [f"model      {model.name}, window {model.original_len} -> {config.target_len}"]
@@ -111,6 +116,9 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         if (found := next((s for s in subjects if s.name == subject.name), None)) is not None:
             is_what = f"{found.factors.method}{', trained' if found.trained else ''}"
         lines.append(f"subject    {subject.name}: {is_what}")
+    asks = suite.generates or bool(suite.short_tasks.tasks)
+    for protocol in protocols(config, load_tokenizer(base_folder)) if asks else ():
+        lines.append(f"{protocol.part:<10} {basis_of(protocol)}")
     return "\n".join(lines)
 
 
@@ -304,7 +312,8 @@ def _run_suite(
         print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. {way_on}")
         return None
     text = texts.text if texts else None
-    found = summary.summarize_suite(config, subjects, cells + short_cells, text)
+    asked_how = protocols(config, tokenizer)
+    found = summary.summarize_suite(config, subjects, cells + short_cells, text, asked_how)
     write_summary(folder, found)
     return found
 
@@ -386,7 +395,8 @@ def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
     """Stop before extended models when the base model breaks a rule."""
     reference = config.evaluation.reference
     scored = [*cells, *summary.average_cells(cells)]
-    rows = summary.calibration_rows(config.calibration, scored, reference)
+    limited = config.suite.limited
+    rows = summary.calibration_rows(config.calibration, scored, reference, limited)
     if summary.passed(config.calibration, rows):
         return
     faults = []

@@ -25,7 +25,7 @@ from longrope2.evaluation.answering import (
 from longrope2.evaluation.results import AnswersLog, Shard, read_answers
 from longrope2.evaluation.run import _lacking
 from longrope2.evaluation.samples import GenerationTask, Sample
-from longrope2.evaluation.schema import Average
+from longrope2.evaluation.schema import Average, EffectiveLength
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.evaluation.summary import average_cells, effective_length, paired_rows, score_cells
 from longrope2.model.folder import weights_sha256
@@ -344,13 +344,28 @@ def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expe
     ]
 
 
-def test_effective_length_ends_at_the_first_gap():
-    def row(length, score):
-        return Average("s", "ruler", length, 13, score)
+def test_effective_length_ends_at_the_first_gap_at_either_end_of_the_interval():
+    def row(length, low, high, num_tasks=13):
+        interval = None if low is None else (low, high)
+        return Average("s", "ruler", length, num_tasks, low, interval=interval)
 
-    assert effective_length([row(4096, 0.9), row(8192, 0.857), row(16384, 0.856)], "s") == 8192
-    assert effective_length([row(4096, 0.9), row(8192, None), row(16384, 0.9)], "s") == 4096
-    assert effective_length([row(4096, 0.8), row(8192, 0.9)], "s") is None
+    def found(*rows):
+        return effective_length(rows, "s")
+
+    sure = row(4096, 0.857, 0.9)
+    assert found(sure, row(8192, 0.86, 0.9), row(16384, 0.8, 0.856)) == EffectiveLength(
+        "s", 8192, 8192
+    )
+    assert found(row(8192, 0.856, 0.87), row(16384, 0.9, 0.95), sure) == EffectiveLength(
+        "s", 4096, 16384
+    )
+    assert found(sure, row(8192, None, None), row(16384, 0.9, 0.95)) == EffectiveLength(
+        "s", 4096, 4096
+    )
+    assert found(row(4096, 0.7, 0.8), row(8192, 0.9, 0.95)) == EffectiveLength("s")
+    two = found(row(4096, 0.9, 1.0, num_tasks=2))
+    assert (two.surely, two.perhaps) == (None, None)
+    assert two.reason == "2 of RULER's 13 tasks do not tell"
 
 
 @pytest.mark.slow

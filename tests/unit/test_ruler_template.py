@@ -100,7 +100,7 @@ def test_templates_that_do_not_exist_are_named(checkout, tokenizer):
 
 
 def test_only_the_template_brings_control_tokens(checkout, tokenizer, monkeypatch):
-    """The ids of head and tail are the tokenizer's own; a document that says ``<|end|>`` is text."""
+    """Those of head and tail are the tokenizer's own; a document that says ``<|end|>`` is text."""
     prompts = {"niah": "Read {context} and say {query} {type_needle_v}."}
     monkeypatch.setattr(
         "longrope2.evaluation.ruler.upstream_draws.read_prompts",
