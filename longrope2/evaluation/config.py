@@ -79,6 +79,8 @@ def short_task_faults(config: ShortTasksConfig) -> list[str]:
             faults.append(f"{place}.metric={task.metric!r} must be {allowed}")
         if task.num_fewshot is not None and task.num_fewshot < 0:
             faults.append(f"{place}.num_fewshot={task.num_fewshot} must be 0 or more, or null")
+    if config.data is not None and not Path(config.data).is_dir():
+        faults.append(f"{key}.data={config.data} is no folder; null reads the hub")
     if config.limit is not None and config.limit < 1:
         faults.append(f"{key}.limit={config.limit} must be at least 1, or null for all")
     if config.tasks and lm_eval_version() is None:

@@ -25,6 +25,7 @@ from longrope2.evaluation.ruler import qa
 from longrope2.evaluation.ruler.config import RULER_TASKS, RulerConfig, RulerMode
 from longrope2.evaluation.ruler.template import BASE, choose_template
 from longrope2.evaluation.schema import Protocol
+from longrope2.evaluation.short_task_files import TRUTHFULQA_LISTS, TRUTHFULQA_TABLE
 from longrope2.files.artifacts import sha256_of_bytes
 
 LONG_SUITES = ("longbench", "infinitebench")
@@ -191,6 +192,10 @@ def _short(config: ShortTasksConfig) -> Protocol:
     shots = ", ".join(f"{name} {shots}" for name, (_, _, shots) in named.items())
     source = "hub data at named commits" if config.data is None else f"files of {config.data}"
     facts = [f"lm-eval {lm_eval_version()}", f"shots: {shots}", source]
+    if config.data is not None and "truthfulqa" in named:
+        lists, table = (Path(config.data) / name for name in (TRUTHFULQA_LISTS, TRUTHFULQA_TABLE))
+        if table.is_file() and not lists.is_file():
+            differs.append(f"truthfulqa's lists made of {TRUTHFULQA_TABLE}")
     if config.include_path is not None:
         facts.append(f"tasks of {config.include_path}")
         differs.append("task files of suite.short_tasks.include_path")

@@ -45,7 +45,7 @@ from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking.metrics import MetricsLog
 
 _ANSWERS_FOLDER = "answers"
-_SHORT_TASKS_FILE = "short_tasks.jsonl"
+_SHORT_TASKS_FILE, _TASK_FILES_FOLDER = "short_tasks.jsonl", "short_task_files"
 # Results are told apart by what they were measured on, so these may change from run to run.
 _CHANGEABLE = "dry_run tracking evaluation corpus seed suite calibration checkpoint".split()
 
@@ -301,6 +301,7 @@ def _run_suite(
             if short_results is not None:
                 chosen, start = config.suite.short_tasks, config.model.document_start
                 of = {"tokenizer": tokenizer, "models": models, "document_start": start}
+                of["folder"] = folder / _TASK_FILES_FOLDER
                 found = measure_short_tasks(chosen, [subject], short_results, **of)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:

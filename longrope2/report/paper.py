@@ -21,6 +21,7 @@ from longrope2.report import paper_values as paper
 from longrope2.statistics import difference_interval, exact_interval, macro_interval
 
 FEWEST_SAMPLES = 20
+_SHORTEST_BIN = 4096
 TOO_FEW, NOT_COMPARABLE, NOT_TOLD_APART = "too few samples", "not comparable", "not told apart"
 
 # Part of a suite -> its suites, and the paper's tasks of it.
@@ -194,7 +195,7 @@ def paper_text(summary: SuiteSummary) -> str:
             count = f"{row.num_tasks} score{'' if row.num_tasks == 1 else 's'}"
             lines.append(f"{place}: {kept} over {count}")
     parts += ["\n".join(lines)] if lines else []
-    return "\n\n".join(parts + _by_side(summary) + _missing(summary))
+    return "\n\n".join(parts + _by_side(summary) + _by_length(summary) + _missing(summary))
 
 
 def effective_line(summary: SuiteSummary, row: EffectiveLength) -> str:
@@ -224,6 +225,37 @@ def _by_side(summary: SuiteSummary) -> list[str]:
             sides = (f"{k} {100 * v.score:.1f} ({v.num_samples})" for k, v in cell.sides.items())
             lines.append(f"  {cell.subject} {cell.suite}/{cell.task}: {', '.join(sides)}")
     return ["by RoPE side of the answer, score (samples)\n" + "\n".join(lines)] if lines else []
+
+
+def scores_by_length(cell: Cell) -> dict[str, tuple[float, int]]:
+    """Score and samples of a cell by the tokens of its prompts, in powers of two from 4,096 on.
+
+    LongBench's prompts have lengths of their own, most of them inside the original window: one
+    score of them all says little of a long one.
+    """
+    found: dict[int, list[float]] = {}
+    for score, facts in zip(cell.scores, cell.facts, strict=False):
+        border = _SHORTEST_BIN
+        while facts["prompt_tokens"] > border:
+            border *= 2
+        found.setdefault(border, []).append(score)
+    return {
+        f"up to {border:,}": (sum(found[border]) / len(found[border]), len(found[border]))
+        for border in sorted(found)
+    }
+
+
+def _by_length(summary: SuiteSummary) -> list[str]:
+    """LongBench's scores by the lengths of its prompts."""
+    lines = []
+    for cell in summary.cells:
+        if cell.suite == "longbench" and cell.score is not None:
+            bins = scores_by_length(cell).items()
+            shown = ", ".join(
+                f"{name} {100 * score:.1f} ({count})" for name, (score, count) in bins
+            )
+            lines.append(f"  {cell.subject} {cell.suite}/{cell.task}: {shown}")
+    return ["by tokens of the prompt, score (samples)\n" + "\n".join(lines)] if lines else []
 
 
 def _missing(summary: SuiteSummary) -> list[str]:

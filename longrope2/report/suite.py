@@ -5,7 +5,7 @@ import html
 from longrope2.evaluation.schema import Cell, SuiteSummary
 from longrope2.evaluation.summary import EFFECTIVE_THRESHOLD
 from longrope2.report.html import blind_note, heat_map, interval, table
-from longrope2.report.paper import TableCell, paper_tables, reached_text
+from longrope2.report.paper import TableCell, paper_tables, reached_text, scores_by_length
 from longrope2.statistics import score_interval
 
 _VERDICT_COLORS = {"above": "#3056a0", "below": "#a23b2a"}
@@ -19,13 +19,19 @@ def suite_html(summary: SuiteSummary) -> str:
         shown = table(["", *map(html.escape, found.columns)], rows)
         basis = "<br>".join(map(html.escape, found.basis))
         parts.append(f"<h3>{html.escape(found.title)}</h3><p class=note>{basis}</p>{shown}")
-    parts += [_kept(summary), _sides(summary), _pairs(summary), _calibration(summary)]
+    parts += [
+        _kept(summary),
+        _sides(summary),
+        _lengths(summary),
+        _pairs(summary),
+        _calibration(summary),
+    ]
     note = (
         "Scores in %, 95 % intervals in brackets. The paper's value stands below ours where the "
         "method and the training are the paper's; a verdict is given only where the paper asked "
-        "the same, on 20 samples at least, and weighs the sampling error of both: it is false in "
-        "at most 5 % of the cases. Not told apart is not equal: the difference that would have been "
-        "seen stands beside it."
+        "the same, on 20 samples at least. It weighs the sampling error of both and is false in "
+        "at most 5 % of the cases. Not told apart is not equal: the difference that would have "
+        "been seen stands beside it."
     )
     return f"<p class=note>{note}</p>" + "".join(parts)
 
@@ -102,6 +108,22 @@ def _sides(summary: SuiteSummary) -> str:
     head = ["model", "task", "length", "original RoPE", "both", "rescaled RoPE"]
     shown = f"<details><summary>scores by RoPE side</summary>{table(head, rows)}</details>"
     return shown if rows else ""
+
+
+def _lengths(summary: SuiteSummary) -> str:
+    """LongBench's scores by the tokens of the prompt."""
+    rows = []
+    for cell in summary.cells:
+        if cell.suite == "longbench" and cell.score is not None:
+            for name, (score, count) in scores_by_length(cell).items():
+                rows.append(
+                    [html.escape(cell.subject), cell.task, name, f"{100 * score:.1f}", count]
+                )
+    shown = table(
+        ["model", "task", "tokens", "score", "samples"], [list(map(str, r)) for r in rows]
+    )
+    title = "LongBench by tokens of the prompt"
+    return f"<details><summary>{title}</summary>{shown}</details>" if rows else ""
 
 
 def _pairs(summary: SuiteSummary) -> str:

@@ -11,7 +11,12 @@ import pytest
 from scipy import stats
 
 from longrope2.errors import ArtifactError
-from longrope2.evaluation.config import CalibrationConfig, CalibrationRule
+from longrope2.evaluation.config import (
+    CalibrationConfig,
+    CalibrationRule,
+    ShortTasksConfig,
+    SuiteConfig,
+)
 from longrope2.evaluation.schema import (
     Average,
     Calibration,
@@ -365,6 +370,46 @@ def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
     assert not passed(config, rows)
     config.required = False
     assert passed(config, rows)
+
+
+def test_the_gate_is_not_tried_on_a_part_of_the_questions():
+    """What all questions give says nothing of the first hundred."""
+    rule = CalibrationRule("lm_eval/hellaswag", 80, 84)
+    config, cells = CalibrationConfig([rule]), [cell("base", "lm_eval", "hellaswag", 0, 0.5)]
+    suite = SuiteConfig(short_tasks=ShortTasksConfig(limit=100))
+    rows = calibration_rows(config, cells, "base", suite.limited)
+    assert [(row.state, row.found) for row in rows] == [("not tried", 50)] and passed(config, rows)
+    assert not passed(config, calibration_rows(config, cells, "base", SuiteConfig().limited))
+    suite.long_tasks.num_samples = 5
+    assert suite.limited == {"lm_eval", "longbench", "infinitebench", "loft"}
+
+
+def test_longbench_is_shown_by_the_tokens_of_its_prompts(tmp_path):
+    """Most of its prompts are shorter than the windows that are compared."""
+    facts = tuple({"prompt_tokens": n} for n in (100, 4096, 4097, 20_000, 32_768))
+    scores = {"scores": (1.0, 0.5, 0.25, 0.0, 1.0), "facts": facts, "num_samples": 5}
+    found = replace(cell("extended", "longbench", "trec", 131072, 0.55), **scores)
+    summary = make_summary([found, cell("base", "loft", "nq", 131072, 0.5)])
+    bins = "up to 4,096 75.0 (2), up to 8,192 25.0 (1), up to 32,768 50.0 (2)"
+    text = paper_text(summary)
+    assert f"by tokens of the prompt, score (samples)\n  extended longbench/trec: {bins}" in text
+    write_summary(tmp_path / "run" / "4_evaluations", summary)
+    page = write_report(tmp_path / "run").read_text()
+    row = "<td>trec</td><td>up to 4,096</td><td>75.0</td><td>2</td>"
+    assert row in page and "LongBench by tokens of the prompt" in page
+
+
+def test_files_of_earlier_versions_are_read_without_a_verdict(tmp_path):
+    write_summary(tmp_path, make_summary([cell("extended", "ruler", "vt", 131072, 0.9)]))
+    plain = json.loads((tmp_path / "suite.json").read_text())
+    del plain["protocols"], plain["effective_lengths"]
+    plain["effective_length"] = {"extended": 8192}
+    (tmp_path / "suite.json").write_text(json.dumps(plain))
+    found = read_summary(SuiteSummary, tmp_path)
+    assert found.protocols == () and found.effective_lengths == ()
+    text = paper_text(found)
+    assert "not comparable with the paper (how it was asked is not recorded" in text
+    assert "effective length" not in text
 
 
 def test_a_suite_file_holds_what_is_known_in_order_and_reads_back(tmp_path):
