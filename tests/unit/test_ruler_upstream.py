@@ -195,8 +195,9 @@ def test_questions_whose_documents_do_not_fit_are_explained(checkout, questions,
     with pytest.raises(DataError) as raised:
         ruler.texts("qa_2", 1000)
     assert str(raised.value) == (
-        "the length is too short: with its answer RULER's smallest prompt (10 documents, those of "
-        f"its question first) took {needed} tokens at least in 100 tries, and 1000 are allowed; "
+        "the length is too short: with its answer RULER's smallest prompt (10 documents, which "
+        f"must hold those of its question) took {needed} tokens at least in 100 tries, and 1000 "
+        "are allowed; "
         "RULER itself would go on drawing for ever; use a longer one, or suite.ruler.mode=fixed, "
         "whose prompts get smaller"
     )
@@ -211,9 +212,9 @@ def test_a_prompt_that_cannot_be_drawn_is_no_prompt_that_is_too_long(
 
     ruler = UpstreamRuler(config(checkout, questions), PromptEncoder(tokenizer))
     with pytest.raises(
-        DataError, match=r"RULER's smallest prompt cannot be drawn \(100 tries fail"
+        DataError, match=r"smallest prompt \(size 7\) cannot be drawn \(100 tries f"
     ):
-        ruler._sample(fails, 30, 10, length=2048, new_tokens=0)
+        ruler._sample(fails, 27, 10, length=2048, new_tokens=0)
 
 
 def test_prompts_that_are_not_rulers_are_refused(checkout):

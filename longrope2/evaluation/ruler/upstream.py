@@ -35,6 +35,7 @@ _TRIES_AT_SMALLEST, _MOST_TRIES_AT_SMALLEST = 100, 10_000
 # Standard deviations between the mean prompt and the room, beyond which no draw will fit.
 _OUT_OF_REACH = 8.0
 _NO_TEMPLATE = PromptTemplate(BASE)
+_SMALLEST = "smallest prompt (size {size})"
 # Of variable tracking's solved example, in tokens.
 _EXAMPLE_LENGTH = 500
 
@@ -113,7 +114,7 @@ class UpstreamRuler:
             if self.config.num_samples > len(found.questions):
                 raise DataError(f"there are {len(found.questions)} questions; use fewer samples")
             shown = partial(draws.documents, self.prompts["qa"], streams, found)
-            smallest = "smallest prompt (10 documents, those of its question first)"
+            smallest = "smallest prompt ({size} documents, which must hold those of its question)"
             return _SizeSearch(shown, partial(shown, 0), 10, smallest=smallest)
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
@@ -165,7 +166,7 @@ class UpstreamRuler:
         *,
         length: int,
         new_tokens: int,
-        smallest: str = "smallest prompt",
+        smallest: str = _SMALLEST,
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
         at_smallest: list[int] = []
@@ -184,7 +185,8 @@ class UpstreamRuler:
             num_failed += found is None
             at_smallest += [] if found is None else [used]
             if _is_hopeless(at_smallest, num_failed, length):
-                raise DataError(_never_ending(smallest, at_smallest, num_failed, length))
+                called = smallest.format(size=size)
+                raise DataError(_never_ending(called, at_smallest, num_failed, length))
 
     def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
@@ -257,7 +259,7 @@ class _SizeSearch:
     """Tokens that ``generate`` adds to ``probe``."""
     probe_size: int | None = None
     """Size from which tokens per unit are estimated; None is ``step``."""
-    smallest: str = "smallest prompt"
+    smallest: str = _SMALLEST
     """What a draw of the smallest size is called where none fits."""
 
 
