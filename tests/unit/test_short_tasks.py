@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation import config, subjects
@@ -280,10 +281,8 @@ def test_true_files_of_benchmarks_are_scored_as_by_hand(model, tokenizer, tmp_pa
 
 def _primed(question):
     """The question behind the six that the benchmark puts in front of every one."""
-    from lm_eval.tasks import TaskManager
-
-    entry = TaskManager().task_index["truthfulqa_mc2"]
-    text = entry.cfg["doc_to_text"]
+    folder = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
+    text = yaml.safe_load((folder / "truthfulqa_mc1.yaml").read_text())["doc_to_text"]
     before = re.search(r"prompt_qa = '(.*?)'%}", text, re.DOTALL)
     assert before is not None
     return f"{before[1]}\n\nQ: {question}\nA:"
