@@ -40,7 +40,7 @@ def main() -> None:
     shard, folder = own_shard(config), product_folder(config.run.folder, "evaluations")
     subjects = resolve_subjects(config, base_folder, missing=missing)
     if shard.index == 0:
-        print(describe(config, subjects))
+        print(describe(config, subjects, base_folder))
         if missing:
             print(waiting_lines("evaluation", list(missing.values())))
     if config.dry_run:

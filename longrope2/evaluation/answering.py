@@ -156,6 +156,11 @@ class NotMeasured:
     length: int
     reason: str
 
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """As ``Request.place``: another subject may have been able to."""
+        return self.subject, self.suite, self.task, self.length
+
     def __str__(self) -> str:
         place = f"{self.suite}/{self.task} at {self.length} tokens, {self.subject}"
         return f"{place}: not measured, {self.reason}"

@@ -58,8 +58,12 @@ class ShortTasksConfig:
     """Tasks to run; none by default."""
     include_path: str | None = None
     """Folder with task files of your own for lm-eval."""
+    data: str | None = None
+    """Folder with the benchmarks' own files, for machines without access to the hub; what it must
+    hold stands in ``short_task_files.py`` and is named where it is missing. Null: the hub, at
+    commits that are named there too."""
     limit: int | None = None
-    """Only the first so many questions of each task; null is all."""
+    """Only the first so many questions of each task; null is all. The gate is not tried then."""
 
 
 def short_task_faults(config: ShortTasksConfig) -> list[str]:
@@ -75,6 +79,8 @@ def short_task_faults(config: ShortTasksConfig) -> list[str]:
             faults.append(f"{place}.metric={task.metric!r} must be {allowed}")
         if task.num_fewshot is not None and task.num_fewshot < 0:
             faults.append(f"{place}.num_fewshot={task.num_fewshot} must be 0 or more, or null")
+    if config.data is not None and not Path(config.data).is_dir():
+        faults.append(f"{key}.data={config.data} is no folder; null reads the hub")
     if config.limit is not None and config.limit < 1:
         faults.append(f"{key}.limit={config.limit} must be at least 1, or null for all")
     if config.tasks and lm_eval_version() is None:
@@ -144,6 +150,14 @@ class SuiteConfig:
         """All long tasks."""
         groups = self.long_tasks
         return [*groups.longbench.tasks, *groups.infinitebench.tasks, *groups.loft.tasks]
+
+    @property
+    def limited(self) -> frozenset[str]:
+        """Suites of which only a part of the samples is asked, but for RULER and the needle map."""
+        parts = {LM_EVAL_SUITE} if self.short_tasks.limit is not None else set()
+        if self.long_tasks.num_samples is not None:
+            parts |= {"longbench", "infinitebench", "loft"}
+        return frozenset(parts)
 
     @property
     def generates(self) -> bool:

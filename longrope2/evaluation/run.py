@@ -29,6 +29,7 @@ from longrope2.evaluation.config import EvaluateRoot, evaluated_lengths, suite_l
 from longrope2.evaluation.long_tasks.tasks import long_tasks
 from longrope2.evaluation.needle_map import needle_map_tasks
 from longrope2.evaluation.prompts import PromptEncoder
+from longrope2.evaluation.protocol import basis_of, protocols
 from longrope2.evaluation.results import RESULTS_FILE, AnswersLog, Measurement, ResultsLog, Shard
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
@@ -44,7 +45,7 @@ from longrope2.segments.needle_set import NeedleSet
 from longrope2.tracking.metrics import MetricsLog
 
 _ANSWERS_FOLDER = "answers"
-_SHORT_TASKS_FILE = "short_tasks.jsonl"
+_SHORT_TASKS_FILE, _TASK_FILES_FOLDER = "short_tasks.jsonl", "short_task_files"
 # Results are told apart by what they were measured on, so these may change from run to run.
 _CHANGEABLE = "dry_run tracking evaluation corpus seed suite calibration checkpoint".split()
 
@@ -72,8 +73,12 @@ def own_shard(config: EvaluateRoot) -> Shard:
     return shard if world_size is None else shard.within(int(os.environ["RANK"]), world_size)
 
 
-def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
-    """The plan in a few lines."""
+def describe(config: EvaluateRoot, subjects: Sequence[Subject], base_folder: Path) -> str:
+    """The plan in a few lines.
+
+    Raises:
+        UserError: as ``protocols``.
+    """
     model, evaluation, suite = config.model, config.evaluation, config.suite
     needle, lengths = evaluation.needle, ", ".join(map(str, suite_lengths(config)))
     lines = [f"model      {model.name}, window {model.original_len} -> {config.target_len}"]
@@ -111,6 +116,9 @@ def describe(config: EvaluateRoot, subjects: Sequence[Subject]) -> str:
         if (found := next((s for s in subjects if s.name == subject.name), None)) is not None:
             is_what = f"{found.factors.method}{', trained' if found.trained else ''}"
         lines.append(f"subject    {subject.name}: {is_what}")
+    asks = suite.generates or bool(suite.short_tasks.tasks)
+    for protocol in protocols(config, load_tokenizer(base_folder)) if asks else ():
+        lines.append(f"{protocol.part:<10} {basis_of(protocol)}")
     return "\n".join(lines)
 
 
@@ -293,6 +301,7 @@ def _run_suite(
             if short_results is not None:
                 chosen, start = config.suite.short_tasks, config.model.document_start
                 of = {"tokenizer": tokenizer, "models": models, "document_start": start}
+                of["folder"] = folder / _TASK_FILES_FOLDER
                 found = measure_short_tasks(chosen, [subject], short_results, **of)
                 short_cells += map(short_task_cell, found)
             if subject.name == reference and shard.count == 1:
@@ -304,7 +313,8 @@ def _run_suite(
         print(f"shard {shard.index + 1}/{shard.count} is done; {lacking} still missing. {way_on}")
         return None
     text = texts.text if texts else None
-    found = summary.summarize_suite(config, subjects, cells + short_cells, text)
+    asked_how = protocols(config, tokenizer)
+    found = summary.summarize_suite(config, subjects, cells + short_cells, text, asked_how)
     write_summary(folder, found)
     return found
 
@@ -322,8 +332,8 @@ def _lacking(
     cells: Sequence[Cell], given_up: Sequence[answering.NotMeasured], short_elsewhere: bool
 ) -> str:
     """What other shards still owe; empty when it is nothing."""
-    lost = {(row.suite, row.task, row.length) for row in given_up}
-    open_cells = (c for c in cells if (c.suite, c.task, c.length) not in lost)
+    lost = {row.place for row in given_up}
+    open_cells = (c for c in cells if (c.subject, c.suite, c.task, c.length) not in lost)
     num_missing = sum(cell.num_missing or 0 for cell in open_cells)
     if num_missing:
         return f"{num_missing} answers of other shards are"
@@ -386,7 +396,8 @@ def _gate(config: EvaluateRoot, cells: Sequence[Cell]) -> None:
     """Stop before extended models when the base model breaks a rule."""
     reference = config.evaluation.reference
     scored = [*cells, *summary.average_cells(cells)]
-    rows = summary.calibration_rows(config.calibration, scored, reference)
+    limited = config.suite.limited
+    rows = summary.calibration_rows(config.calibration, scored, reference, limited)
     if summary.passed(config.calibration, rows):
         return
     faults = []

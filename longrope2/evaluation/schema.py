@@ -146,7 +146,8 @@ class CalibrationRow:
     found: float | None
     """The base model's score; null where there is none."""
     state: str
-    """``passed``, ``broken``, ``not measured`` (started, unfinished) or ``not in this suite``."""
+    """``passed``, ``broken``, ``not measured`` (started, unfinished), ``not in this suite``, or
+    ``not tried`` where only a part of the samples was asked."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,32 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """How a part of a suite was asked; scores are comparable where nothing differs."""
+
+    part: str
+    """``ruler``, ``needle_map``, ``loft``, ``long`` (InfiniteBench and LongBench) or ``short``."""
+    facts: tuple[str, ...]
+    """Wording, template, tasks, samples, data and their revisions, lengths, tokenizer."""
+    differs: tuple[str, ...] = ()
+    """What is not as the paper asks."""
+
+
+@dataclass(frozen=True)
+class EffectiveLength:
+    """How far RULER's average of a subject stays above its threshold, from the shortest length."""
+
+    subject: str
+    surely: int | None = None
+    """Largest length up to which the lower end of the average's interval does; null where none
+    does."""
+    perhaps: int | None = None
+    """The same of the upper end."""
+    reason: str = ""
+    """Why nothing can be said."""
+
+
+@dataclass(frozen=True)
 class KeptRow:
     """Scores of one subject inside the original window, over the base model's."""
 
@@ -265,11 +292,12 @@ class SuiteSummary:
     cells: tuple[Cell, ...]
     averages: tuple[Average, ...]
     """Of RULER alone."""
-    effective_length: dict[str, int | None]
-    """Subject -> largest length up to which RULER's average stays above its threshold; null where
-    the shortest does not, or nothing was measured."""
     retention: tuple[KeptRow, ...]
     paired: tuple[PairedRow, ...]
+    effective_lengths: tuple[EffectiveLength, ...] = ()
+    """Of every subject that RULER was asked of; none in files of earlier versions."""
+    protocols: tuple[Protocol, ...] = ()
+    """Of every part; files of earlier versions have none, and so no verdicts."""
     text: HeldoutText | None = None
     """Which text needles stand in; null where none was asked for, and in files of earlier
     versions."""

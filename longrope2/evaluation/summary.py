@@ -20,6 +20,7 @@ from longrope2.evaluation import schema
 from longrope2.evaluation.answering import NotMeasured, sample_key
 from longrope2.evaluation.config import LM_EVAL_SUITE, CalibrationConfig, EvaluateRoot
 from longrope2.evaluation.results import Answer, AnswersLog, Measurement
+from longrope2.evaluation.ruler.config import RULER_TASKS
 from longrope2.evaluation.samples import GenerationTask
 from longrope2.evaluation.schema import Average, Cell
 from longrope2.evaluation.subjects import Subject
@@ -170,7 +171,7 @@ def score_cells(
     stop_ids: Collection[int],
 ) -> list[Cell]:
     """One cell per subject and task: the score with its interval, or why there is none."""
-    reasons = {(lost.suite, lost.task, lost.length): lost.reason for lost in given_up}
+    reasons = {lost.place: lost.reason for lost in given_up}
     cells = []
     for subject in subjects:
         for task in tasks:
@@ -181,7 +182,7 @@ def score_cells(
             if answers and not num_missing:
                 cells.append(_scored(place, task, answers))
             else:
-                reason = reasons.get((task.suite, task.name, task.length), "not answered yet")
+                reason = reasons.get(place[:-1], "not answered yet")
                 cells.append(Cell(*place, score=None, num_missing=num_missing, reason=reason))
     return cells
 
@@ -239,24 +240,40 @@ def average_cells(cells: Sequence[Cell]) -> list[Average]:
     return averages
 
 
-def effective_length(averages: Sequence[Average], subject: str) -> int | None:
-    """Largest length up to which every RULER average lies above its threshold, else None.
+def effective_length(averages: Sequence[Average], subject: str) -> schema.EffectiveLength:
+    """Largest length up to which every RULER average lies above its threshold, by its interval.
 
-    A length that was not measured ends the count.
+    A length that was not measured ends the count. Nothing is said of fewer than all 13 tasks.
     """
+    own = sorted((row for row in averages if row.subject == subject), key=lambda row: row.length)
+    if any(row.num_tasks < len(RULER_TASKS) for row in own):
+        reason = f"{own[0].num_tasks} of RULER's {len(RULER_TASKS)} tasks do not tell"
+        return schema.EffectiveLength(subject, reason=reason)
+    surely, perhaps = (_reached(own, end) for end in (0, 1))
+    return schema.EffectiveLength(subject, surely, perhaps)
+
+
+def _reached(averages: Sequence[Average], end: int) -> int | None:
+    """The last length before one end of the interval falls to the threshold."""
     longest = None
-    own = (row for row in averages if row.subject == subject)
-    for row in sorted(own, key=lambda row: row.length):
-        if row.score is None or 100 * row.score <= EFFECTIVE_THRESHOLD:
+    for row in averages:
+        if row.interval is None or 100 * row.interval[end] <= EFFECTIVE_THRESHOLD:
             break
         longest = row.length
     return longest
 
 
 def calibration_rows(
-    config: CalibrationConfig, scored: Sequence[Cell | Average], reference: str
+    config: CalibrationConfig,
+    scored: Sequence[Cell | Average],
+    reference: str,
+    limited: Collection[str] = (),
 ) -> list[schema.CalibrationRow]:
-    """What came of each rule on the scores of the base model, ``reference``."""
+    """What came of each rule on the scores of the base model, ``reference``.
+
+    Scores of the suites ``limited`` are of a part of their samples: what is known of all of them
+    says nothing of those, so their rules are not tried.
+    """
     scores: dict[str, float | None] = {}
     for row in scored:
         if row.subject == reference:
@@ -266,7 +283,9 @@ def calibration_rows(
     for rule in config.rules:
         found = scores.get(rule.score)
         found = None if found is None else 100 * found
-        if found is not None:
+        if rule.score.partition("/")[0] in limited:
+            state = "not tried"
+        elif found is not None:
             state = "passed" if rule.low <= found <= rule.high else "broken"
         else:
             state = "not measured" if rule.score in scores else "not in this suite"
@@ -276,7 +295,8 @@ def calibration_rows(
 
 def passed(config: CalibrationConfig, rows: Sequence[schema.CalibrationRow]) -> bool:
     """Whether extended models may be reported."""
-    return not config.required or all(row.state in ("passed", "not in this suite") for row in rows)
+    harmless = ("passed", "not in this suite", "not tried")
+    return not config.required or all(row.state in harmless for row in rows)
 
 
 def paired_rows(cells: Sequence[Cell], reference: str | None = None) -> list[schema.PairedRow]:
@@ -307,6 +327,7 @@ def summarize_suite(
     subjects: Sequence[Subject],
     cells: Sequence[Cell],
     text: HeldoutText | None = None,
+    protocols: Sequence[schema.Protocol] = (),
 ) -> schema.SuiteSummary:
     """Content of ``suite.json``.
 
@@ -315,7 +336,8 @@ def summarize_suite(
     """
     reference = config.evaluation.reference
     averages = average_cells(cells)
-    rules = calibration_rows(config.calibration, [*cells, *averages], reference)
+    scored = [*cells, *averages]
+    rules = calibration_rows(config.calibration, scored, reference, config.suite.limited)
     may_report = passed(config.calibration, rules)
     if not may_report:
         cells = [cell if cell.subject == reference else _withheld(cell) for cell in cells]
@@ -331,9 +353,14 @@ def summarize_suite(
         calibration=schema.Calibration(may_report, tuple(rules)),
         cells=tuple(cells),
         averages=tuple(averages),
-        effective_length={s.name: effective_length(averages, s.name) for s in subjects},
         retention=tuple(_kept_rows(cells, reference, config.model.original_len)),
         paired=tuple(paired_rows(cells, reference)),
+        effective_lengths=tuple(
+            effective_length(averages, subject.name)
+            for subject in subjects
+            if any(row.subject == subject.name for row in averages)
+        ),
+        protocols=tuple(protocols),
         text=text,
     )
 

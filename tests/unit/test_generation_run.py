@@ -23,8 +23,9 @@ from longrope2.evaluation.answering import (
     shard_requests,
 )
 from longrope2.evaluation.results import AnswersLog, Shard, read_answers
+from longrope2.evaluation.run import _lacking
 from longrope2.evaluation.samples import GenerationTask, Sample
-from longrope2.evaluation.schema import Average
+from longrope2.evaluation.schema import Average, EffectiveLength
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.evaluation.summary import average_cells, effective_length, paired_rows, score_cells
 from longrope2.model.folder import weights_sha256
@@ -256,6 +257,17 @@ def test_out_of_memory_gives_up_one_task_and_loses_nothing(
     assert answer_all(tmp_path, subjects, tasks) and known(tmp_path) == expected
 
 
+def test_what_one_subject_gave_up_another_still_owes(subjects, tasks, tmp_path):
+    """A reason is its subject's own, and a shard does not sum up before the others' answers."""
+    lost = [NotMeasured("none", "ruler", "c", 64, "out of memory on cpu")]
+    with AnswersLog(tmp_path, Shard()) as log:
+        cells = score_cells(subjects, tasks[2:], log, lost, **ASKED)
+    assert [cell.reason for cell in cells] == ["out of memory on cpu", "not answered yet"]
+    assert _lacking(cells, lost, short_elsewhere=False) == "4 answers of other shards are"
+    lost.append(NotMeasured("ntk", "ruler", "c", 64, "out of memory on cpu"))
+    assert _lacking(cells, lost, short_elsewhere=False) == ""
+
+
 def test_another_fault_of_the_model_is_not_taken_for_memory(subjects, tasks, tmp_path):
     def generate(model, samples, stop_ids):
         raise RuntimeError("shapes do not match")
@@ -332,13 +344,28 @@ def test_cells_hold_scores_sides_averages_and_paired_tests(subjects, tasks, expe
     ]
 
 
-def test_effective_length_ends_at_the_first_gap():
-    def row(length, score):
-        return Average("s", "ruler", length, 13, score)
+def test_effective_length_ends_at_the_first_gap_at_either_end_of_the_interval():
+    def row(length, low, high, num_tasks=13):
+        interval = None if low is None else (low, high)
+        return Average("s", "ruler", length, num_tasks, low, interval=interval)
 
-    assert effective_length([row(4096, 0.9), row(8192, 0.857), row(16384, 0.856)], "s") == 8192
-    assert effective_length([row(4096, 0.9), row(8192, None), row(16384, 0.9)], "s") == 4096
-    assert effective_length([row(4096, 0.8), row(8192, 0.9)], "s") is None
+    def found(*rows):
+        return effective_length(rows, "s")
+
+    sure = row(4096, 0.857, 0.9)
+    assert found(sure, row(8192, 0.86, 0.9), row(16384, 0.8, 0.856)) == EffectiveLength(
+        "s", 8192, 8192
+    )
+    assert found(row(8192, 0.856, 0.87), row(16384, 0.9, 0.95), sure) == EffectiveLength(
+        "s", 4096, 16384
+    )
+    assert found(sure, row(8192, None, None), row(16384, 0.9, 0.95)) == EffectiveLength(
+        "s", 4096, 4096
+    )
+    assert found(row(4096, 0.7, 0.8), row(8192, 0.9, 0.95)) == EffectiveLength("s")
+    two = found(row(4096, 0.9, 1.0, num_tasks=2))
+    assert (two.surely, two.perhaps) == (None, None)
+    assert two.reason == "2 of RULER's 13 tasks do not tell"
 
 
 @pytest.mark.slow

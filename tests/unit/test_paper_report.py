@@ -11,14 +11,21 @@ import pytest
 from scipy import stats
 
 from longrope2.errors import ArtifactError
-from longrope2.evaluation.config import CalibrationConfig, CalibrationRule
+from longrope2.evaluation.config import (
+    CalibrationConfig,
+    CalibrationRule,
+    ShortTasksConfig,
+    SuiteConfig,
+)
 from longrope2.evaluation.schema import (
     Average,
     Calibration,
     CalibrationRow,
     Cell,
+    EffectiveLength,
     KeptRow,
     PairedRow,
+    Protocol,
     SideScore,
     SuiteSubject,
     SuiteSummary,
@@ -28,13 +35,13 @@ from longrope2.evaluation.schema import (
 from longrope2.evaluation.summary import calibration_rows, passed
 from longrope2.report import paper_values as paper
 from longrope2.report.page import write_report
-from longrope2.report.paper import mean_cell, paper_tables, paper_text, verdict
+from longrope2.report.paper import PaperValue, mean_cell, paper_tables, paper_text, verdict
 from longrope2.statistics import (
     bootstrap_interval,
+    exact_interval,
     macro_interval,
     paired_test,
     score_interval,
-    wilson_interval,
 )
 
 
@@ -75,12 +82,12 @@ def test_bootstrap_interval_agrees_with_scipy():
     assert bootstrap_interval(values.tolist()) == pytest.approx(
         (expected.low, expected.high), abs=0.008
     )
-    assert score_interval([1.0, 0.0, 1.0]) == wilson_interval(2, 3)
+    assert score_interval([1.0, 0.0, 1.0]) == exact_interval(2, 3)
 
 
 def test_interval_of_a_mean_of_tasks_adds_half_widths_in_squares():
     one, many = [1.0, 0.0] * 50, [1.0] * 100
-    (low, high), (top, _) = wilson_interval(50, 100), wilson_interval(100, 100)
+    (low, high), (top, _) = exact_interval(50, 100), exact_interval(100, 100)
     found = macro_interval([one, many])
     assert found == pytest.approx(
         (0.75 - math.hypot(0.5 - low, 1 - top) / 2, 0.75 + (high - 0.5) / 2)
@@ -117,27 +124,21 @@ def test_printed_means_are_the_means_of_the_printed_cells():
 
 
 def test_verdict_weighs_both_sides_errors():
-    # 100 samples each at 50 %: standard errors of 5 points each, so 13.9 points apart is the
-    # border.
-    low, high = (100 * end for end in wilson_interval(50, 100))
-    assert [verdict(50, low, high, value, 100) for value in (50, 63, 65, 35)] == [
-        "agrees",
-        "agrees",
-        "below",
-        "above",
-    ]
-    assert verdict(100, 96.3, 100, 100, 100) == "agrees"
-    assert verdict(100, 96.3, 100, 80, 100) == "above"
-    # A mean of 13 tasks of 100 samples: 1.39 points at most.
-    assert (
-        verdict(82.0, 81.5, 82.5, 84.5, 100, 13) == "agrees"
-        and verdict(82.0, 81.5, 82.5, 85.5, 100, 13) == "below"
-    )
+    # 100 samples each at 50 %: exact intervals of 40 to 60, so 14.4 points apart is the border.
+    low, high = (100 * end for end in exact_interval(50, 100))
+    apart = "not told apart at this size (would see a difference of 14.4)"
+    found = [verdict(50, low, high, value, 100) for value in (50, 64, 65, 35)]
+    assert found == [apart, apart, "below", "above"]
+    assert verdict(100, 96.4, 100, 100, 100).startswith("not told apart")
+    assert verdict(100, 96.4, 100, 80, 100) == "above"
+    # A mean of 13 tasks of 100 samples: 1.4 points at most.
+    assert verdict(82.0, 81.5, 82.5, 84.7, 100, 13).startswith("not told apart")
+    assert verdict(82.0, 81.5, 82.5, 85.5, 100, 13) == "below"
 
 
 def cell(subject, suite, task, length, score, num=100, **more):
     right = round(score * num)
-    interval = wilson_interval(right, num)
+    interval = exact_interval(right, num)
     found = Cell(
         subject=subject,
         suite=suite,
@@ -173,9 +174,13 @@ def make_summary(cells, **changes):
         calibration=Calibration(True, ()),
         cells=tuple(cells),
         averages=(Average("extended", "ruler", 131072, 13, 0.82),),
-        effective_length={"extended": None},
         retention=(),
         paired=(),
+        effective_lengths=(EffectiveLength("extended"),),
+        protocols=tuple(
+            Protocol(part, ("as the paper",))
+            for part in ("ruler", "needle_map", "loft", "long", "short")
+        ),
     )
     return replace(summary, **changes)
 
@@ -183,13 +188,18 @@ def make_summary(cells, **changes):
 def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
     ruler = [cell("extended", "ruler", task, 131072, 0.9) for task in paper.RULER_COLUMNS]
     ruler += [cell("untrained", "ruler", task, 131072, 0.5) for task in paper.RULER_COLUMNS]
+    shares = {task: 0.5 for task in paper.SHORT_COLUMNS}
     short = [
-        cell("base", "lm_eval", "hellaswag", 0, 0.82, 10042),
-        cell("extended", "lm_eval", "hellaswag", 0, 0.7, 10042),
+        cell(name, "lm_eval", task, 0, share, paper.NUM_SAMPLES[task])
+        for name, hellaswag in (("base", 0.82), ("extended", 0.7))
+        for task, share in (shares | {"hellaswag": hellaswag}).items()
     ]
     kv = unscored("extended", "infinitebench", "kv_retrieval", 131072, "out of memory on cuda")
     sides = {"short": SideScore(2, 1.0, (0, 1)), "long": SideScore(98, 0.9, (0, 1))}
-    loft = [cell("extended", "loft", "nq", 131072, 0.94, sides=sides)]
+    loft = [
+        cell("extended", "loft", task, 131072, 0.94, sides=sides if task == "nq" else {})
+        for task in paper.LOFT_COLUMNS
+    ]
     summary = make_summary([*ruler, *short, kv, *loft])
     averages, long_tasks, short_table, by_task, _ = paper_tables(summary)
     rows = dict(averages.rows)
@@ -205,15 +215,15 @@ def test_tables_hold_the_paper_beside_ours_only_where_they_are_alike():
         and cells[-1].paper == 82.03
     )
     extended = dict(zip(long_tasks.columns, dict(long_tasks.rows)["extended"], strict=True))
-    assert extended["nq"].verdict == "agrees" and extended["nq"].paper == 94
+    assert extended["nq"].verdict.startswith("not told apart") and extended["nq"].paper == 94
     assert extended["kv_retrieval"].ours is None and extended["kv_retrieval"].paper == 88.0
-    assert extended["loft mean"].paper is None  # one of seven sets: not the paper's mean
+    assert extended["loft mean"].paper == 74.28 and extended["loft mean"].verdict == "above"
+    assert extended["long mean"].paper is None  # one of six tasks: not the paper's mean
+    assert long_tasks.basis[1].startswith("long: not comparable with the paper (1 of 6 tasks)")
     short_rows = dict(short_table.rows)
     column = short_table.columns.index("hellaswag")
-    assert (short_rows["base"][column].paper, short_rows["base"][column].verdict) == (
-        82.08,
-        "agrees",
-    )
+    judged = short_rows["base"][column].verdict
+    assert short_rows["base"][column].paper == 82.08 and judged.startswith("not told apart")
     assert (short_rows["extended"][column].paper, short_rows["extended"][column].verdict) == (
         81.69,
         "below",
@@ -241,13 +251,10 @@ def test_the_verdict_on_a_mean_weighs_the_samples_of_its_own_tasks():
     )
     paper_error = 50 * math.sqrt(sum(1 / paper.NUM_SAMPLES[task] for task in shares)) / 5
     reach = math.hypot((mean.high - mean.ours) / 1.96, paper_error) * 1.96
-    for distance, judged in ((0.99, "agrees"), (1.01, "below")):
-        found = mean_cell(
-            cells,
-            mean.ours + distance * reach,
-            harmonic_mean(paper.NUM_SAMPLES[task] for task in shares),
-        )
-        assert found.verdict == judged
+    num_samples = harmonic_mean(paper.NUM_SAMPLES[task] for task in shares)
+    for distance, judged in ((0.99, "not told apart"), (1.02, "below")):
+        papers = PaperValue(mean.ours + distance * reach, num_samples, is_comparable=True)
+        assert mean_cell(cells, papers).verdict.startswith(judged)
 
 
 def test_the_needle_map_is_summed_up_by_length():
@@ -259,19 +266,21 @@ def test_the_needle_map_is_summed_up_by_length():
     summary = make_summary(
         cells,
         averages=(),
+        effective_lengths=(),
         retention=(
             KeptRow("extended", "needle_map", 1, 1.25),
             KeptRow("untrained", "needle_map", 2, 0.5),
         ),
     )
-    low, high = (100 * end for end in wilson_interval(8, 10))
+    low, high = (100 * end for end in exact_interval(8, 10))
     lines = paper_text(summary).splitlines()
     assert lines[0] == "Figure 6: needles retrieved, all depths"
-    assert lines[1].startswith("  base       4,096 90.0 [") and lines[1].endswith(
-        f"8,192 80.0 [{low:.1f}-{high:.1f}]"
+    assert lines[1] == "  needle_map: comparable with the paper: as the paper"
+    assert lines[2].startswith("  base       4,096 90.0 [") and lines[2].endswith(
+        f"8,192 80.0 [{low:.1f}-{high:.1f}] (too few samples)"
     )
-    assert lines[2].startswith("  extended   4,096 -; 8,192 100.0 [")
-    assert lines[5:8] == [
+    assert lines[3].startswith("  extended   4,096 -; 8,192 100.0 [")
+    assert lines[6:9] == [
         "needle_map inside 8,192 tokens: extended keeps 125.0 % of base over 1 score",
         "needle_map inside 8,192 tokens: untrained keeps 50.0 % of base over 2 scores",
         "",
@@ -323,7 +332,7 @@ def test_the_report_shows_tables_maps_pairs_and_what_is_missing(tmp_path):
         "50 samples, 95 % interval 93-100 %" in text and "50 samples, 95 % interval 0-7 %" in text
     )
     assert (
-        "paper 9 agrees" in text
+        "paper 9 not comparable" in text
         and "<td>+12.5 [-1.0, +26.0]</td><td>0.0625</td><td>5 / 1 of 32</td>" in text
     )
     assert "<li>extended, ruler/vt 8192: out of memory</li>" in text and "98.6 %" in text
@@ -361,6 +370,46 @@ def test_the_gate_closes_on_a_broken_or_unmeasured_rule():
     assert not passed(config, rows)
     config.required = False
     assert passed(config, rows)
+
+
+def test_the_gate_is_not_tried_on_a_part_of_the_questions():
+    """What all questions give says nothing of the first hundred."""
+    rule = CalibrationRule("lm_eval/hellaswag", 80, 84)
+    config, cells = CalibrationConfig([rule]), [cell("base", "lm_eval", "hellaswag", 0, 0.5)]
+    suite = SuiteConfig(short_tasks=ShortTasksConfig(limit=100))
+    rows = calibration_rows(config, cells, "base", suite.limited)
+    assert [(row.state, row.found) for row in rows] == [("not tried", 50)] and passed(config, rows)
+    assert not passed(config, calibration_rows(config, cells, "base", SuiteConfig().limited))
+    suite.long_tasks.num_samples = 5
+    assert suite.limited == {"lm_eval", "longbench", "infinitebench", "loft"}
+
+
+def test_longbench_is_shown_by_the_tokens_of_its_prompts(tmp_path):
+    """Most of its prompts are shorter than the windows that are compared."""
+    facts = tuple({"prompt_tokens": n} for n in (100, 4096, 4097, 20_000, 32_768))
+    scores = {"scores": (1.0, 0.5, 0.25, 0.0, 1.0), "facts": facts, "num_samples": 5}
+    found = replace(cell("extended", "longbench", "trec", 131072, 0.55), **scores)
+    summary = make_summary([found, cell("base", "loft", "nq", 131072, 0.5)])
+    bins = "up to 4,096 75.0 (2), up to 8,192 25.0 (1), up to 32,768 50.0 (2)"
+    text = paper_text(summary)
+    assert f"by tokens of the prompt, score (samples)\n  extended longbench/trec: {bins}" in text
+    write_summary(tmp_path / "run" / "4_evaluations", summary)
+    page = write_report(tmp_path / "run").read_text()
+    row = "<td>trec</td><td>up to 4,096</td><td>75.0</td><td>2</td>"
+    assert row in page and "LongBench by tokens of the prompt" in page
+
+
+def test_files_of_earlier_versions_are_read_without_a_verdict(tmp_path):
+    write_summary(tmp_path, make_summary([cell("extended", "ruler", "vt", 131072, 0.9)]))
+    plain = json.loads((tmp_path / "suite.json").read_text())
+    del plain["protocols"], plain["effective_lengths"]
+    plain["effective_length"] = {"extended": 8192}
+    (tmp_path / "suite.json").write_text(json.dumps(plain))
+    found = read_summary(SuiteSummary, tmp_path)
+    assert found.protocols == () and found.effective_lengths == ()
+    text = paper_text(found)
+    assert "not comparable with the paper (how it was asked is not recorded" in text
+    assert "effective length" not in text
 
 
 def test_a_suite_file_holds_what_is_known_in_order_and_reads_back(tmp_path):

@@ -9,6 +9,7 @@ and texts of ours, and a sentence splitter in place of NLTK's.
 import hashlib
 import json
 import re
+from functools import partial
 
 import pytest
 import ruler_fixtures as fixtures
@@ -21,7 +22,7 @@ from longrope2.evaluation.ruler.config import RULER_TASKS, RulerMode
 from longrope2.evaluation.ruler.haystacks import ADJECTIVES, NOUNS
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
-from longrope2.evaluation.ruler.upstream_draws import PROMPT_SHA256, read_prompts
+from longrope2.evaluation.ruler.upstream_draws import PROMPT_SHA256, Streams, read_prompts
 
 PROMPTS = {
     "niah": ("Some magic {type_needle_v} are hidden; what are all of them?\n"
@@ -169,6 +170,51 @@ def test_lengths_at_which_upstream_never_ends_are_refused(
         ruler_tasks(
             config(checkout, questions, tasks=[task]), tokenizer, [], [256], cache_folder=tmp_path
         )
+
+
+@pytest.mark.usefixtures("own_prompts")
+def test_lists_are_drawn_until_one_fits_as_upstream_does(checkout, questions, tokenizer):
+    """Words differ in length: at the border the smallest list fits in one draw of hundreds."""
+    settings = config(checkout, questions, num_samples=1)
+    ruler = UpstreamRuler(settings, PromptEncoder(tokenizer))
+    draw = ruler._size_search("cwe", 2048, Streams(42)).generate
+    sizes = [ruler._count(draw(0, 10)[0]) for _ in range(400)]
+    first = next(n for n, size in enumerate(sizes) if n > 150 and size < min(sizes[:n]))
+    length = sizes[first] + 120
+    again = ruler._size_search("cwe", 2048, Streams(42)).generate
+    _, answers, used = ruler._sample(partial(again, 0), 10, 10, length=length, new_tokens=120)
+    assert used == length and len(answers) == 10
+
+
+@pytest.mark.usefixtures("own_prompts")
+def test_questions_whose_documents_do_not_fit_are_explained(checkout, questions, tokenizer):
+    """RULER tries 2,048 tokens of qa_2 for ever where a question's own documents take more."""
+    ruler = UpstreamRuler(config(checkout, questions, num_samples=1), PromptEncoder(tokenizer))
+    draw = ruler._size_search("qa_2", 2048, Streams(42)).generate
+    needed = ruler._count(draw(0, 10)[0]) + 32
+    with pytest.raises(DataError) as raised:
+        ruler.texts("qa_2", 1000)
+    assert str(raised.value) == (
+        "the length is too short: with its answer RULER's smallest prompt (10 documents, which "
+        f"must hold those of its question) took {needed} tokens at least in 100 tries, and 1000 "
+        "are allowed; "
+        "RULER itself would go on drawing for ever; use a longer one, or suite.ruler.mode=fixed, "
+        "whose prompts get smaller"
+    )
+
+
+@pytest.mark.usefixtures("own_prompts")
+def test_a_prompt_that_cannot_be_drawn_is_no_prompt_that_is_too_long(
+    checkout, questions, tokenizer
+):
+    def fails(size):
+        raise ValueError
+
+    ruler = UpstreamRuler(config(checkout, questions), PromptEncoder(tokenizer))
+    with pytest.raises(
+        DataError, match=r"smallest prompt \(size 7\) cannot be drawn \(100 tries f"
+    ):
+        ruler._sample(fails, 27, 10, length=2048, new_tokens=0)
 
 
 def test_prompts_that_are_not_rulers_are_refused(checkout):

@@ -1,12 +1,16 @@
 """Short tasks through lm-eval: our model in the harness, with local tasks."""
 
+import csv
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation import config, subjects
@@ -200,7 +204,9 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(
 
     def measure():
         models = SubjectModels(torch.device("cpu"), torch.float32)
-        found = measure_short_tasks(config, [subject], results, tokenizer, models)
+        found = measure_short_tasks(
+            config, [subject], results, tokenizer, models, task_folder / "files"
+        )
         return [short_task_cell(measurement) for measurement in found]
 
     (cell,) = measure()
@@ -225,6 +231,61 @@ def test_a_local_task_is_scored_as_by_hand_and_not_twice(
     config.tasks[0].task = "no_such_task"
     with pytest.raises(DataError, match=r"lm-eval cannot run no_such_task .*is the name right"):
         measure()
+
+
+@pytest.mark.slow
+def test_true_files_of_benchmarks_are_scored_as_by_hand(model, tokenizer, tmp_path, monkeypatch):
+    """HellaSwag by the length of its endings, TruthfulQA by the share of its right answers."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = ROOT / "tests/fixtures/benchmarks"
+    factors = closed_form_factors(RopeMethod.ntk, rope_geometry(MINIATURE, ORIGINAL_LEN), 2048)
+    subject = Subject("ntk", MINIATURE, factors, weights_sha256(MINIATURE), False, {})
+    tasks = [
+        ShortTaskConfig("hellaswag", "hellaswag", "acc_norm,none", 0),
+        ShortTaskConfig("truthfulqa", "truthfulqa_mc2", "acc,none", 0),
+        ShortTaskConfig("gsm8k", "gsm8k_cot", "exact_match,flexible-extract", 0),
+    ]
+    config = ShortTasksConfig(tasks, data=str(data))
+    models = SubjectModels(torch.device("cpu"), torch.float32)
+    results = ResultsLog(tmp_path / "results.jsonl")
+    of = (subject,), results, tokenizer, models, tmp_path / "files"
+    cells = {m.values["name"]: short_task_cell(m) for m in measure_short_tasks(config, *of)}
+    assert {name: cell.num_samples for name, cell in cells.items()} == dict.fromkeys(cells, 6)
+    extended = models.of(subject)
+    rows = [
+        json.loads(r) for r in (data / "hellaswag/hellaswag_val.jsonl").read_text().splitlines()
+    ]
+    right = []
+    with torch.inference_mode():
+        for row in rows:
+            query = f"{row['activity_label']}: {row['ctx_a']}".strip()
+            found = [alone(extended, tokenizer, query, f" {e}")[1] / len(e) for e in row["endings"]]
+            right.append(float(found.index(max(found)) == row["label"]))
+    assert list(cells["hellaswag"].scores) == right
+    with (data / "truthfulqa/TruthfulQA.csv").open() as file:
+        table = list(csv.DictReader(file))
+    shares = []
+    with torch.inference_mode():
+        for row in table:
+            odds = [
+                [
+                    math.exp(alone(extended, tokenizer, _primed(row["Question"]), f" {answer}")[1])
+                    for answer in row[column].split("; ")
+                ]
+                for column in ("Correct Answers", "Incorrect Answers")
+            ]
+            shares.append(sum(odds[0]) / (sum(odds[0]) + sum(odds[1])))
+    assert list(cells["truthfulqa"].scores) == pytest.approx(shares, rel=2e-3)
+
+
+def _primed(question):
+    """The question behind the six that the benchmark puts in front of every one."""
+    folder = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
+    text = yaml.safe_load((folder / "truthfulqa_mc1.yaml").read_text())["doc_to_text"]
+    before = re.search(r"prompt_qa = '(.*?)'%}", text, re.DOTALL)
+    assert before is not None
+    return f"{before[1]}\n\nQ: {question}\nA:"
 
 
 @pytest.mark.slow

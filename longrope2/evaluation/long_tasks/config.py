@@ -6,6 +6,9 @@ LONGBENCH_TASKS = ("triviaqa", "trec", "lcc", "repobench-p")
 INFINITEBENCH_TASKS = ("kv_retrieval", "longbook_choice_eng")
 LOFT_TASKS = ("arguana", "fever", "hotpotqa", "msmarco", "nq", "quora", "scifact")
 
+LONGBENCH_REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
+INFINITEBENCH_REVISION = "90f0394333616266d9fe85824ceaf505093cbaa5"
+
 
 @dataclass
 class LongBenchConfig:
@@ -15,7 +18,7 @@ class LongBenchConfig:
     """Out of triviaqa, trec, lcc, repobench-p; empty runs none."""
     data: str = "THUDM/LongBench"
     """Folder or zip with ``<task>.jsonl``, or the hub data set, whose ``data.zip`` holds them."""
-    revision: str | None = None
+    revision: str = LONGBENCH_REVISION
     """Commit of the hub data set."""
     prompts: str | None = None
     """Checkout of github.com/THUDM/LongBench, or its ``dataset2prompt.json``."""
@@ -29,9 +32,8 @@ class InfiniteBenchConfig:
     """Out of kv_retrieval, longbook_choice_eng; empty runs none."""
     data: str = "xinrongzhang2022/InfiniteBench"
     """Folder or zip with ``<task>.jsonl``, or the hub data set."""
-    revision: str | None = None
-    """Commit of the hub data set; it was changed once, so name one where scores are to be
-    compared."""
+    revision: str = INFINITEBENCH_REVISION
+    """Commit of the hub data set, which was changed once."""
     prompts: str | None = None
     """Checkout of github.com/OpenBMB/InfiniteBench, or its ``src/prompt.py``."""
 

@@ -43,6 +43,10 @@ class RulerConfig:
     upstream_checkout: str | None = None
     """Checkout of github.com/NVIDIA/RULER, for ``mode=upstream``: its prompts are not shipped
     here."""
+    template: str | None = None
+    """What stands around prompts with ``mode=upstream``: ``base`` (nothing), a name of RULER's
+    ``scripts/data/template.py``, or ``own`` (the model's own chat template). Null: nothing for a
+    model without a chat template, else RULER's that fits it, else its own."""
     wordlists: str | None = None
     """Folder with wonderwords' ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, for
     ``mode=upstream``. Null: those of the installed package."""
@@ -66,6 +70,8 @@ def ruler_faults(
         f"{key}.hotpotqa is not set, which qa_2 needs: give HotpotQA's "
         "hotpot_dev_distractor_v1.json, `hub`, "
         "or leave qa_2 out of tasks": "qa_2" in tasks and config.hotpotqa is None,
+        f"{key}.template={config.template} is for mode=upstream; mode=fixed asks without: "
+        "set it to null": config.template is not None and config.mode is RulerMode.fixed,
         f"{key}.upstream_checkout is not set, which mode=upstream needs: "
         "clone github.com/NVIDIA/RULER and give its path": no_checkout,
     }

@@ -21,9 +21,17 @@ from longrope2.evaluation.prompts import Block, Draft, Piece, PromptEncoder, too
 from longrope2.evaluation.ruler.config import RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 
-_HUB = "hub"
-_SQUAD_FILE, _SQUAD_HUB = "dev-v2.0.json", "rajpurkar/squad_v2"
-_HOTPOTQA_FILE, _HOTPOTQA_HUB = "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"
+HUB = "hub"
+_SQUAD_FILE, SQUAD_HUB = "dev-v2.0.json", "rajpurkar/squad_v2"
+_HOTPOTQA_FILE, HOTPOTQA_HUB = "hotpot_dev_distractor_v1.json", "hotpotqa/hotpot_qa"
+HUB_REVISIONS = {
+    SQUAD_HUB: "3ffb306f725f7d2ce8394bc1873b24868140c412",
+    HOTPOTQA_HUB: "1908d6afbbead072334abe2965f91bd2709910ab",
+}
+"""Commits of the hub's data sets that are read, so that a later change of theirs is no other
+score."""
+NUM_QUESTIONS = {"qa_1": 5_928, "qa_2": 7_405}
+"""Questions with an answer in the official files."""
 _INSTRUCTION = "Answer the question from the documents with a few words and nothing else."
 _HEADER = "Document {}:\n"
 _HEAD = f"{_INSTRUCTION}\nDocuments:\n"
@@ -71,7 +79,7 @@ def read_questions(task: str, config: RulerConfig) -> QuestionSet:
 
 def read_squad(source: str) -> QuestionSet:
     """SQuAD v2 ``dev-v2.0.json`` (or ``hub``), without the questions that have no answer."""
-    squad = _squad_from_hub() if source == _HUB else _read_json(source, "squad", _SQUAD_FILE)
+    squad = _squad_from_hub() if source == HUB else _read_json(source, "squad", _SQUAD_FILE)
     try:
         # One article: its paragraphs.
         articles = [article["paragraphs"] for article in squad["data"]]
@@ -96,7 +104,7 @@ def read_squad(source: str) -> QuestionSet:
 
 def read_hotpotqa(source: str) -> QuestionSet:
     """HotpotQA ``hotpot_dev_distractor_v1.json`` (or ``hub``)."""
-    at_hub = source == _HUB
+    at_hub = source == HUB
     entries = _hotpotqa_from_hub() if at_hub else _read_json(source, "hotpotqa", _HOTPOTQA_FILE)
     try:
         contexts = [context for entry in entries for context in entry["context"]]
@@ -142,7 +150,8 @@ def _hub_rows(name: str, key: str, official: str, *config: str) -> Iterable[dict
     import datasets
 
     try:
-        return datasets.load_dataset(name, *config, split="validation")  # type: ignore[return-value]
+        revision = HUB_REVISIONS[name]
+        return datasets.load_dataset(name, *config, split="validation", revision=revision)  # type: ignore[return-value]
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fault = f"ruler.{key}=hub: {name} cannot be loaded from the hub ({reason})"
@@ -152,7 +161,7 @@ def _hub_rows(name: str, key: str, official: str, *config: str) -> Iterable[dict
 def _squad_from_hub() -> dict[str, Any]:
     """The hub's rows in the layout of the official file."""
     articles: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in _hub_rows(_SQUAD_HUB, "squad", _SQUAD_FILE):
+    for row in _hub_rows(SQUAD_HUB, "squad", _SQUAD_FILE):
         answers = [{"text": text} for text in row["answers"]["text"]]
         entry = {"question": row["question"], "answers": answers, "is_impossible": not answers}
         articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(entry)
@@ -166,7 +175,7 @@ def _squad_from_hub() -> dict[str, Any]:
 def _hotpotqa_from_hub() -> list[dict[str, Any]]:
     """The hub's rows in the layout of the official file."""
     entries = []
-    for row in _hub_rows(_HOTPOTQA_HUB, "hotpotqa", _HOTPOTQA_FILE, "distractor"):
+    for row in _hub_rows(HOTPOTQA_HUB, "hotpotqa", _HOTPOTQA_FILE, "distractor"):
         context, facts = row["context"], row["supporting_facts"]
         entry = {name: row[name] for name in ("question", "answer")}
         entry["context"] = list(zip(context["title"], context["sentences"], strict=True))

@@ -21,6 +21,7 @@ from longrope2.evaluation.prompts import Draft, Piece, PromptEncoder, text_of
 from longrope2.evaluation.ruler import counting, haystacks, niah
 from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig, RulerMode, ruler_faults
 from longrope2.evaluation.ruler.qa import QaDocuments, qa_prompt, read_questions
+from longrope2.evaluation.ruler.template import choose_template
 from longrope2.evaluation.ruler.upstream import UpstreamRuler
 from longrope2.evaluation.samples import GenerationTask, Sample, SampleRecipe, SampleStore
 
@@ -74,7 +75,10 @@ def ruler_tasks(
         raise ConfigError(faults)
     encoder = PromptEncoder(tokenizer, document_start)
     upstream = config.mode is RulerMode.upstream
-    ruler = UpstreamRuler(config, encoder) if upstream else FixedRuler(config, encoder, texts)
+    if upstream:
+        ruler = UpstreamRuler(config, encoder, choose_template(config, tokenizer))
+    else:
+        ruler = FixedRuler(config, encoder, texts)
     recipes = [ruler.recipe(task, length) for task in config.tasks for length in lengths]
     found = SampleStore(cache_folder, workers).samples(recipes, progress)
     tasks = []

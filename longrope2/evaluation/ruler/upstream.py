@@ -2,13 +2,16 @@
 
 Departures: where BOS would bring prompt and answer over the length (RULER does not count it), the
 answer gets one token less, ``facts["bos_over"]``; and where RULER would try for ever, there is an
-error. The samples of a task are drawn from one stream, so they are made in one go and tokenized
-whole: slow beside ``mode=fixed``.
+error: once its smallest prompt was drawn often and always far from fitting. The samples of a task
+are drawn from one stream, so they are made in one go and tokenized whole: slow beside
+``mode=fixed``. Inside a chat template the example of variable tracking stands in the user's turn as
+it is for base models, where RULER drops its last word.
 """
 
 import contextlib
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -23,10 +26,16 @@ from longrope2.evaluation.ruler.config import MAX_NEW_TOKENS, RulerConfig
 from longrope2.evaluation.ruler.haystacks import texts_sha256
 from longrope2.evaluation.ruler.niah import NIAH_TASKS
 from longrope2.evaluation.ruler.qa import read_questions
+from longrope2.evaluation.ruler.template import BASE, PromptTemplate
 from longrope2.evaluation.samples import Sample, SampleRecipe
 
 _VERSION = 1
-_TRIES_AT_SMALLEST = 100
+# Draws of the smallest prompt before it is asked whether another could fit, and at most.
+_TRIES_AT_SMALLEST, _MOST_TRIES_AT_SMALLEST = 100, 10_000
+# Standard deviations between the mean prompt and the room, beyond which no draw will fit.
+_OUT_OF_REACH = 8.0
+_NO_TEMPLATE = PromptTemplate(BASE)
+_SMALLEST = "smallest prompt (size {size})"
 # Of variable tracking's solved example, in tokens.
 _EXAMPLE_LENGTH = 500
 
@@ -39,11 +48,13 @@ class UpstreamRuler:
         ArtifactError: its prompts are not RULER's.
     """
 
-    def __init__(self, config: RulerConfig, encoder: PromptEncoder) -> None:
+    def __init__(
+        self, config: RulerConfig, encoder: PromptEncoder, template: PromptTemplate = _NO_TEMPLATE
+    ) -> None:
         assert config.upstream_checkout is not None
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.template = config, encoder, template
         self.checkout = Path(config.upstream_checkout)
-        self.prompts = draws.read_prompts(self.checkout)
+        self.prompts = draws.read_prompts(self.checkout, template.around)
         self._questions = cache(lambda task: read_questions(task, config))
 
     def recipe(self, task: str, length: int) -> SampleRecipe:
@@ -52,6 +63,8 @@ class UpstreamRuler:
         kind = {"suite": "ruler", "mode": "upstream", "version": _VERSION, "task": task}
         hashes = {"tokenizer": self.encoder.fingerprint, "texts": self._texts_sha256(task)}
         identity = {**kind, "length": length, "seed": seed, "num_samples": num_samples, **hashes}
+        if self.template.name != BASE:
+            identity["template"] = [self.template.head, self.template.tail]
         make, place = partial(self._make, task, length), (task, length, num_samples)
         return SampleRecipe(*place, identity=identity, make=make, whole=True)
 
@@ -66,7 +79,8 @@ class UpstreamRuler:
             return self._coded_words(streams, length)
         search = self._size_search(task, length, streams)
         size = self._largest(search, length - new_tokens, length)
-        room: dict[str, int] = {"length": length, "new_tokens": new_tokens}
+        room: dict[str, Any] = {"length": length, "new_tokens": new_tokens}
+        room["smallest"] = search.smallest
         draws_of = (partial(search.generate, index) for index in range(self.config.num_samples))
         return [self._sample(draw, size, search.step, **room) for draw in draws_of]
 
@@ -74,7 +88,10 @@ class UpstreamRuler:
         """All samples; ``first`` is 0."""
         samples = []
         for text, answers, used in self.texts(task, length)[first:stop]:
-            ids = [*self.encoder.bos_ids, *self.encoder.encode_text(text)]
+            ids = self._ids(text)
+            bos_ids = self.encoder.bos_ids
+            # A chat template may start with BOS itself; twice would be no document's start.
+            ids = ids if bos_ids and ids[: len(bos_ids)] == bos_ids else [*bos_ids, *ids]
             over = max(len(ids) + MAX_NEW_TOKENS[task] - length, 0)
             facts: dict[str, Any] = {"num_characters": len(text), "fill": used / length}
             facts |= {"bos_over": over} if over else {}
@@ -97,7 +114,8 @@ class UpstreamRuler:
             if self.config.num_samples > len(found.questions):
                 raise DataError(f"there are {len(found.questions)} questions; use fewer samples")
             shown = partial(draws.documents, self.prompts["qa"], streams, found)
-            return _SizeSearch(shown, partial(shown, 0), 10)
+            smallest = "smallest prompt ({size} documents, which must hold those of its question)"
+            return _SizeSearch(shown, partial(shown, 0), 10, smallest=smallest)
         kind = NIAH_TASKS[task]
         words = self._words if kind.keys == "words" else None
         essay = self._essay if kind.haystack == "essay" else []
@@ -110,7 +128,8 @@ class UpstreamRuler:
     def _variables(self, length: int, streams: draws.Streams) -> "_SizeSearch":
         """First the solved example is fitted, then prompts that leave room for it."""
         template = self.prompts["variable_tracking"]
-        small = partial(draws.variables, template, streams, example=True)
+        bare = draws.read_prompts(self.checkout)["variable_tracking"]
+        small = partial(draws.variables, bare, streams, example=True)
         example_search = _SizeSearch(lambda _, size: small(size), small, 5)
         size = self._largest(example_search, _EXAMPLE_LENGTH, _EXAMPLE_LENGTH)
         solved, names, _ = self._sample(small, size, 5, length=_EXAMPLE_LENGTH, new_tokens=0)
@@ -119,7 +138,7 @@ class UpstreamRuler:
 
         def generate(_: int, size: int) -> draws.Text:
             text, answers = large(size)
-            return draws.with_example(text, example, streams), answers
+            return draws.with_example(text, example, streams, self.template.head), answers
 
         step = 10 if length >= 4096 else 5
         return _SizeSearch(generate, large, step, reserved=self._count(example))
@@ -140,19 +159,34 @@ class UpstreamRuler:
         return best
 
     def _sample(
-        self, draw: Callable[[int], draws.Text], size: int, step: int, length: int, new_tokens: int
+        self,
+        draw: Callable[[int], draws.Text],
+        size: int,
+        step: int,
+        *,
+        length: int,
+        new_tokens: int,
+        smallest: str = _SMALLEST,
     ) -> tuple[str, list[str], int]:
         """RULER's retries: a step smaller whenever a draw does not fit, or fails."""
-        for _ in range(size // step + _TRIES_AT_SMALLEST):
+        at_smallest: list[int] = []
+        num_failed = 0
+        while True:
             # More needles than places, a repeated name: RULER catches everything.
+            found: draws.Text | None = None
             with contextlib.suppress(ValueError, IndexError):
-                text, answers = draw(size)
-                used = self._count(text) + new_tokens
-                if used <= length:
-                    return text, answers, used
-            size -= step if size > step else 0
-        fault = "the length is too short: RULER's smallest prompt exceeds it"
-        raise DataError(f"{fault}; use a longer one")
+                found = draw(size)
+            used = length + 1 if found is None else self._count(found[0]) + new_tokens
+            if found is not None and used <= length:
+                return *found, used
+            if size > step:
+                size -= step
+                continue
+            num_failed += found is None
+            at_smallest += [] if found is None else [used]
+            if _is_hopeless(at_smallest, num_failed, length):
+                called = smallest.format(size=size)
+                raise DataError(_never_ending(called, at_smallest, num_failed, length))
 
     def _coded_words(self, streams: draws.Streams, length: int) -> list[tuple[str, list[str], int]]:
         """Frequent coded words, whose size RULER searches in steps of a 32nd of the input."""
@@ -199,7 +233,16 @@ class UpstreamRuler:
         return re.sub(r"\s+", " ", text).split(" ")
 
     def _count(self, text: str) -> int:
-        return len(self.encoder.encode_text(text))
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a prompt, control tokens in its template alone."""
+        pieces = self.template.pieces(text)
+        found = (
+            self.encoder.encode_text(piece) if isinstance(piece, str) else [piece]
+            for piece in pieces
+        )
+        return list(itertools.chain.from_iterable(found))
 
 
 @dataclass(frozen=True)
@@ -216,6 +259,36 @@ class _SizeSearch:
     """Tokens that ``generate`` adds to ``probe``."""
     probe_size: int | None = None
     """Size from which tokens per unit are estimated; None is ``step``."""
+    smallest: str = _SMALLEST
+    """What a draw of the smallest size is called where none fits."""
+
+
+def _is_hopeless(tokens: Sequence[int], num_failed: int, length: int) -> bool:
+    """Whether RULER would go on drawing its smallest prompt without an end.
+
+    ``tokens`` are those of the draws so far, all above ``length``; lengths of words differ, so a
+    draw close to it may be followed by one that fits.
+    """
+    num_tries = len(tokens) + num_failed
+    if num_tries < _TRIES_AT_SMALLEST:
+        return False
+    spread = _OUT_OF_REACH * float(np.std(tokens)) if tokens else 0.0
+    out_of_reach = not tokens or float(np.mean(tokens)) - spread > length
+    return out_of_reach or num_tries >= _MOST_TRIES_AT_SMALLEST
+
+
+def _never_ending(smallest: str, tokens: Sequence[int], num_failed: int, length: int) -> str:
+    """Why a sample cannot be made."""
+    num_tries = len(tokens) + num_failed
+    way_out = "use a longer one, or suite.ruler.mode=fixed, whose prompts get smaller"
+    if not tokens:
+        fault = f"RULER's {smallest} cannot be drawn ({num_tries} tries failed)"
+    else:
+        fault = (
+            f"with its answer RULER's {smallest} took {min(tokens)} tokens at least in "
+            f"{num_tries} tries, and {length} are allowed"
+        )
+    return f"the length is too short: {fault}; RULER itself would go on drawing for ever; {way_out}"
 
 
 def _sentences(text: str) -> list[str]:

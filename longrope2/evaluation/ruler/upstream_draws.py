@@ -57,8 +57,10 @@ class UpstreamWords:
     further_words: list[str]
 
 
-def read_prompts(checkout: Path) -> dict[str, str]:
+def read_prompts(checkout: Path, around: Callable[[str], str] = str) -> dict[str, str]:
     """Template and answer prefix, joined, of each of RULER's five generators.
+
+    ``around`` puts a template into that of a chat model, which the answer's prefix follows.
 
     Raises:
         DataError: no such file, or one without the prompts.
@@ -68,7 +70,7 @@ def read_prompts(checkout: Path) -> dict[str, str]:
     if not path.is_file():
         fault = f"ruler.upstream_checkout={checkout} holds no {_DATA_FOLDER}/constants.py"
         raise DataError(f"{fault}; give a checkout of github.com/NVIDIA/RULER")
-    tasks = _literal_tasks(path)
+    tasks = literal_of(path, "TASKS")
     prompts = {}
     for name, expected in PROMPT_SHA256.items():
         try:
@@ -83,7 +85,7 @@ def read_prompts(checkout: Path) -> dict[str, str]:
                 hashes = f"SHA-256 {found}..., expected {known}..."
                 way_out = "check out an unchanged NVIDIA/RULER, or use mode=fixed"
                 raise ArtifactError(f"{fault} ({hashes}); {way_out}")
-        prompts[name] = "".join(parts)
+        prompts[name] = around(parts[0]) + parts[1]
     return prompts
 
 
@@ -127,16 +129,20 @@ def read_upstream_words(checkout: Path, wordlists: str | None) -> UpstreamWords:
     )
 
 
-def _literal_tasks(path: Path) -> dict[str, Any]:
-    """The value of ``TASKS`` in a Python file, which is not run."""
+def literal_of(path: Path, name: str) -> dict[str, Any]:
+    """The dictionary that a Python file assigns to ``name``; the file is not run.
+
+    Raises:
+        DataError: it cannot be read, or has no such dictionary.
+    """
     try:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             match node:
-                case ast.Assign(targets=[ast.Name(id="TASKS")], value=value):
-                    return ast.literal_eval(value)
-    except (SyntaxError, ValueError) as error:
+                case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                    return dict(ast.literal_eval(value))
+    except (SyntaxError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    raise DataError(f"{path} defines no TASKS; give a checkout of github.com/NVIDIA/RULER")
+    raise DataError(f"{path} defines no {name}; give a checkout of github.com/NVIDIA/RULER")
 
 
 def _installed_lists() -> Path:
@@ -256,11 +262,12 @@ def variables(template: str, streams: Streams, size: int, *, example: bool) -> T
     return text, names[: _NUM_HOPS + 1]
 
 
-def with_example(text: str, example: str, streams: Streams) -> str:
-    """The solved example, with new names and a new value, in front of a prompt."""
+def with_example(text: str, example: str, streams: Streams, head: str = "") -> str:
+    """The solved example, with new names and a new value, in front of a prompt, behind ``head``."""
     for name in example.strip().split()[-_NUM_HOPS - 1 :]:
         example = example.replace(name, streams.word(string.ascii_uppercase, len(name)))
-    return example.replace(_EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999))) + "\n" + text
+    example = example.replace(_EXAMPLE_VALUE, str(streams.numpy.randint(10_000, 99_999)))
+    return f"{head}{example}\n{text.removeprefix(head)}"
 
 
 def common_words(
