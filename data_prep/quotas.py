@@ -10,13 +10,13 @@ cut into).
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
-from data_prep.duplicates import near_duplicates
+from data_prep.duplicates import clusters_of, near_duplicates
 from data_prep.token_files import DocumentTable, LengthBuckets
 from longrope2.corpora.corpus import stable_fraction
 
@@ -74,15 +74,19 @@ class Candidates:
 
 
 def find_candidates(
-    table: DocumentTable, lengths: LengthBuckets, documents: DocumentsConfig
+    table: DocumentTable,
+    lengths: LengthBuckets,
+    documents: DocumentsConfig,
+    held_out: Sequence[bytes] = (),
 ) -> tuple[Candidates, Account]:
     """Drop duplicates and bring every document within the longest bucket.
 
     Of documents with the same text (or similar ones, if the table has signatures) only the first in
-    order stays, whatever its source.
+    order stays, whatever its source; of those that similar ones connect with a ``held_out``
+    signature none.
     """
     account = Account()
-    stays_D = _without_duplicates(table, documents, account)
+    stays_D = _without_duplicates(table, documents, held_out, account)
     candidates = _within(
         lengths.longest, table=table, stays_D=stays_D, overlong=documents.overlong, account=account
     )
@@ -106,7 +110,7 @@ def measure_supply(
 
 
 def _without_duplicates(
-    table: DocumentTable, documents: DocumentsConfig, account: Account
+    table: DocumentTable, documents: DocumentsConfig, held_out: Sequence[bytes], account: Account
 ) -> np.ndarray:
     """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
     stays_D = np.ones(len(table), dtype=bool)
@@ -118,8 +122,15 @@ def _without_duplicates(
         _leave_out(table, ~stays_D, "exact duplicate", account)
     if documents.near_duplicates:
         remaining = by_order[stays_D[by_order]]
-        similar_D = np.zeros(len(table), dtype=bool)
-        similar_D[remaining[near_duplicates(table.values("signature", remaining))]] = True
+        signatures = table.values("signature", remaining)
+        near_held_out = clusters_of(held_out, signatures)
+        reserved_D, similar_D = np.zeros((2, len(table)), dtype=bool)
+        reserved_D[remaining[near_held_out]] = True
+        stays_D &= ~reserved_D
+        _leave_out(table, reserved_D, "near duplicate of held-out text", account)
+        remaining = remaining[~near_held_out]
+        signatures = [s for s, out in zip(signatures, near_held_out, strict=True) if not out]
+        similar_D[remaining[near_duplicates(signatures)]] = True
         stays_D &= ~similar_D
         _leave_out(table, similar_D, "near duplicate", account)
     return stays_D

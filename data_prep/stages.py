@@ -13,6 +13,7 @@ unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -24,7 +25,7 @@ import numpy as np
 from data_prep.account import Choice, histogram, segment_counts, write_document_list
 from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import demand_of, length_buckets, wanted_sources
-from data_prep.duplicates import read_exclusions
+from data_prep.duplicates import SIGNATURE_BYTES, read_exclusions, signature_of
 from data_prep.engine import run_stage
 from data_prep.notices import HeldOut, Kinds, held_out_of, kinds_of, notices
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
@@ -33,10 +34,11 @@ from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
 from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
 from longrope2.corpora import tokenizer
-from longrope2.corpora.build import ignored_files
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
+from longrope2.corpora.build import heldout_documents, ignored_files
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Split, Unit
+from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.errors import DataError
-from longrope2.files.artifacts import write_text
+from longrope2.files.artifacts import atomic_path, write_text
 from longrope2.segments.format import SegmentRules
 
 SMALL_BYTES = 64 * 2**20  # below this, starting processes takes longer than the work
@@ -44,10 +46,15 @@ HAYSTACK_UNITS_PER_SOURCE = 256
 GIB = 2**30
 
 
-def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Choice:
-    """Choose from what has been tokenized so far; tells where reading more may help."""
+def _choose(
+    config: PackConfig, table: DocumentTable, readings: Readings, held_out: Sequence[bytes]
+) -> Choice:
+    """Choose from what has been tokenized so far; tells where reading more may help.
+
+    ``held_out``: signatures of held-out texts, where near duplicates are looked for.
+    """
     lengths = length_buckets(config)
-    candidates, account = find_candidates(table, lengths, config.documents)
+    candidates, account = find_candidates(table, lengths, config.documents, held_out)
     supply = measure_supply(table, candidates, lengths)
     fitted = demand_of(config, supply, _natural_supply(table, readings))
     overlong = dict.fromkeys(table.sources, config.short_overlong)
@@ -138,6 +145,27 @@ class _TokenizeStage:
             tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
         return tokenizer.prepared_tokenizer(self._tokenizer_file)
 
+    @cached_property
+    def held_out(self) -> HeldOutTexts:
+        """What decides which texts are not packed."""
+        return HeldOutTexts.of(self.corpus)
+
+    def held_out_signatures(self) -> list[bytes]:
+        """Signatures of the texts that search and evaluation will read, kept in a file."""
+        if not self.config.documents.near_duplicates or not self._holds_out:
+            return []
+        path = self.work / "held_out.signatures"
+        if not path.is_file():
+            texts = (document.text for document in heldout_documents(self.config.corpus))
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                file.writelines(map(signature_of, texts))
+        data = path.read_bytes()
+        return [data[n : n + SIGNATURE_BYTES] for n in range(0, len(data), SIGNATURE_BYTES)]
+
+    @property
+    def _holds_out(self) -> bool:
+        return next(self.corpus.documents(Split.heldout), None) is not None
+
     def start(self) -> Readings:
         """Decide the first round by a scan, kept in a file: a resumed run must read the same."""
         path, units = self.work / "scan.json", _ordered_units(self.config, self.corpus)
@@ -167,6 +195,7 @@ class _TokenizeStage:
             tokenizer_file=self._tokenizer_file,
             folder=self.work,
             seed=self.config.seed,
+            held_out=self.held_out,
             exclusions=read_exclusions(self.config.documents.exclude),
             with_signatures=self.config.documents.near_duplicates,
             retrieval=self._retrieval_order(),
@@ -229,6 +258,7 @@ def build_segments(
     details = {
         **summary["rules"],
         "notices": _notices(config, summary, packed),
+        "heldout_fraction": summary["heldout_fraction"],
         "document_start": "none" if summary["rules"]["bos_id"] is None else "bos",
         "model_name": config.model.name,
         "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
@@ -249,12 +279,12 @@ def _notices(config: PackConfig, summary: dict[str, Any], packed: list[PackedUni
 
 def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackList) -> None:
     """Rounds of tokenizing until the demand is met or the corpus ends; then the list."""
-    readings = stage.start()
+    readings, held_out = stage.start(), stage.held_out_signatures()
     done: list[TokenizedUnit] = []
     while True:
         done += stage.run(readings)
         table = load_documents(done, stage.encoder.num_boundary_tokens)
-        choice = _choose(config, table, readings)
+        choice = _choose(config, table, readings, held_out)
         if not any([readings.extend(source, cells) for source, cells in choice.missing.items()]):
             break
     encoder = stage.encoder
@@ -267,16 +297,22 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         eos_id=encoder.eos_id,
         control_ids=encoder.control_ids,
     )
-    held_out = held_out_of(choice.table, len(stage.corpus.units()))
+    seen = held_out_of(choice.table, len(stage.corpus.units()))
     summary = {
         "rules": vars(rules),
-        "held_out": None if held_out is None else vars(held_out),
+        "held_out": None if seen is None else vars(seen),
+        "heldout_fraction": stage.held_out.fraction,
         "counts": choice.counts(),
         "length_histogram": histogram(choice),
         "chosen_tokens": int(choice.selection.parts.tokens_P.sum()),
     }
-    per_unit = config.tokens_per_unit
-    pack_list.write(choice.table, choice.selection, tokens_per_unit=per_unit, summary=summary)
+    pack_list.write(
+        choice.table,
+        choice.selection,
+        held_out=stage.held_out,
+        tokens_per_unit=config.tokens_per_unit,
+        summary=summary,
+    )
 
 
 def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> list[PackedUnit]:

@@ -45,6 +45,7 @@ def _index_schema(signature_bytes: int) -> pa.Schema:
             ("num_tokens", pa.int64()),  # without BOS and EOS
             ("num_characters", pa.int64()),
             ("text_hash", pa.binary(HASH_BYTES)),  # first half of the SHA-256 of the text in UTF-8
+            ("content_hash", pa.binary(HASH_BYTES)),  # by which its split is drawn
             ("order", pa.uint64()),  # hash of seed and id: documents are chosen in this order
             ("signature", pa.binary(signature_bytes)),
         ]
@@ -60,6 +61,7 @@ class IndexRow:
     domain: str
     num_characters: int
     text_hash: bytes
+    content_hash: bytes
     order: int
     signature: bytes = b""
 

@@ -20,13 +20,15 @@ from data_prep import token_files
 from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
 from data_prep.token_files import IndexRow, LengthBuckets, TokenizedUnit, UnitAccount
 from longrope2.corpora import corpus as corpora
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, split_of
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, content_hash
+from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters, prepared_tokenizer
 
 HAYSTACK_CHARACTERS_PER_TOKEN = 4  # generous, only bounds how much haystack is kept and indexed
 NOT_NEEDED = "beyond what the quota needs"
 HELD_OUT = "held out for search and evaluation"
+UNUSED = "neither packed nor held out: its text is held out or its group is, not both"
 EXCLUDED = "on the exclusion list"
 ALREADY_READ = "tokenized by an earlier reading"
 FULL_BAND = (0.0, 1.0)
@@ -43,21 +45,29 @@ class RetrievalOrder:
     haystack_units: tuple[Unit, ...]
     seed: int
 
-    def documents(self, corpus: Corpus, encoder: DocumentTokenizer) -> Iterator[Document]:
-        """Generate documents for all buckets.
+    def documents(
+        self,
+        corpus: Corpus,
+        encoder: DocumentTokenizer,
+        held_out: HeldOutTexts,
+        exclusions: Exclusions,
+    ) -> Iterator[Document]:
+        """Generate documents for all buckets, their haystacks from texts that may be packed.
 
         Raises:
             DataError: a window cannot hold a needle and its question, or the haystack is too small.
         """
         target_len = self.limits["long"][1]
         most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(self.tokens.values()) + target_len)
-        texts = self._haystack_texts(corpus, most)
+        texts = self._haystack_texts(corpus, most, held_out, exclusions)
         generator = RetrievalDocuments(encoder, texts, self.config, seed=self.seed)
         for bucket, tokens in self.tokens.items():
             above, up_to = self.limits[bucket]
             yield from generator.documents(bucket, tokens, above=above, up_to=up_to)
 
-    def _haystack_texts(self, corpus: Corpus, num_characters: int) -> list[str]:
+    def _haystack_texts(
+        self, corpus: Corpus, num_characters: int, held_out: HeldOutTexts, exclusions: Exclusions
+    ) -> list[str]:
         """Texts of the train split in an order drawn from the seed, just enough characters.
 
         Only the texts that come first in that order are held while reading.
@@ -66,7 +76,10 @@ class RetrievalOrder:
         size = 0
         for unit in self.haystack_units:
             for document in corpus.read(unit, Counter()):
-                if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
+                content = content_hash(document.text)
+                if held_out.split_of(document, content) is not Split.train:
+                    continue
+                if exclusions.match(document.doc_id, corpora.text_hash(document.text)):
                     continue
                 place = corpora.stable_fraction("haystack", self.seed, document.doc_id)
                 heapq.heappush(kept, (-place, document.doc_id, document.text))
@@ -128,6 +141,7 @@ class TokenizeJob:
     tokenizer_file: Path
     folder: Path
     seed: int
+    held_out: HeldOutTexts
     exclusions: Exclusions
     with_signatures: bool
     retrieval: RetrievalOrder | None
@@ -162,11 +176,13 @@ class TokenizeJob:
         documents = task.unit.read(self.corpus, account.skipped)
         if task.unit.source == RETRIEVAL_SOURCE:
             assert self.retrieval is not None
-            generated = self.retrieval.documents(self.corpus, encoder)
+            generated = self.retrieval.documents(
+                self.corpus, encoder, self.held_out, self.exclusions
+            )
             documents = ((0, document) for document in generated)
         for place, document in documents:
-            order = order_of(self.seed, document.doc_id)
-            reason, text_hash = self._reason_against(task, document, order / 2**64), b""
+            order, content = order_of(self.seed, document.doc_id), content_hash(document.text)
+            reason, text_hash = self._reason_against(task, document, content, order / 2**64), b""
             if reason is None:
                 text_hash = corpora.text_hash(document.text)
                 reason = EXCLUDED if self.exclusions.match(document.doc_id, text_hash) else None
@@ -177,6 +193,7 @@ class TokenizeJob:
                     domain=document.domain,
                     num_characters=len(document.text),
                     text_hash=text_hash,
+                    content_hash=content,
                     order=order,
                     signature=signature_of(document.text) if self.with_signatures else b"",
                 )
@@ -189,11 +206,14 @@ class TokenizeJob:
         if not task.is_first:
             account.skipped.clear()
 
-    def _reason_against(self, task: UnitTask, document: Document, order: float) -> str | None:
+    def _reason_against(
+        self, task: UnitTask, document: Document, content: bytes, order: float
+    ) -> str | None:
         if task.unit.source == RETRIEVAL_SOURCE:
             return None
-        if split_of(document.doc_id, self.corpus.heldout_fraction) is Split.heldout:
-            return HELD_OUT
+        split = self.held_out.split_of(document, content)
+        if split is not Split.train:
+            return HELD_OUT if split is Split.heldout else UNUSED
         first, last = task.bands[task.classes.of(len(document.text))]
         if order >= last:
             return NOT_NEEDED

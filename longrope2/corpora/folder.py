@@ -123,6 +123,10 @@ class FolderCorpus:
         """Documents of one split, file by file."""
         return split_documents(self, split, skipped)
 
+    def reserved(self) -> Iterator[Document]:
+        """None: the split goes by the text."""
+        return iter(())
+
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
         files = {self._name(path): sha256_of_file(path) for path in self._files}

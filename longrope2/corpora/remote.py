@@ -247,7 +247,7 @@ class FileCorpus:
     files: FileSet
     groups: Groups  # the units
     reader: Reader  # yields the documents of a unit, as ``Corpus.read``; can be pickled
-    heldout_fraction: float  # share of documents held out, drawn by id
+    heldout_fraction: float  # share of documents held out, drawn by their text
     own_heldout: Groups | None = None  # units of the corpus' own held-out split, where it has one
 
     @property
@@ -269,8 +269,15 @@ class FileCorpus:
         if split is Split.train or self.own_heldout is None:
             yield from source_documents(self, split, skipped)
             return
-        for unit in self._units(self.own_heldout):
-            yield from self.read(unit, Counter() if skipped is None else skipped)
+        yield from self._reserved(Counter() if skipped is None else skipped)
+
+    def reserved(self) -> Iterator[Document]:
+        """Documents of the corpus' own held-out split."""
+        return self._reserved(Counter())
+
+    def _reserved(self, skipped: Counter[str]) -> Iterator[Document]:
+        for unit in self._units(self.own_heldout or {}):
+            yield from self.read(unit, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""

@@ -173,7 +173,9 @@ def _read(
     contents = _contents(config, own, joins, skipped)
     if joins:
         for name, text in _joined_repositories(contents, config.repository_characters):
-            yield Document(f"{unit.name}/{name}", text, unit.source, language)
+            # By its name, so that it does not depend on which files are read together.
+            group = f"{unit.source}/{name.partition('#')[0]}"
+            yield Document(f"{unit.name}/{name}", text, unit.source, language, group)
         return
     for file in contents:
         yield Document(f"{unit.source}/{file.place}", file.content, unit.source, language)
