@@ -49,8 +49,6 @@ class Choice:
     selection: Selection  # what is packed
     account: Account  # what is not, and why
     demand: Demand  # what was wanted
-    # Source -> bucket -> tokens wanted over tokens there, where reading more may help.
-    missing: dict[str, dict[str, float]]
     shortfalls: list[str]  # what stays below what was wanted, in words
 
     def counts(self) -> dict[str, Any]:

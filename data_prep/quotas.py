@@ -95,13 +95,22 @@ def find_candidates(
 
 
 def measure_supply(
-    table: DocumentTable, candidates: Candidates, lengths: LengthBuckets
+    table: DocumentTable,
+    candidates: Candidates,
+    lengths: LengthBuckets,
+    weight_D: np.ndarray | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Source -> domain -> bucket -> tokens of all candidates."""
+    """Source -> domain -> bucket -> tokens of all candidates.
+
+    ``weight_D``: how many documents of the corpus each tokenized one stands for; None: one.
+    """
     num_domains, num_buckets = len(table.domains), len(lengths.names)
     bucket_P = lengths.codes(candidates.tokens_P)
     cell_P = table.domain_D[candidates.document_P] * num_buckets + bucket_P
-    sums = np.bincount(cell_P, candidates.tokens_P, minlength=num_domains * num_buckets)
+    tokens_P = candidates.tokens_P
+    if weight_D is not None:
+        tokens_P = tokens_P * weight_D[candidates.document_P]
+    sums = np.bincount(cell_P, tokens_P, minlength=num_domains * num_buckets)
     supply: dict[str, dict[str, dict[str, float]]] = {}
     rows = sums.reshape(num_domains, num_buckets).tolist()
     for (source, domain), cells in zip(table.domains, rows, strict=True):

@@ -151,7 +151,9 @@ def starcoder(config: StarcoderConfig, heldout_fraction: float) -> FileCorpus:
             groups[f"{files[0].path.removesuffix('.parquet')}{more}"] = files
     used = replace(found, files=tuple(file for file in found.files if _language(file) in wanted))
     reader = partial(_read, config)
-    return FileCorpus(STARCODER.key, used, groups, reader, heldout_fraction=heldout_fraction)
+    return FileCorpus(
+        STARCODER.key, used, groups, reader, heldout_fraction=heldout_fraction, domain_of=_language
+    )
 
 
 def _language(file: StoredFile) -> str:
