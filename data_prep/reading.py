@@ -11,6 +11,7 @@ corpus alone, never from workers or interruptions.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ FIRST_ROUND = 0.6  # of what the scan says is needed, where that is more than
 SMALL_BYTES = 2**28
 FEWEST_BYTES = 2**26  # read of a stratum, where it has them
 FEWEST_UNITS = 32  # of a stratum whose size is unknown
+LAST_ROUND = 0.85  # of what is needed: when more than that is read, the rest follows at once
 READ_MARGIN = 1.02  # of what has been measured
 TOKENIZED_MARGIN = 1.25  # of what is needed of a bucket
 FIRST_SHARE = 0.01  # of a bucket that nothing was wanted of
@@ -86,7 +88,7 @@ class Readings:
         """Decide the first round."""
         for stratum, units in self._units.items():
             need = needed[stratum]
-            if not any(need.wanted.values()):
+            if not need.fraction:
                 self.strata[stratum] = StratumReading(0, dict.fromkeys(self._lengths.names, 0.0))
                 continue
             num_units = self._first_units(units, need.fraction)
@@ -120,15 +122,10 @@ class Readings:
         grows = False
         for stratum, need in needed.items():
             reading, units = self.strata[stratum], self._units[stratum]
-            if not any(need.wanted.values()):
+            if not need.fraction:
                 continue
-            wanted = units.groups_for(min(1.0, need.fraction * READ_MARGIN))
             read = units.fraction(reading.num_units)
-            more = reading.num_units
-            if need.fraction > read * (1 + 1e-6):
-                growth = units.groups_for(min(1.0, MOST_GROWTH * max(read, 1e-9)))
-                more = min(self._most[stratum], wanted, max(growth, reading.num_units + 1))
-                more = max(reading.num_units, more)
+            more = self._more_units(stratum, need.fraction, read)
             have = self._by_bucket(supply.get(stratum, {}))
             planned = self._shares(need, estimate[stratum], units.fraction(more))
             wider = dict(reading.shares)
@@ -140,6 +137,17 @@ class Readings:
             grows = grows or more > reading.num_units or wider != reading.shares
             reading.num_units, reading.shares = more, wider
         return grows
+
+    def _more_units(self, stratum: Stratum, fraction: float, read: float) -> int:
+        """Groups to have read after the next round: some of what is missing, or the last of it."""
+        units, have = self._units[stratum], self.strata[stratum].num_units
+        if fraction <= read * (1 + 1e-6):
+            return have
+        target = fraction * READ_MARGIN
+        if read < LAST_ROUND * fraction:
+            target = read + FIRST_ROUND * (fraction - read)
+        target = min(target, 1.0, MOST_GROWTH * read if read else 1.0)
+        return max(have, min(self._most[stratum], max(have + 1, units.groups_for(target))))
 
     def _missing(
         self, wanted: Mapping[str, float], have: Mapping[str, float], bucket: str
@@ -199,6 +207,13 @@ class Readings:
         shares = self.strata[stratum].shares.values()
         each = np.array([1.0 / share if share else 0.0 for share in shares])
         return each[self._classes(stratum).codes(num_characters)]
+
+    def half_documents(self) -> dict[str, float]:
+        """Bucket -> half the tokens of a document in its middle."""
+        limits = [0.0, *map(float, self._lengths.limits)]
+        return {
+            b: sum(pair) / 4 for b, pair in zip(self._lengths.names, pairwise(limits), strict=True)
+        }
 
     def estimate(self, read: Mapping[Stratum, Cells]) -> dict[Stratum, Cells | None]:
         """Tokens of whole strata, by ``read``: those of what has been read of them.

@@ -41,11 +41,15 @@ class Needed:
     fraction: float
     """Share of it that is to be read, 0 to 1."""
     wanted: dict[str, float]
-    """Bucket -> tokens that will be packed of that, at most; ``inf``: all there are."""
+    """Bucket -> tokens that will be packed of that, at most; ``inf``: all there are, and whatever
+    turns up of a bucket that is asked for and was not seen yet."""
 
 
 def needed_reading(
-    config: PackConfig, estimate: Estimate, done: Mapping[Stratum, float]
+    config: PackConfig,
+    estimate: Estimate,
+    done: Mapping[Stratum, float],
+    hope: Mapping[str, float] | None = None,
 ) -> dict[Stratum, Needed]:
     """What is needed of each stratum.
 
@@ -54,6 +58,10 @@ def needed_reading(
         estimate: What there is, by the scan or by what has been read. A source with a stratum of
             unknown size is read whole.
         done: Share of each stratum that has been read: it costs nothing any more.
+        hope: Bucket -> tokens that the unread part of a mixture's stratum may hold for each time as
+            much as was read, beyond the estimate. Lengths that were not seen may be there all the
+            same; they are looked for where that costs least, and hoped for the less the more has
+            been read in vain.
     """
     if not config.mixture.is_given:
         return _for_quotas(config, estimate)
@@ -66,7 +74,7 @@ def needed_reading(
     # constraint yet.
     if mixture.fixes_lengths and (unknown or config.short_overlong is ShortOverlong.split):
         mixture = replace(mixture, buckets=BucketTokens(), short_survival=1.0)
-    return needed | _for_mixture(replace(mixture, sources=sources), known, done)
+    return needed | _for_mixture(replace(mixture, sources=sources), known, done, hope or {})
 
 
 def at_full_size(mixture: MixtureConfig) -> MixtureConfig:
@@ -132,15 +140,27 @@ def _by_bucket(cells: Sequence[Cells], buckets: Sequence[str]) -> dict[str, floa
     return {bucket: sum(row.get(bucket, 0.0) for row in rows) for bucket in buckets}
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A domain of a source, or a source."""
+
+    source: str
+    share: int  # which share of ``_Table.shares_V`` it depends on, -1: there is nothing of it
+    there: Mapping[str, float]  # bucket -> tokens of the whole stratum
+    hoped: Mapping[str, float]
+    wanted: float
+    price: float  # of a token that it lacks
+
+
 @dataclass(frozen=True, eq=False)
 class _Table:
     """What is wanted and what there is, by rows and buckets."""
 
     sources_R: list[str]
-    domains_R: list[str | None]  # None: the whole source
     shares_V: list[tuple[Stratum, ...]]  # strata that are read to the same share
     share_R: np.ndarray  # which of them a row depends on, -1: there is nothing of it
     supply_RC: np.ndarray  # tokens of the whole strata
+    hoped_RC: np.ndarray  # as many, were all of them like the best that the unread part may be
     wanted_R: np.ndarray
     price_R: np.ndarray  # of a token that a row lacks
     wanted_C: np.ndarray  # all inf where lengths are no constraint
@@ -148,11 +168,14 @@ class _Table:
 
 
 def _for_mixture(
-    mixture: MixtureConfig, estimate: Mapping[Stratum, Cells], done: Mapping[Stratum, float]
+    mixture: MixtureConfig,
+    estimate: Mapping[Stratum, Cells],
+    done: Mapping[Stratum, float],
+    hope: Mapping[str, float],
 ) -> dict[Stratum, Needed]:
     if not estimate or not any(mixture.sources.values()):
         return {s: Needed(0.0, dict.fromkeys(BUCKETS, 0.0)) for s in estimate}
-    table = _table(mixture, estimate)
+    table = _table(mixture, estimate, _hopeful(estimate, done, hope))
     least_V = np.array([min(done.get(s, 0.0) for s in own) for own in table.shares_V])
     fraction_V = _least_reading(table, mixture, least_V)
     fractions = {
@@ -172,8 +195,18 @@ def _for_mixture(
                 elif tokens:
                     total = sum(cell.get(bucket, 0.0) for cell in of_source.values())
                     wanted[bucket] += fitted.cells[stratum[0]][bucket] * tokens / total
-        needed[stratum] = Needed(fractions[stratum], wanted)
+        there = _by_bucket([cells], BUCKETS)
+        unseen = {b: math.inf for b in _asked(mixture, stratum[0]) if not there[b]}
+        needed[stratum] = Needed(fractions[stratum], wanted | unseen)
     return needed
+
+
+def _asked(mixture: MixtureConfig, source: str) -> list[str]:
+    """Buckets that a mixture wants anything of."""
+    if not mixture.fixes_lengths:
+        return [bucket for bucket in BUCKETS if bucket != "short" or mixture.short_survival]
+    serves = mixture.only.get(source, BUCKETS)
+    return [b for b in BUCKETS if b in serves and getattr(mixture.buckets, b)]
 
 
 def by_source(estimate: Mapping[Stratum, Cells]) -> Supply:
@@ -185,6 +218,21 @@ def by_source(estimate: Mapping[Stratum, Cells]) -> Supply:
             for bucket, tokens in row.items():
                 own[bucket] = own.get(bucket, 0.0) + tokens
     return supply
+
+
+def _hopeful(
+    estimate: Mapping[Stratum, Cells], done: Mapping[Stratum, float], hope: Mapping[str, float]
+) -> dict[Stratum, Cells]:
+    """Estimates with what may be hoped for, where a stratum was read in part."""
+    hopeful: dict[Stratum, Cells] = {}
+    for stratum, cells in estimate.items():
+        read = done.get(stratum, 0.0)
+        share = 1 / (read * len(cells)) if read and cells else 0.0
+        hopeful[stratum] = {
+            d: {bucket: n + share * hope.get(bucket, 0.0) for bucket, n in row.items()}
+            for d, row in cells.items()
+        }
+    return hopeful
 
 
 def _scaled(cells: Cells, by: float) -> Cells:
@@ -201,46 +249,54 @@ def _with_shares(mixture: MixtureConfig, supply: Supply) -> MixtureConfig:
     return replace(mixture, domain_shares={**shares, **mixture.domain_shares})
 
 
-def _table(mixture: MixtureConfig, estimate: Mapping[Stratum, Cells]) -> _Table:
+def _table(
+    mixture: MixtureConfig, estimate: Mapping[Stratum, Cells], hopeful: Mapping[Stratum, Cells]
+) -> _Table:
     """Rows are domains, or sources where their mix is ignored."""
     as_sources = mixture.domain_mix is DomainMix.ignore and mixture.fixes_lengths
-    supply = by_source(estimate)
+    supply, hoped = by_source(estimate), by_source(hopeful)
     shares_V: list[tuple[Stratum, ...]] = [(stratum,) for stratum in estimate]
     if as_sources:
         shares_V = [tuple(s for s in estimate if s[0] == source) for source in supply]
-    rows: list[tuple[str, str | None, int, Mapping[str, float], float, float]] = []
+    rows: list[_Row] = []
     for source, tokens in mixture.sources.items():
-        domains = supply.get(source, {})
+        domains, may_be = supply.get(source, {}), hoped.get(source, {})
         if as_sources:
             share = next((v for v, own in enumerate(shares_V) if own[0][0] == source), -1)
-            rows.append((source, None, share, _by_bucket([domains], BUCKETS), tokens, 0.0))
+            there, most = _by_bucket([domains], BUCKETS), _by_bucket([may_be], BUCKETS)
+            rows.append(_Row(source, share, there, most, wanted=tokens, price=0.0))
             continue
         wanted = domain_tokens(mixture, source, tokens, domains)
         for domain in sorted({*wanted, *domains}):
             share, price = _share_of(source, domain, estimate)
-            row = domains.get(domain, {})
-            rows.append((source, domain, share, row, wanted.get(domain, 0.0), price))
-    sources, domains_R, share, cells, wanted_R, price = zip(*rows, strict=True)
-    supply_RC = np.array([[row.get(bucket, 0.0) for bucket in BUCKETS] for row in cells])
+            there, most = domains.get(domain, {}), may_be.get(domain, {})
+            asked = wanted.get(domain, 0.0)
+            rows.append(_Row(source, share, there, most, wanted=asked, price=price))
     wanted_C = np.array([float(getattr(mixture.buckets, bucket)) for bucket in BUCKETS])
-    if mixture.fixes_lengths:
-        serves = [[b in mixture.only.get(source, BUCKETS) for b in BUCKETS] for source in sources]
-        supply_RC = supply_RC * np.array(serves)
-    else:  # a domain keeps all longer documents and some short ones
-        supply_RC[:, 0] *= mixture.short_survival
-        supply_RC, wanted_C = supply_RC.sum(1, keepdims=True), np.array([math.inf])
+    if not mixture.fixes_lengths:
+        wanted_C = np.array([math.inf])
     whole = {s: sum(sum(row.values()) for row in cells.values()) for s, cells in estimate.items()}
     return _Table(
-        sources_R=list(sources),
-        domains_R=list(domains_R),
+        sources_R=[row.source for row in rows],
         shares_V=shares_V,
-        share_R=np.array(share),
-        supply_RC=supply_RC,
-        wanted_R=np.array(wanted_R, float),
-        price_R=np.array(price),
+        share_R=np.array([row.share for row in rows]),
+        supply_RC=np.array([_useful(mixture, row.source, row.there) for row in rows]),
+        hoped_RC=np.array([_useful(mixture, row.source, row.hoped) for row in rows]),
+        wanted_R=np.array([row.wanted for row in rows], float),
+        price_R=np.array([row.price for row in rows]),
         wanted_C=wanted_C,
         cost_V=np.array([sum(whole[s] for s in own) for own in shares_V]),
     )
+
+
+def _useful(mixture: MixtureConfig, source: str, cells: Mapping[str, float]) -> list[float]:
+    """What a mixture can use of a row: by bucket, or in all where lengths are no constraint."""
+    if mixture.fixes_lengths:
+        serves = mixture.only.get(source, BUCKETS)
+        return [cells.get(bucket, 0.0) if bucket in serves else 0.0 for bucket in BUCKETS]
+    # A domain keeps all longer documents and some short ones.
+    short, *longer = (cells.get(bucket, 0.0) for bucket in BUCKETS)
+    return [mixture.short_survival * short + sum(longer)]
 
 
 def _share_of(source: str, domain: str, estimate: Mapping[Stratum, Cells]) -> tuple[int, float]:
@@ -252,6 +308,12 @@ def _share_of(source: str, domain: str, estimate: Mapping[Stratum, Cells]) -> tu
         if stratum[0] == source and stratum[1] in (domain, None):
             return number, 0.0 if stratum[1] is None else MOST_READ_FOR_A_DOMAIN
     return -1, 0.0
+
+
+def _given(table: _Table, least_V: np.ndarray) -> np.ndarray:
+    """What the part that has been read holds beyond what is hoped of the rest, [R, C]; negative."""
+    read_R = np.where(table.share_R >= 0, least_V[table.share_R], 0.0)
+    return read_R[:, None] * (table.supply_RC - table.hoped_RC)
 
 
 def _least_reading(table: _Table, mixture: MixtureConfig, least_V: np.ndarray) -> np.ndarray:
@@ -275,7 +337,7 @@ def _least_reading(table: _Table, mixture: MixtureConfig, least_V: np.ndarray) -
         line = r * num_columns + c
         limits.append((line, int(cell[r, c]), 1.0))
         if table.share_R[r] >= 0:
-            limits.append((line, int(table.share_R[r]), float(-table.supply_RC[r, c] / scale)))
+            limits.append((line, int(table.share_R[r]), float(-table.hoped_RC[r, c] / scale)))
     groups: list[tuple[float, list[int]]] = []
     for r in range(num_rows):
         groups.append((table.wanted_R[r], [*cell[r], lack_R[r]]))
@@ -303,7 +365,7 @@ def _least_reading(table: _Table, mixture: MixtureConfig, least_V: np.ndarray) -
     found = linprog(
         prices,
         A_ub=matrix(limits, cell.size),
-        b_ub=np.zeros(cell.size),
+        b_ub=_given(table, least_V).ravel() / scale,
         A_eq=matrix(sums, len(groups)),
         b_eq=totals,
         bounds=bounds,

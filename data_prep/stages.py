@@ -125,7 +125,8 @@ def _weights(table: DocumentTable, readings: Readings) -> np.ndarray:
 
 def _next_round(config: PackConfig, readings: Readings, found: _Choosing) -> bool:
     """Decide how much more is read; False if nothing more is needed, or there is no more."""
-    needed = needed_reading(config, found.estimate, readings.done())
+    done, hope = readings.done(), readings.half_documents()
+    needed = needed_reading(config, found.estimate, done, hope)
     if readings.extend(needed, found.estimate, found.supply):
         return True
     return any([readings.grow(source, cells) for source, cells in found.missing.items()])
@@ -403,7 +404,7 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
 def _print_reading(stratum: Stratum, units: StratumUnits, scan: StratumScan, need: Needed) -> float:
     """One line on how much of a stratum is read; returns the tokens that are tokenized, at most."""
     of = [len(group.units) for group in units.groups]
-    read = sum(of[: units.groups_for(need.fraction)]) if any(need.wanted.values()) else 0
+    read = sum(of[: units.groups_for(need.fraction)])
     name = "/".join(part for part in stratum if part)
     if scan.tokens is None:
         print(f"  {name}: reads {read:,} of {sum(of):,} units, of unknown size")
