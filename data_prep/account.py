@@ -85,7 +85,7 @@ class Choice:
         skipped: Counter[tuple[str, str]] = Counter()
         untokenized: dict[tuple[str, str, str], tuple[int, int]] = {}
         for account in self.table.accounts:
-            source, first_unit = account.source, account.units[0]
+            source, first_unit = account.source, f"{account.part} {account.units[0]}"
             units.setdefault(source, set()).update(account.units)
             documents[source] += account.num_documents
             characters[source] += account.num_characters

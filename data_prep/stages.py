@@ -41,7 +41,14 @@ from data_prep.scan import (
 )
 from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
-from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
+from data_prep.tokenizing import (
+    FULL_BAND,
+    RetrievalOrder,
+    TokenizeJob,
+    UnitGroup,
+    UnitTask,
+    finished_parts,
+)
 from longrope2.corpora import tokenizer
 from longrope2.corpora.build import heldout_documents, ignored_files
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Split, Unit
@@ -239,7 +246,7 @@ class _TokenizeStage:
         workers, logs = self.config.workers, self.work / "slurm"
         cluster = self.config.cluster
         run_stage("tokenizing", job, sizes, cluster, workers=workers, small=small, logs=logs)
-        return [TokenizedUnit(self.work, task.stem) for task in tasks]
+        return [part for task in tasks for part in finished_parts(self.work, task.stem)]
 
     @property
     def _tokenizer_file(self) -> Path:

@@ -81,6 +81,9 @@ class UnitAccount:
     # Reason -> records that the corpus could not use.
     skipped: Counter[str] = field(default_factory=Counter)
     longest_heldout_characters: int = 0
+    part: int = 0  # number of this part of a large unit
+    num_read: int = 0  # documents of it, tokenized or not
+    is_last: bool = False  # whether the unit ends with it
 
     def leave_out(self, reason: str, num_characters: int) -> None:
         """Count a document that is not tokenized."""

@@ -1,5 +1,8 @@
 """The tokenize stage: one pass over the text of each unit, ids and an index to disk.
 
+A large unit (a packed file cannot be read in ranges) is written in parts, each complete by itself:
+a job that is stopped reads again what it had tokenized, which is fast, and goes on behind it.
+
 Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record
 batch of the corpus, and the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one
 document, whichever is more, at about 200 bytes a token while it is encoded. A book of 2 million
@@ -12,7 +15,7 @@ retrieval documents read everything once.
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +35,9 @@ UNUSED = "neither packed nor held out: its text is held out or its group is, not
 EXCLUDED = "on the exclusion list"
 ALREADY_READ = "tokenized by an earlier reading"
 FULL_BAND = (0.0, 1.0)
+# Of a unit that are written together: some minutes of work, which is all that a job loses that is
+# stopped at its time limit.
+PART_CHARACTERS = 2**27
 
 
 @dataclass(frozen=True)
@@ -149,16 +155,37 @@ class TokenizeJob:
     def run(self, number: int) -> UnitAccount:
         """Tokenize one unit unless that is done."""
         task = self.tasks[number]
-        finished = TokenizedUnit(self.folder, task.stem)
-        if finished.is_complete:
-            return finished.account()
+        parts = finished_parts(self.folder, task.stem)
+        if parts and parts[-1].account().is_last:
+            return _sum_of(parts)
         encoder = prepared_tokenizer(self.tokenizer_file)
-        account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
+        skipped: Counter[str] = Counter()
+        documents = self._documents(task, encoder, skipped)
+        for _ in range(sum(part.account().num_read for part in parts)):
+            next(documents)  # read again, not tokenized again
+        while not (parts and parts[-1].account().is_last):
+            unit = TokenizedUnit(self.folder, _part_stem(task.stem, len(parts)))
+            self._write_part(task, unit, len(parts), documents, skipped, encoder)
+            parts.append(unit)
+        return _sum_of(parts)
+
+    def _write_part(
+        self,
+        task: UnitTask,
+        unit: TokenizedUnit,
+        number: int,
+        documents: Iterator[tuple[int, Document]],
+        skipped: Counter[str],
+        encoder: DocumentTokenizer,
+    ) -> None:
+        """Tokenize the next ``PART_CHARACTERS`` of a unit, or what is left of it."""
+        names, before = [u.name for u in task.unit.units], skipped.copy()
+        account = UnitAccount(names, task.unit.source, part=number)
         width = SIGNATURE_BYTES if self.with_signatures else 0
         with token_files.write_unit(
-            self.folder, task.stem, encoder.dtype, signature_bytes=width
+            self.folder, unit.stem, encoder.dtype, signature_bytes=width
         ) as add:
-            wanted = self._wanted(task, encoder, account)
+            wanted = self._wanted(task, _of_part(documents, account), account)
             for batch in batches_by_characters(wanted, lambda item: len(item[0].text)):
                 contents = encoder.encode_contents([document.text for document, _ in batch])
                 for (document, row), ids in zip(batch, contents, strict=True):
@@ -166,20 +193,25 @@ class TokenizeJob:
                     account.num_documents += 1
                     account.num_tokens += len(ids)
                     account.num_characters += len(document.text)
-        finished.write_account(account)
-        return account
+        if task.is_first:
+            account.skipped = skipped - before
+        unit.write_account(account)
+
+    def _documents(
+        self, task: UnitTask, encoder: DocumentTokenizer, skipped: Counter[str]
+    ) -> Iterator[tuple[int, Document]]:
+        """Documents of a unit, each with the place of its unit in the group."""
+        if task.unit.source != RETRIEVAL_SOURCE:
+            yield from task.unit.read(self.corpus, skipped)
+            return
+        assert self.retrieval is not None
+        generated = self.retrieval.documents(self.corpus, encoder, self.held_out, self.exclusions)
+        yield from ((0, document) for document in generated)
 
     def _wanted(
-        self, task: UnitTask, encoder: DocumentTokenizer, account: UnitAccount
+        self, task: UnitTask, documents: Iterator[tuple[int, Document]], account: UnitAccount
     ) -> Iterator[tuple[Document, IndexRow]]:
         """Documents to tokenize, with their index rows; all others are counted."""
-        documents = task.unit.read(self.corpus, account.skipped)
-        if task.unit.source == RETRIEVAL_SOURCE:
-            assert self.retrieval is not None
-            generated = self.retrieval.documents(
-                self.corpus, encoder, self.held_out, self.exclusions
-            )
-            documents = ((0, document) for document in generated)
         for place, document in documents:
             order, content = order_of(self.seed, document.doc_id), content_hash(document.text)
             reason, text_hash = self._reason_against(task, document, content, order / 2**64), b""
@@ -203,8 +235,6 @@ class TokenizeJob:
                 if reason == HELD_OUT:
                     longest = max(account.longest_heldout_characters, len(document.text))
                     account.longest_heldout_characters = longest
-        if not task.is_first:
-            account.skipped.clear()
 
     def _reason_against(
         self, task: UnitTask, document: Document, content: bytes, order: float
@@ -218,6 +248,40 @@ class TokenizeJob:
         if order >= last:
             return NOT_NEEDED
         return ALREADY_READ if order < first else None
+
+
+def _of_part(
+    documents: Iterator[tuple[int, Document]], account: UnitAccount
+) -> Iterator[tuple[int, Document]]:
+    """The documents of one part; counts them, and says whether they are the last."""
+    room = PART_CHARACTERS
+    for place, document in documents:
+        account.num_read += 1
+        yield place, document
+        room -= len(document.text)
+        if room <= 0:
+            return
+    account.is_last = True
+
+
+def _part_stem(stem: str, number: int) -> str:
+    """Names of the files of a part: the first has those of the unit."""
+    return f"{stem}-p{number:03d}" if number else stem
+
+
+def finished_parts(folder: Path, stem: str) -> list[TokenizedUnit]:
+    """The parts of a unit that are complete, in order."""
+    parts: list[TokenizedUnit] = []
+    while (unit := TokenizedUnit(folder, _part_stem(stem, len(parts)))).is_complete:
+        parts.append(unit)
+    return parts
+
+
+def _sum_of(parts: Sequence[TokenizedUnit]) -> UnitAccount:
+    """What a unit's progress is shown by."""
+    accounts = [part.account() for part in parts]
+    number = sum(account.num_tokens for account in accounts)
+    return UnitAccount(accounts[0].units, accounts[0].source, num_tokens=number)
 
 
 def order_of(seed: int, doc_id: str) -> int:

@@ -106,6 +106,11 @@ class CorpusKind(Enum):
     mix = "mix"
 
 
+# Keys of a corpus that say where it stands, not what it holds; and those of ``Corpus.describe``.
+PLACES = ("folder", *(f"{kind.value}.root" for kind in CorpusKind))
+PLACES_OF_A_DESCRIPTION = ("folder", "base")
+
+
 @dataclass
 class CorpusConfig:
     """Which documents to read."""

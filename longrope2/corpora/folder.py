@@ -14,7 +14,8 @@ from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, split_documents
 from longrope2.corpora.remote import line_ranges, ranged_name, split_ranged_name
 from longrope2.errors import ConfigError
-from longrope2.files.artifacts import sha256_of_file
+from longrope2.files.folder_hashes import sha256_of_files
+from longrope2.model.folder import cache_folder
 
 SOURCE = "folder"
 PLAIN_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
@@ -144,7 +145,8 @@ class FolderCorpus:
 
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
-        files = {self._name(path): sha256_of_file(path) for path in self._files}
+        names = [self._name(path) for path in self._files]
+        files = sha256_of_files(self._folder, names, cache_folder())
         return {"folder": str(self._folder), "files": files}
 
     def _name(self, path: Path) -> str:

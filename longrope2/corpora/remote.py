@@ -232,10 +232,15 @@ class FileSet:
     files: tuple[StoredFile, ...]
 
     def describe(self) -> dict[str, Any]:
-        """Base, number and size of the files, and a SHA-256 over their paths and sizes."""
+        """Base, number and size of the files, and a SHA-256 over their paths and sizes.
+
+        Of the hub the commit too: the base is only where the files were read.
+        """
         listing = "".join(f"{file.path}\t{file.size_bytes}\n" for file in self.files)
+        commit = self.base.rpartition("@")[2] if self.base.startswith("hf://") else None
         return {
             "base": self.base,
+            **({} if commit is None else {"commit": commit}),
             "num_files": len(self.files),
             "size_bytes": sum(file.size_bytes or 0 for file in self.files),
             "listing_sha256": hashlib.sha256(listing.encode()).hexdigest(),
