@@ -38,9 +38,16 @@ class StratumReading:
     """How much of one stratum is read."""
 
     num_units: int  # groups from the front of the reading order
-    shares: dict[str, float]  # bucket -> share of its documents that is tokenized, 0 to 1
+    # Bucket -> share of its documents that is tokenized, 0 to 1, at least: units of earlier rounds
+    # may have more, because less was read then.
+    shares: dict[str, float]
     # (unit, bucket) -> share that earlier rounds have tokenized.
     done: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def tokenized(self) -> set[str]:
+        """Buckets of which anything has been tokenized."""
+        return {bucket for (_, bucket), share in self.done.items() if share}
 
 
 class Readings:
@@ -128,14 +135,16 @@ class Readings:
             more = self._more_units(stratum, need.fraction, read)
             have = self._by_bucket(supply.get(stratum, {}))
             planned = self._shares(need, estimate[stratum], units.fraction(more))
-            wider = dict(reading.shares)
+            is_more, shares = more > reading.num_units, dict(reading.shares)
             for bucket, share in reading.shares.items():
                 short = self._missing(need.wanted, have, bucket)
-                if share < 1.0 and short > 1.0 + 1e-9:
+                if is_more:  # of all that is read a smaller share may do
+                    shares[bucket] = planned[bucket]
+                elif share < 1.0 and short > 1.0 + 1e-9:
                     least = max(FIRST_SHARE, share) * min(MOST_GROWTH, TOKENIZED_MARGIN * short)
-                    wider[bucket] = max(planned[bucket], min(1.0, least))
-            grows = grows or more > reading.num_units or wider != reading.shares
-            reading.num_units, reading.shares = more, wider
+                    shares[bucket] = max(planned[bucket], min(1.0, least))
+            grows = grows or is_more or shares != reading.shares
+            reading.num_units, reading.shares = more, shares
         return grows
 
     def _more_units(self, stratum: Stratum, fraction: float, read: float) -> int:
@@ -191,20 +200,26 @@ class Readings:
             classes = self._classes(stratum)
             for place, unit in enumerate(self._units[stratum].groups[: reading.num_units]):
                 keys = {bucket: (unit.name, bucket) for bucket in reading.shares}
-                bands = {b: (reading.done.get(keys[b], 0.0), s) for b, s in reading.shares.items()}
+                bands = {
+                    b: (reading.done.get(keys[b], 0.0), max(s, reading.done.get(keys[b], 0.0)))
+                    for b, s in reading.shares.items()
+                }
                 is_first = not any(key in reading.done for key in keys.values())
                 if is_first or any(first < last for first, last in bands.values()):
                     stem = f"{number:02d}-{place:06d}-{self.num_rounds:02d}"
                     tasks.append(
                         UnitTask(unit, stem=stem, classes=classes, bands=bands, is_first=is_first)
                     )
-                reading.done |= {keys[bucket]: share for bucket, share in reading.shares.items()}
+                reading.done |= {keys[bucket]: last for bucket, (_, last) in bands.items()}
         self.num_rounds += 1
         return tasks
 
-    def natural_weights(self, stratum: Stratum, num_characters: np.ndarray) -> np.ndarray:
-        """How many documents that were read each tokenized one of these sizes stands for."""
-        shares = self.strata[stratum].shares.values()
+    def natural_weights(
+        self, stratum: Stratum, unit: str, num_characters: np.ndarray
+    ) -> np.ndarray:
+        """How many documents of a unit each tokenized one of these sizes stands for."""
+        done = self.strata[stratum].done
+        shares = [done.get((unit, bucket), 0.0) for bucket in self._lengths.names]
         each = np.array([1.0 / share if share else 0.0 for share in shares])
         return each[self._classes(stratum).codes(num_characters)]
 
@@ -227,16 +242,16 @@ class Readings:
             if not fraction:
                 found[stratum] = scanned
                 continue
-            shares = self.strata[stratum].shares
-            measured = read.get(stratum, {})
+            reading, measured = self.strata[stratum], read.get(stratum, {})
+            tokenized = reading.tokenized
             cells: dict[str, dict[str, float]] = {}
             domains: set[str] = {*measured, *(scanned or {})}
             for domain in sorted(domains):
                 guess = (scanned or {}).get(domain, {})
                 row = measured.get(domain, {})
                 cells[domain] = {
-                    b: row.get(b, 0.0) / fraction if share else guess.get(b, 0.0)
-                    for b, share in shares.items()
+                    b: (row.get(b, 0.0) / fraction if b in tokenized else guess.get(b, 0.0))
+                    for b in reading.shares
                 }
             found[stratum] = cells
         return found

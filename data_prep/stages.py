@@ -122,11 +122,16 @@ def _by_stratum(supply: Supply, readings: Readings) -> dict[Stratum, Cells]:
 def _weights(table: DocumentTable, readings: Readings) -> np.ndarray:
     """How many documents that were read each tokenized document stands for, shape [D]."""
     weight_D = np.ones(len(table))
-    for code, (source, domain) in enumerate(table.domains):
-        if source in readings.sources:
-            own = np.flatnonzero(table.domain_D == code)
-            stratum = readings.stratum_of(source, domain)
-            weight_D[own] = readings.natural_weights(stratum, table.characters_D[own])
+    starts = np.searchsorted(table.unit_D, np.arange(len(table.units) + 1))
+    for account, first, last in zip(table.accounts, starts, starts[1:], strict=False):
+        if account.source not in readings.sources:
+            continue
+        sizes = table.characters_D[first:last]
+        for code in np.unique(table.domain_D[first:last]):
+            own = table.domain_D[first:last] == code
+            stratum = readings.stratum_of(*table.domains[code])
+            weights = readings.natural_weights(stratum, account.units[0], sizes[own])
+            weight_D[first:last][own] = weights
     return weight_D
 
 

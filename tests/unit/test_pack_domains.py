@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from data_prep import scan
-from data_prep.config import BucketQuota, MixtureConfig, PackConfig
+from data_prep.config import BucketQuota, BucketTokens, MixtureConfig, PackConfig
 from data_prep.demand import length_buckets
 from data_prep.reading import Readings
 from data_prep.reading_plan import needed_reading
@@ -191,3 +192,40 @@ def test_the_mix_of_fu_et_al(config, tmp_path) -> None:
     assert not simulation.shortfalls and simulation.tokens_read < 1.3 * needed
     assert needed < 0.02 * sum(V1_TOKENS.values()) / SCALE
     assert_shares(chosen, wanted, 0.02)
+
+
+def least_reading(truth: dict[str, np.ndarray], shares: np.ndarray, buckets: np.ndarray) -> float:
+    """Fewest tokens of the true corpus that hold the table, parts times buckets."""
+    density = np.array([row / row.sum() for row in truth.values()])
+    number, width = density.shape
+    # Tokens read of every part, then the cells; a cell is at most what the part's reading holds.
+    limits = np.hstack([np.zeros((number * width, number)), np.eye(number * width)])
+    for part in range(number):
+        limits[part * width : (part + 1) * width, part] = -density[part]
+    sums = np.vstack(
+        [
+            np.hstack([np.zeros((number, number)), np.kron(np.eye(number), np.ones(width))]),
+            np.hstack([np.zeros((width, number)), np.kron(np.ones(number), np.eye(width))]),
+        ]
+    )
+    cost = np.r_[np.ones(number), np.zeros(number * width)]
+    wanted = np.r_[shares, buckets]
+    found = linprog(cost, A_ub=limits, b_ub=np.zeros(len(limits)), A_eq=sums, b_eq=wanted)
+    return found.fun
+
+
+@pytest.mark.slow
+def test_the_lengths_of_the_paper(config, tmp_path) -> None:
+    """Table 1 of the paper without FineWeb-Edu's short documents: 1 to 1.5 to 2."""
+    buckets = BucketTokens(short=1_000_000, mid=1_500_000, long=2_000_000)
+    config.mixture = MixtureConfig(sources={SOURCE: 4_500_000}, buckets=buckets)
+    simulation = Simulation(config, tmp_path)
+    chosen = simulation.run()
+    truth = true_tokens(simulation.units)
+    whole = np.array([row.sum() for row in truth.values()])
+    wanted = np.array([1.0e6, 1.5e6, 2.0e6])
+    needed = least_reading(truth, 4_500_000 * whole / whole.sum(), wanted)
+    assert not [s for s in simulation.shortfalls if s.startswith(("source", "bucket"))]
+    assert simulation.tokens_read < 1.3 * needed
+    # Documents of 100,000 tokens are a fortieth of what is wanted of a part: coarse.
+    assert_shares(chosen, dict(zip(truth, whole.tolist(), strict=True)), 0.06)

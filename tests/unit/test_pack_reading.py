@@ -107,6 +107,8 @@ def test_later_rounds_read_only_what_is_missing():
     need = Needed(0.5, {"short": 20_000, "long": 2_500})
     assert readings.extend({WHOLE: need}, {WHOLE: measured}, there)
     assert readings.strata[WHOLE].num_units == 30 + FIRST_ROUND * 70
+    # Of 72 units a smaller share is enough than of 30.
+    assert readings.strata[WHOLE].shares["short"] == pytest.approx(1.25 * 20 / 72)
     second = readings.tasks()
     assert [t.unit for t in [*first, *second]] == list(
         divide_units(LARGE, ["s"], 0)[WHOLE].groups[:72]
@@ -117,9 +119,11 @@ def test_later_rounds_read_only_what_is_missing():
     enough = Needed(0.36, {"short": 20_000, "long": 2_500})
     assert readings.extend({WHOLE: enough}, {WHOLE: measured}, there)
     third = readings.tasks()
+    # Both the units that had more tokenized and those that had less.
     assert len(third) == 72 and not any(task.is_first for task in third)
-    (band,) = {task.bands["short"] for task in third}
-    assert band == (pytest.approx(1.25 * 20 / 30), 1.0)
+    bands = sorted({task.bands["short"] for task in third})
+    share = pytest.approx(2 * 1.25**2 * 20 / 72)
+    assert bands == [(pytest.approx(1.25 * 20 / 72), share), (pytest.approx(1.25 * 20 / 30), share)]
     there = {WHOLE: {"d": {"short": 20_000.0, "long": 2_500.0}}}
     assert not readings.extend({WHOLE: enough}, {WHOLE: measured}, there)
 
