@@ -22,11 +22,12 @@ from data_prep.quotas import Account, Demand, Selection
 from data_prep.shards import LIST_SCHEMA, PackedUnit, PackList, nested
 from data_prep.token_files import DocumentTable
 from data_prep.tokenizing import NOT_NEEDED
+from longrope2.corpora.held_out import DOCUMENTS_FILE
 from longrope2.files.artifacts import Manifest, atomic_path, sha256_of_file, write_text
 
-DOCUMENTS_FILE = "documents.parquet"
 # num_tokens counts BOS and EOS here; offset is the first id in those of the whole text.
-COLUMNS = ("doc_id", "source", "domain", "unit", "num_tokens", "offset", "text_hash")
+COLUMNS = ("doc_id", "source", "domain", "unit", "num_tokens", "offset")
+COLUMNS += ("text_hash", "content_hash")
 SCHEMA = pa.schema([LIST_SCHEMA.field(name) for name in COLUMNS])
 MOST_PADDING = 0.005  # of the tokens in short segments; more is reported
 STYLE = """
@@ -48,8 +49,6 @@ class Choice:
     selection: Selection  # what is packed
     account: Account  # what is not, and why
     demand: Demand  # what was wanted
-    # Source -> bucket -> tokens wanted over tokens there, where reading more may help.
-    missing: dict[str, dict[str, float]]
     shortfalls: list[str]  # what stays below what was wanted, in words
 
     def counts(self) -> dict[str, Any]:
@@ -86,7 +85,7 @@ class Choice:
         skipped: Counter[tuple[str, str]] = Counter()
         untokenized: dict[tuple[str, str, str], tuple[int, int]] = {}
         for account in self.table.accounts:
-            source, first_unit = account.source, account.units[0]
+            source, first_unit = account.source, f"{account.part} {account.units[0]}"
             units.setdefault(source, set()).update(account.units)
             documents[source] += account.num_documents
             characters[source] += account.num_characters

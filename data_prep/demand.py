@@ -24,12 +24,19 @@ network.
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data_prep.config import BUCKETS, QUOTA_BUCKETS, DomainMix, MixtureConfig, PackConfig
+from data_prep.config import (
+    BUCKETS,
+    QUOTA_BUCKETS,
+    BucketQuota,
+    DomainMix,
+    MixtureConfig,
+    PackConfig,
+)
 from data_prep.quotas import Demand
 from data_prep.token_files import LengthBuckets
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE
@@ -251,8 +258,16 @@ def fit_margins(margins: Margins, supply: Cells) -> FittedMixture:
     return FittedMixture(cells, _unmet(short_of))
 
 
-def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
+def fit_mixture(
+    mixture: MixtureConfig, supply: Supply, read: Supply | None = None
+) -> FittedMixture:
     """Fit a mixture without faults to the supply: sources x buckets, then every source's domains.
+
+    Args:
+        mixture: What is wanted.
+        supply: What can be packed.
+        read: What was read of the corpus, where the supply is only a part of that: the share of the
+            short documents that stays (``short_survival``) is one of all that were read.
 
     Returns:
         Cells per source, and per domain where the mix of domains is kept or the lengths are left to
@@ -262,7 +277,7 @@ def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
     scale = 1.0 if mixture.total_tokens is None else mixture.total_tokens / total
     sources = {source: tokens * scale for source, tokens in mixture.sources.items()}
     if not mixture.fixes_lengths:
-        return _thin_short_documents(mixture, sources, supply)
+        return _thin_short_documents(mixture, sources, supply, read or supply)
     buckets = {bucket: getattr(mixture.buckets, bucket) * scale for bucket in BUCKETS}
     by_source = {source: _sum_of(supply.get(source, {})) for source in sources}
     fitted = fit_margins(Margins(sources, buckets, mixture.only), by_source)
@@ -271,7 +286,7 @@ def fit_mixture(mixture: MixtureConfig, supply: Supply) -> FittedMixture:
     domains: dict[tuple[str, str], dict[str, float]] = {}
     short_of: list[tuple[str, str, float, float]] = []
     for source, cells in fitted.cells.items():
-        wanted = _domain_tokens(mixture, source, sum(cells.values()), supply.get(source, {}))
+        wanted = domain_tokens(mixture, source, sum(cells.values()), supply.get(source, {}))
         divided = _divide_source(wanted, cells, supply.get(source, {}))
         for domain, tokens in wanted.items():
             domains[source, domain] = divided[domain]
@@ -302,7 +317,7 @@ def _divide_source(
 
 
 def _thin_short_documents(
-    mixture: MixtureConfig, sources: Mapping[str, float], supply: Supply
+    mixture: MixtureConfig, sources: Mapping[str, float], supply: Supply, read: Supply
 ) -> FittedMixture:
     """Fu et al.'s rule: a domain spends its share on all longer and some short documents.
 
@@ -316,9 +331,11 @@ def _thin_short_documents(
     survival = {bucket: mixture.short_survival if bucket == "short" else 1.0 for bucket in BUCKETS}
     for source, tokens in sources.items():
         there, divided = supply.get(source, {}), {}
-        for domain, wanted in _domain_tokens(mixture, source, tokens, there).items():
-            kept = np.array([there.get(domain, {}).get(b, 0.0) * survival[b] for b in BUCKETS])
-            shared = share_out(wanted, kept, kept)
+        for domain, wanted in domain_tokens(mixture, source, tokens, there).items():
+            seen = read.get(source, {}).get(domain, {})
+            kept = np.array([seen.get(b, 0.0) * survival[b] for b in BUCKETS])
+            most = np.array([there.get(domain, {}).get(b, 0.0) for b in BUCKETS])
+            shared = share_out(wanted, kept, np.minimum(kept, most))
             divided[domain] = dict(zip(BUCKETS, shared.tolist(), strict=True))
             domains[source, domain] = divided[domain]
             of_domains.append(("domain", f"{source}/{domain}", wanted, float(shared.sum())))
@@ -327,7 +344,7 @@ def _thin_short_documents(
     return FittedMixture(cells, _unmet([*of_sources, *of_domains]), domains)
 
 
-def _domain_tokens(
+def domain_tokens(
     mixture: MixtureConfig, source: str, tokens: float, supply: Cells
 ) -> dict[str, float]:
     """Tokens wanted of every domain of a source, by the stated shares or those of the supply."""
@@ -350,8 +367,6 @@ class FittedDemand:
     """What is wanted, given what there is."""
 
     demand: Demand
-    # Source -> bucket -> tokens wanted over tokens there (above 1), where reading more may help.
-    missing: dict[str, dict[str, float]]
     # What stays below the mixture, in words; quotas report theirs after the choice.
     shortfalls: tuple[str, ...]
 
@@ -370,42 +385,53 @@ def wanted_sources(config: PackConfig) -> list[str]:
     return sorted(source for source in names if source != RETRIEVAL_SOURCE)
 
 
-def demand_of(config: PackConfig, supply: Supply, natural: Supply) -> FittedDemand:
+def demand_of(
+    config: PackConfig,
+    supply: Supply,
+    natural: Supply,
+    read: Supply | None = None,
+    divided: Collection[str] = (),
+) -> FittedDemand:
     """Demand for a measured or estimated supply of tokens that can be packed.
 
-    ``natural`` is the supply as the corpus has it, before a part of it was left unread: what "keep
-    the mix of domains" means.
+    Args:
+        config: What is wanted.
+        supply: Tokens that can be packed.
+        natural: Tokens of the whole corpus: what "keep the mix of domains" means.
+        read: Tokens of what was read, whether they were tokenized or not; None: the supply.
+        divided: Sources of which quotas are divided among domains as the corpus is: those that are
+            read in part, and of one domain more than of another.
     """
     generated: dict[tuple[str, str], int | None] = {}
     if config.retrieval_tokens:  # all that were generated are packed
         generated = {(RETRIEVAL_SOURCE, b): None for b in (*BUCKETS, *QUOTA_BUCKETS)}
     if not config.mixture.is_given:
         cells = {(s, b): getattr(q, b) for s, q in config.quotas.items() for b in QUOTA_BUCKETS}
-        return FittedDemand(Demand(cells | generated), {}, ())
-    fitted = fit_mixture(_with_natural_shares(config.mixture, natural), supply)
+        shares = {
+            (source, domain): row
+            for source in divided
+            for domain, row in _natural_mix(config.quotas[source], natural.get(source, {})).items()
+        }
+        return FittedDemand(Demand(cells | generated, shares), ())
+    fitted = fit_mixture(_with_natural_shares(config.mixture, natural), supply, read)
     cells = {
         (source, bucket): math.ceil(tokens)
         for source, row in fitted.cells.items()
         for bucket, tokens in row.items()
     }
-    missing = _missing(fitted, config.mixture.fixes_lengths)
     shortfalls = tuple(map(str, fitted.shortfalls))
-    return FittedDemand(Demand(cells | generated, fitted.domains), missing, shortfalls)
+    return FittedDemand(Demand(cells | generated, fitted.domains), shortfalls)
 
 
-def _missing(fitted: FittedMixture, has_buckets: bool) -> dict[str, dict[str, float]]:
-    """Cells below their proportion while a source or a bucket as a whole stays short."""
-    if not any(shortfall.kind in ("source", "bucket") for shortfall in fitted.shortfalls):
-        return {}
-    missing: dict[str, dict[str, float]] = {}
-    for shortfall in fitted.shortfalls:
-        ratio = shortfall.wanted_tokens / max(1.0, shortfall.fitted_tokens)
-        if shortfall.kind == "cell":
-            source, _, bucket = shortfall.name.rpartition("/")
-            missing.setdefault(source, {})[bucket] = ratio
-        elif shortfall.kind == "source" and not has_buckets:
-            missing[shortfall.name] = dict.fromkeys(BUCKETS, ratio)
-    return missing
+def _natural_mix(quota: BucketQuota, natural: Cells) -> dict[str, dict[str, float]]:
+    """Domain -> bucket -> tokens of a quota, as the corpus has them."""
+    mix: dict[str, dict[str, float]] = {domain: {} for domain in natural}
+    for bucket, tokens in vars(quota).items():
+        total = sum(row.get(bucket, 0.0) for row in natural.values())
+        if tokens is not None and total:
+            for domain, row in natural.items():
+                mix[domain][bucket] = tokens * row.get(bucket, 0.0) / total
+    return mix
 
 
 def _with_natural_shares(mixture: MixtureConfig, natural: Supply) -> MixtureConfig:

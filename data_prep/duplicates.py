@@ -4,6 +4,9 @@ Near duplicates (``documents.near_duplicates``) are found by MinHash across all 
 in their order of choice, each dropped if one before it is similar. Costs about as much time as
 tokenizing, half a kilobyte a document on disk, and memory for all signatures while choosing.
 
+A cluster (documents that a chain of similar ones connects) lies in one split: where held-out text,
+as search and evaluation will read it, is in it, none of its documents is packed.
+
 ``exclude=[FILE, ...]`` takes three kinds of file:
 
 - ``.txt``: one entry a line, ``#`` starts a comment. 64 hexadecimal digits are the SHA-256 of a
@@ -19,7 +22,7 @@ Dick``), whatever the case.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,7 +64,35 @@ def signature_of(text: str) -> bytes:
     return signature.hashvalues.astype("<u4").tobytes()
 
 
-def near_duplicates(signatures: list[bytes]) -> np.ndarray:
+class _Index:
+    """Signatures by which similar ones are found."""
+
+    def __init__(self, signatures: Sequence[bytes]) -> None:
+        from datasketch import MinHashLSH
+
+        self._signatures = signatures
+        self._index = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
+
+    def add(self, number: int) -> None:
+        """Take up the signature with this number."""
+        self._index.insert(number, _minhash(self._signatures[number]))
+
+    def similar(self, signature: bytes) -> list[int]:
+        """Numbers of those taken up that are similar."""
+        values = np.frombuffer(signature, "<u4")
+        found: list[int] = self._index.query(_minhash(signature))  # type: ignore[assignment]
+        others = [(n, np.frombuffer(self._signatures[n], "<u4")) for n in found]
+        return [n for n, other in others if np.mean(values == other) >= SIMILARITY]
+
+
+def _minhash(signature: bytes) -> Any:
+    from datasketch import MinHash
+
+    values = np.frombuffer(signature, "<u4").astype(np.uint64)
+    return MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=values)
+
+
+def near_duplicates(signatures: Sequence[bytes]) -> np.ndarray:
     """Which documents are similar to an earlier one that stays: a bool per signature, in order.
 
     Raises:
@@ -69,18 +100,34 @@ def near_duplicates(signatures: list[bytes]) -> np.ndarray:
     """
     if fault := fault_of_near_duplicates():
         raise ConfigError([fault])
-    from datasketch import MinHash, MinHashLSH
-
-    seen = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
-    dropped = np.zeros(len(signatures), dtype=bool)
+    seen, dropped = _Index(signatures), np.zeros(len(signatures), dtype=bool)
     for number, signature in enumerate(signatures):
-        values = np.frombuffer(signature, "<u4").astype(np.uint64)
-        minhash = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=values)
-        others = [np.frombuffer(signatures[n], "<u4") for n in seen.query(minhash)]  # type: ignore[index]
-        dropped[number] = any(np.mean(values == other) >= SIMILARITY for other in others)
+        dropped[number] = bool(seen.similar(signature))
         if not dropped[number]:
-            seen.insert(number, minhash)
+            seen.add(number)
     return dropped
+
+
+def clusters_of(held_out: Sequence[bytes], signatures: Sequence[bytes]) -> np.ndarray:
+    """Which documents a chain of similar ones connects with held-out text: a bool per signature.
+
+    Raises:
+        ConfigError: datasketch is not installed.
+    """
+    if fault := fault_of_near_duplicates():
+        raise ConfigError([fault])
+    connected, index = np.zeros(len(signatures), dtype=bool), _Index(signatures)
+    if not held_out:
+        return connected
+    for number in range(len(signatures)):
+        index.add(number)
+    reached = list(held_out)
+    while reached:
+        for number in index.similar(reached.pop()):
+            if not connected[number]:
+                connected[number] = True
+                reached.append(signatures[number])
+    return connected
 
 
 @dataclass(frozen=True)

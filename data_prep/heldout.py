@@ -21,6 +21,7 @@ from longrope2.config import load
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.corpus import Document
+from longrope2.corpora.held_out import Overlap, find_overlap
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import (
@@ -71,7 +72,8 @@ def pack_heldout(
 ) -> str:
     """Write up to ``num_segments`` segments of each kind into ``folder``; says how many in a line.
 
-    A folder that was made for the same segments, and as many, stays as it is.
+    Texts that the segments hold all the same (an earlier version split by name) are left out, and
+    named in the line. A folder that was made for the same segments, and as many, stays as it is.
 
     Raises:
         ConfigError: the corpus cannot be read.
@@ -84,7 +86,10 @@ def pack_heldout(
         return _line(SegmentStore(folder), num_segments)
     corpus, rules = heldout_corpus(segments_folder), store.rules
     tokens = num_segments * rules.target_len
-    short, long = _documents(corpus, rules, encoder, tokens=tokens)
+    documents = heldout_documents(corpus)
+    overlap = find_overlap(documents, segments_folder)
+    unseen = _without(documents, overlap)
+    short, long = _documents(unseen, rules, encoder, tokens=tokens)
     packed_short = pack_short(
         short, target_len=rules.target_len, alignment=rules.alignment, seed=0
     ).segments
@@ -94,7 +99,8 @@ def pack_heldout(
     folder.mkdir(parents=True)
     files = write_shards(folder, drafts, rules, tokens_per_shard=num_segments * 2 * tokens)
     _write_manifest(folder, store, drafts, files=files, details=details)
-    return _line(SegmentStore(folder), num_segments)
+    line = _line(SegmentStore(folder), num_segments)
+    return line if overlap is None else f"{line}; left out: {overlap}"
 
 
 def _found_details(folder: Path) -> dict[str, Any] | None:
@@ -105,7 +111,7 @@ def _found_details(folder: Path) -> dict[str, Any] | None:
 
 
 def _documents(
-    corpus: CorpusConfig, rules: SegmentRules, encoder: DocumentTokenizer, *, tokens: int
+    documents: Sequence[Document], rules: SegmentRules, encoder: DocumentTokenizer, *, tokens: int
 ) -> tuple[list[_HeldoutDocument], list[_HeldoutDocument]]:
     """Held-out documents for about ``tokens`` tokens of short and of long segments.
 
@@ -114,7 +120,7 @@ def _documents(
     """
     room = rules.original_len - len(rules.boundary_ids)
     short, long, contents = [], [], []
-    for document in heldout_documents(corpus):
+    for document in documents:
         if _num_tokens(long) >= tokens:
             if _num_tokens(short) >= tokens:
                 break
@@ -131,6 +137,11 @@ def _documents(
             if _num_tokens(short) < tokens:
                 short.append(_document(document, content[first : first + room], rules))
     return short, long
+
+
+def _without(documents: Sequence[Document], overlap: Overlap | None) -> list[Document]:
+    packed = set() if overlap is None else set(overlap.doc_ids)
+    return [document for document in documents if document.doc_id not in packed]
 
 
 def _document(document: Document, content: np.ndarray, rules: SegmentRules) -> _HeldoutDocument:

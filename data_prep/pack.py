@@ -25,12 +25,15 @@ from longrope2.config import (
     compose,
     differences,
     dump,
+    load,
     remake,
     target_faults,
     to_plain,
     with_later_keys,
+    without,
 )
 from longrope2.corpora.build import build_corpus
+from longrope2.corpora.config import PLACES, PLACES_OF_A_DESCRIPTION, CorpusKind
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
@@ -42,6 +45,14 @@ from longrope2.model.folder import given_folder, look_before, model_identity
 # Keys that say where, how fast or whether to write, not what: runs that differ in them only give
 # the same segments.
 LOCATION_KEYS = ("run", "dry_run", "workers", "cluster", "keep_work")
+# Where text and model stand. What they hold is told by ``inputs``, so that a mirror that is mounted
+# elsewhere goes on, and is accepted where all is done.
+PLACES_OF_INPUTS = (
+    *(f"corpus.{key}" for key in PLACES),
+    *(f"inputs.corpus.{key}" for key in PLACES_OF_A_DESCRIPTION),
+    *(f"inputs.corpus.{k.value}.{key}" for k in CorpusKind for key in PLACES_OF_A_DESCRIPTION),
+    *("model.path", "inputs.model.path"),
+)
 FLAGS = {"target": "target_len", "model": "model", "corpus": "corpus", "align": "align"}
 
 
@@ -157,6 +168,7 @@ def pack(config: PackConfig) -> Path:
     if (folder / "manifest.json").exists():
         manifest = artifacts.read_manifest(folder, "segments")
         _require_same(manifest, config, inputs, folder)
+        _note_places(config, folder)
         print(f"already complete: {folder}")
         print_notices(manifest.details.get("notices", ()))
         return folder
@@ -197,8 +209,9 @@ def _build(
     from data_prep.stages import build_segments
 
     started = time.monotonic()
-    content = {key: value for key, value in to_plain(config).items() if key not in LOCATION_KEYS}
-    identity = json.dumps([content, inputs], sort_keys=True).encode()
+    everything = {**to_plain(config), "inputs": inputs}
+    content = without(everything, [*LOCATION_KEYS, *PLACES_OF_INPUTS])
+    identity = json.dumps(content, sort_keys=True).encode()
     fingerprint = artifacts.sha256_of_bytes(identity)[:12]
     dump(config, folder / "config.yaml")
     write_guide(config.run.folder)
@@ -236,10 +249,19 @@ def _require_same(
 ) -> None:
     """Refuse a finished folder that was packed with another configuration or from other inputs."""
     made = {**with_later_keys(manifest.config, PackConfig), "inputs": manifest.inputs}
-    changes = differences(made, {**to_plain(config), "inputs": inputs}, free=LOCATION_KEYS)
+    free = [*LOCATION_KEYS, *PLACES_OF_INPUTS]
+    changes = differences(made, {**to_plain(config), "inputs": inputs}, free=free)
     if changes:
         shown = "; ".join(changes[:8])
         raise ArtifactError(f"{folder} was packed differently: {shown}; {remake(folder)}")
+
+
+def _note_places(config: PackConfig, folder: Path) -> None:
+    """Where text and model stand now, for those who read them by the folder's configuration."""
+    noted = to_plain(load(PackConfig, folder / "config.yaml"))
+    if changes := differences(noted, to_plain(config), free=LOCATION_KEYS):
+        dump(config, folder / "config.yaml")
+        print(f"the same text and model in another place: {'; '.join(changes)}")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ cut into).
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
-from data_prep.duplicates import near_duplicates
+from data_prep.duplicates import clusters_of, near_duplicates
 from data_prep.token_files import DocumentTable, LengthBuckets
 from longrope2.corpora.corpus import stable_fraction
 
@@ -74,15 +74,19 @@ class Candidates:
 
 
 def find_candidates(
-    table: DocumentTable, lengths: LengthBuckets, documents: DocumentsConfig
+    table: DocumentTable,
+    lengths: LengthBuckets,
+    documents: DocumentsConfig,
+    held_out: Sequence[bytes] = (),
 ) -> tuple[Candidates, Account]:
     """Drop duplicates and bring every document within the longest bucket.
 
     Of documents with the same text (or similar ones, if the table has signatures) only the first in
-    order stays, whatever its source.
+    order stays, whatever its source; of those that similar ones connect with a ``held_out``
+    signature none.
     """
     account = Account()
-    stays_D = _without_duplicates(table, documents, account)
+    stays_D = _without_duplicates(table, documents, held_out, account)
     candidates = _within(
         lengths.longest, table=table, stays_D=stays_D, overlong=documents.overlong, account=account
     )
@@ -91,13 +95,22 @@ def find_candidates(
 
 
 def measure_supply(
-    table: DocumentTable, candidates: Candidates, lengths: LengthBuckets
+    table: DocumentTable,
+    candidates: Candidates,
+    lengths: LengthBuckets,
+    weight_D: np.ndarray | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Source -> domain -> bucket -> tokens of all candidates."""
+    """Source -> domain -> bucket -> tokens of all candidates.
+
+    ``weight_D``: how many documents of the corpus each tokenized one stands for; None: one.
+    """
     num_domains, num_buckets = len(table.domains), len(lengths.names)
     bucket_P = lengths.codes(candidates.tokens_P)
     cell_P = table.domain_D[candidates.document_P] * num_buckets + bucket_P
-    sums = np.bincount(cell_P, candidates.tokens_P, minlength=num_domains * num_buckets)
+    tokens_P = candidates.tokens_P
+    if weight_D is not None:
+        tokens_P = tokens_P * weight_D[candidates.document_P]
+    sums = np.bincount(cell_P, tokens_P, minlength=num_domains * num_buckets)
     supply: dict[str, dict[str, dict[str, float]]] = {}
     rows = sums.reshape(num_domains, num_buckets).tolist()
     for (source, domain), cells in zip(table.domains, rows, strict=True):
@@ -106,7 +119,7 @@ def measure_supply(
 
 
 def _without_duplicates(
-    table: DocumentTable, documents: DocumentsConfig, account: Account
+    table: DocumentTable, documents: DocumentsConfig, held_out: Sequence[bytes], account: Account
 ) -> np.ndarray:
     """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
     stays_D = np.ones(len(table), dtype=bool)
@@ -118,8 +131,15 @@ def _without_duplicates(
         _leave_out(table, ~stays_D, "exact duplicate", account)
     if documents.near_duplicates:
         remaining = by_order[stays_D[by_order]]
-        similar_D = np.zeros(len(table), dtype=bool)
-        similar_D[remaining[near_duplicates(table.values("signature", remaining))]] = True
+        signatures = table.values("signature", remaining)
+        near_held_out = clusters_of(held_out, signatures)
+        reserved_D, similar_D = np.zeros((2, len(table)), dtype=bool)
+        reserved_D[remaining[near_held_out]] = True
+        stays_D &= ~reserved_D
+        _leave_out(table, reserved_D, "near duplicate of held-out text", account)
+        remaining = remaining[~near_held_out]
+        signatures = [s for s, out in zip(signatures, near_held_out, strict=True) if not out]
+        similar_D[remaining[near_duplicates(signatures)]] = True
         stays_D &= ~similar_D
         _leave_out(table, similar_D, "near duplicate", account)
     return stays_D

@@ -1,147 +1,57 @@
-"""How much of a corpus is read: a look at a few units, then rounds until the quotas are met.
+"""How much of a corpus is read: a look at a few units, then rounds until the demand is met.
 
-A corpus of a trillion tokens is not read for a few billion. A scan of a few units of each source
-guesses lengths from characters. By it the first round reads as many units of each source as its
-scarcest wanted bucket needs, with a margin, and tokenizes of each bucket only the share that the
-quota needs. If counted tokens then fall short, a further round widens the shares or adds units.
-What is read follows from configuration and corpus alone, never from workers or interruptions.
+A corpus of a trillion tokens is not read for a few billion. By a scan (``scan.py``) the plan
+(``reading_plan.py``) says how much of each stratum is needed; the first round reads less than that
+where the stratum is large, because guesses from a few units are off by a half and what was read
+cannot be unread. What the round counted makes the plan of the next one. Of each bucket only the
+share that will be packed is tokenized, with a margin. What is read follows from configuration and
+corpus alone, never from workers or interruptions.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from data_prep.config import ShortOverlong
-from data_prep.quotas import Demand
+from data_prep.demand import Cells
+from data_prep.reading_plan import Needed
+from data_prep.scan import Stratum, StratumScan, StratumUnits
 from data_prep.token_files import LengthBuckets
-from data_prep.tokenizing import UnitGroup, UnitTask
-from longrope2.corpora.corpus import Corpus, Unit, stable_fraction
-from longrope2.corpora.tokenizer import DocumentTokenizer
+from data_prep.tokenizing import UnitTask
 
-UNITS_PER_SOURCE = 4
-GROUP_BYTES = 2**20  # small units are read together up to this size
-CHARACTERS_PER_UNIT = 4_000_000
-CHARACTERS_ENCODED = 200_000
-CHARACTERS_OF_ONE_DOCUMENT = 20_000
-# Characters per stored byte, roughly; only where a unit was not read to its end.
-EXPANSION = {".gz": 3.0, ".zst": 3.5, ".zstd": 3.5, ".parquet": 2.5}
-MARGIN = 2.0  # read this many times what the scan says is needed
-FEWEST_UNITS = 32  # read from at least so many units of a source, where it has them
-FIRST_SHARE = 0.01  # of a bucket that the scan found nothing to want of
-MOST_GROWTH = 8.0  # of a share or of the number of units, from one round to the next
-
-
-@dataclass(frozen=True)
-class SourceScan:
-    """What a few units of a source told."""
-
-    num_units: int
-    characters_per_token: float  # measured on some of their text
-    # Domain -> bucket -> tokens an average unit has, estimated; None where units were not read to
-    # their end and their size is unknown.
-    tokens_per_unit: dict[str, dict[str, float]] | None
-
-    def supply(self) -> dict[str, dict[str, float]] | None:
-        """Domain -> bucket -> tokens of the whole source, estimated."""
-        if self.tokens_per_unit is None:
-            return None
-        return {
-            domain: {bucket: tokens * self.num_units for bucket, tokens in cells.items()}
-            for domain, cells in self.tokens_per_unit.items()
-        }
-
-
-def in_reading_order(units: Sequence[Unit], source: str, seed: int) -> list[UnitGroup]:
-    """Units of a source in the order drawn from the seed; small ones are put together."""
-    own = [unit for unit in units if unit.source == source]
-    groups: list[list[Unit]] = []
-    size = 0
-    for unit in sorted(own, key=lambda unit: (stable_fraction("unit", seed, unit.name), unit.name)):
-        room = GROUP_BYTES if unit.size_bytes is None else GROUP_BYTES - unit.size_bytes
-        if groups and unit.size_bytes is not None and 0 < size <= room:
-            groups[-1].append(unit)
-            size += unit.size_bytes
-        else:
-            groups.append([unit])
-            size = unit.size_bytes or 0
-    return [UnitGroup(tuple(group)) for group in groups]
-
-
-def scan_corpus(
-    corpus: Corpus,
-    units: Mapping[str, Sequence[UnitGroup]],
-    encoder: DocumentTokenizer,
-    lengths: LengthBuckets,
-) -> dict[str, SourceScan]:
-    """Look at the first units of each source; ``units`` are in reading order.
-
-    Raises:
-        DataError: a unit cannot be read.
-    """
-    return {source: _scan_source(corpus, own, encoder, lengths) for source, own in units.items()}
-
-
-def _scan_source(
-    corpus: Corpus, units: Sequence[UnitGroup], encoder: DocumentTokenizer, lengths: LengthBuckets
-) -> SourceScan:
-    sample = units[:UNITS_PER_SOURCE]
-    sizes: list[tuple[str, int]] = []
-    texts: list[str] = []  # the beginnings of the first documents
-    unit_characters: list[float | None] = []
-    for unit in sample:
-        read, at_end = 0, True
-        for _, document in unit.read(corpus, Counter()):
-            sizes.append((document.domain, len(document.text)))
-            read += len(document.text)
-            if sum(map(len, texts)) < CHARACTERS_ENCODED:
-                texts.append(document.text[:CHARACTERS_OF_ONE_DOCUMENT])
-            if read >= CHARACTERS_PER_UNIT:
-                at_end = False
-                break
-        unit_characters.append(read if at_end else _characters_of(unit))
-    num_tokens = sum(encoder.count_tokens(texts))
-    ratio = sum(map(len, texts)) / num_tokens if num_tokens else 4.0
-    known = [size for size in unit_characters if size is not None]
-    per_unit = None
-    if len(known) == len(sample) and sample:
-        seen = max(1, sum(size for _, size in sizes))
-        per_unit = _tokens_by_cell(sizes, ratio, sum(known) / len(known) / seen, lengths)
-    return SourceScan(len(units), ratio, per_unit)
-
-
-def _characters_of(unit: UnitGroup) -> float | None:
-    """Characters of a unit by its stored size, roughly; None if that is unknown."""
-    if unit.size_bytes is None:
-        return None
-    return unit.size_bytes * EXPANSION.get("." + unit.name.rpartition(".")[2], 1.0)
-
-
-def _tokens_by_cell(
-    sizes: Sequence[tuple[str, int]], ratio: float, scale: float, lengths: LengthBuckets
-) -> dict[str, dict[str, float]]:
-    classes = lengths.in_characters(ratio)
-    cells: dict[str, dict[str, float]] = {}
-    for domain, size in sizes:
-        cell = cells.setdefault(domain, dict.fromkeys(lengths.names, 0.0))
-        cell[classes.of(size)] += size / ratio * scale
-    return cells
+FIRST_ROUND = 0.6  # of what the scan says is needed, where that is more than
+SMALL_BYTES = 2**28
+FEWEST_BYTES = 2**26  # read of a stratum, where it has them
+FEWEST_UNITS = 32  # of a stratum whose size is unknown
+LAST_ROUND = 0.85  # of what is needed: when more than that is read, the rest follows at once
+READ_MARGIN = 1.02  # of what has been measured
+TOKENIZED_MARGIN = 1.25  # of what is needed of a bucket
+FIRST_SHARE = 0.01  # of a bucket that nothing was wanted of
+MOST_GROWTH = 8.0  # of a share or of what is read, from one round to the next
 
 
 @dataclass
-class SourceReading:
-    """How much of one source is read."""
+class StratumReading:
+    """How much of one stratum is read."""
 
-    num_units: int  # from the front of the reading order
-    shares: dict[str, float]  # bucket -> share of its documents that is tokenized, 0 to 1
+    num_units: int  # groups from the front of the reading order
+    # Bucket -> share of its documents that is tokenized, 0 to 1, at least: units of earlier rounds
+    # may have more, because less was read then.
+    shares: dict[str, float]
     # (unit, bucket) -> share that earlier rounds have tokenized.
     done: dict[tuple[str, str], float] = field(default_factory=dict)
 
+    @property
+    def tokenized(self) -> set[str]:
+        """Buckets of which anything has been tokenized."""
+        return {bucket for (_, bucket), share in self.done.items() if share}
+
 
 class Readings:
-    """The readings of one run, round by round; ``units`` are in reading order, by source.
+    """The readings of one run, round by round.
 
     With ``short_overlong`` ``split`` all documents serve all buckets. ``max_units``: most units of
     a source that are read; None: all, if it comes to that.
@@ -149,93 +59,240 @@ class Readings:
 
     def __init__(
         self,
-        units: Mapping[str, Sequence[UnitGroup]],
-        scans: Mapping[str, SourceScan],
+        units: Mapping[Stratum, StratumUnits],
+        scans: Mapping[Stratum, StratumScan],
         lengths: LengthBuckets,
         short_overlong: ShortOverlong,
         *,
         max_units: int | None,
     ) -> None:
         self._units, self._scans, self._lengths = units, scans, lengths
-        self._max_units = max_units
+        self._most = _most_groups(units, max_units)
         self._pooled = short_overlong is ShortOverlong.split
-        self.sources: dict[str, SourceReading] = {}
+        self.strata: dict[Stratum, StratumReading] = {}
         self.num_rounds = 0
 
-    def start(self, demand: Demand) -> None:
-        """Decide the first round."""
-        for source in self._units:
-            self.sources[source] = self._first_reading(source, self._most_units(source), demand)
+    @property
+    def sources(self) -> set[str]:
+        """Sources that are read."""
+        return {source for source, _ in self._units}
 
-    def extend(self, source: str, missing: Mapping[str, float]) -> bool:
-        """Read more of a source that gave too little; False if it has no more.
+    def stratum_of(self, source: str, domain: str) -> Stratum:
+        """The stratum of a document."""
+        return (source, domain) if (source, domain) in self._units else (source, None)
+
+    def done(self) -> dict[Stratum, float]:
+        """Share of each stratum that is read, of its tokens as far as its units' sizes tell."""
+        return {s: self._units[s].fraction(r.num_units) for s, r in self.strata.items()}
+
+    def divided_sources(self) -> set[str]:
+        """Sources of several strata that are read or tokenized in part."""
+        parts = {s for s, f in self.done().items() if f < 1.0}
+        parts |= {s for s, r in self.strata.items() if min(r.shares.values()) < 1.0}
+        return {source for source, domain in parts if domain is not None}
+
+    def start(self, needed: Mapping[Stratum, Needed]) -> None:
+        """Decide the first round."""
+        for stratum, units in self._units.items():
+            need = needed[stratum]
+            if not need.fraction:
+                self.strata[stratum] = StratumReading(0, dict.fromkeys(self._lengths.names, 0.0))
+                continue
+            num_units = self._first_units(units, need.fraction)
+            num_units = min(self._most[stratum], num_units)
+            tokens = self._scans[stratum].tokens
+            shares = self._shares(need, tokens, units.fraction(num_units))
+            self.strata[stratum] = StratumReading(num_units, shares)
+
+    def _first_units(self, units: StratumUnits, fraction: float) -> int:
+        """Groups of the first round."""
+        if fraction >= 1.0:
+            return len(units.groups)
+        if units.size_bytes is None and units.published_tokens is None:
+            return max(FEWEST_UNITS, units.groups_for(fraction / FIRST_ROUND))
+        size, least = units.size_bytes, 0.0
+        if size:
+            least = min(1.0, FEWEST_BYTES / size)
+        is_small = size is not None and fraction * size <= SMALL_BYTES
+        return max(1, units.groups_for(max(least, fraction * (1.0 if is_small else FIRST_ROUND))))
+
+    def extend(
+        self,
+        needed: Mapping[Stratum, Needed],
+        estimate: Mapping[Stratum, Cells | None],
+        supply: Mapping[Stratum, Cells],
+    ) -> bool:
+        """Read as much as is ``needed``; False if that is there already.
+
+        ``estimate``: tokens of whole strata. ``supply``: those that are tokenized.
+        """
+        grows = False
+        for stratum, need in needed.items():
+            reading, units = self.strata[stratum], self._units[stratum]
+            if not need.fraction:
+                continue
+            read = units.fraction(reading.num_units)
+            more = self._more_units(stratum, need.fraction, read)
+            have = self._by_bucket(supply.get(stratum, {}))
+            planned = self._shares(need, estimate[stratum], units.fraction(more))
+            is_more, shares = more > reading.num_units, dict(reading.shares)
+            for bucket, share in reading.shares.items():
+                short = self._missing(need.wanted, have, bucket)
+                if is_more:  # of all that is read a smaller share may do
+                    shares[bucket] = planned[bucket]
+                elif share < 1.0 and short > 1.0 + 1e-9:
+                    least = max(FIRST_SHARE, share) * min(MOST_GROWTH, TOKENIZED_MARGIN * short)
+                    shares[bucket] = max(planned[bucket], min(1.0, least))
+            grows = grows or is_more or shares != reading.shares
+            reading.num_units, reading.shares = more, shares
+        return grows
+
+    def _more_units(self, stratum: Stratum, fraction: float, read: float) -> int:
+        """Groups to have read after the next round: some of what is missing, or the last of it."""
+        units, have = self._units[stratum], self.strata[stratum].num_units
+        if fraction <= read * (1 + 1e-6):
+            return have
+        target = fraction * READ_MARGIN
+        if read < LAST_ROUND * fraction:
+            target = read + FIRST_ROUND * (fraction - read)
+        target = min(target, 1.0, MOST_GROWTH * read if read else 1.0)
+        return max(have, min(self._most[stratum], max(have + 1, units.groups_for(target))))
+
+    def _missing(
+        self, wanted: Mapping[str, float], have: Mapping[str, float], bucket: str
+    ) -> float:
+        """Tokens of a bucket that are wanted over those that are there; of all where pooled."""
+        asked, there = wanted[bucket], have[bucket]
+        if self._pooled:
+            asked, there = sum(wanted.values()), sum(have.values())
+        return asked / max(1.0, there)
+
+    def _by_bucket(self, cells: Cells) -> dict[str, float]:
+        return {b: sum(row.get(b, 0.0) for row in cells.values()) for b in self._lengths.names}
+
+    def grow(self, source: str, missing: Mapping[str, float]) -> bool:
+        """Read more of a source whose quotas got too little; False if it has no more.
 
         ``missing``: bucket -> tokens wanted over tokens there, above 1.
         """
-        reading = self.sources[source]
-        buckets = set(reading.shares) if self._pooled else set(missing)
-        growth = min(MOST_GROWTH, 1.5 * max(missing.values()))
-        if any(reading.shares[bucket] < 1.0 for bucket in buckets):
-            wider = {b: min(1.0, max(FIRST_SHARE, reading.shares[b]) * growth) for b in buckets}
-            reading.shares = reading.shares | wider
-            return True
-        most = self._most_units(source)
-        more = min(most, math.ceil(max(1, reading.num_units) * growth))
-        grows, reading.num_units = more > reading.num_units, more
+        growth = min(MOST_GROWTH, TOKENIZED_MARGIN * max(missing.values()))
+        own = [stratum for stratum in self.strata if stratum[0] == source]
+        buckets = self._lengths.names if self._pooled else tuple(missing)
+        thinned = [s for s in own if any(self.strata[s].shares[b] < 1.0 for b in buckets)]
+        for stratum in thinned:
+            shares = self.strata[stratum].shares
+            wider = {b: min(1.0, max(FIRST_SHARE, shares[b]) * growth) for b in buckets}
+            self.strata[stratum].shares = shares | wider
+        grows = bool(thinned)
+        growth = min(MOST_GROWTH, READ_MARGIN * max(missing.values()))
+        for stratum in [] if thinned else own:
+            units, reading = self._units[stratum], self.strata[stratum]
+            read = max(units.fraction(reading.num_units), 1e-9)
+            wanted = max(reading.num_units + 1, units.groups_for(min(1.0, read * growth)))
+            more = min(self._most[stratum], wanted)
+            grows, reading.num_units = grows or more > reading.num_units, more
         return grows
 
     def tasks(self) -> list[UnitTask]:
         """Readings of the next round: what the shares cover and no earlier round has read."""
         tasks = []
-        for number, (source, reading) in enumerate(self.sources.items()):
-            classes = self._classes(source)
-            for place, unit in enumerate(self._units[source][: reading.num_units]):
+        for number, (stratum, reading) in enumerate(self.strata.items()):
+            classes = self._classes(stratum)
+            for place, unit in enumerate(self._units[stratum].groups[: reading.num_units]):
                 keys = {bucket: (unit.name, bucket) for bucket in reading.shares}
-                bands = {b: (reading.done.get(keys[b], 0.0), s) for b, s in reading.shares.items()}
+                bands = {
+                    b: (reading.done.get(keys[b], 0.0), max(s, reading.done.get(keys[b], 0.0)))
+                    for b, s in reading.shares.items()
+                }
                 is_first = not any(key in reading.done for key in keys.values())
                 if is_first or any(first < last for first, last in bands.values()):
                     stem = f"{number:02d}-{place:06d}-{self.num_rounds:02d}"
                     tasks.append(
                         UnitTask(unit, stem=stem, classes=classes, bands=bands, is_first=is_first)
                     )
-                reading.done |= {keys[bucket]: share for bucket, share in reading.shares.items()}
+                reading.done |= {keys[bucket]: last for bucket, (_, last) in bands.items()}
         self.num_rounds += 1
         return tasks
 
-    def natural_weights(self, source: str, num_characters: np.ndarray) -> np.ndarray:
-        """How many documents of the source each tokenized document of these sizes stands for."""
-        shares = self.sources[source].shares.values()
+    def natural_weights(
+        self, stratum: Stratum, unit: str, num_characters: np.ndarray
+    ) -> np.ndarray:
+        """How many documents of a unit each tokenized one of these sizes stands for."""
+        done = self.strata[stratum].done
+        shares = [done.get((unit, bucket), 0.0) for bucket in self._lengths.names]
         each = np.array([1.0 / share if share else 0.0 for share in shares])
-        return each[self._classes(source).codes(num_characters)]
+        return each[self._classes(stratum).codes(num_characters)]
 
-    def _classes(self, source: str) -> LengthBuckets:
-        return self._lengths.in_characters(self._scans[source].characters_per_token)
+    def half_documents(self) -> dict[str, float]:
+        """Bucket -> half the tokens of a document in its middle."""
+        limits = [0.0, *map(float, self._lengths.limits)]
+        return {
+            b: sum(pair) / 4 for b, pair in zip(self._lengths.names, pairwise(limits), strict=True)
+        }
 
-    def _first_reading(self, source: str, available: int, demand: Demand) -> SourceReading:
-        wanted = {bucket: demand.of(source, bucket) for bucket in self._lengths.names}
-        if all(tokens == 0 for tokens in wanted.values()):
-            return SourceReading(0, dict.fromkeys(wanted, 0.0))
-        cells = self._scans[source].tokens_per_unit
-        if cells is None or None in wanted.values():
-            return SourceReading(available, dict.fromkeys(wanted, 1.0))
-        per_unit = {b: sum(domain[b] for domain in cells.values()) for b in wanted}
-        needed = {bucket: MARGIN * (tokens or 0) for bucket, tokens in wanted.items()}
+    def estimate(self, read: Mapping[Stratum, Cells]) -> dict[Stratum, Cells | None]:
+        """Tokens of whole strata, by ``read``: those of what has been read of them.
+
+        A bucket of which nothing was tokenized keeps its estimate from the scan, as does a stratum
+        of which nothing was read.
+        """
+        found: dict[Stratum, Cells | None] = {}
+        for stratum, fraction in self.done().items():
+            scanned = self._scans[stratum].tokens
+            if not fraction:
+                found[stratum] = scanned
+                continue
+            reading, measured = self.strata[stratum], read.get(stratum, {})
+            tokenized = reading.tokenized
+            cells: dict[str, dict[str, float]] = {}
+            domains: set[str] = {*measured, *(scanned or {})}
+            for domain in sorted(domains):
+                guess = (scanned or {}).get(domain, {})
+                row = measured.get(domain, {})
+                cells[domain] = {
+                    b: (row.get(b, 0.0) / fraction if b in tokenized else guess.get(b, 0.0))
+                    for b in reading.shares
+                }
+            found[stratum] = cells
+        return found
+
+    def _classes(self, stratum: Stratum) -> LengthBuckets:
+        return self._lengths.in_characters(self._scans[stratum].characters_per_token)
+
+    def _shares(self, need: Needed, tokens: Cells | None, fraction: float) -> dict[str, float]:
+        """Share of each bucket to tokenize where ``fraction`` of a stratum is read."""
+        names = self._lengths.names
+        if tokens is None:
+            return dict.fromkeys(names, 1.0)
+        there = {b: number * fraction for b, number in self._by_bucket(tokens).items()}
         if self._pooled:
-            needed, per_unit = {"all": sum(needed.values())}, {"all": sum(per_unit.values())}
-        counts = [needed[bucket] / per_unit[bucket] for bucket in needed if per_unit[bucket]]
-        num_units = min(available, max(FEWEST_UNITS, math.ceil(max(counts, default=0.0))))
-        shares = {b: _share(needed[b], per_unit[b] * num_units) for b in needed}
-        if self._pooled:
-            shares = dict.fromkeys(wanted, shares["all"])
-        return SourceReading(num_units, shares)
-
-    def _most_units(self, source: str) -> int:
-        """Groups of a source that may be read: at least one, and no more units than allowed."""
-        sizes = np.cumsum([len(group.units) for group in self._units[source]])
-        if self._max_units is None:
-            return len(sizes)
-        return max(min(1, len(sizes)), int(np.searchsorted(sizes, self._max_units, side="right")))
+            share = _share(sum(need.wanted.values()), sum(there.values()))
+            return dict.fromkeys(names, share)
+        return {b: _share(need.wanted[b], there[b]) for b in names}
 
 
-def _share(needed: float, there: float) -> float:
-    return 0.0 if not needed else min(1.0, needed / there if there else 1.0)
+def _share(wanted: float, there: float) -> float:
+    if not wanted:
+        return 0.0
+    return min(1.0, TOKENIZED_MARGIN * wanted / there) if there else 1.0
+
+
+def _most_groups(
+    units: Mapping[Stratum, StratumUnits], max_units: int | None
+) -> dict[Stratum, int]:
+    """Groups of each stratum that may be read: no more units of a source than allowed.
+
+    The units allowed are shared out by what the strata hold, at least one group of each.
+    """
+    if max_units is None:
+        return {stratum: len(own.groups) for stratum, own in units.items()}
+    most = {}
+    for (source, domain), own in units.items():
+        number = {
+            s: sum(len(g.units) for g in u.groups) for s, u in units.items() if s[0] == source
+        }
+        allowed = max_units * number[source, domain] / max(1, sum(number.values()))
+        sizes = np.cumsum([len(group.units) for group in own.groups])
+        fits = int(np.searchsorted(sizes, math.floor(allowed), side="right"))
+        most[source, domain] = max(min(1, len(sizes)), fits)
+    return most

@@ -26,7 +26,9 @@ import pyarrow as pa
 from data_prep.packing import DraftSegment, Piece, pack_long, pack_short
 from data_prep.quotas import WHOLE, Selection
 from data_prep.token_files import DocumentTable, TokenizedUnit
-from longrope2.corpora.corpus import stable_fraction
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, stable_fraction
+from longrope2.corpora.held_out import HeldOutTexts
+from longrope2.errors import DataError
 from longrope2.files.artifacts import atomic_path, sha256_of_file, write_text
 from longrope2.segments.format import Segment, SegmentRules, check_segment, segment_schema
 
@@ -43,6 +45,7 @@ LIST_SCHEMA = pa.schema(
         ("offset", pa.int64()),  # first id in the document's own text
         ("bucket", pa.int8()),
         ("text_hash", pa.binary(16)),
+        ("content_hash", pa.binary(16)),  # by which the split is drawn
     ]
 )
 MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64
@@ -79,11 +82,20 @@ class PackList:
             return pa.ipc.open_stream(source).read_all()
 
     def write(
-        self, table: DocumentTable, selection: Selection, tokens_per_unit: int, summary: dict
+        self,
+        table: DocumentTable,
+        selection: Selection,
+        *,
+        held_out: HeldOutTexts,
+        tokens_per_unit: int,
+        summary: dict,
     ) -> None:
         """Divide the chosen parts among shuffle units of about ``tokens_per_unit`` tokens.
 
         ``summary``, plain JSON values, is kept with the list.
+
+        Raises:
+            DataError: a chosen text is held out (a fault of the packer; nothing is packed).
         """
         parts = selection.parts
         num_units = max(1, round(int(parts.tokens_P.sum()) / tokens_per_unit))
@@ -99,6 +111,7 @@ class PackList:
                 if len(own) == 0:
                     continue
                 rows = _rows(table, selection, own, number)
+                _require_train(rows, held_out)
                 for unit in np.unique(shuffle_unit_P[own]):
                     here = pa.array(np.flatnonzero(shuffle_unit_P[own] == unit))
                     writers[int(unit)].write_batch(rows.take(here))
@@ -128,9 +141,18 @@ def _rows(
         parts.start_P,
         selection.bucket_P[own].astype(np.int8),
         [row.tobytes() for row in table.text_hash_D2[documents]],
+        table.values("content_hash", documents),
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, LIST_SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=LIST_SCHEMA)
+
+
+def _require_train(rows: pa.RecordBatch, held_out: HeldOutTexts) -> None:
+    """Nothing that is held out is packed, whatever went before."""
+    columns = (rows.column(name).to_pylist() for name in ("doc_id", "source", "content_hash"))
+    for doc_id, source, content in zip(*columns, strict=True):
+        if source != RETRIEVAL_SOURCE and held_out.holds(content):
+            raise DataError(f"the text of {doc_id} is held out and was chosen all the same")
 
 
 def _mixed(order: np.ndarray) -> np.ndarray:

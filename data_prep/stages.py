@@ -13,6 +13,7 @@ unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -23,20 +24,37 @@ import numpy as np
 
 from data_prep.account import Choice, histogram, segment_counts, write_document_list
 from data_prep.config import PackConfig, ShortOverlong
-from data_prep.demand import demand_of, length_buckets, wanted_sources
-from data_prep.duplicates import read_exclusions
+from data_prep.demand import Cells, Supply, demand_of, length_buckets, wanted_sources
+from data_prep.duplicates import SIGNATURE_BYTES, read_exclusions, signature_of
 from data_prep.engine import run_stage
 from data_prep.notices import HeldOut, Kinds, held_out_of, kinds_of, notices
 from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
-from data_prep.reading import Readings, SourceScan, in_reading_order, scan_corpus
+from data_prep.reading import TOKENIZED_MARGIN, Readings
+from data_prep.reading_plan import Needed, by_source, needed_reading
+from data_prep.scan import (
+    Stratum,
+    StratumScan,
+    StratumUnits,
+    divide_units,
+    in_reading_order,
+    scan_corpus,
+)
 from data_prep.shards import PackedUnit, PackJob, PackList
 from data_prep.token_files import DocumentTable, LengthBuckets, TokenizedUnit, load_documents
-from data_prep.tokenizing import FULL_BAND, RetrievalOrder, TokenizeJob, UnitGroup, UnitTask
+from data_prep.tokenizing import (
+    FULL_BAND,
+    RetrievalOrder,
+    TokenizeJob,
+    UnitGroup,
+    UnitTask,
+    finished_parts,
+)
 from longrope2.corpora import tokenizer
-from longrope2.corpora.build import ignored_files
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit
+from longrope2.corpora.build import heldout_documents, ignored_files
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Split, Unit
+from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.errors import DataError
-from longrope2.files.artifacts import write_text
+from longrope2.files.artifacts import atomic_path, write_text
 from longrope2.segments.format import SegmentRules
 
 SMALL_BYTES = 64 * 2**20  # below this, starting processes takes longer than the work
@@ -44,12 +62,32 @@ HAYSTACK_UNITS_PER_SOURCE = 256
 GIB = 2**30
 
 
-def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Choice:
-    """Choose from what has been tokenized so far; tells where reading more may help."""
+@dataclass(frozen=True)
+class _Choosing:
+    """What choosing from what has been tokenized so far told, for the next round too."""
+
+    choice: Choice
+    supply: dict[Stratum, Cells]  # tokens that can be packed
+    estimate: dict[Stratum, Cells | None]  # tokens of whole strata
+    # Source -> bucket -> tokens wanted over tokens there, above 1; of quotas.
+    missing: dict[str, dict[str, float]]
+
+
+def _choose(
+    config: PackConfig, table: DocumentTable, readings: Readings, held_out: Sequence[bytes]
+) -> _Choosing:
+    """Choose from what has been tokenized so far.
+
+    ``held_out``: signatures of held-out texts, where near duplicates are looked for.
+    """
     lengths = length_buckets(config)
-    candidates, account = find_candidates(table, lengths, config.documents)
+    candidates, account = find_candidates(table, lengths, config.documents, held_out)
+    weight_D = _weights(table, readings)
     supply = measure_supply(table, candidates, lengths)
-    fitted = demand_of(config, supply, _natural_supply(table, readings))
+    read = measure_supply(table, candidates, lengths, weight_D)
+    estimate = readings.estimate(_by_stratum(read, readings))
+    natural = by_source({s: cells for s, cells in estimate.items() if cells is not None})
+    fitted = demand_of(config, supply, natural, read, readings.divided_sources())
     overlong = dict.fromkeys(table.sources, config.short_overlong)
     # Generated to the length of their bucket, never cut.
     overlong[RETRIEVAL_SOURCE] = ShortOverlong.drop
@@ -62,32 +100,48 @@ def _choose(config: PackConfig, table: DocumentTable, readings: Readings) -> Cho
         account=account,
         seed=config.seed,
     )
-    missing, shortfalls = fitted.missing, list(fitted.shortfalls)
+    missing, shortfalls = {}, list(fitted.shortfalls)
     if not config.mixture.is_given:
         missing, shortfalls = _missing_quotas(config, selection)
-    missing = {source: cells for source, cells in missing.items() if source in readings.sources}
-    return Choice(
-        table,
-        selection=selection,
-        account=account,
-        demand=fitted.demand,
-        missing=missing,
-        shortfalls=shortfalls,
+    choice = Choice(
+        table, selection=selection, account=account, demand=fitted.demand, shortfalls=shortfalls
     )
+    missing = {source: cells for source, cells in missing.items() if source in readings.sources}
+    return _Choosing(choice, _by_stratum(supply, readings), estimate, missing)
 
 
-def _natural_supply(
-    table: DocumentTable, readings: Readings
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Source -> domain -> tokens as the corpus has them, those left unread included."""
-    natural: dict[str, dict[str, dict[str, float]]] = {}
-    for code, (source, domain) in enumerate(table.domains):
+def _by_stratum(supply: Supply, readings: Readings) -> dict[Stratum, Cells]:
+    strata: dict[Stratum, dict[str, Mapping[str, float]]] = {}
+    for source, domains in supply.items():
         if source in readings.sources:
-            own = np.flatnonzero(table.domain_D == code)
-            weights = readings.natural_weights(source, table.characters_D[own])
-            tokens = float((table.tokens_D[own] * weights).sum())
-            natural.setdefault(source, {})[domain] = {"all": tokens}
-    return natural
+            for domain, row in domains.items():
+                strata.setdefault(readings.stratum_of(source, domain), {})[domain] = row
+    return dict(strata)
+
+
+def _weights(table: DocumentTable, readings: Readings) -> np.ndarray:
+    """How many documents that were read each tokenized document stands for, shape [D]."""
+    weight_D = np.ones(len(table))
+    starts = np.searchsorted(table.unit_D, np.arange(len(table.units) + 1))
+    for account, first, last in zip(table.accounts, starts, starts[1:], strict=False):
+        if account.source not in readings.sources:
+            continue
+        sizes = table.characters_D[first:last]
+        for code in np.unique(table.domain_D[first:last]):
+            own = table.domain_D[first:last] == code
+            stratum = readings.stratum_of(*table.domains[code])
+            weights = readings.natural_weights(stratum, account.units[0], sizes[own])
+            weight_D[first:last][own] = weights
+    return weight_D
+
+
+def _next_round(config: PackConfig, readings: Readings, found: _Choosing) -> bool:
+    """Decide how much more is read; False if nothing more is needed, or there is no more."""
+    done, hope = readings.done(), readings.half_documents()
+    needed = needed_reading(config, found.estimate, done, hope)
+    if readings.extend(needed, found.estimate, found.supply):
+        return True
+    return any([readings.grow(source, cells) for source, cells in found.missing.items()])
 
 
 def _missing_quotas(
@@ -105,18 +159,17 @@ def _missing_quotas(
     return missing, shortfalls
 
 
-def _ordered_units(config: PackConfig, corpus: Corpus) -> dict[str, list[UnitGroup]]:
-    units = corpus.units()
-    return {s: in_reading_order(units, s, config.seed) for s in wanted_sources(config)}
+def _divided_units(config: PackConfig, corpus: Corpus) -> dict[Stratum, StratumUnits]:
+    return divide_units(corpus.units(), wanted_sources(config), config.seed)
 
 
 def _first_readings(
-    config: PackConfig, units: dict[str, list[UnitGroup]], scans: dict[str, SourceScan]
+    config: PackConfig, units: dict[Stratum, StratumUnits], scans: dict[Stratum, StratumScan]
 ) -> Readings:
     lengths, most = length_buckets(config), config.documents.max_units
     readings = Readings(units, scans, lengths, config.short_overlong, max_units=most)
-    estimate = {source: scan.supply() or {} for source, scan in scans.items()}
-    readings.start(demand_of(config, estimate, estimate).demand)
+    estimate = {stratum: scan.tokens for stratum, scan in scans.items()}
+    readings.start(needed_reading(config, estimate, {}))
     return readings
 
 
@@ -138,15 +191,36 @@ class _TokenizeStage:
             tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
         return tokenizer.prepared_tokenizer(self._tokenizer_file)
 
+    @cached_property
+    def held_out(self) -> HeldOutTexts:
+        """What decides which texts are not packed."""
+        return HeldOutTexts.of(self.corpus)
+
+    def held_out_signatures(self) -> list[bytes]:
+        """Signatures of the texts that search and evaluation will read, kept in a file."""
+        if not self.config.documents.near_duplicates or not self._holds_out:
+            return []
+        path = self.work / "held_out.signatures"
+        if not path.is_file():
+            texts = (document.text for document in heldout_documents(self.config.corpus))
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                file.writelines(map(signature_of, texts))
+        data = path.read_bytes()
+        return [data[n : n + SIGNATURE_BYTES] for n in range(0, len(data), SIGNATURE_BYTES)]
+
+    @property
+    def _holds_out(self) -> bool:
+        return next(self.corpus.documents(Split.heldout), None) is not None
+
     def start(self) -> Readings:
         """Decide the first round by a scan, kept in a file: a resumed run must read the same."""
-        path, units = self.work / "scan.json", _ordered_units(self.config, self.corpus)
+        path, units = self.work / "scan.json", _divided_units(self.config, self.corpus)
         if not path.is_file():
             scans = scan_corpus(self.corpus, units, self.encoder, length_buckets(self.config))
-            plain = {source: vars(scan) for source, scan in scans.items()}
+            plain = [[*stratum, vars(scan)] for stratum, scan in scans.items()]
             write_text(path, json.dumps(plain, indent=1))
         plain = json.loads(path.read_text(encoding="utf-8"))
-        scans = {source: SourceScan(**fields) for source, fields in plain.items()}
+        scans = {(source, domain): StratumScan(**fields) for source, domain, fields in plain}
         return _first_readings(self.config, units, scans)
 
     def run(self, readings: Readings) -> list[TokenizedUnit]:
@@ -167,6 +241,7 @@ class _TokenizeStage:
             tokenizer_file=self._tokenizer_file,
             folder=self.work,
             seed=self.config.seed,
+            held_out=self.held_out,
             exclusions=read_exclusions(self.config.documents.exclude),
             with_signatures=self.config.documents.near_duplicates,
             retrieval=self._retrieval_order(),
@@ -176,7 +251,7 @@ class _TokenizeStage:
         workers, logs = self.config.workers, self.work / "slurm"
         cluster = self.config.cluster
         run_stage("tokenizing", job, sizes, cluster, workers=workers, small=small, logs=logs)
-        return [TokenizedUnit(self.work, task.stem) for task in tasks]
+        return [part for task in tasks for part in finished_parts(self.work, task.stem)]
 
     @property
     def _tokenizer_file(self) -> Path:
@@ -188,7 +263,8 @@ class _TokenizeStage:
             return None
         units, haystack = self.corpus.units(), []
         for source in self.corpus.sources:
-            groups = in_reading_order(units, source, config.seed)[:HAYSTACK_UNITS_PER_SOURCE]
+            own = [unit for unit in units if unit.source == source]
+            groups = in_reading_order(own, config.seed)[:HAYSTACK_UNITS_PER_SOURCE]
             haystack += [unit for group in groups for unit in group.units]
         original_len, target_len = config.model.original_len, config.target_len
         return RetrievalOrder(
@@ -229,6 +305,7 @@ def build_segments(
     details = {
         **summary["rules"],
         "notices": _notices(config, summary, packed),
+        "heldout_fraction": summary["heldout_fraction"],
         "document_start": "none" if summary["rules"]["bos_id"] is None else "bos",
         "model_name": config.model.name,
         "length_buckets": dict(zip(lengths.names, lengths.limits, strict=True)),
@@ -249,14 +326,15 @@ def _notices(config: PackConfig, summary: dict[str, Any], packed: list[PackedUni
 
 def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackList) -> None:
     """Rounds of tokenizing until the demand is met or the corpus ends; then the list."""
-    readings = stage.start()
+    readings, held_out = stage.start(), stage.held_out_signatures()
     done: list[TokenizedUnit] = []
     while True:
         done += stage.run(readings)
         table = load_documents(done, stage.encoder.num_boundary_tokens)
-        choice = _choose(config, table, readings)
-        if not any([readings.extend(source, cells) for source, cells in choice.missing.items()]):
+        found = _choose(config, table, readings, held_out)
+        if not _next_round(config, readings, found):
             break
+    choice = found.choice
     encoder = stage.encoder
     rules = SegmentRules(
         target_len=config.target_len,
@@ -267,16 +345,22 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         eos_id=encoder.eos_id,
         control_ids=encoder.control_ids,
     )
-    held_out = held_out_of(choice.table, len(stage.corpus.units()))
+    seen = held_out_of(choice.table, len(stage.corpus.units()))
     summary = {
         "rules": vars(rules),
-        "held_out": None if held_out is None else vars(held_out),
+        "held_out": None if seen is None else vars(seen),
+        "heldout_fraction": stage.held_out.fraction,
         "counts": choice.counts(),
         "length_histogram": histogram(choice),
         "chosen_tokens": int(choice.selection.parts.tokens_P.sum()),
     }
-    per_unit = config.tokens_per_unit
-    pack_list.write(choice.table, choice.selection, tokens_per_unit=per_unit, summary=summary)
+    pack_list.write(
+        choice.table,
+        choice.selection,
+        held_out=stage.held_out,
+        tokens_per_unit=config.tokens_per_unit,
+        summary=summary,
+    )
 
 
 def _pack(config: PackConfig, pack_list: PackList, work: Path, folder: Path) -> list[PackedUnit]:
@@ -303,25 +387,19 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
     """
     start, lengths = config.model.document_start, length_buckets(config)
     encoder = tokenizer.load_document_tokenizer(model_folder, start)
-    units = _ordered_units(config, corpus)
-    scans = scan_corpus(corpus, units, encoder, lengths)
-    supply = {source: scan.supply() or {} for source, scan in scans.items()}
+    units = _divided_units(config, corpus)
+    by_stratum = scan_corpus(corpus, units, encoder, lengths)
+    scans = _by_source(by_stratum)
+    known = {s: scan.tokens for s, scan in by_stratum.items() if scan.tokens is not None}
+    supply = by_source(known)
     fitted = demand_of(config, supply, supply)
-    readings = _first_readings(config, units, scans)
+    needed = needed_reading(config, {s: scan.tokens for s, scan in by_stratum.items()}, {})
     print("  estimate from a scan; there / wanted, in tokens")
     print(f"  {'source':<20}" + "".join(f"{name:>34}" for name in lengths.names))
     for source, scan in scans.items():
         cells = [_cell(scan, fitted.demand.of(source, name), name) for name in lengths.names]
         print(f"  {source:<20}" + "".join(f"{cell:>34}" for cell in cells))
-    tokenized = 0.0
-    for source, own in readings.sources.items():
-        shares = ", ".join(f"{bucket} {share:.1%}" for bucket, share in own.shares.items())
-        sizes = [len(group.units) for group in units[source]]
-        read = sum(sizes[: own.num_units])
-        print(f"  {source}: reads {read:,} of {sum(sizes):,} units, tokenizes {shares}")
-        for cell in (scans[source].tokens_per_unit or {}).values():
-            per_unit = sum(tokens * own.shares[bucket] for bucket, tokens in cell.items())
-            tokenized += own.num_units * per_unit
+    tokenized = sum(_print_reading(s, units[s], by_stratum[s], needed[s]) for s in units)
     for shortfall in fitted.shortfalls:
         print(f"  expected shortfall: {shortfall}")
     expected = _expected_kinds(config, fitted.demand, scans)
@@ -335,13 +413,39 @@ def print_estimate(config: PackConfig, model_folder: Path, corpus: Corpus) -> No
     )
 
 
-def _there(scan: SourceScan, bucket: str) -> float | None:
+def _print_reading(stratum: Stratum, units: StratumUnits, scan: StratumScan, need: Needed) -> float:
+    """One line on how much of a stratum is read; returns the tokens that are tokenized, at most."""
+    of = [len(group.units) for group in units.groups]
+    read = sum(of[: units.groups_for(need.fraction)])
+    name = "/".join(part for part in stratum if part)
+    if scan.tokens is None:
+        print(f"  {name}: reads {read:,} of {sum(of):,} units, of unknown size")
+        return 0.0
+    total = sum(sum(row.values()) for row in scan.tokens.values())
+    there = {b: sum(r[b] for r in scan.tokens.values()) * need.fraction for b in need.wanted}
+    taken = sum(min(number, there[bucket]) for bucket, number in need.wanted.items())
+    reads = f"reads {read:,} of {sum(of):,} units, about {need.fraction * total:,.0f} tokens"
+    print(f"  {name}: {reads} for {taken:,.0f} packed")
+    return min(need.fraction * total, TOKENIZED_MARGIN * taken)
+
+
+def _by_source(scans: dict[Stratum, StratumScan]) -> dict[str, Cells | None]:
+    """Tokens of whole sources; None where those of a stratum are unknown."""
+    cells: dict[str, Cells | None] = {}
+    for source in sorted({source for source, _ in scans}):
+        own = {s: scan.tokens for s, scan in scans.items() if s[0] == source}
+        known = {s: tokens for s, tokens in own.items() if tokens is not None}
+        whole = by_source(known).get(source, {})
+        cells[source] = whole if len(known) == len(own) else None
+    return cells
+
+
+def _there(cells: Cells | None, bucket: str) -> float | None:
     """Tokens of a source in one bucket; None if unknown."""
-    supply = scan.supply()
-    return None if supply is None else sum(cells.get(bucket, 0.0) for cells in supply.values())
+    return None if cells is None else sum(row.get(bucket, 0.0) for row in cells.values())
 
 
-def _expected_kinds(config: PackConfig, demand: Demand, scans: dict[str, SourceScan]) -> Kinds:
+def _expected_kinds(config: PackConfig, demand: Demand, scans: dict[str, Cells | None]) -> Kinds:
     """Segments of each kind by the estimate; None where a source's lengths are unknown."""
     generated = config.retrieval_tokens
     names = length_buckets(config).names
@@ -361,13 +465,13 @@ def _expected_kinds(config: PackConfig, demand: Demand, scans: dict[str, SourceS
     return Kinds(tokens["short"], tokens["long"], num_short=num["short"], num_long=num["long"])
 
 
-def _cell(scan: SourceScan, wanted: int | None, bucket: str) -> str:
+def _cell(scan: Cells | None, wanted: int | None, bucket: str) -> str:
     there = _there(scan, bucket)
     known = "unknown" if there is None else f"{there:,.0f}"
     return f"{known} / {'all' if wanted is None else format(wanted, ',')}"
 
 
-def _wanted_tokens(demand: Demand, scans: dict[str, SourceScan]) -> float:
+def _wanted_tokens(demand: Demand, scans: dict[str, Cells | None]) -> float:
     """Tokens of all segments, estimated: what is wanted, or all there is."""
     total = 0.0
     for (source, bucket), wanted in demand.cells.items():

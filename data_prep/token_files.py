@@ -45,6 +45,7 @@ def _index_schema(signature_bytes: int) -> pa.Schema:
             ("num_tokens", pa.int64()),  # without BOS and EOS
             ("num_characters", pa.int64()),
             ("text_hash", pa.binary(HASH_BYTES)),  # first half of the SHA-256 of the text in UTF-8
+            ("content_hash", pa.binary(HASH_BYTES)),  # by which its split is drawn
             ("order", pa.uint64()),  # hash of seed and id: documents are chosen in this order
             ("signature", pa.binary(signature_bytes)),
         ]
@@ -60,6 +61,7 @@ class IndexRow:
     domain: str
     num_characters: int
     text_hash: bytes
+    content_hash: bytes
     order: int
     signature: bytes = b""
 
@@ -79,6 +81,9 @@ class UnitAccount:
     # Reason -> records that the corpus could not use.
     skipped: Counter[str] = field(default_factory=Counter)
     longest_heldout_characters: int = 0
+    part: int = 0  # number of this part of a large unit
+    num_read: int = 0  # documents of it, tokenized or not
+    is_last: bool = False  # whether the unit ends with it
 
     def leave_out(self, reason: str, num_characters: int) -> None:
         """Count a document that is not tokenized."""

@@ -1,5 +1,8 @@
 """The tokenize stage: one pass over the text of each unit, ids and an index to disk.
 
+A large unit (a packed file cannot be read in ranges) is written in parts, each complete by itself:
+a job that is stopped reads again what it had tokenized, which is fast, and goes on behind it.
+
 Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record
 batch of the corpus, and the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one
 document, whichever is more, at about 200 bytes a token while it is encoded. A book of 2 million
@@ -12,7 +15,7 @@ retrieval documents read everything once.
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +23,21 @@ from data_prep import token_files
 from data_prep.duplicates import SIGNATURE_BYTES, Exclusions, signature_of
 from data_prep.token_files import IndexRow, LengthBuckets, TokenizedUnit, UnitAccount
 from longrope2.corpora import corpus as corpora
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, split_of
+from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, content_hash
+from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters, prepared_tokenizer
 
 HAYSTACK_CHARACTERS_PER_TOKEN = 4  # generous, only bounds how much haystack is kept and indexed
 NOT_NEEDED = "beyond what the quota needs"
 HELD_OUT = "held out for search and evaluation"
+UNUSED = "neither packed nor held out: its text is held out or its group is, not both"
 EXCLUDED = "on the exclusion list"
 ALREADY_READ = "tokenized by an earlier reading"
 FULL_BAND = (0.0, 1.0)
+# Of a unit that are written together: some minutes of work, which is all that a job loses that is
+# stopped at its time limit.
+PART_CHARACTERS = 2**27
 
 
 @dataclass(frozen=True)
@@ -43,21 +51,29 @@ class RetrievalOrder:
     haystack_units: tuple[Unit, ...]
     seed: int
 
-    def documents(self, corpus: Corpus, encoder: DocumentTokenizer) -> Iterator[Document]:
-        """Generate documents for all buckets.
+    def documents(
+        self,
+        corpus: Corpus,
+        encoder: DocumentTokenizer,
+        held_out: HeldOutTexts,
+        exclusions: Exclusions,
+    ) -> Iterator[Document]:
+        """Generate documents for all buckets, their haystacks from texts that may be packed.
 
         Raises:
             DataError: a window cannot hold a needle and its question, or the haystack is too small.
         """
         target_len = self.limits["long"][1]
         most = HAYSTACK_CHARACTERS_PER_TOKEN * (sum(self.tokens.values()) + target_len)
-        texts = self._haystack_texts(corpus, most)
+        texts = self._haystack_texts(corpus, most, held_out, exclusions)
         generator = RetrievalDocuments(encoder, texts, self.config, seed=self.seed)
         for bucket, tokens in self.tokens.items():
             above, up_to = self.limits[bucket]
             yield from generator.documents(bucket, tokens, above=above, up_to=up_to)
 
-    def _haystack_texts(self, corpus: Corpus, num_characters: int) -> list[str]:
+    def _haystack_texts(
+        self, corpus: Corpus, num_characters: int, held_out: HeldOutTexts, exclusions: Exclusions
+    ) -> list[str]:
         """Texts of the train split in an order drawn from the seed, just enough characters.
 
         Only the texts that come first in that order are held while reading.
@@ -66,7 +82,10 @@ class RetrievalOrder:
         size = 0
         for unit in self.haystack_units:
             for document in corpus.read(unit, Counter()):
-                if split_of(document.doc_id, corpus.heldout_fraction) is Split.heldout:
+                content = content_hash(document.text)
+                if held_out.split_of(document, content) is not Split.train:
+                    continue
+                if exclusions.match(document.doc_id, corpora.text_hash(document.text)):
                     continue
                 place = corpora.stable_fraction("haystack", self.seed, document.doc_id)
                 heapq.heappush(kept, (-place, document.doc_id, document.text))
@@ -128,6 +147,7 @@ class TokenizeJob:
     tokenizer_file: Path
     folder: Path
     seed: int
+    held_out: HeldOutTexts
     exclusions: Exclusions
     with_signatures: bool
     retrieval: RetrievalOrder | None
@@ -135,16 +155,37 @@ class TokenizeJob:
     def run(self, number: int) -> UnitAccount:
         """Tokenize one unit unless that is done."""
         task = self.tasks[number]
-        finished = TokenizedUnit(self.folder, task.stem)
-        if finished.is_complete:
-            return finished.account()
+        parts = finished_parts(self.folder, task.stem)
+        if parts and parts[-1].account().is_last:
+            return _sum_of(parts)
         encoder = prepared_tokenizer(self.tokenizer_file)
-        account = UnitAccount([unit.name for unit in task.unit.units], task.unit.source)
+        skipped: Counter[str] = Counter()
+        documents = self._documents(task, encoder, skipped)
+        for _ in range(sum(part.account().num_read for part in parts)):
+            next(documents)  # read again, not tokenized again
+        while not (parts and parts[-1].account().is_last):
+            unit = TokenizedUnit(self.folder, _part_stem(task.stem, len(parts)))
+            self._write_part(task, unit, len(parts), documents, skipped, encoder)
+            parts.append(unit)
+        return _sum_of(parts)
+
+    def _write_part(
+        self,
+        task: UnitTask,
+        unit: TokenizedUnit,
+        number: int,
+        documents: Iterator[tuple[int, Document]],
+        skipped: Counter[str],
+        encoder: DocumentTokenizer,
+    ) -> None:
+        """Tokenize the next ``PART_CHARACTERS`` of a unit, or what is left of it."""
+        names, before = [u.name for u in task.unit.units], skipped.copy()
+        account = UnitAccount(names, task.unit.source, part=number)
         width = SIGNATURE_BYTES if self.with_signatures else 0
         with token_files.write_unit(
-            self.folder, task.stem, encoder.dtype, signature_bytes=width
+            self.folder, unit.stem, encoder.dtype, signature_bytes=width
         ) as add:
-            wanted = self._wanted(task, encoder, account)
+            wanted = self._wanted(task, _of_part(documents, account), account)
             for batch in batches_by_characters(wanted, lambda item: len(item[0].text)):
                 contents = encoder.encode_contents([document.text for document, _ in batch])
                 for (document, row), ids in zip(batch, contents, strict=True):
@@ -152,21 +193,28 @@ class TokenizeJob:
                     account.num_documents += 1
                     account.num_tokens += len(ids)
                     account.num_characters += len(document.text)
-        finished.write_account(account)
-        return account
+        if task.is_first:
+            account.skipped = skipped - before
+        unit.write_account(account)
+
+    def _documents(
+        self, task: UnitTask, encoder: DocumentTokenizer, skipped: Counter[str]
+    ) -> Iterator[tuple[int, Document]]:
+        """Documents of a unit, each with the place of its unit in the group."""
+        if task.unit.source != RETRIEVAL_SOURCE:
+            yield from task.unit.read(self.corpus, skipped)
+            return
+        assert self.retrieval is not None
+        generated = self.retrieval.documents(self.corpus, encoder, self.held_out, self.exclusions)
+        yield from ((0, document) for document in generated)
 
     def _wanted(
-        self, task: UnitTask, encoder: DocumentTokenizer, account: UnitAccount
+        self, task: UnitTask, documents: Iterator[tuple[int, Document]], account: UnitAccount
     ) -> Iterator[tuple[Document, IndexRow]]:
         """Documents to tokenize, with their index rows; all others are counted."""
-        documents = task.unit.read(self.corpus, account.skipped)
-        if task.unit.source == RETRIEVAL_SOURCE:
-            assert self.retrieval is not None
-            generated = self.retrieval.documents(self.corpus, encoder)
-            documents = ((0, document) for document in generated)
         for place, document in documents:
-            order = order_of(self.seed, document.doc_id)
-            reason, text_hash = self._reason_against(task, document, order / 2**64), b""
+            order, content = order_of(self.seed, document.doc_id), content_hash(document.text)
+            reason, text_hash = self._reason_against(task, document, content, order / 2**64), b""
             if reason is None:
                 text_hash = corpora.text_hash(document.text)
                 reason = EXCLUDED if self.exclusions.match(document.doc_id, text_hash) else None
@@ -177,6 +225,7 @@ class TokenizeJob:
                     domain=document.domain,
                     num_characters=len(document.text),
                     text_hash=text_hash,
+                    content_hash=content,
                     order=order,
                     signature=signature_of(document.text) if self.with_signatures else b"",
                 )
@@ -186,18 +235,53 @@ class TokenizeJob:
                 if reason == HELD_OUT:
                     longest = max(account.longest_heldout_characters, len(document.text))
                     account.longest_heldout_characters = longest
-        if not task.is_first:
-            account.skipped.clear()
 
-    def _reason_against(self, task: UnitTask, document: Document, order: float) -> str | None:
+    def _reason_against(
+        self, task: UnitTask, document: Document, content: bytes, order: float
+    ) -> str | None:
         if task.unit.source == RETRIEVAL_SOURCE:
             return None
-        if split_of(document.doc_id, self.corpus.heldout_fraction) is Split.heldout:
-            return HELD_OUT
+        split = self.held_out.split_of(document, content)
+        if split is not Split.train:
+            return HELD_OUT if split is Split.heldout else UNUSED
         first, last = task.bands[task.classes.of(len(document.text))]
         if order >= last:
             return NOT_NEEDED
         return ALREADY_READ if order < first else None
+
+
+def _of_part(
+    documents: Iterator[tuple[int, Document]], account: UnitAccount
+) -> Iterator[tuple[int, Document]]:
+    """The documents of one part; counts them, and says whether they are the last."""
+    room = PART_CHARACTERS
+    for place, document in documents:
+        account.num_read += 1
+        yield place, document
+        room -= len(document.text)
+        if room <= 0:
+            return
+    account.is_last = True
+
+
+def _part_stem(stem: str, number: int) -> str:
+    """Names of the files of a part: the first has those of the unit."""
+    return f"{stem}-p{number:03d}" if number else stem
+
+
+def finished_parts(folder: Path, stem: str) -> list[TokenizedUnit]:
+    """The parts of a unit that are complete, in order."""
+    parts: list[TokenizedUnit] = []
+    while (unit := TokenizedUnit(folder, _part_stem(stem, len(parts)))).is_complete:
+        parts.append(unit)
+    return parts
+
+
+def _sum_of(parts: Sequence[TokenizedUnit]) -> UnitAccount:
+    """What a unit's progress is shown by."""
+    accounts = [part.account() for part in parts]
+    number = sum(account.num_tokens for account in accounts)
+    return UnitAccount(accounts[0].units, accounts[0].source, num_tokens=number)
 
 
 def order_of(seed: int, doc_id: str) -> int:

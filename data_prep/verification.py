@@ -5,6 +5,7 @@ of the format, tokens are added up against the list of documents and the account
 and a sample of documents is read from the corpus and tokenized again.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -13,8 +14,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_prep.account import DOCUMENTS_FILE
-from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Unit, stable_fraction, text_hash
+from longrope2.corpora.corpus import (
+    RETRIEVAL_SOURCE,
+    Corpus,
+    Document,
+    Unit,
+    content_hash,
+    place_of_content,
+    stable_fraction,
+    text_hash,
+)
+from longrope2.corpora.held_out import DOCUMENTS_FILE
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import sha256_of_file
@@ -36,6 +46,10 @@ class Audit:
     num_decoded: int = 0
     # Document id -> its runs of ids in the segments; only of the documents to compare.
     pieces: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    # Hash of the ids of a document that stands in one piece -> its id; only where a sample is asked
+    # for.
+    whole: dict[bytes, str] = field(default_factory=dict)
+    num_held_out: int = 0  # held-out texts that no packed text equals
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class _Listed:
     num_tokens: int
     offset: int
     text_hash: bytes
+    content_hash: bytes
 
 
 def audit_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
@@ -67,8 +82,9 @@ def audit_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
     # Generated documents have no source to compare with.
     candidates = [row for row in listed.values() if row.source != RETRIEVAL_SOURCE]
     candidates.sort(key=lambda row: stable_fraction("verify", seed, row.doc_id))
-    found = _check_segments(store, audit, {row.doc_id for row in candidates[:sample]})
+    found = _check_segments(store, audit, {row.doc_id for row in candidates[:sample]}, sample > 0)
     if listed:
+        _check_split(store, listed)
         _check_documents(store, listed, found)
         _check_account(store)
         _check_quotas(store)
@@ -97,6 +113,42 @@ def compare_with_source(
             _compare(row, text=text, audit=audit, encoder=encoder, folder=folder)
 
 
+def compare_held_out(
+    folder: Path, audit: Audit, documents: Iterable[Document], encoder: DocumentTokenizer
+) -> None:
+    """Hold held-out documents against the list and the ids of ``folder``; counts into ``audit``.
+
+    A text is found by its content in the list, and by its ids where a packed document has the same
+    and stands in one piece, whatever the list says of it.
+
+    Raises:
+        ArtifactError: one of them was packed; names both.
+    """
+    listed = {row.content_hash: row.doc_id for row in _read_list(SegmentStore(folder)).values()}
+    for document in documents:
+        packed = listed.get(content_hash(document.text))
+        if packed is None:
+            (ids,) = encoder.encode_documents([document.text])
+            packed = audit.whole.get(_ids_hash(ids, encoder.dtype))
+        if packed is not None:
+            leak = f"{packed} has the text of {document.doc_id}, which is held out"
+            raise _wrong(folder, f"{leak}; pack again")
+        audit.num_held_out += 1
+
+
+def _ids_hash(ids: np.ndarray, dtype: type[np.unsignedinteger]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype).tobytes()).digest()[:16]
+
+
+def _check_split(store: SegmentStore, listed: dict[str, _Listed]) -> None:
+    """No listed text is one that its corpus holds out by content."""
+    share = store.manifest.details["heldout_fraction"]
+    for row in listed.values():
+        if row.source != RETRIEVAL_SOURCE and place_of_content(row.content_hash) < share:
+            kept = f"the text of {row.doc_id} is held out (corpus.heldout_fraction={share:g})"
+            raise _wrong(store.folder, f"{kept} and was packed all the same; pack again")
+
+
 def _read_list(store: SegmentStore) -> dict[str, _Listed]:
     """Rows of ``documents.parquet`` by id; none in folders that have no list."""
     entry = store.manifest.details.get("documents")
@@ -106,6 +158,9 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
     if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
         raise _wrong(path, "missing, or its SHA-256 differs from the manifest; pack again")
     names = [f.name for f in fields(_Listed)]
+    if missing := sorted(set(names) - set(pq.read_schema(path).names)):
+        earlier = f"no column {missing[0]}: packed by an earlier version, which split by name"
+        raise _wrong(path, f"{earlier}; pack again")
     columns = (column.to_pylist() for column in pq.read_table(path, columns=names).columns)
     rows = {row[0]: _Listed(*row) for row in zip(*columns, strict=True)}
     if len(rows) != entry["num_rows"]:
@@ -114,7 +169,9 @@ def _read_list(store: SegmentStore) -> dict[str, _Listed]:
     return rows
 
 
-def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[str, int]:
+def _check_segments(
+    store: SegmentStore, audit: Audit, keep: set[str], keep_whole: bool
+) -> dict[str, int]:
     """Hold every segment and their sums against the rules; returns document id -> tokens."""
     rules, found, padding = store.rules, Counter[str](), 0
     cells: Counter[str] = Counter()
@@ -131,6 +188,9 @@ def _check_segments(store: SegmentStore, audit: Audit, keep: set[str]) -> dict[s
             if not is_padding:
                 found[doc_id] += end - start
                 cells[source] += end - start
+                if keep_whole and source != RETRIEVAL_SOURCE:
+                    run = segment.tokens[start:end]
+                    audit.whole[_ids_hash(run, rules.dtype)] = doc_id
                 if doc_id in keep:
                     audit.pieces[doc_id].append(segment.tokens[start:end])
             start = end
@@ -211,7 +271,7 @@ def _texts(
 def _compare(
     row: _Listed, text: str, audit: Audit, encoder: DocumentTokenizer, folder: Path
 ) -> None:
-    if text_hash(text) != row.text_hash:
+    if text_hash(text) != row.text_hash or content_hash(text) != row.content_hash:
         other = f"the text of {row.doc_id} is not the one that was packed"
         raise _wrong(folder, f"{other}; was the corpus changed?")
     end = row.offset + row.num_tokens - encoder.num_boundary_tokens

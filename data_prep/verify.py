@@ -2,21 +2,26 @@
 
 Checks the hash of every shard, every rule of every segment (tags, spans, BOS and EOS, no control
 ids inside documents, short documents at most L0), the quotas, and that every token that was read is
-packed or accounted for; then reads a sample of documents from the corpus again and compares text
-and ids. Ends with exit code 2 and the reason if anything differs.
+packed or accounted for; that no listed text is held out by its content; then reads a sample of
+documents from the corpus again and compares text and ids, and the corpus' held-out documents, none
+of which may stand in a segment. Ends with exit code 2 and the reason if anything differs.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.config import PackConfig
 from longrope2.command import run_command
 from longrope2.config import load
 from longrope2.corpora.build import build_corpus
+from longrope2.corpora.corpus import Corpus, Document, Split
 from longrope2.errors import ArtifactError
 from longrope2.model.folder import given_folder, model_identity
 from longrope2.segments.format import SegmentStore
+
+# Of held-out text that is compared, where ``corpus.heldout_characters`` does not say.
+HELD_OUT_CHARACTERS = 50_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _verify(folder: Path, sample: int, seed: int) -> None:
-    from data_prep.verification import audit_folder, compare_with_source
+    from data_prep.verification import audit_folder, compare_held_out, compare_with_source
     from longrope2.corpora.tokenizer import load_document_tokenizer, require_packed_alike
 
     audit = audit_folder(folder, sample=sample, seed=seed)
@@ -60,6 +65,18 @@ def _verify(folder: Path, sample: int, seed: int) -> None:
         f"{audit.num_compared} documents have the text and the ids of their source; "
         f"the ids of {audit.num_decoded} of them decode to passages of it"
     )
+    compare_held_out(folder, audit, _held_out(corpus, config.corpus.heldout_characters), encoder)
+    print(f"none of {audit.num_held_out:,} held-out documents is in a segment")
+
+
+def _held_out(corpus: Corpus, most_characters: int | None) -> Iterator[Document]:
+    """Held-out documents as search and evaluation read them, up to some megabytes."""
+    room = HELD_OUT_CHARACTERS if most_characters is None else most_characters
+    for document in corpus.documents(Split.heldout):
+        yield document
+        room -= len(document.text)
+        if room <= 0:
+            return
 
 
 if __name__ == "__main__":

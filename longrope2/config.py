@@ -408,12 +408,18 @@ def differences(
         wanted: The same, now.
         free: Dotted keys (or their parents) that may differ.
     """
-    old, new = _flatten(made), _flatten(wanted)
+    old, new = without(made, free), without(wanted, free)
     return [
         f"{key} was {old.get(key)}, now it is {new.get(key)}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in free)
+        if old.get(key) != new.get(key)
     ]
+
+
+def without(values: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Nested values as dotted keys, but for those of ``free`` (dotted keys, or their parents)."""
+    flat = _flatten(values)
+    return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{f}.") for f in free)}
 
 
 def remake(folder: Path) -> str:

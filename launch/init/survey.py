@@ -9,7 +9,14 @@ import numpy as np
 from launch.init.before import InitRoot, stated_window
 from longrope2.config import target_faults
 from longrope2.corpora.build import build_corpus, ignored_files
-from longrope2.corpora.corpus import Corpus, Document, Unit, stable_fraction, stable_hash
+from longrope2.corpora.corpus import (
+    Corpus,
+    Document,
+    Unit,
+    content_hash,
+    place_of_content,
+    stable_hash,
+)
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.model.folder import find_config_file, given_folder
@@ -88,7 +95,7 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
     units = list(corpus.units())
     drawn = sorted(units, key=lambda unit: stable_hash("init", unit.name))
     tokens: list[int] = []
-    splits: list[float] = []
+    splits: list[float] = []  # as ``split_of`` draws them
     read: list[Unit] = []
     for unit in drawn:
         if room <= 0:
@@ -96,7 +103,7 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
         documents = _documents(corpus, unit)
         room -= sum(len(document.text) for document in documents)
         tokens += _tokens_of(documents, encoder)
-        splits += [stable_fraction("split", document.doc_id) for document in documents]
+        splits += [place_of_content(content_hash(document.text)) for document in documents]
         read.append(unit)
     if not tokens:
         given = f"corpus.folder={config.corpus.folder}"

@@ -170,6 +170,11 @@ class MixedCorpus:
                 else:
                     yield document
 
+    def reserved(self) -> Iterator[Document]:
+        """Those of all members."""
+        for corpus in self._members.values():
+            yield from corpus.reserved()
+
     def describe(self) -> dict[str, Any]:
         """Description of every member."""
         return {name: corpus.describe() for name, corpus in self._members.items()}

@@ -106,6 +106,11 @@ class CorpusKind(Enum):
     mix = "mix"
 
 
+# Keys of a corpus that say where it stands, not what it holds; and those of ``Corpus.describe``.
+PLACES = ("folder", *(f"{kind.value}.root" for kind in CorpusKind))
+PLACES_OF_A_DESCRIPTION = ("folder", "base")
+
+
 @dataclass
 class CorpusConfig:
     """Which documents to read."""
@@ -130,9 +135,10 @@ class CorpusConfig:
     """Field whose value is added to the document ids of .jsonl and .parquet records, for readable
     records."""
     heldout_fraction: float = HELDOUT_FRACTION
-    """Share of documents kept from packing, for search and evaluation, 0 to 1, drawn by id; 1.0:
-    all of them, for a folder of books that only serve search or evaluation. Keep it the same for
-    all stages that read the corpus."""
+    """Share of documents kept from packing, for search and evaluation, 0 to 1, drawn by their text
+    (by name for the sample corpus; PG19 has a split of its own); 1.0: all of them, for a folder of
+    books that only serve search or evaluation. Keep it the same for all stages that read the
+    corpus."""
     heldout_characters: int | None = None
     """Read no more held-out text than this for search and evaluation; ``null`` reads all of it.
     Public corpora need a limit, their held-out share is terabytes."""

@@ -1,7 +1,8 @@
 """Corpora: where documents come from, behind one interface.
 
 Ids of documents are the same in every run and on every machine. The split a document belongs to
-depends on its id alone, so text used to evaluate or to search is never trained on.
+follows from its text, not from where it stands: two documents with the same text lie in one split,
+so text used to evaluate or to search is never trained on (``held_out.py``).
 """
 
 import hashlib
@@ -22,11 +23,21 @@ HOLD_OUT_MORE = "pack again with a larger corpus.heldout_fraction"
 HELDOUT_CHARACTERS_PER_UNIT = 2_000_000
 
 
+# White space and the case of ASCII letters make no other text for the split.
+_WHITE_SPACE = b" \t\n\r\v\f"
+_SMALL_LETTERS = bytes(range(256)).lower()
+
+
 class Split(Enum):
-    """``train`` documents are packed; ``heldout`` documents serve search and evaluation only."""
+    """``train`` documents are packed; ``heldout`` documents serve search and evaluation only.
+
+    ``unused`` ones serve nothing: their text is held out and what they are kept together with is
+    not, or the other way round.
+    """
 
     train = "train"
     heldout = "heldout"
+    unused = "unused"
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class Unit:
     name: str  # unique, for example ``redpajama_v1/arxiv/arxiv_023827cd.jsonl``
     source: str  # name that quotas refer to
     size_bytes: int | None = None  # stored (compressed) size where it is known
+    domain: str | None = None  # of all its documents, where that is known before they are read
+    # Tokens of its documents by what was published of the corpus, where its size is not known.
+    published_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Document:
     text: str  # never empty, always encodable as UTF-8
     source: str  # name that quotas refer to
     domain: str  # finer label inside the source; mixtures can keep the mix of domains
+    group: str | None = None  # documents of one group (a repository) share a split, where given
 
 
 class Corpus(Protocol):
@@ -58,7 +73,14 @@ class Corpus(Protocol):
 
     @property
     def heldout_fraction(self) -> float:
-        """``corpus.heldout_fraction``: what ``split_of`` needs beside a document's id."""
+        """Share of texts that are held out by their content; what ``split_of`` needs beside them.
+
+        0 where the corpus names its held-out documents itself (``reserved``).
+        """
+        ...
+
+    def reserved(self) -> Iterator[Document]:
+        """Documents that the corpus itself holds out, whatever their content draws."""
         ...
 
     def units(self) -> Sequence[Unit]:
@@ -93,7 +115,7 @@ def split_documents(
     skipped = Counter() if skipped is None else skipped
     for unit in corpus.units():
         for document in corpus.read(unit, skipped):
-            if split_of(document.doc_id, corpus.heldout_fraction) is split:
+            if split_of(document, corpus.heldout_fraction) is split:
                 yield document
 
 
@@ -113,14 +135,41 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:TEXT_HASH_BYTES]
 
 
+def content_hash(text: str) -> bytes:
+    """A text by which its split is drawn: as ``text_hash``, white space and ASCII case aside.
+
+    A copy with other line ends, indents or capitals has the same.
+    """
+    folded = text.encode().translate(_SMALL_LETTERS, _WHITE_SPACE)
+    return hashlib.sha256(folded).digest()[:TEXT_HASH_BYTES]
+
+
 def text_hashes(documents: Iterable[Document]) -> list[str]:
     """The texts of documents by their hashes, for manifests; sorted, hexadecimal."""
     return sorted({text_hash(document.text).hex() for document in documents})
 
 
-def split_of(doc_id: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
-    """Split of a document, by its id alone; about ``heldout_fraction`` of all are held out."""
-    return Split.heldout if stable_fraction("split", doc_id) < heldout_fraction else Split.train
+def place_of_content(content: bytes) -> float:
+    """Where in [0, 1) a text stands by its ``content_hash``: below the fraction it is held out."""
+    return int.from_bytes(content[:8], "big") / 2**64
+
+
+def split_of(document: Document, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
+    """Split of a document, by its text, and by its group where it has one."""
+    return split_of_content(content_hash(document.text), document.group, heldout_fraction)
+
+
+def split_of_content(content: bytes, group: str | None, heldout_fraction: float) -> Split:
+    """Split of a text by its ``content_hash``, and by the group of its document.
+
+    Without a group about ``heldout_fraction`` of all are held out. With one a document is held out
+    where both are drawn and packed where neither is: then neither the group nor a copy of the text
+    in another group is on both sides.
+    """
+    is_drawn = place_of_content(content) < heldout_fraction
+    if group is not None and (stable_fraction("split", group) < heldout_fraction) != is_drawn:
+        return Split.unused
+    return Split.heldout if is_drawn else Split.train
 
 
 def source_documents(
@@ -140,7 +189,7 @@ def source_documents(
     for unit in units:
         room = HELDOUT_CHARACTERS_PER_UNIT
         for document in corpus.read(unit, skipped):
-            if split_of(document.doc_id, corpus.heldout_fraction) is split:
+            if split_of(document, corpus.heldout_fraction) is split:
                 yield document
                 room -= len(document.text)
                 if room <= 0:

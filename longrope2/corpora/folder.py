@@ -12,8 +12,10 @@ from typing import Any
 from longrope2.corpora import records
 from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, split_documents
+from longrope2.corpora.remote import line_ranges, ranged_name, split_ranged_name
 from longrope2.errors import ConfigError
-from longrope2.files.artifacts import sha256_of_file
+from longrope2.files.folder_hashes import sha256_of_files
+from longrope2.model.folder import cache_folder
 
 SOURCE = "folder"
 PLAIN_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
@@ -62,12 +64,18 @@ def _nothing_to_read(folder: Path, suffixes: Sequence[str], more: Sequence[str])
     return f"{fault}; it holds {there} ({way_out})"
 
 
+def _domain(name: str) -> str:
+    """The uppermost folder of a file; one domain for those that stand in none."""
+    return name.split("/")[0] if "/" in name else "files"
+
+
 class FolderCorpus:
     """All usable files below a folder (``corpus=folder corpus.folder=PATH``).
 
     The id of a document is the file's path below the folder, and the record's row or line where a
-    file holds several; with ``title_field`` the record's title follows. The other arguments are
-    those of ``CorpusConfig``.
+    file holds several (the first byte of the line in a .jsonl file that is large enough to be read
+    in ranges); with ``title_field`` the record's title follows. The other arguments are those of
+    ``CorpusConfig``.
 
     Raises:
         ConfigError: the folder does not exist or holds no file of a known kind, or the first record
@@ -100,42 +108,57 @@ class FolderCorpus:
             raise ConfigError(faults)
 
     def units(self) -> Sequence[Unit]:
-        """A unit per file, sorted by path."""
-        return [Unit(self._name(path), SOURCE, path.stat().st_size) for path in self._files]
+        """A unit per file, sorted by path; a large .jsonl file is several, ranges of its bytes."""
+        units = []
+        for path in self._files:
+            name, size = self._name(path), path.stat().st_size
+            domain, spans = _domain(name), line_ranges(name, size)
+            if not spans:
+                units.append(Unit(name, SOURCE, size, domain))
+            for start, end in spans:
+                units.append(Unit(ranged_name(name, (start, end)), SOURCE, end - start, domain))
+        return units
 
     def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
         """Documents of one file."""
-        domain = unit.name.split("/")[0] if "/" in unit.name else "files"
-        path = self._folder / unit.name
+        name, span = split_ranged_name(unit.name)
+        domain, path = _domain(name), self._folder / name
         if path.name.endswith(self._text_suffixes):
             text = records.whole_text(str(path), skipped)
             if text is not None:
-                yield Document(f"{SOURCE}/{unit.name}", text, SOURCE, domain)
+                yield Document(f"{SOURCE}/{name}", text, SOURCE, domain)
             return
-        for number, record in self._records(path, skipped):
+        for number, record in self._records(path, skipped, span):
             text = records.usable_text(record.get(self._text_field), skipped)
             if text is not None:
                 title = None if self._title_field is None else record.get(self._title_field)
                 suffix = f" {title}".rstrip() if isinstance(title, str) else ""
-                yield Document(f"{SOURCE}/{unit.name}:{number}{suffix}", text, SOURCE, domain)
+                yield Document(f"{SOURCE}/{name}:{number}{suffix}", text, SOURCE, domain)
 
     def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Documents of one split, file by file."""
         return split_documents(self, split, skipped)
 
+    def reserved(self) -> Iterator[Document]:
+        """None: the split goes by the text."""
+        return iter(())
+
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
-        files = {self._name(path): sha256_of_file(path) for path in self._files}
+        names = [self._name(path) for path in self._files]
+        files = sha256_of_files(self._folder, names, cache_folder())
         return {"folder": str(self._folder), "files": files}
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()
 
-    def _records(self, path: Path, skipped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _records(
+        self, path: Path, skipped: Counter[str], span: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         if path.name.endswith(records.PARQUET_SUFFIXES):
             titles = [] if self._title_field is None else [self._title_field]
             return records.parquet_records(str(path), [self._text_field], skipped, optional=titles)
-        return records.json_records(str(path), skipped)
+        return records.json_records(str(path), skipped, span=span)
 
     def _field_faults(self) -> Iterator[str]:
         """Files whose first record lacks text or title: a wrong key, not a faulty record."""

@@ -24,13 +24,20 @@ def json_records(
     skipped: Counter[str],
     *,
     unwanted: Callable[[int, bytes], str | None] | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records of a file with a JSON object per line, each with its line number from 0.
+
+    With ``span`` only those whose lines begin in that range of bytes, each with its first byte
+    instead: the ranges of a file together have all its records once.
 
     ``unwanted`` is called with the number and the bytes of a line before it is parsed; a reason
     that it returns leaves the line out.
     """
-    for number, line in _numbered_lines(location, skipped):
+    lines = _numbered_lines(location, skipped)
+    if span is not None:
+        lines = _lines_in(span, location, skipped)
+    for number, line in lines:
         if not line.strip():
             continue
         if unwanted is not None and (reason := unwanted(number, line)) is not None:
@@ -118,24 +125,47 @@ def _has_lone_surrogate(text: str) -> bool:
     return False
 
 
+def _lines_in(
+    span: tuple[int, int], location: str, skipped: Counter[str]
+) -> Iterator[tuple[int, bytes]]:
+    """Lines that begin in a range of a plain file, with their first bytes."""
+    start, end = span
+    # From one byte before: if that ends a line, one begins at the start.
+    lines = _placed_lines(location, skipped, max(0, start - 1))
+    for position, line in lines:
+        if position >= end:
+            return
+        if position >= start and line is not None:
+            yield position, line
+        elif position >= start:
+            skipped[TOO_LONG] += 1
+
+
 def _numbered_lines(location: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers; the torn last line of a truncated file counts as missing."""
-    number, parts, size = 0, [], 0
+    for number, (_, line) in enumerate(_placed_lines(location, skipped, 0)):
+        if line is None:
+            skipped[TOO_LONG] += 1
+        else:
+            yield number, line
+
+
+def _placed_lines(
+    location: str, skipped: Counter[str], first_byte: int
+) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with the places of their first bytes, from a byte on; None for one that is too long."""
+    place, parts, size = first_byte, [], 0
     try:
-        for block in byte_blocks(location):
+        for block in byte_blocks(location, first_byte):
             *ends, rest = block.split(b"\n")
             for end in ends:
-                if size + len(end) <= MAX_RECORD_BYTES:
-                    yield number, b"".join([*parts, end])
-                else:
-                    skipped[TOO_LONG] += 1
-                number, parts, size = number + 1, [], 0
+                size += len(end)
+                yield place, b"".join([*parts, end]) if size <= MAX_RECORD_BYTES else None
+                place, parts, size = place + size + 1, [], 0
             size += len(rest)
             parts = [*parts, rest] if size <= MAX_RECORD_BYTES else []
     except FaultyFile as fault:
         skipped[str(fault)] += 1
         return
-    if size > MAX_RECORD_BYTES:
-        skipped[TOO_LONG] += 1
-    elif parts:
-        yield number, b"".join(parts)
+    if size:
+        yield place, b"".join(parts) if size <= MAX_RECORD_BYTES else None

@@ -3,7 +3,8 @@
 Version 1 has a folder per domain (``common_crawl`` packed with zstd). Records are ``{text, meta}``;
 those of ``common_crawl`` have ``source`` and a quality prediction instead of ``meta``. Only the
 text is used, so a record without ``meta`` is kept (and counted). The books were withdrawn; a mirror
-may have them.
+may have them. Large plain files are read in ranges of bytes; the ids of their documents have the
+line's first byte instead of its number.
 
 Version 2 is gzipped per snapshot, shard and language, with side files. A base tag such as
 ``2023-06/0000/en_head`` names the files of a shard: ``documents/<tag>.json.gz`` and, for head and
@@ -27,6 +28,17 @@ from longrope2.errors import ConfigError
 
 V1_HUB = "togethercomputer/RedPajama-Data-1T"
 V1 = SourceInfo("redpajama_v1", "RedPajama-Data-1T", V1_HUB, "FOLDER/arxiv/arxiv_023827cd.jsonl")
+# Tokens of the parts by the card of the hub repository (GPT-NeoX's tokenizer); of use are their
+# proportions, where the sizes of files are unknown.
+V1_TOKENS = {
+    "arxiv": 28e9,
+    "book": 26e9,
+    "c4": 175e9,
+    "common_crawl": 878e9,
+    "github": 59e9,
+    "stackexchange": 20e9,
+    "wikipedia": 24e9,
+}
 V1_PREFIX = "https://data.together.xyz/redpajama-data-1T/v1.0.0"
 V1_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 V2_HUB = "togethercomputer/RedPajama-Data-V2"
@@ -46,8 +58,20 @@ def redpajama_v1(config: RedpajamaV1Config, heldout_fraction: float) -> FileCorp
         raise ConfigError([f"{key} is empty; name at least one, for example [arxiv]"])
     base = V1_PREFIX if config.root is None else config.root.rstrip("/")
     files = [file for domain in config.domains for file in _domain_files(config, base, domain)]
-    found, groups = FileSet(base, tuple(files)), remote.one_by_one(files)
-    return FileCorpus(V1.key, found, groups, _read_domain, heldout_fraction=heldout_fraction)
+    found, groups = FileSet(base, tuple(files)), remote.in_ranges(files)
+    return FileCorpus(
+        V1.key,
+        found,
+        groups,
+        _read_domain,
+        heldout_fraction=heldout_fraction,
+        domain_of=_first_folder,
+        published_tokens=V1_TOKENS,
+    )
+
+
+def _first_folder(file: StoredFile) -> str:
+    return file.path.split("/")[0]
 
 
 def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[StoredFile]:
@@ -68,13 +92,13 @@ def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[Sto
 def _read_domain(
     unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
 ) -> Iterator[Document]:
-    domain = own[0].path.split("/")[0]
-    for line, record in json_records(own[0].location, skipped):
+    domain, path = _first_folder(own[0]), f"{unit.source}/{own[0].path}"
+    for line, record in json_records(own[0].location, skipped, span=own[0].span):
         text = usable_text(record.get("text"), skipped)
         if text is not None:
             if domain != "common_crawl" and not isinstance(record.get("meta"), dict):
                 skipped["no meta (kept)"] += 1
-            yield Document(f"{unit.name}:{line}", text, unit.source, domain)
+            yield Document(f"{path}:{line}", text, unit.source, domain)
 
 
 def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorpus:
@@ -87,7 +111,19 @@ def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorp
     tags = [file.path.removeprefix("documents/").removesuffix(V2_SUFFIX) for file in files]
     groups = {tag: [file] for tag, file in zip(tags, files, strict=True)}
     found, reader = FileSet(base, tuple(files)), partial(_read_shard, config)
-    return FileCorpus(V2.key, found, groups, reader, heldout_fraction=heldout_fraction)
+    return FileCorpus(
+        V2.key,
+        found,
+        groups,
+        reader,
+        heldout_fraction=heldout_fraction,
+        domain_of=_language_and_class,
+    )
+
+
+def _language_and_class(file: StoredFile) -> str:
+    """``documents/2023-06/0000/en_head.json.gz`` -> ``en_head``."""
+    return file.path.rpartition("/")[2].removesuffix(V2_SUFFIX)
 
 
 def _value_faults(config: RedpajamaV2Config) -> Iterator[str]:

@@ -14,8 +14,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from longrope2.corpora.corpus import Document, Split, Unit, source_documents
 from longrope2.errors import ConfigError, DataError
 
 READ_BYTES = 2**20
+RANGE_BYTES = 2**28  # larger files of plain lines are read in ranges
+LINE_SUFFIXES = (".jsonl",)
 # Compressed bytes handed to the decoder at once; deflate grows them at most 1,032-fold, so at most
 # 16 MiB come back.
 DECODE_BYTES = 2**14
@@ -72,15 +75,17 @@ def first_byte(location: str) -> None:
         handle.read(1)
 
 
-def byte_blocks(location: str) -> Iterator[bytes]:
+def byte_blocks(location: str, start: int = 0) -> Iterator[bytes]:
     """Decompressed content of a file (.gz, .zst, .zstd or plain), block by block.
+
+    ``start``: first byte, of plain files only.
 
     Raises:
         FaultyFile: ``missing file``, or after everything readable was yielded ``truncated file`` or
             ``damaged file``.
         DataError: the file cannot be reached any more, or may not be read.
     """
-    stored = _resumed(location, lambda position: _read_from(location, position), len)
+    stored = _resumed(location, lambda position: _read_from(location, start + position), len)
     if location.endswith(".gz"):
         return _decoded(stored, lambda: zlib.decompressobj(wbits=31))
     if location.endswith((".zst", ".zstd")):
@@ -210,6 +215,8 @@ class StoredFile:
     base: str
     path: str
     size_bytes: int | None = None  # stored size where it is known
+    # First byte and the one behind the last of the lines to read, where it is a part of a file.
+    span: tuple[int, int] | None = None
 
     @property
     def location(self) -> str:
@@ -225,10 +232,15 @@ class FileSet:
     files: tuple[StoredFile, ...]
 
     def describe(self) -> dict[str, Any]:
-        """Base, number and size of the files, and a SHA-256 over their paths and sizes."""
+        """Base, number and size of the files, and a SHA-256 over their paths and sizes.
+
+        Of the hub the commit too: the base is only where the files were read.
+        """
         listing = "".join(f"{file.path}\t{file.size_bytes}\n" for file in self.files)
+        commit = self.base.rpartition("@")[2] if self.base.startswith("hf://") else None
         return {
             "base": self.base,
+            **({} if commit is None else {"commit": commit}),
             "num_files": len(self.files),
             "size_bytes": sum(file.size_bytes or 0 for file in self.files),
             "listing_sha256": hashlib.sha256(listing.encode()).hexdigest(),
@@ -247,8 +259,11 @@ class FileCorpus:
     files: FileSet
     groups: Groups  # the units
     reader: Reader  # yields the documents of a unit, as ``Corpus.read``; can be pickled
-    heldout_fraction: float  # share of documents held out, drawn by id
+    heldout_fraction: float  # share of documents held out, drawn by their text
     own_heldout: Groups | None = None  # units of the corpus' own held-out split, where it has one
+    domain_of: Callable[[StoredFile], str] | None = None  # of all documents of a file
+    # Domain -> tokens by what was published of the corpus; serves where sizes are unknown.
+    published_tokens: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -269,8 +284,15 @@ class FileCorpus:
         if split is Split.train or self.own_heldout is None:
             yield from source_documents(self, split, skipped)
             return
-        for unit in self._units(self.own_heldout):
-            yield from self.read(unit, Counter() if skipped is None else skipped)
+        yield from self._reserved(Counter() if skipped is None else skipped)
+
+    def reserved(self) -> Iterator[Document]:
+        """Documents of the corpus' own held-out split."""
+        return self._reserved(Counter())
+
+    def _reserved(self, skipped: Counter[str]) -> Iterator[Document]:
+        for unit in self._units(self.own_heldout or {}):
+            yield from self.read(unit, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Place and listing."""
@@ -278,17 +300,60 @@ class FileCorpus:
 
     def _units(self, groups: Groups) -> list[Unit]:
         """A unit per group, with the stored size of its files where all are known."""
+        domains = {
+            name: None if self.domain_of is None else self.domain_of(files[0])
+            for name, files in groups.items()
+        }
+        number = Counter(domains.values())
         units = []
         for name, files in groups.items():
             sizes = [file.size_bytes for file in files if file.size_bytes is not None]
-            size = sum(sizes) if len(sizes) == len(files) else None
-            units.append(Unit(f"{self.source}/{name}", self.source, size))
+            size, domain = sum(sizes) if len(sizes) == len(files) else None, domains[name]
+            tokens = self.published_tokens.get(domain) if domain is not None else None
+            tokens = None if tokens is None else tokens / number[domain]
+            units.append(Unit(f"{self.source}/{name}", self.source, size, domain, tokens))
         return units
 
 
 def one_by_one(files: Sequence[StoredFile]) -> Groups:
     """A unit per file."""
     return {file.path: [file] for file in files}
+
+
+def in_ranges(files: Sequence[StoredFile]) -> Groups:
+    """A unit per file; a large one with plain lines becomes several, each a range of its bytes."""
+    groups: dict[str, list[StoredFile]] = {}
+    for file in files:
+        spans = line_ranges(file.path, file.size_bytes)
+        if not spans:
+            groups[file.path] = [file]
+        for start, end in spans:
+            part = replace(file, size_bytes=end - start, span=(start, end))
+            groups[ranged_name(file.path, (start, end))] = [part]
+    return groups
+
+
+def line_ranges(path: str, size_bytes: int | None) -> list[tuple[int, int]]:
+    """Ranges of bytes that a large file of plain lines is read in; none for any other file."""
+    if size_bytes is None or size_bytes <= RANGE_BYTES or not path.endswith(LINE_SUFFIXES):
+        return []
+    number = -(-size_bytes // RANGE_BYTES)
+    edges = [size_bytes * n // number for n in range(number + 1)]
+    return list(pairwise(edges))
+
+
+def ranged_name(path: str, span: tuple[int, int]) -> str:
+    """Name of the unit that is a range of a file."""
+    return f"{path}@{span[0]}-{span[1]}"
+
+
+def split_ranged_name(name: str) -> tuple[str, tuple[int, int] | None]:
+    """Path and range of a unit's name; no range where it is a whole file."""
+    path, _, span = name.rpartition("@")
+    first, _, last = span.partition("-")
+    if path.endswith(LINE_SUFFIXES) and first.isdecimal() and last.isdecimal():
+        return path, (int(first), int(last))
+    return name, None
 
 
 def _reached(

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.config import from_plain
-from longrope2.corpora.config import HELDOUT_FRACTION, CorpusConfig, CorpusKind
+from longrope2.corpora.config import (
+    HELDOUT_FRACTION,
+    PLACES_OF_A_DESCRIPTION,
+    CorpusConfig,
+    CorpusKind,
+)
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
@@ -23,7 +28,7 @@ from longrope2.files.artifacts import (
 )
 
 # What is no part of a corpus' content: how it is called and where it stands.
-_PLACE = ("name", "folder")
+_PLACE = ("name", *PLACES_OF_A_DESCRIPTION)
 
 
 @dataclass(frozen=True)
@@ -183,4 +188,7 @@ def _faults_of_share(given: CorpusConfig, folder: Path, manifest: Manifest) -> I
 
 
 def _content(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in description.items() if key not in _PLACE}
+    """A description without places; those of the members of a mix stand one level below."""
+    plain = {key: value for key, value in description.items() if key not in _PLACE}
+    members = {kind.value for kind in CorpusKind}
+    return {k: _content(v) if k in members and isinstance(v, dict) else v for k, v in plain.items()}

@@ -1,5 +1,9 @@
 """The offline sample corpus: the standard library's sources and the topics that ``help()`` shows.
 
+The split goes by the names, as it did when the shipped miniature was trained on this corpus: what
+is held out must be text that it has not seen. No text that equals a held-out one is in the train
+split, whatever its name.
+
 Packages that distributions leave out, split off or generate per machine are skipped, so machines
 with the same Python version agree; the manifest records the version and a hash of all text.
 """
@@ -15,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope2.corpora.config import HELDOUT_FRACTION
-from longrope2.corpora.corpus import Document, Split, Unit, split_documents
+from longrope2.corpora.corpus import Document, Split, Unit, content_hash, stable_fraction
 
 MODULES_SOURCE = "stdlib_modules"
 TOPICS_SOURCE = "stdlib_topics"
@@ -35,9 +39,10 @@ class SampleCorpus:
     """Standard-library modules and documentation topics (``corpus=sample``)."""
 
     sources = (MODULES_SOURCE, TOPICS_SOURCE)
+    heldout_fraction = 0.0  # by the text; ``reserved`` draws by name
 
     def __init__(self, *, heldout_fraction: float = HELDOUT_FRACTION) -> None:
-        self.heldout_fraction = heldout_fraction
+        self._reserved_fraction = heldout_fraction
 
     def units(self) -> Sequence[Unit]:
         """Groups of ``NAMES_PER_UNIT`` names, sorted."""
@@ -59,8 +64,28 @@ class SampleCorpus:
                 skipped["empty text"] += 1
 
     def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Documents of one split, sorted by id."""
-        return split_documents(self, split, skipped)
+        """Documents of one split, sorted by id; ``skipped`` gets what ``read`` counts."""
+        skipped = Counter() if skipped is None else skipped
+        if split is Split.heldout:
+            yield from (d for d in self._all(skipped) if self._is_reserved(d))
+            return
+        reserved = {content_hash(document.text) for document in self.reserved()}
+        for document in self._all(skipped):
+            if not self._is_reserved(document):
+                is_copy = content_hash(document.text) in reserved
+                if (split is Split.unused) is is_copy:
+                    yield document
+
+    def reserved(self) -> Iterator[Document]:
+        """The held-out documents, drawn by name."""
+        return self.documents(Split.heldout)
+
+    def _all(self, skipped: Counter[str]) -> Iterator[Document]:
+        for unit in self.units():
+            yield from self.read(unit, skipped)
+
+    def _is_reserved(self, document: Document) -> bool:
+        return stable_fraction("split", document.doc_id) < self._reserved_fraction
 
     def describe(self) -> dict[str, Any]:
         """Python version, number of documents and a SHA-256 over all ids and texts."""

@@ -151,7 +151,9 @@ def starcoder(config: StarcoderConfig, heldout_fraction: float) -> FileCorpus:
             groups[f"{files[0].path.removesuffix('.parquet')}{more}"] = files
     used = replace(found, files=tuple(file for file in found.files if _language(file) in wanted))
     reader = partial(_read, config)
-    return FileCorpus(STARCODER.key, used, groups, reader, heldout_fraction=heldout_fraction)
+    return FileCorpus(
+        STARCODER.key, used, groups, reader, heldout_fraction=heldout_fraction, domain_of=_language
+    )
 
 
 def _language(file: StoredFile) -> str:
@@ -173,7 +175,9 @@ def _read(
     contents = _contents(config, own, joins, skipped)
     if joins:
         for name, text in _joined_repositories(contents, config.repository_characters):
-            yield Document(f"{unit.name}/{name}", text, unit.source, language)
+            # By its name, so that it does not depend on which files are read together.
+            group = f"{unit.source}/{name.partition('#')[0]}"
+            yield Document(f"{unit.name}/{name}", text, unit.source, language, group)
         return
     for file in contents:
         yield Document(f"{unit.source}/{file.place}", file.content, unit.source, language)

@@ -6,6 +6,7 @@ models are evaluated only after its calibration.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -19,9 +20,10 @@ from rich.console import Console
 from longrope2.config import claim_folder, to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import Document, text_hashes
+from longrope2.corpora.held_out import Overlap, find_overlap
 from longrope2.corpora.needle_wording import choose_wording
 from longrope2.corpora.needles import build_needle_set
-from longrope2.corpora.run_corpus import HeldoutText, corpus_label, heldout_text
+from longrope2.corpora.run_corpus import HeldoutText, corpus_label, heldout_text, segments_of
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.evaluation import answering, scoring, summary
@@ -185,8 +187,23 @@ class _Texts:
 
     @cached_property
     def documents(self) -> list[Document]:
-        """All documents there are, or as many as ``corpus.heldout_characters`` allows."""
-        return heldout_documents(self._config.text)
+        """All documents there are, or as many as ``corpus.heldout_characters`` allows.
+
+        Says so where some of them are in the run's segments too.
+        """
+        documents = heldout_documents(self._config.text)
+        if (overlap := self._overlap_of(documents)) is not None:
+            print(f"warning: {overlap}", file=sys.stderr)
+        return documents
+
+    @property
+    def packed_ids(self) -> list[str]:
+        """Ids of the documents that are in the run's segments too."""
+        overlap = self._overlap_of(self.documents)
+        return [] if overlap is None else list(overlap.doc_ids)
+
+    def _overlap_of(self, documents: Sequence[Document]) -> Overlap | None:
+        return find_overlap(documents, segments_of(self._config.run.folder))
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -429,6 +446,10 @@ def _write_manifest(
     facts = {"config": to_plain(config), "seeds": seeds, "counts": counts}
     if texts is not None:
         inputs["corpus"] = {"name": config.text.name, **texts.description}
-        facts["details"] = {"text": asdict(texts.text), "text_hashes": text_hashes(texts.documents)}
+        facts["details"] = {
+            "text": asdict(texts.text),
+            "text_hashes": text_hashes(texts.documents),
+            "packed_ids": texts.packed_ids,
+        }
     manifest = artifacts.Manifest("evaluations", inputs=inputs, **facts)
     artifacts.write_manifest(folder, manifest)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from longrope2.corpora.held_out import MOST_NAMED
 from longrope2.corpora.run_corpus import HeldoutText, segments_of
 from longrope2.files.artifacts import Manifest, read_manifest
 from longrope2.report.data import RunRecord
@@ -35,7 +36,7 @@ def text_statements(record: RunRecord) -> list[str]:
     return [
         str(HeldoutText(**manifest.details["text"])),
         *_of_search(record.stages["factors"].manifest, manifest, set(measured)),
-        *_of_training(record, set(measured)),
+        *_of_training(record, set(measured), manifest.details.get("packed_ids", [])),
     ]
 
 
@@ -62,8 +63,8 @@ def _of_search(factors: Manifest | None, evaluations: Manifest, measured: set[st
     ]
 
 
-def _of_training(record: RunRecord, measured: set[str]) -> list[str]:
-    """Whether the segments hold what evaluation reads."""
+def _of_training(record: RunRecord, measured: set[str], packed_ids: list[str]) -> list[str]:
+    """Whether the segments hold what evaluation reads; ``packed_ids``: what it found itself."""
     segments = segments_of(record.folder)
     if segments is None:
         return []
@@ -71,12 +72,13 @@ def _of_training(record: RunRecord, measured: set[str]) -> list[str]:
     if listed is None or not (segments / listed).is_file():
         lacking = f"{segments} does not list its documents"
         return [f"Whether the training segments hold evaluated text is unknown: {lacking}."]
-    common = len(measured & _packed_hashes(segments / listed))
+    common = max(len(measured & _packed_hashes(segments / listed)), len(packed_ids))
     if not common:
         evaluated = f"{len(measured):,} documents that evaluation reads"
         return [f"None of the {evaluated} is in the training segments."]
     these = f"{common:,} of the {len(measured):,} documents that evaluation reads are"
-    return [f"{these} in the training segments, word for word: a trained model has seen them."]
+    named = f" ({', '.join(packed_ids[:MOST_NAMED])})" if packed_ids else ""
+    return [f"{these} in the training segments{named}: a trained model has seen them."]
 
 
 def _packed_hashes(path: Path) -> set[str]:

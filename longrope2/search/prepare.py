@@ -1,6 +1,7 @@
 """What stands before a search: its faults, its plan in words, and its samples and model, tested."""
 
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from longrope2.config import require_same
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import text_hashes
 from longrope2.corpora.haystacks import Haystack, build_texts, halve_documents
+from longrope2.corpora.held_out import find_overlap
 from longrope2.corpora.needle_wording import choose_wording
 from longrope2.corpora.needles import build_needle_set, guess_perplexity
 from longrope2.corpora.run_corpus import (
@@ -22,6 +24,7 @@ from longrope2.corpora.run_corpus import (
     corpus_of_run,
     heldout_text,
     missing_corpus,
+    segments_of,
 )
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ArtifactError, ConfigError, UserError
@@ -245,7 +248,7 @@ def prepare(
         DataError, ArtifactError: too little text, or a self-test failed.
     """
     search = config.search
-    makers = _SampleMaker(config, model_folder, folder)
+    makers = _SampleMaker(config, model_folder, folder, is_first=workers.worker == 0)
     samples, fresh = makers.samples(), makers.fresh() if compares_fresh(search) else None
     corpus = build_corpus(config.text).describe()
     unscaled = closed_form_factors(RopeMethod.none, space.geometry, space.target_len)
@@ -304,12 +307,17 @@ class _SampleMaker:
     The held-out text is halved: what is chosen by and what is reported share no text and no keys.
     """
 
-    def __init__(self, config: SearchRoot, model_folder: Path, folder: Path) -> None:
+    def __init__(
+        self, config: SearchRoot, model_folder: Path, folder: Path, *, is_first: bool
+    ) -> None:
         self._config, self._search, self._folder = config, config.search, folder
         self._tokenizer = load_tokenizer(model_folder)
         self._encoder = DocumentTokenizer(self._tokenizer, config.model.document_start)
         # Always: what is chosen by does not depend on whether it is compared afterwards.
         documents = heldout_documents(config.text)
+        overlap = find_overlap(documents, segments_of(config.run.folder))
+        if overlap is not None and is_first:
+            print(f"warning: {overlap}", file=sys.stderr)
         in_noise = self._is_needle and self._search.haystack is Haystack.noise
         self.text_hashes = [] if in_noise else text_hashes(documents)
         halves = halve_documents(documents, config.seed)

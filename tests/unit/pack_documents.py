@@ -52,6 +52,7 @@ def table_of(folder, documents, *, documents_per_unit=7, seed=0):
                         document.domain,
                         4 * document.num_tokens,
                         text_hash,
+                        text_hash,
                         order,
                     )
                     add(row, np.arange(3, 1 + document.num_tokens, dtype=np.uint32))

@@ -14,17 +14,21 @@ import zstandard
 
 from longrope2.corpora.build import build_corpus, heldout_documents, heldout_texts
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.corpus import Split, split_of
+from longrope2.corpora.corpus import Document, Split, split_of
 from longrope2.corpora.folder import FolderCorpus
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.errors import ConfigError, DataError
 
 
 def test_splits_are_disjoint_and_about_five_percent():
-    ids = [f"doc{n}" for n in range(20_000)]
-    heldout = [i for i in ids if split_of(i) is Split.heldout]
-    assert 0.045 < len(heldout) / len(ids) < 0.055
-    assert heldout == [i for i in ids if split_of(i) is Split.heldout]
+    texts = [f"text {n}" for n in range(20_000)]
+    heldout = [t for t in texts if split_of_text(t) is Split.heldout]
+    assert 0.045 < len(heldout) / len(texts) < 0.055
+    assert heldout == [t for t in texts if split_of_text(t) is Split.heldout]
+
+
+def split_of_text(text, fraction=0.05, *, doc_id="some", group=None):
+    return split_of(Document(doc_id, text, "s", "d", group), fraction)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -41,7 +45,9 @@ def test_heldout_fraction_of_a_folder(tmp_path, fraction):
     assert not train & heldout and train | heldout == {f"folder/{n}.txt" for n in range(200)}
     assert abs(len(heldout) / 200 - fraction) <= (0.1 if 0 < fraction < 1 else 0)
     if fraction == 0.3:  # a larger fraction only adds documents
-        assert heldout >= {i for i in train | heldout if split_of(i) is Split.heldout}
+        texts = {f"folder/{n}.txt": f"text {n}" for n in range(200)}
+        smaller = {i for i, text in texts.items() if split_of_text(text) is Split.heldout}
+        assert smaller and heldout > smaller
 
 
 def test_heldout_fraction_of_the_sample_corpus():
@@ -76,7 +82,7 @@ def test_sample_corpus():
     assert len(set(ids)) == len(ids) > 300
     assert {d.source for d in train} == {d.source for d in heldout} == set(corpus.sources)
     assert not {d.text for d in train} & {d.text for d in heldout}
-    assert all(split_of(d.doc_id) is Split.train for d in train)
+    assert {d.doc_id for d in corpus.reserved()} == {d.doc_id for d in heldout}
     assert "stdlib_modules/json/decoder.py" in ids
     assert not any("/test" in i or "site-packages" in i for i in ids)
     assert corpus.describe() == SampleCorpus().describe()
@@ -205,7 +211,7 @@ def test_folder_that_cannot_be_used(tmp_path):
 def test_heldout_texts(tmp_path):
     (tmp_path / "a.txt").write_text("only one")
     config = CorpusConfig(name="mine", kind=CorpusKind.folder, folder=str(tmp_path))
-    assert split_of("folder/a.txt") is Split.train
+    assert split_of_text("only one") is Split.train
     words = (
         r"no document fell into the held-out split \(corpus.heldout_fraction=0.05\); "
         "use a larger corpus, or a larger"

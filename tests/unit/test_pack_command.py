@@ -98,11 +98,14 @@ def test_every_document_comes_back_as_its_text(texts_folder, tmp_path, align, ov
         ]
         if windows:
             assert overlong == "split" and all(len(w) == 1 and len(w[0]) <= 128 for w in windows)
-            assert (
-                "".join(encoder.decode(w[0][1:-1]) for w in windows) == document.text
-                or "é" in document.text
-            )
-            assert [i for w in windows for i in w[0][1:-1]] == ids[1:-1]
+            # Each window is a document of its own, so that one of them may be the rest.
+            content = ids[1:-1]
+            cut = [content[n : n + 126] for n in range(0, len(content), 126)]
+            packed = [w[0][1:-1] for w in windows]
+            assert packed == [window for window in cut if window in packed]
+            missing += sum(len(window) + 2 for window in cut if window not in packed)
+            whole = "".join(encoder.decode(window) for window in packed) == document.text
+            assert whole or "é" in document.text or len(packed) < len(cut)
         else:
             missing += len(ids) - sum(map(len, runs[document.doc_id]))
             assert assembled(ids, runs[document.doc_id])

@@ -12,7 +12,8 @@ from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.quotas import Demand, find_candidates, measure_supply, select_documents
 from data_prep.shards import PackList
 from data_prep.token_files import LengthBuckets
-from longrope2.corpora.corpus import Split, split_of
+from longrope2.corpora.corpus import Split, content_hash
+from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import batches_by_characters, load_document_tokenizer
@@ -141,7 +142,8 @@ def test_choice_does_not_depend_on_the_units(tmp_path, documents, windows):
     )
     for folder, table, selection in (("a", one, first), ("b", other, second)):
         pack_list = PackList(tmp_path / folder / "list")
-        pack_list.write(table, selection, tokens_per_unit=600, summary={})
+        nothing = HeldOutTexts(0.0, frozenset())
+        pack_list.write(table, selection, held_out=nothing, tokens_per_unit=600, summary={})
         units = [
             sorted(pack_list.parts(n).column("doc_id").to_pylist())
             for n in range(pack_list.summary()["num_units"])
@@ -322,5 +324,6 @@ def test_retrieval_faults(encoder, haystack):
 
 
 def test_heldout_text_is_never_packed():
-    train = {d.doc_id for d in SampleCorpus().documents(Split.train)}
-    assert all(split_of(doc_id) is Split.train for doc_id in train)
+    train = [d.text for d in SampleCorpus().documents(Split.train)]
+    held_out = HeldOutTexts.of(SampleCorpus())
+    assert len(train) > 300 and not any(held_out.holds(content_hash(text)) for text in train)

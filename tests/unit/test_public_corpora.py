@@ -28,7 +28,7 @@ from data_prep.config import PackConfig
 from longrope2.config import compose
 from longrope2.corpora.build import build_corpus, heldout_texts
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.corpus import Split, split_documents, split_of, stable_fraction
+from longrope2.corpora.corpus import Split, split_documents, stable_fraction
 from longrope2.errors import ConfigError
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
@@ -183,9 +183,10 @@ def test_pg19_keeps_its_own_splits(tmp_path):
         "pg19/validation/12 The validation book"
     ]
     assert [d.doc_id for d in corpus.documents(Split.train)] == ["pg19/train/11 The train book"]
-    assert [
-        split_of(d.doc_id, corpus.heldout_fraction) for d in split_documents(corpus, Split.train)
-    ] == [Split.train]
+    assert [d.doc_id for d in split_documents(corpus, Split.train)] == [
+        "pg19/train/11 The train book"
+    ]
+    assert [d.text for d in corpus.reserved()] == ["Once upon a validation."]
     assert heldout_texts(config) == ["Once upon a validation."]
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longrope2.corpora.corpus import Document, text_hash, text_hashes
-from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.files.artifacts import Manifest, product_folder, read_manifest, write_manifest
 from longrope2.report.data import load_run
 from longrope2.report.text import text_statements
 
@@ -89,7 +89,14 @@ def test_what_training_and_evaluation_share(tmp_path: Path) -> None:
     assert statements(tmp_path) == [own, none]
     packed(tmp_path, TEXTS[1:])
     assert statements(tmp_path)[1] == (
-        "2 of the 3 documents that evaluation reads are in the training segments, word for word: a "
+        "2 of the 3 documents that evaluation reads are in the training segments: a trained model "
+        "has seen them."
+    )
+    manifest = read_manifest(product_folder(tmp_path, "evaluations"), "evaluations")
+    manifest.details["packed_ids"] = ["d1", "d2"]
+    write_manifest(product_folder(tmp_path, "evaluations"), manifest)
+    assert statements(tmp_path)[1] == (
+        "2 of the 3 documents that evaluation reads are in the training segments (d1, d2): a "
         "trained model has seen them."
     )
     (product_folder(tmp_path, "segments") / "documents.parquet").unlink()
