@@ -14,6 +14,7 @@ Shape letters: R rows of the table (domains of sources, or sources), C buckets, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from data_prep.config import (
 )
 from data_prep.demand import Cells, Supply, domain_tokens, fit_mixture
 from data_prep.scan import Stratum
+
+if TYPE_CHECKING:
+    from scipy.sparse import coo_array
 
 MOST_READ_FOR_A_DOMAIN = 100.0
 PRICE_OF_A_TOKEN = 1e6  # that a source or a bucket lacks, in tokens read
@@ -318,58 +322,85 @@ def _given(table: _Table, least_V: np.ndarray) -> np.ndarray:
 
 def _least_reading(table: _Table, mixture: MixtureConfig, least_V: np.ndarray) -> np.ndarray:
     """Share [V] of each stratum, at least ``least_V``."""
-    from scipy.optimize import linprog
-    from scipy.sparse import coo_array
-
-    num_rows, num_columns = table.supply_RC.shape
-    num_shares, names = len(table.shares_V), list(mixture.sources)
     scale = max(1.0, float(table.wanted_R.sum()))
-    # Variables: shares [V], cells [R, C], what rows lack [R] and have above [R], what sources and
-    # buckets lack.
-    cell = num_shares + np.arange(num_rows * num_columns).reshape(num_rows, num_columns)
-    lack_R = cell.max() + 1 + np.arange(num_rows)
-    above_R, lack_S = lack_R + num_rows, lack_R.max() + num_rows + 1 + np.arange(len(names))
-    lack_C = lack_S.max() + 1 + np.arange(num_columns)
-    limits: list[tuple[int, int, float]] = []  # row, variable, coefficient: at most 0
-    sums: list[tuple[int, int, float]] = []  # equal to ``totals``
-    totals: list[float] = []
-    for r, c in np.ndindex(num_rows, num_columns):
-        line = r * num_columns + c
-        limits.append((line, int(cell[r, c]), 1.0))
+    program = _LinearProgram()
+    share_V = program.variables(table.cost_V / scale, least=least_V, most=1.0)
+    cell_RC = program.variables(np.zeros_like(table.supply_RC))
+    lack_R = program.variables(table.price_R)
+    above_R = program.variables(np.zeros_like(table.wanted_R))
+    lack_S = program.variables(np.full(len(mixture.sources), PRICE_OF_A_TOKEN))
+    lack_C = program.variables(np.full(table.supply_RC.shape[1], PRICE_OF_A_TOKEN))
+    given_RC = _given(table, least_V) / scale
+    for r, c in np.ndindex(*table.supply_RC.shape):
+        terms = [(int(cell_RC[r, c]), 1.0)]
         if table.share_R[r] >= 0:
-            limits.append((line, int(table.share_R[r]), float(-table.hoped_RC[r, c] / scale)))
-    groups: list[tuple[float, list[int]]] = []
-    for r in range(num_rows):
-        groups.append((table.wanted_R[r], [*cell[r], lack_R[r]]))
-        sums.append((r, int(above_R[r]), -1.0))
-    for s, source in enumerate(names):
-        own = [r for r in range(num_rows) if table.sources_R[r] == source]
-        groups.append((mixture.sources[source], [*cell[own].ravel(), lack_S[s]]))
+            share, hoped = share_V[table.share_R[r]], table.hoped_RC[r, c]
+            terms.append((int(share), -float(hoped) / scale))
+        program.at_most(float(given_RC[r, c]), terms)
+    for r, wanted in enumerate(table.wanted_R / scale):
+        program.equals(wanted, [*_each(cell_RC[r]), (int(lack_R[r]), 1.0), (int(above_R[r]), -1.0)])
+    for s, (source, tokens) in enumerate(mixture.sources.items()):
+        own = [r for r, name in enumerate(table.sources_R) if name == source]
+        program.equals(tokens / scale, [*_each(cell_RC[own].ravel()), (int(lack_S[s]), 1.0)])
     if np.isfinite(table.wanted_C).all():
-        groups += [(table.wanted_C[c], [*cell[:, c], lack_C[c]]) for c in range(num_columns)]
-    for line, (total, variables) in enumerate(groups):
-        totals.append(total / scale)
-        sums += [(line, variable, 1.0) for variable in variables]
-    num_variables = int(lack_C.max()) + 1
-    prices = np.zeros(num_variables)
-    prices[:num_shares] = table.cost_V / scale
-    prices[lack_R] = table.price_R
-    prices[lack_S] = prices[lack_C] = PRICE_OF_A_TOKEN
-    bounds = [(float(least), 1.0) for least in least_V]
-    bounds += [(0.0, None)] * (num_variables - num_shares)
+        for c, wanted in enumerate(table.wanted_C / scale):
+            program.equals(wanted, [*_each(cell_RC[:, c]), (int(lack_C[c]), 1.0)])
+    return np.clip(program.solve()[share_V], least_V, 1.0)
 
-    def matrix(entries: list[tuple[int, int, float]], height: int) -> coo_array:
-        lines, variables, values = zip(*entries, strict=True)
-        return coo_array((values, (lines, variables)), shape=(height, num_variables))
 
-    found = linprog(
-        prices,
-        A_ub=matrix(limits, cell.size),
-        b_ub=_given(table, least_V).ravel() / scale,
-        A_eq=matrix(sums, len(groups)),
-        b_eq=totals,
-        bounds=bounds,
-        method="highs",
-    )
-    assert found.status == 0, found.message
-    return np.clip(found.x[:num_shares], least_V, 1.0)
+def _each(variables: np.ndarray) -> list[tuple[int, float]]:
+    return [(int(variable), 1.0) for variable in variables]
+
+
+Terms = Sequence[tuple[int, float]]  # variables and their coefficients
+
+
+class _LinearProgram:
+    """Least total price, written down block by block and sum by sum."""
+
+    def __init__(self) -> None:
+        self._prices: list[float] = []
+        self._bounds: list[tuple[float, float | None]] = []
+        self._limits: list[tuple[float, Terms]] = []
+        self._sums: list[tuple[float, Terms]] = []
+
+    def variables(
+        self, prices: np.ndarray, least: np.ndarray | float = 0.0, most: float | None = None
+    ) -> np.ndarray:
+        """Numbers of a new block of variables, in the shape of their prices."""
+        first = len(self._prices)
+        self._prices += prices.ravel().tolist()
+        lows = np.broadcast_to(least, prices.shape).ravel().tolist()
+        self._bounds += [(low, most) for low in lows]
+        return first + np.arange(prices.size).reshape(prices.shape)
+
+    def at_most(self, limit: float, terms: Terms) -> None:
+        """The sum of ``terms`` is ``limit`` or less."""
+        self._limits.append((limit, terms))
+
+    def equals(self, total: float, terms: Terms) -> None:
+        """The sum of ``terms`` is ``total``."""
+        self._sums.append((total, terms))
+
+    def solve(self) -> np.ndarray:
+        """The value of every variable."""
+        from scipy.optimize import linprog  # loads for a second
+
+        found = linprog(
+            self._prices,
+            A_ub=self._matrix(self._limits),
+            b_ub=[limit for limit, _ in self._limits],
+            A_eq=self._matrix(self._sums),
+            b_eq=[total for total, _ in self._sums],
+            bounds=self._bounds,
+            method="highs",
+        )
+        assert found.status == 0, found.message
+        return found.x
+
+    def _matrix(self, lines: Sequence[tuple[float, Terms]]) -> "coo_array":
+        from scipy.sparse import coo_array
+
+        entries = [(line, *term) for line, (_, terms) in enumerate(lines) for term in terms]
+        rows, variables, values = zip(*entries, strict=True)
+        return coo_array((values, (rows, variables)), shape=(len(lines), len(self._prices)))

@@ -314,7 +314,7 @@ def test_dry_run_prints_what_is_wanted_and_writes_nothing(texts_folder, tmp_path
             ["corpus.folder=/no/such is not a folder"],
         ),
         (
-            ["--target", "512", "--corpus", "folder", "corpus.folder=tests/fixtures"],
+            ["--target", "512", "--corpus", "folder", "corpus.folder=conf/rope"],
             ["holds no file ending in .txt"],
         ),
         (
