@@ -46,9 +46,9 @@ def test_the_paper_corpus_from_mirrors(tmp_path, capsys):
         source: found for source, found in skipped.items() if found
     }
     assert all(source in counts["tokenized_tokens"] for source in WRITERS)
-    # Documents far beyond 200,000 tokens are cut, not dropped, and what is missing is told, not
-    # padded.
-    assert counts["num_documents_split"] == {"redpajama_v1": 1}
+    # Both documents far beyond 200,000 tokens are cut, not dropped, and what is missing is told,
+    # not padded.
+    assert counts["num_documents_split"] == {"redpajama_v1": 2}
     assert (
         any(shortfall.startswith("source ") for shortfall in counts["shortfalls"])
         and "shortfall: " in printed
