@@ -1,7 +1,7 @@
 """docs/your_own.md line by line, on a model and documents that are made here; so is the README's.
 
-The lines for Slurm compose in tests/unit/test_shown_commands.py; the scripts they name are tested
-like all others.
+The lines for Slurm compose in tests/unit/test_shown_commands.py; its chain of jobs runs on real
+daemons in tests/slurm/test_own_jobs.py.
 """
 
 import os
