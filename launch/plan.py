@@ -125,6 +125,7 @@ def plan_run(config: PlanRoot) -> Plan:
     configured = _configured_layout(config, shape)
     return Plan(
         name=model.name,
+        original_len=model.original_len,
         options=config.plan,
         mix_origin=mix_origin if training.mixed else "",
         hardware=config.hardware,

@@ -40,8 +40,10 @@ PART_WORDS = {
     "layer": "one layer in the backward pass",
     "head": "LM head, its float32 gradient, hidden states",
     "logits": "tiles of logits",
-    "head_sent": "LM head, its gradient on its way, hidden states",
+    "head_sent": "the LM head's gradient on its way, hidden states",
     "gathered": "other parameters gathered",
+    "head_held": "LM head in the backward pass",
+    "first": "first layer and input embedding gathered",
     "bucket": "gradients that wait to be reduced",
     "reduced": "those being reduced, largest gradient",
     "update": "copies of the optimizer",
@@ -155,6 +157,8 @@ class MemoryUse:
     logits: float
     head_sent: float
     gathered: float
+    head_held: float
+    first: float
     bucket: float
     reduced: float
     update: float
@@ -162,6 +166,8 @@ class MemoryUse:
     """Share of what layers keep that is still there when the bucket is full for the first time."""
     fills_in_layer: bool = field(default=True, repr=False)
     """Whether that is in a layer's backward pass, and not after all of them."""
+    left_for_first: float = field(default=0.0, repr=False)
+    """Share of what layers keep that is the first layer's."""
 
     @property
     def moments(self) -> dict[str, float]:
@@ -171,10 +177,11 @@ class MemoryUse:
         when_full = self.left_when_reduced * kept + self.reduced
         if self.fills_in_layer:
             when_full += self.layer
-        backward = max(kept + self.layer, when_full, kept + self.head_sent)
+        backward = max(kept + self.layer, when_full, kept + self.head_sent) + self.gathered
+        first = self.left_for_first * kept + self.layer + self.first
         return {
             "loss": always + kept + self.head + self.logits + self.gathered,
-            "layer": always + backward + self.gathered,
+            "layer": always + self.head_held + max(backward, first),
             "update": always + self.update,
         }
 
@@ -227,27 +234,61 @@ def predict_memory(shape: ModelShape, workload: Workload, layout: Layout) -> Mem
         head=head_weights + hidden_states,
         logits=logits,
         head_sent=_sent_head_bytes(shape, layout) + hidden_states,
-        gathered=b * min(shape.parameters - shape.head_parameters, zero.max_live),
+        gathered=b * _gathered_parameters(shape, zero),
+        head_held=b * shape.head_parameters,
+        first=_gathered_with_first_layer(shape, layout),
         bucket=bucket,
         reduced=(filled if world > 1 else 0.0) + b * shape.hidden * shape.mlp,
         update=_BYTES_FP32 * min(shard, _SUB_GROUP_ELEMENTS) * (1 if layout.bf16 else 2),
         left_when_reduced=max(0.0, 1 - layers_in_bucket / shape.num_layers),
         fills_in_layer=layers_in_bucket < shape.num_layers,
+        left_for_first=1 / shape.num_layers,
     )
 
 
-def _sent_head_bytes(shape: ModelShape, layout: Layout) -> float:
-    """LM head and its gradient, or that one's copy on its way where it fills the bucket alone.
+def _gathered_parameters(shape: ModelShape, zero: ZeroBuffers) -> int:
+    """Those gathered beside the LM head, which is held to the end of the backward pass.
 
-    One too large for the bucket is there beside its copy. The head is an embedding too where they
-    are tied, and its gradient waits for that one's.
+    ``max_live`` bounds both together, but does not stop a gather that has begun, and a layer that
+    is computed is gathered whatever it says. Where all layers stay, the next to be gathered ahead
+    is the input embedding.
+    """
+    others = shape.parameters - shape.head_parameters
+    if shape.matrix_parameters < zero.max_live:
+        return others
+    return min(others, max(zero.max_live - shape.head_parameters, shape.layer_parameters))
+
+
+def _gathered_with_first_layer(shape: ModelShape, layout: Layout) -> float:
+    """Bytes of the first layer and the input embedding, whose backward pass needs no weights.
+
+    DeepSpeed gathers it ahead with small weights in one tensor, which stays beside their copies
+    until the last of them is used. That is while the layer's MLP is differentiated if the layer was
+    computed again, which asks for all of its weights, and later if not. 0 where that is no moment
+    of its own: nothing is gathered, or the embedding is there all the time.
+    """
+    is_there = shape.tied or shape.parameters <= layout.zero.max_live
+    is_late = layout.recompute is Recompute.none
+    if is_there or is_late or layout.num_processes == 1:
+        return 0.0
+    return layout.compute_bytes * (shape.layer_parameters + 2 * shape.head_parameters)
+
+
+def _sent_head_bytes(shape: ModelShape, layout: Layout) -> float:
+    """The LM head's gradient beside the bucket, before the layers' backward passes.
+
+    One that fits is moved into the bucket as soon as it is there. If no other then fits, it is
+    reduced at once: where it lies, or as a copy that fills up the shares if they are not equal. One
+    that does not fit is there beside its copy in the format of the reduction. The head is an
+    embedding too where they are tied, and its gradient waits for that one's.
     """
     b, bucket = layout.compute_bytes, layout.zero.reduce_bucket
-    is_copied = layout.gradient_bytes != b and layout.num_processes > 1 and not shape.tied
-    sent = b
-    if is_copied and shape.head_parameters + shape.hidden > bucket:
-        sent = layout.gradient_bytes + (b if shape.head_parameters > bucket else 0)
-    return (b + sent) * shape.head_parameters
+    head, world = shape.head_parameters, layout.num_processes
+    if world == 1 or shape.tied or head + shape.hidden <= bucket:
+        return 0.0
+    needs_copy = layout.gradient_bytes != b if head > bucket else head % world > 0
+    kept = b if head > bucket else 0
+    return (kept + (layout.gradient_bytes if needs_copy else 0)) * head
 
 
 def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:

@@ -59,6 +59,8 @@ class Plan:
     """
 
     name: str
+    original_len: int
+    """The model's window, in tokens."""
     options: PlanConfig
     mix_origin: str
     """Where the share of long segments comes from, in words behind it."""
@@ -191,10 +193,24 @@ def _short_recompute(layout: Layout) -> str:
     return f"{layout.recompute.value}{layers}{' +cpu' if layout.offload else ''}"
 
 
+def _align_words(layout: Layout, most: int) -> str:
+    """``--align`` for a layout: its processes a segment, where packing allows ``most`` of them.
+
+    A chunk holds a short window at least, so that no document that fits one is cut or left out.
+    """
+    ranks = layout.segment_ranks
+    if ranks <= most:
+        return f"--align {ranks}"
+    align = next(n for n in range(max(1, most), 0, -1) if ranks % n == 0)
+    shortest = f"chunks for {ranks} processes would be shorter than the short window"
+    return f"--align {align}: {shortest}, so they exchange in short segments too"
+
+
 def _choice_lines(plan: Plan) -> list[str]:
     best, refusal, configured = plan.choice.best, plan.refusal, plan.configured
     assert best is not None
     layout, layers = best.layout, best.layout.recompute_layers
+    short_chunks = plan.workload.target_len // plan.original_len
     settings = (
         f"parallel.processes={layout.num_processes} parallel.sequence={layout.sequence} "
         f"{f'parallel.context={layout.context} ' if layout.context > 1 else ''}"
@@ -204,7 +220,7 @@ def _choice_lines(plan: Plan) -> list[str]:
     )
     lines = [
         f"best       {_layout_words(layout)}: {_takes(best.time, best.memory)}",
-        f"settings   {settings}  (pack with --align {layout.segment_ranks})",
+        f"settings   {settings}  (pack with {_align_words(layout, short_chunks)})",
     ]
     if refusal is not None:
         lines.append(f"configured {_layout_words(refusal.layout)}: cannot run: {refusal.reason}")

@@ -219,7 +219,7 @@ def with_room_for_largest(zero: ZeroConfig, shape: ModelShape) -> ZeroConfig:
     """``zero`` with a reduce bucket that the model's largest gradient fits into.
 
     DeepSpeed reduces one that does not (LLaMA3-8B's embedding has 525 million elements) by itself,
-    beside the bucket: memory that no setting bounds and the planner does not know of.
+    beside the bucket: memory that no setting bounds.
     """
     largest = max(shape.head_parameters, shape.hidden * shape.mlp)
     bucket = max(zero.reduce_bucket_elements, largest)

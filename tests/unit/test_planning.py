@@ -31,7 +31,7 @@ from longrope2.planning.memory import (
     predict_memory,
     saved_layer_bytes_per_token,
 )
-from longrope2.planning.plan import _model_lines
+from longrope2.planning.plan import _align_words, _model_lines
 from longrope2.planning.timing import (
     attention_flops,
     exchange_bytes,
@@ -353,7 +353,7 @@ def test_best_layout_is_the_fastest_that_fits() -> None:
     reasons = {r.layout.sequence: r.reason for r in choice.refused if r.memory is None}
     assert reasons[64] == "64 processes cannot share 32 query and 8 key/value heads"
     too_large = next(r for r in choice.refused if r.memory and r.layout == layout("none"))
-    assert too_large.reason == "113 GiB of 74; the largest part is activations with 102 GiB"
+    assert too_large.reason == "112 GiB of 74; the largest part is activations with 102 GiB"
 
 
 def test_nothing_fits_says_what_is_short() -> None:
@@ -385,7 +385,7 @@ def test_a_configured_layout_that_cannot_run_says_why() -> None:
     assert reason(sequence=64) == "64 processes cannot share 32 query and 8 key/value heads"
     eight = dataclasses.replace(A100, num_gpus=8)
     assert reason(eight) == "64 processes need more than the 8 GPUs there are"
-    assert reason(recompute="none") == "113 GiB of 74; the largest part is activations with 102 GiB"
+    assert reason(recompute="none") == "112 GiB of 74; the largest part is activations with 102 GiB"
     uneven = dataclasses.replace(MIX, target_len=100_000)
     assert (
         reason(workload=uneven)
@@ -456,6 +456,16 @@ def test_command_prints_the_plan(monkeypatch, capsys) -> None:
     cost = text[text.index("hours of 10 B tokens") :].splitlines()
     assert cost[1].split() == ["GPUs", "131,072", "262,144", "524,288", "1,048,576"]
     assert [line.split()[0] for line in cost[2:9]] == ["8", "16", "32", "64", "128", "256", "512"]
+
+
+def test_the_alignment_that_is_shown_is_one_that_packing_takes() -> None:
+    """``align`` must leave chunks of a short window at least; 131,072 tokens have 16 of 8,192."""
+    ranks = Layout(1, 8, Recompute.none, context=4)
+    assert _align_words(ranks, 64) == "--align 32"
+    shorter = "chunks for 32 processes would be shorter than the short window"
+    words = f"--align 16: {shorter}, so they exchange in short segments too"
+    assert _align_words(ranks, 16) == words
+    assert _align_words(Layout(1, 24, Recompute.none), 16).startswith("--align 12: ")
 
 
 def test_command_says_that_the_configured_layout_cannot_run(monkeypatch, capsys) -> None:
