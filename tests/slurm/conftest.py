@@ -5,14 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from emulated import EmulatedSlurm, why_not
-
-ROOT = Path(__file__).parent.parent.parent
-SITE = """PYTHON=({python})
-DEVICE=cpu
-MIN_FREE_GB=0.1
-export WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-"""
+from emulated import ROOT, SITE, EmulatedSlurm, why_not
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,18 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP LLN=YES
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
+ROOT = Path(__file__).parent.parent.parent
+SITE = """PYTHON=({python})
+DEVICE=cpu
+MIN_FREE_GB=0.1
+export WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+"""
+# Python of a container: it is not there where srun's options have not been.
+INSIDE = """#!/bin/bash
+[ "${{INSIDE:-}}" = yes ] || {{ echo "not there outside of the container: $0" >&2; exit 127; }}
+exec {python} "$@"
+"""
+
 
 def why_not() -> str | None:
     """Why no cluster can be started here; None when one can."""

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SITE
-from emulated import EmulatedSlurm
+from emulated import INSIDE, ROOT, SITE, EmulatedSlurm
 from own_model import make_documents, make_model
 
 from longrope2.files.artifacts import read_manifest
@@ -36,20 +35,60 @@ def place(tmp_path: Path) -> Path:
     return folder
 
 
+def init(place: Path) -> None:
+    """``launch.init`` for four processes, in the folder."""
+    given = "model.path=model corpus.folder=texts target_len=1024 run.name=mine_cluster processes=4"
+    subprocess.run(
+        [sys.executable, "-m", "launch.init", *given.split()],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_packing_in_a_container_of_srun(place: Path, small_cluster: EmulatedSlurm) -> None:
+    """The bytes of packing outside of it, from the cores of one job; see slurm/README.md."""
+    init(place)
+    outside = ["-m", "data_prep.pack", "experiment=mine_cluster", "run.name=outside"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *outside], cwd=place, env=environment, check=True, capture_output=True
+    )
+    python, site = place / "python_inside", place / "slurm" / "site.env"
+    python.write_text(INSIDE.format(python=sys.executable))
+    python.chmod(0o755)
+    options = "SRUN_OPTIONS=(--export=ALL,INSIDE=yes --comment='a b')"
+    site.write_text(f"{site.read_text()}PYTHON=('{python}')\n{options}\n")
+    asked = ["--parsable", "--time=20", "--cpus-per-task=1", "slurm/pack_own.sh"]
+    ended = subprocess.run(
+        ["sbatch", *asked, "experiment=mine_cluster"],
+        cwd=place,
+        env=small_cluster.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    job = ended.stdout.strip()
+    state = small_cluster.wait_for(job, 900)["JobState"]
+    log = next((place / "slurm" / "logs").glob(f"pack_own-{job}*.log")).read_text()
+    assert state == "COMPLETED" and "not there outside" not in log, log
+    packed, expected = (
+        read_manifest(place / "runs" / name / "1_segments", "segments").files
+        for name in ("mine_cluster", "outside")
+    )
+    assert packed == expected and packed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_pages_chain(place: Path, small_cluster: EmulatedSlurm) -> None:
     page = (ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")
     shown = re.search(r"`slurm/pipeline\.sh (own experiment=mine_cluster [^`]*)`", page)
     assert shown is not None
-    init = "model.path=model corpus.folder=texts target_len=1024 run.name=mine_cluster processes=4"
-    subprocess.run(
-        [sys.executable, "-m", "launch.init", *init.split()],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-    )
+    init(place)
     ended = subprocess.run(
         ["slurm/pipeline.sh", *shown[1].split(), *RESOURCES],
         cwd=place,

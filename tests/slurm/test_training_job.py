@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from emulated import EmulatedSlurm, wait_until
+from emulated import INSIDE, EmulatedSlurm, wait_until
 
 from longrope2.files.artifacts import sha256_of_file
 
@@ -251,13 +251,6 @@ def test_time_limit(small_cluster: EmulatedSlurm, runs: Path, undisturbed: Job) 
     assert "asked to stop, but the ranks had not saved in time: goes on from 10 " in job.log
     assert "stopped by SIGUSR1 after step" in job.log
     assert job.result() == undisturbed.result()
-
-
-# Python of a container: it is not there where srun's options have not been.
-INSIDE = """#!/bin/bash
-[ "${{INSIDE:-}}" = yes ] || {{ echo "not there outside of the container: $0" >&2; exit 127; }}
-exec {python} "$@"
-"""
 
 
 def test_all_of_it_in_containers_of_srun(
