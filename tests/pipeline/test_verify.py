@@ -48,7 +48,7 @@ def layouts(experiment: str) -> dict[tuple[str, ...], PlanRoot]:
     """The layouts to rehearse: as configured, and the best one of every machine."""
     config = compose(PlanRoot, "plan", [f"experiment={experiment}"])
     found: dict[tuple[str, ...], PlanRoot] = {(): config}
-    for hardware in HARDWARE if config.parallel.processes > 4 else ():
+    for hardware in HARDWARE if experiment.endswith("_128k") else ():
         best = plan_run(
             compose(PlanRoot, "plan", [f"experiment={experiment}", f"hardware={hardware}"])
         ).choice.best
@@ -60,7 +60,8 @@ def layouts(experiment: str) -> dict[tuple[str, ...], PlanRoot]:
 def counted(experiment: str, given: tuple[str, ...], tmp_path: Path) -> dict[str, Any]:
     """What the command writes."""
     output = tmp_path / "verified.json"
-    overrides = [f"+model.config.num_hidden_layers={LAYERS}"] if "128k" in experiment else []
+    is_large = "llama3_8b" in experiment or "phi3_mini" in experiment
+    overrides = [f"+model.config.num_hidden_layers={LAYERS}"] if is_large else []
     ended = subprocess.run(
         [sys.executable, "-m", "launch.plan", f"experiment={experiment}", "verify=true"]
         + [*given, *overrides, f"verify_file={output}", f"run.root={tmp_path}"],
