@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longrope2.corpora.run_corpus import segments_of
 from longrope2.errors import ArtifactError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
@@ -20,9 +22,12 @@ from longrope2.files.artifacts import (
 )
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.rope.factors import RescaleFactors
+from longrope2.segments.format import SegmentStore
 from longrope2.tracking.metrics import read_metrics
 
 HISTORY_FILE = "history.json"
+# Whose documents are enough to tell how often each angle was met.
+_MOST_SEGMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class RunRecord:
     segments: Manifest | None
     """Of the segments that were trained on: the run's own, or those that it took from elsewhere."""
     untrained_exports: Manifest | None
+    short_documents: tuple[int, ...] = ()
+    """Tokens of documents in short windows, of some segments; none where they are not here."""
     taken_from: dict[str, Path] = field(default_factory=dict)
     """Products that another run made (``run.from_run``) -> its folder."""
 
@@ -142,6 +149,7 @@ def load_run(folder: Path) -> RunRecord:
         suite=read_summary(SuiteSummary, evaluations),
         segments=_segments_of_training(folder),
         untrained_exports=untrained,
+        short_documents=_short_documents(folder),
         taken_from={product: run for product, run in runs.items() if run != folder},
     )
 
@@ -158,6 +166,24 @@ def _segments_of_training(run_folder: Path) -> Manifest | None:
     """The manifest of the segments that the run was trained on, or else has."""
     segments = segments_of(run_folder)
     return None if segments is None else artifacts.read_manifest(segments, "segments")
+
+
+def _short_documents(run_folder: Path) -> tuple[int, ...]:
+    """Lengths of the documents in up to ``_MOST_SEGMENTS`` short segments, evenly chosen."""
+    segments = segments_of(run_folder)
+    if segments is None or not (segments / artifacts.MANIFEST_NAME).is_file():
+        return ()
+    names = artifacts.read_manifest(segments, "segments").files
+    if not names or not all((segments / name).is_file() for name in names):
+        return ()  # only the record is here
+    store = SegmentStore(segments)
+    ids = store.short_ids
+    lengths: list[int] = []
+    for index in ids[:: max(1, len(ids) // _MOST_SEGMENTS)]:
+        segment = store.segment(index)
+        own = np.diff(segment.doc_ends, prepend=0)
+        lengths += [int(n) for n, pad in zip(own, segment.doc_is_padding, strict=True) if not pad]
+    return tuple(lengths)
 
 
 def _untrained_exports(run_folder: Path) -> Manifest | None:

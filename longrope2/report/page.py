@@ -26,10 +26,18 @@ from longrope2.report.html import (
     percent,
     table,
 )
-from longrope2.report.plots import factors_figure, fresh_figure, lengths_figure, search_figure
+from longrope2.report.plots import (
+    factors_figure,
+    fresh_figure,
+    lengths_figure,
+    search_figure,
+    turns_figure,
+)
 from longrope2.report.suite import suite_html
 from longrope2.report.text import evaluated_text
 from longrope2.report.training import limits, mix_html, training_html
+from longrope2.rope.factors import RescaleFactors
+from longrope2.rope.turns import Turns, turns_of
 
 REPORT_FILE = "report.html"
 _UNTRAINED_TITLE = f"{PRODUCT_FOLDERS['exports']}/{UNTRAINED_FOLDER}"
@@ -201,8 +209,33 @@ def _factors(record: RunRecord) -> str:
         f"index: {values}."
     )
     alternative = "Rescale factors by dimension: ours, NTK, YaRN, PI, and the bound"
-    figure = image(factors_figure(factors), alternative)
-    return f"<div class=figures>{figure}</div><p class=note>{note}</p>"
+    figures = image(factors_figure(factors), alternative)
+    if record.short_documents:
+        turns = turns_of(record.short_documents, factors.geometry)
+        alternative = "How often each part of a turn was met, by dimension, and the factors"
+        figures += image(turns_figure(turns, factors), alternative)
+        note += f" {html.escape(turns_text(turns, factors))}"
+    return f"<div class=figures>{figures}</div><p class=note>{note}</p>"
+
+
+def turns_text(turns: Turns, factors: RescaleFactors) -> str:
+    """What the figure of turns shows, and where what was found lies beside it."""
+    text = (
+        f"The second figure counts {turns.num_documents:,} documents of the short segments: blue "
+        "is met more often than in an even turn, red less often, the darkest a hundredth or never."
+    )
+    uneven, unseen = turns.first_uneven, turns.first_with_unseen
+    if uneven is None:
+        return f"{text} Every dimension met every part of its turn."
+    never = "" if unseen is None else f", and from {unseen} up never"
+    where = (
+        f" From index {uneven} up some part of the turn was met under a tenth as often as in an "
+        f"even turn{never}: it is the low frequencies, the high indices, whose angles are new."
+    )
+    if (critical := factors.critical_index) is None:
+        return text + where
+    side = "below" if critical < uneven else "above" if critical > uneven else "at"
+    return f"{text}{where} The critical dimension that was found, {critical}, lies {side} {uneven}."
 
 
 def _search(record: RunRecord) -> str:

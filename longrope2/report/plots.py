@@ -8,8 +8,10 @@ from enum import Enum
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context, ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from longrope2.evaluation.schema import NeedleRow
@@ -17,6 +19,7 @@ from longrope2.report.data import DocumentLengths
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import theoretical_critical_index
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.rope.turns import Turns
 
 # Narrow on purpose: shown at 390 px the letters still have about ten pixels.
 _FIGURE_INCHES = (5.0, 3.2)
@@ -31,6 +34,8 @@ SUBJECT_COLORS = (
 )  # fmt: skip
 _PERPLEXITY_TICKS = (*(1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70), *(100, 200, 500, 1000, 2000))
 LEAST_TO_SMOOTH = 20
+# Of an even share; what was met less often, or never, has the same colour.
+_LEAST_SHOWN = 0.01
 # Those further behind are in the table only.
 _MOST_CONTESTANTS = 14
 
@@ -74,6 +79,29 @@ def factors_figure(factors: RescaleFactors) -> Figure:
     axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     _plain_log_ticks(axes, "y", [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
     _legend_below(axes)
+    return figure
+
+
+@rc_context(STYLE)
+def turns_figure(turns: Turns, factors: RescaleFactors) -> Figure:
+    """How often each part of a turn was met, by dimension; the factors over it."""
+    figure, axes = _figure()
+    num_indices, num_parts = turns.shares_IP.shape
+    relative_PI = np.maximum(turns.shares_IP.T * num_parts, _LEAST_SHOWN)
+    shades = LogNorm(_LEAST_SHOWN, 1 / _LEAST_SHOWN)
+    extent = (-0.5, num_indices - 0.5, 0.0, 1.0)
+    kind: dict[str, Any] = {"origin": "lower", "aspect": "auto", "cmap": "RdBu"}
+    image = axes.imshow(relative_PI, norm=shades, extent=extent, interpolation="nearest", **kind)
+    figure.colorbar(image, ax=axes, label="met, of an even share", pad=0.13)
+    axes.grid(visible=False)
+    axes.set(xlabel="cosine index i (low frequency to the right)", ylabel="part of a turn")
+    over = axes.twinx()
+    ours: dict[str, Any] = {"color": "black", "markersize": 2.5, "linewidth": 1.2}
+    over.plot(range(num_indices), factors.factors, "o-", **ours)
+    over.set(yscale="log", ylabel="rescale factor $\\lambda_i$")
+    over.grid(visible=False)
+    if factors.critical_index is not None:
+        axes.axvline(factors.critical_index, color="black", linewidth=1, linestyle=(0, (6, 3)))
     return figure
 
 

@@ -15,6 +15,7 @@ from report_run import (
 )
 
 from longrope2.report import page as report_module
+from longrope2.report.page import turns_text
 from longrope2.report.plots import (
     Scale,
     Series,
@@ -25,9 +26,11 @@ from longrope2.report.plots import (
     running_mean,
     search_figure,
     series_figure,
+    turns_figure,
 )
 from longrope2.report.training import SERIES
 from longrope2.rope.methods import RopeMethod, closed_form_factors
+from longrope2.rope.turns import turns_of
 
 
 def lines_of(figure):
@@ -55,6 +58,39 @@ def test_factors_figure_shows_methods_bound_and_both_critical_dimensions():
         [5, 16],
         [15, 16],
     ]
+
+
+def test_turns_figure_shows_what_was_met_and_the_factors_over_it():
+    turns = turns_of([128, 60, 60], GEOMETRY)
+    figure = turns_figure(turns, FACTORS)
+    shown, _, over = figure.axes  # the bar of colours is the second
+    (picture,) = shown.images
+    met = picture.get_array()
+    assert met.shape == (32, 16)
+    # Everything is at distance 0 of the slowest dimension's first parts; most of its turn is new.
+    assert met[0, 15] == turns.shares_IP[15, 0] * 32 and met[31, 15] == 0.01
+    (line,) = over.lines
+    assert list(line.get_ydata()) == list(FACTORS.factors)
+    (critical,) = [mark for mark in shown.lines if mark.get_linestyle() == "--"]
+    assert set(critical.get_xdata()) == {5}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        (
+            [128] * 9,
+            "From index 6 up some part of the turn was met under a tenth as often as in an even "
+            "turn, and from 6 up never: it is the low frequencies, the high indices, whose angles "
+            "are new. The critical dimension that was found, 5, lies below 6.",
+        ),
+        ([20, 20], "The critical dimension that was found, 5, lies above"),
+    ],
+)
+def test_the_sentence_about_turns(lengths, says):
+    text = turns_text(turns_of(lengths, GEOMETRY), FACTORS)
+    assert f"counts {len(lengths)} documents of the short segments" in text
+    assert says in text
 
 
 def test_search_figure_shows_progress():
