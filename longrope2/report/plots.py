@@ -92,7 +92,7 @@ def turns_figure(turns: Turns, factors: RescaleFactors) -> Figure:
     extent = (-0.5, num_indices - 0.5, 0.0, 1.0)
     kind: dict[str, Any] = {"origin": "lower", "aspect": "auto", "cmap": "RdBu"}
     image = axes.imshow(relative_PI, norm=shades, extent=extent, interpolation="nearest", **kind)
-    figure.colorbar(image, ax=axes, label="met, of an even share", pad=0.13)
+    figure.colorbar(image, ax=axes, label="met, of an even share", pad=0.2)
     axes.grid(visible=False)
     axes.set(xlabel="cosine index i (low frequency to the right)", ylabel="part of a turn")
     over = axes.twinx()
