@@ -20,18 +20,9 @@ from typing import Any
 from data_prep.account import print_notices, print_result, print_wanted
 from data_prep.config import QUOTA_BUCKETS, PackConfig
 from data_prep.duplicates import fault_of_near_duplicates, read_exclusions
+from longrope2.claim import differences, remake, with_later_keys, without
 from longrope2.command import run_command
-from longrope2.config import (
-    compose,
-    differences,
-    dump,
-    load,
-    remake,
-    target_faults,
-    to_plain,
-    with_later_keys,
-    without,
-)
+from longrope2.config import compose, dump, load, target_faults, to_plain
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import PLACES, PLACES_OF_A_DESCRIPTION, CorpusKind
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus

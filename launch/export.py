@@ -7,8 +7,9 @@ the factors of ``rope=``, which nobody trained, in ``5_exports/untrained``.
 
 import sys
 
+from longrope2.claim import claim_folder
 from longrope2.command import run_command
-from longrope2.config import claim_folder, compose
+from longrope2.config import compose
 from longrope2.errors import ConfigError, waiting_lines
 from longrope2.export.variants import ExportRoot, final_folders, known_faults, missing_input
 from longrope2.files.guide import write_guide

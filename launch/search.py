@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
+from longrope2.claim import claim_folder
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
-from longrope2.config import claim_folder, dump
+from longrope2.config import dump
 from longrope2.corpora.run_corpus import missing_corpus
 from longrope2.errors import ConfigError, waiting_lines
 from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
+from longrope2.claim import claim_folder
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
-from longrope2.config import claim_folder
 from longrope2.errors import ArtifactError, ConfigError
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.files.guide import write_guide

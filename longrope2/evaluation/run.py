@@ -17,7 +17,8 @@ import torch
 from rich import progress
 from rich.console import Console
 
-from longrope2.config import claim_folder, to_plain
+from longrope2.claim import claim_folder
+from longrope2.config import to_plain
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import Document, text_hashes
 from longrope2.corpora.held_out import Overlap, find_overlap

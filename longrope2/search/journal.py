@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longrope2.config import remake, require_same
+from longrope2.claim import remake, require_same
 from longrope2.errors import ArtifactError
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.rope.factors import RescaleFactors

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longrope2.config import require_same
+from longrope2.claim import require_same
 from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.corpus import text_hashes
 from longrope2.corpora.haystacks import Haystack, build_texts, halve_documents

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PackConfig
-from longrope2.config import claim_folder, compose, dump, find_shipped, load, to_plain
+from longrope2.claim import claim_folder
+from longrope2.config import compose, dump, find_shipped, load, to_plain
 from longrope2.errors import ConfigError
 from longrope2.evaluation.config import EvaluateRoot
 from longrope2.presets import CONF_FOLDER

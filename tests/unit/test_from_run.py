@@ -6,7 +6,8 @@ import pytest
 
 from data_prep.config import PackConfig
 from data_prep.pack import check as check_pack
-from longrope2.config import RunConfig, claim_folder, compose, load
+from longrope2.claim import claim_folder
+from longrope2.config import RunConfig, compose, load
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import find_segments, product_folder, run_with
 from longrope2.report.data import load_run

@@ -12,11 +12,13 @@ TOPS = ("longrope2", "data_prep", "launch")
 # A package may import itself and packages of a lower number.
 LAYERS = {
     "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "statistics": 1, "files": 1,
-    "rope": 1, "presets": 1, "command_line": 2, "config": 3, "segments": 3,
+    "rope": 1, "presets": 1, "command_line": 2, "config": 3, "claim": 4, "segments": 3,
     "attention": 4, "parallel": 4, "tracking": 4, "model": 5, "corpora": 6, "planning": 6,
     "search": 7, "training": 7, "inference": 8, "evaluation": 9, "export": 10, "report": 11,
 }  # fmt: skip
-DATA_PREP_MAY = set("errors command help files presets config rope segments model corpora".split())
+DATA_PREP_MAY = set(
+    "errors command help files presets config claim rope segments model corpora".split()
+)
 HYDRA_ONLY_IN = {f"longrope2/{name}.py" for name in ("config", "presets", "command_line")}
 FILES = [p for top in TOPS for p in sorted((ROOT / top).rglob("*.py"))]
 
