@@ -102,6 +102,7 @@ class _LossSum(torch.autograd.Function):
             gradient_CV = gradient_CV.to(head_VH.dtype)
             gradient_CH.copy_(gradient_CV @ head_VH)
             ctx.head_gradient_VH += gradient_CV.T @ hidden_CH
+            del logits_CV, log_probs_CV, gradient_CV  # before those of the next chunk are made
         return loss_sum
 
     @staticmethod

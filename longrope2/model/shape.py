@@ -111,6 +111,8 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 # Model types whose queries, keys and values are parts of one product.
 _FUSED_PROJECTIONS = ("phi3",)
+# Model types that norm queries and keys before their rotation; others that do are planned without.
+_NORMED_HEADS = ("qwen3",)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class ModelShape:
     """Whether the LM head is the input embedding."""
     fused_projection: bool = False
     """Whether queries, keys and values are one product."""
+    normed_heads: bool = False
+    """Whether queries and keys have norms of their own."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
@@ -165,6 +169,7 @@ class ModelShape:
             vocabulary=vocabulary,
             tied=bool(config.get("tie_word_embeddings")),
             fused_projection=config.get("model_type") in _FUSED_PROJECTIONS,
+            normed_heads=config.get("model_type") in _NORMED_HEADS,
         )
 
     @property

@@ -296,11 +296,13 @@ def saved_layer_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 
     Two norms keep their input in float32 and two results each (4H + 2bH), fused ones input and
     result (2bH); then attention; then the MLP's gate, its activation, the other branch and their
-    product.
+    product. Norms of queries and keys keep their input; the result goes into their rotation.
     """
     b = layout.compute_bytes
     norm = 2 * b if layout.fused_norms else _BYTES_FP32 + 2 * b
-    return 2 * norm * shape.hidden + _attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
+    widths = shape.query_width + shape.kv_width if shape.normed_heads else 0
+    norms = 2 * norm * shape.hidden + (norm - b) * widths
+    return norms + _attention_bytes_per_token(shape, layout) + 4 * b * shape.mlp
 
 
 def _layer_gradients_per_token(shape: ModelShape, layout: Layout) -> float:

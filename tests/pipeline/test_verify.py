@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = 2
 EXPERIMENTS = [path.stem for path in sorted((CONF_FOLDER / "experiment").glob("*.yaml"))]
 HARDWARE = [path.stem for path in sorted((CONF_FOLDER / "hardware").glob("*.yaml"))]
+# Whose recommended layouts are rehearsed too.
+PAPERS = ("llama3_8b_128k", "phi3_mini_128k")
 _verified: dict[tuple[Any, ...], str] = {}
 
 
@@ -48,7 +50,7 @@ def layouts(experiment: str) -> dict[tuple[str, ...], PlanRoot]:
     """The layouts to rehearse: as configured, and the best one of every machine."""
     config = compose(PlanRoot, "plan", [f"experiment={experiment}"])
     found: dict[tuple[str, ...], PlanRoot] = {(): config}
-    for hardware in HARDWARE if experiment.endswith("_128k") else ():
+    for hardware in HARDWARE if experiment in PAPERS else ():
         best = plan_run(
             compose(PlanRoot, "plan", [f"experiment={experiment}", f"hardware={hardware}"])
         ).choice.best
@@ -60,7 +62,7 @@ def layouts(experiment: str) -> dict[tuple[str, ...], PlanRoot]:
 def counted(experiment: str, given: tuple[str, ...], tmp_path: Path) -> dict[str, Any]:
     """What the command writes."""
     output = tmp_path / "verified.json"
-    is_large = "llama3_8b" in experiment or "phi3_mini" in experiment
+    is_large = not experiment.startswith("tiny")
     overrides = [f"+model.config.num_hidden_layers={LAYERS}"] if is_large else []
     ended = subprocess.run(
         [sys.executable, "-m", "launch.plan", f"experiment={experiment}", "verify=true"]

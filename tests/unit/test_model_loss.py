@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longrope2.model.given import HeadRule
 from longrope2.model.loss import CHUNK_TOKENS, IGNORED_LABEL, token_loss_sum
+from longrope2.training.meter import LiveStorages
 
 HIDDEN, VOCABULARY = 24, 53
 RULES = {
@@ -99,3 +100,18 @@ def test_the_slope_is_the_derivative_of_the_rule() -> None:
         slope = rule.slope(given.detach())
         found = torch.ones_like(wanted) if slope is None else slope * torch.ones_like(wanted)
         torch.testing.assert_close(found, wanted)
+
+
+def test_one_chunks_logits_are_held_at_once() -> None:
+    """Of a chunk: float32 logits, their softmax, which becomes the gradient, and that in bf16.
+
+    10 bytes a logit; 0.2 more are the sums and gradients of this small head. 16 if those of the
+    chunk before were still there.
+    """
+    tokens, vocabulary, hidden = 4 * CHUNK_TOKENS, 4096, 16
+    hidden_TH = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    head_VH = torch.randn(vocabulary, hidden, dtype=torch.bfloat16, requires_grad=True)
+    labels_T = torch.randint(0, vocabulary, (tokens,))
+    with LiveStorages() as live:
+        token_loss_sum(hidden_TH, head_VH, labels_T)
+    assert live.peak / (CHUNK_TOKENS * vocabulary) == pytest.approx(10.2, abs=0.1)
