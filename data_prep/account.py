@@ -5,6 +5,7 @@ It goes into the manifest, to the terminal and into ``report.html`` (from the ma
 that an audit can go back from segments to texts.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,27 @@ from data_prep.shards import LIST_SCHEMA, PackedUnit, PackList, nested
 from data_prep.token_files import DocumentTable
 from data_prep.tokenizing import NOT_NEEDED
 from longrope2.corpora.held_out import DOCUMENTS_FILE
+from longrope2.corpora.losses import MOST_NAMED, DamagedFile
 from longrope2.files.artifacts import Manifest, atomic_path, sha256_of_file, write_text
 
 # num_tokens counts BOS and EOS here; offset is the first id in those of the whole text.
 COLUMNS = ("doc_id", "source", "domain", "unit", "num_tokens", "offset")
 COLUMNS += ("text_hash", "content_hash")
 SCHEMA = pa.schema([LIST_SCHEMA.field(name) for name in COLUMNS])
+LOSSES_FILE = "losses.parquet"
+# ``file`` and ``records_read`` are those of a damaged file, else null.
+LOSSES_SCHEMA = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("num_records", pa.int64()),
+        ("file", pa.string()),
+        ("records_read", pa.int64()),
+    ]
+)
+NOT_CHOSEN = "tokenized, not chosen"  # why is counted by source: ``num_documents_left_out``
+MOST_DAMAGED = 100  # files named in the manifest and on the page
 MOST_PADDING = 0.005  # of the tokens in short segments; more is reported
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; }
@@ -108,6 +124,49 @@ class Choice:
             "num_records_skipped": nested(skipped),
         }
 
+    def losses(self) -> pa.Table:
+        """What of each unit was not packed: ``LOSSES_SCHEMA``, sorted.
+
+        Documents that were read, plus the records of damaged files that nobody saw, are these (but
+        for reasons that end in "(kept)") and the documents of ``documents.parquet``.
+        """
+        rows: Counter[tuple[str, str, str]] = Counter()
+        latest: dict[tuple[str, str, str, int], int] = {}
+        damaged = []
+        for account in self.table.accounts:
+            for unit, reasons in account.lost.items():
+                for reason, number in reasons.items():
+                    latest[unit, account.source, reason, account.part] = number
+            for unit, file, fault, num_records in account.damaged:
+                damaged.append((unit, account.source, fault, 1, file, num_records))
+                rows[unit, account.source, fault] -= 1
+        for (unit, source, reason, _), number in latest.items():
+            rows[unit, source, reason] += number
+        rows.update(self._not_chosen())
+        plain = [(*key, number, None, None) for key, number in rows.items() if number]
+        ordered = sorted([*plain, *damaged], key=lambda row: (row[0], row[2], row[4] or ""))
+        return pa.Table.from_pylist(
+            [dict(zip(LOSSES_SCHEMA.names, row, strict=True)) for row in ordered], LOSSES_SCHEMA
+        )
+
+    def _not_chosen(self) -> Counter[tuple[str, str, str]]:
+        """Tokenized documents of each unit that are in no segment."""
+        table = self.table
+        chosen_D = np.zeros(len(table), dtype=bool)
+        chosen_D[self.selection.parts.document_P] = True
+        left = np.flatnonzero(~chosen_D)
+        counts: Counter[tuple[str, str, str]] = Counter()
+        pairs = zip(table.unit_D[left].tolist(), table.values("unit", left), strict=True)
+        for (number, place), times in Counter(pairs).items():
+            account = table.accounts[number]
+            counts[account.units[place], account.source, NOT_CHOSEN] += times
+        return counts
+
+    def damaged_files(self) -> list[str]:
+        """Files that could not be read to their end, a line each."""
+        found = (entry for account in self.table.accounts for entry in account.damaged)
+        return sorted({str(DamagedFile(file, fault, n)) for _, file, fault, n in found})
+
 
 def segment_counts(chosen: dict[str, Any], packed: Sequence[PackedUnit]) -> dict[str, Any]:
     """The complete account: ``Choice.counts`` and the sums over all shuffle units."""
@@ -162,6 +221,21 @@ def write_document_list(folder: Path, pack_list: PackList) -> dict[str, Any]:
     return {"file": path.name, "sha256": sha256_of_file(path), "num_rows": rows}
 
 
+def write_losses(path: Path, choice: Choice) -> None:
+    """Write what of each unit was not packed."""
+    with atomic_path(path) as temporary:
+        pq.write_table(choice.losses(), temporary, compression="zstd")
+
+
+def copy_losses(made: Path, folder: Path) -> dict[str, Any]:
+    """Put the list of losses beside the shards; returns its name, hash and number of rows."""
+    path = folder / LOSSES_FILE
+    with atomic_path(path) as temporary:
+        shutil.copyfile(made, temporary)
+    num_rows = pq.read_metadata(path).num_rows
+    return {"file": path.name, "sha256": sha256_of_file(path), "num_rows": num_rows}
+
+
 def print_wanted(config: PackConfig, folder: Path) -> None:
     """What is asked for."""
     print(
@@ -196,7 +270,7 @@ def _print_mixture(config: PackConfig) -> None:
 
 
 def print_result(
-    counts: dict[str, Any], notices: Sequence[str], folder: Path, seconds: float
+    counts: dict[str, Any], details: dict[str, Any], folder: Path, seconds: float
 ) -> None:
     """What was packed, what was left out and why, what is missing, and what to know of it."""
     tokens = sum(sum(buckets.values()) for buckets in counts["tokens"].values())
@@ -222,9 +296,16 @@ def print_result(
             by_reason.update(reasons)
         for reason, number in sorted(by_reason.items()):
             print(f"  {title}: {number:,} {unit}, {reason}")
+    damaged = details["damaged_files"]
+    for line in damaged[:MOST_NAMED]:
+        print(f"  damaged: {line}")
+    if len(damaged) > MOST_NAMED:
+        print(f"  damaged: {len(damaged) - MOST_NAMED:,} more files, see {folder / LOSSES_FILE}")
+    for reason, number in counts["num_files_not_read"].items():
+        print(f"  not read: {number:,} files, {reason}")
     for shortfall in counts["shortfalls"]:
         print(f"  shortfall: {shortfall}")
-    print_notices(notices)
+    print_notices(details["notices"])
 
 
 def print_notices(notices: Sequence[str]) -> None:
@@ -243,6 +324,8 @@ def write_report(path: Path, manifest: Manifest) -> None:
         _reasons("Tokens left out", "tokens", counts["left_out_tokens"]),
         _reasons("Documents read but not tokenized", "documents", untokenized),
         _reasons("Records that could not be read", "records", counts["num_records_skipped"]),
+        _damaged_files(details["damaged_files"]),
+        _reasons("Files that were not read", "files", {"folder": counts["num_files_not_read"]}),
         *(f"<p><b>Note:</b> {escape(notice)}</p>" for notice in details["notices"]),
         "<h2>Shortfalls</h2><ul>",
         *(f"<li>{escape(shortfall)}</li>" for shortfall in shortfalls),
@@ -292,6 +375,12 @@ def _cells(title: str, counts: dict[str, Any], buckets: Sequence[str]) -> str:
 def _reasons(title: str, unit: str, by_source: dict[str, dict[str, int]]) -> str:
     rows = [(source, *item) for source, reasons in by_source.items() for item in reasons.items()]
     return _table(title, ["source", "reason", unit], rows or [("none", "", 0)])
+
+
+def _damaged_files(lines: Sequence[str]) -> str:
+    rows = [(line,) for line in lines[:MOST_DAMAGED]]
+    title = f"Damaged files ({len(lines):,})"
+    return _table(title, [f"file, fault, what was read; all in {LOSSES_FILE}"], rows or [("none",)])
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[int | str]]) -> str:

@@ -14,6 +14,7 @@ from data_prep.config import PackConfig, ShortOverlong
 from data_prep.token_files import DocumentTable
 from data_prep.tokenizing import HELD_OUT
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE
+from longrope2.corpora.folder_files import NO_LINES
 
 MOST_ENDINGS = 8  # that are named one by one
 MOST_SHARE = 0.5  # of a corpus that is suggested to be held out
@@ -141,9 +142,12 @@ def _ignored_files(ignored: Mapping[str, int]) -> Iterator[str]:
     if others := sum(number for _, number in by_number[MOST_ENDINGS:]):
         named.append(f"{others:,} with other endings")
     first = by_number[0][0]
-    reads = f"corpus.more_text_endings=[{first}] reads them as plain text"
-    reads = reads if first.startswith(".") else "rename what is text"
-    yield f"files not read, by ending: {', '.join(named)}; {reads}"
+    way_out = f"corpus.more_text_endings=[{first}] reads them as plain text"
+    if first.endswith(NO_LINES):
+        way_out = "an array of records becomes lines with `jq -c '.[]' FILE > FILE.jsonl`"
+    elif not first.startswith("."):
+        way_out = "rename what is text"
+    yield f"files not read, by ending: {', '.join(named)}; {way_out}"
 
 
 def _small_held_out(config: PackConfig, held_out: HeldOut) -> Iterator[str]:

@@ -223,7 +223,7 @@ def _build(
     artifacts.write_manifest(folder, manifest)
     if not config.keep_work:
         shutil.rmtree(folder / "work", ignore_errors=True)
-    print_result(counts, details["notices"], folder, time.monotonic() - started)
+    print_result(counts, details, folder, time.monotonic() - started)
 
 
 def _identity_of(path: Path) -> str:

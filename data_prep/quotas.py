@@ -121,14 +121,19 @@ def measure_supply(
 def _without_duplicates(
     table: DocumentTable, documents: DocumentsConfig, held_out: Sequence[bytes], account: Account
 ) -> np.ndarray:
-    """Which documents stay, bool [D]: of equal (or similar) texts the first in order."""
-    stays_D = np.ones(len(table), dtype=bool)
+    """Which documents stay, bool [D]: of equal ids or texts (or similar) the first in order."""
     by_order = np.lexsort((np.arange(len(table)), table.order_D))
+    # The order is a hash of the id. Ids differ inside a unit; of two in different units the first
+    # one stays, or no audit could tell which text is meant.
+    same_id_D = np.zeros(len(table), dtype=bool)
+    same_id_D[by_order[1:]] = table.order_D[by_order[1:]] == table.order_D[by_order[:-1]]
+    _leave_out(table, same_id_D, "id of another document", account)
+    by_order, stays_D = by_order[~same_id_D[by_order]], ~same_id_D
     if documents.exact_duplicates and len(table):
         _, first = np.unique(table.text_hash_D2[by_order], axis=0, return_index=True)
         stays_D[:] = False
         stays_D[by_order[first]] = True
-        _leave_out(table, ~stays_D, "exact duplicate", account)
+        _leave_out(table, ~stays_D & ~same_id_D, "exact duplicate", account)
     if documents.near_duplicates:
         remaining = by_order[stays_D[by_order]]
         signatures = table.values("signature", remaining)

@@ -153,7 +153,7 @@ def _scan(
     sample = units.groups[:num_units]
     for unit in sample:
         read, at_end = 0, True
-        for _, document in unit.read(corpus, Counter()):
+        for _, document in unit.read(corpus, {}):
             sizes.append((document.domain, len(document.text)))
             read += len(document.text)
             if sum(map(len, texts)) < CHARACTERS_ENCODED:

@@ -22,7 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.account import Choice, histogram, segment_counts, write_document_list
+from data_prep.account import (
+    LOSSES_FILE,
+    Choice,
+    copy_losses,
+    histogram,
+    segment_counts,
+    write_document_list,
+    write_losses,
+)
 from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import Cells, Supply, demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import SIGNATURE_BYTES, read_exclusions, signature_of
@@ -50,7 +58,7 @@ from data_prep.tokenizing import (
     finished_parts,
 )
 from longrope2.corpora import tokenizer
-from longrope2.corpora.build import heldout_documents, ignored_files
+from longrope2.corpora.build import files_aside, heldout_documents, ignored_files
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Split, Unit
 from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.errors import DataError
@@ -301,6 +309,7 @@ def build_segments(
             "corpus"
         )
     files = {name: sha256 for unit in packed for name, sha256 in unit.files.items()}
+    counts = segment_counts(summary["counts"], packed) | {"num_files_not_read": _not_read(config)}
     lengths = length_buckets(config)
     details = {
         **summary["rules"],
@@ -312,8 +321,16 @@ def build_segments(
         "length_histogram": summary["length_histogram"],
         "file_bytes": {name: (folder / name).stat().st_size for name in files},
         "documents": write_document_list(folder, pack_list),
+        "losses": copy_losses(pack_list.folder / LOSSES_FILE, folder),
+        "damaged_files": summary["damaged_files"],
     }
-    return files, segment_counts(summary["counts"], packed), details
+    return files, counts, details
+
+
+def _not_read(config: PackConfig) -> dict[str, int]:
+    """Why files of the corpus' folder were not read, by reason or ending."""
+    by_ending = {f"ending {end}": number for end, number in ignored_files(config.corpus).items()}
+    return by_ending | files_aside(config.corpus)
 
 
 def _notices(config: PackConfig, summary: dict[str, Any], packed: list[PackedUnit]) -> list[str]:
@@ -346,8 +363,10 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         control_ids=encoder.control_ids,
     )
     seen = held_out_of(choice.table, len(stage.corpus.units()))
+    write_losses(pack_list.folder / LOSSES_FILE, choice)
     summary = {
         "rules": vars(rules),
+        "damaged_files": choice.damaged_files(),
         "held_out": None if seen is None else vars(seen),
         "heldout_fraction": stage.held_out.fraction,
         "counts": choice.counts(),

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from longrope2.corpora.corpus import TEXT_HASH_BYTES
+from longrope2.corpora.losses import Losses
 from longrope2.files.artifacts import atomic_path, write_text
 
 HASH_BYTES = TEXT_HASH_BYTES
@@ -80,15 +81,31 @@ class UnitAccount:
     left_out_characters: Counter[str] = field(default_factory=Counter)
     # Reason -> records that the corpus could not use.
     skipped: Counter[str] = field(default_factory=Counter)
+    # Unit -> reason -> both of these, records and documents.
+    lost: dict[str, dict[str, int]] = field(default_factory=dict)
+    # Of each damaged file: its unit, name and fault, and the records that were read of it.
+    damaged: list[tuple[str, str, str, int]] = field(default_factory=list)
     longest_heldout_characters: int = 0
     part: int = 0  # number of this part of a large unit
     num_read: int = 0  # documents of it, tokenized or not
     is_last: bool = False  # whether the unit ends with it
 
-    def leave_out(self, reason: str, num_characters: int) -> None:
+    def leave_out(self, unit: str, reason: str, num_characters: int) -> None:
         """Count a document that is not tokenized."""
         self.left_out_documents[reason] += 1
         self.left_out_characters[reason] += num_characters
+        self._lose(unit, reason, 1)
+
+    def skip(self, unit: str, losses: Losses) -> None:
+        """Count what could not be used of a unit."""
+        self.skipped.update(losses)
+        for reason, number in losses.items():
+            self._lose(unit, reason, number)
+        self.damaged += [(unit, file.file, file.fault, file.num_records) for file in losses.files]
+
+    def _lose(self, unit: str, reason: str, number: int) -> None:
+        reasons = self.lost.setdefault(unit, {})
+        reasons[reason] = reasons.get(reason, 0) + number
 
 
 @contextmanager

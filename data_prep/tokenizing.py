@@ -14,7 +14,6 @@ retrieval documents read everything once.
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from data_prep.token_files import IndexRow, LengthBuckets, TokenizedUnit, UnitAc
 from longrope2.corpora import corpus as corpora
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, Corpus, Document, Split, Unit, content_hash
 from longrope2.corpora.held_out import HeldOutTexts
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.retrieval import RetrievalConfig, RetrievalDocuments
 from longrope2.corpora.tokenizer import DocumentTokenizer, batches_by_characters, prepared_tokenizer
 
@@ -81,7 +81,7 @@ class RetrievalOrder:
         kept: list[tuple[float, str, str]] = []  # a heap: the last in order on top
         size = 0
         for unit in self.haystack_units:
-            for document in corpus.read(unit, Counter()):
+            for document in corpus.read(unit, Losses()):
                 content = content_hash(document.text)
                 if held_out.split_of(document, content) is not Split.train:
                     continue
@@ -118,10 +118,11 @@ class UnitGroup:
         known = [size for size in sizes if size is not None]
         return sum(known) if len(known) == len(sizes) else None
 
-    def read(self, corpus: Corpus, skipped: Counter[str]) -> Iterator[tuple[int, Document]]:
-        """Documents of all units, each with the place of its unit."""
+    def read(self, corpus: Corpus, losses: dict[str, Losses]) -> Iterator[tuple[int, Document]]:
+        """Documents of all units, each with the place of its unit; ``losses``: by unit."""
         for place, unit in enumerate(self.units):
-            for document in corpus.read(unit, skipped):
+            own = losses.setdefault(unit.name, Losses())
+            for document in corpus.read(unit, own):
                 yield place, document
 
 
@@ -159,13 +160,13 @@ class TokenizeJob:
         if parts and parts[-1].account().is_last:
             return _sum_of(parts)
         encoder = prepared_tokenizer(self.tokenizer_file)
-        skipped: Counter[str] = Counter()
-        documents = self._documents(task, encoder, skipped)
+        losses: dict[str, Losses] = {}
+        documents = self._documents(task, encoder, losses)
         for _ in range(sum(part.account().num_read for part in parts)):
             next(documents)  # read again, not tokenized again
         while not (parts and parts[-1].account().is_last):
             unit = TokenizedUnit(self.folder, _part_stem(task.stem, len(parts)))
-            self._write_part(task, unit, len(parts), documents, skipped, encoder)
+            self._write_part(task, unit, len(parts), documents, losses, encoder)
             parts.append(unit)
         return _sum_of(parts)
 
@@ -175,11 +176,12 @@ class TokenizeJob:
         unit: TokenizedUnit,
         number: int,
         documents: Iterator[tuple[int, Document]],
-        skipped: Counter[str],
+        losses: dict[str, Losses],
         encoder: DocumentTokenizer,
     ) -> None:
         """Tokenize the next ``PART_CHARACTERS`` of a unit, or what is left of it."""
-        names, before = [u.name for u in task.unit.units], skipped.copy()
+        names = [u.name for u in task.unit.units]
+        before = {name: own.copy() for name, own in losses.items()}
         account = UnitAccount(names, task.unit.source, part=number)
         width = SIGNATURE_BYTES if self.with_signatures else 0
         with token_files.write_unit(
@@ -194,15 +196,16 @@ class TokenizeJob:
                     account.num_tokens += len(ids)
                     account.num_characters += len(document.text)
         if task.is_first:
-            account.skipped = skipped - before
+            for name, own in losses.items():
+                account.skip(name, own.since(before.get(name, Losses())))
         unit.write_account(account)
 
     def _documents(
-        self, task: UnitTask, encoder: DocumentTokenizer, skipped: Counter[str]
+        self, task: UnitTask, encoder: DocumentTokenizer, losses: dict[str, Losses]
     ) -> Iterator[tuple[int, Document]]:
         """Documents of a unit, each with the place of its unit in the group."""
         if task.unit.source != RETRIEVAL_SOURCE:
-            yield from task.unit.read(self.corpus, skipped)
+            yield from task.unit.read(self.corpus, losses)
             return
         assert self.retrieval is not None
         generated = self.retrieval.documents(self.corpus, encoder, self.held_out, self.exclusions)
@@ -231,7 +234,7 @@ class TokenizeJob:
                 )
                 yield document, row
             elif task.is_first or reason == NOT_NEEDED:
-                account.leave_out(reason, len(document.text))
+                account.leave_out(account.units[place], reason, len(document.text))
                 if reason == HELD_OUT:
                     longest = max(account.longest_heldout_characters, len(document.text))
                     account.longest_heldout_characters = longest

@@ -25,6 +25,7 @@ from longrope2.corpora.corpus import (
     text_hash,
 )
 from longrope2.corpora.held_out import DOCUMENTS_FILE
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.tokenizer import DocumentTokenizer
 from longrope2.errors import ArtifactError, DataError
 from longrope2.files.artifacts import sha256_of_file
@@ -258,7 +259,7 @@ def _texts(
         for name in (row.doc_id, row.doc_id.rpartition("#")[0]):
             wanted[name].append(row)
     missing = {row.doc_id for row in rows}
-    for document in corpus.read(unit, Counter()):
+    for document in corpus.read(unit, Losses()):
         for row in wanted.get(document.doc_id, ()):
             missing.discard(row.doc_id)
             yield row, document.text

@@ -17,6 +17,7 @@ from longrope2.corpora.corpus import (
     place_of_content,
     stable_hash,
 )
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ConfigError, DataError
 from longrope2.model.folder import find_config_file, given_folder
@@ -120,7 +121,7 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
 
 
 def _documents(corpus: Corpus, unit: Unit) -> list[Document]:
-    return list(corpus.read(unit, Counter()))
+    return list(corpus.read(unit, Losses()))
 
 
 def _tokens_of(documents: list[Document], encoder: DocumentTokenizer) -> list[int]:

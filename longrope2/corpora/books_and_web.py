@@ -5,11 +5,12 @@ FineWeb-Edu has the columns text, id, dump, url, file_path, language, language_s
 publication_date, url, text.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from longrope2.corpora.config import FinewebEduConfig, Pg19Config
 from longrope2.corpora.corpus import Document, Unit
+from longrope2.corpora.document_ids import name_in_id, with_unique_ids
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.records import parquet_records, usable_text
 from longrope2.corpora.remote import FileCorpus, SourceInfo, StoredFile, one_by_one, parquet_files
 
@@ -25,12 +26,17 @@ def fineweb_edu(config: FinewebEduConfig, heldout_fraction: float) -> FileCorpus
     return FileCorpus(key, files, groups, _read_pages, heldout_fraction=heldout_fraction)
 
 
-def _read_pages(unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]) -> Iterator[Document]:
+def _read_pages(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
+    return with_unique_ids(_pages(unit, own, skipped), skipped)
+
+
+def _pages(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
     for row, record in parquet_records(own[0].location, ["text"], skipped, optional=["id"]):
         text = usable_text(record["text"], skipped)
         if text is not None:
-            own_id = f"{unit.source}/{record['id']}" if record["id"] else f"{unit.name}:{row}"
-            yield Document(own_id, text, unit.source, "web")
+            own_id = name_in_id(str(record["id"] or ""))
+            doc_id = f"{unit.source}/{own_id}" if own_id else f"{unit.name}:{row}"
+            yield Document(doc_id, text, unit.source, "web")
 
 
 def pg19(config: Pg19Config) -> FileCorpus:
@@ -53,12 +59,16 @@ def _file_name(file: StoredFile) -> str:
     return file.path.rpartition("/")[2]
 
 
-def _read_books(unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]) -> Iterator[Document]:
+def _read_books(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
+    return with_unique_ids(_books(unit, own, skipped), skipped)
+
+
+def _books(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
     columns, split = ("url", "short_book_title"), _file_name(own[0]).partition("-")[0]
     for row, record in parquet_records(own[0].location, ["text"], skipped, optional=columns):
         text = usable_text(record["text"], skipped)
         if text is not None:
-            url, title = (str(record[column] or "") for column in columns)
+            url, title = (name_in_id(str(record[column] or "")) for column in columns)
             number = url.rstrip("/").rpartition("/")[2] or f"{own[0].path}:{row}"
             name = f"{number} {title}".strip()
             yield Document(f"{unit.source}/{split}/{name}", text, unit.source, "books")

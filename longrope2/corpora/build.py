@@ -1,15 +1,18 @@
 """The corpus that a configuration describes: one adapter, or several as one (``paper``)."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Corpus, Document, Split, Unit
+from longrope2.corpora.losses import Losses, named_files, printable
 from longrope2.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from longrope2.corpora.folder_files import FolderFiles
 
 
 def build_corpus(config: CorpusConfig) -> Corpus:
@@ -47,7 +50,7 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
         DataError: the held-out split is empty.
     """
     documents, num_characters = [], 0
-    skipped: Counter[str] = Counter()
+    skipped = Losses()
     for document in build_corpus(config).documents(Split.heldout, skipped):
         documents.append(document)
         num_characters += len(document.text)
@@ -56,6 +59,8 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
     if skipped:
         counts = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
         print(f"corpus {config.name}, records left out while reading: {counts}", file=sys.stderr)
+    for line in named_files(skipped.files, "the others are not named"):
+        print(f"  damaged: {line}", file=sys.stderr)
     if not documents:
         raise DataError(
             f"corpus.name={config.name}: no document fell into the held-out split "
@@ -68,11 +73,26 @@ def heldout_documents(config: CorpusConfig) -> list[Document]:
 
 def ignored_files(config: CorpusConfig) -> dict[str, int]:
     """Ending -> files of the corpus' folder that are not read because of it."""
-    if config.folder is None or CorpusKind.folder not in (config.kind, *config.members):
-        return {}
-    from longrope2.corpora.folder import count_ignored
+    found = _folder_files(config)
+    return {} if found is None else found.ignored
 
-    return count_ignored(Path(config.folder), config.more_text_endings)
+
+def files_aside(config: CorpusConfig) -> dict[str, int]:
+    """Other reasons (hidden, links without an end) -> what is not read of the corpus' folder."""
+    found = _folder_files(config)
+    return {} if found is None else found.aside
+
+
+def _folder_files(config: CorpusConfig) -> "FolderFiles | None":
+    if config.folder is None or CorpusKind.folder not in (config.kind, *config.members):
+        return None
+    from longrope2.corpora.folder_files import list_folder
+
+    return list_folder(
+        Path(config.folder),
+        text_endings=config.more_text_endings,
+        text_fields=[config.text_field, *config.more_text_fields],
+    )
 
 
 def heldout_texts(config: CorpusConfig) -> list[str]:
@@ -95,8 +115,24 @@ def _faults(config: CorpusConfig) -> Iterator[str]:
     wrong = [end for end in config.more_text_endings if not end.startswith(".") or len(end) < 2]
     if wrong:
         yield f"corpus.more_text_endings={wrong}: an ending starts with a dot, like .md"
-    if config.folder is None and CorpusKind.folder in (config.kind, *config.members):
+    if CorpusKind.folder in (config.kind, *config.members):
+        yield from _place_faults(config.folder)
+
+
+def _place_faults(folder: str | None) -> Iterator[str]:
+    """What is no path of this machine."""
+    if folder is None:
         yield "corpus.folder is not set; corpus=folder needs corpus.folder=PATH"
+        return
+    if "://" in folder:
+        yield (
+            f"corpus.folder={folder} is an address; your own files are read from a folder of this "
+            "machine: copy or mount it (public corpora are read from addresses: "
+            "corpus.SOURCE.root=URL)"
+        )
+    if folder != printable(folder):
+        unnamed = "the path has bytes that are no UTF-8, which no file of a run can hold"
+        yield f"corpus.folder={printable(folder)}: {unnamed}; rename it, or give a link to it"
 
 
 def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
@@ -114,6 +150,7 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
             return FolderCorpus(
                 config.folder,
                 text_field=config.text_field,
+                more_text_fields=config.more_text_fields,
                 title_field=config.title_field,
                 more_text_endings=config.more_text_endings,
                 heldout_fraction=heldout,
@@ -155,11 +192,11 @@ class MixedCorpus:
         """Units of all members."""
         return [unit for corpus in self._members.values() for unit in corpus.units()]
 
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    def read(self, unit: Unit, skipped: Losses) -> Iterator[Document]:
         """Documents of one unit, read by the member it belongs to."""
         return self._by_source[unit.source].read(unit, skipped)
 
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Losses | None = None) -> Iterator[Document]:
         """Documents of one split, one of every member in turn: a reader may stop early."""
         turns = [corpus.documents(split, skipped) for corpus in self._members.values()]
         while turns:

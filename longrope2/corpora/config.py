@@ -1,5 +1,6 @@
 """Where documents are read from: ``corpus.*``, and ``corpus.<source>.*`` for each public source."""
 
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -124,10 +125,14 @@ class CorpusConfig:
     members: list[CorpusKind] = field(default_factory=list)
     """Adapters that kind ``mix`` puts together."""
     folder: str | None = None
-    """Folder of .txt, .jsonl or .parquet files, packed or not (.gz, .zst); needed by kind
-    ``folder``. Files with other endings are not read, and counted."""
+    """Folder of .txt, .jsonl (or .ndjson, .json with a record per line) or .parquet files, packed
+    or not (.gz, .bz2, .xz, .zst), in folders of any depth; needed by kind ``folder``. Hidden files
+    and those with other endings are not read, and counted."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
+    more_text_fields: list[str] = field(default_factory=list)
+    """Fields of kind ``folder`` that hold it in records without text there, the first that does:
+    ``[content,body]``."""
     more_text_endings: list[str] = field(default_factory=list)
     """Endings of further files of kind ``folder`` that are plain text, a document each, beside
     .txt: ``[.md,.rst]``."""
@@ -147,3 +152,19 @@ class CorpusConfig:
     starcoder: StarcoderConfig = field(default_factory=StarcoderConfig)
     fineweb_edu: FinewebEduConfig = field(default_factory=FinewebEduConfig)
     pg19: Pg19Config = field(default_factory=Pg19Config)
+
+    def __post_init__(self) -> None:
+        """Folders may be given as a shell would take them: with ``~``, or in quotes."""
+        self.folder = plain_place(self.folder)
+        for source in (self.redpajama_v1, self.redpajama_v2, self.starcoder, self.fineweb_edu):
+            source.root = plain_place(source.root)
+        self.pg19.root = plain_place(self.pg19.root)
+
+
+def plain_place(given: str | None) -> str | None:
+    """A folder or address without quotes around it; ``~`` and ``~name`` are the home folders."""
+    if given is None:
+        return None
+    if len(given) > 1 and given[0] == given[-1] and given[0] in "'\"":
+        given = given[1:-1]
+    return os.path.expanduser(given)

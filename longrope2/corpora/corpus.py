@@ -6,13 +6,13 @@ so text used to evaluate or to search is never trained on (``held_out.py``).
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 from longrope2.corpora.config import HELDOUT_FRACTION
+from longrope2.corpora.losses import Losses
 
 RETRIEVAL_SOURCE = "retrieval"
 TEXT_HASH_BYTES = 16
@@ -87,19 +87,19 @@ class Corpus(Protocol):
         """All units, in an order that is the same on every machine."""
         ...
 
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    def read(self, unit: Unit, skipped: Losses) -> Iterator[Document]:
         """Documents of one unit, in a stable order, of both splits, in bounded memory.
 
         A faulty record never stops the reading: ``skipped`` counts it by reason ("empty text", "bad
-        json", "truncated file", ...). A reason that ends in "(kept)" tells of a document that was
-        kept and is counted for information.
+        json", "truncated file", ...), and names damaged files. The ids of a unit's documents
+        differ.
 
         Raises:
             DataError: a remote file stopped answering, after retries; the unit can be read again.
         """
         ...
 
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Losses | None = None) -> Iterator[Document]:
         """Documents of one split; ``skipped`` gets what ``read`` counts."""
         ...
 
@@ -109,10 +109,10 @@ class Corpus(Protocol):
 
 
 def split_documents(
-    corpus: Corpus, split: Split, skipped: Counter[str] | None = None
+    corpus: Corpus, split: Split, skipped: Losses | None = None
 ) -> Iterator[Document]:
     """Documents of one split, unit by unit; ``skipped`` gets what ``Corpus.read`` counts."""
-    skipped = Counter() if skipped is None else skipped
+    skipped = Losses() if skipped is None else skipped
     for unit in corpus.units():
         for document in corpus.read(unit, skipped):
             if split_of(document, corpus.heldout_fraction) is split:
@@ -173,7 +173,7 @@ def split_of_content(content: bytes, group: str | None, heldout_fraction: float)
 
 
 def source_documents(
-    corpus: Corpus, split: Split, skipped: Counter[str] | None = None
+    corpus: Corpus, split: Split, skipped: Losses | None = None
 ) -> Iterator[Document]:
     """Documents of one split of a corpus too large to look through for its held-out documents.
 
@@ -181,7 +181,7 @@ def source_documents(
     drawn by name and takes a part of each: a reader that stops after some megabytes
     (``corpus.heldout_characters``) gets a mixture.
     """
-    skipped = Counter() if skipped is None else skipped
+    skipped = Losses() if skipped is None else skipped
     if split is Split.train:
         yield from split_documents(corpus, split, skipped)
         return

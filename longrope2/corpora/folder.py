@@ -1,67 +1,28 @@
 """A folder of your own files: .txt (a document each), .jsonl and .parquet (one per record).
 
 Files of other endings that are plain text are a document each too, where
-``corpus.more_text_endings`` names them.
+``corpus.more_text_endings`` names them. Which files count is said by ``folder_files.py``.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from longrope2.corpora import records
 from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, split_documents
-from longrope2.corpora.remote import line_ranges, ranged_name, split_ranged_name
+from longrope2.corpora.document_ids import name_in_id
+from longrope2.corpora.folder_files import has_ending, list_folder, nothing_to_read, text_suffixes
+from longrope2.corpora.losses import Losses
+from longrope2.corpora.remote import column_names, line_ranges, ranged_name, split_ranged_name
 from longrope2.errors import ConfigError
 from longrope2.files.folder_hashes import sha256_of_files
 from longrope2.model.folder import cache_folder
 
 SOURCE = "folder"
-PLAIN_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
-"""Of files that are plain text whatever they are called; others are for the user to say."""
-
-
-def count_ignored(folder: Path, more_text_endings: Sequence[str] = ()) -> dict[str, int]:
-    """Ending -> files below a folder that are not read because of it; hidden ones do not count."""
-    suffixes = _suffixes(more_text_endings)
-    counts: Counter[str] = Counter()
-    for path in folder.rglob("*"):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not is_hidden and not path.name.endswith(suffixes) and path.is_file():
-            packed = path.suffix in records.PACKED
-            ending = "".join(path.suffixes[-2:] if packed else path.suffixes[-1:])
-            counts[ending or "without ending"] += 1
-    return dict(sorted(counts.items()))
-
-
-def _suffixes(more_text_endings: Sequence[str]) -> tuple[str, ...]:
-    """Endings of all files that are read."""
-    texts = _text_suffixes(more_text_endings)
-    return (*texts, *records.JSON_SUFFIXES, *records.PARQUET_SUFFIXES)
-
-
-def _text_suffixes(more_text_endings: Sequence[str]) -> tuple[str, ...]:
-    """Endings of files that are one document each, packed ones too."""
-    more = [f"{end}{packed}" for end in more_text_endings for packed in ("", *records.PACKED)]
-    return (*records.TEXT_SUFFIXES, *more)
-
-
-def _nothing_to_read(folder: Path, suffixes: Sequence[str], more: Sequence[str]) -> str:
-    """The fault of a folder without a file that is read: all endings that are, and those found."""
-    fault = f"corpus.folder={folder} holds no file ending in {', '.join(suffixes)}"
-    if others := [ending for ending in PLAIN_TEXT_ENDINGS if ending not in more]:
-        fault += f"; {', '.join(others)} are read where corpus.more_text_endings names them, as it "
-        fault += "does after launch.init"
-    ignored = count_ignored(folder, more)
-    if not ignored:
-        return f"{fault}; it holds no file at all"
-    texts = [ending for ending in ignored if ending in others]
-    way_out = "corpus.more_text_endings names those that are plain text"
-    if texts:
-        way_out = f"corpus.more_text_endings=[{','.join(texts)}] reads those"
-    there = ", ".join(f"{number} {ending}" for ending, number in ignored.items())
-    return f"{fault}; it holds {there} ({way_out})"
+FIRST_RECORDS = 100  # of a file, one of which must have a text, or the key is wrong
+MOST_FIELDS = 12  # named in a message
 
 
 def _domain(name: str) -> str:
@@ -78,8 +39,8 @@ class FolderCorpus:
     ``CorpusConfig``.
 
     Raises:
-        ConfigError: the folder does not exist or holds no file of a known kind, or the first record
-            of a file has no such field.
+        ConfigError: the folder does not exist or holds no file of a known kind, or the first
+            records of a file have no such field.
     """
 
     sources = (SOURCE,)
@@ -89,29 +50,31 @@ class FolderCorpus:
         folder: str,
         *,
         text_field: str,
+        more_text_fields: Sequence[str] = (),
         title_field: str | None = None,
         more_text_endings: Sequence[str] = (),
         heldout_fraction: float = HELDOUT_FRACTION,
     ) -> None:
         self.heldout_fraction = heldout_fraction
         self._folder = Path(folder)
-        self._text_field, self._title_field = text_field, title_field
+        self._text_fields, self._title_field = (text_field, *more_text_fields), title_field
         if not self._folder.is_dir():
             raise ConfigError([f"corpus.folder={folder} is not a folder"])
-        self._text_suffixes = _text_suffixes(more_text_endings)
-        suffixes = _suffixes(more_text_endings)
-        found = (path for path in self._folder.rglob("*") if path.name.endswith(suffixes))
-        self._files = sorted(path for path in found if path.is_file())
-        if not self._files:
-            raise ConfigError([_nothing_to_read(self._folder, suffixes, more_text_endings)])
+        self._text_suffixes = text_suffixes(more_text_endings)
+        found = list_folder(
+            self._folder, text_endings=more_text_endings, text_fields=self._text_fields
+        )
+        if not found.read:
+            raise ConfigError([nothing_to_read(self._folder, found, more_text_endings)])
+        self._files: Mapping[str, str] = found.read
         if faults := list(self._field_faults()):
             raise ConfigError(faults)
 
     def units(self) -> Sequence[Unit]:
         """A unit per file, sorted by path; a large .jsonl file is several, ranges of its bytes."""
         units = []
-        for path in self._files:
-            name, size = self._name(path), path.stat().st_size
+        for name, path in self._files.items():
+            size = (self._folder / path).stat().st_size
             domain, spans = _domain(name), line_ranges(name, size)
             if not spans:
                 units.append(Unit(name, SOURCE, size, domain))
@@ -119,23 +82,29 @@ class FolderCorpus:
                 units.append(Unit(ranged_name(name, (start, end)), SOURCE, end - start, domain))
         return units
 
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    def read(self, unit: Unit, skipped: Losses) -> Iterator[Document]:
         """Documents of one file."""
         name, span = split_ranged_name(unit.name)
-        domain, path = _domain(name), self._folder / name
-        if path.name.endswith(self._text_suffixes):
-            text = records.whole_text(str(path), skipped)
+        domain = _domain(name)
+        if has_ending(name, self._text_suffixes):
+            text = records.whole_text(self._location(name), skipped)
             if text is not None:
                 yield Document(f"{SOURCE}/{name}", text, SOURCE, domain)
             return
-        for number, record in self._records(path, skipped, span):
-            text = records.usable_text(record.get(self._text_field), skipped)
+        for number, record in self._records(name, skipped, span):
+            text = records.usable_text(self._text_of(record), skipped)
             if text is not None:
                 title = None if self._title_field is None else record.get(self._title_field)
-                suffix = f" {title}".rstrip() if isinstance(title, str) else ""
+                suffix = f" {name_in_id(title)}".rstrip() if isinstance(title, str) else ""
                 yield Document(f"{SOURCE}/{name}:{number}{suffix}", text, SOURCE, domain)
 
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    def _text_of(self, record: Mapping[str, Any]) -> Any:
+        """The first of the fields with text; without any, what is there in their place."""
+        values = [record.get(field) for field in self._text_fields]
+        texts = [value for value in values if isinstance(value, str)]
+        return next((text for text in texts if text.strip()), next(iter(texts), None))
+
+    def documents(self, split: Split, skipped: Losses | None = None) -> Iterator[Document]:
         """Documents of one split, file by file."""
         return split_documents(self, split, skipped)
 
@@ -145,32 +114,47 @@ class FolderCorpus:
 
     def describe(self) -> dict[str, Any]:
         """Folder and SHA-256 of every file."""
-        names = [self._name(path) for path in self._files]
-        files = sha256_of_files(self._folder, names, cache_folder())
+        hashes = sha256_of_files(self._folder, list(self._files.values()), cache_folder())
+        files = {name: hashes[path] for name, path in self._files.items()}
         return {"folder": str(self._folder), "files": files}
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
+    def _location(self, name: str) -> str:
+        return str(self._folder / self._files[name])
 
     def _records(
-        self, path: Path, skipped: Counter[str], span: tuple[int, int] | None = None
+        self, name: str, skipped: Losses, span: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        if path.name.endswith(records.PARQUET_SUFFIXES):
+        location = self._location(name)
+        if has_ending(name, records.PARQUET_SUFFIXES):
             titles = [] if self._title_field is None else [self._title_field]
-            return records.parquet_records(str(path), [self._text_field], skipped, optional=titles)
-        return records.json_records(str(path), skipped, span=span)
+            return records.parquet_records(location, self._text_fields, skipped, optional=titles)
+        return records.json_records(location, skipped, span=span)
 
     def _field_faults(self) -> Iterator[str]:
-        """Files whose first record lacks text or title: a wrong key, not a faulty record."""
-        for path in self._files:
-            if path.name.endswith(self._text_suffixes):
-                continue
-            skipped: Counter[str] = Counter()
-            _, record = next(iter(self._records(path, skipped)), (0, None))
-            for key, name in (("text_field", self._text_field), ("title_field", self._title_field)):
-                if name is None:
-                    continue
-                lacks = record is not None and not isinstance(record.get(name), str)
-                if lacks or f"no column {name}" in skipped:
-                    missing = f"the first record has no text in field {name!r}"
-                    yield f"{path}: {missing}; set corpus.{key}"
+        """Files whose first records all lack text or title: a wrong key, not faulty records."""
+        for name in self._files:
+            if not has_ending(name, self._text_suffixes):
+                yield from self._faults_of(name)
+
+    def _faults_of(self, name: str) -> Iterator[str]:
+        skipped, seen = Losses(), dict.fromkeys(("text", "title"), False)
+        fields: dict[str, None] = {}
+        for _, record in islice(self._records(name, skipped), FIRST_RECORDS):
+            title = self._title_field is None or record.get(self._title_field)
+            seen["text"] |= isinstance(self._text_of(record), str)
+            seen["title"] |= title is True or isinstance(title, str)
+            if all(seen.values()):
+                return
+            fields |= dict.fromkeys(field for field, value in record.items() if value is not None)
+        if not fields and not any(reason.startswith("no column") for reason in skipped):
+            return  # empty, or damaged: reading it tells
+        if has_ending(name, records.PARQUET_SUFFIXES):
+            fields = dict.fromkeys(column_names(self._location(name)))
+        there = ", ".join(map(name_in_id, [*fields][:MOST_FIELDS]))
+        where = f"{self._folder / name}: its first records have no text in"
+        if not seen["text"]:
+            asked = " or ".join(map(repr, self._text_fields))
+            keys = "corpus.text_field, or more_text_fields=[...] beside it"
+            yield f"{where} {asked} (their fields: {there}); set {keys}"
+        if not seen["title"]:
+            yield f"{where} {self._title_field!r} (their fields: {there}); set corpus.title_field"

@@ -14,7 +14,6 @@ project. A few hundred files are truncated.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -22,6 +21,7 @@ from itertools import product
 from longrope2.corpora import remote
 from longrope2.corpora.config import RedpajamaV1Config, RedpajamaV2Config
 from longrope2.corpora.corpus import Document, Unit, stable_fraction
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.records import json_records, parquet_records, usable_text
 from longrope2.corpora.remote import FileCorpus, FileSet, SourceInfo, StoredFile
 from longrope2.errors import ConfigError
@@ -47,6 +47,7 @@ V2 = SourceInfo("redpajama_v2", "RedPajama-Data-V2", V2_HUB, V2_LAYOUT)
 V2_PREFIX = "https://data.together.xyz/redpajama-data-v2/v1.0.0"
 V2_SUFFIX = ".json.gz"
 ALLOWED = {"languages": ("en", "de", "fr", "es", "it"), "partitions": ("head_middle", "tail")}
+MOST_DIGITS = 18
 # A quote inside a JSON string is escaped, so this can only match the key itself.
 LENGTH_KEY = re.compile(rb'(?<!\\)"length"\s*:\s*(\d+)')
 
@@ -89,9 +90,7 @@ def _domain_files(config: RedpajamaV1Config, base: str, domain: str) -> list[Sto
     return remote.listed_files(V1, tried=tried, root=config.root, base=base, paths=paths)
 
 
-def _read_domain(
-    unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
-) -> Iterator[Document]:
+def _read_domain(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
     domain, path = _first_folder(own[0]), f"{unit.source}/{own[0].path}"
     for line, record in json_records(own[0].location, skipped, span=own[0].span):
         text = usable_text(record.get("text"), skipped)
@@ -156,7 +155,7 @@ def _part_files(
 
 
 def _read_shard(
-    config: RedpajamaV2Config, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
+    config: RedpajamaV2Config, unit: Unit, own: Sequence[StoredFile], skipped: Losses
 ) -> Iterator[Document]:
     """Pages of one shard that are neither thinned nor listed as duplicates."""
     duplicates: set[int] = set()
@@ -187,7 +186,7 @@ def _unwanted(
         if row in duplicates:
             return "listed duplicate"
         length = LENGTH_KEY.search(line) if most else None
-        if length is not None and int(length.group(1)) < most:
+        if length is not None and _number(length.group(1)) < most:
             if stable_fraction("thin", _doc_id(unit, row)) >= survival:
                 return "thinned short page"
         return None
@@ -195,14 +194,21 @@ def _unwanted(
     return reason
 
 
-def _duplicate_rows(location: str, skipped: Counter[str]) -> set[int]:
+def _duplicate_rows(location: str, skipped: Losses) -> set[int]:
     """Rows of a shard that its list calls duplicates."""
-    faults: Counter[str] = Counter()
+    faults = Losses()
     rows = set()
     for _, record in parquet_records(location, ["doc_id"], faults):
         doc_id = record["doc_id"]
         row = doc_id.rpartition("/")[2] if isinstance(doc_id, str) else ""
-        if row.isdecimal():
-            rows.add(int(row))
-    skipped.update({f"list of duplicates, {reason} (kept)": n for reason, n in faults.items()})
+        if row.isascii() and row.isdecimal():
+            rows.add(_number(row))
+        else:
+            faults["no row in doc_id"] += 1
+    skipped.take(faults, prefix="list of duplicates, ", suffix=" (kept)")
     return rows
+
+
+def _number(digits: str | bytes) -> int:
+    """A number of any length; of more digits than a place in a file can have, a large one."""
+    return int(digits) if len(digits) <= MOST_DIGITS else 10**MOST_DIGITS

@@ -11,7 +11,6 @@ A public corpus is listed, and its first file tried, before any work starts; if 
 
 import hashlib
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,19 +22,22 @@ from typing import Any, TypeVar
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from longrope2.corpora.corpus import Document, Split, Unit, source_documents
+from longrope2.corpora.decoding import DamagedData, TruncatedData, decoded
+from longrope2.corpora.losses import Losses
 from longrope2.errors import ConfigError, DataError
+from longrope2.files.folder_walk import walk_folder
+from longrope2.system_errors import explain
 
 READ_BYTES = 2**20
 RANGE_BYTES = 2**28  # larger files of plain lines are read in ranges
-LINE_SUFFIXES = (".jsonl",)
-# Compressed bytes handed to the decoder at once; deflate grows them at most 1,032-fold, so at most
-# 16 MiB come back.
-DECODE_BYTES = 2**14
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")  # in small letters
 MAX_FAILURES = 6
 ROWS_PER_BATCH = 64
+BATCH_BYTES = 2**30
+# Text shrinks to a twentieth at best; a larger part of a parquet file that claims more is no text.
+SMALL_CHUNK_BYTES, MOST_EXPANSION = 2**27, 200
 HUB_TIMEOUT_SECONDS = 20.0
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,7 +78,7 @@ def first_byte(location: str) -> None:
 
 
 def byte_blocks(location: str, start: int = 0) -> Iterator[bytes]:
-    """Decompressed content of a file (.gz, .zst, .zstd or plain), block by block.
+    """Decompressed content of a file (``decoding.PACKED`` or plain), block by block.
 
     ``start``: first byte, of plain files only.
 
@@ -86,12 +88,12 @@ def byte_blocks(location: str, start: int = 0) -> Iterator[bytes]:
         DataError: the file cannot be reached any more, or may not be read.
     """
     stored = _resumed(location, lambda position: _read_from(location, start + position), len)
-    if location.endswith(".gz"):
-        return _decoded(stored, lambda: zlib.decompressobj(wbits=31))
-    if location.endswith((".zst", ".zstd")):
-        zstd = zstandard.ZstdDecompressor(max_window_size=2**31)
-        return _decoded(stored, zstd.decompressobj)
-    return stored
+    try:
+        yield from decoded(location, stored)
+    except DamagedData:
+        raise FaultyFile("damaged file") from None
+    except TruncatedData:
+        raise FaultyFile("truncated file") from None
 
 
 def parquet_batches(location: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -106,8 +108,14 @@ def parquet_batches(location: str, columns: Sequence[str]) -> Iterator[pa.Record
     try:
         batches_from = partial(_batches_from, location, columns=columns)
         yield from _resumed(location, batches_from, lambda batch: batch.num_rows)
-    except pa.ArrowInvalid:
+    except pa.ArrowException:
         raise FaultyFile("damaged file") from None
+
+
+def column_names(location: str) -> list[str]:
+    """Names of the columns of a parquet file that can be read."""
+    with _open_binary(location) as handle:
+        return pq.ParquetFile(handle).schema_arrow.names
 
 
 def _read_from(location: str, position: int) -> Iterator[bytes]:
@@ -132,10 +140,31 @@ def _batches_from(
             start = end
             if first_row >= end:
                 continue
-            for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=present):
+            rows = _rows_at_once(file.metadata.row_group(group), present)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=present):
                 if skip < batch.num_rows:
                     yield batch.slice(skip)
                 skip = max(0, skip - batch.num_rows)
+
+
+def _rows_at_once(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """Rows of a row group that fit into memory together, whatever stands in them.
+
+    A value of a dictionary is stored once and may come back in every row.
+
+    Raises:
+        FaultyFile: the group is made to fill memory.
+    """
+    rows = ROWS_PER_BATCH
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema.split(".")[0] not in columns:
+            continue
+        size = chunk.total_uncompressed_size
+        if size > SMALL_CHUNK_BYTES and size > MOST_EXPANSION * chunk.total_compressed_size:
+            raise FaultyFile(f"parquet that grows more than {MOST_EXPANSION}-fold")
+        if chunk.has_dictionary_page:
+            rows = min(rows, max(1, BATCH_BYTES // max(1, size)))
+    return rows
 
 
 def _resumed(
@@ -149,7 +178,7 @@ def _resumed(
                 position, failures = position + size(item), 0
                 yield item
             return
-        except (FaultyFile, pa.ArrowInvalid):
+        except (FaultyFile, pa.ArrowException):
             raise
         except Exception as error:  # every file system has errors of its own
             if _is_missing(error):
@@ -159,12 +188,18 @@ def _resumed(
                 raise FaultyFile("damaged file") from None
             failures += 1
             if failures >= MAX_FAILURES or not _is_remote(location):
-                raise DataError(
-                    f"{location} cannot be read at byte or row {position:,}: "
-                    f"{type(error).__name__}: {error}; run the same command again to go on, or "
-                    "read the corpus from a mirror (corpus.SOURCE.root=FOLDER)"
-                ) from None
+                raise _unreadable(location, position, error) from None
             time.sleep(2.0 ** (failures - 2))
+
+
+def _unreadable(location: str, position: int, error: Exception) -> DataError:
+    place = f"{location} cannot be read at byte or row {position:,}"
+    known = explain(error) if isinstance(error, OSError) else None
+    if known is not None:
+        return DataError(f"{place}: {known}")
+    way_out = "read the corpus from a mirror (corpus.SOURCE.root=FOLDER)"
+    again = f"run the same command again to go on, or {way_out}"
+    return DataError(f"{place}: {type(error).__name__}: {error}; {again}")
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -173,28 +208,6 @@ def _is_missing(error: BaseException) -> bool:
         return getattr(error, "status", None) in (404, 410)
     cause = error.__cause__ or error.__context__
     return cause is None or _is_missing(cause)
-
-
-def _decoded(stored: Iterator[bytes], new_decoder: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress members (gzip) or frames (zstd) that follow each other."""
-    decoder, any_member = None, False
-    for block in stored:
-        for start in range(0, len(block), DECODE_BYTES):
-            data = block[start : start + DECODE_BYTES]
-            while data:
-                if decoder is None:
-                    data = data.lstrip(b"\0")  # padding after the last member
-                    if not data:
-                        break
-                    decoder, any_member = new_decoder(), True
-                try:
-                    yield decoder.decompress(data)
-                except (zlib.error, zstandard.ZstdError):
-                    raise FaultyFile("damaged file") from None
-                data = decoder.unused_data if decoder.eof else b""
-                decoder = None if decoder.eof else decoder
-    if decoder is not None or not any_member:
-        raise FaultyFile("truncated file")
 
 
 @dataclass(frozen=True)
@@ -248,7 +261,7 @@ class FileSet:
 
 
 Groups = Mapping[str, Sequence[StoredFile]]  # unit, without its source -> files read together
-Reader = Callable[[Unit, Sequence[StoredFile], Counter[str]], Iterator[Document]]
+Reader = Callable[[Unit, Sequence[StoredFile], Losses], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -274,23 +287,23 @@ class FileCorpus:
         """All units but those of the corpus' own held-out split."""
         return self._units(self.groups)
 
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    def read(self, unit: Unit, skipped: Losses) -> Iterator[Document]:
         """Documents of one unit."""
         groups = {**self.groups, **(self.own_heldout or {})}
         return self.reader(unit, groups[unit.name.removeprefix(f"{self.source}/")], skipped)
 
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Losses | None = None) -> Iterator[Document]:
         """Documents of one split."""
         if split is Split.train or self.own_heldout is None:
             yield from source_documents(self, split, skipped)
             return
-        yield from self._reserved(Counter() if skipped is None else skipped)
+        yield from self._reserved(Losses() if skipped is None else skipped)
 
     def reserved(self) -> Iterator[Document]:
         """Documents of the corpus' own held-out split."""
-        return self._reserved(Counter())
+        return self._reserved(Losses())
 
-    def _reserved(self, skipped: Counter[str]) -> Iterator[Document]:
+    def _reserved(self, skipped: Losses) -> Iterator[Document]:
         for unit in self._units(self.own_heldout or {}):
             yield from self.read(unit, skipped)
 
@@ -335,11 +348,16 @@ def in_ranges(files: Sequence[StoredFile]) -> Groups:
 
 def line_ranges(path: str, size_bytes: int | None) -> list[tuple[int, int]]:
     """Ranges of bytes that a large file of plain lines is read in; none for any other file."""
-    if size_bytes is None or size_bytes <= RANGE_BYTES or not path.endswith(LINE_SUFFIXES):
+    if size_bytes is None or size_bytes <= RANGE_BYTES or not has_plain_lines(path):
         return []
     number = -(-size_bytes // RANGE_BYTES)
     edges = [size_bytes * n // number for n in range(number + 1)]
     return list(pairwise(edges))
+
+
+def has_plain_lines(path: str) -> bool:
+    """Whether a file holds a record per line, and is not packed, by its name."""
+    return path.lower().endswith(LINE_SUFFIXES)
 
 
 def ranged_name(path: str, span: tuple[int, int]) -> str:
@@ -351,7 +369,7 @@ def split_ranged_name(name: str) -> tuple[str, tuple[int, int] | None]:
     """Path and range of a unit's name; no range where it is a whole file."""
     path, _, span = name.rpartition("@")
     first, _, last = span.partition("-")
-    if path.endswith(LINE_SUFFIXES) and first.isdecimal() and last.isdecimal():
+    if has_plain_lines(path) and first.isdecimal() and last.isdecimal():
         return path, (int(first), int(last))
     return name, None
 
@@ -411,9 +429,10 @@ def _hub_files(info: SourceInfo, base: str, folder: str) -> list[StoredFile]:
 
 def _mirror_files(base: str, folder: str) -> list[StoredFile]:
     if not _is_remote(base):
-        top = Path(base)
-        paths = (path for path in (top / folder).rglob("*") if path.is_file())
-        return [StoredFile(base, p.relative_to(top).as_posix(), p.stat().st_size) for p in paths]
+        place = Path(base, folder)
+        found = walk_folder(place).files if place.is_dir() else ()
+        paths = [f"{folder}/{name}".lstrip("/") for name in found]
+        return [StoredFile(base, path, Path(base, path).stat().st_size) for path in paths]
     file_system, top = fsspec.url_to_fs(base)
     found = file_system.find(f"{top}/{folder}".rstrip("/"), detail=True).items()
     return [StoredFile(base, n.removeprefix(top).lstrip("/"), e["size"]) for n, e in found]

@@ -12,7 +12,6 @@ import hashlib
 import platform
 import sysconfig
 import tokenize
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, content_hash, stable_fraction
+from longrope2.corpora.losses import Losses
 
 MODULES_SOURCE = "stdlib_modules"
 TOPICS_SOURCE = "stdlib_topics"
@@ -52,7 +52,7 @@ class SampleCorpus:
             for start in range(0, len(self._names[source]), NAMES_PER_UNIT)
         ]
 
-    def read(self, unit: Unit, skipped: Counter[str]) -> Iterator[Document]:
+    def read(self, unit: Unit, skipped: Losses) -> Iterator[Document]:
         """Documents of one group, sorted by name."""
         start = int(unit.name.rpartition("/")[2]) * NAMES_PER_UNIT
         for name in self._names[unit.source][start : start + NAMES_PER_UNIT]:
@@ -63,9 +63,9 @@ class SampleCorpus:
             else:
                 skipped["empty text"] += 1
 
-    def documents(self, split: Split, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    def documents(self, split: Split, skipped: Losses | None = None) -> Iterator[Document]:
         """Documents of one split, sorted by id; ``skipped`` gets what ``read`` counts."""
-        skipped = Counter() if skipped is None else skipped
+        skipped = Losses() if skipped is None else skipped
         if split is Split.heldout:
             yield from (d for d in self._all(skipped) if self._is_reserved(d))
             return
@@ -80,7 +80,7 @@ class SampleCorpus:
         """The held-out documents, drawn by name."""
         return self.documents(Split.heldout)
 
-    def _all(self, skipped: Counter[str]) -> Iterator[Document]:
+    def _all(self, skipped: Losses) -> Iterator[Document]:
         for unit in self.units():
             yield from self.read(unit, skipped)
 
@@ -91,7 +91,7 @@ class SampleCorpus:
         """Python version, number of documents and a SHA-256 over all ids and texts."""
         digest, num_documents = hashlib.sha256(), 0
         for unit in self.units():
-            for document in self.read(unit, Counter()):
+            for document in self.read(unit, Losses()):
                 digest.update(f"{document.doc_id}\0{document.text}\0".encode())
                 num_documents += 1
         python, sha256 = platform.python_version(), digest.hexdigest()

@@ -13,7 +13,6 @@ repository; temporary disk: the text, compressed.
 
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,8 @@ import pyarrow as pa
 
 from longrope2.corpora.config import StarcoderConfig
 from longrope2.corpora.corpus import Document, Unit, stable_fraction
+from longrope2.corpora.document_ids import name_in_id, with_unique_ids
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.records import parquet_records, usable_text
 from longrope2.corpora.remote import FileCorpus, SourceInfo, StoredFile, parquet_files
 from longrope2.errors import ConfigError
@@ -57,11 +58,11 @@ class _SourceFile:
 
 def _joined_repositories(
     files: Iterable[_SourceFile], most_characters: int
-) -> Iterator[tuple[str, str]]:
-    """Name and text of repositories, sorted by partition and name, their files sorted by path.
+) -> Iterator[tuple[str, int, str]]:
+    """Name, number and text of repositories, sorted by partition and name, files by path.
 
-    A repository with more characters becomes several texts (``<repository>``, ``<repository>#1``,
-    ...), cut between two files; a file is never cut.
+    A repository with more characters becomes several texts, cut between two files; a file is never
+    cut.
     """
     with tempfile.TemporaryDirectory(prefix="repositories-") as folder:
         for partition in _spill(files, Path(folder)):
@@ -72,8 +73,8 @@ def _joined_repositories(
             order = sorted(range(len(names)), key=names.__getitem__)
             for repository, rows in groupby(order, key=lambda row: names[row][0]):
                 contents = (table.column("content")[row].as_py() for row in rows)
-                for number, text in enumerate(_texts(contents, most_characters)):
-                    yield (f"{repository}#{number}" if number else repository), text
+                for number, text in enumerate(_texts(contents, most_characters), start=1):
+                    yield repository, number, text
             partition.unlink()
 
 
@@ -167,24 +168,34 @@ def _joins(config: StarcoderConfig, language: str) -> bool:
 
 
 def _read(
-    config: StarcoderConfig, unit: Unit, own: Sequence[StoredFile], skipped: Counter[str]
+    config: StarcoderConfig, unit: Unit, own: Sequence[StoredFile], skipped: Losses
 ) -> Iterator[Document]:
     """Repositories of one group of files, or files of one parquet file."""
     language = _language(own[0])
     joins = _joins(config, language)
     contents = _contents(config, own, joins, skipped)
     if joins:
-        for name, text in _joined_repositories(contents, config.repository_characters):
-            # By its name, so that it does not depend on which files are read together.
-            group = f"{unit.source}/{name.partition('#')[0]}"
-            yield Document(f"{unit.name}/{name}", text, unit.source, language, group)
+        joined = _joined_repositories(contents, config.repository_characters)
+        yield from with_unique_ids(_repositories(unit, language, joined), skipped)
         return
     for file in contents:
         yield Document(f"{unit.source}/{file.place}", file.content, unit.source, language)
 
 
+def _repositories(
+    unit: Unit, language: str, joined: Iterator[tuple[str, int, str]]
+) -> Iterator[Document]:
+    """A document for each text; the second of a repository has " (2)" behind its name."""
+    for name, number, text in joined:
+        suffix = f" ({number})" if number > 1 else ""
+        # By its name, so that it does not depend on which files are read together.
+        group = f"{unit.source}/{name}"
+        doc_id = f"{unit.name}/{name_in_id(name)}{suffix}"
+        yield Document(doc_id, text, unit.source, language, group)
+
+
 def _contents(
-    config: StarcoderConfig, own: Sequence[StoredFile], joins: bool, skipped: Counter[str]
+    config: StarcoderConfig, own: Sequence[StoredFile], joins: bool, skipped: Losses
 ) -> Iterator[_SourceFile]:
     """Source files in the parquet files, without control text."""
     for file in own:
@@ -198,6 +209,9 @@ def _contents(
             if text is None:
                 continue
             place = f"{file.path}:{row}"
-            if record[REPOSITORY] is None and joins:
-                skipped["no repository name (kept)"] += 1
-            yield _SourceFile(record[REPOSITORY] or place, record[PATH] or "", place, text)
+            repository, path = (record[name] or "" for name in named)
+            if not isinstance(repository, str) or not repository:
+                repository = place
+                skipped["no repository name (kept)"] += joins
+            path = path if isinstance(path, str) else ""
+            yield _SourceFile(repository, path, place, text)

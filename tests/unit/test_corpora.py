@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ from longrope2.corpora.build import build_corpus, heldout_documents, heldout_tex
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Document, Split, split_of
 from longrope2.corpora.folder import FolderCorpus
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.errors import ConfigError, DataError
 
@@ -52,7 +52,7 @@ def test_heldout_fraction_of_a_folder(tmp_path, fraction):
 
 def test_heldout_fraction_of_the_sample_corpus():
     whole = build_corpus(CorpusConfig(name="sample", kind=CorpusKind.sample, heldout_fraction=1.0))
-    first = [d.doc_id for d in whole.read(whole.units()[0], Counter())]
+    first = [d.doc_id for d in whole.read(whole.units()[0], Losses())]
     assert [d.doc_id for d in itertools.islice(whole.documents(Split.heldout), len(first))] == first
 
 
@@ -147,7 +147,7 @@ def test_folder_corpus_reads_every_kind(tmp_path):
 )
 def test_folder_counts_what_is_at_fault(tmp_path, name, content, texts, counts):
     (tmp_path / name).write_bytes(content)
-    corpus, skipped = FolderCorpus(str(tmp_path), text_field="text"), Counter()
+    corpus, skipped = FolderCorpus(str(tmp_path), text_field="text"), Losses()
     assert [d.text for unit in corpus.units() for d in corpus.read(unit, skipped)] == texts
     assert skipped == counts
 
@@ -161,21 +161,22 @@ def test_heldout_texts_tell_what_was_left_out(tmp_path, capsys):
     assert capsys.readouterr().err == "corpus mine, records left out while reading: 1 empty text\n"
 
 
-def test_text_field_that_the_first_record_lacks(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(
-        ConfigError,
-        match="a.jsonl: the first record has no text in field 'text'; set corpus.text_field",
-    ):
+def test_text_field_that_no_first_record_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n')
+    with pytest.raises(ConfigError) as error:
         folder_texts(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/a.jsonl: its first records have no text in 'text' (their fields: body, id); "
+        "set corpus.text_field, or more_text_fields=[...] beside it"
+    )
     assert folder_texts(tmp_path, "body") == {"folder/a.jsonl:0": "x"}
 
 
 def test_parquet_without_the_field(tmp_path):
-    pq.write_table(pa.table({"body": ["p"]}), tmp_path / "d.parquet")
+    pq.write_table(pa.table({"body": ["p"], "id": [1]}), tmp_path / "d.parquet")
     with pytest.raises(
         ConfigError,
-        match="d.parquet: the first record has no text in field 'text'; set corpus.text_field",
+        match=r"d.parquet: its first records have no text in 'text' \(their fields: body, id\)",
     ):
         folder_texts(tmp_path)
     assert folder_texts(tmp_path, "body") == {"folder/d.parquet:0": "p"}
@@ -193,7 +194,7 @@ def test_titles_stand_in_the_ids(tmp_path):
     pq.write_table(pa.table({"text": ["p"]}), tmp_path / "b.parquet")
     with pytest.raises(ConfigError) as error:
         FolderCorpus(str(tmp_path), text_field="text", title_field="title")
-    words = "the first record has no text in field 'title'; set corpus.title_field"
+    words = "its first records have no text in 'title' (their fields: text); set corpus.title_field"
     assert error.value.faults == (f"{tmp_path}/a.jsonl: {words}", f"{tmp_path}/b.parquet: {words}")
 
 

@@ -16,6 +16,7 @@ from longrope2.corpora import remote
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.folder import FolderCorpus
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.remote import FileSet, StoredFile
 from longrope2.corpora.run_corpus import heldout_text
 from longrope2.files import folder_hashes
@@ -186,7 +187,7 @@ def test_a_folder_is_hashed_once_while_nothing_changes(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("size", [1, 7, 100, 1_000, 5_000])
 def test_ranges_of_a_file_have_all_its_records_once(texts, monkeypatch, size) -> None:
     def read() -> tuple[list[str], list[str], Counter]:
-        corpus, skipped = FolderCorpus(str(texts), text_field="text"), Counter()
+        corpus, skipped = FolderCorpus(str(texts), text_field="text"), Losses()
         documents = [d for unit in corpus.units() for d in corpus.read(unit, skipped)]
         return [d.text for d in documents], [d.doc_id for d in documents], skipped
 
@@ -211,7 +212,7 @@ def test_ranges_cut_where_lines_end_and_begin(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 30)
     location = str(tmp_path / "a.jsonl")
     for cut in range(1, len(content)):
-        skipped, found = Counter(), []
+        skipped, found = Losses(), []
         for span in ((0, cut), (cut, len(content))):
             found += records.json_records(location, skipped, span=span)
         places = [(0, {"a": 1}), (9, {"a": 22}), (59, {"a": 3})]

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Document, Split, content_hash, split_of
 from longrope2.corpora.held_out import HeldOutTexts, find_overlap
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.sample import SampleCorpus
 from longrope2.corpora.tokenizer import load_document_tokenizer
 from longrope2.errors import ArtifactError, DataError
@@ -92,7 +92,7 @@ def test_no_held_out_text_is_packed_whatever_its_name_and_dress(leaky) -> None:
     folder, segments = leaky
     held_out = {plain(document.text) for document in heldout_documents(folder_config(folder))}
     corpus = build_corpus(folder_config(folder))
-    texts = {d.doc_id: d.text for unit in corpus.units() for d in corpus.read(unit, Counter())}
+    texts = {d.doc_id: d.text for unit in corpus.units() for d in corpus.read(unit, Losses())}
     packed = pq.read_table(segments / "documents.parquet").column("doc_id").to_pylist()
     packed_texts = {plain(texts[doc_id.split("#")[0]]) for doc_id in packed}
     assert len(held_out) > 25 and len(packed_texts) > 40
@@ -198,7 +198,7 @@ def test_verify_finds_a_leak_by_the_ids_alone(leaky, tmp_path) -> None:
     folder, segments = leaky
     corpus = build_corpus(folder_config(folder))
     packed = set(pq.read_table(segments / "documents.parquet").column("doc_id").to_pylist())
-    texts = (d for unit in corpus.units() for d in corpus.read(unit, Counter()))
+    texts = (d for unit in corpus.units() for d in corpus.read(unit, Losses()))
     audit = audit_folder(segments, sample=1)
     whole = set(audit.whole.values())
     victim = next(d for d in texts if d.doc_id in packed & whole)

@@ -11,7 +11,7 @@ from data_prep import pack as pack_module
 from data_prep.config import PackConfig
 from data_prep.notices import HeldOut, Kinds, notices
 from longrope2.config import compose
-from longrope2.corpora.build import build_corpus, ignored_files
+from longrope2.corpora.build import build_corpus, files_aside, ignored_files
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.errors import ConfigError
 from longrope2.files.artifacts import read_manifest
@@ -86,6 +86,9 @@ def test_files_that_are_not_read() -> None:
     (said,) = of(BOTH, ignored=many)
     assert said.startswith("files not read, by ending: 9 without ending, 1 .e0, ")
     assert said.endswith(", 3 with other endings; rename what is text")
+    (said,) = of(BOTH, ignored={".json without a record per line": 2, ".csv": 1})
+    array = "an array of records becomes lines with `jq -c '.[]' FILE > FILE.jsonl`"
+    assert said.endswith(f"2 .json without a record per line, 1 .csv; {array}")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,8 @@ def test_the_remedies_work(documents: Path, tmp_path: Path, capsys: Any) -> None
     counts = read_manifest(folder, "segments").counts
     assert "note:" not in printed and counts["num_short_segments"] and counts["num_long_segments"]
     held_out = counts["num_documents_untokenized"]["folder"]["held out for search and evaluation"]
-    assert counts["num_documents_tokenized"]["folder"] + held_out == 201
+    assert counts["num_documents_tokenized"]["folder"] + held_out == 200
+    assert counts["num_files_not_read"] == {"hidden": 1} and "not read: 1 files, hidden" in printed
 
 
 def test_held_out_text_is_counted(documents: Path, tmp_path: Path, capsys: Any) -> None:
@@ -186,12 +190,15 @@ def test_ignored_files_by_ending(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     config = CorpusConfig("mine", CorpusKind.folder, folder=str(tmp_path))
-    others = {".MD": 1, ".pdf": 1, "without ending": 1}
-    assert ignored_files(config) == {".md": 1, ".md.gz": 1, **others}
+    others = {".pdf": 1, "without ending": 1}
+    assert ignored_files(config) == {".md": 2, ".md.gz": 1, **others}
+    assert files_aside(config) == {}
     config.more_text_endings = [".md"]
-    assert ignored_files(config) == others
-    assert [unit.name for unit in build_corpus(config).units()][1:] == ["a.txt", "b.md", "d.md.gz"]
-    assert ignored_files(CorpusConfig("sample", CorpusKind.sample)) == {}
+    assert ignored_files(config) == others and files_aside(config) == {"hidden": 1}
+    names = [unit.name for unit in build_corpus(config).units()]
+    assert names == ["a.txt", "b.md", "c.MD", "d.md.gz"]
+    sample = CorpusConfig("sample", CorpusKind.sample)
+    assert ignored_files(sample) == files_aside(sample) == {}
     config.more_text_endings = ["md"]
     with pytest.raises(
         ConfigError, match=r"more_text_endings=\['md'\]: an ending starts with a dot"
@@ -204,12 +211,13 @@ def test_a_folder_of_other_endings_only(tmp_path: Path) -> None:
     config = CorpusConfig("mine", CorpusKind.folder, folder=str(tmp_path))
     with pytest.raises(ConfigError) as refused:
         build_corpus(config)
-    packed = ".txt, .txt.gz, .txt.zst, .txt.zstd, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zstd, "
+    endings = [".txt", ".jsonl", ".ndjson", ".json"]
+    packings = ["", ".gz", ".bz2", ".xz", ".zst", ".zstd"]
+    read = ", ".join(f"{ending}{packing}" for ending in endings for packing in packings)
     assert str(refused.value) == (
-        f"corpus.folder={tmp_path} holds no file ending in {packed}.json.gz, .json.zst, "
-        ".json.zstd, .parquet; .md, .markdown, .rst, .text are read where "
-        "corpus.more_text_endings names them, as it does after launch.init; it holds 1 .md "
-        "(corpus.more_text_endings=[.md] reads those)"
+        f"corpus.folder={tmp_path} holds no file ending in {read}, .parquet; .md, .markdown, .rst, "
+        ".text are read where corpus.more_text_endings names them, as it does after launch.init; "
+        "it holds 1 .md (corpus.more_text_endings=[.md] reads those)"
     )
 
 
@@ -220,7 +228,7 @@ def test_a_folder_of_files_that_are_no_text(tmp_path: Path) -> None:
     config.more_text_endings = [".md"]
     with pytest.raises(ConfigError) as refused:
         build_corpus(config)
-    assert ", .md, .md.gz, .md.zst, .md.zstd, .jsonl, " in str(refused.value)
+    assert ", .md, .md.gz, .md.bz2, .md.xz, .md.zst, .md.zstd, .jsonl, " in str(refused.value)
     assert "; .markdown, .rst, .text are read where " in str(refused.value)
     said = "; it holds 1 .pdf (corpus.more_text_endings names those that are plain text)"
     assert str(refused.value).endswith(said)

@@ -3,7 +3,6 @@
 import gzip
 import json
 import pickle
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +28,7 @@ from longrope2.config import compose
 from longrope2.corpora.build import build_corpus, heldout_texts
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Split, split_documents, stable_fraction
+from longrope2.corpora.losses import Losses
 from longrope2.errors import ConfigError
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "corpus"
@@ -50,7 +50,7 @@ def configured(kind, root=None, **settings):
 
 def everything(corpus):
     """All documents by id, and what was left out."""
-    skipped = Counter()
+    skipped = Losses()
     documents = [document for unit in corpus.units() for document in corpus.read(unit, skipped)]
     texts = {document.doc_id: document.text for document in documents}
     assert len(texts) == len(documents) and {d.source for d in documents} <= set(corpus.sources)
@@ -68,7 +68,7 @@ def test_real_schemas_and_their_faults(tmp_path, kind):
     # In another process, in another order, the documents and their ids are the same.
     again = pickle.loads(pickle.dumps(corpus))
     backwards = {
-        d.doc_id: d.text for unit in reversed(again.units()) for d in again.read(unit, Counter())
+        d.doc_id: d.text for unit in reversed(again.units()) for d in again.read(unit, Losses())
     }
     assert backwards == texts
 
@@ -85,7 +85,7 @@ def test_redpajama_v2(tmp_path):
         f"redpajama_v2/2023-06/0000/en_middle.json.gz/{n}": f"page {n} {n * 7919}"
         for n in range(len(middle))
     }
-    assert {d.domain for d in corpus.read(corpus.units()[0], Counter())} == {"en_head"}
+    assert {d.domain for d in corpus.read(corpus.units()[0], Losses())} == {"en_head"}
 
 
 def test_redpajama_v2_parts_and_thinning(tmp_path):
@@ -162,7 +162,7 @@ def test_large_repositories_are_cut_between_files(tmp_path):
     }
     for piece in range(5):  # ten files of 300 characters and the separators between them
         expected = "\n\n".join(f"{n:03d}" * 100 for n in range(10 * piece, 10 * piece + 10))
-        assert found[f"{name}/big" + (f"#{piece}" if piece else "")] == expected
+        assert found[f"{name}/big" + (f" ({piece + 1})" if piece else "")] == expected
 
 
 def test_missing_columns_are_counted(tmp_path):

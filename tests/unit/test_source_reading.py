@@ -7,7 +7,6 @@ import random
 import re
 import threading
 import tracemalloc
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from public_corpora import CRAWL, page, write_redpajama_v1
 from longrope2.corpora import records, remote
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.losses import Losses
 from longrope2.corpora.records import json_records, parquet_records, whole_text
 from longrope2.errors import ConfigError, DataError
 
@@ -90,7 +90,7 @@ def lines_of(number):
 
 
 def read_all(location):
-    skipped = Counter()
+    skipped = Losses()
     return [record["text"] for _, record in json_records(location, skipped)], dict(skipped)
 
 
@@ -115,7 +115,7 @@ def test_parquet_goes_on_after_a_broken_connection(server):
     )
     server.files["/a.parquet"] = sink.getvalue()
     server.num_broken = 2
-    rows = list(parquet_records(f"{server.url}/a.parquet", ["text"], Counter()))
+    rows = list(parquet_records(f"{server.url}/a.parquet", ["text"], Losses()))
     assert server.num_broken == 0
     assert [(number, record["text"]) for number, record in rows] == [
         (n, f"{n} " * 40) for n in range(1000)
@@ -172,7 +172,7 @@ def test_redpajama_v1_from_urls(server, tmp_path):
     config = CorpusConfig(name="web", kind=CorpusKind.redpajama_v1)
     config.redpajama_v1.root = server.url
     corpus = build_corpus(config)
-    skipped = Counter()
+    skipped = Losses()
     found = {d.doc_id: d.text for unit in corpus.units() for d in corpus.read(unit, skipped)}
     assert found == texts and skipped["truncated file"] == 1
     assert f"redpajama_v1/{CRAWL}" in [unit.name for unit in corpus.units()]
@@ -190,7 +190,7 @@ def test_redpajama_v2_from_urls(server):
     server.files[f"/documents/{tags[0]}.json.gz"] = gzip.compress(page("a page").encode())
     config = CorpusConfig(name="web", kind=CorpusKind.redpajama_v2)
     config.redpajama_v2.root = server.url
-    corpus, skipped = build_corpus(config), Counter()
+    corpus, skipped = build_corpus(config), Losses()
     assert [unit.name for unit in corpus.units()] == [f"redpajama_v2/{tag}" for tag in tags]
     documents = [d for unit in corpus.units() for d in corpus.read(unit, skipped)]
     assert [(d.doc_id, d.text) for d in documents] == [
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     for times in (2, 10):  # 4 and 20 MB
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines * times), 1))
         tracemalloc.start()
-        assert sum(1 for _ in json_records(str(tmp_path / "a.jsonl.gz"), Counter())) == 500 * times
+        assert sum(1 for _ in json_records(str(tmp_path / "a.jsonl.gz"), Losses())) == 500 * times
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 4e6 and peaks[1] < 1.5 * peaks[0]
@@ -219,10 +219,10 @@ def test_records_too_long_for_memory(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join([*lines_of(2), long, *lines_of(1), long]))
     texts, skipped = read_all(str(tmp_path / "a.jsonl"))
     assert texts == ["0 0", "1 7919", "0 0"] and skipped == {records.TOO_LONG: 2}
-    numbers = [number for number, _ in json_records(str(tmp_path / "a.jsonl"), Counter())]
+    numbers = [number for number, _ in json_records(str(tmp_path / "a.jsonl"), Losses())]
     assert numbers == [0, 1, 3]
     (tmp_path / "a.txt").write_text("x" * 2000)
-    assert whole_text(str(tmp_path / "a.txt"), counts := Counter()) is None and counts == {
+    assert whole_text(str(tmp_path / "a.txt"), counts := Losses()) is None and counts == {
         records.TOO_LONG: 1
     }
 
@@ -240,7 +240,7 @@ def test_packed_files_of_several_members(tmp_path):
 
 
 def rows_of(path):
-    skipped = Counter()
+    skipped = Losses()
     return [record["text"] for _, record in parquet_records(str(path), ["text"], skipped)], dict(
         skipped
     )
