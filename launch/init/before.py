@@ -8,7 +8,7 @@ from pathlib import Path
 from longrope2.config import SHORTEST_WINDOW, ModelConfig, StageConfig, find_shipped, target_faults
 from longrope2.corpora.build import build_corpus, ignored_files
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.folder import PLAIN_TEXT_ENDINGS
+from longrope2.corpora.folder_files import PLAIN_TEXT_ENDINGS
 from longrope2.errors import ConfigError
 from longrope2.model.folder import look_before
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
