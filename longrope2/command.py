@@ -6,12 +6,14 @@ script can tell them from all others (``slurm/common.sh``). Nothing heavy is imp
 agent reads the codes before it loads torch.
 """
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 
 from longrope2.errors import UserError
+from longrope2.system_errors import explain
 
 USER_FAULT_EXIT_CODE = 2
 """Something the user gave cannot be used: no restart mends it."""
@@ -25,7 +27,13 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run ``main``; a ``UserError`` becomes one message on stderr and its exit code."""
+    """Run ``main``; a ``UserError`` becomes one message on stderr and its exit code.
+
+    So does what the system refuses for want of room, rights or files (``system_errors.py``).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text in its encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -35,6 +43,11 @@ def run_command(main: Callable[[], None]) -> None:
         # Or the interpreter's last flush fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(USER_FAULT_EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)

@@ -33,6 +33,13 @@ from longrope2.system_errors import explain
 READ_BYTES = 2**20
 RANGE_BYTES = 2**28  # larger files of plain lines are read in ranges
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")  # in small letters
+# Kind of address -> extra of this project that brings its package, and the package.
+EXTRAS = {
+    "s3": ("s3", "s3fs"),
+    "s3a": ("s3", "s3fs"),
+    "gs": ("gcs", "gcsfs"),
+    "gcs": ("gcs", "gcsfs"),
+}
 MAX_FAILURES = 6
 ROWS_PER_BATCH = 64
 BATCH_BYTES = 2**30
@@ -384,6 +391,8 @@ def _reached(
         raise
     except Exception as error:  # whatever the hub, a server or the disk answers
         reason = _first_cause(error)
+        if isinstance(error, ImportError) and root is not None:
+            reason = _missing_package(root, reason)
     key = f"corpus.{info.key}"
     if root is not None:
         text = f"{key}.root={root}: {tried} cannot be read ({reason}); expected {info.layout}"
@@ -398,6 +407,15 @@ def _reached(
         "`--corpus sample` works offline"
     )
     raise ConfigError([text])
+
+
+def _missing_package(root: str, reason: str) -> str:
+    """How to get what reads addresses of this kind."""
+    protocol = root.partition("://")[0]
+    extra = EXTRAS.get(protocol)
+    if extra is None:
+        return reason
+    return f"{protocol}:// needs {extra[1]}, which is not installed: pip install '.[{extra[0]}]'"
 
 
 def _first_cause(error: BaseException) -> str:
