@@ -88,6 +88,7 @@ def audit_folder(folder: Path, *, sample: int = 0, seed: int = 0) -> Audit:
         _check_split(store, listed)
         _check_documents(store, listed, found)
         _check_account(store)
+        _check_losses(store)
         _check_quotas(store)
     return audit
 
@@ -233,6 +234,27 @@ def _check_account(store: SegmentStore) -> None:
             known = f"{packed} are packed, {rest} are the rest and {left_out} are left out"
             unknown = f"{there - packed - rest - left_out} are unaccounted for"
             raise _wrong(store.folder, f"of {there} tokens of {source}, {known}: {unknown}")
+
+
+def _check_losses(store: SegmentStore) -> None:
+    """What is told of each unit as lost adds up to what the manifest tells of its source.
+
+    Folders of earlier versions have no such list.
+    """
+    entry, counts = store.manifest.details.get("losses"), store.manifest.counts
+    if entry is None:
+        return
+    path = store.folder / entry["file"]
+    if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
+        raise _wrong(path, "missing, or its SHA-256 differs from the manifest; pack again")
+    told: Counter[str] = Counter()
+    for row in pq.read_table(path, columns=["source", "num_records"]).to_pylist():
+        told[row["source"]] += row["num_records"]
+    reasons = ("num_records_skipped", "num_documents_untokenized")
+    for source in {*told, *counts["tokenized_tokens"]}:
+        expected = sum(sum(counts[key].get(source, {}).values()) for key in reasons)
+        if told[source] < expected:
+            raise _wrong(path, f"{told[source]} losses of {source}, {expected} in the manifest")
 
 
 def _check_quotas(store: SegmentStore) -> None:

@@ -18,6 +18,7 @@ from launch.init.needles import NeedleTrial, try_needles
 from launch.init.survey import DocumentFacts, InitRoot, ModelFacts
 from longrope2.config import ModelConfig, RunConfig
 from longrope2.corpora.config import CorpusConfig, CorpusKind
+from longrope2.corpora.losses import named_files
 from longrope2.errors import ConfigError, DataError
 from longrope2.model.shape import Workload
 from longrope2.parallel.dims import head_faults
@@ -297,6 +298,7 @@ def _say_documents(
             f"files that are not read: {counts}; those that are plain text can be, with "
             "corpus.more_text_endings=[.ENDING]"
         )
+    made.warnings += _left_out(documents)
     held = documents.heldout(share)
     keys["corpus.heldout_fraction"] = Value(
         share,
@@ -320,6 +322,19 @@ def _say_documents(
         sequence if config.target_len // sequence >= original else 1,
         "parallel.sequence: short documents end inside a process's share",
     )
+
+
+def _left_out(documents: DocumentFacts) -> list[str]:
+    """What of the folder no stage will read, besides other endings; lines of the proposal."""
+    lines = []
+    if aside := documents.aside:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(aside.items()))
+        lines.append(f"not read either: {counts}")
+    if losses := documents.losses:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(losses.items()))
+        lines.append(f"records that cannot be used: {counts}")
+    damaged = named_files(losses.files, "data_prep.pack names all of them")
+    return lines + [f"damaged: {line}" for line in damaged]
 
 
 def _say_training(

@@ -8,15 +8,8 @@ import numpy as np
 
 from launch.init.before import InitRoot, stated_window
 from longrope2.config import target_faults
-from longrope2.corpora.build import build_corpus, ignored_files
-from longrope2.corpora.corpus import (
-    Corpus,
-    Document,
-    Unit,
-    content_hash,
-    place_of_content,
-    stable_hash,
-)
+from longrope2.corpora.build import build_corpus, files_aside, ignored_files
+from longrope2.corpora.corpus import Document, Unit, content_hash, place_of_content, stable_hash
 from longrope2.corpora.losses import Losses
 from longrope2.corpora.tokenizer import DocumentTokenizer, load_document_tokenizer
 from longrope2.errors import ConfigError, DataError
@@ -54,6 +47,10 @@ class DocumentFacts:
     """All bytes over those that were read: 1 where everything was."""
     ignored: dict[str, int]
     """Files that no stage reads, by their endings."""
+    aside: dict[str, int]
+    """Files and links that no stage reads, by other reasons."""
+    losses: Losses
+    """Records that cannot be used, and damaged files, of what was read."""
 
     def train(self, heldout_fraction: float) -> np.ndarray:
         """Tokens of the documents that are packed."""
@@ -98,10 +95,11 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
     tokens: list[int] = []
     splits: list[float] = []  # as ``split_of`` draws them
     read: list[Unit] = []
+    losses = Losses()
     for unit in drawn:
         if room <= 0:
             break
-        documents = _documents(corpus, unit)
+        documents = list(corpus.read(unit, losses))
         room -= sum(len(document.text) for document in documents)
         tokens += _tokens_of(documents, encoder)
         splits += [place_of_content(content_hash(document.text)) for document in documents]
@@ -117,11 +115,9 @@ def look_at_documents(config: InitRoot, encoder: DocumentTokenizer) -> DocumentF
         endings=endings,
         scale=sizes[0] / sizes[1],
         ignored=ignored_files(config.corpus),
+        aside=files_aside(config.corpus),
+        losses=losses,
     )
-
-
-def _documents(corpus: Corpus, unit: Unit) -> list[Document]:
-    return list(corpus.read(unit, Losses()))
 
 
 def _tokens_of(documents: list[Document], encoder: DocumentTokenizer) -> list[int]:

@@ -86,6 +86,8 @@ def files_aside(config: CorpusConfig) -> dict[str, int]:
 def _folder_files(config: CorpusConfig) -> "FolderFiles | None":
     if config.folder is None or CorpusKind.folder not in (config.kind, *config.members):
         return None
+    if not Path(config.folder).is_dir():
+        return None  # ``build_corpus`` says so
     from longrope2.corpora.folder_files import list_folder
 
     return list_folder(

@@ -46,6 +46,9 @@ def given(model: Path, documents: Path, *words: str) -> list[str]:
 def test_an_experiment_for_every_stage(model, tmp_path, monkeypatch, capsys) -> None:
     documents = make_documents(tmp_path / "my documents", **MIXED)
     (documents / "a.pdf").write_text("no text")
+    (documents / ".b.md").write_text("hidden")
+    with (documents / next(documents.rglob("*.jsonl")).relative_to(documents)).open("a") as lines:
+        lines.write("\n{torn")
     init(monkeypatch, *given(model, documents))
     out = capsys.readouterr().out
     path = Path("conf/experiment/my_model_1024.yaml")
@@ -67,6 +70,8 @@ def test_an_experiment_for_every_stage(model, tmp_path, monkeypatch, capsys) -> 
     )
     assert pack.corpus.more_text_endings == [".md"]
     assert "note: files that are not read: 1 .pdf; those that are plain text can be" in out
+    assert "note: not read either: 1 hidden" in out
+    assert "note: records that cannot be used: 1 bad json" in out
     encoder = load_document_tokenizer(model)
     held = [len(encoder.encode(d.text)) + 2 for d in corpus.documents(Split.heldout)]
     text = path.read_text()
