@@ -20,9 +20,12 @@ _LIKE_A_PART = re.compile(r"#\d+\Z")
 
 
 def name_in_id(value: str) -> str:
-    """What a record names as one short line of text: white space closed up, half pairs spelt."""
+    """What a record names as one short line: white space closed up, what cannot be shown spelt."""
     line = " ".join(value[: 4 * MOST_CHARACTERS].split())[:MOST_CHARACTERS]
-    return line.encode("utf-8", "backslashreplace").decode("utf-8")
+    if line.isprintable():
+        return line
+    spelt = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(spelt)
 
 
 def with_unique_ids(documents: Iterator[Document], skipped: Losses) -> Iterator[Document]:

@@ -10,6 +10,7 @@ A public corpus is listed, and its first file tried, before any work starts; if 
 """
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,9 +43,9 @@ EXTRAS = {
 }
 MAX_FAILURES = 6
 ROWS_PER_BATCH = 64
-BATCH_BYTES = 2**30
-# Text shrinks to a twentieth at best; a larger part of a parquet file that claims more is no text.
-SMALL_CHUNK_BYTES, MOST_EXPANSION = 2**27, 200
+BATCH_BYTES = 2**31
+# Text shrinks to a twentieth at best; a large row group that claims more is no text.
+SMALL_GROUP_BYTES, MOST_EXPANSION = 2**27, 200
 HUB_TIMEOUT_SECONDS = 20.0
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -136,8 +137,13 @@ def _read_from(location: str, position: int) -> Iterator[bytes]:
 def _batches_from(
     location: str, first_row: int, columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Rows from a row on; row groups before it are not read."""
+    """Rows from a row on; row groups before it are not read.
+
+    Raises:
+        FaultyFile: there are other numbers of rows than the file says.
+    """
     with _open_binary(location) as handle:
+        size = handle.seek(0, os.SEEK_END)
         file = pq.ParquetFile(handle)
         present = [name for name in columns if name in file.schema_arrow.names]
         start = 0
@@ -147,31 +153,35 @@ def _batches_from(
             start = end
             if first_row >= end:
                 continue
-            rows = _rows_at_once(file.metadata.row_group(group), present)
+            rows = _rows_at_once(file.metadata.row_group(group).total_byte_size, size)
+            missing = file.metadata.row_group(group).num_rows
             for batch in file.iter_batches(rows, row_groups=[group], columns=present):
+                missing -= batch.num_rows
                 if skip < batch.num_rows:
                     yield batch.slice(skip)
                 skip = max(0, skip - batch.num_rows)
+            if missing:
+                raise FaultyFile("damaged file")
+        if start != file.metadata.num_rows:
+            raise FaultyFile("damaged file")
 
 
-def _rows_at_once(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+def _rows_at_once(group_bytes: int, file_bytes: int) -> int:
     """Rows of a row group that fit into memory together, whatever stands in them.
 
-    A value of a dictionary is stored once and may come back in every row.
+    A value of a dictionary is stored once and may come back in every row. Asks nothing of the
+    group's columns: pyarrow ends the process where their metadata is damaged.
+
+    Args:
+        group_bytes: What it claims to be when decoded.
+        file_bytes: Stored size of the file.
 
     Raises:
         FaultyFile: the group is made to fill memory.
     """
-    rows = ROWS_PER_BATCH
-    for chunk in map(group.column, range(group.num_columns)):
-        if chunk.path_in_schema.split(".")[0] not in columns:
-            continue
-        size = chunk.total_uncompressed_size
-        if size > SMALL_CHUNK_BYTES and size > MOST_EXPANSION * chunk.total_compressed_size:
-            raise FaultyFile(f"parquet that grows more than {MOST_EXPANSION}-fold")
-        if chunk.has_dictionary_page:
-            rows = min(rows, max(1, BATCH_BYTES // max(1, size)))
-    return rows
+    if group_bytes > max(SMALL_GROUP_BYTES, MOST_EXPANSION * file_bytes):
+        raise FaultyFile(f"parquet that grows more than {MOST_EXPANSION}-fold")
+    return min(ROWS_PER_BATCH, max(1, BATCH_BYTES // max(1, group_bytes)))
 
 
 def _resumed(
@@ -187,6 +197,8 @@ def _resumed(
             return
         except (FaultyFile, pa.ArrowException):
             raise
+        except UnicodeError:  # a name inside the file
+            raise FaultyFile("damaged file") from None
         except Exception as error:  # every file system has errors of its own
             if _is_missing(error):
                 raise FaultyFile("missing file") from None

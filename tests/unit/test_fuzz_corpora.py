@@ -7,6 +7,7 @@ stays bounded. What is counted here is counted from the bytes that were written.
 import codecs
 import gzip
 import json
+import lzma
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -29,8 +30,9 @@ NUM_FILES = 300
 ROWS_OF_A_FILE = 40
 # Pieces that break parsers, put anywhere into a line.
 SPLICES = [
-    b'"', b"{", b"}", b"[" * 5000, b"\\", b"\\ud800", b"\xff", b"\0", b"\r", b"9" * 4400, codecs.BOM_UTF8,
-    b"NaN", b"1e999", b'"text": null,', b'"raw_content": 3,', b'"length": -1,', b"\xe2\x80\xa8", b"\n",
+    b'"', b"{", b"}", b"[" * 5000, b"\\", b"\\ud800", b"\xff", b"\0", b"\r", b"9" * 4400,
+    b"NaN", b"1e999", b'"text": null,', b'"raw_content": 3,', b'"length": -1,', b"\xe2\x80\xa8",
+    b"\n", codecs.BOM_UTF8,
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, "", " \n", 0, -1, 1.5, True, [], {}, ["text"], {"text": "x"}, "\ud800", "a\0b",
@@ -102,14 +104,15 @@ def num_lost(losses: Losses) -> int:
 JSON_ADAPTERS = {
     "folder": (CorpusKind.folder, "a.jsonl", lambda t: json.dumps({"text": t, "title": "T"})),
     "json": (CorpusKind.folder, "a.json.xz", lambda t: json.dumps({"text": t})),
-    "v1": (CorpusKind.redpajama_v1, "arxiv/a.jsonl.zst", lambda t: json.dumps({"text": t, "meta": META["arxiv"]})),
+    "v1": (
+        CorpusKind.redpajama_v1, "arxiv/a.jsonl.zst",
+        lambda t: json.dumps({"text": t, "meta": META["arxiv"]}),
+    ),
     "v2": (CorpusKind.redpajama_v2, "documents/2023-06/0000/en_head.json.gz", page),
 }  # fmt: skip
 
 
 def pack(name: str, content: bytes) -> bytes:
-    import lzma
-
     packers = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress}
     return packers.get(Path(name).suffix, bytes)(content)
 
@@ -186,7 +189,8 @@ PARQUET_ADAPTERS = {
     "fineweb_edu": (CorpusKind.fineweb_edu, "sample/10BT/0.parquet", "text", ["id"]),
     "pg19": (CorpusKind.pg19, "data/train-0.parquet", "text", ["url", "short_book_title"]),
     "starcoder": (
-        CorpusKind.starcoder, "c/train-0.parquet", "content", ["max_stars_repo_name", "max_stars_repo_path"]
+        CorpusKind.starcoder, "c/train-0.parquet", "content",
+        ["max_stars_repo_name", "max_stars_repo_path"],
     ),
 }  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_every_cut_of_a_packed_file_is_noticed(packing: str) -> None:
 def test_a_small_parquet_file_with_a_document_of_many_megabytes(tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.parquet"
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 2**24)
-    monkeypatch.setattr(remote, "SMALL_CHUNK_BYTES", 2**24)
+    monkeypatch.setattr(remote, "SMALL_GROUP_BYTES", 2**24)
     long = "x" * (records.MAX_RECORD_BYTES + 1)
     table = pa.table({"text": ["fine", long, "also fine"]})
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
