@@ -298,7 +298,7 @@ def build_segments(
     """
     work = folder / "work" / fingerprint
     pack_list = PackList(work / "list")
-    if not pack_list.is_complete:
+    if not (pack_list.is_complete and (pack_list.folder / LOSSES_FILE).is_file()):
         _write_pack_list(config, _TokenizeStage(config, model_folder, corpus, work), pack_list)
     packed = _pack(config, pack_list, work, folder)
     summary = pack_list.summary()

@@ -149,6 +149,7 @@ def test_rerun_finds_the_work_done_and_another_configuration_is_refused(
         "manifest.json",
         "report.html",
         "documents.parquet",
+        "losses.parquet",
         "segments-00000-00000.arrow",
     }
     assert run(*arguments) == 0
