@@ -16,7 +16,7 @@ import zstandard
 from launch.init.before import take_plain_text
 from longrope2.corpora.build import build_corpus, files_aside, ignored_files
 from longrope2.corpora.config import CorpusConfig, CorpusKind
-from longrope2.corpora.losses import DamagedFile, Losses
+from longrope2.corpora.losses import DamagedFile, Losses, named_files
 from longrope2.errors import ConfigError
 from longrope2.files.folder_walk import BROKEN, LOOP, NO_FILE, TWICE, walk_folder
 
@@ -221,3 +221,12 @@ def test_init_sees_the_same_files(tmp_path: Path) -> None:
     assert config.more_text_endings == [".md"]
     assert set(read(tmp_path, more_text_endings=[".md"])[0]) == {"a.MD", "b.txt"}
     assert ignored_files(config) == {".csv": 1}
+
+
+def test_damaged_files_are_named_without_passwords_and_not_all_of_them() -> None:
+    losses = Losses()
+    losses.damaged("https://me:secret@host/a.gz", "truncated file", 2)
+    assert losses.files == [DamagedFile("https://host/a.gz", "truncated file", 2)]
+    many = [DamagedFile(f"{n:02d}", "damaged file", 0) for n in range(11)]
+    lines = named_files(many, "see there")
+    assert lines[7:] == ["07: damaged file, nothing read", "and 3 more files; see there"]

@@ -8,6 +8,7 @@ losses that are told of it; every packed text was planted, and every token is wh
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from dirty_corpora import NOT_READ, Planted, Texts
 
 from data_prep.config import BucketQuota, PackConfig
 from data_prep.pack import pack as pack_corpus
+from data_prep.verification import audit_folder
 from data_prep.verify import main as verify_main
 from longrope2.config import compose
 from longrope2.corpora import remote
+from longrope2.errors import ArtifactError
 
 ADAPTERS = ("folder", "redpajama_v1", "redpajama_v2", "starcoder", "fineweb_edu", "pg19")
 KEPT = "(kept)"
@@ -194,6 +197,19 @@ def test_every_token_of_the_list_is_in_the_segments_or_told_as_the_rest(
     assert +rest == Counter(made.manifest["counts"]["rest_tokens"])
     monkeypatch.setattr(remote, "RANGE_BYTES", RANGE_BYTES)
     verify_main([str(segments), "--sample", "10000"])  # blesses what pack has blessed
+
+
+def test_verify_finds_losses_that_are_changed(product, tmp_path) -> None:
+    copy = Path(shutil.copytree(product[2], tmp_path / "copy"))
+    audit_folder(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["counts"]["num_records_skipped"]["pg19"] = {"empty text": 1000}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"losses.parquet: \d+ losses of pg19, 100\d in the"):
+        audit_folder(copy)
+    (copy / "losses.parquet").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="losses.parquet: missing, or its SHA-256 differs"):
+        audit_folder(copy)
 
 
 def test_workers_and_ranges_change_nothing_of_the_account(product, tmp_path, capsys) -> None:
