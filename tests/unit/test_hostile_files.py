@@ -34,7 +34,7 @@ from longrope2.corpora.losses import Losses
 from longrope2.errors import ConfigError, DataError
 from longrope2.system_errors import explain
 
-BOMB_BYTES = 2**26
+BOMB_BYTES = 2**25
 PACKERS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
@@ -45,7 +45,7 @@ PACKERS = {
 
 @pytest.fixture(scope="module")
 def bombs() -> dict[str, bytes]:
-    """64 MiB of one letter, packed."""
+    """32 MiB of one letter, packed."""
     return {packing: pack(b"x" * BOMB_BYTES) for packing, pack in PACKERS.items()}
 
 
