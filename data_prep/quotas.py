@@ -173,7 +173,7 @@ class _Chooser:
             left += int(self._tokens_of(rest).sum())
             documents = self.candidates.document_P[rest]
             if len(rest):  # parts of a document stand together
-                num_left += np.count_nonzero(np.diff(documents, prepend=last))
+                num_left += int(np.count_nonzero(np.diff(documents, prepend=last)))
                 last = int(documents[-1])
         self._leave_out(source, bucket, left, num_left)
 

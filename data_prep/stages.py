@@ -6,7 +6,7 @@ complete, unless ``keep_work`` is set.
 
 What bounds memory: a worker of the tokenize stage holds one batch of text (``tokenizing.py``), a
 worker of the pack stage one shuffle unit's list of documents (``shards.py``), both whatever the
-corpus; choosing, in this process alone, holds up to 60 bytes for every document tokenized
+corpus; choosing, in this process alone, holds 46 bytes for every document tokenized
 (``python -m benchmarks.pack_plan``), which the tokens wanted bound, not the corpus.
 """
 
@@ -184,11 +184,12 @@ class _TokenizeStage:
     @cached_property
     def encoder(self) -> tokenizer.DocumentTokenizer:
         """The tokenizer as worker processes get it."""
-        if not self._tokenizer_file.is_file():
-            start = self.config.model.document_start
-            encoder = tokenizer.load_document_tokenizer(self.model_folder, start)
-            tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
-        return tokenizer.prepared_tokenizer(self._tokenizer_file)
+        if self._tokenizer_file.is_file():
+            return tokenizer.prepared_tokenizer(self._tokenizer_file)
+        start = self.config.model.document_start
+        encoder = tokenizer.load_document_tokenizer(self.model_folder, start)
+        tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
+        return encoder
 
     @cached_property
     def held_out(self) -> HeldOutTexts:

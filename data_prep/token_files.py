@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
 from longrope2.corpora.corpus import TEXT_HASH_BYTES
 from longrope2.files.artifacts import atomic_path, write_text
@@ -218,7 +219,7 @@ class DocumentTable:
         """Place in ``sources`` of some documents, int16."""
         return self._source_of_domain[self.domain_D[documents]]
 
-    def column(self, name: str, dtype: type[np.generic]) -> np.ndarray:
+    def column(self, name: str, dtype: DTypeLike) -> np.ndarray:
         """A column of all documents that is left on disk, shape [D]; one of whole bytes each."""
         column_D = np.empty(len(self), dtype)
         for unit, (first, last) in zip(self.units, pairwise(self.first_U), strict=True):
@@ -269,7 +270,9 @@ def load_documents(units: Sequence[TokenizedUnit], num_boundary_tokens: int) -> 
 def _fill(target: np.ndarray, column: pa.ChunkedArray) -> None:
     """Copy a column, batch by batch."""
     position = 0
-    for chunk in filter(len, column.chunks):
+    for chunk in column.chunks:
+        if not len(chunk):
+            continue  # may have no memory at all
         _, data = chunk.buffers()
         if pa.types.is_fixed_size_binary(chunk.type):
             dtype = target.dtype
