@@ -11,8 +11,10 @@ from data_prep import token_files
 from data_prep.candidates import find_candidates, measure_supply
 from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
 from data_prep.quotas import Demand, select_documents
-from data_prep.token_files import LengthBuckets
+from data_prep.shards import PackList
+from data_prep.token_files import LengthBuckets, TokenizedUnit
 from data_prep.tokenizing import order_of
+from longrope2.corpora.held_out import HeldOutTexts
 
 LENGTHS = LengthBuckets(("short", "long"), (64, 500))
 SHARES = {("s", "a"): {"short": 700.0, "long": 0.0}, ("s", "b"): {"short": 900.0, "long": 2500.0}}
@@ -128,3 +130,33 @@ def test_values_come_in_the_order_asked_for(documents, tmp_path):
     assert table.values("doc_id", asked) == expected
     ends = table.first_U
     assert ends[0] == 0 and ends[-1] == len(documents) and (np.diff(ends) > 0).all()
+
+
+def test_the_list_reads_each_unit_a_few_times_however_many_there_are(tmp_path, monkeypatch):
+    made = [Made(f"d{number}", 30) for number in range(120)]
+    table = table_of(tmp_path, made, documents_per_unit=2)
+    candidates, account = find_candidates(table, LENGTHS, DocumentsConfig())
+    selection = select_documents(
+        table,
+        candidates,
+        demand=Demand({("s", "short"): None}),
+        lengths=LENGTHS,
+        short_overlong={"s": ShortOverlong.drop},
+        account=account,
+        seed=0,
+    )
+    index, read = TokenizedUnit.index, []
+
+    def counted(unit, columns):
+        read.append(unit.stem)
+        return index(unit, columns)
+
+    monkeypatch.setattr(TokenizedUnit, "index", counted)
+    nothing = HeldOutTexts(0.0, frozenset())
+    pack_list = PackList(tmp_path / "list")
+    pack_list.write(table, selection, held_out=nothing, tokens_per_unit=900, summary={})
+    assert sorted(read) == sorted(unit.stem for unit in table.units)  # 60 of them, once each
+    rows = [row for unit in range(4) for row in pack_list.parts(unit).to_pylist()]
+    assert sorted(row["doc_id"] for row in rows) == sorted(made_one.doc_id for made_one in made)
+    starts = dict(zip(table.values("doc_id", np.arange(120)), [0, 28] * 60, strict=True))
+    assert {row["doc_id"]: row["start"] for row in rows} == starts
