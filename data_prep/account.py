@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.candidates import Account
 from data_prep.config import BUCKETS, PackConfig
-from data_prep.quotas import Account, Demand, Selection
+from data_prep.quotas import Demand, Selection
 from data_prep.shards import LIST_SCHEMA, PackedUnit, PackList, nested
-from data_prep.token_files import DocumentTable
+from data_prep.token_files import DocumentTable, blocks
 from data_prep.tokenizing import NOT_NEEDED
 from longrope2.corpora.held_out import DOCUMENTS_FILE
 from longrope2.corpora.losses import MOST_NAMED, DamagedFile
@@ -74,7 +76,10 @@ class Choice:
         left_out_tokens, and chosen = packed + left_over_tokens.
         """
         table, account = self.table, self.account
-        tokenized = np.bincount(table.source_D, table.tokens_D, minlength=len(table.sources))
+        tokenized = np.zeros(len(table.sources))
+        for block in blocks(len(table)):
+            of = table.sources_of(block)
+            tokenized += np.bincount(of, table.tokens_D[block], minlength=len(tokenized))
         wanted = {cell: tokens for cell, tokens in self.demand.cells.items() if tokens}
         return {
             "wanted_tokens": nested(Counter(wanted)),
@@ -154,12 +159,15 @@ class Choice:
         table = self.table
         chosen_D = np.zeros(len(table), dtype=bool)
         chosen_D[self.selection.parts.document_P] = True
-        left = np.flatnonzero(~chosen_D)
         counts: Counter[tuple[str, str, str]] = Counter()
-        pairs = zip(table.unit_D[left].tolist(), table.values("unit", left), strict=True)
-        for (number, place), times in Counter(pairs).items():
-            account = table.accounts[number]
-            counts[account.units[place], account.source, NOT_CHOSEN] += times
+        bounds = pairwise(table.first_U.tolist())
+        for tokenized, account, (first, last) in zip(
+            table.units, table.accounts, bounds, strict=True
+        ):
+            place_D = tokenized.index(["unit"]).column(0).to_numpy()
+            left = np.bincount(place_D[~chosen_D[first:last]], minlength=len(account.units))
+            for unit, number in zip(account.units, left.tolist(), strict=True):
+                counts[unit, account.source, NOT_CHOSEN] += number
         return counts
 
     def damaged_files(self) -> list[str]:
@@ -197,13 +205,25 @@ def histogram(choice: Choice) -> dict[str, Any]:
     table, parts = choice.table, choice.selection.parts
     longest = int(table.tokens_D.max(initial=table.num_boundary_tokens))
     edges = [0] + [2**power for power in range(4, longest.bit_length() + 1)]
-    rows: dict[str, dict[str, list[int]]] = {}
-    for code, source in enumerate(table.sources):
-        tokenized = table.tokens_D[table.source_D == code]
-        chosen = parts.tokens_P[table.source_D[parts.document_P] == code]
-        counted = {"tokenized": tokenized, "chosen": chosen}
-        rows[source] = {key: np.histogram(n, edges)[0].tolist() for key, n in counted.items()}
+    tokenized, chosen = np.zeros((2, len(table.sources), len(edges) - 1), np.int64)
+    for block in blocks(len(table)):
+        _count_lengths(tokenized, table.sources_of(block), table.tokens_D[block], edges)
+    for block in blocks(len(parts)):
+        own = parts.take(block)
+        _count_lengths(chosen, table.sources_of(own.document_P), own.tokens_P, edges)
+    rows = {
+        source: {"tokenized": tokenized[code].tolist(), "chosen": chosen[code].tolist()}
+        for code, source in enumerate(table.sources)
+    }
     return {"edges_tokens": edges, "num_documents": rows}
+
+
+def _count_lengths(
+    counts: np.ndarray, sources: np.ndarray, lengths: np.ndarray, edges: Sequence[int]
+) -> None:
+    """Add documents by source and length to ``counts``, shape [sources, classes]."""
+    for code in np.unique(sources):
+        counts[code] += np.histogram(lengths[sources == code], edges)[0]
 
 
 def write_document_list(folder: Path, pack_list: PackList) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_prep.candidates import WHOLE, Candidates
 from data_prep.packing import DraftSegment, Piece, pack_long, pack_short
-from data_prep.quotas import WHOLE, Selection
-from data_prep.token_files import DocumentTable, TokenizedUnit
+from data_prep.quotas import Selection
+from data_prep.token_files import ROWS_PER_BATCH, DocumentTable, TokenizedUnit
 from longrope2.corpora.corpus import RETRIEVAL_SOURCE, stable_fraction
 from longrope2.corpora.held_out import HeldOutTexts
 from longrope2.errors import DataError
@@ -48,6 +50,7 @@ LIST_SCHEMA = pa.schema(
         ("content_hash", pa.binary(16)),  # by which the split is drawn
     ]
 )
+ON_DISK = ("doc_id", "unit", "start", "text_hash", "content_hash", "order")  # until it is listed
 MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64
 TOKENS_PER_BATCH = 2**20
 
@@ -97,23 +100,19 @@ class PackList:
         Raises:
             DataError: a chosen text is held out (a fault of the packer; nothing is packed).
         """
-        parts = selection.parts
-        num_units = max(1, round(int(parts.tokens_P.sum()) / tokens_per_unit))
-        shuffle_unit_P = _mixed(table.order_D[parts.document_P]) % np.uint64(num_units)
+        num_units = max(1, round(int(selection.parts.tokens_P.sum()) / tokens_per_unit))
         with ExitStack() as stack:
             writers = []
             for unit in range(num_units):
                 path = stack.enter_context(atomic_path(self._path(unit)))
                 sink = stack.enter_context(pa.OSFile(str(path), "wb"))
                 writers.append(stack.enter_context(pa.ipc.new_stream(sink, LIST_SCHEMA)))
-            for number in range(len(table.units)):
-                own = np.flatnonzero(table.unit_D[parts.document_P] == number)
-                if len(own) == 0:
-                    continue
-                rows = _rows(table, selection, own, number)
+            for number, own in _by_unit(table, selection.parts):
+                rows, order = _rows(table, selection, own, number)
                 _require_train(rows, held_out)
-                for unit in np.unique(shuffle_unit_P[own]):
-                    here = pa.array(np.flatnonzero(shuffle_unit_P[own] == unit))
+                shuffle_unit = _mixed(order) % np.uint64(num_units)
+                for unit in np.unique(shuffle_unit):
+                    here = pa.array(np.flatnonzero(shuffle_unit == unit))
                     writers[int(unit)].write_batch(rows.take(here))
         kept = {**summary, "num_units": num_units}
         write_text(self._summary_path, json.dumps(kept, indent=1, sort_keys=True))
@@ -122,29 +121,39 @@ class PackList:
         return self.folder / f"list-{unit:05d}.arrow"
 
 
+def _by_unit(table: DocumentTable, parts: Candidates) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts by tokenized unit, in the order of its rows, no more than a batch at a time."""
+    by_document = np.argsort(parts.document_P, kind="stable")
+    ends = np.searchsorted(parts.document_P, table.first_U, sorter=by_document)
+    for number, (first, last) in enumerate(pairwise(ends)):
+        for start in range(first, last, ROWS_PER_BATCH):
+            yield number, by_document[start : min(last, start + ROWS_PER_BATCH)]
+
+
 def _rows(
     table: DocumentTable, selection: Selection, own: np.ndarray, number: int
-) -> pa.RecordBatch:
-    """Rows of the parts ``own``, all from the tokenized unit ``number``."""
-    parts = selection.parts.take(own)
-    documents, names = parts.document_P, table.accounts[number].units
-    part_ids = zip(table.values("doc_id", documents), parts.number_P.tolist(), strict=True)
-    pairs = [table.domains[code] for code in table.domain_D[documents].tolist()]
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Rows of the parts ``own``, all from the tokenized unit ``number``, and their orders."""
+    parts, names = selection.parts.take(own), table.accounts[number].units
+    rows = pa.array(parts.document_P - table.first_U[number], pa.int64())
+    kept = table.units[number].index(ON_DISK).take(rows)
+    part_ids = zip(kept.column("doc_id").to_pylist(), parts.number_P.tolist(), strict=True)
+    pairs = [table.domains[code] for code in table.domain_D[parts.document_P].tolist()]
     columns = [
         [doc_id if part == WHOLE else f"{doc_id}#{part}" for doc_id, part in part_ids],
         [source for source, _ in pairs],
         [domain for _, domain in pairs],
-        [names[place] for place in table.values("unit", documents)],
+        [names[place] for place in kept.column("unit").to_pylist()],
         [table.units[number].stem] * len(own),
-        table.start_D[documents] + parts.start_P,
+        kept.column("start").to_numpy() + parts.start_P,
         parts.content_P,
         parts.start_P,
-        selection.bucket_P[own].astype(np.int8),
-        [row.tobytes() for row in table.text_hash_D2[documents]],
-        table.values("content_hash", documents),
+        selection.bucket_P[own],
+        kept.column("text_hash").to_pylist(),
+        kept.column("content_hash").to_pylist(),
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, LIST_SCHEMA, strict=True)]
-    return pa.record_batch(arrays, schema=LIST_SCHEMA)
+    return pa.record_batch(arrays, schema=LIST_SCHEMA), kept.column("order").to_numpy()
 
 
 def _require_train(rows: pa.RecordBatch, held_out: HeldOutTexts) -> None:

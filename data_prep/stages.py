@@ -6,9 +6,8 @@ complete, unless ``keep_work`` is set.
 
 What bounds memory: a worker of the tokenize stage holds one batch of text (``tokenizing.py``), a
 worker of the pack stage one shuffle unit's list of documents (``shards.py``), both whatever the
-corpus; choosing, in this process alone, holds about 60 bytes for every document tokenized, which
-the tokens wanted bound, not the corpus. Measured with everything in one process and one shuffle
-unit, the peak grew by 0.62 kB a document (LAB_NOTES.md, section 5).
+corpus; choosing, in this process alone, holds 46 bytes for every document tokenized
+(``python -m benchmarks.pack_plan``), which the tokens wanted bound, not the corpus.
 """
 
 import json
@@ -16,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,13 @@ from data_prep.account import (
     write_document_list,
     write_losses,
 )
+from data_prep.candidates import find_candidates, measure_supply
 from data_prep.config import PackConfig, ShortOverlong
 from data_prep.demand import Cells, Supply, demand_of, length_buckets, wanted_sources
 from data_prep.duplicates import SIGNATURE_BYTES, read_exclusions, signature_of
 from data_prep.engine import run_stage
 from data_prep.notices import HeldOut, Kinds, held_out_of, kinds_of, notices
-from data_prep.quotas import Demand, Selection, find_candidates, measure_supply, select_documents
+from data_prep.quotas import Demand, Selection, select_documents
 from data_prep.reading import TOKENIZED_MARGIN, Readings
 from data_prep.reading_plan import Needed, by_source, needed_reading
 from data_prep.scan import (
@@ -90,9 +90,8 @@ def _choose(
     """
     lengths = length_buckets(config)
     candidates, account = find_candidates(table, lengths, config.documents, held_out)
-    weight_D = _weights(table, readings)
     supply = measure_supply(table, candidates, lengths)
-    read = measure_supply(table, candidates, lengths, weight_D)
+    read = measure_supply(table, candidates, lengths, _weights(table, readings))
     estimate = readings.estimate(_by_stratum(read, readings))
     natural = by_source({s: cells for s, cells in estimate.items() if cells is not None})
     fitted = demand_of(config, supply, natural, read, readings.divided_sources())
@@ -129,12 +128,12 @@ def _by_stratum(supply: Supply, readings: Readings) -> dict[Stratum, Cells]:
 
 def _weights(table: DocumentTable, readings: Readings) -> np.ndarray:
     """How many documents that were read each tokenized document stands for, shape [D]."""
-    weight_D = np.ones(len(table))
-    starts = np.searchsorted(table.unit_D, np.arange(len(table.units) + 1))
-    for account, first, last in zip(table.accounts, starts, starts[1:], strict=False):
+    weight_D = np.ones(len(table), np.float32)
+    starts = pairwise(table.first_U)
+    for unit, account, (first, last) in zip(table.units, table.accounts, starts, strict=True):
         if account.source not in readings.sources:
             continue
-        sizes = table.characters_D[first:last]
+        sizes = unit.index(["num_characters"]).column(0).to_numpy()
         for code in np.unique(table.domain_D[first:last]):
             own = table.domain_D[first:last] == code
             stratum = readings.stratum_of(*table.domains[code])
@@ -193,11 +192,12 @@ class _TokenizeStage:
     @cached_property
     def encoder(self) -> tokenizer.DocumentTokenizer:
         """The tokenizer as worker processes get it."""
-        if not self._tokenizer_file.is_file():
-            start = self.config.model.document_start
-            encoder = tokenizer.load_document_tokenizer(self.model_folder, start)
-            tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
-        return tokenizer.prepared_tokenizer(self._tokenizer_file)
+        if self._tokenizer_file.is_file():
+            return tokenizer.prepared_tokenizer(self._tokenizer_file)
+        start = self.config.model.document_start
+        encoder = tokenizer.load_document_tokenizer(self.model_folder, start)
+        tokenizer.save_prepared_tokenizer(encoder, self._tokenizer_file)
+        return encoder
 
     @cached_property
     def held_out(self) -> HeldOutTexts:
@@ -351,6 +351,7 @@ def _write_pack_list(config: PackConfig, stage: _TokenizeStage, pack_list: PackL
         found = _choose(config, table, readings, held_out)
         if not _next_round(config, readings, found):
             break
+        del table, found  # the next ones are as large
     choice = found.choice
     encoder = stage.encoder
     rules = SegmentRules(

@@ -7,7 +7,7 @@ unit with an account is complete.
     STEM.index.arrow  one row per document: id, domain, where its ids stand, hashes
     STEM.json         the account: what was read, what was left out and why
 
-The arrays take about 60 bytes a document; ids stay on disk until a document is chosen.
+The arrays take 8 bytes a document; everything else stays on disk until it is asked for.
 
 Shape letters: D documents.
 """
@@ -19,11 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
 from longrope2.corpora.corpus import TEXT_HASH_BYTES
 from longrope2.corpora.losses import Losses
@@ -31,8 +34,7 @@ from longrope2.files.artifacts import atomic_path, write_text
 
 HASH_BYTES = TEXT_HASH_BYTES
 ROWS_PER_BATCH = 16_384
-# Columns of the index that become arrays, with their types there.
-ARRAYS = {"start": np.int64, "num_tokens": np.int64, "num_characters": np.int64, "order": np.uint64}
+ROWS_PER_BLOCK = 2**17  # of arrays over all documents, where a step needs room of its own
 
 
 def _index_schema(signature_bytes: int) -> pa.Schema:
@@ -218,67 +220,85 @@ class DocumentTable:
     accounts: tuple[UnitAccount, ...]
     sources: tuple[str, ...]
     domains: tuple[tuple[str, str], ...]  # (source, domain)
-    unit_D: np.ndarray  # int32, as row_D: where in the units' indices a document is
-    row_D: np.ndarray
-    source_D: np.ndarray  # int16, counts ``sources``
+    first_U: np.ndarray  # int64 [units + 1], first document of each unit, and their number
     domain_D: np.ndarray  # int32, counts ``domains``
-    start_D: np.ndarray  # int64, first id in the unit's token file
-    tokens_D: np.ndarray  # int64, tokens with BOS and EOS
-    characters_D: np.ndarray  # int64, characters of the text
-    order_D: np.ndarray  # uint64, order of choice
-    text_hash_D2: np.ndarray  # the hash of the text as two uint64
+    tokens_D: np.ndarray  # int32, tokens with BOS and EOS
     num_boundary_tokens: int  # of a document: BOS where there is one, and EOS
 
     def __len__(self) -> int:
-        return len(self.unit_D)
+        return len(self.tokens_D)
+
+    @cached_property
+    def _source_of_domain(self) -> np.ndarray:
+        return np.array([self.sources.index(source) for source, _ in self.domains], np.int16)
+
+    def sources_of(self, documents: np.ndarray | slice) -> np.ndarray:
+        """Place in ``sources`` of some documents, int16."""
+        return self._source_of_domain[self.domain_D[documents]]
+
+    def column(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """A column of all documents that is left on disk, shape [D]; one of whole bytes each."""
+        column_D = np.empty(len(self), dtype)
+        for unit, (first, last) in zip(self.units, pairwise(self.first_U), strict=True):
+            _fill(column_D[first:last], unit.index([name]).column(0))
+        return column_D
 
     def values(self, column: str, documents: np.ndarray) -> list[Any]:
         """Values of a column that is left on disk, for some documents, in their order."""
         values = np.empty(len(documents), dtype=object)
-        units = self.unit_D[documents]
-        for unit in np.unique(units):
-            here = np.flatnonzero(units == unit)
-            rows = pa.array(self.row_D[documents[here]], pa.int64())
+        in_order = np.argsort(documents, kind="stable")
+        ends = np.searchsorted(documents[in_order], self.first_U)
+        for unit in np.flatnonzero(np.diff(ends)):
+            here = in_order[ends[unit] : ends[unit + 1]]
+            rows = pa.array(documents[here] - self.first_U[unit], pa.int64())
             values[here] = self.units[unit].index([column]).column(0).take(rows).to_pylist()
         return values.tolist()
+
+
+def blocks(number: int) -> Iterator[slice]:
+    """The whole of an array of this length, in runs of ``ROWS_PER_BLOCK``."""
+    for first in range(0, number, ROWS_PER_BLOCK):
+        yield slice(first, min(number, first + ROWS_PER_BLOCK))
 
 
 def load_documents(units: Sequence[TokenizedUnit], num_boundary_tokens: int) -> DocumentTable:
     """Read the indices of complete units."""
     accounts = [unit.account() for unit in units]
-    sources = tuple(sorted({account.source for account in accounts}))
+    first_U = np.cumsum([0, *(unit.index(["start"]).num_rows for unit in units)], dtype=np.int64)
+    domain_D, tokens_D = np.empty((2, first_U[-1]), np.int32)
     codes: dict[tuple[str, str], int] = {}
-    # Empty arrays in front, so that nothing can be joined too.
-    parts = {name: [np.zeros(0, dtype)] for name, dtype in ARRAYS.items()}
-    rows, domains = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-    hashes = [np.zeros((0, 2), np.uint64)]
-    for unit, account in zip(units, accounts, strict=True):
-        index = unit.index(["domain", "text_hash", *ARRAYS]).combine_chunks()
-        rows.append(np.arange(index.num_rows, dtype=np.int32))
-        domains.append(_domain_codes(index.column("domain"), account.source, codes))
-        joined_hashes = b"".join(index.column("text_hash").to_pylist())
-        hashes.append(np.frombuffer(joined_hashes, np.uint64).reshape(-1, 2))
-        for name in ARRAYS:
-            parts[name].append(index.column(name).to_numpy())
-    arrays = {name: np.concatenate(columns) for name, columns in parts.items()}
-    counts = np.array([len(own) for own in rows[1:]], np.int64)
-    source_codes = [sources.index(account.source) for account in accounts]
+    for unit, account, (first, last) in zip(units, accounts, pairwise(first_U), strict=True):
+        index = unit.index(["domain", "num_tokens"])
+        domain_D[first:last] = _domain_codes(index.column("domain"), account.source, codes)
+        _fill(tokens_D[first:last], index.column("num_tokens"))
+    tokens_D += num_boundary_tokens
     return DocumentTable(
         units=tuple(units),
         accounts=tuple(accounts),
-        sources=sources,
+        sources=tuple(sorted({account.source for account in accounts})),
         domains=tuple(codes),
-        unit_D=np.repeat(np.arange(len(units), dtype=np.int32), counts),
-        row_D=np.concatenate(rows),
-        source_D=np.repeat(np.asarray(source_codes, np.int16), counts),
-        domain_D=np.concatenate(domains),
-        start_D=arrays["start"],
-        tokens_D=arrays["num_tokens"] + num_boundary_tokens,
-        characters_D=arrays["num_characters"],
-        order_D=arrays["order"],
-        text_hash_D2=np.concatenate(hashes),
+        first_U=first_U,
+        domain_D=domain_D,
+        tokens_D=tokens_D,
         num_boundary_tokens=num_boundary_tokens,
     )
+
+
+def _fill(target: np.ndarray, column: pa.ChunkedArray) -> None:
+    """Copy a column, batch by batch."""
+    position = 0
+    for chunk in column.chunks:
+        if not len(chunk):
+            continue  # may have no memory at all
+        _, data = chunk.buffers()
+        if pa.types.is_fixed_size_binary(chunk.type):
+            dtype = target.dtype
+        else:
+            dtype = chunk.type.to_pandas_dtype()
+        values = np.frombuffer(data, dtype)[chunk.offset : chunk.offset + len(chunk)]
+        target[position : position + len(chunk)] = values
+        position += len(chunk)
+    assert position == len(target)
 
 
 def _domain_codes(

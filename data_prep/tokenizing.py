@@ -4,9 +4,9 @@ A large unit (a packed file cannot be read in ranges) is written in parts, each 
 a job that is stopped reads again what it had tokenized, which is fast, and goes on behind it.
 
 Memory of a worker, whatever the corpus: the tokenizer and libraries (about 0.5 GiB), one record
-batch of the corpus, and the batch being encoded: at most ``BATCH_CHARACTERS`` characters or one
-document, whichever is more, at about 200 bytes a token while it is encoded. A book of 2 million
-characters needs about 0.1 GiB for a moment.
+batch of the corpus, and the batch being encoded: about ``BATCH_CHARACTERS`` characters, at 120
+bytes each for a moment, and the ids of one document. A longer document is encoded in pieces; where
+the tokenizer is of no family that can be cut surely (``corpora/cuts.py``), whole.
 
 Retrieval documents are a unit too, so that they resume, pack and account like any other text. Their
 haystack is text of the train split, so the units it is taken from are read once more; runs without
@@ -189,7 +189,8 @@ class TokenizeJob:
         ) as add:
             wanted = self._wanted(task, _of_part(documents, account), account)
             for batch in batches_by_characters(wanted, lambda item: len(item[0].text)):
-                contents = encoder.encode_contents([document.text for document, _ in batch])
+                texts, names = zip(*((d.text, d.doc_id) for d, _ in batch), strict=True)
+                contents = encoder.encode_contents(texts, names)
                 for (document, row), ids in zip(batch, contents, strict=True):
                     add(row, ids)
                     account.num_documents += 1

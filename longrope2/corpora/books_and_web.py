@@ -6,6 +6,7 @@ publication_date, url, text.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from longrope2.corpora.config import FinewebEduConfig, Pg19Config
 from longrope2.corpora.corpus import Document, Unit
@@ -19,24 +20,33 @@ FINEWEB_EDU = SourceInfo("fineweb_edu", "FineWeb-Edu", "HuggingFaceFW/fineweb-ed
 PG19 = SourceInfo("pg19", "PG19", "emozilla/pg19", "FOLDER/data/train-00000-of-00023.parquet")
 
 
-def fineweb_edu(config: FinewebEduConfig, heldout_fraction: float) -> FileCorpus:
-    """FineWeb-Edu, a unit per file; the corpus' own ids."""
+def fineweb_edu(
+    config: FinewebEduConfig, heldout_fraction: float, recorded: Sequence[str] = ()
+) -> FileCorpus:
+    """FineWeb-Edu, a unit per file; the corpus' own ids. ``recorded``: columns for filters."""
     files = parquet_files(FINEWEB_EDU, config.root, config.revision, config.subset)
     key, groups = FINEWEB_EDU.key, one_by_one(files.files)
-    return FileCorpus(key, files, groups, _read_pages, heldout_fraction=heldout_fraction)
+    reader = partial(_read_pages, tuple(recorded))
+    return FileCorpus(key, files, groups, reader, heldout_fraction=heldout_fraction)
 
 
-def _read_pages(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
-    return with_unique_ids(_pages(unit, own, skipped), skipped)
+def _read_pages(
+    recorded: Sequence[str], unit: Unit, own: Sequence[StoredFile], skipped: Losses
+) -> Iterator[Document]:
+    return with_unique_ids(_pages(recorded, unit, own, skipped), skipped)
 
 
-def _pages(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iterator[Document]:
-    for row, record in parquet_records(own[0].location, ["text"], skipped, optional=["id"]):
+def _pages(
+    recorded: Sequence[str], unit: Unit, own: Sequence[StoredFile], skipped: Losses
+) -> Iterator[Document]:
+    optional = ["id", *recorded]
+    for row, record in parquet_records(own[0].location, ["text"], skipped, optional=optional):
         text = usable_text(record["text"], skipped)
         if text is not None:
             own_id = name_in_id(str(record["id"] or ""))
             doc_id = f"{unit.source}/{own_id}" if own_id else f"{unit.name}:{row}"
-            yield Document(doc_id, text, unit.source, "web")
+            told = {name: record[name] for name in recorded}
+            yield Document(doc_id, text, unit.source, "web", recorded=told)
 
 
 def pg19(config: Pg19Config) -> FileCorpus:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.corpus import Corpus, Document, Split, Unit
+from longrope2.corpora.filters import FilteredCorpus, filter_faults, recorded_names
 from longrope2.corpora.losses import Losses, named_files, printable
 from longrope2.errors import ConfigError, DataError
 
@@ -24,8 +25,17 @@ def build_corpus(config: CorpusConfig) -> Corpus:
         ConfigError: a key the adapter needs is missing, a folder does not exist or holds no usable
             file, or public sources cannot be read; all of them together, each with what to do.
     """
-    if faults := list(_faults(config)):
+    if faults := [*_faults(config), *filter_faults(config)]:
         raise ConfigError(faults)
+    corpus = _unfiltered(config)
+    if unknown := sorted({s for rule in config.filters for s in rule.sources} - {*corpus.sources}):
+        known = ", ".join(corpus.sources)
+        fault = f"corpus.filters: the corpus has no source {', '.join(unknown)}; it has {known}"
+        raise ConfigError([fault])
+    return FilteredCorpus(corpus, config.filters) if config.filters else corpus
+
+
+def _unfiltered(config: CorpusConfig) -> Corpus:
     if config.kind is not CorpusKind.mix:
         return _adapter(config, config.kind)
     corpora, faults = {}, []
@@ -139,7 +149,7 @@ def _place_faults(folder: str | None) -> Iterator[str]:
 
 def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
     """One adapter; only its own module is imported."""
-    heldout = config.heldout_fraction
+    heldout, recorded = config.heldout_fraction, recorded_names(config.filters, kind.value)
     match kind:
         case CorpusKind.sample:
             from longrope2.corpora.sample import SampleCorpus
@@ -162,7 +172,7 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
 
             if kind is CorpusKind.redpajama_v1:
                 return redpajama.redpajama_v1(config.redpajama_v1, heldout)
-            return redpajama.redpajama_v2(config.redpajama_v2, heldout)
+            return redpajama.redpajama_v2(config.redpajama_v2, heldout, recorded)
         case CorpusKind.starcoder:
             from longrope2.corpora.starcoder import starcoder
 
@@ -171,7 +181,7 @@ def _adapter(config: CorpusConfig, kind: CorpusKind) -> Corpus:
             from longrope2.corpora.books_and_web import fineweb_edu, pg19
 
             if kind is CorpusKind.fineweb_edu:
-                return fineweb_edu(config.fineweb_edu, heldout)
+                return fineweb_edu(config.fineweb_edu, heldout, recorded)
             return pg19(config.pg19)
         case CorpusKind.mix:
             raise AssertionError("a mix has no mix among its members")

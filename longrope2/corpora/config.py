@@ -107,6 +107,40 @@ class CorpusKind(Enum):
     mix = "mix"
 
 
+class FilterRule(Enum):
+    """What a filter goes by; ``filters.py`` has the numbers and their sources."""
+
+    minimum_length = "minimum_length"
+    language = "language"
+    gopher = "gopher"
+    gopher_repetition = "gopher_repetition"
+    c4 = "c4"
+    signal = "signal"
+
+
+@dataclass
+class FilterConfig:
+    """Documents that are not read."""
+
+    rule: FilterRule = MISSING
+    """``minimum_length``; ``language``; ``gopher``, ``gopher_repetition`` and ``c4``: published
+    rules, by RedPajama-V2's quality signals; ``signal``: a bound of your own on one of these."""
+    sources: list[str] = field(default_factory=list)
+    """Sources it holds for; empty: all."""
+    characters: int = 0
+    """Of ``minimum_length``: documents with fewer are dropped."""
+    languages: list[str] = field(default_factory=list)
+    """Of ``language``: codes that stay, as the corpus records them."""
+    score: float = 0.0
+    """Of ``language``: least recorded certainty, in [0, 1]."""
+    signal: str | None = None
+    """Of ``signal``: name of a quality signal, for example ``rps_doc_word_count``."""
+    least: float | None = None
+    """Of ``signal``: documents below are dropped; null: none."""
+    most: float | None = None
+    """Of ``signal``: documents above are dropped; null: none."""
+
+
 # Keys of a corpus that say where it stands, not what it holds; and those of ``Corpus.describe``.
 PLACES = ("folder", *(f"{kind.value}.root" for kind in CorpusKind))
 PLACES_OF_A_DESCRIPTION = ("folder", "base")
@@ -147,6 +181,10 @@ class CorpusConfig:
     heldout_characters: int | None = None
     """Read no more held-out text than this for search and evaluation; ``null`` reads all of it.
     Public corpora need a limit, their held-out share is terabytes."""
+    filters: list[FilterConfig] = field(default_factory=list)
+    """What is not read of it, for packing, search and evaluation alike:
+    ``[{rule: language, languages: [en]}, {rule: minimum_length, characters: 500}]``. What each
+    dropped is counted."""
     redpajama_v1: RedpajamaV1Config = field(default_factory=RedpajamaV1Config)
     redpajama_v2: RedpajamaV2Config = field(default_factory=RedpajamaV2Config)
     starcoder: StarcoderConfig = field(default_factory=StarcoderConfig)

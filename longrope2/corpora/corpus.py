@@ -6,7 +6,7 @@ so text used to evaluate or to search is never trained on (``held_out.py``).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -61,6 +61,8 @@ class Document:
     source: str  # name that quotas refer to
     domain: str  # finer label inside the source; mixtures can keep the mix of domains
     group: str | None = None  # documents of one group (a repository) share a split, where given
+    # What the corpus has published of it, as far as filters ask: language, quality signals.
+    recorded: Mapping[str, Any] | None = None
 
 
 class Corpus(Protocol):

