@@ -35,7 +35,7 @@ from longrope2.export.variants import (
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.folder import given_folder
+from longrope2.model.folder import model_name
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
@@ -95,9 +95,7 @@ def find_export(config: ExportRoot) -> Export:
     for variant in export.variants:
         variant_factors(factors, variant)
     if export.gguf:
-        check_gguf(
-            checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
-        )
+        check_gguf(checkpoint, export.gguf_pretokenizer)
     former, corpus = None, _cost_corpus(config)
     if corpus is None and export.cost_windows > 0:
         former = _former_corpus(config)
@@ -266,9 +264,15 @@ def _write(
     lengths = [length for length in around if length <= applied.target_len][-2:]
     differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)
     if settings.gguf:
-        base_folder = given_folder(export.config.model, export.config.target_len)
-        pretokenizer = settings.gguf_pretokenizer
-        write_gguf(folder, applied, folder / GGUF_FILE, base_folder, pretokenizer=pretokenizer)
+        notes = write_gguf(
+            folder,
+            applied,
+            folder / GGUF_FILE,
+            name=model_name(export.config.model),
+            pretokenizer=settings.gguf_pretokenizer,
+        )
+        for note in notes:
+            print(f"note: {note}")
     return {str(length): difference for length, difference in differences.items()}
 
 

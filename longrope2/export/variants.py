@@ -79,8 +79,9 @@ class ExportConfig:
     classes; needs the package ``gguf``). llama.cpp chooses the factors once, by the size of its
     context."""
     gguf_pretokenizer: str | None = None
-    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, smollm);
-    a SentencePiece tokenizer needs none."""
+    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, qwen2,
+    tekken, smollm, gpt-2); null takes the first of them that gives the model's own tokens of a list
+    of awkward texts. A SentencePiece tokenizer needs none."""
     cost_windows: int = 8
     """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for
     the model cards (perplexity of held-out text of the run's corpus, or ``corpus=``, under either

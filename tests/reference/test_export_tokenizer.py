@@ -68,7 +68,7 @@ def test_gguf_says_the_same(tmp_path: Path, rule: Rule) -> None:
     import gguf
 
     folder = exported(tmp_path / "export", TINY, rule)
-    write_gguf(folder, FACTORS, tmp_path / "model.gguf", TINY)
+    write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="tiny")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     found = fields["tokenizer.ggml.add_bos_token"].contents()
     assert found is (rule is Rule.auto)
