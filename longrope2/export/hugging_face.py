@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from longrope2.errors import ArtifactError
 from longrope2.export import variants
 from longrope2.export.model_card import StaticCost, model_card
+from longrope2.export.tokenizer import settings_for_all_readers
 from longrope2.export.variants import ExportVariant
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
@@ -71,8 +72,9 @@ def write_hugging_face_folder(
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     if (checkpoint / _TOKENIZER_CONFIG).is_file():
+        settings = settings_for_all_readers(_read_json(checkpoint / _TOKENIZER_CONFIG))
         reach = {"model_max_length": applied.target_len}
-        _write_json(folder / _TOKENIZER_CONFIG, _read_json(checkpoint / _TOKENIZER_CONFIG) | reach)
+        _write_json(folder / _TOKENIZER_CONFIG, settings | reach)
     if (checkpoint / _GENERATION_CONFIG).is_file():
         generation = _read_json(checkpoint / _GENERATION_CONFIG)
         # Llama's says 4,096, with which transformers refuses longer prompts.
