@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from longrope2.errors import ArtifactError
+from longrope2.export.card_engines import GGUF_CLASSES
 from longrope2.export.gguf_vocabulary import check_read_back, tokenizer_keys
 from longrope2.model.loading import find_weights
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
@@ -25,7 +26,6 @@ _FACTOR_TENSORS = {
     Window.LONG: "rope_factors_long.weight",
     Window.SHORT: "rope_factors_short.weight",
 }
-_CLASSES = ("llama", "mistral")
 
 
 def check_gguf(folder: Path, pretokenizer: str | None) -> None:
@@ -41,9 +41,9 @@ def check_gguf(folder: Path, pretokenizer: str | None) -> None:
 def _check_class(folder: Path) -> dict[str, Any]:
     """The config.json of a folder whose class GGUF's Llama computes."""
     config = read_raw_config(folder / CONFIG_FILE)
-    if config["model_type"] not in _CLASSES:
+    if config["model_type"] not in GGUF_CLASSES:
         fault = f"export.gguf=true: {config['model_type']} models are not supported"
-        raise ArtifactError(f"{fault}, {', '.join(_CLASSES)} are")
+        raise ArtifactError(f"{fault}, {', '.join(GGUF_CLASSES)} are")
     has_bias = config.get("attention_bias") or config.get("mlp_bias")
     if has_bias or config.get("partial_rotary_factor", 1) != 1:
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")

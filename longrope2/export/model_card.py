@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longrope2.export.card_engines import engines_section
 from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.model.folder import NO_WINDOW
 from longrope2.model.scoring import token_nll
@@ -95,69 +96,10 @@ _HOLDS = {
     ExportVariant.short_only: "This folder holds the original RoPE only, for engines that cannot "
     "switch.",
 }
-_ENGINES = {
-    ExportVariant.dual: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-| `launch.generate` of this project | yes, each sequence for itself, across the switch | |
-{transformers_rows}
-| vLLM | one window, chosen at load | `--max-model-len` \
-up to {original_len}: the original RoPE; above: the rescaled one |
-| SGLang | no: one long request moves the whole running batch to the rescaled RoPE | \
-the `long_only` or `short_only` variant |
-| llama.cpp | one window, by its context size; its converter drops Llama factors | \
-`export.gguf=true` writes `model.gguf` |
-
-- transformers switches once per forward pass, **for the whole batch**: \
-one sequence beyond {original_len:,} tokens
-  moves all others of its batch to the long window's RoPE. \
-Put short and long sequences into separate batches.
-- {cache_note}""",
-    ExportVariant.long_only: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-{transformers_rows}
-| vLLM | yes | `--max-model-len {target_len}` (its default is {original_len}) |
-| SGLang | yes | `--context-length {target_len}` |
-| llama.cpp | its converter drops the factors of Llama classes | \
-`model.gguf` of an export with `export.gguf=true` |""",
-    ExportVariant.short_only: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-| {short_engines} | yes | a window of at most {original_len} tokens |""",
-}
-_TRANSFORMERS_ROWS = {
-    ExportVariant.dual: """\
-| transformers 4.57 and later | yes, with two limits below | |
-| transformers before 4.57 | no: Llama classes never switch | \
-the `long_only` or `short_only` variant |""",
-    ExportVariant.long_only: """\
-| transformers 4.46 and later | yes; no switch, so batches may mix lengths \
-and a cache stays valid | |""",
-    ExportVariant.short_only: "",
-}
-_PHI3_ROWS = """\
-| transformers 5 and later | yes{limits} | |
-| transformers before 5 | no: its Phi-3 config refuses the attention factor, \
-and this folder with it | |"""
-_STALE_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers keeps \
-the key/value cache that was computed under the
-  short window's RoPE (for this model class). {mixed} \
-Start with a prompt that is beyond
-  {original_len:,} tokens already, stay within, or run the prompt again \
-after the crossing, as `launch.generate` does."""
-_DROPPED_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers drops the key/value cache of this \
-model class once and reads
-  the text again; it counts padding as text there, so keep rows of a batch equally long."""
-_CACHE_DROPPING_TYPES = ("phi3", "phi4_multimodal")
 _NOTE = """\
 vLLM and SGLang do not read `attention_factor`; `short_mscale` and `long_mscale` \
 in config.json tell them the same number.
-transformers warns that it does not know these two keys; it does not need them. \
-vLLM, SGLang and llama.cpp were judged by
-their public sources; this folder was not run in them."""
+transformers warns that it does not know these two keys; it does not need them."""
 _SLIDING = """
 The base model's config.json asks for a sliding window{tokens}. \
 {full}
@@ -233,32 +175,16 @@ def model_card(
         beyond="" if variant is ExportVariant.short_only else long,
         attention=_attention(base_config, config, trained=trained),
         transformers_version=transformers.__version__,
-        engines=_engines(config, variant, lengths, unscaled=unscaled, trained=trained),
+        engines=engines_section(
+            config,
+            variant,
+            lengths,
+            unscaled=unscaled,
+            trained=trained,
+            transformers_version=transformers.__version__,
+        ),
         attention_factor_note="It needs no rescaling of RoPE." if unscaled else _NOTE,
         cost=_cost(cost, variant, lengths),
-    )
-
-
-def _engines(
-    config: dict[str, Any],
-    variant: ExportVariant,
-    lengths: dict[str, int],
-    *,
-    unscaled: bool,
-    trained: bool,
-) -> str:
-    rows = _TRANSFORMERS_ROWS[variant]
-    if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
-        limits = ", with two limits below" if variant is ExportVariant.dual else ""
-        rows = _PHI3_ROWS.format(limits=limits)
-    drops_cache = config["model_type"] in _CACHE_DROPPING_TYPES
-    short_engines = "transformers, vLLM, SGLang"
-    mixed = "That is not the model that was trained." if trained else "That mixes the two RoPEs."
-    return _ENGINES[variant].format(
-        **lengths,
-        transformers_rows=rows,
-        cache_note=(_DROPPED_CACHE if drops_cache else _STALE_CACHE).format(**lengths, mixed=mixed),
-        short_engines="every engine that knows the base model" if unscaled else short_engines,
     )
 
 

@@ -197,7 +197,7 @@ def test_factors_and_card_stand_beside_the_weights(checkpoint, tmp_path):
         "| attention factor | 1 |",
         "**for the whole batch**",
         "keeps the key/value cache",
-        "`--max-model-len` up to 16: the original RoPE",
+        "`--max-model-len` up to 16 (its default): the original RoPE",
         "What that costs was not measured for this model.",
     ):
         assert part in card
