@@ -17,6 +17,7 @@ import numpy as np
 from longrope2.errors import ArtifactError
 from longrope2.export.card_engines import GGUF_CLASSES
 from longrope2.export.gguf_vocabulary import check_read_back, tokenizer_keys
+from longrope2.export.progress import say
 from longrope2.model.loading import find_weights
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
@@ -152,7 +153,11 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     num_heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for _, tensors in find_weights(folder).by_file():
+    weights = find_weights(folder)
+    num_files = len(set(weights.places.values()))
+    for number, (file, tensors) in enumerate(weights.by_file(), 1):
+        if num_files > 1:
+            say("converting", f"{file}, {number} of {num_files}")
         for name, tensor in tensors.items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:

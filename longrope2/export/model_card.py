@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longrope2.export.card_engines import engines_section
-from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.export.variants import ExportVariant, ExportVerify, variant_factors
 from longrope2.model.folder import NO_WINDOW
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
@@ -51,9 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-When this folder was written it was loaded with transformers {transformers_version}, \
-and its logits were compared with
-{compared} on either side of the end of the original window, as far as this folder reaches.
+{checked} on either side of the end of the original window, as far as this folder reaches.
 
 ## Which engines read it correctly
 
@@ -84,6 +82,16 @@ _ORIGIN = """
 {provenance}
 How well the model reads beyond {original_len:,} tokens with them was not measured by this export.
 """
+_CHECKED = {
+    ExportVerify.full: """\
+When this folder was written it was loaded with transformers {transformers_version}, \
+and its logits were compared with
+{compared}""",
+    ExportVerify.quick: """\
+When this folder was written its weights were compared with those it was made of, \
+and its first layers were loaded with
+transformers {transformers_version}: their logits were compared with {compared}, at positions""",
+}
 _TITLES = {
     ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
     ExportVariant.long_only: "window of {target_len:,} tokens, one RoPE for all lengths",
@@ -142,10 +150,12 @@ def model_card(
     variant: ExportVariant,
     cost: StaticCost | None,
     origin: str | None = None,
+    verify: ExportVerify = ExportVerify.full,
 ) -> str:
     """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured.
 
     ``origin`` says what the factors of untrained weights come from; None is a trained model.
+    ``verify`` is how the folder is checked.
     """
     import transformers
 
@@ -154,6 +164,8 @@ def model_card(
     unscaled = config["rope_parameters"]["rope_type"] == UNSCALED_TYPE
     short, long = applied.short_factors, f"Beyond: {_numbers(applied.factors)}.\n"
     trained = origin is None
+    compared = "the trained model's" if trained else "the pre-trained model's with these factors"
+    version = transformers.__version__
     title = _TITLES[variant].format(**lengths)
     if not trained and variant is not ExportVariant.short_only:
         title += ", without training"
@@ -162,7 +174,7 @@ def model_card(
         architecture=(config.get("architectures") or [config["model_type"]])[0],
         title=title,
         made=(_TRAINED if trained else _UNTRAINED).format(**lengths, scale=factors.scale),
-        compared="the trained model's" if trained else "the pre-trained model's with these factors",
+        checked=_CHECKED[verify].format(compared=compared, transformers_version=version),
         origin="" if trained else _origin(origin, factors),
         holds=_HOLDS[variant],
         variant=variant,
@@ -174,14 +186,13 @@ def model_card(
         short_factors="all 1, the original RoPE" if short is None else _numbers(short),
         beyond="" if variant is ExportVariant.short_only else long,
         attention=_attention(base_config, config, trained=trained),
-        transformers_version=transformers.__version__,
         engines=engines_section(
             config,
             variant,
             lengths,
             unscaled=unscaled,
             trained=trained,
-            transformers_version=transformers.__version__,
+            transformers_version=version,
         ),
         attention_factor_note="It needs no rescaling of RoPE." if unscaled else _NOTE,
         cost=_cost(cost, variant, lengths),

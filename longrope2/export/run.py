@@ -23,6 +23,7 @@ from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
+from longrope2.export.progress import say
 from longrope2.export.tokenizer import start_as_trained
 from longrope2.export.variants import (
     ExportConfig,
@@ -135,12 +136,13 @@ def publish(export: Export) -> _Differences:
     Raises:
         ArtifactError: plain transformers computes something else than our own model.
     """
-    unverified = [final.with_name(f".{final.name}.tmp") for final in export.finals]
+    unverified = [_unverified(final) for final in export.finals]
     differences: _Differences = {}
+    for variant in ExportVariant:  # what a killed export has left, of whatever variants
+        shutil.rmtree(_unverified(export.folder / variant.folder_name), ignore_errors=True)
     try:
         cost = static_cost(export)
         for variant, temporary in zip(export.config.export.variants, unverified, strict=True):
-            shutil.rmtree(temporary, ignore_errors=True)
             # All variants share the weight files of the first.
             weights_from = unverified[0] if temporary is not unverified[0] else None
             differences[variant.folder_name] = _write(
@@ -155,6 +157,11 @@ def publish(export: Export) -> _Differences:
             shutil.rmtree(temporary, ignore_errors=True)
     _write_manifest(export, differences, cost)
     return differences
+
+
+def _unverified(final: Path) -> Path:
+    """Where a folder stands until it is verified."""
+    return final.with_name(f".{final.name}.tmp")
 
 
 def static_cost(export: Export) -> StaticCost | None:
@@ -177,6 +184,7 @@ def static_cost(export: Export) -> StaticCost | None:
         few = f"on {len(documents)} texts, all that corpus {corpus.name} holds out"
         print(f"cost       measured {few} (export.cost_windows={num_windows} asks for more)")
         num_windows = len(documents)
+    say("measuring", f"the cost of a static choice, on {num_windows} texts")
     tokenizer = load_tokenizer(export.checkpoint)
     encoder = DocumentTokenizer(tokenizer, export.config.model.document_start)
     original_len, windows = export.factors.geometry.original_len, []
@@ -249,6 +257,7 @@ def _write(
     """Write one folder and compare it with our own model in the windows that it holds."""
     settings, applied = export.config.export, variant_factors(export.factors, variant)
     dtype, original_len = settings.dtype.torch_dtype, export.factors.geometry.original_len
+    say("writing", f"{variant.folder_name}, {settings.dtype.value}")
     write_hugging_face_folder(
         export.checkpoint,
         export.factors,
@@ -258,12 +267,16 @@ def _write(
         cost=cost,
         weights_from=weights_from,
         origin=export.origin,
+        verify=settings.verify,
     )
     start_as_trained(folder, export.config.model.document_start)
     around = (original_len - 1, original_len, original_len + 1)
     lengths = [length for length in around if length <= applied.target_len][-2:]
-    differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)
+    differences = verify_export(
+        export.checkpoint, applied, folder, dtype=dtype, lengths=lengths, verify=settings.verify
+    )
     if settings.gguf:
+        say("writing", f"{variant.folder_name}/{GGUF_FILE}")
         notes = write_gguf(
             folder,
             applied,
@@ -311,6 +324,7 @@ def _remove_former(export: Export) -> None:
 def _write_manifest(export: Export, differences: _Differences, cost: StaticCost | None) -> None:
     """Declare the export finished."""
     settings, finals = export.config.export, export.finals
+    say("hashing", "the folders, for the manifest")
     paths = [path for final in finals for path in sorted(final.iterdir())]
     manifest = artifacts.Manifest(
         "exports",
@@ -329,6 +343,7 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
             "dtype": settings.dtype.value,
             "variants": [variant.value for variant in settings.variants],
             "gguf": settings.gguf,
+            "verify": settings.verify.value,
             "original_len": export.factors.geometry.original_len,
             "target_len": export.factors.target_len,
             "largest_relative_logit_difference": differences,
