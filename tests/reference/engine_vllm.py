@@ -5,11 +5,18 @@ request names a folder and ``max_model_len`` (null is vLLM's default), and holds
 (``prompts``) or to continue (``continue``), and texts to tokenize (``texts``).
 """
 
+import gc
 import json
+import os
 import sys
+
+# Its engine in this process: another would import everything once more for each request. And
+# nothing compiled: that takes minutes, for a model of a million parameters.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 
 import vllm
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 VOCAB_SIZE = 2048
 
@@ -38,9 +45,8 @@ def answer(request: dict) -> dict:
         "generations": [generation(model, *asked) for asked in request.get("continue", [])],
         "tokens": [model.get_tokenizer().encode(text) for text in request.get("texts", [])],
     }
-    shutdown = getattr(model.llm_engine.engine_core, "shutdown", None)
-    if shutdown is not None:
-        shutdown()
+    del model
+    gc.collect()
     return found
 
 
@@ -49,7 +55,7 @@ def distribution(model: LLM, ids: list[int]) -> dict:
     settings = SamplingParams(max_tokens=1, temperature=0, logprobs=VOCAB_SIZE)
     try:
         made = model.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return {"error": str(error)}
     return {str(n): entry.logprob for n, entry in made[0].outputs[0].logprobs[0].items()}
 
