@@ -53,8 +53,13 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_a_small_machine():
-    """For the engine's processes: a small cache, and no network."""
-    names = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    """For the engine's processes: a small cache, nothing compiled, and no network."""
+    names = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in names.items():
             patch.setenv(name, value)
