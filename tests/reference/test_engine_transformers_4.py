@@ -40,7 +40,8 @@ SHORT, LONG = Window.SHORT, Window.LONG
 CASES = {
     ExportVariant.dual: {100: SHORT, 256: SHORT, 257: LONG, 600: LONG},
     ExportVariant.long_only: {100: LONG, 256: LONG, 257: LONG, 600: LONG},
-    ExportVariant.short_only: {100: SHORT, 256: SHORT},
+    # Beyond L0 it goes on without a word.
+    ExportVariant.short_only: {100: SHORT, 256: SHORT, 300: SHORT},
 }
 
 
