@@ -32,7 +32,8 @@ from longrope2.command import USER_FAULT_EXIT_CODE
 from longrope2.config import find_shipped, target_faults
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.kernel_choice import AttentionKernel, NormKernel
-from longrope2.model.folder import ANY_MODEL, find_config_file, local_model_folder
+from longrope2.model.facts import ANY_MODEL
+from longrope2.model.folder import find_config_file, local_model_folder
 from longrope2.model.loading import find_weights
 from longrope2.model.norms import choose_norm, norm_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape

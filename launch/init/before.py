@@ -9,7 +9,8 @@ from longrope2.corpora.build import build_corpus, ignored_files
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.folder import PLAIN_TEXT_ENDINGS
 from longrope2.errors import ConfigError
-from longrope2.model.folder import look_before, model_name
+from longrope2.model.facts import model_name
+from longrope2.model.folder import look_before
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.presets import CONF_FOLDER, FILE_SUFFIXES, OWN_EXPERIMENTS

@@ -36,7 +36,7 @@ from longrope2.export.variants import (
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.folder import model_name
+from longrope2.model.facts import model_name
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod

