@@ -8,7 +8,7 @@ the factors of ``rope=``, which nobody trained, in ``5_exports/untrained``.
 import sys
 
 from longrope2.claim import claim_folder
-from longrope2.command import run_command
+from longrope2.command import cleaning_up_when_ended, run_command
 from longrope2.config import compose
 from longrope2.errors import ConfigError, waiting_lines
 from longrope2.export.variants import ExportRoot, final_folders, known_faults, missing_input
@@ -28,6 +28,12 @@ def main() -> None:
     if config.dry_run and (missing := missing_input(config)):
         print(_waiting(config, missing))
         return
+    with cleaning_up_when_ended():
+        _export(config)
+
+
+def _export(config: ExportRoot) -> None:
+    """Find, print the plan, and unless that is all that is wanted, write, verify and publish."""
     # Only now: torch and transformers load for seconds.
     from longrope2.export.run import cost_in_words, find_export, is_complete, publish
 

@@ -1,16 +1,19 @@
 """How every command ends: its exit code, and a user's error as one message.
 
 Exit codes: 0 done (or stopped as configured), 1 a fault of this project or a killed rank, and those
-below. 75 and 76 are EX_TEMPFAIL ("try again later") and EX_PROTOCOL of sysexits.h, so that a job
-script can tell them from all others (``slurm/common.sh``). Nothing heavy is imported here: a rank's
-agent reads the codes before it loads torch.
+below; 143 or 129 where SIGTERM or SIGHUP ended a command that cleans up. 75 and 76 are EX_TEMPFAIL
+("try again later") and EX_PROTOCOL of sysexits.h, so that a job script can tell them from all
+others (``slurm/common.sh``). Nothing heavy is imported here: a rank's agent reads the codes before
+it loads torch.
 """
 
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 
 from longrope2.errors import UserError
 from longrope2.system_errors import explain
@@ -51,6 +54,32 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+@contextmanager
+def cleaning_up_when_ended() -> Iterator[None]:
+    """While open, SIGTERM and SIGHUP leave through every ``finally``: Python's default runs none.
+
+    A signal that is ignored (``nohup``) stays ignored; one more does not disturb the cleaning up.
+    The exit code is a shell's for the signal, 128 and its number.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        print(f"ended by {name}; run the same command again", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rank_exit_code(codes: Mapping[int, int]) -> int:

@@ -32,6 +32,7 @@ from longrope2.command import USER_FAULT_EXIT_CODE
 from longrope2.config import find_shipped, target_faults
 from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.kernel_choice import AttentionKernel, NormKernel
+from longrope2.model.facts import ANY_MODEL
 from longrope2.model.folder import find_config_file, local_model_folder
 from longrope2.model.loading import find_weights
 from longrope2.model.norms import choose_norm, norm_fault
@@ -42,8 +43,6 @@ from longrope2.training.optimizer import optimizer_fault
 
 GIB = 2**30
 SUPPORTED = "supported"
-# The preset of a model of the user's own, whose answer is about the model alone.
-CUSTOM = "custom"
 # Target over original window where the command line gives none that fits the model.
 ASSUMED_SCALE = 16
 # Lowest version that the code is written for, as in pyproject.toml (a test compares).
@@ -95,7 +94,7 @@ def machine_command(config: DoctorRoot) -> None:
             model not supported.
     """
     findings = find_all(config)
-    if config.model.name == CUSTOM:
+    if config.model.name == ANY_MODEL:  # the answer is about the model alone
         findings = only_model(findings)
     print_findings(findings)
     if any(finding.refused for finding in findings):

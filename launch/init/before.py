@@ -1,6 +1,5 @@
 """The settings of ``launch.init``, and what it would be refused for before torch is imported."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +9,13 @@ from longrope2.corpora.build import build_corpus, ignored_files
 from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.corpora.folder_files import PLAIN_TEXT_ENDINGS
 from longrope2.errors import ConfigError
+from longrope2.model.facts import model_name
 from longrope2.model.folder import look_before
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.planning.hardware import HardwareConfig
 from longrope2.presets import CONF_FOLDER, FILE_SUFFIXES, OWN_EXPERIMENTS
 
-_UNNAMED, _ANY_MODEL = "auto", "custom"
+_UNNAMED = "auto"
 
 
 @dataclass
@@ -53,8 +53,7 @@ def prepare(config: InitRoot) -> Path:
         faults.append(f"most_characters={config.most_characters} must be at least 1")
     if (folder := find_shipped(config.model.path)).is_dir():
         config.model.path = str(folder.resolve())
-    if config.model.name == _ANY_MODEL:
-        config.model.name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(config.model.path).name).strip("_")
+    config.model.name = model_name(config.model)
     if config.run.name == _UNNAMED:
         config.run.name = f"{config.model.name}_{config.target_len}"
     path = Path(config.file or OWN_EXPERIMENTS / f"{config.run.name.replace('/', '_')}.yaml")

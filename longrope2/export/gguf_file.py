@@ -8,14 +8,16 @@ tensors for Llama classes. Query and key rows are reordered: GGUF's Llama pairs 
 channels where Hugging Face pairs the two halves of a head.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longrope2.errors import ArtifactError
+from longrope2.export.card_engines import GGUF_CLASSES
+from longrope2.export.gguf_vocabulary import check_read_back, tokenizer_keys
+from longrope2.export.progress import say
 from longrope2.model.loading import find_weights
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
 from longrope2.rope.factors import RescaleFactors, Window
@@ -25,41 +27,45 @@ _FACTOR_TENSORS = {
     Window.LONG: "rope_factors_long.weight",
     Window.SHORT: "rope_factors_short.weight",
 }
-_CLASSES = ("llama", "mistral")
 
 
-def check_gguf(folder: Path, tokenizer_folder: Path, pretokenizer: str | None) -> None:
+def check_gguf(folder: Path, pretokenizer: str | None) -> None:
     """Refuse a checkpoint or exported folder that cannot become a GGUF file, before any work.
 
     Raises:
         ArtifactError: not a Llama class, a part of the channels rotated, biases, or a tokenizer
-            whose kind is not known.
+            whose tokens llama.cpp would not make (``tokenizer_keys``).
     """
+    tokenizer_keys(folder, _check_class(folder)["vocab_size"], pretokenizer)
+
+
+def _check_class(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder whose class GGUF's Llama computes."""
     config = read_raw_config(folder / CONFIG_FILE)
-    if config["model_type"] not in _CLASSES:
+    if config["model_type"] not in GGUF_CLASSES:
         fault = f"export.gguf=true: {config['model_type']} models are not supported"
-        raise ArtifactError(f"{fault}, {', '.join(_CLASSES)} are")
+        raise ArtifactError(f"{fault}, {', '.join(GGUF_CLASSES)} are")
     has_bias = config.get("attention_bias") or config.get("mlp_bias")
     if has_bias or config.get("partial_rotary_factor", 1) != 1:
         raise ArtifactError("export.gguf=true: biases and partly rotated heads are not supported")
-    if not (tokenizer_folder / "tokenizer.model").is_file() and pretokenizer is None:
-        raise ArtifactError(
-            "export.gguf=true: this tokenizer is a byte-level BPE; set export.gguf_pretokenizer to "
-            "llama.cpp's name for how it splits text (llama-bpe for Llama 3, smollm for SmolLM2)"
-        )
+    return config
 
 
 def write_gguf(
-    folder: Path,
-    factors: RescaleFactors,
-    path: Path,
-    tokenizer_folder: Path,
-    pretokenizer: str | None = None,
-) -> None:
+    folder: Path, factors: RescaleFactors, path: Path, *, name: str, pretokenizer: str | None = None
+) -> list[str]:
     """Write config, factors, tokenizer and weights of an exported folder, then read the file back.
 
-    A SentencePiece model is taken from the base model's ``tokenizer_folder``; ``pretokenizer`` is
-    llama.cpp's name for the splitting rule of a byte-level BPE tokenizer.
+    Args:
+        folder: The exported folder.
+        factors: What its variant applies.
+        path: The file to write.
+        name: ``general.name``, what programs show.
+        pretokenizer: llama.cpp's name for the splitting rule of a byte-level BPE tokenizer; None
+            finds it.
+
+    Returns:
+        Notes for the user on the tokenizer (``check_read_back``).
 
     Raises:
         ArtifactError: see ``check_gguf`` and ``find_weights``; or what was read back is not what
@@ -67,12 +73,13 @@ def write_gguf(
     """
     import gguf
 
-    check_gguf(folder, tokenizer_folder, pretokenizer)
-    config = read_raw_config(folder / CONFIG_FILE)
+    config = _check_class(folder)
+    keys = tokenizer_keys(folder, config["vocab_size"], pretokenizer)
+    _check_name(name)
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
     _add_config(writer, config, factors)
-    folders = (folder, tokenizer_folder)
-    _add_tokenizer(writer, *folders, vocab_size=config["vocab_size"], pretokenizer=pretokenizer)
+    _add_keys(writer, keys)
     for window, name in _FACTOR_TENSORS.items():
         writer.add_tensor(name, _float32(factors, window))
     bf16 = config["dtype"] == "bfloat16"
@@ -87,6 +94,7 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     _check_read_back(path, factors, config)
+    return check_read_back(_fields(path, "tokenizer."), folder, path)
 
 
 def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) -> None:
@@ -113,48 +121,30 @@ def _add_config(writer: Any, config: dict[str, Any], factors: RescaleFactors) ->
     writer.add_rope_scaling_attn_factors(factors.long_attention_scale)
 
 
-def _add_tokenizer(
-    writer: Any, folder: Path, tokenizer_folder: Path, *, vocab_size: int, pretokenizer: str | None
-) -> None:
-    """Tokens with their kinds; merges and special ids are found by gguf itself."""
-    import gguf
+def _check_name(name: str) -> None:
+    """llama.cpp strips blanks behind the special tokens of models of this name."""
+    if any(part in name.lower() for part in ("phi-3", "phi3")):
+        raise ArtifactError(
+            f"export.gguf=true: llama.cpp reads the tokenizer of a model named {name} by the rules "
+            "of Phi-3, which this class does not have; set model.name to another name"
+        )
 
-    if (tokenizer_folder / "tokenizer.model").is_file():
-        vocab = gguf.SentencePieceVocab(tokenizer_folder)
-        tokens, scores, kinds = (list(column) for column in zip(*vocab.all_tokens(), strict=True))
-        writer.add_tokenizer_model("llama")
-        writer.add_token_scores(scores + [-1000.0] * (vocab_size - len(tokens)))
-    else:
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocab = tokenizer["model"]["vocab"]
-        by_id = {number: (token, gguf.TokenType.NORMAL) for token, number in vocab.items()}
-        for added in tokenizer["added_tokens"]:
-            kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-            by_id[added["id"]] = added["content"], kind
-        # A vocabulary may leave ids out.
-        entries = [by_id.get(number, _unused(number)) for number in range(max(by_id) + 1)]
-        tokens, kinds = (list(column) for column in zip(*entries, strict=True))
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pretokenizer)
-    for number in range(len(tokens), vocab_size):
-        token, kind = _unused(number)
-        tokens.append(token)
-        kinds.append(kind)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    has_merges = pretokenizer is not None
-    special = gguf.SpecialVocab(folder, load_merges=has_merges, n_vocab=vocab_size)
-    special.add_to_gguf(writer, quiet=True)
+
+def _add_keys(writer: Any, keys: Mapping[str, Any]) -> None:
+    """Values under their keys, in GGUF's types for Python's."""
+    for key, value in keys.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
 
 
 def _float32(factors: RescaleFactors, window: Window) -> np.ndarray:
     return np.array(factors.window_factors(window), dtype=np.float32)
-
-
-def _unused(number: int) -> tuple[str, int]:
-    import gguf
-
-    return f"[PAD{number}]", gguf.TokenType.UNUSED
 
 
 def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -163,7 +153,11 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     num_heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for _, tensors in find_weights(folder).by_file():
+    weights = find_weights(folder)
+    num_files = len(set(weights.places.values()))
+    for number, (file, tensors) in enumerate(weights.by_file(), 1):
+        if num_files > 1:
+            say("converting", f"{file}, {number} of {num_files}")
         for name, tensor in tensors.items():
             renamed = names.get_name(name, try_suffixes=(".weight",))
             if renamed is None:
@@ -176,6 +170,14 @@ def _renamed_tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
                     halves = values.reshape(heads, 2, -1, columns)
                     values = halves.swapaxes(1, 2).reshape(rows, columns)
             yield renamed, np.ascontiguousarray(values)
+
+
+def _fields(path: Path, prefix: str) -> dict[str, Any]:
+    """Keys of a file that begin so, as plain values."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if key.startswith(prefix)}
 
 
 def _check_read_back(path: Path, factors: RescaleFactors, config: dict[str, Any]) -> None:

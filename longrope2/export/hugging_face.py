@@ -19,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 from longrope2.errors import ArtifactError
 from longrope2.export import variants
 from longrope2.export.model_card import StaticCost, model_card
-from longrope2.export.variants import ExportVariant
+from longrope2.export.progress import say
+from longrope2.export.tokenizer import settings_for_all_readers
+from longrope2.export.variants import ExportVariant, ExportVerify
 from longrope2.files.artifacts import write_text
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.given import build_without_memory, cut_layers
@@ -46,13 +48,15 @@ def write_hugging_face_folder(
     cost: StaticCost | None = None,
     weights_from: Path | None = None,
     origin: str | None = None,
+    verify: ExportVerify = ExportVerify.full,
 ) -> None:
     """Write config, weights, tokenizer and model card of a finished checkpoint into ``folder``.
 
     Floating-point weights are cast to ``dtype``, or shared with ``weights_from``, a folder already
     written from this checkpoint in this format (hard links where the file system has them). A
     ``cost`` of None is said to be unmeasured in the card; ``origin``, for a ``checkpoint`` that is
-    the untrained base model, says there what the factors come from.
+    the untrained base model, says there what the factors come from, and ``verify`` what the folder
+    will have been checked by.
 
     Raises:
         FactorsError: the factors cannot be said in a Hugging Face config (two attention scales).
@@ -71,15 +75,18 @@ def write_hugging_face_folder(
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     if (checkpoint / _TOKENIZER_CONFIG).is_file():
+        settings = settings_for_all_readers(_read_json(checkpoint / _TOKENIZER_CONFIG))
         reach = {"model_max_length": applied.target_len}
-        _write_json(folder / _TOKENIZER_CONFIG, _read_json(checkpoint / _TOKENIZER_CONFIG) | reach)
+        _write_json(folder / _TOKENIZER_CONFIG, settings | reach)
     if (checkpoint / _GENERATION_CONFIG).is_file():
         generation = _read_json(checkpoint / _GENERATION_CONFIG)
         # Llama's says 4,096, with which transformers refuses longer prompts.
         reach = {"max_length": applied.target_len} if "max_length" in generation else {}
         _write_json(folder / _GENERATION_CONFIG, generation | reach)
     write_text(folder / FACTORS_FILE, applied.to_json())
-    card = model_card(base_config, config, factors, variant=variant, cost=cost, origin=origin)
+    card = model_card(
+        base_config, config, factors, variant=variant, cost=cost, origin=origin, verify=verify
+    )
     write_text(folder / "README.md", card)
 
 
@@ -165,7 +172,10 @@ def _brief(error: Exception) -> str:
 def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     """Cast and write what the model reads, each file under its own name; an index goes along."""
     total_bytes, weights = 0, find_weights(checkpoint)
-    for file, tensors in weights.by_file():
+    num_files = len(set(weights.places.values()))
+    for number, (file, tensors) in enumerate(weights.by_file(), 1):
+        if num_files > 1:
+            say("writing", f"{file}, {number} of {num_files}")
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())

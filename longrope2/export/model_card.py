@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longrope2.export.variants import ExportVariant, variant_factors
+from longrope2.export.card_engines import engines_section
+from longrope2.export.variants import ExportVariant, ExportVerify, variant_factors
 from longrope2.model.folder import NO_WINDOW
 from longrope2.model.scoring import token_nll
 from longrope2.model.windowed import WindowedModel
@@ -50,9 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-When this folder was written it was loaded with transformers {transformers_version}, \
-and its logits were compared with
-{compared} on either side of the end of the original window, as far as this folder reaches.
+{checked} on either side of the end of the original window, as far as this folder reaches.
 
 ## Which engines read it correctly
 
@@ -83,6 +82,16 @@ _ORIGIN = """
 {provenance}
 How well the model reads beyond {original_len:,} tokens with them was not measured by this export.
 """
+_CHECKED = {
+    ExportVerify.full: """\
+When this folder was written it was loaded with transformers {transformers_version}, \
+and its logits were compared with
+{compared}""",
+    ExportVerify.quick: """\
+When this folder was written its weights were compared with those it was made of, \
+and its first layers were loaded with
+transformers {transformers_version}: their logits were compared with {compared}, at positions""",
+}
 _TITLES = {
     ExportVariant.dual: "window extended from {original_len:,} to {target_len:,} tokens",
     ExportVariant.long_only: "window of {target_len:,} tokens, one RoPE for all lengths",
@@ -95,69 +104,10 @@ _HOLDS = {
     ExportVariant.short_only: "This folder holds the original RoPE only, for engines that cannot "
     "switch.",
 }
-_ENGINES = {
-    ExportVariant.dual: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-| `launch.generate` of this project | yes, each sequence for itself, across the switch | |
-{transformers_rows}
-| vLLM | one window, chosen at load | `--max-model-len` \
-up to {original_len}: the original RoPE; above: the rescaled one |
-| SGLang | no: one long request moves the whole running batch to the rescaled RoPE | \
-the `long_only` or `short_only` variant |
-| llama.cpp | one window, by its context size; its converter drops Llama factors | \
-`export.gguf=true` writes `model.gguf` |
-
-- transformers switches once per forward pass, **for the whole batch**: \
-one sequence beyond {original_len:,} tokens
-  moves all others of its batch to the long window's RoPE. \
-Put short and long sequences into separate batches.
-- {cache_note}""",
-    ExportVariant.long_only: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-{transformers_rows}
-| vLLM | yes | `--max-model-len {target_len}` (its default is {original_len}) |
-| SGLang | yes | `--context-length {target_len}` |
-| llama.cpp | its converter drops the factors of Llama classes | \
-`model.gguf` of an export with `export.gguf=true` |""",
-    ExportVariant.short_only: """\
-| engine | reads it correctly | what to set |
-|---|---|---|
-| {short_engines} | yes | a window of at most {original_len} tokens |""",
-}
-_TRANSFORMERS_ROWS = {
-    ExportVariant.dual: """\
-| transformers 4.57 and later | yes, with two limits below | |
-| transformers before 4.57 | no: Llama classes never switch | \
-the `long_only` or `short_only` variant |""",
-    ExportVariant.long_only: """\
-| transformers 4.46 and later | yes; no switch, so batches may mix lengths \
-and a cache stays valid | |""",
-    ExportVariant.short_only: "",
-}
-_PHI3_ROWS = """\
-| transformers 5 and later | yes{limits} | |
-| transformers before 5 | no: its Phi-3 config refuses the attention factor, \
-and this folder with it | |"""
-_STALE_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers keeps \
-the key/value cache that was computed under the
-  short window's RoPE (for this model class). {mixed} \
-Start with a prompt that is beyond
-  {original_len:,} tokens already, stay within, or run the prompt again \
-after the crossing, as `launch.generate` does."""
-_DROPPED_CACHE = """\
-When generation crosses {original_len:,} tokens, transformers drops the key/value cache of this \
-model class once and reads
-  the text again; it counts padding as text there, so keep rows of a batch equally long."""
-_CACHE_DROPPING_TYPES = ("phi3", "phi4_multimodal")
 _NOTE = """\
 vLLM and SGLang do not read `attention_factor`; `short_mscale` and `long_mscale` \
 in config.json tell them the same number.
-transformers warns that it does not know these two keys; it does not need them. \
-vLLM, SGLang and llama.cpp were judged by
-their public sources; this folder was not run in them."""
+transformers warns that it does not know these two keys; it does not need them."""
 _SLIDING = """
 The base model's config.json asks for a sliding window{tokens}. \
 {full}
@@ -200,10 +150,12 @@ def model_card(
     variant: ExportVariant,
     cost: StaticCost | None,
     origin: str | None = None,
+    verify: ExportVerify = ExportVerify.full,
 ) -> str:
     """Text of README.md for the exported ``config``, of which ``cost`` may be unmeasured.
 
     ``origin`` says what the factors of untrained weights come from; None is a trained model.
+    ``verify`` is how the folder is checked.
     """
     import transformers
 
@@ -212,6 +164,8 @@ def model_card(
     unscaled = config["rope_parameters"]["rope_type"] == UNSCALED_TYPE
     short, long = applied.short_factors, f"Beyond: {_numbers(applied.factors)}.\n"
     trained = origin is None
+    compared = "the trained model's" if trained else "the pre-trained model's with these factors"
+    version = transformers.__version__
     title = _TITLES[variant].format(**lengths)
     if not trained and variant is not ExportVariant.short_only:
         title += ", without training"
@@ -220,7 +174,7 @@ def model_card(
         architecture=(config.get("architectures") or [config["model_type"]])[0],
         title=title,
         made=(_TRAINED if trained else _UNTRAINED).format(**lengths, scale=factors.scale),
-        compared="the trained model's" if trained else "the pre-trained model's with these factors",
+        checked=_CHECKED[verify].format(compared=compared, transformers_version=version),
         origin="" if trained else _origin(origin, factors),
         holds=_HOLDS[variant],
         variant=variant,
@@ -232,33 +186,16 @@ def model_card(
         short_factors="all 1, the original RoPE" if short is None else _numbers(short),
         beyond="" if variant is ExportVariant.short_only else long,
         attention=_attention(base_config, config, trained=trained),
-        transformers_version=transformers.__version__,
-        engines=_engines(config, variant, lengths, unscaled=unscaled, trained=trained),
+        engines=engines_section(
+            config,
+            variant,
+            lengths,
+            unscaled=unscaled,
+            trained=trained,
+            transformers_version=version,
+        ),
         attention_factor_note="It needs no rescaling of RoPE." if unscaled else _NOTE,
         cost=_cost(cost, variant, lengths),
-    )
-
-
-def _engines(
-    config: dict[str, Any],
-    variant: ExportVariant,
-    lengths: dict[str, int],
-    *,
-    unscaled: bool,
-    trained: bool,
-) -> str:
-    rows = _TRANSFORMERS_ROWS[variant]
-    if config["model_type"] == "phi3" and variant is not ExportVariant.short_only:
-        limits = ", with two limits below" if variant is ExportVariant.dual else ""
-        rows = _PHI3_ROWS.format(limits=limits)
-    drops_cache = config["model_type"] in _CACHE_DROPPING_TYPES
-    short_engines = "transformers, vLLM, SGLang"
-    mixed = "That is not the model that was trained." if trained else "That mixes the two RoPEs."
-    return _ENGINES[variant].format(
-        **lengths,
-        transformers_rows=rows,
-        cache_note=(_DROPPED_CACHE if drops_cache else _STALE_CACHE).format(**lengths, mixed=mixed),
-        short_engines="every engine that knows the base model" if unscaled else short_engines,
     )
 
 

@@ -23,6 +23,7 @@ from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost, measure_static_cost
+from longrope2.export.progress import say
 from longrope2.export.tokenizer import start_as_trained
 from longrope2.export.variants import (
     ExportConfig,
@@ -35,7 +36,7 @@ from longrope2.export.variants import (
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
 from longrope2.model.factors_source import RopeConfig
-from longrope2.model.folder import given_folder
+from longrope2.model.facts import model_name
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
@@ -95,9 +96,7 @@ def find_export(config: ExportRoot) -> Export:
     for variant in export.variants:
         variant_factors(factors, variant)
     if export.gguf:
-        check_gguf(
-            checkpoint, given_folder(config.model, config.target_len), export.gguf_pretokenizer
-        )
+        check_gguf(checkpoint, export.gguf_pretokenizer)
     former, corpus = None, _cost_corpus(config)
     if corpus is None and export.cost_windows > 0:
         former = _former_corpus(config)
@@ -137,12 +136,13 @@ def publish(export: Export) -> _Differences:
     Raises:
         ArtifactError: plain transformers computes something else than our own model.
     """
-    unverified = [final.with_name(f".{final.name}.tmp") for final in export.finals]
+    unverified = [_unverified(final) for final in export.finals]
     differences: _Differences = {}
+    for variant in ExportVariant:  # what a killed export has left, of whatever variants
+        shutil.rmtree(_unverified(export.folder / variant.folder_name), ignore_errors=True)
     try:
         cost = static_cost(export)
         for variant, temporary in zip(export.config.export.variants, unverified, strict=True):
-            shutil.rmtree(temporary, ignore_errors=True)
             # All variants share the weight files of the first.
             weights_from = unverified[0] if temporary is not unverified[0] else None
             differences[variant.folder_name] = _write(
@@ -157,6 +157,11 @@ def publish(export: Export) -> _Differences:
             shutil.rmtree(temporary, ignore_errors=True)
     _write_manifest(export, differences, cost)
     return differences
+
+
+def _unverified(final: Path) -> Path:
+    """Where a folder stands until it is verified."""
+    return final.with_name(f".{final.name}.tmp")
 
 
 def static_cost(export: Export) -> StaticCost | None:
@@ -179,6 +184,7 @@ def static_cost(export: Export) -> StaticCost | None:
         few = f"on {len(documents)} texts, all that corpus {corpus.name} holds out"
         print(f"cost       measured {few} (export.cost_windows={num_windows} asks for more)")
         num_windows = len(documents)
+    say("measuring", f"the cost of a static choice, on {num_windows} texts")
     tokenizer = load_tokenizer(export.checkpoint)
     encoder = DocumentTokenizer(tokenizer, export.config.model.document_start)
     original_len, windows = export.factors.geometry.original_len, []
@@ -251,6 +257,7 @@ def _write(
     """Write one folder and compare it with our own model in the windows that it holds."""
     settings, applied = export.config.export, variant_factors(export.factors, variant)
     dtype, original_len = settings.dtype.torch_dtype, export.factors.geometry.original_len
+    say("writing", f"{variant.folder_name}, {settings.dtype.value}")
     write_hugging_face_folder(
         export.checkpoint,
         export.factors,
@@ -260,15 +267,25 @@ def _write(
         cost=cost,
         weights_from=weights_from,
         origin=export.origin,
+        verify=settings.verify,
     )
     start_as_trained(folder, export.config.model.document_start)
     around = (original_len - 1, original_len, original_len + 1)
     lengths = [length for length in around if length <= applied.target_len][-2:]
-    differences = verify_export(export.checkpoint, applied, folder, dtype=dtype, lengths=lengths)
+    differences = verify_export(
+        export.checkpoint, applied, folder, dtype=dtype, lengths=lengths, verify=settings.verify
+    )
     if settings.gguf:
-        base_folder = given_folder(export.config.model, export.config.target_len)
-        pretokenizer = settings.gguf_pretokenizer
-        write_gguf(folder, applied, folder / GGUF_FILE, base_folder, pretokenizer=pretokenizer)
+        say("writing", f"{variant.folder_name}/{GGUF_FILE}")
+        notes = write_gguf(
+            folder,
+            applied,
+            folder / GGUF_FILE,
+            name=model_name(export.config.model),
+            pretokenizer=settings.gguf_pretokenizer,
+        )
+        for note in notes:
+            print(f"note: {note}")
     return {str(length): difference for length, difference in differences.items()}
 
 
@@ -307,6 +324,7 @@ def _remove_former(export: Export) -> None:
 def _write_manifest(export: Export, differences: _Differences, cost: StaticCost | None) -> None:
     """Declare the export finished."""
     settings, finals = export.config.export, export.finals
+    say("hashing", "the folders, for the manifest")
     paths = [path for final in finals for path in sorted(final.iterdir())]
     manifest = artifacts.Manifest(
         "exports",
@@ -325,6 +343,7 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
             "dtype": settings.dtype.value,
             "variants": [variant.value for variant in settings.variants],
             "gguf": settings.gguf,
+            "verify": settings.verify.value,
             "original_len": export.factors.geometry.original_len,
             "target_len": export.factors.target_len,
             "largest_relative_logit_difference": differences,

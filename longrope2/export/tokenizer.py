@@ -17,6 +17,25 @@ from longrope2.files.artifacts import write_text
 from longrope2.model.loading import load_tokenizer
 
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_NOTED_BY_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
+
+
+def settings_for_all_readers(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4.57 and 5 read alike.
+
+    transformers 5 saves the class ``TokenizersBackend``, which 4.57 does not know, and further
+    special tokens as a list under a name that holds a mapping in 4.57; both versions know the older
+    class (by it 5 loads its own) and the older name. What 5 notes of the machine that saved is left
+    out.
+    """
+    kept = {key: value for key, value in settings.items() if key not in _NOTED_BY_TRANSFORMERS_5}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(more := kept.get("extra_special_tokens"), list):
+        del kept["extra_special_tokens"]
+        older = kept.get("additional_special_tokens") or []
+        kept["additional_special_tokens"] = [*older, *more]
+    return kept
 
 
 def start_as_trained(folder: Path, document_start: DocumentStart) -> None:

@@ -58,6 +58,15 @@ class ExportDtype(Enum):
         return torch.float32 if self is ExportDtype.fp32 else torch.bfloat16
 
 
+class ExportVerify(Enum):
+    """How a written folder is compared with the checkpoint before it is published."""
+
+    full = "full"
+    """Logits of the whole model in float32, on texts that end on either side of L0."""
+    quick = "quick"
+    """Every stored weight; and logits of its first layers on few tokens at those positions."""
+
+
 @dataclass
 class ExportConfig:
     """What is exported, and how."""
@@ -79,8 +88,14 @@ class ExportConfig:
     classes; needs the package ``gguf``). llama.cpp chooses the factors once, by the size of its
     context."""
     gguf_pretokenizer: str | None = None
-    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, smollm);
-    a SentencePiece tokenizer needs none."""
+    """llama.cpp's name for the splitting rule of a byte-level BPE tokenizer (llama-bpe, qwen2,
+    tekken, smollm, gpt-2); null takes the first of them that gives the model's own tokens of a list
+    of awkward texts. A SentencePiece tokenizer needs none."""
+    verify: ExportVerify = ExportVerify.full
+    """How a folder is compared with the checkpoint before it is published. full: logits of the
+    whole model, float32 (4 bytes a parameter of memory), on texts of L0 tokens and one more. quick:
+    every stored weight, and logits of the first layers on 64 tokens at the positions around L0;
+    memory of one weight file and those layers."""
     cost_windows: int = 8
     """Short texts, of L0 tokens at most, on which the cost of a static choice is measured for
     the model cards (perplexity of held-out text of the run's corpus, or ``corpus=``, under either

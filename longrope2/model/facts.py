@@ -7,6 +7,7 @@ trained with), up to what config.json holds.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from longrope2.config import ModelConfig, find_shipped
 from longrope2.errors import UserError
 from longrope2.model.shape import CONFIG_FILE, is_size, read_raw_config
 
+ANY_MODEL = "custom"
+"""``model.name`` of the preset that stands for any model."""
+_GGUF_ENDING = re.compile(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", re.IGNORECASE)
 MAX_LEN_KEY, ORIGINAL_LEN_KEY = "max_position_embeddings", "original_max_position_embeddings"
 # RoPE is what the project changes, the others are bookkeeping; the rest of config.json says which
 # model it is.
@@ -26,6 +30,18 @@ NOT_ARCHITECTURE = (
 # What tells models apart in a message.
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "vocab_size")  # fmt: skip
+
+
+def model_name(model: ModelConfig) -> str:
+    """What to call a model: ``model.name``, or for any model (``custom``) what its path ends in.
+
+    Of a GGUF file without the ending and what it says of the quantization: ``gguf://`` models are
+    dequantized.
+    """
+    if model.name != ANY_MODEL:
+        return model.name
+    named = _GGUF_ENDING.sub("", Path(model.path).name)
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", named).strip("_")
 
 
 def architecture(raw: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,7 +21,7 @@ from longrope2.corpora.config import CorpusConfig, CorpusKind
 from longrope2.errors import ArtifactError, DataError, FactorsError
 from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
 from longrope2.export.run import Export, is_complete, static_cost
-from longrope2.export.variants import ExportRoot
+from longrope2.export.variants import ExportRoot, ExportVerify
 from longrope2.export.verification import LOGIT_TOLERANCE, verify_export
 from longrope2.files.artifacts import Manifest, write_manifest
 from longrope2.model.loading import load_windowed_model
@@ -197,7 +197,7 @@ def test_factors_and_card_stand_beside_the_weights(checkpoint, tmp_path):
         "| attention factor | 1 |",
         "**for the whole batch**",
         "keeps the key/value cache",
-        "`--max-model-len` up to 16: the original RoPE",
+        "`--max-model-len` up to 16 (its default): the original RoPE",
         "What that costs was not measured for this model.",
     ):
         assert part in card
@@ -287,3 +287,74 @@ def test_sharded_weights_keep_their_index(checkpoint, tmp_path):
         torch.bfloat16,
         (ORIGINAL_LEN, ORIGINAL_LEN + 1),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_quick_way_accepts_what_the_full_one_does(tmp_path, dtype, capsys):
+    """Few tokens at the positions on either side of a switch far away; two layers of five."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        max_position_embeddings=512, rope_theta=50_000.0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    factors = replace(factors_with(), geometry=replace(GEOMETRY, original_len=512), target_len=2048)
+    write_hugging_face_folder(tmp_path / "base", factors, tmp_path / "export", dtype)
+    asked = (tmp_path / "base", factors, tmp_path / "export", dtype, (512, 513))
+    full = verify_export(*asked)
+    capsys.readouterr()
+    quick = verify_export(*asked, verify=ExportVerify.quick)
+    assert quick.keys() == full.keys() == {512, 513}
+    assert all(0 <= found <= LOGIT_TOLERANCE for found in (*quick.values(), *full.values()))
+    assert capsys.readouterr().out.splitlines() == [
+        "checking   the weights as they are stored",
+        "checking   the checkpoint's logits at 512 and 513 tokens",
+        "checking   plain transformers' logits at 512 and 513 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "length"),
+    [
+        ("attention_factor", 1.01, 16),
+        ("long_factor", [1.0] * 8, 17),
+        ("short_factor", [2.0] * 8, 16),
+    ],
+)
+def test_the_quick_way_finds_a_wrong_config(checkpoint, tmp_path, key, value, length):
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_scaling"][key] = config["rope_parameters"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = (checkpoint, factors_with(), tmp_path, torch.float32, (ORIGINAL_LEN, ORIGINAL_LEN + 1))
+    with pytest.raises(ArtifactError, match=rf"at {length} tokens plain transformers gives logits"):
+        verify_export(*asked, verify=ExportVerify.quick)
+
+
+def test_the_quick_way_finds_a_wrong_weight_of_any_layer(tmp_path):
+    """Of the last layer, which it does not compute."""
+    torch.manual_seed(1)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, num_hidden_layers=4, rope_theta=50_000.0, **small)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    write_hugging_face_folder(tmp_path / "base", factors_with(), tmp_path / "export", torch.float32)
+    file = tmp_path / "export" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.3.mlp.down_proj.weight"
+    tensors[name][0, 0] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    asked = (tmp_path / "base", factors_with(), tmp_path / "export", torch.float32, (16, 17))
+    with pytest.raises(ArtifactError, match=rf"{name} in model\.safetensors is not the checkp"):
+        verify_export(*asked, verify=ExportVerify.quick)
+
+
+def test_cards_say_how_they_were_checked(checkpoint, tmp_path):
+    for verify, said in (
+        (ExportVerify.full, "was written it was loaded with transformers"),
+        (ExportVerify.quick, "written its weights were compared with those it was made of, and"),
+    ):
+        folder = tmp_path / verify.value
+        write_hugging_face_folder(checkpoint, factors_with(), folder, torch.float32, verify=verify)
+        card = (folder / "README.md").read_text()
+        assert said in card and "on either side of the end of the original window" in card

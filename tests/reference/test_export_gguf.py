@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from byte_level_tokenizer import save_llama3_style
 from transformers import AutoModelForCausalLM
 
 from longrope2.errors import ArtifactError
@@ -37,7 +38,8 @@ def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
     import gguf
 
     applied = variant_factors(FACTORS, variant)
-    write_gguf(exported(tmp_path / "export", variant), applied, tmp_path / "model.gguf", MODEL)
+    folder = exported(tmp_path / "export", variant)
+    write_gguf(folder, applied, tmp_path / "model.gguf", name="a name")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     for window, name in ((Window.SHORT, "short"), (Window.LONG, "long")):
@@ -49,6 +51,7 @@ def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
     assert fields["llama.context_length"] == 2048
     assert fields["llama.rope.scaling.attn_factor"] == 1.0
     assert "llama.rope.scaling.factor" not in fields
+    assert fields["general.name"] == "a name"
     assert fields["tokenizer.ggml.model"] == "llama"
     pieces = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
     vocab = (
@@ -70,7 +73,8 @@ def test_factor_tensors_and_lengths_read_back(tmp_path, variant):
 @torch.inference_mode()
 def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
     """Its reader undoes the order of rows and knows no longrope: the original RoPE, short."""
-    write_gguf(exported(tmp_path / "export", dtype=dtype), FACTORS, tmp_path / "model.gguf", MODEL)
+    folder = exported(tmp_path / "export", dtype=dtype)
+    write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="tiny")
     found = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32, **DEQUANTIZED
     ).eval()
@@ -83,62 +87,44 @@ def test_weights_read_by_transformers_are_the_models(tmp_path, dtype):
 
 
 def test_ids_that_are_no_tokens_do_not_move_the_others(tmp_path):
-    """A byte-level BPE whose vocabulary leaves ids 1 and 4 out."""
+    """A byte-level BPE whose vocabulary leaves two ids out, in front of its control tokens."""
     import gguf
 
-    folder = exported(tmp_path / "export")
-    vocabulary = {"a": 0, "b": 2, "ab": 3}
-    added = [
-        {"id": 5, "content": "<end>", "special": True},
-        {"id": 6, "content": "<x>", "special": False},
-    ]
-    tokenizer = {
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"]},
-        "added_tokens": added,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    write_gguf(folder, FACTORS, tmp_path / "model.gguf", tmp_path, "llama-bpe")
-    fields = {
+    folder = save_llama3_style(exported(tmp_path / "export"))
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    size = len(fields["model"]["vocab"])
+    for added in fields["added_tokens"]:
+        added["id"] += 2
+        fields["model"]["vocab"][added["content"]] = added["id"]
+    template = fields["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]
+    template["ids"] = [template["ids"][0] + 2]
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="tiny")
+    found = {
         name: field.contents()
         for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()
     }
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    assert fields["tokenizer.ggml.tokens"][:8] == [
-        "a",
-        "[PAD1]",
-        "b",
-        "ab",
-        "[PAD4]",
-        "<end>",
-        "<x>",
-        "[PAD7]",
-    ]
-    normal, control, user, unused = (
-        int(gguf.TokenType[name]) for name in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED")
-    )
-    assert fields["tokenizer.ggml.token_type"][:8] == [
-        normal,
-        unused,
-        normal,
-        normal,
-        unused,
-        control,
-        user,
-        unused,
-    ]
-    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == size
-    assert (
-        fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.pre"] == "llama-bpe"
-    )
+    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    gaps = [f"[PAD{size}]", f"[PAD{size + 1}]"]
+    assert tokens[size : size + 4] == [*gaps, "<|begin_of_text|>", "<|end_of_text|>"]
+    control, unused = (int(gguf.TokenType[name]) for name in ("CONTROL", "UNUSED"))
+    assert kinds[size : size + 4] == [unused, unused, control, control]
+    assert len(tokens) == len(kinds) == 2048 and kinds[-1] == unused
+    assert found["tokenizer.ggml.pre"] == "llama-bpe"
+    assert len(found["tokenizer.ggml.merges"]) == len(fields["model"]["merges"])
+    assert found["tokenizer.ggml.bos_token_id"] == size + 2
 
 
 def test_what_cannot_become_gguf_is_refused(tmp_path):
     folder = exported(tmp_path / "export")
-    with pytest.raises(ArtifactError, match=r"byte-level BPE; set export\.gguf_pretokenizer"):
-        write_gguf(folder, FACTORS, tmp_path / "model.gguf", tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"by the rules of Phi-3, .* set model\.name to another"
+    ):
+        write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="my_phi3_llama")
     two_scales = RescaleFactors(**{**vars(FACTORS), "long_attention_scale": 1.1})
     with pytest.raises(ArtifactError, match="one attention factor for both windows"):
-        write_gguf(folder, two_scales, tmp_path / "model.gguf", MODEL)
+        write_gguf(folder, two_scales, tmp_path / "model.gguf", name="tiny")
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"attention_bias": True}, "biases and partly rotated heads are not supported"),
@@ -146,4 +132,4 @@ def test_what_cannot_become_gguf_is_refused(tmp_path):
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ArtifactError, match=message):
-            write_gguf(folder, FACTORS, tmp_path / "model.gguf", MODEL)
+            write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="tiny")

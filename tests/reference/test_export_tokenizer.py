@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_level_tokenizer import save_llama3_style
 from transformers import AutoTokenizer
 
 from longrope2.config import DocumentStart
@@ -68,7 +69,7 @@ def test_gguf_says_the_same(tmp_path: Path, rule: Rule) -> None:
     import gguf
 
     folder = exported(tmp_path / "export", TINY, rule)
-    write_gguf(folder, FACTORS, tmp_path / "model.gguf", TINY)
+    write_gguf(folder, FACTORS, tmp_path / "model.gguf", name="tiny")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     found = fields["tokenizer.ggml.add_bos_token"].contents()
     assert found is (rule is Rule.auto)
@@ -80,3 +81,30 @@ def test_a_tokenizer_that_cannot_be_changed(
     monkeypatch.setattr(exported_tokenizer, "_write", lambda path, content: None)
     with pytest.raises(ArtifactError, match=r"model\.document_start=none, and .* post_processor"):
         exported(tmp_path / "export", TINY, Rule.none)
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_written_for_older_ones_too(tmp_path: Path) -> None:
+    """The class and the names that both know; read back by this transformers unchanged."""
+    saved = AutoTokenizer.from_pretrained(save_llama3_style(tmp_path / "made"))
+    saved.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
+    source = tmp_path / "model"
+    shutil.copytree(TINY, source, ignore=shutil.ignore_patterns("token*"))
+    saved.save_pretrained(source)
+    before = json.loads((source / "tokenizer_config.json").read_text())
+    assert before["tokenizer_class"] == "TokenizersBackend"
+    folder = exported(tmp_path / "export", source, Rule.auto)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings == {
+        "additional_special_tokens": ["<one>", "<two>"],
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "model_max_length": 256,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.get_added_vocab() == saved.get_added_vocab()
+    assert theirs.chat_template == saved.chat_template
+    for text in (*TEXTS, "x<one> <two>y<|eot_id|>"):
+        assert theirs(text).input_ids == saved(text).input_ids
+    skipped = theirs.decode(theirs("a<one>b").input_ids, skip_special_tokens=True)
+    assert skipped == saved.decode(saved("a<one>b").input_ids, skip_special_tokens=True) == "ab"

