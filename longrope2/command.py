@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 
-from longrope2.errors import UserError
+from longrope2.errors import DiskFullError, UserError, is_disk_full
 
 USER_FAULT_EXIT_CODE = 2
 """Something the user gave cannot be used: no restart mends it."""
@@ -25,7 +25,10 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run ``main``; a ``UserError`` becomes one message on stderr and its exit code."""
+    """Run ``main``; a ``UserError`` becomes one message on stderr and its exit code.
+
+    So does a full disk, wherever it was met.
+    """
     try:
         main()
     except UserError as error:
@@ -35,6 +38,11 @@ def run_command(main: Callable[[], None]) -> None:
         # Or the interpreter's last flush fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: {DiskFullError(error.filename or 'a file', error)}", file=sys.stderr)
+        sys.exit(USER_FAULT_EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)

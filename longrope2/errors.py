@@ -5,6 +5,7 @@ Anything else is a fault of this project and keeps its traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 # Below this share of common letters a name is another word, not a misspelt one.
@@ -29,8 +30,27 @@ class ArtifactError(UserError):
     """A file or folder that a stage reads is missing, damaged, or belongs to something else."""
 
 
+class DamagedError(ArtifactError):
+    """A file that this project has written is not as it was written."""
+
+
 class MissingError(ArtifactError):
     """What another command makes is not there yet: a dry run names it, a real one is refused."""
+
+
+class DiskFullError(UserError, OSError):
+    """A file could not be written for want of space; nothing of it was left."""
+
+    def __init__(self, path: object, error: OSError) -> None:
+        super().__init__(
+            f"{path} could not be written: {error.strerror}; nothing of it was left behind. Free "
+            "space there, and give the same command again: it goes on from what is finished"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system had no space, or the user's share of it was used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class FactorsError(UserError):

@@ -14,8 +14,7 @@ from longrope2.corpora.config import HELDOUT_FRACTION
 from longrope2.corpora.corpus import Document, Split, Unit, split_documents
 from longrope2.corpora.remote import line_ranges, ranged_name, split_ranged_name
 from longrope2.errors import ConfigError
-from longrope2.files.folder_hashes import sha256_of_files
-from longrope2.model.folder import cache_folder
+from longrope2.files.folder_hashes import cache_folder, sha256_of_files
 
 SOURCE = "folder"
 PLAIN_TEXT_ENDINGS = (".md", ".markdown", ".rst", ".text")
