@@ -80,7 +80,7 @@ def make_run(root: Path) -> Path:
     quotas += ("quotas.stdlib_topics={short: 0, long: 0}", "quotas.retrieval={short: 0, long: 0}")
     pack_main([*"--target 256 --corpus sample --model tiny".split(), f"run.name={NAME}",
                at(root), *quotas])  # fmt: skip
-    (root / "prompt.txt").write_text("Words of a text. " * 60)
+    (root / "prompt.txt").write_text("Words of a text. " * 20)
     for verb, *words in (
         ("search", *SEARCH),
         ("train", *TRAIN),
