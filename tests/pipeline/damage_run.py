@@ -225,7 +225,7 @@ def tree(folder: Path, *endings: str) -> str:
 def damage(path: Path, how: str) -> None:
     """Change one file: ``flip10`` (percent of its size), ``half``, ``zero``, ``delete``, ``digit``.
 
-    A digit is one of a number in its middle third.
+    A digit is one of a number in its middle third, or any sign where there is no number.
     """
     data = bytearray(path.read_bytes())
     path.unlink()  # it may be a link to the original
@@ -235,7 +235,8 @@ def damage(path: Path, how: str) -> None:
         place = min(len(data) - 1, len(data) * int(how[4:]) // 100)
         data[place] ^= 1
     elif how == "digit":
-        found = [m.start() for m in re.finditer(rb"(?<![0-9a-f\"_])\d", data)]
+        numbers = re.finditer(rb"(?<![0-9a-f\"_])\d", data)
+        found = [m.start() for m in numbers] or [m.start() for m in re.finditer(rb"\w", data)]
         place = random.Random(0).choice(found[len(found) // 3 : 2 * len(found) // 3 + 1])
         data[place] = ord("1") + (data[place] - ord("0")) % 9
     path.write_bytes(data[: {"half": len(data) // 2, "zero": 0}.get(how, len(data))])
