@@ -7,6 +7,7 @@ file instead of a corpus.
 """
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.corpus import Document
 from longrope2.corpora.held_out import Overlap, find_overlap
 from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import ConfigError
+from longrope2.errors import ConfigError, DamagedError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     Manifest,
@@ -31,6 +32,7 @@ from longrope2.files.artifacts import (
     read_manifest,
     write_manifest,
 )
+from longrope2.files.unchanged import require_unchanged
 from longrope2.rope.window import Window
 from longrope2.segments.format import RULE_DETAILS, SegmentRules, SegmentStore
 
@@ -82,7 +84,7 @@ def pack_heldout(
     store, made_for = SegmentStore(segments_folder), describe_input(segments_folder)
     details = {**store.manifest.details, "made_for": made_for, "num_asked": num_segments}
     details = {name: details[name] for name in _KEPT_DETAILS if name in details}
-    if _found_details(folder) == details:
+    if _details_of_whole(folder) == details:
         return _line(SegmentStore(folder), num_segments)
     corpus, rules = heldout_corpus(segments_folder), store.rules
     tokens = num_segments * rules.target_len
@@ -103,11 +105,17 @@ def pack_heldout(
     return line if overlap is None else f"{line}; left out: {overlap}"
 
 
-def _found_details(folder: Path) -> dict[str, Any] | None:
-    """Details of finished held-out segments, which say what they were made for."""
+def _details_of_whole(folder: Path) -> dict[str, Any] | None:
+    """Details of held-out segments, which say what they were made for; None to make them anew."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
-    return read_manifest(folder, "segments").details
+    try:
+        manifest = read_manifest(folder, "segments")
+        require_unchanged(folder, manifest.files, "it is written again")
+    except DamagedError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
+    return manifest.details
 
 
 def _documents(

@@ -30,6 +30,7 @@ from longrope2.errors import ArtifactError, ConfigError, UserError
 from longrope2.files import artifacts
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer
+from longrope2.files.unchanged import require_unchanged
 from longrope2.help import help_topic
 from longrope2.model.folder import given_folder, look_before, model_identity
 
@@ -159,6 +160,9 @@ def pack(config: PackConfig) -> Path:
     if (folder / "manifest.json").exists():
         manifest = artifacts.read_manifest(folder, "segments")
         _require_same(manifest, config, inputs, folder)
+        listed = manifest.details.get("documents", {})
+        files = {**manifest.files, **({listed["file"]: listed["sha256"]} if listed else {})}
+        require_unchanged(folder, files, f"bring it back, or {remake(folder)}")
         _note_places(config, folder)
         print(f"already complete: {folder}")
         print_notices(manifest.details.get("notices", ()))

@@ -21,15 +21,17 @@ from longrope2.command import REQUEUE_EXIT_CODE, run_command
 from longrope2.config import dump
 from longrope2.corpora.run_corpus import missing_corpus
 from longrope2.errors import ConfigError, waiting_lines
-from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder
+from longrope2.files.artifacts import MANIFEST_NAME, atomic_path, product_folder, read_manifest
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer, refuse_second_writer
+from longrope2.files.unchanged import require_unchanged
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.folder import look_before
 from longrope2.rope.factors import VERDICT, RescaleFactors
 from longrope2.search.before import known_faults
 from longrope2.search.config import SearchRoot
 
+_ANEW = "the same command makes it again from the journals"
 _RANKS_CONFIG = "ranks.yaml"
 _PROJECTION = ("search.projected_gpus", "search.projected_tflops")
 CHANGEABLE = ("dry_run", "tracking", "parallel.processes", *_PROJECTION)
@@ -65,6 +67,8 @@ def main() -> None:
         claim_folder(folder, config, CHANGEABLE)
     if (folder / MANIFEST_NAME).is_file():
         refuse_other_model(folder, model_folder)
+        way_out = f"bring it back, or remove {folder / MANIFEST_NAME}: {_ANEW}"
+        require_unchanged(folder, read_manifest(folder, "factors").files, way_out)
         print(f"already complete: {folder / FACTORS_FILE}")
         if note is not None:
             note_config_of_ranks(note, None)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from launch.cluster.torchrun import note_config_of_ranks, read_arguments, run_under_torchrun
 from longrope2.claim import claim_folder
 from longrope2.command import REQUEUE_EXIT_CODE, run_command
-from longrope2.errors import ArtifactError, ConfigError
+from longrope2.errors import ArtifactError, ConfigError, DamagedError
+from longrope2.evaluation.before import require_unchanged_subject
 from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
 from longrope2.files.guide import write_guide
 from longrope2.files.lease import only_writer
@@ -135,6 +136,9 @@ def _is_complete(folder: Path, config: TrainRoot) -> bool:
     """Whether the run has reached its end, with ``final/`` in the number format asked for."""
     try:
         manifest = read_manifest(folder, "checkpoints")
+    except DamagedError as error:
+        print(f"note: {error}: written again from the newest checkpoint")
+        return False
     except ArtifactError:
         return False
     written, wanted = manifest.config["training"]["final_dtype"], config.training.final_dtype.value
@@ -142,6 +146,7 @@ def _is_complete(folder: Path, config: TrainRoot) -> bool:
         other = f"training.final_dtype={wanted}, but {folder / 'final'} is complete and was written"
         again = "to write it again from the newest checkpoint"
         raise ConfigError([f"{other} with {written}; {again}, remove {folder / MANIFEST_NAME}"])
+    require_unchanged_subject(folder / "final")
     return True
 
 

@@ -32,6 +32,7 @@ from longrope2.files.artifacts import (
     source_of,
     write_text,
 )
+from longrope2.files.checked import read_settings
 from longrope2.help import UNSET, command_help, help_topic, list_keys, topic_help
 from longrope2.presets import (
     CONF_FOLDER,
@@ -45,6 +46,9 @@ from longrope2.presets import (
 )
 
 SHORTEST_WINDOW = 8
+_WAY_OUT = "bring it back, or remove it: the stage that is run with the same settings writes it"
+# user:password@ in any address, user@ in one of the web (a token, mostly).
+_PASSWORD = re.compile(r"(?:(?<=://)[^/@\s]*:[^/@\s]*|(?<=https://)[^/@\s]+|(?<=http://)[^/@\s]+)@")
 Root = TypeVar("Root")
 
 
@@ -338,12 +342,13 @@ def load(root: type[Root], path: Path) -> Root:
 
     Raises:
         ConfigError: the file is missing or does not fit the schema.
+        DamagedError: it is no configuration.
     """
     if not path.is_file():
         raise ConfigError(
             [f"--config {path}: no such file; run the stage once without --config to write it"]
         )
-    return from_plain(root, OmegaConf.load(path), str(path))
+    return from_plain(root, plain_file(path), str(path))
 
 
 def from_plain(root: type[Root], plain: Any, where: str) -> Root:
@@ -362,8 +367,13 @@ def from_plain(root: type[Root], plain: Any, where: str) -> Root:
 
 
 def plain_file(path: Path) -> Any:
-    """Plain values of a ``config.yaml`` that ``dump`` wrote, of whatever version."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    """Plain values of a ``config.yaml`` that ``dump`` wrote, of whatever version.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    read_settings(path, _WAY_OUT)
+    return OmegaConf.to_container(OmegaConf.load(path))  # knows more numbers than plain YAML does
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -407,7 +417,29 @@ def _value_faults(config: Any, open_groups: Mapping[str, str | None] | None = No
             )
             faults.append(f"{fault} (or set {', '.join(keys)})")
     faults += [f"{key} is not set; give it as {key}=VALUE" for key in missing]
+    faults += _secret_faults(plain)
     return faults + (RunConfig(**plain["run"]).faults() if "run" in plain else [])
+
+
+def _secret_faults(plain: Any) -> Iterator[str]:
+    """Addresses that hold a password: configurations are kept, shown and sent to W&B."""
+    for key, text in _texts(plain):
+        if _PASSWORD.search(text):
+            yield (
+                f"{key}={_PASSWORD.sub('...@', text)} holds a user or password, which config.yaml, "
+                "manifests, logs and W&B would show; take it out, and give it where its reader "
+                "looks: ~/.netrc, `hf auth login`, ~/.aws/credentials, or an environment variable"
+            )
+
+
+def _texts(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of plain containers and their texts."""
+    if isinstance(node, str):
+        yield prefix, node
+    pairs = node.items() if isinstance(node, dict) else ()
+    pairs = enumerate(node) if isinstance(node, list) else pairs
+    for name, child in pairs:
+        yield from _texts(child, f"{prefix}.{name}".removeprefix("."))
 
 
 def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -5,7 +5,10 @@ Anything else is a fault of this project and keeps its traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
+
+from longrope2.system_errors import explain
 
 # Below this share of common letters a name is another word, not a misspelt one.
 _LEAST_LIKENESS = 0.7
@@ -29,8 +32,25 @@ class ArtifactError(UserError):
     """A file or folder that a stage reads is missing, damaged, or belongs to something else."""
 
 
+class DamagedError(ArtifactError):
+    """A file that this project has written is not as it was written."""
+
+
 class MissingError(ArtifactError):
     """What another command makes is not there yet: a dry run names it, a real one is refused."""
+
+
+class DiskFullError(UserError, OSError):
+    """A file could not be written for want of space; nothing of it was left."""
+
+    def __init__(self, path: object, error: OSError) -> None:
+        said = explain(OSError(error.errno, error.strerror, str(path)))
+        super().__init__(f"{said}; nothing of the file was left behind")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system had no space, or the user's share of it was used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class FactorsError(UserError):

@@ -6,7 +6,8 @@
 # Logs: slurm/logs/NAME-ID.log, and beside it NAME-ID/start-N/ with a file for every rank and every node's check.
 set -euo pipefail
 
-say() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
+# Addresses with a user or password, which the commands refuse, are not to stand in a log.
+say() { printf '%s  %s\n' "$(date '+%F %T')" "$*" | sed -E 's#://[^/@[:space:]]+@#://...@#g' >&2; }
 fail() { say "error: $*"; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit it: sbatch slurm/SCRIPT.sh [key=value ...]"
@@ -299,14 +300,15 @@ requeue() {
 
 # last_wins WORD...: WORDS are the words, of several with the same key only the last; the key=value ones come as they were given.
 last_wins() {
-    local word
-    local -A last=()
+    local -a given=("$@")
+    local i j
     WORDS=()
-    for word; do last["${word%%=*}"]=$word; done
-    for word; do
-        [ "${last["${word%%=*}"]-}" = "$word" ] || continue
-        WORDS+=("$word")
-        unset "last[${word%%=*}]"
+    for ((i = 0; i < $#; i++)); do
+        # No array with the keys as subscripts: bash expands those a second time.
+        for ((j = i + 1; j < $#; j++)); do
+            [ "${given[j]%%=*}" != "${given[i]%%=*}" ] || continue 2
+        done
+        WORDS+=("${given[i]}")
     done
 }
 

@@ -35,7 +35,8 @@ for word; do
     esac
 done
 run=$root/${name:-$experiment}
-queued=$(squeue -h -o '%i %k' | awk -v run="$run" '$2 == run { print $1 }' | paste -sd' ')
+# The path as it stands, with spaces and backslashes.
+queued=$(squeue -h -o '%i %k' | RUN=$run awk '{ id = $1; sub(/^[^ ]+ /, "") } $0 == ENVIRON["RUN"] { print id }' | paste -sd' ')
 [ -z "$queued" ] || fail "$run is in the queue already: jobs $queued; wait, or scancel $queued"
 
 # The words of "$@" that are for STAGE: sbatch's options into OPTIONS, the stage's own into WORDS.

@@ -16,6 +16,7 @@ person should read goes to stderr, the failing rank's last lines at the very end
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,8 +30,9 @@ from pathlib import Path
 
 from launch.cluster.node_agent import ENDED_PREFIX
 from longrope2.command import HANG_EXIT_CODE, REQUEUE_EXIT_CODE, USER_FAULT_EXIT_CODE, run_command
+from longrope2.errors import ArtifactError
 from longrope2.files.append_log import AppendLog, damaged_line, read_log
-from longrope2.files.artifacts import MANIFEST_NAME, PRODUCT_FOLDERS
+from longrope2.files.artifacts import PRODUCT_FOLDERS, read_manifest
 from longrope2.tracking.metrics import METRICS_FILE, read_metrics
 
 _ATTEMPTS_FILE = "attempts.jsonl"
@@ -131,11 +133,10 @@ def stop_lead(product: Path) -> int:
     Twice what was measured (the longest micro-step of the latest steps, the newest checkpoint), and
     a minute; ``UNKNOWN_LEAD_SECONDS`` where nothing was.
     """
-    latest = product / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
-    manifest = product / tag / MANIFEST_NAME
-    details = json.loads(manifest.read_text(encoding="utf-8"))["details"] if tag != "none" else {}
-    saving = details.get("write_seconds")
+    saving = None
+    with contextlib.suppress(ArtifactError):  # none, or a damaged one, which the ranks tell
+        newest = read_manifest(product / f"step_{_newest_steps(product):08d}", "training_state")
+        saving = newest.details.get("write_seconds")
     micro_steps = [
         seconds
         for record in read_metrics(product)[-_LATEST_STEPS:]
@@ -246,14 +247,19 @@ def nodes_without_end(logs: Path, nodes: list[str]) -> list[str]:
 def progress_of(product: Path) -> int:
     """Steps of the newest checkpoint; of other stages the files and lines of journals."""
     if product.name == PRODUCT_FOLDERS["checkpoints"]:
-        latest = product / "latest"
-        step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "0"
-        return int(step.removeprefix("step_"))
+        return _newest_steps(product)
     count = 0
     for path in product.rglob("*"):
         if path.is_file() and path.name not in (_ATTEMPTS_FILE, METRICS_FILE):
             count += 1 + (path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 0)
     return count
+
+
+def _newest_steps(product: Path) -> int:
+    """Steps of the checkpoint that ``latest`` names; 0 without one, or where it names none."""
+    latest = product / "latest"
+    text = latest.read_bytes().strip() if latest.is_file() else b""
+    return int(text[5:]) if re.fullmatch(rb"step_\d+", text) else 0
 
 
 def read_attempts(product: Path, *, job: str) -> list[Attempt]:

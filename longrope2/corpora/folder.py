@@ -17,8 +17,7 @@ from longrope2.corpora.folder_files import has_ending, list_folder, nothing_to_r
 from longrope2.corpora.losses import Losses
 from longrope2.corpora.remote import column_names, line_ranges, ranged_name, split_ranged_name
 from longrope2.errors import ConfigError
-from longrope2.files.folder_hashes import sha256_of_files
-from longrope2.model.folder import cache_folder
+from longrope2.files.folder_hashes import cache_folder, sha256_of_files
 
 SOURCE = "folder"
 FIRST_RECORDS = 100  # of a file, one of which must have a text, or the key is wrong

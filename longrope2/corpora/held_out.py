@@ -23,6 +23,8 @@ from longrope2.corpora.corpus import (
     split_of_content,
     text_hash,
 )
+from longrope2.files.artifacts import MANIFEST_NAME, read_manifest
+from longrope2.files.unchanged import require_unchanged
 
 DOCUMENTS_FILE = "documents.parquet"
 MOST_NAMED = 5  # ids in a message
@@ -81,14 +83,31 @@ def find_overlap(documents: Sequence[Document], segments: Path | None) -> Overla
     Compares by content where the segments note it, by the exact text where an earlier version made
     them. Segments that list no documents cannot be compared.
     """
-    if segments is None or not (segments / DOCUMENTS_FILE).is_file():
+    path = None if segments is None else documents_file(segments)
+    if segments is None or path is None:
         return None
-    path = segments / DOCUMENTS_FILE
     by_content = "content_hash" in pq.read_schema(path).names
     packed = _column(path, "content_hash" if by_content else "text_hash")
     hash_of = content_hash if by_content else text_hash
     found = sorted({d.doc_id for d in documents if hash_of(d.text) in packed})
     return Overlap(segments, tuple(found), len(documents)) if found else None
+
+
+def documents_file(segments: Path) -> Path | None:
+    """The list of what was packed into finished segments; None where an earlier version has none.
+
+    Raises:
+        DamagedError: it is not as it was written.
+    """
+    if not (segments / MANIFEST_NAME).is_file():
+        path = segments / DOCUMENTS_FILE
+        return path if path.is_file() else None
+    listed = read_manifest(segments, "segments").details.get("documents")
+    if listed is None:
+        return None
+    way_out = "bring it back, or pack again"
+    require_unchanged(segments, {listed["file"]: listed["sha256"]}, way_out)
+    return segments / listed["file"]
 
 
 def _column(path: Path, name: str) -> set[bytes]:

@@ -11,12 +11,15 @@ from longrope2.config import StageConfig
 from longrope2.corpora.build import build_corpus
 from longrope2.corpora.config import CorpusKind
 from longrope2.corpora.run_corpus import missing_corpus
-from longrope2.errors import ArtifactError, ConfigError, MissingError, UserError
+from longrope2.errors import ArtifactError, ConfigError, FactorsError, MissingError, UserError
 from longrope2.evaluation.config import EvaluateRoot, SubjectConfig, settings_faults
-from longrope2.files.artifacts import product_folder, read_manifest
+from longrope2.files.artifacts import MANIFEST_NAME, Manifest, product_folder, read_manifest
+from longrope2.files.checked import read_text
+from longrope2.files.unchanged import require_unchanged
 from longrope2.model.exported import export_manifest, untrained_exports
 from longrope2.model.factors_source import FACTORS_FILE, factors_faults, missing_factors
 from longrope2.model.folder import ModelLook
+from longrope2.model.shape import CONFIG_FILE
 from longrope2.rope.factors import RescaleFactors
 
 
@@ -153,6 +156,52 @@ def missing_checkpoint(
     return None
 
 
+CHECKPOINT_WAY_OUT = (
+    "bring it back; or remove manifest.json of 3_checkpoints, and launch.train writes final/ again "
+    "from its newest checkpoint"
+)
+
+
+def finished_checkpoint(folder: Path) -> Manifest:
+    """The manifest of a finished checkpoint, which must list what a model needs.
+
+    Raises:
+        ArtifactError: there is none, or it lists no configuration, factors, tokenizer or weights.
+    """
+    manifest = read_manifest(folder, "checkpoint")
+    needed = {CONFIG_FILE: CONFIG_FILE, FACTORS_FILE: FACTORS_FILE}
+    needed |= {"tokenizer": "tokenizer.", "*.safetensors": ".safetensors"}
+    lacking = [
+        what for what, part in needed.items() if not any(part in name for name in manifest.files)
+    ]
+    if lacking:
+        fault = f"{folder / MANIFEST_NAME} lists no {', '.join(lacking)}"
+        raise ArtifactError(f"{fault}: it is of no whole checkpoint; {CHECKPOINT_WAY_OUT}")
+    return manifest
+
+
+def require_unchanged_subject(folder: Path) -> None:
+    """Refuse a checkpoint or an export whose files are not as they were written.
+
+    Raises:
+        ArtifactError: names the files, and what to do; or it is neither.
+    """
+    exported = export_manifest(folder)
+    if exported is None:
+        require_unchanged(folder, finished_checkpoint(folder).files, CHECKPOINT_WAY_OUT)
+        return
+    own = {
+        name: digest for name, digest in exported.files.items() if folder_of(name) == folder.name
+    }
+    way_out = "bring it back, or give launch.export's command again, which makes it again"
+    require_unchanged(folder.absolute().parent, own, way_out)
+
+
+def folder_of(name: str) -> str:
+    """The first folder of a file name of a manifest."""
+    return name.partition("/")[0]
+
+
 def read_factors_beside(folder: Path, original_len: int, target_len: int) -> RescaleFactors:
     """The factors that stand beside the weights of a checkpoint or an export.
 
@@ -161,11 +210,14 @@ def read_factors_beside(folder: Path, original_len: int, target_len: int) -> Res
             lengths.
     """
     if export_manifest(folder) is None:
-        read_manifest(folder, "checkpoint")
+        finished_checkpoint(folder)
     path = folder / FACTORS_FILE
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; a checkpoint of launch.train has one")
-    factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
+    try:
+        factors = RescaleFactors.from_json(read_text(path, "a factors file", CHECKPOINT_WAY_OUT))
+    except FactorsError as error:
+        raise ArtifactError(f"{path}: {error}; {CHECKPOINT_WAY_OUT}") from None
     faults = []
     for key, found, wanted in (
         ("model.original_len", factors.geometry.original_len, original_len),

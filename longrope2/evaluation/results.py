@@ -41,7 +41,7 @@ class ResultsLog:
     """Append-only file of measurements; each line is on disk before the next measurement starts."""
 
     def __init__(self, path: Path) -> None:
-        self._log = AppendLog(path, durable=True)
+        self._log = AppendLog(path, durable=True, sealed=True)
         found = _parsed(
             path, Measurement, "a measurement", "remove the file to measure everything anew"
         )
@@ -156,7 +156,7 @@ class AnswersLog:
             ArtifactError: another process has the shard's file open, or a file is damaged.
         """
         self.folder = folder
-        self._log = AppendLog(folder / shard.file_name, durable=True, in_use=IN_USE)
+        self._log = AppendLog(folder / shard.file_name, durable=True, sealed=True, in_use=IN_USE)
         try:
             self._answers = read_answers(folder)
         except BaseException:

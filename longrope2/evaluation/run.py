@@ -36,12 +36,12 @@ from longrope2.evaluation.protocol import basis_of, protocols
 from longrope2.evaluation.results import RESULTS_FILE, AnswersLog, Measurement, ResultsLog, Shard
 from longrope2.evaluation.ruler.tasks import ruler_tasks
 from longrope2.evaluation.samples import GenerationTask
-from longrope2.evaluation.schema import Cell, SuiteSummary, write_summary
+from longrope2.evaluation.schema import Cell, EvaluationSummary, SuiteSummary, write_summary
 from longrope2.evaluation.short_tasks import measure_short_tasks, short_task_cell
 from longrope2.evaluation.subjects import Subject, SubjectModels
 from longrope2.files import artifacts
 from longrope2.files.guide import write_guide
-from longrope2.model.folder import model_identity
+from longrope2.model.folder import model_identity, model_source
 from longrope2.model.loading import device_and_dtype, load_tokenizer
 from longrope2.parallel.processes import world_size_from_environment
 from longrope2.segments.needle_set import NeedleSet
@@ -445,9 +445,12 @@ def _write_manifest(
     }
     seeds = {"seed": config.seed, "needle": config.evaluation.needle.seed}
     facts = {"config": to_plain(config), "seeds": seeds, "counts": counts}
+    summaries = [folder / kind.file_name for kind in (EvaluationSummary, SuiteSummary)]
+    facts["details"] = model_source(config.model, base)
+    facts["files"] = {p.name: artifacts.sha256_of_file(p) for p in summaries if p.is_file()}
     if texts is not None:
         inputs["corpus"] = {"name": config.text.name, **texts.description}
-        facts["details"] = {
+        facts["details"] |= {
             "text": asdict(texts.text),
             "text_hashes": text_hashes(texts.documents),
             "packed_ids": texts.packed_ids,

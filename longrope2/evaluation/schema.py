@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from longrope2.corpora.run_corpus import HeldoutText
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import write_text
+from longrope2.files.artifacts import MANIFEST_NAME, write_text
+from longrope2.files.unchanged import require_as_listed
 
 Interval = tuple[float, float]
 
@@ -311,11 +312,12 @@ _EMPTY = (None, "", ())
 
 
 def write_summary(folder: Path, summary: EvaluationSummary | SuiteSummary) -> None:
-    """Write a summary under its own name."""
+    """Write a summary under its own name; the product is unfinished from then on."""
 
     def present(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {k: v for k, v in pairs if v not in _EMPTY or k not in _LEFT_OUT_WHERE_EMPTY}
 
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     plain = asdict(summary, dict_factory=present)
     write_text(folder / summary.file_name, json.dumps(plain, indent=summary.indent) + "\n")
 
@@ -324,9 +326,11 @@ def read_summary(kind: type[Summary], folder: Path) -> Summary | None:
     """The summary in a folder, None when there is none.
 
     Raises:
-        ArtifactError: it is no JSON, or a field is missing or wrong; names the file and the field.
+        ArtifactError: it is not as it was written, no JSON, or a field is missing or wrong; names
+            the file and the field.
     """
     path = folder / kind.file_name
+    require_as_listed(path, "bring it back, or run its stage again")
     if not path.is_file():
         return None
     try:

@@ -14,6 +14,7 @@ from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.before import (
     read_factors_beside,
     require_subject,
+    require_unchanged_subject,
     subject_place,
     trained_folder,
 )
@@ -123,6 +124,7 @@ def find_checkpoint(
     """
     checkpoint = trained_folder(config, key, given)
     factors = read_factors_beside(checkpoint, config.model.original_len, config.target_len)
+    require_unchanged_subject(checkpoint)
     base_folder = given_folder(config.model, config.target_len)
     check_same_model(f"{key}={checkpoint}", model_identity(checkpoint), base_folder)
     check_model(checkpoint, config.model.original_len)
@@ -209,6 +211,7 @@ def _own_factors(
         trained = bool(manifest.details.get("trained", True))
         return opened, factors, trained, {"checkpoint": describe_export(folder)}
     factors = read_factors_beside(folder, config.model.original_len, config.target_len)
+    require_unchanged_subject(folder)
     check_same_model(named, model_identity(folder), base_folder)
     find_weights(folder)
     start, manifest = config.model.document_start, read_manifest(folder, "checkpoint")
@@ -221,6 +224,7 @@ def _open_export(
 ) -> tuple[Path, RescaleFactors]:
     """An exported folder as the model before its export, and the factors that it applies."""
     factors = read_factors_beside(folder, config.model.original_len, config.target_len)
+    require_unchanged_subject(folder)
     base_folder = given_folder(config.model, config.target_len)
     opened = before_export(folder, base_folder)
     check_same_model(named, model_identity(opened), base_folder)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +26,7 @@ from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.given import build_without_memory, cut_layers
 from longrope2.model.loading import find_weights, rope_geometry
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
+from longrope2.model.weights import write_weights
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -179,7 +179,7 @@ def _write_weights(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_weights(tensors, folder / file)
     if (checkpoint / _INDEX_FILE).is_file():
         index = _read_json(checkpoint / _INDEX_FILE)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}

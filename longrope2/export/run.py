@@ -18,7 +18,7 @@ from longrope2.corpora.build import build_corpus, heldout_documents
 from longrope2.corpora.config import CorpusConfig
 from longrope2.corpora.run_corpus import corpus_label, corpus_of_run, segments_of
 from longrope2.corpora.tokenizer import DocumentTokenizer
-from longrope2.errors import ArtifactError, ConfigError, DataError
+from longrope2.errors import ArtifactError, ConfigError, DamagedError, DataError
 from longrope2.evaluation.subjects import find_base_model, find_checkpoint
 from longrope2.export.gguf_file import GGUF_FILE, check_gguf, write_gguf
 from longrope2.export.hugging_face import check_exportable, write_hugging_face_folder
@@ -35,8 +35,10 @@ from longrope2.export.variants import (
 )
 from longrope2.export.verification import verify_export
 from longrope2.files import artifacts
+from longrope2.files.unchanged import changed_files
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.facts import model_name
+from longrope2.model.folder import given_folder, model_source
 from longrope2.model.loading import load_to_run, load_tokenizer
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import CLOSED_FORMS, RopeMethod
@@ -106,9 +108,15 @@ def find_export(config: ExportRoot) -> Export:
 
 
 def is_complete(export: Export) -> bool:
-    """Whether this checkpoint has been exported with these settings, and still stands there."""
+    """Whether this checkpoint has been exported with these settings, and every file still stands.
+
+    What is not as it was written is said: it is made again.
+    """
     try:
         manifest = artifacts.read_manifest(export.folder, "exports")
+    except DamagedError as error:
+        print(f"note: {error}: exported again")
+        return False
     except ArtifactError:
         return False
     # The checkpoint is compared by its content, wherever it stood; a key that an older manifest
@@ -119,8 +127,18 @@ def is_complete(export: Export) -> bool:
         | {"checkpoint": None, "corpus": plain.get("corpus")}
         for plain in (manifest.config, to_plain(_config_of(export)))
     )
-    there = all(final.is_dir() for final in export.finals)
-    return there and manifest.inputs == export.inputs and found == wanted
+    same = _without_places(manifest.inputs) == _without_places(export.inputs)
+    if not (manifest.files and same and found == wanted):
+        return False
+    changed = changed_files(export.folder, manifest.files)
+    for fault in changed:
+        print(f"note: {fault}: exported again")
+    return not changed
+
+
+def _without_places(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Input records without their paths: a run may be moved."""
+    return {role: dict(record, path=None) for role, record in inputs.items()}
 
 
 def _config_of(export: Export) -> ExportRoot:
@@ -289,6 +307,11 @@ def _write(
     return {str(length): difference for length, difference in differences.items()}
 
 
+def _given(export: Export) -> Path:
+    """Folder of the base model."""
+    return given_folder(export.config.model, export.config.target_len)
+
+
 def _rope(config: ExportRoot) -> RopeConfig:
     """The factors of an export without training; by default the run's own search."""
     return config.rope or RopeConfig()
@@ -348,6 +371,7 @@ def _write_manifest(export: Export, differences: _Differences, cost: StaticCost 
             "target_len": export.factors.target_len,
             "largest_relative_logit_difference": differences,
             "static_cost": None if cost is None else asdict(cost),
+            **model_source(export.config.model, _given(export)),
         },
     )
     artifacts.write_manifest(export.folder, manifest)

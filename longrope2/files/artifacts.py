@@ -2,7 +2,8 @@
 
 A product is a folder with a ``manifest.json`` that is written last, so a folder without one is
 unfinished. Files are written to a temporary name in the same folder, fsynced and renamed: a reader
-never sees half a file.
+never sees half a file. A manifest holds a hash of itself (``sha256``), so that a changed one is
+known; whether the files that it lists are still as they were written asks ``unchanged.py``.
 """
 
 import contextlib
@@ -11,16 +12,16 @@ import importlib.metadata
 import json
 import os
 import secrets
+import stat
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, DamagedError, DiskFullError, is_disk_full
+from longrope2.files.checked import read_object, read_settings
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -66,6 +67,17 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
 
+_SEAL = "sha256"
+_WHAT = "a manifest of this project"
+_WAY_OUT = "bring it back, or remove it and run the stage that makes it again"
+_FIELD_TYPES: dict[str, tuple[type, str]] = {
+    field.name: {str: (str, "a text"), int: (int, "a whole number")}.get(
+        field.type, (dict, "an object")
+    )  # pyright: ignore[reportArgumentType]
+    for field in fields(Manifest)
+}
+
+
 def product_folder(run_folder: Path, product: str) -> Path:
     """Folder of one product inside a run folder, e.g. ``runs/demo/1_segments``."""
     return run_folder / PRODUCT_FOLDERS[product]
@@ -109,23 +121,36 @@ def _given_segments(run_folder: Path) -> Path | None:
     config = product_folder(run_folder, "checkpoints") / "config.yaml"
     if not config.is_file():
         return None
-    made = yaml.safe_load(config.read_text(encoding="utf-8"))
-    given = made.get("segments") if isinstance(made, dict) else None
-    return None if given is None else Path(given)
+    way_out = "bring it back, or remove it: launch.train with the same settings writes it"
+    given = read_settings(config, way_out).get("segments")
+    return None if given is None else Path(str(given))
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``: fsynced and renamed on success, else removed."""
+    """Yield a temporary path beside ``path``: fsynced and renamed on success, else removed.
+
+    The file has the mode that the umask gives: some libraries write files for their owner alone.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, not the process id: processes in containers on a shared disk have equal ones.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
         fsync_folder(path.parent)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(path, error) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,6 +167,12 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files of a folder, for its manifest, which is not among them."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: sha256_of_file(path) for path in paths if path.name != MANIFEST_NAME}
+
+
 def sha256_of_bytes(data: bytes | memoryview) -> str:
     """SHA-256 of ``data``, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -155,8 +186,9 @@ def describe_input(path: Path) -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; call it last, it marks the product as finished."""
-    text = json.dumps(asdict(manifest), indent=2, sort_keys=True)
-    write_text(folder / MANIFEST_NAME, text + "\n")
+    plain = asdict(manifest)
+    sealed = {**plain, _SEAL: _seal_of(plain)}
+    write_text(folder / MANIFEST_NAME, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
@@ -172,18 +204,45 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
             f"{folder} holds no finished {kind}: {MANIFEST_NAME} is missing; "
             "run the stage that makes it"
         )
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
-        raise ArtifactError(f"{path} is not a manifest of this project: {error}") from None
-    if manifest.kind != kind:
-        raise ArtifactError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}")
+    content = read_object(path, _WHAT, _WAY_OUT)
+    found = content.get("kind")
+    if isinstance(found, str) and found != kind:
+        raise ArtifactError(f"{path}: kind is {found!r}, expected {kind!r}")
+    manifest = _checked(path, content)
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path}: schema_version is {manifest.schema_version}, "
             f"this version reads {SCHEMA_VERSION}; make it again"
         )
     return manifest
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Manifest:
+    """The manifest in the JSON object of a file.
+
+    Raises:
+        DamagedError: a field is missing, unknown or of a wrong type, or it is not as written.
+    """
+    seal = content.pop(_SEAL, None)  # those of earlier versions have none
+    faults = [f"it lacks {name}" for name in _FIELD_TYPES if name not in content]
+    faults += [f"it has an unknown field {name}" for name in content if name not in _FIELD_TYPES]
+    for name, (kind, words) in _FIELD_TYPES.items():
+        if name in content and type(content[name]) is not kind:
+            faults.append(f"{name} must be {words}")
+    files = content.get("files")
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        if not isinstance(digest, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            faults.append(f"files[{name!r}] must be a hash of a file inside the folder")
+    if faults:
+        raise DamagedError(f"{path} is not {_WHAT}: {'; '.join(faults[:3])}; {_WAY_OUT}")
+    if seal not in (None, _seal_of(content)):
+        raise DamagedError(f"{path} is not as it was written (its sha256 differs); {_WAY_OUT}")
+    return Manifest(**content)
+
+
+def _seal_of(plain: dict[str, Any]) -> str:
+    """Hash of all that a manifest says."""
+    return sha256_of_bytes(json.dumps(plain, sort_keys=True).encode())
 
 
 def _code_commit() -> str:

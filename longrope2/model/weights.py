@@ -9,6 +9,7 @@ the rest, so that no rank ever holds more than its share and one whole parameter
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from longrope2.errors import ArtifactError
+from longrope2.files.artifacts import atomic_path
 from longrope2.model.folder import weight_files
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -145,6 +148,22 @@ def fill_in_shares(
             name = next(name for name in names[id(parameter)] if name in weights.places)
             values = _read(weights.places[name], name).to(dtype)
         take(_replace(owners, values, parameter))
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one ``*.safetensors`` file, atomically.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # It tells the system's fault in its text alone.
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def saved_buffers(hf: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
@@ -125,44 +126,70 @@ def end_with_parent(parent: str | None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class _Outcome(Generic[Result]):
+    """What work returned, or why it did not."""
+
+    value: Result | None
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, work: Callable[[], Result]) -> "_Outcome[Result]":
+        """Of work that is done now."""
+        try:
+            return cls(work())
+        except (ArtifactError, OSError) as error:
+            return cls(None, error)
+        except Exception:  # of any class, which need not travel
+            return cls(None, RuntimeError(traceback.format_exc()))
+
+    def result(self) -> Any:
+        """What was returned; raises what was raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
 def done_by_main(work: Callable[[], Result], mark: Callable[[str], None]) -> Result:
     """What ``work`` returns on the main rank, on all ranks; every rank calls this.
 
     However long it takes: ranks meet every second, so that no collective comes to its time limit.
-    ``mark`` is told what the rank does; the main rank is behind the others until it is done.
+    ``mark`` is told what the rank does; the main rank is behind the others until it is done. What
+    ``work`` raises is raised on all ranks.
     """
-    answer: list[tuple[Result] | None] = [None]
+    answer: list[_Outcome[Result] | None] = [None]
     if dist.get_rank() != 0:
         mark("waiting for rank 0")
         while answer[0] is None:
             dist.broadcast_object_list(answer)
-        return answer[0][0]
+        return answer[0].result()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="main-rank-only") as pool:
-        future = pool.submit(work)
+        future = pool.submit(_Outcome.of, work)
         while answer[0] is None:
             if wait([future], timeout=_MEETING_SECONDS).done:
-                answer = [(future.result(),)]
+                answer = [future.result()]
                 mark("telling the other ranks")
             dist.broadcast_object_list(answer)
-    return answer[0][0]
+    return answer[0].result()
 
 
 def done_by_each(work: Callable[[], Result], mark: Callable[[str], None]) -> list[Result]:
     """What ``work`` returned on every rank, by rank, on all ranks; every rank calls this.
 
-    As ``done_by_main``: however long it takes, and ranks that are not done are behind the others.
+    As ``done_by_main``: however long it takes, and ranks that are not done are behind the others;
+    what ``work`` raises on one rank is raised on all.
     """
     answers: list[Any] = [None] * dist.get_world_size()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="own-share") as pool:
-        future, is_done = pool.submit(work), False
+        future, is_done = pool.submit(_Outcome.of, work), False
         while not all(answers):
             if not is_done and wait([future], timeout=_MEETING_SECONDS).done:
                 is_done = True
                 mark("waiting for the other ranks")
             elif is_done:
                 time.sleep(_MEETING_SECONDS / 10)
-            dist.all_gather_object(answers, (future.result(),) if is_done else None)
-    return [answer[0] for answer in answers]
+            dist.all_gather_object(answers, future.result() if is_done else None)
+    return [answer.result() for answer in answers]
 
 
 def smallest_gpu_bytes(device: torch.device) -> int | None:

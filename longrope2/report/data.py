@@ -1,6 +1,5 @@
 """What a run folder holds for its report: None where a stage has not run, damage is an error."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longrope2.corpora.run_corpus import segments_of
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, FactorsError
 from longrope2.evaluation.schema import EvaluationSummary, SuiteSummary, read_summary
 from longrope2.files import artifacts
 from longrope2.files.artifacts import (
@@ -20,14 +19,17 @@ from longrope2.files.artifacts import (
     product_folder,
     run_with,
 )
-from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.files.checked import read_object
+from longrope2.files.unchanged import require_as_listed
+from longrope2.model.factors_source import FACTORS_FILE, read_factors_file
 from longrope2.rope.factors import RescaleFactors
 from longrope2.segments.format import SegmentStore
-from longrope2.tracking.metrics import read_metrics
+from longrope2.tracking.metrics import METRICS_FILE, read_metrics
 
 HISTORY_FILE = "history.json"
 # Whose documents are enough to tell how often each angle was met.
 _MOST_SEGMENTS = 256
+_WAY_OUT = "bring it back, or run its stage again"
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,14 @@ def load_run(folder: Path) -> RunRecord:
     searched = product_folder(runs["factors"], "factors")
     checkpoints = product_folder(folder, "checkpoints")
     factors_files = [searched / FACTORS_FILE, checkpoints / "final" / FACTORS_FILE]
-    found = [path.read_text(encoding="utf-8") for path in factors_files if path.is_file()]
+    for path in factors_files:
+        require_as_listed(path, _WAY_OUT)
+    found = [path for path in factors_files if path.is_file()]
     evaluations = product_folder(folder, "evaluations")
     return RunRecord(
         folder=folder,
         stages=stages,
-        factors=RescaleFactors.from_json(found[0]) if found else None,
+        factors=_read_factors(found[0]) if found else None,
         search_history=_read_json(searched / HISTORY_FILE),
         training_metrics=_last_record_of_each_step(read_metrics(checkpoints)),
         evaluation=read_summary(EvaluationSummary, evaluations),
@@ -195,13 +199,22 @@ def _untrained_exports(run_folder: Path) -> Manifest | None:
 def _last_record_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A run that resumes from a checkpoint repeats the steps after it; the later record holds."""
     by_step = {record["step"]: record for record in records if "step" in record}
+    for step, record in by_step.items():
+        if type(record.get("train/tokens")) is not int:
+            fault = f"{METRICS_FILE} is damaged: the record of step {step} has no train/tokens"
+            raise ArtifactError(f"{fault}; remove that line and all after it to keep the rest")
     return [by_step[step] for step in sorted(by_step)]
 
 
+def _read_factors(path: Path) -> RescaleFactors:
+    try:
+        return read_factors_file(path)
+    except FactorsError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {_WAY_OUT}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
+    require_as_listed(path, _WAY_OUT)
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} is damaged ({error}); run its stage again") from None
+    return read_object(path, "the history of a search", _WAY_OUT)

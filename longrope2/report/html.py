@@ -1,14 +1,14 @@
 """Pieces of the report's HTML: the empty page, tables, maps, images, how numbers are written."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from longrope2.report.plots import svg_data_uri
 
-# %HEAD%, %TITLE% and %BODY% are filled in.
-PAGE = """\
+_PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -61,6 +61,14 @@ li { margin: .35rem 0; max-width: 62rem; }
 <body>%BODY%</body>
 </html>
 """
+
+
+def fill_page(**parts: str) -> str:
+    """The page with ``head``, ``title`` and ``body``, HTML.
+
+    Each in its place once: what is filled in may itself read like a place (a run called %BODY%).
+    """
+    return re.sub("%(HEAD|TITLE|BODY)%", lambda place: parts[place[1].lower()], _PAGE)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css_class: str = "numbers") -> str:

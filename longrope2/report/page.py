@@ -16,10 +16,10 @@ from longrope2.evaluation.summary import comparison_lines
 from longrope2.files.artifacts import PRODUCT_FOLDERS, UNTRAINED_FOLDER, Manifest, write_text
 from longrope2.report.data import RunRecord, StageState, load_run
 from longrope2.report.html import (
-    PAGE,
     blind_note,
     bullets,
     change,
+    fill_page,
     heat_map,
     image,
     interval,
@@ -38,6 +38,7 @@ from longrope2.report.text import evaluated_text
 from longrope2.report.training import limits, mix_html, training_html
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.turns import Turns, turns_of
+from longrope2.tracking.metrics import METRICS_FILE
 
 REPORT_FILE = "report.html"
 _UNTRAINED_TITLE = f"{PRODUCT_FOLDERS['exports']}/{UNTRAINED_FOLDER}"
@@ -87,9 +88,11 @@ def _render_report(record: RunRecord, reload_seconds: int | None) -> str:
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     reload = f"<meta http-equiv='refresh' content='{reload_seconds}'>"
-    page = PAGE.replace("%HEAD%", "" if reload_seconds is None else reload)
-    page = page.replace("%TITLE%", f"LongRoPE2: {name}")
-    return page.replace("%BODY%", f"<h1>{name}</h1>{_headline(record)}{body}")
+    return fill_page(
+        head="" if reload_seconds is None else reload,
+        title=f"LongRoPE2: {name}",
+        body=f"<h1>{name}</h1>{_headline(record)}{body}",
+    )
 
 
 def _headline(record: RunRecord) -> str:
@@ -249,7 +252,7 @@ def _search(record: RunRecord) -> str:
     image_of_search = image(search_figure(history), "Best objective by candidates evaluated")
     found, num_candidates = history["critical_index"], history["rounds"][-1]["num_candidates"]
     critical = "No critical dimension" if found is None else f"Found critical dimension {found}"
-    note = (
+    note = html.escape(
         f"Lower is better, measured on untrained weights. On the search's own samples the best of "
         f"{num_candidates} candidates has {history['best_value']:.4g}. {critical}; theory says "
         f"{history['theoretical_critical_index']}."
@@ -269,12 +272,11 @@ def _fresh(history: dict[str, Any]) -> str:
         num, low_high = contestant["num_reported"], contestant["interval"]
         stopped = f"stopped after {contestant['num_choosing']}"
         interval = "{:.4g} to {:.4g}".format(*low_high)
-        name = html.escape(contestant["name"])
         scale = f"{contestant['attention_scale']:.3g}"
-        rows.append(
-            [name, scale, f"{contestant['value']:.4g}", interval, str(num) if num else stopped]
-        )
-    headings = ["factors", "attention scale", history["value_name"].replace("_", " ")]
+        row = [contestant["name"], scale, f"{contestant['value']:.4g}", interval]
+        rows.append(list(map(html.escape, [*row, str(num) if num else stopped])))
+    value_name = html.escape(history["value_name"].replace("_", " "))
+    headings = ["factors", "attention scale", value_name]
     listed = table([*headings, "95 %", "samples"], rows)
     figure = image(fresh_figure(history), "Found factors and closed forms on fresh samples")
     verdict = html.escape(fresh["verdict"])
@@ -288,7 +290,10 @@ def _fresh(history: dict[str, Any]) -> str:
 
 def _training(record: RunRecord) -> str:
     if not record.training_metrics:
-        return _missing(record, "checkpoints")
+        if record.stages["checkpoints"].manifest is None:
+            return _missing(record, "checkpoints")
+        lost = f"{PRODUCT_FOLDERS['checkpoints']}/{METRICS_FILE} is missing or holds no records"
+        return f"<p class=missing>The training is finished, but {lost}: nothing to show.</p>"
     return training_html(record)
 
 

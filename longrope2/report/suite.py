@@ -85,7 +85,7 @@ def _kept(summary: SuiteSummary) -> str:
     for row in summary.retention:
         if row.subject != reference:
             numbers = str(row.num_tasks), f"{100 * row.ratio:.1f} %"
-            rows.append([html.escape(row.subject), row.suite, *numbers])
+            rows.append([html.escape(row.subject), html.escape(row.suite), *numbers])
     inside = f"of {html.escape(reference)} inside {summary.original_len:,}"
     shown = table(["model", "suite", "scores", inside], rows)
     kept = f"<h3>Short window kept</h3>{shown}" if rows else ""
@@ -116,12 +116,9 @@ def _lengths(summary: SuiteSummary) -> str:
     for cell in summary.cells:
         if cell.suite == "longbench" and cell.score is not None:
             for name, (score, count) in scores_by_length(cell).items():
-                rows.append(
-                    [html.escape(cell.subject), cell.task, name, f"{100 * score:.1f}", count]
-                )
-    shown = table(
-        ["model", "task", "tokens", "score", "samples"], [list(map(str, r)) for r in rows]
-    )
+                rows.append([cell.subject, cell.task, name, f"{100 * score:.1f}", str(count)])
+    head = ["model", "task", "tokens", "score", "samples"]
+    shown = table(head, [list(map(html.escape, row)) for row in rows])
     title = "LongBench by tokens of the prompt"
     return f"<details><summary>{title}</summary>{shown}</details>" if rows else ""
 
@@ -155,6 +152,6 @@ def _calibration(summary: SuiteSummary) -> str:
     for rule in summary.calibration.rules:
         found = "" if rule.found is None else f"{rule.found:.2f}"
         allowed = f"{rule.low:g} to {rule.high:g}"
-        rows.append([html.escape(rule.score), allowed, found, rule.state])
+        rows.append([html.escape(rule.score), allowed, found, html.escape(rule.state)])
     head = ["score of the base model", "allowed", "found", ""]
     return f"{missing}<h3>Calibration</h3>{table(head, rows)}"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from longrope2.corpora.held_out import MOST_NAMED
+from longrope2.corpora.held_out import MOST_NAMED, documents_file
 from longrope2.corpora.run_corpus import HeldoutText, segments_of
-from longrope2.files.artifacts import Manifest, read_manifest
+from longrope2.files.artifacts import Manifest
 from longrope2.report.data import RunRecord
 
 _EARLIER = "by an earlier version, which did not note the documents it read"
@@ -68,11 +68,11 @@ def _of_training(record: RunRecord, measured: set[str], packed_ids: list[str]) -
     segments = segments_of(record.folder)
     if segments is None:
         return []
-    listed = read_manifest(segments, "segments").details.get("documents", {}).get("file")
-    if listed is None or not (segments / listed).is_file():
+    listed = documents_file(segments)
+    if listed is None:
         lacking = f"{segments} does not list its documents"
         return [f"Whether the training segments hold evaluated text is unknown: {lacking}."]
-    common = max(len(measured & _packed_hashes(segments / listed)), len(packed_ids))
+    common = max(len(measured & _packed_hashes(listed)), len(packed_ids))
     if not common:
         evaluated = f"{len(measured):,} documents that evaluation reads"
         return [f"None of the {evaluated} is in the training segments."]

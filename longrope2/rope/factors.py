@@ -188,7 +188,7 @@ def _json_fields(text: str) -> dict[str, Any]:
     """The fields of a factors file; a published array is given the same fields."""
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FactorsError(f"not a factors file: {error}") from None
     if isinstance(fields, dict) and "kind" not in fields and "factors" in fields:
         return _published_array(fields)

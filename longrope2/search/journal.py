@@ -64,7 +64,7 @@ class Journal:
         self.num_losses_by_batch: Counter[int] = Counter()
         self._name = name
         path = folder / (f"{name}.{worker}.jsonl" if worker else f"{name}.jsonl")
-        self._log = AppendLog(path, in_use=_IN_USE) if writes else None
+        self._log = AppendLog(path, sealed=True, in_use=_IN_USE) if writes else None
         try:
             self._read_all(folder, json.loads(json.dumps(dict(header))))
             if self._log is not None and not read_log(path):

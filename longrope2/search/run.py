@@ -16,6 +16,7 @@ from rich.progress import MofNCompleteColumn
 from longrope2.config import to_plain
 from longrope2.files.artifacts import Manifest, sha256_of_file, write_manifest, write_text
 from longrope2.model.factors_source import FACTORS_FILE
+from longrope2.model.folder import given_folder, model_source
 from longrope2.rope.factors import VERDICT, RescaleFactors
 from longrope2.rope.frequencies import ten_period_index, theoretical_critical_index
 from longrope2.search import journal as journals
@@ -416,6 +417,10 @@ def _write_product(
         seeds={"seed": config.seed},
         counts=asdict(budget),
         files={name: sha256_of_file(folder / name) for name in files},
-        details={"text": asdict(prepared.text), "text_hashes": prepared.text_hashes},
+        details={
+            "text": asdict(prepared.text),
+            "text_hashes": prepared.text_hashes,
+            **model_source(config.model, given_folder(config.model, config.target_len)),
+        },
     )
     write_manifest(folder, manifest)

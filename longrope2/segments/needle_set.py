@@ -1,4 +1,8 @@
-"""Needle samples on disk: the tokens of each sample and where its value starts."""
+"""Needle samples on disk: the tokens of each sample and where its value starts.
+
+Two files of one name: ``.arrow`` holds the samples, ``.json`` says to readers what they are, and
+the hash of the other.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -8,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longrope2.errors import ArtifactError
+from longrope2.errors import ArtifactError, DamagedError
 from longrope2.files.artifacts import atomic_path, sha256_of_bytes, write_text
+from longrope2.files.checked import read_object
 
+_SEAL = "arrow_sha256"
 SCHEMA = pa.schema(
     [
         ("tokens", pa.list_(pa.int64())),
@@ -74,8 +80,15 @@ class NeedleSet:
 
     def save(self, path: Path) -> None:
         """Write one Arrow file, atomically, and a record for readers beside it (``.json``)."""
-        record = json.dumps(self.describe(), indent=2, ensure_ascii=False)
-        write_text(path.with_suffix(".json"), record + "\n")
+        samples = self._as_arrow()
+        record = {**self.describe(), _SEAL: sha256_of_bytes(samples)}
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        write_text(path.with_suffix(".json"), text + "\n")
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(samples)
+
+    def _as_arrow(self) -> bytes:
+        """Content of the Arrow file."""
         rows = [
             {**vars(sample), "record": json.dumps(sample.record, sort_keys=True)}
             for sample in self.samples
@@ -84,10 +97,10 @@ class NeedleSet:
             "needle_length": str(self.length),
             "needles_per_haystack": str(self.needles_per_haystack),
         }
-        schema = SCHEMA.with_metadata(facts)
-        with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-            with pa.ipc.new_stream(sink, schema) as writer:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
+        schema, sink = SCHEMA.with_metadata(facts), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+        return sink.getvalue().to_pybytes()
 
     def describe(self) -> dict[str, Any]:
         """What the samples are, without their tokens; plain JSON values."""
@@ -111,12 +124,13 @@ class NeedleSet:
         """Read a set that ``save`` wrote.
 
         Raises:
-            ArtifactError: the file is missing, damaged, or no needle set.
+            ArtifactError: the file is missing, no needle set, or not as it was written.
         """
         try:
-            with pa.OSFile(str(path), "rb") as source:
-                table = pa.ipc.open_stream(source).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
+            samples = path.read_bytes()
+            _refuse_changed(path, samples)
+            table = pa.ipc.open_stream(samples).read_all()
+        except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} is not a needle set: {error}") from None
         if not table.schema.equals(SCHEMA) or b"needle_length" not in (table.schema.metadata or {}):
             fault = f"{path} is not a needle set: its columns are {', '.join(table.schema.names)}"
@@ -129,3 +143,19 @@ class NeedleSet:
         # Files from before needles could share a haystack do not say how many do.
         per_haystack = int(facts.get(b"needles_per_haystack", b"1"))
         return cls(samples, int(facts[b"needle_length"]), per_haystack)
+
+
+def _refuse_changed(path: Path, samples: bytes) -> None:
+    """Compare the Arrow file's bytes with the hash beside them.
+
+    Raises:
+        DamagedError: they differ, or the record beside them cannot be read.
+    """
+    beside = path.with_suffix(".json")
+    if not beside.is_file():  # as of sets of earlier versions
+        return
+    way_out = f"remove {path.name} and {beside.name}: the same samples are drawn again"
+    written = read_object(beside, "the record of a needle set", way_out).get(_SEAL)
+    if written is not None and written != sha256_of_bytes(samples):
+        fault = f"{path} is not as it was written ({beside.name} beside it has another {_SEAL})"
+        raise DamagedError(f"{fault}; {way_out}")

@@ -19,7 +19,7 @@ from rich import progress
 from rich.progress import Progress
 
 from longrope2.errors import ConfigError
-from longrope2.files.append_log import AppendLog, read_log
+from longrope2.files.append_log import AppendLog, damaged_line, read_log
 from longrope2.files.artifacts import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -111,8 +111,18 @@ def progress_line(name: str, counted: progress.ProgressColumn, period: float = 3
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a folder's metrics file, oldest first; empty when there is none."""
-    return read_log(folder / METRICS_FILE)
+    """All records of a folder's metrics file, oldest first; empty when there is none.
+
+    Raises:
+        ArtifactError: a line is none of ours: it holds something else than numbers.
+    """
+    path = folder / METRICS_FILE
+    records = read_log(path)
+    for number, record in enumerate(records, start=1):
+        are_numbers = all(type(value) in (int, float) for value in record.values())
+        if not are_numbers or type(record.get("step", 0)) is not int:
+            raise damaged_line(path, number)
+    return records
 
 
 def _start_wandb(

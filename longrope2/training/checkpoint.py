@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ from longrope2.training.universal import (
 _LATEST_FILE = "latest"
 _STEP_KIND = "training_state"
 _POLL_SECONDS = 0.05
+_MODEL_STATES, _OPTIMIZER_STATES = "model_states.pt", "optim_states.pt"
 _RANK_IN_NAME = re.compile(r"pp_rank_(\d+)_")  # DeepSpeed's names of a rank's own files
 _log = logging.getLogger(__name__)
 
@@ -94,6 +96,13 @@ class _RankFiles:
             buffer.close()
         self._waiting.clear()
         artifacts.write_text(_list_of(self._folder, self._rank), json.dumps(self._hashes))
+
+    def remove(self) -> None:
+        """Give back the space of what was written; of all ranks' when nothing else is left."""
+        with contextlib.suppress(OSError):
+            for name in self._hashes:
+                (self._folder / name).unlink(missing_ok=True)
+            self._folder.rmdir()
 
     def _take(self, state_dict: Any, path: str) -> None:
         """In place of the engine's ``save``."""
@@ -168,6 +177,7 @@ class CheckpointWriter:
                 # It begins with a barrier: the folder is there.
                 self._engine.save_checkpoint(str(self._folder), tag=working.name, save_latest=False)
         except OSError as error:
+            files.remove()
             self._failure = error
             self.raise_if_failed()
         details = {"shards": asdict(ShardLayout.of(self._engine))}
@@ -190,11 +200,12 @@ class CheckpointWriter:
             ArtifactError: what failed.
         """
         if self._failure is not None:
-            raise ArtifactError(
-                f"a checkpoint in {self._folder} could not be written: {self._failure}; the one "
-                "before is intact. Free space or repair the disk; the same command goes on from "
-                "there"
-            ) from self._failure
+            way_on = "there is none before it, and the same command begins again"
+            if _step_folders(self._folder):
+                way_on = "the one before is intact, and the same command goes on from there"
+            way_on = f"free space or repair the disk: {way_on}"
+            fault = f"a checkpoint in {self._folder} could not be written: {self._failure}"
+            raise ArtifactError(f"{fault}; {way_on}") from self._failure
 
     def finish(self) -> None:
         """Wait until the checkpoint is complete on all ranks.
@@ -224,6 +235,7 @@ class CheckpointWriter:
                 manifest.details["write_seconds"] = round(time.monotonic() - began, 1)
                 self._publish(working, tag, manifest)
         except Exception as error:  # told to the training thread
+            files.remove()
             self._failure = error
 
     def _publish(self, working: Path, tag: str, manifest: Manifest) -> None:
@@ -294,6 +306,25 @@ def find_newest(folder: Path, identity: dict[str, Any], mark: Mark = no_mark) ->
     raise ArtifactError(f"{text}; remove them to start over")
 
 
+def refuse_open_folder(folder: Path) -> None:
+    """Let nobody else say what this process runs: training states are pickles.
+
+    Args:
+        folder: ``3_checkpoints``.
+
+    Raises:
+        ArtifactError: every user of the machine may write to it, to a checkpoint or to a state.
+    """
+    inside = [path for step in _step_folders(folder) for path in (step, *step.glob("*"))]
+    for path in (folder, *inside):
+        if path.stat().st_mode & stat.S_IWOTH:
+            raise ArtifactError(
+                f"{path} may be written by every user of this machine, and training states are "
+                f"pickles, which run what they say when they are loaded: chmod -R o-w {folder}, or "
+                "set training.trust_folder=true where only you can reach it"
+            )
+
+
 def load(engine: Any, found: Found, mark: Mark = no_mark) -> None:
     """Load a checkpoint into an engine; every rank calls this, after ``find_newest``.
 
@@ -362,7 +393,24 @@ def _read(candidate: Path) -> Manifest | str:
     if not isinstance(steps, int) or candidate.name != _tag(steps):
         text = f"{candidate / artifacts.MANIFEST_NAME} says counts.steps={steps}"
         return f"{text}, its folder another number"
-    return manifest
+    return _fault_of_file_set(candidate, manifest) or manifest
+
+
+def _fault_of_file_set(candidate: Path, manifest: Manifest) -> str | None:
+    """Whether the manifest lists a state of every rank, and the folder holds no other one.
+
+    DeepSpeed loads what it finds there, and executes it: states are pickles.
+    """
+    listed, written_as = manifest.files, Found(candidate, manifest).written_as
+    where = candidate / artifacts.MANIFEST_NAME
+    if not any(name.endswith(_MODEL_STATES) for name in listed):
+        return f"{where} lists no *{_MODEL_STATES}"
+    ranks = range(written_as.world_size if written_as and written_as.zero_stage else 0)
+    for rank in ranks:
+        if not any(f"pp_rank_{rank}_" in n and n.endswith(_OPTIMIZER_STATES) for n in listed):
+            return f"{where} lists no *{_OPTIMIZER_STATES} of rank {rank}"
+    strange = sorted(path.name for path in candidate.glob("*.pt") if path.name not in listed)
+    return f"{candidate / strange[0]} is not listed in {where}" if strange else None
 
 
 def _fault_of_own_shard(candidate: Path, manifest: Manifest) -> str | None:

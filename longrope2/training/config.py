@@ -25,7 +25,7 @@ CHANGEABLE_TRAINING_KEYS = ("stop_after_step", "checkpoint_steps", "keep_checkpo
                             "max_skipped_steps", "peak_tflops", "prefetch_steps",
                             "async_checkpoints", "final_dtype", "selftest",
                             "hang_timeout_s", "norm", "heldout_every",
-                            "heldout_segments")  # fmt: skip
+                            "heldout_segments", "trust_folder")  # fmt: skip
 
 
 class Precision(Enum):
@@ -153,6 +153,9 @@ class TrainingConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    trust_folder: bool = False
+    """True resumes from a folder that every user of the machine may write to. Training states are
+    pickles: to load one is to run what it says."""
     async_checkpoints: bool = True
     """Write checkpoints while training goes on; false waits for the disk and keeps no copy of the
     state in memory."""

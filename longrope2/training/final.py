@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from longrope2.files import artifacts
 from longrope2.files.artifacts import Manifest
 from longrope2.model.factors_source import FACTORS_FILE
 from longrope2.model.shape import CONFIG_FILE, read_raw_config
-from longrope2.model.weights import saved_buffers
+from longrope2.model.weights import saved_buffers, write_weights
 from longrope2.rope.factors import RescaleFactors
 
 _FINAL_FOLDER = "final"
@@ -58,7 +57,7 @@ def save_final(
     _write_weights(engine, final, dtype, max_shard_bytes, is_main=is_main)
     if is_main:
         manifest.kind = _FINAL_KIND
-        manifest.files = {p.name: artifacts.sha256_of_file(p) for p in sorted(final.iterdir())}
+        manifest.files = artifacts.hashes_of(final)
         artifacts.write_manifest(final, manifest)
     dist.barrier()
 
@@ -98,8 +97,7 @@ def _write_weights(
                     tensors[name] = whole.detach().to("cpu", form, copy=True).contiguous()
             weight_map[name] = file
         if is_main:
-            with artifacts.atomic_path(final / file) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+            write_weights(tensors, final / file)
     if is_main and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

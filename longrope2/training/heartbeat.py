@@ -49,6 +49,7 @@ _MARKS_TO_LIVE = 4
 _LEAST_BYTES = 2**20
 """Less than this is the watch's own reading and writing."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_BEGAN = time.time() - time.monotonic()
 _CTRL_C = "Ctrl-C: saves and ends; once more ends at once, without saving"
 
 
@@ -83,6 +84,14 @@ class Beat:
         return f"{line}: stopped, dead, or its file system stalls"
 
 
+def steady_now() -> float:
+    """Seconds since 1970 by the clock as it stood when this process began.
+
+    The system's clock may be set while a run goes on; a jump is no hang.
+    """
+    return _BEGAN + time.monotonic()
+
+
 class Heartbeat:
     """Marks and watches one rank, from ``with`` to the end of it."""
 
@@ -104,8 +113,8 @@ class Heartbeat:
         self._timeout_s, self._leave = timeout_s, leave
         self._interval = min(_WRITE_SECONDS, (timeout_s or math.inf) / 10)
         self._host, self._pid = socket.gethostname(), os.getpid()
-        self._now, self._stop = (0, 0, "start", time.time()), threading.Event()
-        self._progress, self._moves_bytes, self._bytes = time.time(), False, 0
+        self._now, self._stop = (0, 0, "start", steady_now()), threading.Event()
+        self._progress, self._moves_bytes, self._bytes = steady_now(), False, 0
         work = {"heartbeat": self._write_often, "hang watch": self._watch}
         self._threads = [threading.Thread(target=work[n], name=n, daemon=True) for n in work]
 
@@ -130,7 +139,7 @@ class Heartbeat:
         write are progress too.
         """
         marks, latest_step, _, _ = self._now
-        now = time.time()
+        now = steady_now()
         self._now = (marks + 1, latest_step if step is None else step, phase, now)
         self._bytes = bytes_moved() if moves_bytes else 0
         self._progress, self._moves_bytes = now, moves_bytes
@@ -151,20 +160,20 @@ class Heartbeat:
         moved = bytes_moved()
         # Not only more: the count of a child may go with it.
         if abs(moved - self._bytes) >= _LEAST_BYTES:
-            self._bytes, self._progress = moved, time.time()
+            self._bytes, self._progress = moved, steady_now()
 
     def _nobody_moves(self, timeout_s: float) -> bool:
         """Whether neither this rank nor, as far as their files tell, another has made progress.
 
         A file system that stalls must not keep this thread: the others are asked in a thread.
         """
-        if time.time() - self._progress <= timeout_s:
+        if steady_now() - self._progress <= timeout_s:
             return False
         latest: list[float] = []
         ask = threading.Thread(target=lambda: latest.append(self._latest_progress()), daemon=True)
         ask.start()
         ask.join(REPORT_SECONDS)
-        return not latest or time.time() - latest[0] > timeout_s
+        return not latest or steady_now() - latest[0] > timeout_s
 
     def _latest_progress(self) -> float:
         return max(beat.progress for beat in self._read() if beat is not None)
@@ -179,7 +188,7 @@ class Heartbeat:
             step=step,
             phase=phase,
             since=since,
-            written=time.time(),
+            written=steady_now(),
             progress=self._progress,
         )
 

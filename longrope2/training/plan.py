@@ -263,6 +263,8 @@ def resolve_run(
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segments = segments_folder(config)
     store = _open_segments(segments, config, model_folder, missing)
+    if store is not None and device is None and not config.dry_run:
+        store.require_unchanged()  # once, before there are ranks
     schedule = StepSchedule(
         short_ids=tuple(store.short_ids) if store else (),
         long_ids=tuple(store.long_ids) if store else (),

@@ -13,6 +13,7 @@ from longrope2.config import to_plain
 from longrope2.errors import ArtifactError
 from longrope2.files.artifacts import Manifest, product_folder, write_manifest
 from longrope2.files.lease import only_writer
+from longrope2.model.folder import model_source
 from longrope2.parallel.flight_record import keep_flight_record
 from longrope2.parallel.processes import (
     Processes,
@@ -22,7 +23,7 @@ from longrope2.parallel.processes import (
 )
 from longrope2.segments.format import SegmentStore
 from longrope2.training.batch import RankBatch, load_rank_batch, step_batches
-from longrope2.training.checkpoint import CheckpointWriter, find_newest, load
+from longrope2.training.checkpoint import CheckpointWriter, find_newest, load, refuse_open_folder
 from longrope2.training.config import TrainRoot
 from longrope2.training.engine import make_engine
 from longrope2.training.final import save_final
@@ -113,6 +114,8 @@ def _train(
         heartbeat.mark("self-test")
         check_parity(run, processes)
     identity = run.identity()
+    if not training.trust_folder and run.folder.is_dir():
+        refuse_open_folder(run.folder)
     found = find_newest(run.folder, identity, heartbeat.mark)
     heartbeat.mark("loading the model", moves_bytes=True)
     engine = make_engine(run, processes, values=found is None)
@@ -233,7 +236,7 @@ def _finish(rank: _Rank, identity: dict[str, Any]) -> None:
         config=to_plain(config),
         seeds={"seed": config.seed},
         counts=counts,
-        details=run.machine.kernels(),
+        details={**run.machine.kernels(), **model_source(config.model, run.model_folder)},
     )
     written = (run.folder, run.model_folder, run.factors)
     save_final(rank.guard.engine, *written, manifest, dtype=run.machine.final_dtype)

@@ -17,8 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longrope2.export.verification import LOGIT_TOLERANCE
-from longrope2.files.artifacts import Manifest, read_manifest, sha256_of_file, write_manifest
-from longrope2.model.folder import CACHE_VARIABLE, model_identity
+from longrope2.files.artifacts import (
+    Manifest,
+    hashes_of,
+    read_manifest,
+    sha256_of_file,
+    write_manifest,
+)
+from longrope2.files.folder_hashes import CACHE_VARIABLE
+from longrope2.model.folder import model_identity
 from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.methods import RopeMethod, closed_form_factors
@@ -195,7 +202,7 @@ def test_a_trained_export_and_an_untrained_one_stand_side_by_side(command, expor
     final = tmp_path / "r" / "3_checkpoints" / "final"
     shutil.copytree(MODEL, final)
     (final / "factors.json").write_text(SCALED.in_both_windows().to_json())
-    write_manifest(final, Manifest("checkpoint"))
+    write_manifest(final, Manifest("checkpoint", files=hashes_of(final)))
     assert command("export", "export.cost_windows=0")[0] == 0
     assert command(*UNTRAINED, "rope=pi")[0] == 0
     trained, untrained = exports, exports / "untrained"
@@ -206,7 +213,7 @@ def test_a_trained_export_and_an_untrained_one_stand_side_by_side(command, expor
         assert "already complete" in command(*verb)[1]
     # A manifest from before the key was there is of a trained model.
     manifest = json.loads((trained / "manifest.json").read_text())
-    del manifest["config"]["export"]["trained"], manifest["config"]["rope"]
+    del manifest["config"]["export"]["trained"], manifest["config"]["rope"], manifest["sha256"]
     (trained / "manifest.json").write_text(json.dumps(manifest))
     assert "already complete" in command("export", "export.cost_windows=0")[1]
 
@@ -243,7 +250,7 @@ def test_it_generates_and_is_evaluated_as_the_factors_on_the_base_model(command,
     final = tmp_path / "r" / "3_checkpoints" / "final"
     shutil.copytree(MODEL, final)
     (final / "factors.json").write_text(LLAMA3.to_json())
-    write_manifest(final, Manifest("checkpoint"))
+    write_manifest(final, Manifest("checkpoint", files=hashes_of(final)))
     code, found, said = command("generate", *asked, f"generate.checkpoint={folder}")
     assert code == 0 and "more than 128: rescaled RoPE from the start" in said
     again_code, again, said_again = command("generate", *asked)

@@ -41,8 +41,9 @@ from longrope2.export.hugging_face import merged_config, write_hugging_face_fold
 from longrope2.export.model_card import StaticCost
 from longrope2.export.variants import ExportVariant, variant_factors
 from longrope2.export.verification import verify_export
+from longrope2.files.folder_hashes import CACHE_VARIABLE
 from longrope2.model.exported import CHANGED_KEYS, before_export
-from longrope2.model.folder import CACHE_VARIABLE, NO_WINDOW, model_identity, weights_sha256
+from longrope2.model.folder import NO_WINDOW, model_identity, weights_sha256
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.hf_config import from_hf_config

@@ -1,6 +1,7 @@
 """A log of JSON lines loses no record to a crash, and refuses damage that no crash explains."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,40 @@ def test_records_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
         assert log.cut_from(lambda record: record["step"] > 2) == 4
         log.append({"step": 3})
         assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_sealed_line_ends_in_a_checksum_that_its_reader_takes_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"old": 1}\n')  # of a version without
+    with AppendLog(path, sealed=True) as log:
+        log.append(*RECORDS, {})
+    assert read_log(path) == [{"old": 1}, *RECORDS, {}]
+    found = json.loads(path.read_text().splitlines()[3])
+    checksum = zlib.crc32(b'{"step": 3')
+    assert found == {**RECORDS[2], "crc32": f"{checksum:08x}"}
+
+
+def test_any_changed_byte_of_a_sealed_log_is_refused_or_costs_no_number(tmp_path: Path) -> None:
+    """Only the name of the checksum may; the last line may be torn, and is measured again."""
+    path = tmp_path / "log.jsonl"
+    with AppendLog(path, sealed=True) as log:
+        log.append(*RECORDS)
+    whole = path.read_bytes()
+    for place in range(whole.rindex(b"\n", 0, -1)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        number = whole[:place].count(b"\n") + 1
+        try:
+            records = read_log(path)
+        except ArtifactError as error:
+            assert f"log.jsonl is damaged at line {number};" in str(error)
+        else:
+            written, found = RECORDS[number - 1], records[number - 1]
+            assert {key: found.get(key) for key in written} == written
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b'["a"]'])
+def test_a_line_that_is_no_object_is_damage_too(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(line + b"\n" + WHOLE)
+    with pytest.raises(ArtifactError, match="log.jsonl is damaged at line 1"):
+        read_log(path)

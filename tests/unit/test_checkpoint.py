@@ -27,8 +27,8 @@ def one_process() -> Iterator[None]:
 def checkpoint(folder: Path, steps: int, identity: dict | None = None) -> Path:
     step = folder / f"step_{steps:08d}"
     step.mkdir(parents=True)
-    (step / "state.pt").write_bytes(bytes([steps]))
-    files = {"state.pt": sha256_of_file(step / "state.pt")}
+    (step / "mp_rank_00_model_states.pt").write_bytes(bytes([steps]))
+    files = {"mp_rank_00_model_states.pt": sha256_of_file(step / "mp_rank_00_model_states.pt")}
     manifest = Manifest(
         "training_state", inputs=identity or IDENTITY, counts={"steps": steps}, files=files
     )
@@ -59,16 +59,73 @@ def test_a_damaged_one_is_skipped_with_a_warning(
     checkpoint(tmp_path, 2)
     newest = checkpoint(tmp_path, 4)
     if damage == "changed":
-        (newest / "state.pt").write_bytes(b"x")
+        (newest / "mp_rank_00_model_states.pt").write_bytes(b"x")
     else:
-        (newest / ("state.pt" if damage == "missing" else "manifest.json")).unlink()
+        (
+            newest / ("mp_rank_00_model_states.pt" if damage == "missing" else "manifest.json")
+        ).unlink()
     with caplog.at_level(logging.WARNING):
         assert found(tmp_path) == ("step_00000002", {"steps": 2})
     assert "skipping a damaged checkpoint" in caplog.text and "step_00000004" in caplog.text
 
 
+STATES = "mp_rank_00_model_states.pt"
+OF_TWO_RANKS = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("listed", "there", "fault"),
+    [
+        (set(), set(), "manifest.json lists no *model_states.pt"),
+        ({STATES}, {STATES}, "manifest.json lists no *optim_states.pt of rank 0"),
+        ({STATES, min(OF_TWO_RANKS)}, OF_TWO_RANKS, "lists no *optim_states.pt of rank 1"),
+        ({STATES, *OF_TWO_RANKS}, {"more_states.pt"}, "more_states.pt is not listed in"),
+        ({STATES, *OF_TWO_RANKS}, set(), None),
+    ],
+)
+def test_the_states_of_all_ranks_are_listed_and_no_others_are_there(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    listed: set[str],
+    there: set[str],
+    fault: str | None,
+) -> None:
+    """They are pickles: a strange one would be executed."""
+    checkpoint(tmp_path, 2)
+    newest = checkpoint(tmp_path, 4)
+    (newest / STATES).unlink()
+    for name in listed | there:
+        (newest / name).write_bytes(b"x")
+    files = {name: sha256_of_file(newest / name) for name in listed}
+    shards = {"shards": {"world_size": 2, "zero_stage": 3, "bf16": False}}
+    counts, inputs = {"steps": 4}, IDENTITY
+    write_manifest(
+        newest, Manifest("training_state", inputs, counts=counts, files=files, details=shards)
+    )
+    assert found(tmp_path)[0] == ("step_00000004" if fault is None else "step_00000002")
+    assert (fault or "") in caplog.text
+
+
+def test_a_damaged_manifest_falls_back_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint(tmp_path, 2)
+    manifest = checkpoint(tmp_path, 4) / "manifest.json"
+    whole = manifest.read_bytes()
+    for damage in (
+        b"",
+        whole[: len(whole) // 2],
+        whole.replace(b'"steps": 4', b'"steps": 5'),
+        b"[",
+    ):
+        manifest.write_bytes(damage)
+        caplog.clear()
+        assert found(tmp_path) == ("step_00000002", {"steps": 2})
+        assert "skipping a damaged checkpoint" in caplog.text and str(manifest) in caplog.text
+
+
 def test_all_damaged(tmp_path: Path) -> None:
-    (checkpoint(tmp_path, 2) / "state.pt").unlink()
+    (checkpoint(tmp_path, 2) / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(ArtifactError, match=r"is intact \(1 damaged\); remove them to start over$"):
         find_newest(tmp_path, IDENTITY)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import Manifest, read_manifest, write_manifest
+from longrope2.files.artifacts import Manifest, hashes_of, read_manifest, write_manifest
 from longrope2.training import checkpoint, universal
 from longrope2.training.checkpoint import CheckpointWriter, convert_before_ranks, find_newest, load
 from longrope2.training.step import SkippedSteps
@@ -43,7 +43,7 @@ class PlainEngine:
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
         dist.barrier()
-        for name in ("model.pt", "optimizer.pt"):
+        for name in ("mp_rank_00_model_states.pt", "optimizer.pt"):
             self.checkpoint_engine.save(
                 state_dict={name: self.weights}, path=str(Path(folder) / tag / name)
             )
@@ -114,8 +114,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     )
     written = read_manifest(folder / "step_00000002", "training_state")
     assert 0.2 <= written.details["write_seconds"] < 20  # what a stop must leave time for
-    saved = torch.load(folder / "step_00000002" / "model.pt")
-    assert saved["model.pt"].tolist() == [2.0] * 4
+    saved = torch.load(folder / "step_00000002" / "mp_rank_00_model_states.pt")
+    assert saved["mp_rank_00_model_states.pt"].tolist() == [2.0] * 4
     marks: list[tuple[str, bool]] = []
 
     def mark(phase: str, *, moves_bytes: bool = False) -> None:
@@ -144,7 +144,7 @@ def test_old_ones_go_and_a_damaged_one_is_written_again(
         writer.save(step, SkippedSteps())
     writer.finish()
     assert visible(folder) == ["latest", "step_00000002", "step_00000003"]
-    (folder / "step_00000003" / "model.pt").write_bytes(b"damaged")
+    (folder / "step_00000003" / "mp_rank_00_model_states.pt").write_bytes(b"damaged")
     assert newest(folder) == "step_00000002"
     writer.save(3, SkippedSteps())
     writer.finish()
@@ -196,7 +196,7 @@ def test_a_damaged_newer_one_does_not_displace_an_intact_one(tmp_path: Path, kee
     writer = make_writer(PlainEngine(), folder, keep=keep)
     for step in (1, 7):
         make_writer(PlainEngine(), folder, in_background=False).save(step, SkippedSteps())
-    (folder / "step_00000007" / "model.pt").write_bytes(b"damaged")
+    (folder / "step_00000007" / "mp_rank_00_model_states.pt").write_bytes(b"damaged")
     for step in (2, 3):
         writer.save(step, SkippedSteps())
         writer.finish()
@@ -243,7 +243,7 @@ def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     writer = make_writer(PlainEngine(), tmp_path / "run")
     monkeypatch.setattr(checkpoint.artifacts, "sha256_of_file", lambda path: "0" * 64)
     writer.save(1, SkippedSteps())
-    with pytest.raises(ArtifactError, match="model.pt reads back otherwise than it was written"):
+    with pytest.raises(ArtifactError, match="states.pt reads back otherwise than it was written"):
         writer.finish()
     assert find_newest(tmp_path / "run", IDENTITY) is None
 
@@ -254,7 +254,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
     writer.save(1, SkippedSteps())
     writer.finish()
     (folder / ".step_00000002.writing").mkdir()
-    (folder / ".step_00000002.writing" / "model.pt").write_bytes(b"half")
+    (folder / ".step_00000002.writing" / "mp_rank_00_model_states.pt").write_bytes(b"half")
     found = find_newest(folder, IDENTITY)
     assert found is not None and found.steps == 1
     load(engine, found)
@@ -365,6 +365,11 @@ def test_a_converted_copy_is_made_once_and_anew_when_its_source_changed(
     written, shards = tmp_path / "step_00000004", {"world_size": 4, "zero_stage": 3, "bf16": True}
     manifest = Manifest("training_state", inputs=IDENTITY, counts={"steps": 4}, commit="one")
     manifest.details = {"shards": shards, "optimizer": {}}
+    written.mkdir()
+    for rank in range(4):
+        (written / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        (written / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    manifest.files = hashes_of(written)
     write_manifest(written, manifest)
 
     def prepare(world_size: int, zero_stage: int = 3) -> int:
@@ -382,7 +387,7 @@ def test_a_converted_copy_is_made_once_and_anew_when_its_source_changed(
     assert prepare(2) == 2
     with pytest.raises(ArtifactError, match="was written by another run: seed differ"):
         convert_before_ranks(tmp_path, {"seed": 2}, world_size=2, zero_stage=3)
-    manifest.files = {"absent.pt": "0"}
+    manifest.files = {**manifest.files, "absent.pt": "0"}
     write_manifest(written, manifest)
     assert prepare(2) == 2, "a damaged one is for the ranks, which take the one before"
     write_manifest(

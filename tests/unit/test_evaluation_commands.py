@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longrope2.evaluation import subjects
 from longrope2.files.artifacts import (
     Manifest,
+    hashes_of,
     product_folder,
     read_manifest,
     sha256_of_file,
@@ -98,7 +99,7 @@ def make_checkpoint(model_folder):
         shutil.copytree(model_folder, folder)
         factors = closed_form_factors(method, rope_geometry(model_folder, 128), target_len)
         (folder / "factors.json").write_text(factors.to_json())
-        write_manifest(folder, Manifest("checkpoint", config=config))
+        write_manifest(folder, Manifest("checkpoint", config=config, files=hashes_of(folder)))
         return folder
 
     return make
@@ -302,6 +303,14 @@ def test_export_is_verified_published_and_not_repeated(command, run_folder, chec
         and f"already complete: {folder / 'hugging_face'}" in out
         and tree(folder) == before
     )
+    # What is not as it was written is made again; a file beside is nobody's.
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"")):
+        damage(folder / "hugging_face" / "model.safetensors")
+        code, out, _ = command("export", "corpus=sample")
+        assert code == 0 and "hugging_face/model.safetensors is " in out
+        assert ": exported again" in out and "verified" in out
+        found = tree(folder)
+        assert {name: found[name] for name in manifest.files} == manifest.files
     # Without a corpus it is the same export; and one that replaces it keeps a measured cost.
     assert f"already complete: {folder / 'hugging_face'}" in command("export")[1]
     code, out, _ = command("export", "export.dtype=bf16")

@@ -23,7 +23,7 @@ from longrope2.evaluation.config import (
 from longrope2.evaluation.results import ResultsLog
 from longrope2.evaluation.scoring import measure_all, perplexity_measures
 from longrope2.evaluation.subjects import SubjectModels, resolve_subjects
-from longrope2.files.artifacts import Manifest, product_folder, write_manifest
+from longrope2.files.artifacts import Manifest, hashes_of, product_folder, write_manifest
 from longrope2.model.factors_source import RopeConfig
 from longrope2.model.folder import model_identity
 from longrope2.rope.factors import RescaleFactors, Window
@@ -55,7 +55,7 @@ def save_model(folder, *, seed=0, hidden_size=32):
 def save_checkpoint(folder, factors, **options):
     save_model(folder, **options)
     (folder / "factors.json").write_text(factors.to_json())
-    write_manifest(folder, Manifest("checkpoint"))
+    write_manifest(folder, Manifest("checkpoint", files=hashes_of(folder)))
     return folder
 
 
@@ -279,11 +279,13 @@ def test_broken_checkpoints_are_refused(make_config, base_folder, tmp_path):
     shutil.rmtree(folder)
     save_checkpoint(folder, searched_factors(), hidden_size=48)
     (folder / "tokenizer.json").write_text("{ }")
+    assert "tokenizer.json is not as it was written (SHA-256): bring it back; or" in refusal()
+    write_manifest(folder, Manifest("checkpoint", files=hashes_of(folder)))
     assert "belongs to another model than model.path=" in refusal()
     assert refusal().endswith("(other architecture and tokenizer)")
     save_checkpoint(folder, searched_factors())
     next(folder.glob("*.safetensors")).unlink()
-    assert f"{folder} holds no *.safetensors weights" in refusal()
+    assert f"{folder / 'model.safetensors'} is missing: bring it back; or remove" in refusal()
 
 
 def test_a_rerun_measures_only_what_changed(make_config, base_folder, tmp_path, monkeypatch):

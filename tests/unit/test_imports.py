@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 TOPS = ("longrope2", "data_prep", "launch")
 # A package may import itself and packages of a lower number.
 LAYERS = {
-    "errors": 0, "system_errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "statistics": 1,
+    "system_errors": -1, "errors": 0, "command": 1, "help": 1, "kernel_choice": 1, "statistics": 1,
     "files": 1, "rope": 1, "presets": 1, "command_line": 2, "config": 3, "claim": 4, "segments": 3,
     "attention": 4, "parallel": 4, "tracking": 4, "model": 5, "corpora": 6, "planning": 6,
     "search": 7, "training": 7, "inference": 8, "evaluation": 9, "export": 10, "report": 11,

@@ -17,8 +17,8 @@ from longrope2.command import run_command
 from longrope2.errors import ArtifactError
 from longrope2.export.gguf_file import write_gguf
 from longrope2.export.hugging_face import write_hugging_face_folder
-from longrope2.files.artifacts import Manifest, write_manifest
-from longrope2.model.folder import CACHE_VARIABLE
+from longrope2.files.artifacts import Manifest, hashes_of, write_manifest
+from longrope2.files.folder_hashes import CACHE_VARIABLE
 from longrope2.rope.frequencies import RopeGeometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
@@ -48,7 +48,7 @@ def final(tmp_path: Path) -> Path:
     folder = tmp_path / "final"
     shutil.copytree(TINY, folder)
     (folder / "factors.json").write_text(FACTORS.to_json())
-    write_manifest(folder, Manifest("checkpoint", inputs={}, config={}))
+    write_manifest(folder, Manifest("checkpoint", files=hashes_of(folder)))
     return folder
 
 
@@ -133,6 +133,10 @@ def test_a_damaged_checkpoint(
     change, text = DAMAGES[damage]
     change(final)
     words = reading(command, final, tmp_path)
+    if damage in ("missing", "unknown", "pointer"):  # the others change nothing that is listed
+        changed = f"{final / WEIGHTS} is not as it was written (SHA-256): bring it back"
+        assert changed in refusal(command, words, tmp_path, monkeypatch, capsys)
+    write_manifest(final, Manifest("checkpoint", files=hashes_of(final)))
     message = refusal(command, words, tmp_path, monkeypatch, capsys)
     assert text in message and str(final) in message
 

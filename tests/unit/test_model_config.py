@@ -16,7 +16,7 @@ from data_prep import verification
 from data_prep.config import PackConfig
 from longrope2.config import compose, dump
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.files.artifacts import Manifest, hashes_of, write_manifest
 from longrope2.model.folder import resolve_model_folder
 from longrope2.model.shape import CONFIG_FILE, ModelShape, Workload, read_raw_config
 from longrope2.rope.factors import RescaleFactors
@@ -55,7 +55,7 @@ def _with_checkpoint(stage: str, *more: str) -> Callable[[Path, Path], list[str]
         geometry = RopeGeometry(CONFIG["head_dim"], CONFIG["rope_theta"], 128)
         factors = RescaleFactors((2.0,) * geometry.num_frequencies, geometry, 2048, "pi")
         (checkpoint / "factors.json").write_text(factors.to_json())
-        write_manifest(checkpoint, Manifest("checkpoint"))
+        write_manifest(checkpoint, Manifest("checkpoint", files=hashes_of(checkpoint)))
         return [*_launch(folder, root), f"{stage}.checkpoint={checkpoint}", *more]
 
     return arguments

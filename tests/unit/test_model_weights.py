@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from longrope2.errors import ArtifactError
-from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.files.artifacts import Manifest, hashes_of, write_manifest
 from longrope2.model.loading import load_windowed_model, rope_geometry
 from longrope2.rope.methods import RopeMethod, closed_form_factors
 
@@ -260,7 +260,7 @@ def test_commands_refuse_a_model_without_its_head(tmp_path: Path, command: str) 
     if command == "export":
         factors = closed_form_factors(RopeMethod.ntk, rope_geometry(folder, 128), 256)
         (folder / "factors.json").write_text(factors.to_json())
-        write_manifest(folder, Manifest("checkpoint", inputs={}, config={}))
+        write_manifest(folder, Manifest("checkpoint", files=hashes_of(folder)))
     arguments = {
         "search": ["corpus=sample", "search=quick", "search.objective=perplexity"],
         "evaluate": [

@@ -106,6 +106,43 @@ def test_of_two_words_with_one_key_the_last_counts() -> None:
     assert ended.stdout.splitlines() == ["--target", "model=b", "x=2", "mixture={a: 1, b: 2}"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["x$(touch F)=1"],
+        ["x$(touch F)=1", "x$(touch F)=2"],
+        ["`touch F`=1", "a[$(touch F)]=1"],
+        ["x=$(touch F)", "x;touch F=1", "]=1", "@=1", "*=1", "a b=1"],
+    ],
+)
+def test_a_word_is_never_run(tmp_path: Path, words: list[str]) -> None:
+    quoted = " ".join(f"'{word}'" for word in words)
+    text = f"{function('last_wins')}\nset -eu; last_wins {quoted}; printf '%s\\n' \"${{WORDS[@]}}\""
+    ended = bash(f"cd '{tmp_path}'; {text}")
+    last = list({word.partition("=")[0]: word for word in words}.values())
+    assert ended.stdout.splitlines() == last, ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", ["runs/a", "my runs/a b", r"back\\nslash/a"])
+@pytest.mark.parametrize("queued", [True, False])
+def test_a_run_that_is_queued_is_known_by_its_whole_path(
+    tmp_path: Path, run: str, queued: bool
+) -> None:
+    """Another run whose path begins alike is none; nothing is submitted in either case."""
+    listed = f"7 {run}\n9 {run}\n" if queued else ""
+    (tmp_path / "queue").write_text(f"5 {run}2\n{listed}6 {run.split(' ')[0]} other\n8 (null)\n")
+    for name, text in (("squeue", f"cat '{tmp_path}/queue'"), ("sbatch", "exit 9")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    folder, _, name = run.rpartition("/")
+    words = f"'run.root={folder}' 'run.name={name}'"
+    copied = f"cp -r slurm '{tmp_path}/' && cd '{tmp_path}'"
+    ended = bash(f"{copied} && PATH='{tmp_path}':$PATH bash slurm/pipeline.sh llama3_128k {words}")
+    refused = f"error: {run} is in the queue already: jobs 7 9; wait, or scancel 7 9\n"
+    assert (ended.returncode, ended.stderr) == ((2, refused) if queued else (9, ""))
+
+
 COUNT = f"note_failure() {{ :; }}; fail() {{ echo error: $*; exit 2; }}\n{function('count_ranks')}"
 
 

@@ -15,8 +15,8 @@ from data_prep.pack import main as pack_main
 from launch.train import _is_complete, main
 from longrope2.command import run_command
 from longrope2.config import compose, to_plain
-from longrope2.errors import ArtifactError, ConfigError
-from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.errors import ArtifactError, ConfigError, DamagedError
+from longrope2.files.artifacts import Manifest, hashes_of, write_manifest
 from longrope2.files.lease import only_writer
 from longrope2.model.shape import ModelShape
 from longrope2.rope.frequencies import RopeGeometry
@@ -197,6 +197,7 @@ def test_segments_of_another_model(tmp_path, monkeypatch, capsys, packed) -> Non
     for file in packed.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]  # of itself: those of earlier versions have none
     manifest["inputs"]["model"]["tokenizer_sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
     message = refused(tmp_path, monkeypatch, capsys, f"segments={copy}", "rope=yarn")
@@ -272,7 +273,16 @@ def test_a_complete_run_in_another_final_format_is_not_passed_over(tmp_path) -> 
     config = compose(TrainRoot, "train", ["experiment=tiny_extend"])
     assert not _is_complete(tmp_path, config)
     write_manifest(tmp_path, Manifest("checkpoints", config=to_plain(config)))
+    final = tmp_path / "final"
+    final.mkdir()
+    for name in ("config.json", "factors.json", "tokenizer.json", "model.safetensors"):
+        (final / name).write_text("{}")
+    write_manifest(final, Manifest("checkpoint", files=hashes_of(final)))
     assert _is_complete(tmp_path, config)
+    (final / "factors.json").write_text("{ }")
+    words = r"factors.json is not as it was written .* launch.train writes final/ again from"
+    with pytest.raises(DamagedError, match=words):
+        _is_complete(tmp_path, config)
     config = compose(TrainRoot, "train", ["experiment=tiny_extend", "training.final_dtype=fp32"])
     with pytest.raises(
         ConfigError,

@@ -61,6 +61,7 @@ def copy(packed, tmp_path):
 def change_manifest(folder, change):
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
+    del fields["sha256"]  # of itself: those of earlier versions have none
     change(fields)
     path.write_text(json.dumps(fields))
 
