@@ -10,6 +10,9 @@ from longrope2.corpora.needle_wording import Wording
 from longrope2.parallel.dims import ParallelConfig
 from longrope2.tracking.metrics import TrackingConfig
 
+# Where ``search.crossovers`` is null.
+_PARENTS_A_CROSSOVER = 8
+
 
 class Algorithm(StrEnum):
     """Which search is run."""
@@ -75,8 +78,9 @@ class SearchConfig:
     """Best candidates kept in each round; 1 .. population."""
     mutations: int | None = None
     """New candidates in each round, of parents in order of rank; null gives one per parent."""
-    crossovers: int = 0
-    """Candidates of each round that mix two parents with one critical index; 0 in the paper."""
+    crossovers: int | None = 0
+    """Candidates of each round that mix two parents with one critical index; 0 in the paper. null
+    gives an eighth as many as parents, by which mutations are fewer if they are null too."""
     mutation_probability: float = 0.3
     """Expected share of the free factors that a mutation changes, in (0, 1]."""
     critical_move_probability: float = 0.0
@@ -163,20 +167,29 @@ class SearchRoot(StageConfig):
 
 def most_candidates(search: SearchConfig) -> int:
     """Candidates of a search that finds a new one in every draw."""
-    mutations = search.parents if search.mutations is None else search.mutations
-    return search.population + search.iterations * (mutations + search.crossovers)
+    return search.population + search.iterations * sum(new_candidates(search, search.parents))
+
+
+def new_candidates(search: SearchConfig, num_parents: int) -> tuple[int, int]:
+    """Mutations and crossovers of a round."""
+    crossovers, num_mutations = search.crossovers, num_parents
+    if crossovers is None:
+        crossovers = num_parents // _PARENTS_A_CROSSOVER
+        num_mutations -= crossovers
+    return (num_mutations if search.mutations is None else search.mutations), crossovers
 
 
 def search_faults(search: SearchConfig) -> list[str]:
     """Faults of the settings by themselves, each naming its key and what is allowed."""
     positive = ("population", "parents", "num_samples", "needles_per_haystack")
     least = dict.fromkeys((*positive, "racing_samples", "highest_ratio"), 1)
-    least |= dict.fromkeys(("iterations", "crossovers", "racing_margin"), 0)
+    least |= dict.fromkeys(("iterations", "racing_margin"), 0)
     num_keys, size = 1 if search.num_keys is None else search.num_keys, search.population
     rules = [(key, getattr(search, key) >= least[key], f"at least {least[key]}") for key in least]
     rules += [
         ("parents", search.parents <= size, f"at most search.population={size}"),
         ("mutations", (search.mutations or 0) >= 0, "null (one per parent) or at least 0"),
+        ("crossovers", (search.crossovers or 0) >= 0, "null (an eighth of parents) or at least 0"),
         ("num_keys", num_keys >= 1, "null (a key for every sample) or at least 1"),
         (
             "batch_size",

@@ -18,7 +18,7 @@ import numpy as np
 
 from longrope2.errors import FactorsError
 from longrope2.rope.factors import RescaleFactors
-from longrope2.search.config import Pruning, SearchConfig
+from longrope2.search.config import Pruning, SearchConfig, new_candidates
 from longrope2.search.evaluator import Evaluator, Race, Score
 from longrope2.search.space import SCALE_STEPS_PER_UNIT, Candidate, SearchSpace
 from longrope2.search.workers import Workers
@@ -86,10 +86,10 @@ def children(
     """New candidates of a round, all different, none seen or a parent: mutations, then crossovers.
 
     Parents are mutated in order of rank, again from the first when there are fewer than
-    ``search.mutations`` (null: one per parent), and crossed in pairs of one critical index. Where
+    ``search.mutations`` (``new_candidates``), and crossed in pairs of one critical index. Where
     nothing new is found in ``_MAX_ATTEMPTS`` draws there is none.
     """
-    num_mutations = len(parents) if config.mutations is None else config.mutations
+    num_mutations, num_crossovers = new_candidates(config, len(parents))
     known = {*seen, *parents}
     fresh: dict[Candidate, None] = {}
 
@@ -104,7 +104,7 @@ def children(
         parent = parents[number % len(parents)]
         add_new("mutation", number, lambda rng, parent=parent: _mutated(space, parent, config, rng))
     same = [(a, b) for a, b in combinations(parents, 2) if a.critical_index == b.critical_index]
-    for number in range(config.crossovers if same else 0):
+    for number in range(num_crossovers if same else 0):
         add_new("crossover", number, lambda rng: cross(*rng.choice(same), rng))
     return list(fresh)
 

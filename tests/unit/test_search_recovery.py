@@ -15,7 +15,13 @@ from torch.distributed import HashStore
 from longrope2.config import compose
 from longrope2.rope.factors import RescaleFactors
 from longrope2.rope.frequencies import RopeGeometry
-from longrope2.search.config import Pruning, SearchConfig, SearchRoot, most_candidates
+from longrope2.search.config import (
+    Pruning,
+    SearchConfig,
+    SearchRoot,
+    most_candidates,
+    new_candidates,
+)
 from longrope2.search.evaluator import Evaluator
 from longrope2.search.evolution import Evolution
 from longrope2.search.journal import Journal
@@ -96,6 +102,7 @@ def test_llama3_is_found(tmp_path: Path, seed: int) -> None:
     config = papers_operators()
     evolution = recover(tmp_path, LLAMA3, config, seed=seed)
     error, critical_index = found_by(evolution)
+    assert new_candidates(config, 32) == (28, 4)
     assert evolution.num_candidates == most_candidates(config) == 1344
     assert critical_index == 33  # of 60 seeds: 55
     assert error <= 0.009  # of 60 seeds: mean 0.0055, largest 0.0086

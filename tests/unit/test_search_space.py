@@ -473,7 +473,10 @@ def test_space_errors() -> None:
             SearchConfig(mutations=-1),
             r"search.mutations=-1: must be null \(one per parent\) or at least 0",
         ),
-        (SearchConfig(crossovers=-1), "search.crossovers=-1: must be at least 0"),
+        (
+            SearchConfig(crossovers=-1),
+            r"search.crossovers=-1: must be null \(an eighth of parents\) or at least 0",
+        ),
         (
             SearchConfig(mutations=0),
             "search.mutations=0 and search.crossovers=0: a round would give no new candidate",
