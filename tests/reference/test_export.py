@@ -23,7 +23,7 @@ from longrope2.export.hugging_face import merged_config, write_hugging_face_fold
 from longrope2.export.run import Export, is_complete, static_cost
 from longrope2.export.variants import ExportRoot, ExportVerify
 from longrope2.export.verification import LOGIT_TOLERANCE, verify_export
-from longrope2.files.artifacts import Manifest, write_manifest
+from longrope2.files.artifacts import Manifest, sha256_of_bytes, write_manifest
 from longrope2.model.loading import load_windowed_model
 from longrope2.rope.factors import RescaleFactors, Window
 from longrope2.rope.frequencies import RopeGeometry
@@ -234,9 +234,13 @@ def test_an_export_with_other_settings_or_without_its_folder_is_not_complete(tmp
 
     made = exported("export.cost_windows=0")
     made.folder.mkdir(parents=True)
-    write_manifest(made.folder, Manifest("exports", inputs=inputs, config=to_plain(made.config)))
+    config = made.folder / "hugging_face" / "config.json"
+    files = {"hugging_face/config.json": sha256_of_bytes(b"{}")}
+    manifest = Manifest("exports", inputs=inputs, config=to_plain(made.config), files=files)
+    write_manifest(made.folder, manifest)
     assert not is_complete(made)
-    (made.folder / "hugging_face").mkdir()
+    config.parent.mkdir()
+    config.write_text("{}")
     assert is_complete(made)
     assert is_complete(exported("export.cost_windows=0", "export.checkpoint=elsewhere"))
     assert not is_complete(exported())

@@ -86,7 +86,7 @@ def test_the_papers_settings() -> None:
         assert training.global_batch_tokens == 64 * config.target_len
         assert config.run.name == base
     names = {path.stem for path in (CONF_FOLDER / "experiment").glob("*_128k*.yaml")}
-    assert names == set(EXPERIMENTS)
+    assert names == {*EXPERIMENTS, "qwen3_0p6b_128k", "smollm2_1p7b_128k"}  # no paper's
 
 
 @pytest.mark.parametrize(

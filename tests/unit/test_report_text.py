@@ -8,7 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from longrope2.corpora.corpus import Document, text_hash, text_hashes
-from longrope2.files.artifacts import Manifest, product_folder, read_manifest, write_manifest
+from longrope2.errors import DamagedError
+from longrope2.files.artifacts import (
+    Manifest,
+    product_folder,
+    read_manifest,
+    sha256_of_file,
+    write_manifest,
+)
 from longrope2.report.data import load_run
 from longrope2.report.text import text_statements
 
@@ -34,10 +41,12 @@ def searched(run: Path, texts: list[Document], objective: str = "needle") -> Non
 
 
 def packed(run: Path, texts: list[Document]) -> None:
-    write(run, "segments", details={"documents": {"file": "documents.parquet"}})
     hashes = pa.array([text_hash(document.text) for document in texts], pa.binary(16))
     path = product_folder(run, "segments") / "documents.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text_hash": hashes}), path)
+    listed = {"file": path.name, "sha256": sha256_of_file(path)}
+    write(run, "segments", details={"documents": listed})
 
 
 def statements(run: Path) -> list[str]:
@@ -100,6 +109,9 @@ def test_what_training_and_evaluation_share(tmp_path: Path) -> None:
         "trained model has seen them."
     )
     (product_folder(tmp_path, "segments") / "documents.parquet").unlink()
+    with pytest.raises(DamagedError, match="documents.parquet is missing: bring it back, or pack"):
+        statements(tmp_path)
+    write(tmp_path, "segments")  # as of earlier versions
     assert statements(tmp_path)[1] == (
         "Whether the training segments hold evaluated text is unknown: "
         f"{tmp_path}/1_segments does not list its documents."

@@ -416,7 +416,7 @@ def test_workers_read_each_others_journals(tmp_path: Path) -> None:
     # Another worker's file.
     assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'{"factors": "abc"')
     with Journal(tmp_path, HEADER, worker=2):
-        assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b"]}\n")
+        assert (tmp_path / "journal.2.jsonl").read_bytes().endswith(b'"}\n')
 
 
 def test_a_journal_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:

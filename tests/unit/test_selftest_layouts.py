@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 # Query and key/value heads of the presets in conf/model, whose own config.json is here for some.
 PRESETS = {
     "llama2_7b": (32, 32), "llama3_8b": (32, 8), "mistral_7b": (32, 8), "phi3_mini": (32, 32),
-    "phi4_mini": (24, 8), "qwen3_8b": (32, 8), "smollm2_135m": (9, 3), "tiny": (4, 4),
+    "phi4_mini": (24, 8), "qwen3_0p6b": (16, 8), "qwen3_8b": (32, 8), "smollm2_135m": (9, 3),
+    "smollm2_1p7b": (32, 32), "tiny": (4, 4),
 }  # fmt: skip
 OTHERS = {
     "llama2_13b": (40, 40), "llama3_70b": (64, 8), "llama3_2_3b": (24, 8), "phi3_medium": (40, 10),
