@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -296,7 +297,13 @@ def test_an_export_for_other_lengths_or_of_another_model_is_refused(command, exp
     shutil.copytree(variants["hugging_face"], variants["elsewhere"])
     code, _, err = command(*asked, f"generate.checkpoint={variants['elsewhere']}")
     assert code == 2 and "holds no finished checkpoint" in err
-    (variants["hugging_face"] / "tokenizer.json").write_text("{}")
+    other = variants["hugging_face"] / "tokenizer.json"
+    other.write_text("{}")
+    code, _, err = command(*asked, f"generate.checkpoint={variants['hugging_face']}")
+    assert code == 2 and f"{other} is not as it was written" in err
+    made = read_manifest(exports / "untrained", "exports")
+    files = {**made.files, "hugging_face/tokenizer.json": sha256_of_file(other)}
+    write_manifest(exports / "untrained", replace(made, files=files))
     code, _, err = command(*asked, f"generate.checkpoint={variants['hugging_face']}")
     assert code == 2 and "belongs to another model than model.path=" in err
     assert "(other tokenizer)" in err
